@@ -1,0 +1,1 @@
+"""Natural GaLore for JAX."""
