@@ -1,0 +1,70 @@
+"""Which axes of a parameter form its matrix."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from natgalore_jax._validate import check_integer
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixAxes:
+    """The axes of a parameter that form the rows and the columns of its matrix.
+
+    Every axis that is named by neither is a batch axis: a parameter of shape ``(L, m, n)`` with
+    ``MatrixAxes(rows=1, cols=2)`` is L independent m × n matrices. Several axes on one side are
+    one long side: the query kernel of an attention layer, ``(embed, heads, head_dim)``, is an
+    ``embed × (heads · head_dim)`` matrix with ``MatrixAxes(rows=0, cols=(1, 2))``.
+
+    Args:
+      rows: one axis or several, negative ones count from the end.
+      cols: likewise. Rows and columns share no axis.
+
+    Raises:
+      TypeError: if an axis is no integer.
+      ValueError: if a side has no axis or an axis is named twice. Axes outside of a parameter's
+        shape are found when the transformation sees the parameter, and the error names its path.
+
+    Example:
+      >>> import natgalore_jax as ng
+      >>> ng.MatrixAxes(rows=0, cols=(1, 2))
+      MatrixAxes(rows=(0,), cols=(1, 2))
+    """
+
+    rows: int | tuple[int, ...]
+    cols: int | tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for side in ("rows", "cols"):
+            axes = getattr(self, side)
+            axes = tuple(axes) if isinstance(axes, (tuple, list)) else (axes,)
+            if not axes:
+                raise ValueError(f"MatrixAxes needs at least one axis for {side}, got none")
+            for axis in axes:
+                check_integer(f"MatrixAxes {side}", axis, minimum=-(2**31))
+            object.__setattr__(self, side, axes)
+        if len(set(self.rows + self.cols)) < len(self.rows + self.cols):
+            raise ValueError(f"MatrixAxes names an axis twice: rows={self.rows}, cols={self.cols}")
+
+
+AxesLike = MatrixAxes | None | Any | Callable[[Any], Any]
+
+
+def _is_axes(x: Any) -> bool:
+    return x is None or isinstance(x, MatrixAxes)
+
+
+def axes_per_leaf(axes: AxesLike, tree: Any) -> list[MatrixAxes | None]:
+    """``axes`` in any of its forms, as one entry per leaf of ``tree``; None is the default."""
+    if not jax.tree.leaves(tree):
+        return []
+    if callable(axes):
+        axes = axes(tree)
+    full = jax.tree.broadcast(axes, tree, is_leaf=_is_axes)
+    entries = jax.tree.leaves(full, is_leaf=_is_axes)
+    for entry in entries:
+        if not _is_axes(entry):
+            raise TypeError(f"axes must be MatrixAxes or None at every parameter, got {entry!r}")
+    return entries

@@ -1,0 +1,122 @@
+"""A new basis from a gradient: one matrix at a time, in float32.
+
+Every function takes ``G`` (m, n), scaled so that its largest entry is one, and the previous basis
+``P`` (m, r), orthonormal, and returns an orthonormal (m, r) basis of the dominant left subspace of
+G, up to the method's accuracy. The right basis of G is the left basis of Gᵀ.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+METHODS = ("power", "svd", "eigh", "randomized", "gaussian", "online")
+
+# A cold start needs more than the one step that follows a slowly moving subspace.
+COLD_STEPS = 3
+# Randomised SVD: columns beyond the rank, and power steps (Halko, Martinsson & Tropp 2011, §4.4).
+OVERSAMPLING, SKETCH_STEPS = 8, 2
+ONLINE_RATE = 0.1
+
+
+def new_basis(
+    method: str, G: jax.Array, P: jax.Array, key: jax.Array, is_first: jax.Array
+) -> jax.Array:
+    """The basis after a refresh, or the previous one if G gives none.
+
+    Args:
+      method: one of ``METHODS``.
+      G: (m, n), any float dtype and scale.
+      P: (m, r), the previous basis, or any orthonormal start at the first refresh.
+      key: for the random methods.
+      is_first: scalar boolean, whether P is only a start.
+
+    Returns:
+      (m, r) in the dtype of P. It is P itself if G is zero or has a NaN or an infinity: one bad
+      gradient must not spoil the next ``update_interval`` steps.
+    """
+    P32, G32 = P.astype(jnp.float32), G.astype(jnp.float32)
+    # Squares of entries beyond 1e19 overflow float32, and those below 1e-19 vanish.
+    scale = jnp.max(jnp.abs(G32))
+    usable = jnp.isfinite(scale) & (scale > 0)
+    G32 = jnp.where(usable, G32 / jnp.where(usable, scale, 1.0), 0.0)
+    with jax.default_matmul_precision("highest"):
+        Q = _KERNELS[method](G32, P32, key, is_first)
+    return jnp.where(usable & jnp.all(jnp.isfinite(Q)), Q, P32).astype(P.dtype)
+
+
+def start_basis(m: int, r: int) -> jax.Array:
+    """The first r vectors of the discrete cosine transform: orthonormal, dense, no random key.
+
+    Returns:
+      (m, r) float32. A closed form, so that ``init`` costs nothing and needs only a shape.
+    """
+    i, j = jnp.arange(m)[:, None], jnp.arange(r)[None, :]
+    # The phase (2i + 1) j is reduced in integers: the cosine of a large float32 loses its digits.
+    phase = jnp.mod((2 * i + 1) * j, 4 * m) * (jnp.pi / (2 * m))
+    return jnp.cos(phase) * jnp.sqrt(jnp.where(j == 0, 1.0, 2.0) / m)
+
+
+def _orthonormal(Y: jax.Array) -> jax.Array:
+    """``Y = QR`` with ``diag(R) > 0``.
+
+    Without the sign rule the columns flip at random from refresh to refresh; with it a warm
+    refresh moves them continuously, so that moments kept in the old coordinates stay meaningful.
+    """
+    Q, R = jnp.linalg.qr(Y)
+    return Q * jnp.where(jnp.diagonal(R) < 0, -1.0, 1.0)
+
+
+def _power(G, P, key, is_first):
+    """Block power iteration ``P ← qr(G Gᵀ P)`` from the previous basis."""
+    return _power_steps(G, P, jnp.where(is_first, COLD_STEPS, 1))
+
+
+def _power_steps(G, P, steps):
+    return jax.lax.fori_loop(0, steps, lambda _, Q: _orthonormal(G @ (G.T @ Q)), P)
+
+
+def _svd(G, P, key, is_first):
+    """The left singular vectors: exact, and many times slower than one power step."""
+    U, _, _ = jnp.linalg.svd(G, full_matrices=False)
+    return U[:, : P.shape[1]]
+
+
+def _eigh(G, P, key, is_first):
+    """The eigenvectors of ``G Gᵀ``: exact to the square root of float32's precision."""
+    _, V = jnp.linalg.eigh(G @ G.T)
+    return V[:, ::-1][:, : P.shape[1]]
+
+
+def _randomized(G, P, key, is_first):
+    """Randomised SVD: a Gaussian sketch of the range, power steps, the SVD of a small matrix."""
+    width = min(P.shape[1] + OVERSAMPLING, *G.shape)
+    Q = _orthonormal(G @ jax.random.normal(key, (G.shape[1], width)))
+    for _ in range(SKETCH_STEPS):
+        Q = _orthonormal(G @ (G.T @ Q))
+    U, _, _ = jnp.linalg.svd(Q.T @ G, full_matrices=False)
+    return (Q @ U)[:, : P.shape[1]]
+
+
+def _gaussian(G, P, key, is_first):
+    """A random subspace that does not look at the gradient."""
+    return _orthonormal(jax.random.normal(key, P.shape))
+
+
+def _online(G, P, key, is_first):
+    """Oja's rule ``P ← qr(P + η G Gᵀ P / λ̄)``, λ̄ the mean curvature ``tr(Pᵀ G Gᵀ P) / r``."""
+    P = _power_steps(G, P, jnp.where(is_first, COLD_STEPS, 0))
+    Z = G.T @ P
+    mean_curvature = jnp.sum(Z * Z) / P.shape[1]
+    step = ONLINE_RATE / jnp.where(mean_curvature > 0, mean_curvature, 1.0)
+    return _orthonormal(P + step * (G @ Z))
+
+
+_KERNELS: dict[str, Callable[..., jax.Array]] = {
+    "power": _power,
+    "svd": _svd,
+    "eigh": _eigh,
+    "randomized": _randomized,
+    "gaussian": _gaussian,
+    "online": _online,
+}

@@ -1,0 +1,154 @@
+"""``optax.chain`` that knows about subspaces."""
+
+from typing import Any
+
+import optax
+
+from natgalore_jax._project import LowRankProject
+from natgalore_jax._project_back import ProjectBack, project_back
+from natgalore_jax._subspace import Subspace
+
+
+class Composite(optax.GradientTransformationExtraArgs):
+    """A complete transformation that :func:`chain` takes apart, to run what follows inside."""
+
+    parts: tuple[Any, ...]  # a LowRankProject and what belongs inside of its subspace
+    closer: ProjectBack
+    closer_is_default: bool
+
+
+def chain(*transforms: Any) -> optax.GradientTransformationExtraArgs:
+    r"""``optax.chain`` in which low-rank projection works.
+
+    From a :func:`low_rank_project` (or :func:`natural_galore`) to the matching
+    :func:`project_back`, every transformation is initialised with and runs on the low-rank tree:
+    projected matrices are replaced by their :math:`R`, every other leaf is itself, and ``params``
+    is projected too. So the moments of any Optax optimizer are as small as R, and a transformation
+    that looks at shapes sees the low-rank ones. A subspace that is open at the end is closed there,
+    with the arguments of its ``natural_galore``, or with ``project_back()``.
+
+    One subspace may follow another. Without a subspace it is ``optax.chain``.
+
+    Args:
+      *transforms: Optax transformations and the parts of this library. ``optax.MultiSteps``
+        inside a subspace accumulates low-rank gradients; the refresh interval must then be a
+        multiple of its number of steps, because the gradients that are summed must share a basis.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs`` of full-shape updates. Its state is a tuple with
+      one entry per transformation, in order, :func:`natural_galore` counting for its parts.
+
+    Raises:
+      ValueError: for a subspace inside a subspace, a ``project_back`` without one, or an interval
+        that is no multiple of the accumulation.
+      TypeError: for anything that is not a transformation.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, natgalore_jax as ng
+      >>> tx = ng.chain(ng.natural_galore(rank=2), optax.adamw(1e-3))
+      >>> state = tx.init({"w": jnp.ones((6, 8))})
+      >>> optax.tree.get(state, "mu")["w"].shape
+      (2, 8)
+    """
+    members = _members(transforms)
+
+    def init_fn(params):
+        states: list[Any] = []
+        for member in members:
+            if isinstance(member, Subspace):
+                states += member.init(params)
+            else:
+                states.append(member.init(params))
+        return tuple(states)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        expected = sum(m.number_of_states if isinstance(m, Subspace) else 1 for m in members)
+        if len(state) != expected:
+            raise ValueError(
+                f"this chain has {expected} states but received {len(state)}; "
+                "the state must come from the init of the same chain"
+            )
+        new_states: list[Any] = []
+        for member in members:
+            at = len(new_states)
+            if isinstance(member, Subspace):
+                own = state[at : at + member.number_of_states]
+                updates, own = member.update(updates, own, params, extra_args)
+                new_states += own
+            else:
+                updates, own = member.update(updates, state[at], params, **extra_args)
+                new_states.append(own)
+        return updates, tuple(new_states)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _members(transforms: tuple[Any, ...]) -> list[Any]:
+    """Transformations and subspaces, in order."""
+    members: list[Any] = []
+    opener, inner, closer = None, [], None
+
+    def close(with_closer):
+        accumulation = _accumulation(inner, opener)
+        inside = tuple(optax.with_extra_args_support(_transformation(tx)) for tx in inner)
+        members.append(Subspace(opener, inside, with_closer, accumulation))
+
+    for tx in transforms:
+        parts = tx.parts if isinstance(tx, Composite) else (tx,)
+        if isinstance(parts[0], LowRankProject):
+            if opener is not None:
+                raise ValueError(
+                    "a subspace is open already: close it with project_back() before the next "
+                    "low_rank_project or natural_galore"
+                )
+            opener, inner = parts[0], list(parts[1:])
+            closer = tx if isinstance(tx, Composite) else None
+        elif isinstance(tx, ProjectBack):
+            if opener is None:
+                raise ValueError(
+                    "project_back has no subspace to close: put low_rank_project or "
+                    "natural_galore before it"
+                )
+            if closer is not None and not closer.closer_is_default:
+                raise ValueError(
+                    "natural_galore was given scale, residual or norm_growth_limit and is followed "
+                    "by project_back: give them to one of the two"
+                )
+            close(tx)
+            opener = None
+        elif opener is not None:
+            inner.append(tx)
+        else:
+            members.append(optax.with_extra_args_support(_transformation(tx)))
+    if opener is not None:
+        close(closer.closer if closer else project_back())
+    return members
+
+
+def _transformation(tx: Any) -> optax.GradientTransformation:
+    if isinstance(tx, optax.MultiSteps):
+        return tx.gradient_transformation()
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise TypeError(f"chain takes gradient transformations, got {tx!r}")
+    return tx
+
+
+def _accumulation(inner: list[Any], opener: LowRankProject) -> int:
+    """The steps of an ``optax.MultiSteps`` among the inner transformations, 1 without one."""
+    steps = 1
+    for tx in inner:
+        multi = tx if isinstance(tx, optax.MultiSteps) else getattr(tx.update, "__self__", None)
+        if isinstance(multi, optax.MultiSteps):
+            steps *= int(multi._every_k_schedule(0))  # the only place where Optax keeps it
+    interval = opener.refresh.update_interval
+    if steps > 1 and opener.refresh.method == "online":
+        raise ValueError(
+            'method="online" moves the basis at every step, so that gradients cannot be '
+            "accumulated inside the subspace: put optax.MultiSteps around the chain"
+        )
+    if interval % steps:
+        raise ValueError(
+            f"update_interval={interval} must be a multiple of the {steps} steps that "
+            "optax.MultiSteps accumulates inside the subspace"
+        )
+    return steps

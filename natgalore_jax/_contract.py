@@ -1,0 +1,105 @@
+"""Into the subspace and back, for any number of modes, batch axes and shardings.
+
+Nothing is flattened: a sharded axis that is merged with another would have to be gathered first.
+"""
+
+import string
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from natgalore_jax._plan import LeafPlan
+
+
+def contract(subscripts: str, *operands: jax.Array, dtype=None, precision=None) -> jax.Array:
+    """``einsum`` accumulated in float32 at least, for sharded operands too.
+
+    On a mesh with explicit axes a contraction over a sharded axis needs to be told the sharding of
+    its result: every axis that survives keeps the one that it had.
+    """
+    dtype = dtype or jnp.result_type(*operands)
+    out = jnp.einsum(
+        subscripts,
+        *operands,
+        precision=precision,
+        preferred_element_type=jnp.promote_types(dtype, jnp.float32),
+        out_sharding=_surviving_sharding(subscripts, operands),
+    )
+    return out.astype(dtype)
+
+
+def _surviving_sharding(subscripts: str, operands: Sequence[jax.Array]) -> NamedSharding | None:
+    mesh = jax.typeof(operands[0]).sharding.mesh
+    if mesh.empty or any(t != AxisType.Explicit for t in mesh.axis_types):
+        return None
+    inputs, output = subscripts.split("->")
+    axis_of = {}
+    for letters, operand in zip(inputs.split(","), operands, strict=True):
+        for letter, axis in zip(letters, jax.typeof(operand).sharding.spec, strict=False):
+            if axis is not None and letter in output and axis not in axis_of.values():
+                axis_of.setdefault(letter, axis)
+    return NamedSharding(mesh, PartitionSpec(*(axis_of.get(letter) for letter in output)))
+
+
+def project(plan: LeafPlan, G: jax.Array, factors: Sequence[jax.Array]) -> jax.Array:
+    """``R = G ×₁ U⁽¹⁾ᵀ … ×_d U⁽ᵈ⁾ᵀ`` over the projected modes: ``PᵀG``, ``GQ`` or ``PᵀGQ`` of a matrix.
+
+    Args:
+      plan: how this parameter is projected.
+      G: shape of the parameter.
+      factors: one basis per projected mode, in the order of the modes.
+
+    Returns:
+      Shape ``plan.low_rank_shape``, dtype of G.
+    """
+    index = _Index(plan)
+    letters, low_modes = index.full, ()
+    for mode, U in zip(plan.projected_modes, factors, strict=True):
+        low_modes = (*low_modes, mode)
+        out = index.arranged(low_modes)
+        G = contract(f"{letters},{index.factor(mode)}->{out}", G, U, dtype=G.dtype)
+        letters = out
+    return G
+
+
+def project_back(plan: LeafPlan, R: jax.Array, factors: Sequence[jax.Array]) -> jax.Array:
+    """``R ×₁ U⁽¹⁾ … ×_d U⁽ᵈ⁾``, the transpose of :func:`project`: ``PR``, ``RQᵀ`` or ``PRQᵀ``.
+
+    Args:
+      plan: how this parameter is projected.
+      R: shape ``plan.low_rank_shape``.
+      factors: one basis per projected mode, in the order of the modes.
+
+    Returns:
+      Shape of the parameter, dtype of R.
+    """
+    index = _Index(plan)
+    low_modes = plan.projected_modes
+    letters = index.arranged(low_modes)
+    for mode, U in reversed(list(zip(plan.projected_modes, factors, strict=True))):
+        low_modes = low_modes[:-1]
+        out = index.arranged(low_modes) if low_modes else index.full
+        R = contract(f"{letters},{index.factor(mode)}->{out}", R, U, dtype=R.dtype)
+        letters = out
+    return R
+
+
+class _Index:
+    """Index letters of a plan: a lower-case letter per axis, an upper-case one per rank."""
+
+    def __init__(self, plan: LeafPlan):
+        self.full = string.ascii_lowercase[: len(plan.shape)]
+        self.batch = "".join(self.full[a] for a in plan.batch)
+        self.modes = ["".join(self.full[a] for a in mode) for mode in plan.modes]
+        self.ranks = string.ascii_uppercase[: len(plan.modes)]
+
+    def factor(self, mode: int) -> str:
+        return self.batch + self.modes[mode] + self.ranks[mode]
+
+    def arranged(self, low_modes: Sequence[int]) -> str:
+        """Batch axes, then the modes in order, those in ``low_modes`` as one axis of length rank."""
+        return self.batch + "".join(
+            self.ranks[i] if i in low_modes else axes for i, axes in enumerate(self.modes)
+        )

@@ -1,0 +1,245 @@
+"""Natural GaLore in one object, and drop-ins for ``optax.adamw``."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from natgalore_jax._axes import AxesLike
+from natgalore_jax._chain import Composite, chain
+from natgalore_jax._project import low_rank_project
+from natgalore_jax._project_back import project_back
+from natgalore_jax._where import Where, hidden_matrices
+from natgalore_jax._woodbury import woodbury_natural_gradient
+
+Schedule = Callable[[jax.Array], jax.Array]
+
+
+def natural_galore(
+    rank: int | tuple[int, ...] = 128,
+    update_interval: int = 200,
+    side: str = "auto",
+    method: str = "power",
+    transition: str = "rotate",
+    stagger: bool = True,
+    where: Where = hidden_matrices,
+    axes: AxesLike = None,
+    basis_dtype: Any = None,
+    seed: int = 0,
+    history: int = 10,
+    damping: float | Schedule = 1e-3,
+    damping_mode: str = "absolute",
+    history_dtype: Any = None,
+    scale: float = 1.0,
+    residual: bool = False,
+    norm_growth_limit: float | None = 1.01,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Projection, natural gradient and the way back in one transformation.
+
+    In :func:`natgalore_jax.chain` it opens a subspace for whatever follows, so that the moments of
+    an inner optimizer are low-rank. Anywhere else, such as in ``optax.chain``, it is a complete
+    transformation of full-shape gradients into full-shape natural gradients
+    :math:`\alpha P F^{-1} P^\top G`, and what follows keeps full-size states.
+
+    Args:
+      rank, update_interval, side, method, transition, stagger, where, axes, basis_dtype, seed:
+        see :func:`low_rank_project`.
+      history, damping, damping_mode, history_dtype: see :func:`woodbury_natural_gradient`.
+      scale, residual, norm_growth_limit: see :func:`project_back`.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``.
+
+    Raises:
+      TypeError, ValueError: as its parts.
+
+    References:
+      Natural GaLore (2024), algorithm 1.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, natgalore_jax as ng
+      >>> params = {"w": jnp.ones((6, 8))}
+      >>> low = ng.chain(ng.natural_galore(rank=2), optax.adamw(1e-3)).init(params)
+      >>> full = optax.chain(ng.natural_galore(rank=2), optax.adamw(1e-3)).init(params)
+      >>> [optax.tree.get(state, "mu")["w"].shape for state in (low, full)]
+      [(2, 8), (6, 8)]
+    """
+    parts = (
+        low_rank_project(
+            rank=rank,
+            update_interval=update_interval,
+            side=side,
+            method=method,
+            transition=transition,
+            stagger=stagger,
+            where=where,
+            axes=axes,
+            basis_dtype=basis_dtype,
+            seed=seed,
+        ),
+        woodbury_natural_gradient(history, damping, damping_mode, history_dtype),
+    )
+    closer = project_back(scale, residual, norm_growth_limit)
+    tx = Composite(*chain(*parts, closer))
+    tx.parts, tx.closer = parts, closer
+    tx.closer_is_default = (scale, residual, norm_growth_limit) == (1.0, False, 1.01)
+    return tx
+
+
+def natural_galore_adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int | tuple[int, ...] = 128,
+    update_interval: int = 200,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    mu_dtype: Any = None,
+    weight_decay: float = 1e-4,
+    mask: Any = None,
+    side: str = "auto",
+    method: str = "power",
+    transition: str = "rotate",
+    stagger: bool = True,
+    where: Where = hidden_matrices,
+    axes: AxesLike = None,
+    basis_dtype: Any = None,
+    seed: int = 0,
+    history: int = 10,
+    damping: float | Schedule = 1e-3,
+    damping_mode: str = "absolute",
+    history_dtype: Any = None,
+    scale: float = 0.25,
+    residual: bool = False,
+    norm_growth_limit: float | None = 1.01,
+) -> optax.GradientTransformationExtraArgs:
+    r"""AdamW on natural gradients in a low-rank subspace: a drop-in for ``optax.adamw``.
+
+    .. math::
+      R = P^\top G, \quad \tilde R = F^{-1} R, \quad N = \mathrm{Adam}(\tilde R), \quad
+      W \leftarrow W - \eta\,(\alpha P N + \omega W)
+
+    Parameters that are not projected take plain AdamW steps with the same learning rate.
+
+    Args:
+      learning_rate: η, a number or a schedule. GaLore uses 0.01 with scale 0.25.
+      rank, update_interval, side, method, transition, stagger, where, axes, basis_dtype, seed:
+        see :func:`low_rank_project`.
+      b1, b2, eps, mu_dtype: Adam's, as in ``optax.adamw``. Adam runs on the low-rank gradient.
+      weight_decay: ω, decoupled; acts on the whole weight, unscaled by α.
+      mask: which parameters decay, as in ``optax.adamw``.
+      history, damping, damping_mode, history_dtype: see :func:`woodbury_natural_gradient`.
+      scale, residual, norm_growth_limit: see :func:`project_back`.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``.
+
+    Raises:
+      TypeError, ValueError: as its parts.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, natgalore_jax as ng
+      >>> target = jnp.outer(jnp.arange(8.0), jnp.arange(6.0))
+      >>> loss = lambda p: jnp.mean((p["w"] - target) ** 2)
+      >>> tx = ng.natural_galore_adamw(0.5, rank=2, scale=1.0, weight_decay=0.0)
+      >>> params = {"w": jnp.zeros((8, 6))}
+      >>> state = tx.init(params)
+      >>> for _ in range(100):
+      ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> bool(loss(params) < 0.05 * jnp.mean(target**2))
+      True
+    """
+    return chain(
+        natural_galore(
+            rank=rank,
+            update_interval=update_interval,
+            side=side,
+            method=method,
+            transition=transition,
+            stagger=stagger,
+            where=where,
+            axes=axes,
+            basis_dtype=basis_dtype,
+            seed=seed,
+            history=history,
+            damping=damping,
+            damping_mode=damping_mode,
+            history_dtype=history_dtype,
+        ),
+        optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype),
+        project_back(scale, residual, norm_growth_limit),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def galore_adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int | tuple[int, ...] = 128,
+    update_interval: int = 200,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    mu_dtype: Any = None,
+    weight_decay: float = 1e-4,
+    mask: Any = None,
+    side: str = "auto",
+    method: str = "power",
+    transition: str = "keep",
+    stagger: bool = True,
+    where: Where = hidden_matrices,
+    axes: AxesLike = None,
+    basis_dtype: Any = None,
+    seed: int = 0,
+    scale: float = 0.25,
+    residual: bool = False,
+    norm_growth_limit: float | None = 1.01,
+) -> optax.GradientTransformationExtraArgs:
+    r"""AdamW in a low-rank subspace (GaLore), without the natural gradient.
+
+    .. math:: R = P^\top G, \quad N = \mathrm{Adam}(R), \quad W \leftarrow W - \eta\,(\alpha P N + \omega W)
+
+    With ``residual=True`` it is Fira's rule. With ``method="svd", stagger=False`` it is GaLore as
+    published (``galore-torch``; with ``side="long"`` it is ``optax.contrib.galore``).
+
+    Args:
+      learning_rate, weight_decay, mask, b1, b2, eps, mu_dtype: see :func:`natural_galore_adamw`.
+      rank, update_interval, side, method, transition, stagger, where, axes, basis_dtype, seed:
+        see :func:`low_rank_project`. The moments are kept as they are when the basis changes, as
+        published; with method "power" this is nearly the same as rotating them.
+      scale, residual, norm_growth_limit: see :func:`project_back`.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``.
+
+    Raises:
+      TypeError, ValueError: as its parts.
+
+    References:
+      Zhao et al., GaLore (2024), algorithm 2; Fira (2024).
+
+    Example:
+      >>> import jax.numpy as jnp, natgalore_jax as ng
+      >>> state = ng.galore_adamw(1e-2, rank=2).init({"w": jnp.ones((6, 8))})
+      >>> state[1].nu["w"].shape
+      (2, 8)
+    """
+    return chain(
+        low_rank_project(
+            rank=rank,
+            update_interval=update_interval,
+            side=side,
+            method=method,
+            transition=transition,
+            stagger=stagger,
+            where=where,
+            axes=axes,
+            basis_dtype=basis_dtype,
+            seed=seed,
+        ),
+        optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype),
+        project_back(scale, residual, norm_growth_limit),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )

@@ -1,0 +1,186 @@
+"""How each parameter is projected: decided from names and shapes alone, before any array exists."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from natgalore_jax._axes import AxesLike, MatrixAxes, axes_per_leaf
+from natgalore_jax._validate import check_integer
+from natgalore_jax._where import KeyPath, Where, hidden_matrices, selected
+
+SIDES = ("auto", "short", "long", "left", "right", "both")
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafPlan:
+    """One projected parameter: its modes, and the rank of each mode that is projected.
+
+    A matrix has the two modes rows and columns; Tucker has one mode per axis. A mode is a group of
+    axes. In low-rank coordinates the axes are ordered batch, then modes, and each projected mode
+    has become one axis of length rank.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    batch: tuple[int, ...]  # axes of independent matrices
+    modes: tuple[tuple[int, ...], ...]  # the axes of each mode
+    ranks: tuple[int | None, ...]  # rank of each mode, None where the mode is kept whole
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        return tuple(self.shape[a] for a in self.batch)
+
+    @property
+    def layers(self) -> int:
+        """The number of independent matrices."""
+        return math.prod(self.batch_shape)
+
+    @property
+    def mode_sizes(self) -> tuple[int, ...]:
+        return tuple(math.prod(self.shape[a] for a in mode) for mode in self.modes)
+
+    @property
+    def projected_modes(self) -> tuple[int, ...]:
+        return tuple(i for i, rank in enumerate(self.ranks) if rank is not None)
+
+    def mode_shape(self, mode: int) -> tuple[int, ...]:
+        return tuple(self.shape[a] for a in self.modes[mode])
+
+    def factor_shape(self, mode: int) -> tuple[int, ...]:
+        """Shape of one mode's basis: batch, the axes of the mode, rank."""
+        return (*self.batch_shape, *self.mode_shape(mode), self.ranks[mode])
+
+    @property
+    def low_rank_axes(self) -> tuple[int, ...]:
+        """Where each mode begins among the axes that follow the batch in low-rank coordinates."""
+        widths = [
+            1 if r is not None else len(m) for m, r in zip(self.modes, self.ranks, strict=True)
+        ]
+        return tuple(sum(widths[:i]) for i in range(len(widths)))
+
+    @property
+    def low_rank_shape(self) -> tuple[int, ...]:
+        shape = list(self.batch_shape)
+        for i, rank in enumerate(self.ranks):
+            shape += self.mode_shape(i) if rank is None else (rank,)
+        return tuple(shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanSettings:
+    """The arguments of ``low_rank_project`` that decide which parameters are projected and how."""
+
+    rank: int | tuple[int, ...]
+    side: str
+    where: Where
+    axes: AxesLike
+
+
+def check_rank(rank: Any) -> None:
+    if isinstance(rank, Sequence) and not isinstance(rank, str):
+        if len(rank) < 2:
+            raise ValueError(f"rank as a tuple needs one entry per mode, got {rank!r}")
+        for entry in rank:
+            check_integer("rank", entry, minimum=1)
+    else:
+        check_integer("rank", rank, minimum=1)
+
+
+def plan_tree(settings: PlanSettings, tree: Any) -> list[LeafPlan | None]:
+    """One entry per leaf of ``tree``: its plan, or None where the leaf is not projected.
+
+    ``tree`` is the parameters or anything of their structure and shapes, such as the gradients.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    chosen = selected(settings.where, tree)
+    axes = axes_per_leaf(settings.axes, tree)
+    plans = [
+        _plan_leaf(settings, KeyPath(path), leaf, leaf_axes) if is_chosen else None
+        for (path, leaf), leaf_axes, is_chosen in zip(leaves, axes, chosen, strict=True)
+    ]
+    if leaves and all(plan is None for plan in plans):
+        shapes = ", ".join(f"{KeyPath(p)} {tuple(x.shape)}" for p, x in leaves[:6])
+        raise ValueError(
+            f"where selects no parameter to project at rank {settings.rank}. The default rule takes "
+            "matrices with both sides larger than the rank that are not embeddings or the output "
+            f"head; received: {shapes}{', ...' if len(leaves) > 6 else ''}"
+        )
+    return plans
+
+
+def _plan_leaf(
+    settings: PlanSettings, path: KeyPath, leaf: Any, axes: MatrixAxes | None
+) -> LeafPlan | None:
+    shape, by_default = tuple(leaf.shape), settings.where is hidden_matrices
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise TypeError(
+            f"{path}: only real floating-point parameters can be projected, got {leaf.dtype} of "
+            f"shape {shape}; leave it out through where"
+        )
+    if isinstance(settings.rank, Sequence):
+        return _plan_tucker(settings, path, shape, by_default)
+    batch, modes = _matrix_modes(path, shape, axes)
+    m, n = (math.prod(shape[a] for a in mode) for mode in modes)
+    if by_default and min(m, n) <= settings.rank:
+        return None
+    if m * n == 0:
+        raise ValueError(
+            f"{path}: a matrix without elements cannot be projected, got shape {shape}"
+        )
+    rank = min(settings.rank, m, n)
+    left, right = _projected_sides(settings.side, m, n)
+    return LeafPlan(
+        str(path), shape, batch, modes, (rank if left else None, rank if right else None)
+    )
+
+
+def _plan_tucker(
+    settings: PlanSettings, path: KeyPath, shape: tuple[int, ...], by_default: bool
+) -> LeafPlan | None:
+    ranks = tuple(settings.rank)  # type: ignore[arg-type]
+    if len(shape) < len(ranks) or len(ranks) == 2:
+        if by_default and len(shape) < len(ranks):
+            return None
+        raise ValueError(
+            f"{path}: rank={ranks} has one entry per mode of a tensor with more than two modes, "
+            f"but the parameter has shape {shape}; a matrix takes one integer rank"
+        )
+    batch = tuple(range(len(shape) - len(ranks)))
+    modes = tuple((a,) for a in range(len(batch), len(shape)))
+    sizes = [shape[a] for (a,) in modes]
+    others = [math.prod(sizes) // max(size, 1) for size in sizes]
+    clipped = tuple(min(r, size, rest) for r, size, rest in zip(ranks, sizes, others, strict=True))
+    return LeafPlan(str(path), shape, batch, modes, clipped)
+
+
+def _matrix_modes(
+    path: KeyPath, shape: tuple[int, ...], axes: MatrixAxes | None
+) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    ndim = len(shape)
+    if ndim < 2:
+        raise ValueError(f"{path}: a matrix needs at least two axes, got shape {shape}")
+    axes = axes or MatrixAxes(rows=-2, cols=-1)
+    named = axes.rows + axes.cols
+    if any(not -ndim <= a < ndim for a in named):
+        raise ValueError(f"{path}: {axes} is out of range for a parameter of shape {shape}")
+    rows, cols = (tuple(a % ndim for a in side) for side in (axes.rows, axes.cols))
+    if set(rows) & set(cols) or len(set(rows + cols)) < len(named):
+        raise ValueError(f"{path}: {axes} names an axis twice in a parameter of shape {shape}")
+    return tuple(a for a in range(ndim) if a not in rows + cols), (rows, cols)
+
+
+def _projected_sides(side: str, m: int, n: int) -> tuple[bool, bool]:
+    """Whether the rows and whether the columns are projected; a tie goes to the rows."""
+    left = {
+        "auto": m <= n,  # as "short"
+        "short": m <= n,
+        "long": m >= n,
+        "left": True,
+        "right": False,
+        "both": True,
+    }[side]
+    return left, not left or side == "both"

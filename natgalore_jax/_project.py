@@ -1,0 +1,145 @@
+"""Gradients into the subspace."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from natgalore_jax._axes import AxesLike
+from natgalore_jax._basis import METHODS, start_basis
+from natgalore_jax._plan import SIDES, LeafPlan, PlanSettings, check_rank
+from natgalore_jax._refresh import Factors, RefreshSettings
+from natgalore_jax._transition import TRANSITIONS
+from natgalore_jax._validate import check_boolean, check_choice, check_integer
+from natgalore_jax._where import Where, hidden_matrices
+
+
+class LowRankProjectState(NamedTuple):
+    """State of :func:`low_rank_project`."""
+
+    count: jax.Array  # shape (), int32: steps taken
+    # One tree of parameters per mode: (rows, columns) for matrices, one per axis for Tucker.
+    # Its leaves are batch + mode + (rank,), basis_dtype, or MaskedNode where nothing is projected.
+    basis: tuple[Any, ...]
+
+
+class LowRankProject(optax.GradientTransformationExtraArgs):
+    """What :func:`low_rank_project` returns: it opens a subspace in :func:`natgalore_jax.chain`."""
+
+    plan: PlanSettings
+    refresh: RefreshSettings
+    basis_dtype: Any
+
+    @property
+    def number_of_modes(self) -> int:
+        return 2 if isinstance(self.plan.rank, int) else len(self.plan.rank)
+
+
+def low_rank_project(
+    rank: int | tuple[int, ...] = 128,
+    update_interval: int = 200,
+    side: str = "auto",
+    method: str = "power",
+    transition: str = "rotate",
+    stagger: bool = True,
+    where: Where = hidden_matrices,
+    axes: AxesLike = None,
+    basis_dtype: Any = None,
+    seed: int = 0,
+) -> LowRankProject:
+    r"""Projects the gradient of every selected matrix onto a low-rank subspace of itself.
+
+    For one matrix W of shape (m, n) with gradient G the low-rank gradient is
+
+    .. math:: R = P^\top G, \qquad R = G Q, \qquad\text{or}\qquad R = P^\top G Q,
+
+    with orthonormal P (m, r) and Q (n, r) that span the dominant subspaces of the gradient at the
+    last refresh. A parameter with more axes is a batch of matrices, one per index of the other
+    axes; with a tuple for ``rank`` it is a tensor with one basis per mode (Tucker). R has the
+    dtype of G; products are accumulated in float32, factorisations are float32.
+
+    It opens a subspace: what follows in :func:`natgalore_jax.chain`, up to :func:`project_back`,
+    sees R in the place of G. It cannot stand alone or in ``optax.chain``, where the other
+    transformations would be initialised with the full shapes.
+
+    Args:
+      rank: r, clipped per matrix to its smaller side. A tuple has one entry for each of the last
+        ``len(rank)`` axes of the selected parameters, which then have more than two modes.
+      update_interval: T, steps between two refreshes of a basis; 1 refreshes at every step.
+      side: which side is projected. ``"short"``: the shorter, as in the paper and ``galore-torch``
+        "std"; ``"long"``: the longer, as in ``optax.contrib.galore``, with the smallest moments;
+        ``"left"`` (rows), ``"right"`` (columns), ``"both"``; ``"auto"``: currently "short", which
+        learns better than "long" at the same rank. Square matrices: rows.
+      method: how a basis is found. ``"power"``: one block power step ``qr(G Gᵀ P)`` from the
+        previous basis, three at the start: many times cheaper than an SVD, and the basis moves
+        continuously. ``"svd"``, ``"eigh"`` (of G Gᵀ): exact. ``"randomized"``: randomised SVD.
+        ``"gaussian"``: random, needs no gradient. ``"online"``: a small step of Oja's rule at
+        every step of training.
+      transition: what becomes of moments and history when P changes to P'. ``"rotate"``: linear
+        ones by ``P'ᵀP``, second moments by its squares; ``"reset"``: zero; ``"keep"``: untouched,
+        as in the published code. Found by ``optax.tree.map_params`` in any inner optimizer.
+      stagger: spread the refreshes of all matrices evenly over the interval, so that no step does
+        them all. The first step always does.
+      where: the parameters to project: a callable ``(path, leaf) -> bool``, a pytree of booleans
+        (a prefix of the parameters' tree is enough), or the default :func:`hidden_matrices`.
+      axes: a :class:`MatrixAxes`, a pytree of them (None: the default), or a callable of the
+        parameters that returns one. Default: the last two axes.
+      basis_dtype: dtype of the bases; None is the dtype of the parameter.
+      seed: for the random methods.
+
+    Returns:
+      A transformation for :func:`natgalore_jax.chain`, with a :class:`LowRankProjectState`.
+
+    Raises:
+      TypeError, ValueError: at construction for an argument of a wrong type or value; at ``init``,
+        with the path of the parameter, for a tuple rank on a matrix, axes that overlap or are out
+        of range, an integer or complex parameter selected by ``where``, or no parameter selected.
+        A gradient that is zero or not finite at a refresh leaves the basis as it was.
+
+    References:
+      Zhao et al., GaLore (2024), algorithm 2; Halko et al. (2011) for "randomized"; Oja (1982)
+      for "online"; LDAdam (2024) for power iteration from the previous basis.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, natgalore_jax as ng
+      >>> tx = ng.chain(ng.low_rank_project(rank=2), optax.scale_by_adam(), ng.project_back())
+      >>> state = tx.init({"w": jnp.ones((6, 8)), "b": jnp.ones(8)})
+      >>> state[0].basis[0]["w"].shape, state[1].mu["w"].shape, state[1].mu["b"].shape
+      ((6, 2), (2, 8), (8,))
+    """
+    check_rank(rank)
+    check_integer("update_interval", update_interval, minimum=1)
+    check_choice("side", side, SIDES)
+    check_choice("method", method, METHODS)
+    check_choice("transition", transition, TRANSITIONS)
+    check_boolean("stagger", stagger)
+    check_integer("seed", seed, minimum=0)
+    if basis_dtype is not None and not jnp.issubdtype(basis_dtype, jnp.floating):
+        raise TypeError(f"basis_dtype must be a floating-point dtype, got {basis_dtype!r}")
+    rank = int(rank) if not isinstance(rank, (tuple, list)) else tuple(int(r) for r in rank)
+
+    tx = LowRankProject(_outside_of_chain, _outside_of_chain)
+    tx.plan = PlanSettings(rank, side, where, axes)
+    tx.refresh = RefreshSettings(int(update_interval), method, transition, stagger, int(seed))
+    tx.basis_dtype = basis_dtype
+    return tx
+
+
+def _outside_of_chain(*args: Any, **kwargs: Any) -> Any:
+    del args, kwargs
+    raise ValueError(
+        "low_rank_project changes the shapes of the updates, so that what follows it must be "
+        "initialised inside the subspace: use natgalore_jax.chain(low_rank_project(...), ...) "
+        "in the place of optax.chain or of the bare transformation"
+    )
+
+
+def start_factors(plan: LeafPlan, dtype: Any) -> Factors:
+    """An orthonormal start for each basis of one parameter."""
+    factors = []
+    for mode in plan.projected_modes:
+        P = start_basis(plan.mode_sizes[mode], plan.ranks[mode]).astype(dtype)
+        P = P.reshape(*plan.mode_shape(mode), plan.ranks[mode])
+        factors.append(jnp.broadcast_to(P, plan.factor_shape(mode)))
+    return tuple(factors)

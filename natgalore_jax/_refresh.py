@@ -1,0 +1,163 @@
+"""New bases for the matrices that are due, and their companions carried over to them."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+
+from natgalore_jax._basis import new_basis
+from natgalore_jax._plan import LeafPlan
+from natgalore_jax._schedule import due_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class RefreshSettings:
+    """The arguments of ``low_rank_project`` that decide when and how a basis changes."""
+
+    update_interval: int
+    method: str
+    transition: str
+    stagger: bool
+    seed: int
+
+
+class Companion(Protocol):
+    """Something stored in the coordinates of a basis: a moment, a history.
+
+    It is a pytree whose arrays have the batch axes of the parameter first.
+    """
+
+    def moved(self, transition: str, C_of_axis: Mapping[int, jax.Array]) -> "Companion":
+        """One matrix's companion, without batch axes, in the coordinates of the new basis."""
+        ...
+
+
+Factors = tuple[jax.Array, ...]
+
+
+def refresh(
+    settings: RefreshSettings,
+    plans: Sequence[LeafPlan],
+    gradients: Sequence[jax.Array],
+    bases: Sequence[Factors],
+    companions: Sequence[Any],
+    step: jax.Array,
+    accumulation: int = 1,
+) -> tuple[list[Factors], list[Any]]:
+    """Refreshes what is due at this step, and nothing else.
+
+    Each leaf has one loop over its due layers, of no iterations if there are none: a ``cond`` per
+    layer would become a ``select`` under ``vmap`` and run every factorisation at every step. The
+    loop works in place, one layer at a time, so its workspace is that of one layer.
+
+    Args:
+      settings: when and how.
+      plans, gradients, bases, companions: one entry for each projected leaf. A basis is one array
+        per projected mode; companions are any pytree of :class:`Companion`.
+      step: scalar int32.
+      accumulation: see :func:`due_layers`.
+
+    Returns:
+      The new bases and companions.
+    """
+    every_step = settings.method == "online"
+    ranges = due_layers(
+        [plan.layers for plan in plans],
+        1 if every_step else settings.update_interval,
+        1 if every_step else accumulation,
+        stagger=settings.stagger,
+        step=step,
+    )
+    step_key = jax.random.fold_in(jax.random.key(settings.seed), step)
+    new_bases, new_companions = [], []
+    for number, (plan, G, basis, own, (first, end)) in enumerate(
+        zip(plans, gradients, bases, companions, ranges, strict=True)
+    ):
+        leaf_key = jax.random.fold_in(step_key, number)
+
+        def body(layer, carry, plan=plan, G=G, leaf_key=leaf_key):
+            key = jax.random.fold_in(leaf_key, layer)
+            return _refresh_layer(settings, plan, G, *carry, layer, key, step == 0)
+
+        basis, own = jax.lax.fori_loop(first, end, body, (basis, own))
+        new_bases.append(basis)
+        new_companions.append(own)
+    return new_bases, new_companions
+
+
+def _refresh_layer(settings, plan, G, basis, companions, layer, key, is_first):
+    index = jnp.unravel_index(layer, plan.batch_shape) if plan.batch else ()
+    tensor = G
+    for axis, i in sorted(zip(plan.batch, index, strict=True), reverse=True, key=lambda x: x[0]):
+        tensor = jax.lax.dynamic_index_in_dim(tensor, i, axis, keepdims=False)
+    kept = [a for a in range(G.ndim) if a not in plan.batch]
+    tensor = tensor.transpose([kept.index(a) for mode in plan.modes for a in mode])
+
+    new_factors, C_of_axis = [], {}
+    for number, (mode, stacked) in enumerate(zip(plan.projected_modes, basis, strict=True)):
+        U = _take(stacked, index)
+        P = U.reshape(plan.mode_sizes[mode], plan.ranks[mode])
+        P_new = new_basis(
+            settings.method,
+            _unfold(plan, _replicated(tensor), mode),
+            P,
+            jax.random.fold_in(key, number),
+            is_first,
+        )
+        C_of_axis[plan.low_rank_axes[mode]] = jnp.matmul(
+            P_new.T, P, precision="highest", preferred_element_type=jnp.float32
+        )
+        new_factors.append(_put(stacked, P_new.reshape(U.shape), index))
+    if settings.transition == "keep":
+        return tuple(new_factors), companions
+    moved = jax.tree.map(
+        lambda c: _put_tree(c, _take_tree(c, index).moved(settings.transition, C_of_axis), index),
+        companions,
+        is_leaf=lambda x: hasattr(x, "moved"),
+    )
+    return tuple(new_factors), moved
+
+
+def _unfold(plan: LeafPlan, tensor: jax.Array, mode: int) -> jax.Array:
+    """The tensor as a matrix whose rows are one mode; the axes are in the order of the modes."""
+    start = sum(len(axes) for axes in plan.modes[:mode])
+    rows = range(start, start + len(plan.modes[mode]))
+    order = [*rows, *(a for a in range(tensor.ndim) if a not in rows)]
+    tensor = tensor.transpose(order)
+    if tensor.ndim == 2:
+        return tensor
+    return tensor.reshape(plan.mode_sizes[mode], math.prod(tensor.shape[len(rows) :]))
+
+
+def _replicated(x: jax.Array) -> jax.Array:
+    """Factorisations need whole matrices; on explicit meshes this has to be said."""
+    mesh = jax.typeof(x).sharding.mesh
+    if mesh.empty or any(t != AxisType.Explicit for t in mesh.axis_types):
+        return x
+    return jax.sharding.reshard(x, jax.sharding.PartitionSpec())
+
+
+def _take(array: jax.Array, index: tuple) -> jax.Array:
+    for i in index:
+        array = jax.lax.dynamic_index_in_dim(array, i, 0, keepdims=False)
+    return array
+
+
+def _put(array: jax.Array, value: jax.Array, index: tuple) -> jax.Array:
+    if not index:
+        return value
+    starts = (*index, *([0] * value.ndim))
+    value = value.reshape((1,) * len(index) + value.shape).astype(array.dtype)
+    return jax.lax.dynamic_update_slice(array, value, starts)
+
+
+def _take_tree(tree: Any, index: tuple) -> Any:
+    return jax.tree.map(lambda x: _take(x, index), tree)
+
+
+def _put_tree(tree: Any, value: Any, index: tuple) -> Any:
+    return jax.tree.map(lambda x, v: _put(x, v, index), tree, value)

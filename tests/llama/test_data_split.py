@@ -1,0 +1,73 @@
+"""The split is a partition by documents that depends on content and seed alone."""
+
+import random
+import re
+
+import pytest
+
+from examples.llama.data import DataError
+from examples.llama.data.split import split_documents
+
+
+def _documents(count, seed=0):
+    rng = random.Random(seed)
+    return [f"{i} " + "".join(rng.choices("ab cd\n", k=200)) for i in range(count)]
+
+
+def test_documents_are_partitioned_in_order():
+    documents = _documents(200)
+    splits = split_documents(documents, 0)
+    assert [len(texts) for texts in splits] == [180, 10, 10]
+    assert sorted(sum(splits, [])) == sorted(documents)
+    for texts in splits:
+        assert texts == [text for text in documents if text in set(texts)]
+
+
+def test_split_depends_on_content_and_seed_only():
+    documents = _documents(200)
+    shuffled = random.Random(1).sample(documents, len(documents))
+    for one, other in zip(split_documents(documents, 3), split_documents(shuffled, 3), strict=True):
+        assert set(one) == set(other)
+    assert set(split_documents(documents, 3)[1]) != set(split_documents(documents, 4)[1])
+
+
+def test_duplicates_stay_on_one_side():
+    documents = _documents(100) * 3
+    train, validation, test = map(set, split_documents(documents, 0))
+    assert not train & validation and not train & test and not validation & test
+
+
+@pytest.mark.parametrize(
+    ("separator", "cut"),
+    [("\n\n", r"\n\n\Z"), ("\n", r"\n\Z"), (" ", r" \Z"), ("", r"\Z")],
+    ids=["paragraphs", "lines", "words", "characters"],
+)
+def test_one_book_is_cut_into_pieces(separator, cut):
+    rng = random.Random(0)
+    units = ["".join(rng.choices("abcdefgh", k=rng.randint(20, 60))) for _ in range(1000)]
+    book = separator.join(units)
+    train, validation, test = split_documents([book], 0)
+    held_out = sum(map(len, validation)) / len(book)
+    assert 0.03 < held_out < 0.07
+    assert sum(map(len, train + validation + test)) == len(book)
+    for piece in train + validation + test:
+        assert piece in book
+        assert re.search(cut, piece) or book.endswith(piece)
+
+
+def test_only_a_dominating_document_is_cut():
+    documents = [*_documents(100), "\n\n".join(_documents(100, seed=1))]
+    splits = sum(split_documents(documents, 0), [])
+    assert set(documents[:-1]) <= set(splits)
+    assert documents[-1] not in splits
+    assert "".join(splits[-sum(t not in documents for t in splits) :]) != ""
+
+
+@pytest.mark.parametrize("documents", [[], ["x"], ["xx"], ["same", "same", "same"]])
+def test_too_little_text(documents):
+    if documents == ["same", "same", "same"]:
+        # Distinct characters, once cut: enough for a split, if not for a row of tokens.
+        assert all(split_documents(documents, 0))
+        return
+    with pytest.raises(DataError, match="too short to be split"):
+        split_documents(documents, 0)

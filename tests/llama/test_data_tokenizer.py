@@ -1,0 +1,91 @@
+"""The tokenizer loses nothing, is reproducible, and knows only the training split."""
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models
+
+from examples.llama.data import DataConfig, DataError, load_splits
+from examples.llama.data.split import split_documents
+from examples.llama.data.tokenizer import encode, end_of_text, load_tokenizer, train_tokenizer
+
+_TEXTS = [
+    "the quick brown fox jumps over the lazy dog " * 5,
+    "Größe, naïve, Привет, 你好, \U0001f600\u2028\x00\ttab\n\n  spaces  ",
+    "<|endoftext|> is text here",
+]
+
+
+def test_encode_round_trip():
+    tokenizer = train_tokenizer(_TEXTS[:1], 300)
+    tokens = encode(tokenizer, _TEXTS)
+    end = end_of_text(tokenizer)
+    ends = np.flatnonzero(tokens == end)
+    assert len(ends) == len(_TEXTS) and ends[-1] == len(tokens) - 1
+    pieces = np.split(tokens, ends + 1)[:-1]
+    assert [tokenizer.decode(piece[:-1].tolist()) for piece in pieces] == _TEXTS
+    assert tokens.dtype == np.uint16
+
+
+def test_encode_across_chunks_and_of_nothing():
+    tokenizer = train_tokenizer(_TEXTS, 300)
+    documents = [str(i) for i in range(1300)]
+    one_by_one = [token for text in documents for token in encode(tokenizer, [text])]
+    np.testing.assert_array_equal(encode(tokenizer, documents), one_by_one)
+    assert encode(tokenizer, []).shape == (0,)
+
+
+def test_training_is_reproducible():
+    # Many pairs of equal frequency: an unordered tie-break would show.
+    texts = [f"{a}{b}" for a in "abcdefghij" for b in "klmnopqrst"]
+    assert len({train_tokenizer(texts, 330).to_str() for _ in range(5)}) == 1
+
+
+def test_vocabulary_size():
+    assert train_tokenizer(_TEXTS, 300).get_vocab_size() == 300
+    assert train_tokenizer(["aa"], 1000).get_vocab_size() == 258
+    with pytest.raises(DataError, match="vocab_size 256 is too small"):
+        train_tokenizer(_TEXTS, 256)
+
+
+def test_trained_on_the_training_split_alone(tmp_path):
+    # Each document repeats a word of its own, so that a tokenizer that saw it has the word.
+    words = ["".join("abcdefghij"[int(d)] * 2 for d in f"{i:03}") for i in range(60)]
+    texts = [f"{word} " * 40 for word in words]
+    for word, text in zip(words, texts, strict=True):
+        (tmp_path / f"{word}.txt").write_text(text)
+    config = DataConfig(data=(str(tmp_path),), vocab_size=600, cache_dir=tmp_path / "cache")
+    vocabulary = set(load_splits(config).tokenizer.get_vocab())
+    train, validation, test = split_documents(texts, config.split_seed)
+    assert all("Ġ" + text.split()[0] in vocabulary for text in train)
+    assert not any("Ġ" + text.split()[0] in vocabulary for text in validation + test)
+
+
+def test_file_with_truncation_loses_no_text(tmp_path):
+    tokenizer = train_tokenizer(_TEXTS, 300)
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=1000)
+    tokenizer.save(str(tmp_path / "t.json"))
+    loaded = load_tokenizer(str(tmp_path / "t.json"))
+    np.testing.assert_array_equal(
+        encode(loaded, _TEXTS), encode(train_tokenizer(_TEXTS, 300), _TEXTS)
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "not a tokenizer file"), (b"{}", "not a tokenizer file"), (b"\xff", "not a token")],
+)
+def test_bad_file(tmp_path, content, message):
+    path = tmp_path / "t.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        load_tokenizer(str(path))
+    assert str(path) in str(caught.value)
+
+
+def test_file_without_end_of_text(tmp_path):
+    path = str(tmp_path / "t.json")
+    Tokenizer(models.BPE(vocab={"a": 0}, merges=[])).save(path)
+    with pytest.raises(DataError, match="no end-of-text token"):
+        load_tokenizer(path)

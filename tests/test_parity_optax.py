@@ -1,0 +1,107 @@
+"""The library against optax.contrib.galore: the longer side of every matrix, exact SVD.
+
+Optax takes the singular vectors of the gradient itself on both sides, with LAPACK's signs, and
+leaves Adam's moments alone at a refresh: the numbers agree only if the library does so too.
+"""
+
+import jax
+import numpy as np
+import optax
+import pytest
+from replay import recorded_tree, replay
+
+import natgalore_jax as ng
+
+RANK, INTERVAL, SCALE, LR = 4, 20, 0.25, 0.01
+
+
+def _every_matrix(path, leaf):
+    return leaf.ndim == 2
+
+
+def _ours(side="long", transition="keep", rank=RANK, weight_decay=0.0, adam=None):
+    return ng.chain(
+        ng.low_rank_project(
+            rank=rank,
+            update_interval=INTERVAL,
+            side=side,
+            method="svd",
+            transition=transition,
+            stagger=False,
+            where=_every_matrix,
+        ),
+        adam or optax.scale_by_adam(),
+        ng.project_back(scale=SCALE),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(LR),
+    )
+
+
+def _optax(rank=RANK, weight_decay=0.0, adam=None):
+    return optax.contrib.galore(
+        LR,
+        rank=rank,
+        update_proj_gap=INTERVAL,
+        scale=SCALE,
+        base_optimizer=adam,
+        weight_decay=weight_decay,
+    )
+
+
+def _assert_same(actual, expected):
+    jax.tree.map(
+        lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-6), actual, expected
+    )
+
+
+def _largest_difference(actual, expected):
+    return max(
+        np.abs(actual[name] - expected[name]).max() for name in expected if expected[name].ndim == 3
+    )
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("rank", [RANK, 16])
+def test_every_step_of_a_mixed_tree(rank, weight_decay):
+    """Wide, tall and square kernels, an embedding and a vector; three bases. 16 is full rank."""
+    params, grads = recorded_tree()
+    expected = replay(_optax(rank, weight_decay), params, grads)
+    _assert_same(replay(_ours(rank=rank, weight_decay=weight_decay), params, grads), expected)
+
+
+def test_rank_above_a_side_is_clipped():
+    rng = np.random.default_rng(0)
+    shapes = {"thin": (3, 24), "narrow": (24, 3), "matrix": (24, 20)}
+    params = {k: rng.normal(size=s).astype(np.float32) for k, s in shapes.items()}
+    grads = {k: rng.normal(size=(60, *s)).astype(np.float32) for k, s in shapes.items()}
+    _assert_same(replay(_ours(), params, grads), replay(_optax(), params, grads))
+
+
+def test_another_inner_optimizer():
+    params, grads = recorded_tree()
+    expected = replay(_optax(adam=optax.scale_by_lion()), params, grads)
+    _assert_same(replay(_ours(adam=optax.scale_by_lion()), params, grads), expected)
+
+
+def test_galore_adamw_is_the_same_chain():
+    params, grads = recorded_tree()
+    tx = ng.galore_adamw(
+        LR,
+        rank=RANK,
+        weight_decay=0.1,
+        update_interval=INTERVAL,
+        side="long",
+        method="svd",
+        transition="keep",
+        stagger=False,
+        scale=SCALE,
+        where=_every_matrix,
+    )
+    _assert_same(replay(tx, params, grads), replay(_optax(weight_decay=0.1), params, grads))
+
+
+@pytest.mark.parametrize("other", [{"side": "short"}, {"transition": "rotate"}, {"rank": 5}])
+def test_the_comparison_notices_another_algorithm(other):
+    params, grads = recorded_tree()
+    expected = replay(_optax(), params, grads)
+    assert _largest_difference(replay(_ours(**other), params, grads), expected) > 1e-3
