@@ -3,6 +3,12 @@
 from natgalore_jax._axes import MatrixAxes as MatrixAxes
 from natgalore_jax._chain import chain as chain
 from natgalore_jax._history import History as History
+from natgalore_jax._memory_report import (
+    MemoryReport as MemoryReport,
+)
+from natgalore_jax._memory_report import (
+    memory_report as memory_report,
+)
 from natgalore_jax._natural_galore import (
     galore_adamw as galore_adamw,
 )
@@ -24,6 +30,7 @@ from natgalore_jax._project_back import (
 from natgalore_jax._project_back import (
     project_back as project_back,
 )
+from natgalore_jax._structural import structural_args as structural_args
 from natgalore_jax._where import hidden_matrices as hidden_matrices
 from natgalore_jax._woodbury import (
     WoodburyState as WoodburyState,

@@ -83,7 +83,11 @@ def natural_galore(
     closer = project_back(scale, residual, norm_growth_limit)
     tx = Composite(*chain(*parts, closer))
     tx.parts, tx.closer = parts, closer
-    tx.closer_is_default = (scale, residual, norm_growth_limit) == (1.0, False, 1.01)
+    # A number that optax.inject_hyperparams has made an array was given, and must not be compared.
+    given = (scale, residual, norm_growth_limit)
+    tx.closer_is_default = not any(isinstance(x, jax.Array) for x in given) and (
+        given == (1.0, False, 1.01)
+    )
     return tx
 
 
@@ -141,12 +145,15 @@ def natural_galore_adamw(
       >>> import jax, jax.numpy as jnp, optax, natgalore_jax as ng
       >>> target = jnp.outer(jnp.arange(8.0), jnp.arange(6.0))
       >>> loss = lambda p: jnp.mean((p["w"] - target) ** 2)
-      >>> tx = ng.natural_galore_adamw(0.5, rank=2, scale=1.0, weight_decay=0.0)
+      >>> tx = ng.natural_galore_adamw(0.5, rank=2, scale=1.0, damping=1.0, damping_mode="relative")
+      >>> @jax.jit
+      ... def step(params, state):
+      ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
+      ...     return optax.apply_updates(params, updates), state
       >>> params = {"w": jnp.zeros((8, 6))}
       >>> state = tx.init(params)
       >>> for _ in range(100):
-      ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
-      ...     params = optax.apply_updates(params, updates)
+      ...     params, state = step(params, state)
       >>> bool(loss(params) < 0.05 * jnp.mean(target**2))
       True
     """
@@ -198,7 +205,8 @@ def galore_adamw(
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdamW in a low-rank subspace (GaLore), without the natural gradient.
 
-    .. math:: R = P^\top G, \quad N = \mathrm{Adam}(R), \quad W \leftarrow W - \eta\,(\alpha P N + \omega W)
+    .. math::
+      R = P^\top G, \quad N = \mathrm{Adam}(R), \quad W \leftarrow W - \eta\,(\alpha P N + \omega W)
 
     With ``residual=True`` it is Fira's rule. With ``method="svd", stagger=False`` it is GaLore as
     published (``galore-torch``; with ``side="long"`` it is ``optax.contrib.galore``).

@@ -105,8 +105,8 @@ def plan_tree(settings: PlanSettings, tree: Any) -> list[LeafPlan | None]:
     if leaves and all(plan is None for plan in plans):
         shapes = ", ".join(f"{KeyPath(p)} {tuple(x.shape)}" for p, x in leaves[:6])
         raise ValueError(
-            f"where selects no parameter to project at rank {settings.rank}. The default rule takes "
-            "matrices with both sides larger than the rank that are not embeddings or the output "
+            f"where selects no parameter to project at rank {settings.rank}. The default rule "
+            "takes matrices with both sides larger than the rank that are not embeddings or the output "
             f"head; received: {shapes}{', ...' if len(leaves) > 6 else ''}"
         )
     return plans

@@ -11,7 +11,7 @@ from natgalore_jax._basis import METHODS, start_basis
 from natgalore_jax._plan import SIDES, LeafPlan, PlanSettings, check_rank
 from natgalore_jax._refresh import Factors, RefreshSettings
 from natgalore_jax._transition import TRANSITIONS
-from natgalore_jax._validate import check_boolean, check_choice, check_integer
+from natgalore_jax._validate import check_boolean, check_choice, check_float_dtype, check_integer
 from natgalore_jax._where import Where, hidden_matrices
 
 
@@ -115,8 +115,7 @@ def low_rank_project(
     check_choice("transition", transition, TRANSITIONS)
     check_boolean("stagger", stagger)
     check_integer("seed", seed, minimum=0)
-    if basis_dtype is not None and not jnp.issubdtype(basis_dtype, jnp.floating):
-        raise TypeError(f"basis_dtype must be a floating-point dtype, got {basis_dtype!r}")
+    check_float_dtype("basis_dtype", basis_dtype)
     rank = int(rank) if not isinstance(rank, (tuple, list)) else tuple(int(r) for r in rank)
 
     tx = LowRankProject(_outside_of_chain, _outside_of_chain)

@@ -14,11 +14,17 @@ from natgalore_jax._plan import LeafPlan
 _open: contextvars.ContextVar[Mapping[str, LeafPlan] | None] = contextvars.ContextVar(
     "open_subspace", default=None
 )
+_recorded: contextvars.ContextVar[list[LeafPlan] | None] = contextvars.ContextVar(
+    "recorded_plans", default=None
+)
 
 
 @contextlib.contextmanager
 def open_subspace(plans: Mapping[str, LeafPlan]) -> Iterator[None]:
     """Announces the projected leaves, by path, to what is initialised in this context."""
+    recorded = _recorded.get()
+    if recorded is not None:
+        recorded.extend(plans.values())
     token = _open.set(plans)
     try:
         yield
@@ -29,3 +35,14 @@ def open_subspace(plans: Mapping[str, LeafPlan]) -> Iterator[None]:
 def current_subspace() -> Mapping[str, LeafPlan] | None:
     """The projected leaves by path, or None outside of a subspace."""
     return _open.get()
+
+
+@contextlib.contextmanager
+def record_plans() -> Iterator[list[LeafPlan]]:
+    """Collects the plans of every subspace that is opened in this context, however deep."""
+    plans: list[LeafPlan] = []
+    token = _recorded.set(plans)
+    try:
+        yield plans
+    finally:
+        _recorded.reset(token)

@@ -4,8 +4,18 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
+_INJECTED = (
+    "; it shapes the state or the program: under optax.inject_hyperparams pass "
+    "static_args=natgalore_jax.structural_args(factory)"
+)
+
 
 def check_integer(name: str, value: Any, minimum: int) -> None:
+    if isinstance(value, jax.Array):
+        raise TypeError(f"{name} must be a Python integer, got the array {value}{_INJECTED}")
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
     if value < minimum:
@@ -24,11 +34,22 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
+def check_float_dtype(name: str, value: Any) -> None:
+    """A floating-point dtype, or None for the default."""
+    if isinstance(value, jax.Array):
+        raise TypeError(f"{name} must be a dtype, got the array {value}{_INJECTED}")
+    try:
+        is_float = value is None or jnp.issubdtype(jnp.dtype(value), jnp.floating)
+    except TypeError:
+        is_float = False
+    if not is_float:
+        raise TypeError(f"{name} must be a floating-point dtype, got {value!r}")
+
+
 def check_number(name: str, value: Any, *, above: float | None = None) -> None:
-    """A real number or a traced scalar; only the value of a concrete number can be checked."""
-    if isinstance(value, (bool, str)) or (
-        not isinstance(value, Real) and not hasattr(value, "dtype")
-    ):
+    """A real number or a scalar array; the value of a traced one cannot be checked."""
+    is_array = hasattr(value, "dtype") and getattr(value, "ndim", None) == 0
+    if isinstance(value, (bool, str)) or not (isinstance(value, Real) or is_array):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
-    if above is not None and isinstance(value, Real) and not value > above:
+    if above is not None and not isinstance(value, jax.core.Tracer) and not value > above:
         raise ValueError(f"{name} must be greater than {above:g}, got {value}")

@@ -31,7 +31,7 @@ _EXCLUDED_NAMES = frozenset(
 Where = Callable[[Any, Any], bool] | Any
 
 
-def hidden_matrices(path: Any, leaf: Any) -> bool:
+def hidden_matrices(path: Any, leaf: Any = None) -> bool:
     """The default rule for ``where``: the weight matrices inside a network.
 
     True for floating-point parameters of at least two axes, unless the name says that they are an
@@ -54,6 +54,11 @@ def hidden_matrices(path: Any, leaf: Any) -> bool:
       >>> ng.hidden_matrices(("embed", "embedding"), jnp.zeros((8, 4)))
       False
     """
+    if leaf is None:
+        raise TypeError(
+            "hidden_matrices needs a path and a parameter. If optax.inject_hyperparams called it as a "
+            "schedule, pass static_args=natgalore_jax.structural_args(factory)"
+        )
     names = [
         jax.tree_util.keystr((k,), simple=True) if not isinstance(k, str) else k
         for k in tuple(path)

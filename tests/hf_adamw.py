@@ -2,7 +2,7 @@
 
 It differs from optax.adamw in two places: ε is added to √v before the bias correction, so that at
 step t it acts as ε/√(1 − β₂ᵗ), thirty times larger at first; and the weight decay comes after the
-step and shrinks the new weight. Both are far above the tolerances of the parity tests.
+step and shrinks the new weight. Over sixty steps both exceed the tolerances of the parity tests.
 """
 
 import jax

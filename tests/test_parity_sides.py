@@ -12,16 +12,15 @@ import natgalore_jax as ng
 KERNELS = ("up", "down", "mix")
 
 
-@pytest.mark.parametrize("rank", [1, 4])
 @pytest.mark.parametrize("side", ["short", "long", "left", "right", "both"])
-def test_every_step(side, rank):
+def test_every_step(side):
     params, grads = ({name: tree[name] for name in KERNELS} for tree in recorded_tree())
     # Two-sided, the first R is diagonal but for rounding errors, which a small ε would let Adam
     # scale up to ±1.
     eps = 1e-4
     tx = ng.chain(
         ng.low_rank_project(
-            rank=rank,
+            rank=4,
             update_interval=20,
             side=side,
             method="svd",
@@ -38,7 +37,7 @@ def test_every_step(side, rank):
         expected = galore(
             params[name],
             grads[name],
-            rank=rank,
+            rank=4,
             interval=20,
             side=side,
             lr=0.01,

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ def _tokens(length, vocab_size, seed):
 
 
 def _brute_force_bigram(train, vocab_size):
-    pairs = Counter(zip(train[:-1], train[1:], strict=True))
+    pairs = Counter(pairwise(train))
     once = sum(count == 1 for count in pairs.values())
     twice = sum(count == 2 for count in pairs.values())
     discount = (once + 1) / (once + 2 * twice + 2)
@@ -41,7 +42,7 @@ def test_perplexities_equal_brute_force():
     unigram = [(counts[w] + 1) / (len(train) + vocab_size) for w in held_out[1:].tolist()]
     bigram = _brute_force_bigram(train.tolist(), vocab_size)
     held = held_out.tolist()
-    paired = [bigram(h, w) for h, w in zip(held[:-1], held[1:], strict=True)]
+    paired = [bigram(h, w) for h, w in pairwise(held)]
     assert max(held) >= 25  # Words and histories that training never showed.
     expected = {
         name: math.exp(-sum(map(math.log, p)) / len(p))

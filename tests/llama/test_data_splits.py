@@ -90,7 +90,8 @@ def test_losing_a_race_keeps_the_winner(config, monkeypatch):
         seen.append(path)
         return exists(path) if len(seen) > 1 or path != entry else False
 
-    monkeypatch.setattr(splits, "load_corpus", lambda config, c=load_corpus(config): c)
+    corpus = load_corpus(config)
+    monkeypatch.setattr(splits, "load_corpus", lambda config: corpus)
     monkeypatch.setattr(splits.Path, "exists", not_yet)
     assert load_splits(config).documents["train"] == 36
     assert list(config.cache_dir.iterdir()) == [entry]

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,7 @@ KEY = jax.random.key(0)
 
 @pytest.fixture(scope="module")
 def model():
-    """Untied and with large weights, so that it does not repeat one token."""
+    """Its weights are large, so that it does not repeat one token."""
     model = Llama(CONFIG, rngs=nnx.Rngs(0))
     state = nnx.state(model, nnx.Param)
     nnx.update(model, jax.tree.map(lambda p: p * 10 if p.ndim > 1 else p, state))
@@ -33,14 +35,23 @@ def constant_model(probabilities):
 
 
 def test_greedy_is_the_argmax_step_by_step(model):
+    logits = jax.jit(lambda model, ids: model(ids))
     expected = PROMPT
-    for _ in range(8):
-        token = jnp.argmax(model(expected)[:, -1], axis=-1)
+    for _ in range(6):
+        token = jnp.argmax(logits(model, expected)[:, -1], axis=-1)
         expected = jnp.concatenate([expected, token[:, None]], axis=1)
     assert len(np.unique(expected[:, 3:])) > 4
-    ids = generate(model, PROMPT, length=8, temperature=0.0, top_k=None, key=KEY)
+    ids = generate(model, PROMPT, length=6, temperature=0.0, top_k=None, key=KEY)
     assert ids.dtype == jnp.int32
     np.testing.assert_array_equal(ids, expected)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_stacked_and_recomputed_layers_work(stacked):
+    config = dataclasses.replace(CONFIG, stacked=stacked, remat=True)
+    model = Llama(config, rngs=nnx.Rngs(0))
+    ids = generate(model, PROMPT, length=2, temperature=0.0, top_k=None, key=KEY)
+    np.testing.assert_array_equal(ids[:, 3], jnp.argmax(model(PROMPT)[:, -1], axis=-1))
 
 
 def test_a_pure_function_of_parameters_works_as_the_model_does(model):

@@ -39,7 +39,7 @@ def split(config, seed=0):
     """The model as a function of its parameters, and parameters."""
     graphdef, params, rest = nnx.split(Llama(config, rngs=nnx.Rngs(seed)), nnx.Param, ...)
     assert not jax.tree.leaves(rest)
-    return lambda params, tokens: nnx.merge(graphdef, params, rest)(tokens), params
+    return jax.jit(lambda params, tokens: nnx.merge(graphdef, params, rest)(tokens)), params
 
 
 def random_tokens(rows=2, length=16):
@@ -48,7 +48,9 @@ def random_tokens(rows=2, length=16):
 
 def lively(params):
     """Weights large enough that attention and gates are far from uniform."""
-    return jax.tree.map(lambda p: p * 10 if p.ndim > 1 else p, params)
+    return jax.tree.map_with_path(
+        lambda path, p: p if "scale" in jax.tree_util.keystr(path) else p * 10, params
+    )
 
 
 def from_hugging_face(weights):
@@ -115,30 +117,32 @@ def test_initialisation(stacked):
     assert not np.array_equal(first, second)
 
 
+def logits_and_gradients(config, params, tokens):
+    """Compiled together, because compilation is most of the time of these tests."""
+    apply, _ = split(config)
+    weights = jnp.sin(jnp.arange(config.vocab_size))
+
+    def loss(params):
+        logits = apply(params, tokens)
+        return jnp.mean(logits**2 * weights), logits
+
+    grads, logits = jax.jit(jax.grad(loss, has_aux=True))(params)
+    return logits, grads
+
+
 def test_stacking_and_remat_change_neither_logits_nor_gradients():
     tokens = random_tokens()
-
-    def value_and_grad(params, **layout):
-        apply, _ = split(dataclasses.replace(SMALL, **layout))
-        weights = jnp.sin(jnp.arange(SMALL.vocab_size))
-        loss = jax.jit(jax.value_and_grad(lambda p: jnp.mean(apply(p, tokens) ** 2 * weights)))
-        return *loss(params), apply(params, tokens)
-
     params = lively(nnx.to_pure_dict(split(SMALL)[1]))
-    loss, grads, logits = value_and_grad(params)
+    logits, grads = logits_and_gradients(SMALL, params, tokens)
     assert all(jnp.max(jnp.abs(g)) > 1e-4 for g in jax.tree.leaves(grads))
     for stacked, remat in ((True, False), (False, True), (True, True)):
+        config = dataclasses.replace(SMALL, stacked=stacked, remat=remat)
         given = stack_layers(params) if stacked else params
-        loss_, grads_, logits_ = value_and_grad(given, stacked=stacked, remat=remat)
+        logits_, grads_ = logits_and_gradients(config, given, tokens)
         grads_ = unstack_layers(grads_) if stacked else grads_
-        np.testing.assert_allclose(loss_, loss, rtol=1e-5)
         np.testing.assert_allclose(logits_, logits, rtol=0, atol=1e-5)
-        scale = max(float(jnp.max(jnp.abs(g))) for g in jax.tree.leaves(grads))
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * scale),
-            grads_,
-            grads,
-        )
+        for a, b in zip(jax.tree.leaves(grads_), jax.tree.leaves(grads), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.max(jnp.abs(b))))
 
 
 @pytest.mark.parametrize("stacked", [False, True])
@@ -160,27 +164,27 @@ def test_unstack_inverts_stack():
     jax.tree.map(np.testing.assert_array_equal, back, params)
 
 
-@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("param_dtype", "tied"), [("float32", False), ("bfloat16", True)])
 def test_bfloat16_is_close_to_float32(param_dtype, tied):
-    config = dataclasses.replace(
-        SMALL, dtype="bfloat16", param_dtype=param_dtype, tied_embeddings=tied
-    )
-    apply, params = split(config)
+    exact = dataclasses.replace(SMALL, tied_embeddings=tied)
+    config = dataclasses.replace(exact, dtype="bfloat16", param_dtype=param_dtype)
+    params = lively(nnx.to_pure_dict(split(config)[1]))
     assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype(param_dtype)}
-    params = lively(nnx.to_pure_dict(params))
-    wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
-    exact, _ = split(dataclasses.replace(SMALL, tied_embeddings=tied))
-
-    logits = apply(params, random_tokens())
-    expected = exact(wide, random_tokens())
+    logits, grads = logits_and_gradients(config, params, random_tokens())
     assert logits.dtype == jnp.float32
-    difference = jnp.linalg.norm(logits - expected) / jnp.linalg.norm(expected)
-    assert 1e-5 < difference < 0.03
+    assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype(param_dtype)}
 
-    grads = jax.grad(lambda p: jnp.mean(apply(p, random_tokens()) ** 2))(params)
-    assert jax.tree.map(jnp.dtype, grads) == jax.tree.map(jnp.dtype, params)
-    assert all(jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads))
+    wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+    expected, expected_grads = logits_and_gradients(exact, wide, random_tokens())
+    assert 1e-5 < relative_error(logits, expected) < 0.02
+    for grad, expected_grad in zip(
+        jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True
+    ):
+        assert relative_error(grad, expected_grad) < 0.06
+
+
+def relative_error(x, expected):
+    return float(jnp.linalg.norm(x - expected) / jnp.linalg.norm(expected))
 
 
 @pytest.mark.parametrize("stacked", [False, True])
@@ -225,7 +229,7 @@ def test_presets_are_made_abstractly(preset, stacked):
 
 def test_a_row_that_is_too_long_is_refused():
     apply, params = split(SMALL)
-    with pytest.raises(ValueError, match="65 tokens.*max_length=64"):
+    with pytest.raises(ValueError, match=r"65 tokens.*max_length=64"):
         apply(params, jnp.zeros((1, 65), jnp.int32))
 
 

@@ -1,0 +1,135 @@
+"""Pre-train a LLaMA from the command line: `python -m examples.llama --help`."""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import tyro
+from rich.console import Console
+
+import natgalore_jax as ng
+from examples.llama.config import MODEL_PRESETS
+from examples.llama.data import DataError, load_splits, ngram_perplexity
+from examples.llama.generate import generate
+from examples.llama.interrupt import stop_on_signals
+from examples.llama.loop import Result, train
+from examples.llama.metrics import Record, of_kind
+from examples.llama.plots import plot_curves
+from examples.llama.report import make_reporter, summary_table
+from examples.llama.train_config import ConfigError, RunConfig, run_preset
+
+SAMPLE_TOKENS = 100
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the program and returns its exit code."""
+    console = Console()
+    try:
+        return run(parse(argv), console)
+    except (ConfigError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def parse(argv: list[str] | None) -> RunConfig:
+    """The configuration: the preset's, with what else the command line says."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="nano")
+    preset = first.parse_known_args(argv)[0].preset
+    # An unknown name is left to tyro, which lists the known ones.
+    default = run_preset(preset if preset in MODEL_PRESETS else "nano")
+    config = tyro.cli(
+        RunConfig,
+        prog="python -m examples.llama",
+        default=default,
+        args=argv,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    if config.model.vocab_size != default.model.vocab_size:
+        raise ConfigError("the model's vocabulary follows the tokenizer's: use --vocab-size")
+    return config
+
+
+def run(config: RunConfig, console: Console) -> int:
+    """Trains, and writes everything that belongs to the run."""
+    run_dir, quiet = config.run_dir, config.output.quiet
+    if config.output.overwrite and not config.output.resume:
+        shutil.rmtree(run_dir, ignore_errors=True)
+    reporter = make_reporter(console, quiet)
+    reporter.note(f"{run_dir}: reading text and tokenizer")
+    splits = load_splits(config.data)
+    with stop_on_signals() as stop:
+        result = train(config, splits=splits, run_dir=run_dir, reporter=reporter, should_stop=stop)
+    config = result.config
+    if result.diverged:
+        raise ConfigError(
+            f"the loss is not finite at step {result.steps}: try a --learning-rate below "
+            f"{config.learning_rate:g}"
+        )
+    if not result.finished:
+        console.print(f"stopped at step {result.steps}, saved; --resume goes on from there")
+        return 128 + stop.signal
+
+    summary = summarize(result)
+    _write_json(run_dir / "summary.json", summary)
+    plot_curves(
+        result.records,
+        run_dir / "curves.png",
+        {name: summary["validation"][name] for name in ("bigram", "unigram")},
+        title=summary["name"],
+    )
+    text = write_sample(result, config.output.sample)
+    (run_dir / "sample.txt").write_text(text + "\n")
+    reporter.note(f"\n{text}\n")
+    console.print(summary_table(summary))
+    console.print(f"files in {run_dir}", highlight=False)
+    return 0
+
+
+def summarize(result: Result) -> Record:
+    """The numbers of a finished run."""
+    config, splits = result.config, result.splits
+    last = result.records[-1]
+    memory = ng.memory_report(result.tx, result.params).to_dict()
+    summary = {
+        "name": config.run_dir.name,
+        "optimizer": config.optimizer.name,
+        "learning_rate": config.learning_rate,
+        "parameters": sum(p.size for p in jax.tree.leaves(result.params)),
+        "optimizer_bytes": memory["total_bytes"],
+        "adamw_bytes": memory["adamw_bytes"],
+        "steps": result.steps,
+        "tokens": last["tokens"],
+        "seconds": last["seconds"],
+    }
+    for split in ("validation", "test"):
+        baselines = ngram_perplexity(splits.train, getattr(splits, split), splits.vocab_size)
+        model = of_kind(result.records, split)[-1]["perplexity"]
+        summary[split] = {"model": model, **baselines}
+    return summary
+
+
+def write_sample(result: Result, prompt: str) -> str:
+    """`prompt`, continued by the model."""
+    tokenizer = result.splits.tokenizer
+    ids = jnp.array([tokenizer.encode(prompt, add_special_tokens=False).ids])
+    model = jax.tree_util.Partial(result.apply, result.params)
+    key = jax.random.key(result.config.seed)
+    length = min(SAMPLE_TOKENS, result.config.model.max_length - ids.shape[1])
+    ids = generate(model, ids, length, temperature=0.8, top_k=50, key=key)
+    return tokenizer.decode(ids[0].tolist())
+
+
+def _write_json(path: Path, value: Record) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

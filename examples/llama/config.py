@@ -1,0 +1,123 @@
+"""Sizes of the models, checked when they are made."""
+
+import dataclasses
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A LLaMA: its sizes, and how it is laid out and computed.
+
+    Raises:
+      ValueError: if a size is not positive, or sizes do not fit one another.
+    """
+
+    vocab_size: int
+    hidden: int
+    """Width of the residual stream."""
+    intermediate: int
+    """Width inside the feed-forward network."""
+    layers: int
+    heads: int
+    kv_heads: int
+    """Heads of keys and values; fewer than heads is grouped-query attention."""
+    max_length: int
+    """The most tokens in a row."""
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    tied_embeddings: bool = False
+    """Use the embedding as the output head too."""
+    stacked: bool = False
+    """Keep the layers in one stack, (layers, ...) in every parameter, and scan over it."""
+    remat: bool = False
+    """Recompute what is inside a layer in the backward pass, instead of keeping it."""
+    dtype: str = "float32"
+    """What matrix products are computed in: float32 or bfloat16."""
+    param_dtype: str = "float32"
+    """What parameters are stored in: float32 or bfloat16."""
+
+    def __post_init__(self) -> None:
+        sizes = (
+            "vocab_size",
+            "hidden",
+            "intermediate",
+            "layers",
+            "heads",
+            "kv_heads",
+            "max_length",
+        )
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("rope_theta", "norm_eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("dtype", "param_dtype"):
+            if getattr(self, name) not in DTYPES:
+                raise ValueError(f"{name} must be one of {DTYPES}, got {getattr(self, name)!r}")
+        if self.hidden % self.heads:
+            raise ValueError(f"hidden={self.hidden} is not a multiple of heads={self.heads}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(
+                f"rotary embeddings turn pairs, so hidden / heads must be even, got "
+                f"{self.hidden} / {self.heads} = {self.head_dim}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """How many parameters a model of this configuration has."""
+    c = config
+    attention = 2 * c.hidden * c.head_dim * (c.heads + c.kv_heads)
+    mlp = 3 * c.hidden * c.intermediate
+    norms = 2 * c.hidden
+    tables = c.vocab_size * c.hidden * (1 if c.tied_embeddings else 2)
+    return tables + c.layers * (attention + mlp + norms) + c.hidden
+
+
+def _llama(hidden: int, intermediate: int, layers: int, heads: int) -> ModelConfig:
+    """A model of the GaLore papers: a vocabulary of 32,000, rows of 256 tokens."""
+    return ModelConfig(
+        vocab_size=32_000,
+        hidden=hidden,
+        intermediate=intermediate,
+        layers=layers,
+        heads=heads,
+        kv_heads=heads,
+        max_length=256,
+    )
+
+
+MODEL_PRESETS: dict[str, ModelConfig] = {
+    # For two cores, with a vocabulary trained on the text itself.
+    "nano": ModelConfig(
+        vocab_size=4096, hidden=256, intermediate=688, layers=4, heads=4, kv_heads=4, max_length=128
+    ),
+    "9m": ModelConfig(
+        vocab_size=8192, hidden=256, intermediate=688, layers=6, heads=4, kv_heads=4, max_length=256
+    ),
+    "60m": _llama(hidden=512, intermediate=1376, layers=8, heads=8),
+    "130m": _llama(hidden=768, intermediate=2048, layers=12, heads=12),
+    "350m": _llama(hidden=1024, intermediate=2736, layers=24, heads=16),
+    "1b": _llama(hidden=2048, intermediate=5461, layers=24, heads=32),
+    "7b": _llama(hidden=4096, intermediate=11008, layers=32, heads=32),
+    # The published SmolLM2-135M, for its weights.
+    "smollm2-135m": ModelConfig(
+        vocab_size=49_152,
+        hidden=576,
+        intermediate=1536,
+        layers=30,
+        heads=9,
+        kv_heads=3,
+        max_length=8192,
+        rope_theta=100_000.0,
+        norm_eps=1e-5,
+        tied_embeddings=True,
+    ),
+}

@@ -1,0 +1,63 @@
+"""Metrics as JSON lines: one record a line, in step order, each step once."""
+
+import json
+from pathlib import Path
+from typing import Any, Self, TextIO
+
+Record = dict[str, Any]
+
+
+class MetricsLog:
+    """Collects records in memory and, where a path is given, appends them to that file."""
+
+    def __init__(self, path: Path | None = None, *, resume_at: int = 0):
+        """Opens `path`, keeping only what an earlier run recorded up to step `resume_at`.
+
+        A run that was killed may have recorded steps after its last checkpoint. They will be
+        run again, so they are dropped here.
+        """
+        self.records: list[Record] = []
+        self._file: TextIO | None = None
+        if path is not None:
+            self.records = [r for r in read_metrics(path) if r["step"] <= resume_at]
+            path.write_text("".join(_line(r) for r in self.records))
+            self._file = path.open("a")
+
+    def write(self, **record: Any) -> Record:
+        self.records.append(record)
+        if self._file is not None:
+            self._file.write(_line(record))
+            self._file.flush()
+        return record
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """Records of a metrics file; a last line that was cut off in writing is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def of_kind(records: list[Record], kind: str) -> list[Record]:
+    """The records of one kind: "train", "validation" or "test"."""
+    return [r for r in records if r["kind"] == kind]
+
+
+def _line(record: Record) -> str:
+    return json.dumps(record) + "\n"

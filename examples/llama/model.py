@@ -1,0 +1,169 @@
+"""LLaMA in Flax NNX.
+
+Arrays are named and commented by their axes: B rows, T tokens, D hidden, N heads, K heads of keys
+and values, H numbers in a head, V vocabulary, L layers.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from examples.llama.config import ModelConfig
+
+_INIT = nnx.initializers.normal(0.02)
+
+
+class Llama(nnx.Module):
+    """Tokens (B, T) int32 to logits (B, T, V) float32.
+
+    Parameters: ``embed.embedding (V, D)``, ``layers.<i>.attention.{q,k,v,o}.kernel (in, out)``,
+    ``layers.<i>.mlp.{gate,up,down}.kernel (in, out)``,
+    ``layers.<i>.{attention_norm,mlp_norm}.scale (D,)``, ``norm.scale (D,)`` and, unless the
+    embeddings are tied, ``head.kernel (D, V)``. With ``config.stacked`` the ``<i>`` is not there
+    and every parameter of ``layers`` has a leading axis L.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embed = nnx.Embed(
+            config.vocab_size,
+            config.hidden,
+            embedding_init=_INIT,
+            dtype=jnp.dtype(config.dtype),
+            param_dtype=jnp.dtype(config.param_dtype),
+            rngs=rngs,
+        )
+        if config.stacked:
+            make = nnx.vmap(lambda rngs: Layer(config, rngs=rngs))
+            self.layers = make(rngs.split(config.layers))
+        else:
+            self.layers = nnx.List(Layer(config, rngs=rngs) for _ in range(config.layers))
+        self.norm = _norm(config, rngs)
+        if not config.tied_embeddings:
+            self.head = _linear(config.hidden, config.vocab_size, config, rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        length = tokens.shape[-1]
+        if length > self.config.max_length:
+            raise ValueError(f"rows of {length} tokens, max_length={self.config.max_length}")
+        x = self.embed(tokens)
+        x = self.run_layers(x, jnp.arange(length))
+        return self.logits(x)
+
+    def run_layers(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        """All layers: x (B, T, D) to (B, T, D)."""
+
+        # The transformations of JAX itself: modules are pytrees, and those of NNX refuse a model
+        # that was merged outside of a loop that it runs in.
+        def run(x, layer):
+            return layer(x, positions), None
+
+        if self.config.remat:
+            run = jax.checkpoint(run, prevent_cse=not self.config.stacked)
+        if isinstance(self.layers, Layer):
+            return jax.lax.scan(run, x, self.layers)[0]
+        for layer in self.layers:
+            x, _ = run(x, layer)
+        return x
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """The last norm and the output head: x (B, T, D) to (B, T, V) in float32."""
+        x = self.norm(x)
+        head = self.embed.embedding[...].T if self.config.tied_embeddings else self.head.kernel[...]
+        dtype = jnp.dtype(self.config.dtype)
+        return jnp.matmul(x.astype(dtype), head.astype(dtype), preferred_element_type=jnp.float32)
+
+
+class Layer(nnx.Module):
+    """Attention and feed-forward network, each behind a norm and beside a residual."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.attention_norm = _norm(config, rngs)
+        self.attention = Attention(config, rngs=rngs)
+        self.mlp_norm = _norm(config, rngs)
+        self.mlp = MLP(config, rngs=rngs)
+
+    def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        x = x + self.attention(self.attention_norm(x), positions)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Attention(nnx.Module):
+    """Causal attention with rotary positions and grouped queries."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.head_dim = config.head_dim
+        self.rope_theta = config.rope_theta
+        kv_width = config.kv_heads * config.head_dim
+        self.q = _linear(config.hidden, config.hidden, config, rngs)
+        self.k = _linear(config.hidden, kv_width, config, rngs)
+        self.v = _linear(config.hidden, kv_width, config, rngs)
+        self.o = _linear(config.hidden, config.hidden, config, rngs)
+
+    def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        heads = (*x.shape[:-1], -1, self.head_dim)
+        q = apply_rope(self.q(x).reshape(heads), positions, self.rope_theta)  # (B, T, N, H)
+        k = apply_rope(self.k(x).reshape(heads), positions, self.rope_theta)  # (B, T, K, H)
+        v = self.v(x).reshape(heads)  # (B, T, K, H)
+        y = jax.nn.dot_product_attention(q, k, v, is_causal=True)  # (B, T, N, H)
+        return self.o(y.reshape(*x.shape[:-1], -1))
+
+
+class MLP(nnx.Module):
+    """SwiGLU: a gated feed-forward network."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.gate = _linear(config.hidden, config.intermediate, config, rngs)
+        self.up = _linear(config.hidden, config.intermediate, config, rngs)
+        self.down = _linear(config.intermediate, config.hidden, config, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(nnx.silu(self.gate(x)) * self.up(x))
+
+
+def apply_rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+    """Rotate the pairs (x[i], x[i + H/2]) of x (B, T, N, H) by position · theta^(-2i/H)."""
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[:, None, None] * frequencies  # (T, 1, H/2)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+def stack_layers(params: dict[str, Any]) -> dict[str, Any]:
+    """Parameters of an unstacked model, as a pure dict, in the layout of a stacked one."""
+    layers = [params["layers"][i] for i in sorted(params["layers"])]
+    return {**params, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
+
+
+def unstack_layers(params: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of :func:`stack_layers`."""
+    count = len(jax.tree.leaves(params["layers"])[0])
+    layers = {i: jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(count)}
+    return {**params, "layers": layers}
+
+
+def _linear(inputs: int, outputs: int, config: ModelConfig, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(
+        inputs,
+        outputs,
+        use_bias=False,
+        kernel_init=_INIT,
+        dtype=jnp.dtype(config.dtype),
+        param_dtype=jnp.dtype(config.param_dtype),
+        rngs=rngs,
+    )
+
+
+def _norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    return nnx.RMSNorm(
+        config.hidden,
+        epsilon=config.norm_eps,
+        dtype=jnp.float32,
+        param_dtype=jnp.dtype(config.param_dtype),
+        rngs=rngs,
+    )

@@ -1,0 +1,123 @@
+"""Names to optimizers. Adding one is one line in `OPTIMIZERS`."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+
+import jax
+import optax
+import tyro
+
+import natgalore_jax as ng
+from examples.llama.schedule import ScheduleConfig, warmup_cosine
+
+
+class Entry(NamedTuple):
+    """What a name stands for: `factory(learning_rate, **arguments, **fixed)`."""
+
+    factory: Callable[..., optax.GradientTransformation]
+    learning_rate: float  # peak, where --learning-rate is not given
+    fixed: dict[str, Any] = {}  # noqa: RUF012  (never changed)
+
+
+def _adafactor(learning_rate, weight_decay: float = 0.0, mask=None):
+    return optax.adafactor(
+        learning_rate,
+        multiply_by_parameter_scale=False,
+        momentum=0.9,
+        weight_decay_rate=weight_decay or None,
+        weight_decay_mask=mask,
+    )
+
+
+OPTIMIZERS: dict[str, Entry] = {
+    "adamw": Entry(optax.adamw, 3e-3),
+    "adafactor": Entry(_adafactor, 3e-3),
+    "galore": Entry(ng.galore_adamw, 1e-2),
+    "natural-galore": Entry(ng.natural_galore_adamw, 1e-2),
+}
+
+# The names are known when the program starts, which a type checker does not look at.
+OptimizerName = str if TYPE_CHECKING else Literal[tuple(OPTIMIZERS)]
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer. "None" leaves an argument to the optimizer's own default; an optimizer
+    without such an argument (a rank for adamw) does not look at it."""
+
+    name: Annotated[OptimizerName, tyro.conf.arg(name="optimizer")] = "natural-galore"
+    """Which optimizer trains the model."""
+    learning_rate: float | None = None
+    """Peak learning rate; each optimizer has its own default."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of the matrices; norm scales are never decayed."""
+    clip_norm: float | None = None
+    """Clip gradients to this global norm."""
+    b1: float | None = None
+    """Decay of the first moment."""
+    b2: float | None = None
+    """Decay of the second moment."""
+    eps: float | None = None
+    """Added to the root of the second moment."""
+    rank: int = 64
+    """Low-rank: dimension of the gradient subspace."""
+    update_interval: Annotated[int | None, tyro.conf.arg(name="interval")] = None
+    """Low-rank: steps between two refreshes of the subspace."""
+    scale: float | None = None
+    """Low-rank: factor on the update of projected matrices."""
+    side: Literal["auto", "short", "long", "left", "right", "both"] | None = None
+    """Low-rank: which side of a matrix is projected."""
+    method: Literal["svd", "randomized", "power", "gaussian", "online"] | None = None
+    """Low-rank: how the subspace is computed."""
+    transition: Literal["rotate", "reset", "keep"] | None = None
+    """Low-rank: what happens to stored moments when the subspace changes."""
+    stagger: bool | None = None
+    """Low-rank: spread the refreshes of different matrices over the interval."""
+    residual: bool | None = None
+    """Low-rank: also apply the part of the gradient outside the subspace, as Fira does."""
+    history: int | None = None
+    """Natural gradient: how many past gradients the Fisher matrix is built from."""
+    damping: float | None = None
+    """Natural gradient: what is added to the Fisher matrix."""
+    damping_mode: Literal["absolute", "relative"] | None = None
+    """Natural gradient: damping as it is, or times the mean squared norm of the history."""
+    history_dtype: Literal["float32", "bfloat16"] | None = None
+    """Natural gradient: number format of the stored gradients."""
+
+
+def default_learning_rate(name: str) -> float:
+    """Peak learning rate of the optimizer called `name`."""
+    return OPTIMIZERS[name].learning_rate
+
+
+def decayed(params: Any) -> Any:
+    """Which leaves weight decay acts on: everything but norm scales."""
+    return jax.tree.map_with_path(
+        lambda path, _: "norm" not in jax.tree_util.keystr(path).lower(), params
+    )
+
+
+def make_optimizer(
+    config: OptimizerConfig, schedule: ScheduleConfig, *, steps: int, accumulate: int, seed: int
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The transformation that `config` describes, and its learning rate by step.
+
+    With `accumulate` above one, the transformation takes that many micro-batch gradients to one
+    step and returns zero updates in between.
+    """
+    entry = OPTIMIZERS[config.name]
+    peak = config.learning_rate if config.learning_rate is not None else entry.learning_rate
+    learning_rate = warmup_cosine(schedule, peak, steps)
+
+    chosen = {k: v for k, v in asdict(config).items() if v is not None}
+    chosen |= {"seed": seed, "mask": decayed, "learning_rate": learning_rate} | entry.fixed
+    known = inspect.signature(entry.factory).parameters
+    tx = entry.factory(**{k: v for k, v in chosen.items() if k in known})
+
+    if config.clip_norm is not None:
+        tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), tx)
+    if accumulate > 1:
+        tx = optax.MultiSteps(tx, accumulate).gradient_transformation()
+    return tx, learning_rate

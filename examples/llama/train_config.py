@@ -1,0 +1,165 @@
+"""One typed configuration for a training run, and the presets that fill it."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+
+from examples.llama.config import MODEL_PRESETS, ModelConfig
+from examples.llama.data import DataConfig
+from examples.llama.optimizers import OptimizerConfig, default_learning_rate
+from examples.llama.schedule import ScheduleConfig
+
+# The names are known when the program starts, which a type checker does not look at.
+PresetName = str if TYPE_CHECKING else Literal[tuple(MODEL_PRESETS)]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run, said in one line."""
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """What is written and shown. All of this may change when a run is resumed."""
+
+    name: str | None = None
+    """Directory under runs/; by default preset and optimizer."""
+    resume: bool = False
+    """Continue this run from its last checkpoint."""
+    overwrite: bool = False
+    """Delete an earlier run of the same name first."""
+    root: Path = Path("runs")
+    """Directory of all runs."""
+    log_every: int = 1
+    """Steps between two lines of metrics."""
+    eval_every: int = 50
+    """Steps between two evaluations on the validation split."""
+    save_every: int = 100
+    """Steps between two checkpoints."""
+    keep: int = 2
+    """How many checkpoints are kept."""
+    sample: str = "My fellow citizens,"
+    """The text that the sample at the end continues."""
+    quiet: bool = False
+    """Print the summary only."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Pre-train a LLaMA on text.
+
+    Writes runs/NAME with config.json, metrics.jsonl, curves.png, sample.txt, summary.json and
+    checkpoints. Ctrl-C or SIGTERM saves and stops after the current batch (exit code 130 or 143);
+    --resume goes on from there. Errors end with exit code 1, wrong arguments with 2.
+    """
+
+    preset: PresetName = "nano"
+    """Sizes of the model and of the run; every other option overrides a part of it."""
+    steps: int = 300
+    """Optimizer steps."""
+    batch_size: int = 16
+    """Rows in a batch."""
+    seq_len: int = 128
+    """Tokens in a row."""
+    accumulate: int = 1
+    """Batches whose gradients are averaged into one step."""
+    seed: int = 0
+    """Of the initial weights, the order of the data and the optimizer's random subspaces."""
+    optimizer: tyro.conf.OmitArgPrefixes[OptimizerConfig] = field(default_factory=OptimizerConfig)
+    schedule: tyro.conf.OmitArgPrefixes[ScheduleConfig] = field(default_factory=ScheduleConfig)
+    data: tyro.conf.OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
+    model: ModelConfig = MODEL_PRESETS["nano"]
+    output: tyro.conf.OmitArgPrefixes[OutputConfig] = field(default_factory=OutputConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "seq_len", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("log_every", "eval_every", "save_every", "keep"):
+            if getattr(self.output, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self.output, name)}")
+        if self.seq_len > self.model.max_length:
+            raise ConfigError(
+                f"seq_len={self.seq_len} is longer than the model's max_length="
+                f"{self.model.max_length}"
+            )
+
+    @property
+    def learning_rate(self) -> float:
+        """Peak learning rate: the one given, or the optimizer's own."""
+        given = self.optimizer.learning_rate
+        return given if given is not None else default_learning_rate(self.optimizer.name)
+
+    @property
+    def run_dir(self) -> Path:
+        return self.output.root / (self.output.name or f"{self.preset}-{self.optimizer.name}")
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.seq_len * self.accumulate
+
+    def with_vocabulary(self, size: int) -> "RunConfig":
+        """With a model for that many tokens: the model follows the tokenizer."""
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, vocab_size=size))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return _plain(dataclasses.asdict(self))
+
+
+def _paper(steps: int, rank: int, interval: int = 200) -> dict[str, Any]:
+    """The protocol of the GaLore papers: 512 rows of 256 tokens a step."""
+    optimizer = OptimizerConfig(rank=rank, update_interval=interval)
+    return {"steps": steps, "batch_size": 512, "seq_len": 256, "optimizer": optimizer}
+
+
+RUN_PRESETS: dict[str, dict[str, Any]] = {
+    "nano": {"steps": 300, "batch_size": 16, "optimizer": OptimizerConfig(rank=64)},
+    "9m": _paper(10_000, rank=32),
+    "60m": _paper(10_000, rank=128),
+    "130m": _paper(20_000, rank=256),
+    "350m": _paper(60_000, rank=256),
+    "1b": _paper(100_000, rank=512),
+    "7b": _paper(150_000, rank=1024, interval=500),
+    "smollm2-135m": _paper(20_000, rank=192),
+}
+
+
+def run_preset(name: str) -> RunConfig:
+    """The configuration of a whole run of the preset `name`."""
+    model = MODEL_PRESETS[name]
+    data = DataConfig(vocab_size=model.vocab_size)
+    return RunConfig(preset=name, model=model, data=data, **RUN_PRESETS[name])
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Fields in which two configurations differ, except for output: "field: old -> new"."""
+    old, new = _flat(old), _flat(new)
+    return [
+        f"{key}: {_show(old.get(key))} -> {_show(new.get(key))}"
+        for key in sorted(old.keys() | new.keys())
+        if not key.startswith("output.") and old.get(key) != new.get(key)
+    ]
+
+
+def _show(value: Any) -> str:
+    return "(default)" if value is None else str(value)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        flat |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,76 @@
+"""One training step, as a pure function of a state and a batch."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from examples.llama.config import ModelConfig
+from examples.llama.model import Llama
+
+Params = Any
+Metrics = dict[str, jax.Array]
+Apply = Callable[[Params, jax.Array], jax.Array]
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes; saved as it is in a checkpoint."""
+
+    params: Params
+    opt_state: optax.OptState
+    micro_step: jax.Array  # batches seen. shape=(), dtype=jnp.int32.
+    totals: Metrics  # metrics summed over the batches of an unfinished accumulation.
+
+
+def make_model(config: ModelConfig, seed: int) -> tuple[Apply, Params]:
+    """The model as a function `(params, tokens (B, T)) -> logits (B, T, V)`, and first params."""
+
+    @jax.jit
+    def initial(key):
+        return nnx.to_pure_dict(nnx.state(Llama(config, rngs=nnx.Rngs(key)), nnx.Param))
+
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
+
+    def apply(params: Params, tokens: jax.Array) -> jax.Array:
+        return nnx.merge(graphdef, params)(tokens)
+
+    return apply, initial(jax.random.key(seed))
+
+
+def token_nll(apply: Apply, params: Params, rows: jax.Array) -> jax.Array:
+    """Negative log-likelihood in nats, (B, T), of rows (B, T + 1) given what precedes."""
+    logits = apply(params, rows[:, :-1]).astype(jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:])
+
+
+def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
+    zeros = {"loss": jnp.zeros([]), "grad_norm": jnp.zeros([])}
+    return TrainState(params, tx.init(params), jnp.zeros([], jnp.int32), zeros)
+
+
+def make_train_step(
+    apply: Apply, tx: optax.GradientTransformation, accumulate: int = 1
+) -> Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]:
+    """A jitted `(state, rows (B, T + 1)) -> (state, metrics)` that takes one micro-batch.
+
+    `accumulate` micro-batches make a step of `tx`. The metrics are means over the micro-batches
+    of the step so far. The state that is passed in is donated.
+    """
+
+    def step(state: TrainState, rows: jax.Array) -> tuple[TrainState, Metrics]:
+        loss, grads = jax.value_and_grad(lambda p: token_nll(apply, p, rows).mean())(state.params)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+
+        position = state.micro_step % accumulate
+        now = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+        totals = jax.tree.map(
+            lambda total, x: jnp.where(position == 0, x, total + x), state.totals, now
+        )
+        metrics = jax.tree.map(lambda total: total / (position + 1), totals)
+        return TrainState(params, opt_state, state.micro_step + 1, totals), metrics
+
+    return jax.jit(step, donate_argnums=0)

@@ -1,0 +1,227 @@
+"""What an optimizer's state costs in bytes, from shapes alone."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import optax
+
+from natgalore_jax._memory_parts import alternatives, attribute, nbytes
+from natgalore_jax._memory_table import format_report
+from natgalore_jax._plan import LeafPlan
+from natgalore_jax._scope import record_plans
+from natgalore_jax._where import KeyPath
+
+_PARTS = ("basis", "history", "inner", "other")
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterMemory:
+    """One parameter, and the bytes of what the optimizer keeps for it."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    side: str | None  # "left", "right", "both" or "tucker"; None: not projected
+    rank: int | tuple[int, ...] | None
+    layers: int  # independent matrices in the parameter, 1 if it is not projected
+    weight_bytes: int
+    basis_bytes: int
+    history_bytes: int  # the Gram matrices included
+    inner_bytes: int  # moments, and all else that optimizers keep for this parameter
+    other_bytes: int  # norms for the limit on the residual
+    adamw_bytes: int
+    alternatives: Mapping[str, int]  # state_bytes by side; empty if it is no projected matrix
+
+    @property
+    def projected(self) -> bool:
+        return self.side is not None
+
+    @property
+    def state_bytes(self) -> int:
+        return sum(getattr(self, f"{part}_bytes") for part in _PARTS)
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryGroup:
+    """Parameters that differ in nothing but their names; ``parameter`` is the first of them."""
+
+    paths: tuple[str, ...]
+    parameter: ParameterMemory
+
+    @property
+    def count(self) -> int:
+        return len(self.paths)
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryReport:
+    """What :func:`memory_report` returns: one row per parameter, and sums, in bytes.
+
+    ``str(report)`` is a table, :meth:`to_dict` is ready for JSON.
+    """
+
+    parameters: tuple[ParameterMemory, ...]
+    shared_bytes: int  # step counters and all else that belongs to no one parameter
+    adamw_state_bytes: int  # of optax.adamw on the same parameters, its counter included
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(p.weight_bytes for p in self.parameters)
+
+    @property
+    def total_state_bytes(self) -> int:
+        return sum(p.state_bytes for p in self.parameters) + self.shared_bytes
+
+    @property
+    def part_bytes(self) -> dict[str, int]:
+        """The sum of each part; together they are ``total_state_bytes``."""
+        sums = {part: sum(getattr(p, f"{part}_bytes") for p in self.parameters) for part in _PARTS}
+        return {**sums, "shared": self.shared_bytes}
+
+    @property
+    def alternative_state_bytes(self) -> dict[str, int]:
+        """The total with all projected matrices on another side; empty if there are none."""
+        sides = next((p.alternatives for p in self.parameters if p.alternatives), {})
+        return {
+            side: sum(p.alternatives.get(side, p.state_bytes) for p in self.parameters)
+            + self.shared_bytes
+            for side in sides
+        }
+
+    @property
+    def groups(self) -> tuple[MemoryGroup, ...]:
+        """Parameters of the same shape and treatment together, in order of appearance."""
+        members: dict[str, list[ParameterMemory]] = {}
+        for p in self.parameters:
+            members.setdefault(repr(dataclasses.replace(p, path="")), []).append(p)
+        return tuple(MemoryGroup(tuple(p.path for p in ps), ps[0]) for ps in members.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole report as dicts, lists, strings, integers, booleans and None."""
+        return {
+            "weight_bytes": self.weight_bytes,
+            "total_state_bytes": self.total_state_bytes,
+            "adamw_state_bytes": self.adamw_state_bytes,
+            "part_bytes": self.part_bytes,
+            "alternative_state_bytes": self.alternative_state_bytes,
+            "groups": [
+                {"count": g.count, "paths": list(g.paths), **_treatment(g.parameter)}
+                for g in self.groups
+            ],
+            "parameters": [{"path": p.path, **_treatment(p)} for p in self.parameters],
+        }
+
+    def __str__(self) -> str:
+        return format_report(self)
+
+
+def memory_report(tx: optax.GradientTransformation, params: Any) -> MemoryReport:
+    r"""What the state of an optimizer costs in bytes, by parameter and part, beside AdamW's.
+
+    Nothing is computed and no array is made: ``tx.init`` is traced with shapes and dtypes. The sum
+    is exactly that of all leaves of ``tx.init(params)``. For an m × n matrix at rank r, with a
+    history of s gradients and a inner states per element (2 for Adam), the numbers stored are
+
+    .. math::
+      \underbrace{mr}_{\text{basis}} + \underbrace{s\,rn + s^2 + s + 1}_{\text{history}}
+      + \underbrace{a\,rn}_{\text{inner}} \;\text{(left)}, \qquad
+      nr + s\,mr + s^2 + s + 1 + a\,mr \;\text{(right)},
+
+    and :math:`(m + n)r + s\,r^2 + s^2 + s + 1 + a\,r^2` with both sides projected, each in its own
+    dtype: basis and moments in that of the parameter unless told otherwise, columns of the history
+    likewise, the :math:`s^2 + s + 1` small numbers in four bytes each.
+
+    The report also has the bytes of the alternatives: what each projected matrix would cost if its
+    shorter, longer, or both sides were projected at the same rank. Arrays that have the
+    shape of the low-rank gradient, the basis and the history change; the rest of the state (the
+    factors of Adafactor, full-size moments behind an ``optax.chain``) is counted as it is.
+
+    Args:
+      tx: any Optax transformation, of this library or not, however nested.
+      params: the parameters, or their shapes: arrays, ``jax.ShapeDtypeStruct``, an abstract
+        ``nnx.State``. A sharded parameter is counted whole, over all its devices.
+
+    Returns:
+      A :class:`MemoryReport`. A transformation that does not support ``optax.tree.map_params``
+      (``optax.lbfgs``) has its whole state in ``shared_bytes``. A parameter in several subspaces
+      shows side and rank of the first and has no alternatives if they differ.
+
+    Raises:
+      TypeError: if ``tx`` has no ``init``.
+      TypeError, ValueError: what ``tx.init`` raises on these parameters.
+
+    Example:
+      A matrix of 64 × 256 bfloat16 at rank 8: 64 · 8 numbers of basis, 2 · 8 · 256 of moments.
+
+      >>> import jax, jax.numpy as jnp, natgalore_jax as ng
+      >>> params = {"w": jax.ShapeDtypeStruct((64, 256), jnp.bfloat16)}
+      >>> report = ng.memory_report(ng.galore_adamw(1e-2, rank=8), params)
+      >>> report.part_bytes["basis"], report.part_bytes["inner"], report.adamw_state_bytes
+      (1024, 8192, 65540)
+      >>> print(report)
+      parameter  count   shape     dtype ... history    inner    state    AdamW
+      w              1  64×256  bfloat16 ...       -  8.19 kB  9.22 kB  65.5 kB
+      (shared)                           ...                       8 B
+      total          1                   ...       -  8.19 kB  9.22 kB  65.5 kB
+      <BLANKLINE>
+      state if the side were      now    short     long     both
+      w                       9.22 kB  9.22 kB  6.14 kB  5.38 kB
+      total                   9.22 kB  9.22 kB  6.15 kB  5.38 kB
+    """
+    if not hasattr(tx, "init"):
+        raise TypeError(f"memory_report takes a gradient transformation, got {tx!r}")
+    params = jax.eval_shape(lambda p: p, params)
+    with record_plans() as recorded:
+        # A new function each time: eval_shape would not trace a function that it has seen, and
+        # nothing would be recorded.
+        state = jax.eval_shape(lambda p: tx.init(p), params)
+    plans: dict[str, dict[LeafPlan, None]] = {}
+    for plan in recorded:
+        plans.setdefault(plan.path, {})[plan] = None
+
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    pieces, shared_bytes = attribute(tx, state, [path for path, _ in leaves])
+    rows = []
+    for (path, leaf), own in zip(leaves, pieces, strict=True):
+        name = str(KeyPath(path))
+        own_plans = list(plans.get(name, ()))
+        plan = own_plans[0] if own_plans else None
+        parts = {f"{part}_bytes": sum(p.bytes for p in own if p.part == part) for part in _PARTS}
+        rows.append(
+            ParameterMemory(
+                path=name,
+                shape=tuple(leaf.shape),
+                dtype=str(leaf.dtype),
+                side=_side(plan) if plan else None,
+                rank=_rank(plan) if plan else None,
+                layers=plan.layers if plan else 1,
+                weight_bytes=nbytes(leaf),
+                adamw_bytes=2 * nbytes(leaf),
+                alternatives=alternatives(plan, own) if len(own_plans) == 1 else {},
+                **parts,
+            )
+        )
+    adamw = jax.eval_shape(optax.adamw(1.0).init, params)
+    return MemoryReport(tuple(rows), shared_bytes, sum(map(nbytes, jax.tree.leaves(adamw))))
+
+
+def _side(plan: LeafPlan) -> str:
+    if len(plan.modes) > 2:
+        return "tucker"
+    return {(0,): "left", (1,): "right", (0, 1): "both"}[plan.projected_modes]
+
+
+def _rank(plan: LeafPlan) -> int | tuple[int, ...]:
+    ranks = tuple(r for r in plan.ranks if r is not None)
+    return ranks if len(plan.modes) > 2 else ranks[0]
+
+
+def _treatment(p: ParameterMemory) -> dict[str, Any]:
+    """A row without its name, for JSON."""
+    row = dataclasses.asdict(p) | {"projected": p.projected, "state_bytes": p.state_bytes}
+    row["shape"] = list(p.shape)
+    row["rank"] = list(p.rank) if isinstance(p.rank, tuple) else p.rank
+    del row["path"]
+    return row

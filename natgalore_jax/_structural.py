@@ -1,0 +1,56 @@
+"""Which arguments of a factory cannot change while training runs."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+# They decide the shapes of the state, the structure of the compiled program, or are callables that
+# optax.inject_hyperparams would take for schedules.
+_STRUCTURAL = frozenset(
+    {
+        "rank",
+        "update_interval",
+        "side",
+        "method",
+        "transition",
+        "stagger",
+        "where",
+        "axes",
+        "basis_dtype",
+        "seed",
+        "history",
+        "damping_mode",
+        "history_dtype",
+        "residual",
+        "mu_dtype",
+        "mask",
+    }
+)
+
+
+def structural_args(factory: Callable[..., Any]) -> tuple[str, ...]:
+    """The arguments of a factory that shape its state or its program: ``static_args`` for Optax.
+
+    ``optax.inject_hyperparams`` turns every number among the arguments into an array of the state
+    and every callable into a schedule. A rank, an interval or a history length must stay a Python
+    number, and ``where``, ``axes`` and ``mask`` are no schedules; the rest (``learning_rate``,
+    ``damping``, ``scale``, ``weight_decay``, ``b1``, ``norm_growth_limit``, ...) can be injected, as a
+    number that is changed in the state or as a schedule.
+
+    Args:
+      factory: :func:`natural_galore_adamw`, any other transformation of this library, or your own
+        factory that takes arguments of these names.
+
+    Returns:
+      The names, in the order of the signature.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, natgalore_jax as ng
+      >>> ng.structural_args(ng.woodbury_natural_gradient)
+      ('history', 'damping_mode', 'history_dtype')
+      >>> static = ng.structural_args(ng.natural_galore_adamw)
+      >>> tx = optax.inject_hyperparams(ng.natural_galore_adamw, static_args=static)(1e-2, rank=2)
+      >>> state = tx.init({"w": jnp.ones((6, 8))})
+      >>> state.hyperparams["damping"] = jnp.float32(1e-4)
+    """
+    return tuple(name for name in inspect.signature(factory).parameters if name in _STRUCTURAL)

@@ -1,0 +1,107 @@
+"""Every public transformation in each of its main forms, and a tree of parameters for all of them.
+
+``FACTORIES`` maps a name to a function without arguments that builds the transformation. The
+contract tests run over all of them; a new form of a transformation is added here.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import natgalore_jax as ng
+
+# Small, and different sides: a wrong axis cannot hide.
+SHAPES: Mapping[str, Any] = {
+    "dense": {"kernel": (12, 8), "bias": (8,)},
+    "layers": {"kernel": (3, 8, 10), "scale": (3, 8)},
+}
+RANK, INTERVAL, HISTORY = 2, 4, 3
+
+_project = {"rank": RANK, "update_interval": INTERVAL}
+_natural = {**_project, "history": HISTORY}
+
+
+def _adam_inside(**settings: Any) -> optax.GradientTransformation:
+    return ng.chain(
+        ng.low_rank_project(**{**_project, **settings}), optax.scale_by_adam(), ng.project_back()
+    )
+
+
+def _parts() -> optax.GradientTransformation:
+    return ng.chain(
+        optax.clip_by_global_norm(1.0),
+        ng.low_rank_project(**_project),
+        ng.woodbury_natural_gradient(history=HISTORY, damping=0.1),
+        optax.scale_by_adam(),
+        ng.project_back(scale=0.25),
+        optax.add_decayed_weights(0.01),
+        optax.scale_by_learning_rate(1e-2),
+    )
+
+
+FACTORIES: Mapping[str, Callable[[], optax.GradientTransformation]] = {
+    "low_rank_project, adam, project_back": _adam_inside,
+    "left": lambda: _adam_inside(side="left", transition="reset"),
+    "right": lambda: _adam_inside(side="right", transition="keep", stagger=False),
+    "both": lambda: _adam_inside(side="both"),
+    "tucker": lambda: _adam_inside(rank=(2, 3, 2)),
+    "axes": lambda: _adam_inside(
+        axes=lambda params: {
+            "dense": None,
+            "layers": {"kernel": ng.MatrixAxes(rows=1, cols=(0, 2)), "scale": None},
+        }
+    ),
+    "svd": lambda: _adam_inside(method="svd"),
+    "gaussian": lambda: _adam_inside(method="gaussian"),
+    "online": lambda: _adam_inside(method="online"),
+    "bfloat16 basis": lambda: _adam_inside(basis_dtype=jnp.bfloat16),
+    "all parts": _parts,
+    "woodbury alone": lambda: ng.woodbury_natural_gradient(history=HISTORY, damping=0.1),
+    "natural_galore": lambda: ng.natural_galore(**_natural),
+    "natural_galore with residual": lambda: ng.natural_galore(
+        **_natural, residual=True, damping_mode="relative", damping=0.1
+    ),
+    "natural_galore in ng.chain": lambda: ng.chain(
+        ng.natural_galore(**_natural), optax.adamw(0.01)
+    ),
+    "natural_galore in optax.chain": lambda: optax.chain(
+        ng.natural_galore(**_natural), optax.adamw(0.01)
+    ),
+    "natural_galore_adamw": lambda: ng.natural_galore_adamw(
+        optax.linear_schedule(0.0, 0.01, 3), **_natural, damping=optax.constant_schedule(0.1)
+    ),
+    "galore_adamw with residual": lambda: ng.galore_adamw(0.01, **_project, residual=True),
+}
+
+
+def zeros(dtype: Any = jnp.float32) -> Any:
+    return jax.tree.map(lambda s: jnp.zeros(s, dtype), SHAPES, is_leaf=_is_shape)
+
+
+def specs(dtype: Any = jnp.float32) -> Any:
+    """The parameters as shapes and dtypes, without arrays."""
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, dtype), SHAPES, is_leaf=_is_shape)
+
+
+def random_like(tree: Any, seed: int, scale: float = 1.0) -> Any:
+    leaves, treedef = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return treedef.unflatten(
+        scale * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)
+    )
+
+
+def signature(tree: Any) -> Any:
+    """Structure, shapes and dtypes: what must not change from step to step."""
+    return jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x), _weak(x)), tree)
+
+
+def _weak(x: Any) -> bool:
+    return bool(getattr(jax.typeof(x), "weak_type", False))
+
+
+def _is_shape(x: Any) -> bool:
+    return isinstance(x, tuple)

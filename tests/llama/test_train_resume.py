@@ -1,0 +1,161 @@
+"""A run that is interrupted and resumed is the run that was not, bit for bit."""
+
+import dataclasses
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from examples.llama.loop import train
+from examples.llama.metrics import read_metrics
+from examples.llama.optimizers import OptimizerConfig
+from examples.llama.train_config import ConfigError
+from tests.llama import tiny
+
+pytestmark = pytest.mark.usefixtures("compile_cache")
+
+TIMES = {"seconds", "tokens_per_second"}
+
+
+def after(batches):
+    """A `should_stop` that asks for a stop after so many batches."""
+    counter = itertools.count(1)
+    return lambda: next(counter) >= batches
+
+
+def untimed(records):
+    return [{k: v for k, v in record.items() if k not in TIMES} for record in records]
+
+
+def assert_same_bits(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def resumed(config):
+    return dataclasses.replace(config, output=dataclasses.replace(config.output, resume=True))
+
+
+@pytest.fixture(scope="module")
+def whole(compile_cache):
+    """Uninterrupted runs by configuration, each trained once."""
+    results = {}
+
+    def run(config):
+        if config not in results:
+            results[config] = train(config, splits=tiny.splits())
+        return results[config]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "stops"),
+    [
+        (1, [1]),  # before the second refresh
+        (1, [3]),  # where a checkpoint is due anyway
+        (1, [2, 2, 1]),  # several times
+        (2, [4]),  # between two steps
+        (2, [5]),  # inside an accumulation
+        (2, [3, 1, 7]),  # inside, between, inside
+    ],
+)
+def test_resume_continues_bit_for_bit(tmp_path, whole, accumulate, stops):
+    config = tiny.run_config(accumulate=accumulate)
+    done = 0
+    for batches in stops:
+        part = train(
+            resumed(config), splits=tiny.splits(), run_dir=tmp_path, should_stop=after(batches)
+        )
+        done += batches
+        assert part.steps == done // accumulate
+        assert not part.finished
+
+    result = train(resumed(config), splits=tiny.splits(), run_dir=tmp_path)
+
+    assert result.finished
+    assert_same_bits(result.state, whole(config).state)
+    assert untimed(result.records) == untimed(whole(config).records)
+    assert read_metrics(tmp_path / "metrics.jsonl") == result.records
+
+
+def test_writing_checkpoints_does_not_change_the_run(tmp_path, whole):
+    config = tiny.run_config(output={"save_every": 1})
+    result = train(config, splits=tiny.splits(), run_dir=tmp_path)
+    assert_same_bits(result.state, whole(tiny.run_config()).state)
+
+
+def test_steps_after_the_last_checkpoint_are_run_again_and_recorded_once(tmp_path, whole):
+    config = tiny.run_config()
+    train(config, splits=tiny.splits(), run_dir=tmp_path, should_stop=after(3))
+    log = tmp_path / "metrics.jsonl"
+    first = log.read_text()
+    # What a run leaves that is killed at step 5, in the middle of a line.
+    later = first.splitlines()[-1].replace('"step": 3', '"step": 4')
+    log.write_text(first + later + "\n" + later.replace('"step": 4', '"step": 5')[:20])
+
+    result = train(resumed(config), splits=tiny.splits(), run_dir=tmp_path)
+
+    assert untimed(result.records) == untimed(whole(config).records)
+    assert read_metrics(log) == result.records
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path):
+    config = tiny.run_config()
+    first = train(config, splits=tiny.splits(), run_dir=tmp_path)
+    again = train(resumed(config), splits=tiny.splits(), run_dir=tmp_path)
+    assert again.finished
+    assert again.records == first.records
+    assert_same_bits(again.state, first.state)
+
+
+def test_a_run_is_not_overwritten_unasked(tmp_path):
+    config = tiny.run_config()
+    train(config, splits=tiny.splits(), run_dir=tmp_path, should_stop=after(1))
+    with pytest.raises(ConfigError, match="--resume"):
+        train(config, splits=tiny.splits(), run_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 1}, "seed: 0 -> 1"),
+        ({"model": dataclasses.replace(tiny.MODEL, layers=3)}, "model.layers: 2 -> 3"),
+        ({"optimizer": OptimizerConfig(name="adamw")}, "optimizer.name: natural-galore -> adamw"),
+        (
+            {"optimizer": dataclasses.replace(tiny.NATURAL_GALORE, rank=2, damping=0.5)},
+            "optimizer.damping: (default) -> 0.5, optimizer.rank: 4 -> 2",
+        ),
+    ],
+)
+def test_another_configuration_is_refused(tmp_path, changes, message):
+    config = tiny.run_config()
+    train(config, splits=tiny.splits(), run_dir=tmp_path, should_stop=after(1))
+    with pytest.raises(ConfigError) as error:
+        train(
+            resumed(dataclasses.replace(config, **changes)), splits=tiny.splits(), run_dir=tmp_path
+        )
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_another_text_is_refused(tmp_path):
+    config = tiny.run_config()
+    train(config, splits=tiny.splits(), run_dir=tmp_path, should_stop=after(1))
+    with pytest.raises(ConfigError, match="text: tiny 0 -> tiny 1"):
+        train(resumed(config), splits=tiny.splits(seed=1), run_dir=tmp_path)
+
+
+def test_what_is_shown_and_kept_may_change(tmp_path, whole):
+    config = tiny.run_config()
+    train(config, splits=tiny.splits(), run_dir=tmp_path, should_stop=after(2))
+    other = tiny.run_config(
+        output={"resume": True, "log_every": 2, "save_every": 5, "keep": 1, "quiet": True}
+    )
+    result = train(other, splits=tiny.splits(), run_dir=tmp_path)
+    assert_same_bits(result.state, whole(config).state)
+    steps = [r["step"] for r in result.records if r["kind"] == "train"]
+    assert steps == [1, 2, 4, 6, 8]

@@ -1,0 +1,62 @@
+"""A model, a text and a run so small that a whole training takes a moment."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, models
+
+from examples.llama.config import ModelConfig
+from examples.llama.data import Splits
+from examples.llama.optimizers import OptimizerConfig
+from examples.llama.train_config import OutputConfig, RunConfig
+
+VOCAB = 48
+
+MODEL = ModelConfig(
+    vocab_size=VOCAB,
+    hidden=16,
+    intermediate=24,
+    layers=2,
+    heads=2,
+    kv_heads=1,
+    max_length=8,
+    stacked=True,
+)
+
+# Refreshes fall on other steps than checkpoints, interruptions and ends of accumulations.
+NATURAL_GALORE = OptimizerConfig(
+    name="natural-galore", rank=4, update_interval=5, history=3, stagger=True
+)
+
+
+def run_config(output: dict[str, Any] | None = None, **changes: Any) -> RunConfig:
+    """Eight steps of Natural GaLore on batches of 2 x 8 tokens."""
+    config = RunConfig(
+        steps=8,
+        batch_size=2,
+        seq_len=8,
+        optimizer=NATURAL_GALORE,
+        model=MODEL,
+        output=OutputConfig(**{"eval_every": 4, "save_every": 3, **(output or {})}),
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def splits(seed: int = 0) -> Splits:
+    """Text in which each token is followed by one of two."""
+    random = np.random.default_rng(seed)
+
+    def text(length: int) -> np.ndarray:
+        return (np.cumsum(random.integers(1, 3, size=length)) % VOCAB).astype(np.int32)
+
+    return Splits(
+        train=text(2000),
+        validation=text(101),
+        test=text(90),
+        tokenizer=Tokenizer(models.BPE()),
+        vocab_size=VOCAB,
+        end_of_text=0,
+        documents={"train": 1, "validation": 1, "test": 1},
+        fingerprint=f"tiny {seed}",
+    )

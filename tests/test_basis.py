@@ -1,0 +1,129 @@
+"""Bases against NumPy's float64 SVD. Subspaces are compared, never vectors: signs are arbitrary."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from natgalore_jax._basis import METHODS, new_basis, start_basis
+
+KEY = jax.random.key(0)
+refresh = jax.jit(new_basis, static_argnums=0)
+
+
+def spectrum(m, n, decay, seed=0):
+    """A matrix with singular values k^-decay, in float64."""
+    rng = np.random.default_rng(seed)
+    U, _ = np.linalg.qr(rng.standard_normal((m, min(m, n))))
+    V, _ = np.linalg.qr(rng.standard_normal((n, min(m, n))))
+    return (U * np.arange(1, min(m, n) + 1.0) ** -decay) @ V.T
+
+
+def energy(G, P):
+    """The share of what the best basis of this rank captures."""
+    best = np.sum(np.linalg.svd(G, compute_uv=False)[: P.shape[1]] ** 2)
+    return np.sum((np.asarray(P, np.float64).T @ G) ** 2) / best
+
+
+def projector(P):
+    P = np.asarray(P, np.float64)
+    return P @ P.T
+
+
+def cold(method, G, r):
+    return refresh(method, jnp.asarray(G, jnp.float32), start_basis(G.shape[0], r), KEY, True)
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)])
+@pytest.mark.parametrize("method", METHODS)
+def test_bases_are_orthonormal(method, shape):
+    P = np.asarray(cold(method, spectrum(*shape, 0.5), 8), np.float64)
+    np.testing.assert_allclose(P.T @ P, np.eye(8), atol=2e-6)
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)])
+@pytest.mark.parametrize("method", ["svd", "eigh"])
+def test_exact_methods_span_the_dominant_subspace(method, shape):
+    G = spectrum(*shape, 1.0)
+    U, _, _ = np.linalg.svd(G)
+    # eigh works with squared singular values, which halves the digits of small gaps.
+    np.testing.assert_allclose(
+        projector(cold(method, G, 6)), projector(U[:, :6]), atol={"svd": 1e-5, "eigh": 2e-4}[method]
+    )
+
+
+def test_randomized_svd_captures_nearly_all_energy():
+    flat, steep = spectrum(48, 96, 0.5), spectrum(48, 96, 1.0)
+    assert energy(flat, cold("randomized", flat, 12)) > 0.985
+    assert energy(steep, cold("randomized", steep, 12)) > 0.9995
+
+
+def test_warm_power_step_follows_a_drifting_gradient():
+    G, N = spectrum(64, 96, 1.0, seed=1), spectrum(64, 96, 1.0, seed=2)
+    P = cold("svd", np.cos(0.5) * G + np.sin(0.5) * N, 16)
+    stale = energy(G, P)
+    fresh = energy(G, refresh("power", jnp.asarray(G, jnp.float32), P, KEY, False))
+    assert fresh > 0.995 > stale
+
+
+def test_warm_power_step_moves_the_columns_continuously():
+    G, N = spectrum(64, 96, 0.5, seed=1), spectrum(64, 96, 0.5, seed=2)
+    P = cold("power", G, 16)
+    for _ in range(10):
+        P = refresh("power", jnp.asarray(G, jnp.float32), P, KEY, False)
+    drifted = jnp.asarray(np.cos(0.1) * G + np.sin(0.1) * N, jnp.float32)
+    C = np.asarray(refresh("power", drifted, P, KEY, False)).T @ np.asarray(P)
+    assert np.all(np.diagonal(C) > 0)
+    assert np.mean(np.diagonal(C)) > 0.97
+
+
+def test_online_steps_turn_the_basis_towards_the_gradient():
+    G = spectrum(48, 64, 0.5)
+    P = refresh("gaussian", jnp.asarray(G, jnp.float32), start_basis(48, 8), KEY, False)
+    energies = [energy(G, P)]
+    for _ in range(60):
+        P = refresh("online", jnp.asarray(G, jnp.float32), P, KEY, False)
+        energies.append(energy(G, P))
+    assert energies[0] < 0.6 and energies[-1] > 0.9
+    assert all(b > a - 1e-4 for a, b in zip(energies, energies[1:], strict=False))
+
+
+@pytest.mark.parametrize("method", ["power", "svd", "eigh", "randomized", "online"])
+@pytest.mark.parametrize("scale", [1e-25, 1e-12, 1e12, 1e30])
+def test_scale_of_the_gradient_does_not_matter(method, scale):
+    G = spectrum(24, 40, 1.0)
+    assert energy(G, cold(method, G * scale, 6)) > 0.99
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("bad", [0.0, np.nan, np.inf])
+def test_zero_and_non_finite_gradients_keep_the_basis(method, bad):
+    P = cold("power", spectrum(24, 40, 0.5), 6)
+    G = np.zeros((24, 40)) if bad == 0 else np.where(np.arange(40) == 3, bad, spectrum(24, 40, 0.5))
+    kept = refresh(method, jnp.asarray(G, jnp.float32), P, KEY, False)
+    np.testing.assert_array_equal(kept, P)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rank_deficient_gradients_still_give_an_orthonormal_basis(method):
+    rng = np.random.default_rng(0)
+    G = rng.standard_normal((24, 2)) @ rng.standard_normal((2, 40))
+    P = np.asarray(cold(method, G, 6), np.float64)
+    np.testing.assert_allclose(P.T @ P, np.eye(6), atol=1e-5)
+    if method != "gaussian":
+        assert energy(G, P) > 0.999
+
+
+def test_bfloat16_gradients_and_bases():
+    G = spectrum(24, 40, 1.0)
+    P = refresh(
+        "power", jnp.asarray(G, jnp.bfloat16), start_basis(24, 6).astype(jnp.bfloat16), KEY, True
+    )
+    assert P.dtype == jnp.bfloat16
+    assert energy(G, P.astype(jnp.float32)) > 0.99
+
+
+@pytest.mark.parametrize("m,r", [(5, 5), (64, 16), (1000, 7), (11008, 3)])
+def test_start_basis_is_orthonormal(m, r):
+    P = np.asarray(start_basis(m, r), np.float64)
+    np.testing.assert_allclose(P.T @ P, np.eye(r), atol=2e-5)

@@ -1,0 +1,187 @@
+"""What Optax expects of a transformation, for every public one: see contract.py."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from contract import FACTORIES, HISTORY, RANK, random_like, signature, specs, zeros
+
+import natgalore_jax as ng
+
+every_factory = pytest.mark.parametrize("name", FACTORIES)
+both_dtypes = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+
+
+def assert_close(actual, expected, **tolerance):
+    jax.tree.map(
+        lambda a, e: np.testing.assert_allclose(
+            np.asarray(a, np.float64), np.asarray(e, np.float64), **tolerance
+        ),
+        actual,
+        expected,
+    )
+
+
+def _is_entry(x):
+    """What stands for one parameter inside a state."""
+    return isinstance(x, (optax.MaskedNode, ng.History))
+
+
+@both_dtypes
+@every_factory
+def test_init_needs_only_shapes_and_dtypes(name, dtype):
+    tx = FACTORIES[name]()
+    assert signature(jax.eval_shape(tx.init, specs(dtype))) == signature(tx.init(zeros(dtype)))
+
+
+@every_factory
+def test_init_ignores_the_values_of_parameters(name):
+    tx = FACTORIES[name]()
+    assert_close(tx.init(random_like(zeros(), 0)), tx.init(zeros()), rtol=0, atol=0)
+
+
+@both_dtypes
+@every_factory
+def test_state_and_updates_keep_structure_shapes_and_dtypes(name, dtype):
+    tx = FACTORIES[name]()
+    state = jax.eval_shape(tx.init, specs(dtype))
+    updates, new_state = jax.eval_shape(tx.update, specs(dtype), state, specs(dtype))
+    assert signature(updates) == signature(specs(dtype))
+    assert signature(new_state) == signature(state)
+
+
+@every_factory
+def test_state_goes_through_a_conditional(name):
+    tx = FACTORIES[name]()
+
+    def update_or_not(pred, grads, state, params):
+        return jax.lax.cond(
+            pred, lambda: tx.update(grads, state, params), lambda: (grads, state)
+        )
+
+    state = jax.eval_shape(tx.init, specs())
+    _, new_state = jax.eval_shape(update_or_not, True, specs(), state, specs())
+    assert signature(new_state) == signature(state)
+
+
+@every_factory
+def test_map_params_reaches_every_entry_of_a_parameter_and_nothing_else(name):
+    tx = FACTORIES[name]()
+    state = tx.init(zeros())
+    same = optax.tree.map_params(tx, lambda x: x, state)
+    assert jax.tree.all(jax.tree.map(lambda a, b: a is b, same, state))
+
+    paths = jax.tree.map_with_path(lambda path, _: jax.tree_util.keystr(path), specs())
+    mapped = optax.tree.map_params(
+        tx,
+        lambda _, path: path,
+        state,
+        paths,
+        transform_non_params=lambda x: x.ndim,
+        is_leaf=_is_entry,
+    )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(mapped):
+        if isinstance(leaf, str):
+            assert jax.tree_util.keystr(path).endswith(leaf)
+        else:
+            assert leaf == 0  # counts and directions
+    assert any(isinstance(leaf, str) for leaf in jax.tree.leaves(mapped))
+
+
+@every_factory
+def test_one_compilation_and_finite_updates_over_two_refreshes(name):
+    tx = FACTORIES[name]()
+    params, traces = random_like(zeros(), 0), []
+
+    @jax.jit
+    def step(grads, state, params):
+        traces.append(None)
+        return tx.update(grads, state, params, value=1.0, unexpected=None)
+
+    state = tx.init(params)
+    for t in range(6):
+        updates, state = step(random_like(params, t + 1), state, params)
+        params = optax.apply_updates(params, updates)
+    assert len(traces) == 1
+    moved = jax.tree.map(lambda u: bool(jnp.isfinite(u).all() and jnp.any(u != 0)), updates)
+    assert jax.tree.all(moved), moved
+
+
+@pytest.mark.parametrize("name", ["low_rank_project, adam, project_back", "all parts"])
+def test_jit_and_scan_over_steps_give_what_eager_calls_give(name):
+    tx = FACTORIES[name]()
+    params = random_like(zeros(), 0)
+    grads = [random_like(params, t + 1) for t in range(3)]
+
+    state, eager = tx.init(params), []
+    for g in grads:
+        u, state = tx.update(g, state, params)
+        eager.append(u)
+
+    def step(state, g):
+        u, state = tx.update(g, state, params)
+        return state, u
+
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *grads)
+    final, scanned = jax.jit(lambda s, g: jax.lax.scan(step, s, g))(tx.init(params), stacked)
+    for t, u in enumerate(eager):
+        assert_close(jax.tree.map(lambda x, t=t: x[t], scanned), u, rtol=1e-4, atol=1e-5)
+    assert signature(final) == signature(state)
+
+
+def test_tree_get_finds_the_parts_of_a_state():
+    tx = ng.natural_galore_adamw(0.01, rank=RANK, history=HISTORY)
+    state = tx.init(zeros())
+    assert optax.tree.get(state, "mu")["dense"]["kernel"].shape == (12, RANK)
+    rows, cols = optax.tree.get(state, "basis")
+    assert rows["dense"]["kernel"] == optax.MaskedNode()
+    assert cols["dense"]["kernel"].shape == (8, RANK)
+    assert rows["layers"]["kernel"].shape == (3, 8, RANK)
+    history = optax.tree.get(state, "history")
+    assert history["dense"]["kernel"].columns.shape == (HISTORY, 12, RANK)
+    assert history["dense"]["bias"] == optax.MaskedNode()
+
+
+def test_a_schedule_changes_the_damping_with_the_step_count():
+    g = {"w": jnp.full((4, 6), 2.0)}
+    scheduled = ng.woodbury_natural_gradient(history=1, damping=lambda count: 1.0 + count)
+    state = scheduled.init(g)
+    for count in range(3):
+        updates, state = scheduled.update(g, state)
+        # One gradient in the history: h̃ = h / (λ + ‖h‖²).
+        np.testing.assert_allclose(updates["w"], 2.0 / (1.0 + count + 4 * 24), rtol=1e-6)
+
+
+def test_masked_leaves_the_rest_untouched():
+    inner = ng.galore_adamw(0.01, rank=RANK)
+    mask = {"dense": False, "layers": True}
+    full_mask = jax.tree.broadcast(mask, zeros())
+    tx = optax.masked(inner, full_mask)
+    params, grads = random_like(zeros(), 0), random_like(zeros(), 1)
+    updates, state = tx.update(grads, tx.init(params), params)
+    assert_close(updates["dense"], grads["dense"], rtol=0)
+    alone, _ = inner.update(
+        {"layers": grads["layers"]},
+        inner.init({"layers": params["layers"]}),
+        {"layers": params["layers"]},
+    )
+    assert_close(updates["layers"], alone["layers"], rtol=1e-5, atol=1e-7)
+
+
+def test_partition_gives_each_group_its_own_rank():
+    tx = optax.partition(
+        {
+            "small": ng.natural_galore_adamw(0.01, rank=2, history=HISTORY),
+            "large": ng.galore_adamw(0.01, rank=4, side="right"),
+        },
+        {"dense": "small", "layers": "large"},
+    )
+    params = random_like(zeros(), 0)
+    state = tx.init(params)
+    assert optax.tree.get(state.inner_states["small"], "mu")["dense"]["kernel"].shape == (12, 2)
+    assert optax.tree.get(state.inner_states["large"], "mu")["layers"]["kernel"].shape == (3, 8, 4)
+    updates, new_state = jax.jit(tx.update)(random_like(params, 1), state, params)
+    assert signature(updates) == signature(params)
+    assert signature(new_state) == signature(state)
+    assert optax.tree.map_params(tx, lambda x: x, state) is not None
