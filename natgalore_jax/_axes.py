@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from natgalore_jax._validate import check_integer
+from natgalore_jax._where import broadcast_prefix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ def axes_per_leaf(axes: AxesLike, tree: Any) -> list[MatrixAxes | None]:
         return []
     if callable(axes):
         axes = axes(tree)
-    full = jax.tree.broadcast(axes, tree, is_leaf=_is_axes)
+    full = broadcast_prefix("axes", axes, tree, is_leaf=_is_axes)
     entries = jax.tree.leaves(full, is_leaf=_is_axes)
     for entry in entries:
         if not _is_axes(entry):

@@ -20,7 +20,12 @@ ONLINE_RATE = 0.1
 
 
 def new_basis(
-    method: str, G: jax.Array, P: jax.Array, key: jax.Array, is_first: jax.Array
+    method: str,
+    G: jax.Array,
+    P: jax.Array,
+    key: jax.Array,
+    is_first: jax.Array,
+    is_right: bool = False,
 ) -> jax.Array:
     """The basis after a refresh, or the previous one if G gives none.
 
@@ -30,6 +35,8 @@ def new_basis(
       P: (m, r), the previous basis, or any orthonormal start at the first refresh.
       key: for the random methods.
       is_first: scalar boolean, whether P is only a start.
+      is_right: whether G is the transpose of a gradient whose right basis is wanted. It matters
+        to the signs of "svd" alone.
 
     Returns:
       (m, r) in the dtype of P. It is P itself if G is zero or has a NaN or an infinity: one bad
@@ -41,7 +48,8 @@ def new_basis(
     usable = jnp.isfinite(scale) & (scale > 0)
     G32 = jnp.where(usable, G32 / jnp.where(usable, scale, 1.0), 0.0)
     with jax.default_matmul_precision("highest"):
-        Q = _KERNELS[method](G32, P32, key, is_first)
+        kernel = _svd_right if method == "svd" and is_right else _KERNELS[method]
+        Q = kernel(G32, P32, key, is_first)
     return jnp.where(usable & jnp.all(jnp.isfinite(Q)), Q, P32).astype(P.dtype)
 
 
@@ -80,6 +88,15 @@ def _svd(G, P, key, is_first):
     """The left singular vectors: exact, and many times slower than one power step."""
     U, _, _ = jnp.linalg.svd(G, full_matrices=False)
     return U[:, : P.shape[1]]
+
+
+def _svd_right(G, P, key, is_first):
+    """The same vectors as right ones of Gᵀ, because LAPACK signs those otherwise.
+
+    GaLore keeps its moments when the vectors change, so that published numbers depend on signs.
+    """
+    _, _, Vt = jnp.linalg.svd(G.T, full_matrices=False)
+    return Vt[: P.shape[1]].T
 
 
 def _eigh(G, P, key, is_first):

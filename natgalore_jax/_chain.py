@@ -89,9 +89,8 @@ def _members(transforms: tuple[Any, ...]) -> list[Any]:
     opener, inner, closer = None, [], None
 
     def close(with_closer):
-        accumulation = _accumulation(inner, opener)
         inside = tuple(optax.with_extra_args_support(_transformation(tx)) for tx in inner)
-        members.append(Subspace(opener, inside, with_closer, accumulation))
+        members.append(Subspace(opener, inside, with_closer, _accumulation(inner, opener)))
 
     for tx in transforms:
         parts = tx.parts if isinstance(tx, Composite) else (tx,)

@@ -20,20 +20,38 @@ def contract(subscripts: str, *operands: jax.Array, dtype=None, precision=None) 
     its result: every axis that survives keeps the one that it had.
     """
     dtype = dtype or jnp.result_type(*operands)
-    out = jnp.einsum(
-        subscripts,
+    accumulator = jnp.promote_types(dtype, jnp.float32)
+
+    def einsum(*operands):
+        return jnp.einsum(
+            subscripts,
+            *operands,
+            precision=precision,
+            preferred_element_type=accumulator,
+            out_sharding=_surviving_sharding(subscripts, operands),
+        )
+
+    if all(x.dtype == accumulator for x in operands):
+        return einsum(*operands).astype(dtype)
+    # XLA on CPUs has no kernel for some products of bfloat16 tensors into float32.
+    out = jax.lax.platform_dependent(
         *operands,
-        precision=precision,
-        preferred_element_type=jnp.promote_types(dtype, jnp.float32),
-        out_sharding=_surviving_sharding(subscripts, operands),
+        cpu=lambda *xs: einsum(*(x.astype(accumulator) for x in xs)),
+        default=einsum,
     )
     return out.astype(dtype)
 
 
+def has_explicit_sharding(x: jax.Array) -> bool:
+    """Whether x lives on a mesh whose axes are all explicit: its sharding is part of its type."""
+    mesh = jax.typeof(x).sharding.mesh
+    return not mesh.empty and all(t == AxisType.Explicit for t in mesh.axis_types)
+
+
 def _surviving_sharding(subscripts: str, operands: Sequence[jax.Array]) -> NamedSharding | None:
-    mesh = jax.typeof(operands[0]).sharding.mesh
-    if mesh.empty or any(t != AxisType.Explicit for t in mesh.axis_types):
+    if not has_explicit_sharding(operands[0]):
         return None
+    mesh = jax.typeof(operands[0]).sharding.mesh
     inputs, output = subscripts.split("->")
     axis_of = {}
     for letters, operand in zip(inputs.split(","), operands, strict=True):

@@ -5,12 +5,12 @@ gradient, k its number of elements. Formulas are for one matrix, with ``H`` (k, 
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from natgalore_jax._contract import contract
+from natgalore_jax._contract import contract, has_explicit_sharding
 from natgalore_jax._transition import rotate_linear
 
 
@@ -26,65 +26,84 @@ class History(NamedTuple):
         """One matrix's history in the coordinates of a new basis: rotated, or emptied."""
         if transition == "reset":
             return jax.tree.map(jnp.zeros_like, self)
-        columns = rotate_linear(self.columns, {axis + 1: C for axis, C in C_of_axis.items()})
+        # Column by column, in place: a product of all at once makes XLA lay out the whole buffer
+        # with s innermost, and copy it there and back at every step.
+        columns = jax.lax.fori_loop(
+            0,
+            self.columns.shape[0],
+            lambda i, H: _put(H, rotate_linear(H[i], C_of_axis), i, 0),
+            self.columns,
+        )
         return self._replace(columns=columns, gram=_gram(columns), checksum=_checksum(columns, 1))
 
 
-def empty_history(
-    length: int, batch_shape: tuple[int, ...], shape: tuple[int, ...], dtype
-) -> History:
+def empty_history(length: int, batch_ndim: int, gradient: jax.Array, dtype: Any) -> History:
+    """For gradients of this shape and sharding, B + K with ``batch_ndim`` batch axes."""
+    batch_shape = gradient.shape[:batch_ndim]
+    shape = (*batch_shape, length, *gradient.shape[batch_ndim:])
+    zeros = jnp.expand_dims(jnp.zeros_like(gradient, dtype=dtype), batch_ndim)
     return History(
-        columns=jnp.zeros((*batch_shape, length, *shape), dtype),
+        columns=jnp.broadcast_to(zeros, shape),
         gram=jnp.zeros((*batch_shape, length, length), jnp.float32),
         checksum=jnp.zeros((*batch_shape, length), jnp.float32),
         filled=jnp.zeros(batch_shape, jnp.int32),
     )
 
 
-def push(history: History, h: jax.Array, slot: jax.Array) -> History:
-    """Writes ``h`` (B + K) into column ``slot`` and updates the Gram matrix by one row and column.
-
-    The row is ``Hᵀ h``: O(k s) operations, where the whole Gram matrix would take O(k s²).
-    """
-    nb = history.filled.ndim
-    h = h.astype(history.columns.dtype)
-    columns = jax.lax.dynamic_update_index_in_dim(history.columns, h, slot, nb)
-    row = _products(columns, h, nb)
-    gram = jax.lax.dynamic_update_index_in_dim(history.gram, row, slot, nb)
-    gram = jax.lax.dynamic_update_index_in_dim(gram, row, slot, nb + 1)
-    checksum = jax.lax.dynamic_update_index_in_dim(history.checksum, _checksum(h, nb), slot, nb)
-    filled = jnp.minimum(history.filled + 1, columns.shape[nb])
-    return History(columns, gram, checksum, filled)
-
-
 def natural_gradient(
-    history: History, slot: jax.Array, damping: jax.Array, *, relative: bool
-) -> jax.Array:
-    r"""``h̃ = (λI + HHᵀ)⁻¹ h_t = H (λI + HᵀH)⁻¹ e_t``, the newest gradient ``h_t`` in column ``slot``.
+    history: History, h: jax.Array, slot: jax.Array, damping: jax.Array, *, relative: bool
+) -> tuple[jax.Array, History]:
+    r"""``h̃ = (λI + HHᵀ)⁻¹ h_t = H (λI + HᵀH)⁻¹ e_t``, with ``h_t = h`` the newest column of H.
 
     Because ``h_t`` is itself a column of H, one s × s solve and one product suffice, and nothing
     cancels: the two-term form ``(h_t − H(λI + HᵀH)⁻¹Hᵀh_t)/λ`` loses all digits in float32 once
-    ``λmax(HᵀH)/λ`` is near 1e7.
+    ``λmax(HᵀH)/λ`` is near 1e7. The Gram matrix changes by the row and column ``Hᵀh_t``: O(k s)
+    operations, where computing it anew would take O(k s²).
 
     Args:
-      history: with the newest gradient already pushed.
-      slot: scalar int32, the column of the newest gradient.
+      history: of the gradients before this one.
+      h: B + K, the newest gradient; rounded to the dtype of the history before use.
+      slot: scalar int32, the column that it takes, that of the oldest gradient.
       damping: scalar; λ in units of gradient², or ρ with ``λ = ρ tr(HᵀH) / filled`` if relative.
       relative: which of the two.
 
     Returns:
-      B + K, float32.
+      h̃ (B + K, float32), and the history with h in it. A gradient that is not finite gives an h̃
+      that is not finite and leaves the history as it was, or it would spoil the next s steps.
     """
-    gram, nb = history.gram, history.filled.ndim
+    columns, nb = history.columns, history.filled.ndim
+    s = columns.shape[nb]
+    h = h.astype(columns.dtype)
+    h_energy = _product(h, h, nb)
+    gram = _with_row(history.gram, _products(columns, h, nb), h_energy, slot)
+    checksum = _put(history.checksum, _checksum(h, nb), slot, nb)
+    filled = jnp.minimum(history.filled + 1, s)
+
     energy = jnp.diagonal(gram, axis1=-2, axis2=-1)
-    damping = jnp.broadcast_to(jnp.asarray(damping, jnp.float32), history.filled.shape)
+    lam = jnp.broadcast_to(jnp.asarray(damping, jnp.float32), filled.shape)
     if relative:
-        damping = damping * jnp.sum(energy, -1) / jnp.maximum(history.filled, 1)
+        lam = lam * jnp.sum(energy, -1) / filled
     # With a relative λ an all-zero history has λ = 0; any positive λ gives its answer, zero.
-    damping = jnp.where(damping > 0, damping, 1.0)
-    w = _solve(gram, energy, history.checksum, slot, damping)
-    batch, K = _letters(nb, history.columns.ndim - nb - 1)
-    return contract(f"{batch}s{K},{batch}s->{batch}{K}", history.columns, w, dtype=jnp.float32)
+    lam = jnp.maximum(lam, jnp.finfo(jnp.float32).tiny)
+    w = _solve(gram, energy, checksum, slot, lam)
+
+    # The write waits for w, hence for the read of the old columns, and the sum reads the new ones:
+    # in this order XLA updates the buffer in place, in any other it copies it, the largest of all.
+    finite = jnp.isfinite(h_energy) & jnp.all(jnp.isfinite(w), axis=-1)
+    oldest = jax.lax.dynamic_index_in_dim(columns, slot, nb, keepdims=False)
+    columns = _put(columns, jnp.where(_expand(finite, h.ndim), h, oldest), slot, nb)
+    new = History(
+        columns=columns,
+        gram=jnp.where(_expand(finite, nb + 2), gram, history.gram),
+        checksum=jnp.where(_expand(finite, nb + 1), checksum, history.checksum),
+        filled=jnp.where(finite, filled, history.filled),
+    )
+    natural = sum(
+        jax.lax.index_in_dim(columns, i, nb, keepdims=False).astype(jnp.float32)
+        * _expand(w[..., i], h.ndim)
+        for i in range(s)
+    )
+    return natural, new
 
 
 def _solve(gram, energy, checksum, slot, damping):
@@ -94,20 +113,20 @@ def _solve(gram, energy, checksum, slot, damping):
     null space of H, which λ⁻¹ amplifies and H must cancel. So equal columns are merged into one
     with the weight √(their number), for which HHᵀ is the same, and the null vectors are gone.
     """
-    s = gram.shape[-1]
-    same = (
-        (gram == energy[..., :, None])
-        & (gram == energy[..., None, :])
-        & (checksum[..., :, None] == checksum[..., None, :])
-    ) | jnp.eye(s, dtype=bool)
-    # Of equal columns the newest stays; column t is the newest, t + 1 (mod s) the oldest.
+    s, eps = gram.shape[-1], jnp.finfo(jnp.float32).eps
+    rows, cols = energy[..., :, None], energy[..., None, :]
+    # Sums in another order differ in the last bits; the checksums of copies are equal.
+    parallel = (jnp.abs(gram - rows) <= 8 * eps * rows) & (jnp.abs(gram - cols) <= 8 * eps * cols)
+    copies = parallel & (checksum[..., :, None] == checksum[..., None, :])
+    copies = copies | jnp.eye(s, dtype=bool)
+    # Of equal columns the newest stays.
     age = jnp.mod(slot - jnp.arange(s), s)
-    stays = ~jnp.any(same & (age[None, :] < age[:, None]), axis=-1)
-    weight = jnp.where(stays, jnp.sqrt(jnp.sum(same, -1).astype(jnp.float32)), 0.0)
+    stays = ~jnp.any(copies & (age[None, :] < age[:, None]), axis=-1)
+    weight = jnp.where(stays, jnp.sqrt(jnp.sum(copies, -1).astype(jnp.float32)), 0.0)
     K = gram * weight[..., :, None] * weight[..., None, :]
     # Rounding perturbs each diagonal entry by a few ulps; no less is added, so that a λ far below
     # them cannot leave the matrix indefinite.
-    rounding = 4 * jnp.finfo(jnp.float32).eps * energy * weight**2
+    rounding = 4 * eps * energy * weight**2
     diagonal = jnp.maximum(damping[..., None], rounding)
     e_t = jax.nn.one_hot(slot, s, dtype=jnp.float32)
     L = jnp.linalg.cholesky(K + diagonal[..., None] * jnp.eye(s))
@@ -122,16 +141,50 @@ def _letters(nb: int, nk: int) -> tuple[str, str]:
 
 
 def _products(columns: jax.Array, h: jax.Array, nb: int) -> jax.Array:
+    """``Hᵀ h``, B + (s,)."""
     batch, K = _letters(nb, h.ndim - nb)
-    return contract(
-        f"{batch}s{K},{batch}{K}->{batch}s", columns, h, dtype=jnp.float32, precision="highest"
-    )
+    subscripts = f"{batch}s{K},{batch}{K}->{batch}s"
+    return contract(subscripts, columns, h, dtype=jnp.float32, precision="highest")
+
+
+def _product(g: jax.Array, h: jax.Array, nb: int) -> jax.Array:
+    """``gᵀ h``, B."""
+    batch, K = _letters(nb, h.ndim - nb)
+    return contract(f"{batch}{K},{batch}{K}->{batch}", g, h, dtype=jnp.float32, precision="highest")
 
 
 def _gram(columns: jax.Array) -> jax.Array:
-    _, K = _letters(0, columns.ndim - 1)
-    return contract(f"s{K},t{K}->st", columns, columns, dtype=jnp.float32, precision="highest")
+    """``Hᵀ H`` of one matrix, (s, s)."""
+    return jax.lax.map(lambda column: _products(columns, column, 0), columns)
 
 
 def _checksum(h: jax.Array, nb: int) -> jax.Array:
-    return jnp.sum(h, axis=tuple(range(nb, h.ndim)), dtype=jnp.float32)
+    """A fixed linear functional of each gradient, with no structure that a gradient might have."""
+    out = h.astype(jnp.float32)
+    for axis in range(h.ndim - 1, nb - 1, -1):
+        letters = "abcdefghijklmnop"[: axis + 1]
+        vector = jnp.cos(jnp.arange(h.shape[axis], dtype=jnp.float32) + 1.0)
+        out = contract(f"{letters},{letters[-1]}->{letters[:-1]}", out, vector)
+    return out
+
+
+def _with_row(gram: jax.Array, row: jax.Array, diagonal: jax.Array, slot: jax.Array) -> jax.Array:
+    """The Gram matrix with a new row and column ``slot``, and ``diagonal`` where they cross."""
+    row = jnp.where(jnp.arange(row.shape[-1]) == slot, diagonal[..., None], row)
+    gram = _put(gram, row, slot, gram.ndim - 2)
+    return _put(gram, row, slot, gram.ndim - 1)
+
+
+def _put(array: jax.Array, value: jax.Array, slot: jax.Array, axis: int) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(array, value, slot, axis)
+
+
+def _expand(x: jax.Array, ndim: int) -> jax.Array:
+    return jnp.expand_dims(x, tuple(range(x.ndim, ndim)))
+
+
+def _one_entry(x: jax.Array, nb: int) -> jax.Array:
+    """A number that needs x, B: its first entry, or the sum where that cannot be sliced."""
+    if has_explicit_sharding(x):
+        return jnp.sum(x, axis=tuple(range(nb, x.ndim)))
+    return x[(..., *([0] * (x.ndim - nb)))]

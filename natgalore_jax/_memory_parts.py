@@ -66,7 +66,7 @@ def attribute(
 def _marked(tx: optax.GradientTransformation, state: Any) -> Any:
     """``state`` with every part that follows the parameters' structure wrapped up."""
     try:
-        return optax.tree.map_params(tx, _ParamTree, state, is_leaf=lambda _: True)
+        return optax.tree.map_params(tx.init, _ParamTree, state, is_leaf=lambda _: True)
     except Exception:
         # The state itself is sound, but tx looks into the parameters at init, and Optax's stand-in
         # for them has nothing to look at. What is raised then depends on tx alone.
@@ -111,7 +111,9 @@ def _moved_bytes(piece: Piece, old: LeafPlan, new: LeafPlan) -> int:
         return piece.bytes * _basis_size(new) // _basis_size(old)
     shape = old.low_rank_shape[len(old.batch) :]
     is_low_rank = len(piece.shape) >= len(shape) and piece.shape[-len(shape) :] == shape
-    if piece.part == "other" or not is_low_rank or piece.field in ("gram", "checksum"):
+    # A Gram matrix or a norm per layer may have the shape of R by chance.
+    may_change = piece.part == "inner" or piece.field == "columns"
+    if not (is_low_rank and may_change):
         return piece.bytes
     return piece.bytes * math.prod(new.low_rank_shape) // math.prod(old.low_rank_shape)
 

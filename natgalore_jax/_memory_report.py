@@ -163,7 +163,7 @@ def memory_report(tx: optax.GradientTransformation, params: Any) -> MemoryReport
       >>> print(report)
       parameter  count   shape     dtype ... history    inner    state    AdamW
       w              1  64×256  bfloat16 ...       -  8.19 kB  9.22 kB  65.5 kB
-      (shared)                           ...                       8 B
+      (shared)...                                                  8 B
       total          1                   ...       -  8.19 kB  9.22 kB  65.5 kB
       <BLANKLINE>
       state if the side were      now    short     long     both
@@ -199,7 +199,7 @@ def memory_report(tx: optax.GradientTransformation, params: Any) -> MemoryReport
                 layers=plan.layers if plan else 1,
                 weight_bytes=nbytes(leaf),
                 adamw_bytes=2 * nbytes(leaf),
-                alternatives=alternatives(plan, own) if len(own_plans) == 1 else {},
+                alternatives=alternatives(plan, own) if plan and len(own_plans) == 1 else {},
                 **parts,
             )
         )
@@ -210,7 +210,9 @@ def memory_report(tx: optax.GradientTransformation, params: Any) -> MemoryReport
 def _side(plan: LeafPlan) -> str:
     if len(plan.modes) > 2:
         return "tucker"
-    return {(0,): "left", (1,): "right", (0, 1): "both"}[plan.projected_modes]
+    if len(plan.projected_modes) == 2:
+        return "both"
+    return "left" if plan.projected_modes == (0,) else "right"
 
 
 def _rank(plan: LeafPlan) -> int | tuple[int, ...]:
@@ -220,7 +222,8 @@ def _rank(plan: LeafPlan) -> int | tuple[int, ...]:
 
 def _treatment(p: ParameterMemory) -> dict[str, Any]:
     """A row without its name, for JSON."""
-    row = dataclasses.asdict(p) | {"projected": p.projected, "state_bytes": p.state_bytes}
+    row: dict[str, Any] = dataclasses.asdict(p)
+    row |= {"projected": p.projected, "state_bytes": p.state_bytes}
     row["shape"] = list(p.shape)
     row["rank"] = list(p.rank) if isinstance(p.rank, tuple) else p.rank
     del row["path"]

@@ -98,18 +98,22 @@ def plan_tree(settings: PlanSettings, tree: Any) -> list[LeafPlan | None]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     chosen = selected(settings.where, tree)
     axes = axes_per_leaf(settings.axes, tree)
-    plans = [
+    return [
         _plan_leaf(settings, KeyPath(path), leaf, leaf_axes) if is_chosen else None
         for (path, leaf), leaf_axes, is_chosen in zip(leaves, axes, chosen, strict=True)
     ]
+
+
+def require_projection(settings: PlanSettings, plans: Sequence[LeafPlan | None], tree: Any) -> None:
+    """An optimizer that projects nothing is a mistake in ``where`` or in the rank."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
     if leaves and all(plan is None for plan in plans):
         shapes = ", ".join(f"{KeyPath(p)} {tuple(x.shape)}" for p, x in leaves[:6])
         raise ValueError(
             f"where selects no parameter to project at rank {settings.rank}. The default rule "
-            "takes matrices with both sides larger than the rank that are not embeddings or the output "
-            f"head; received: {shapes}{', ...' if len(leaves) > 6 else ''}"
+            "takes matrices with both sides larger than the rank that are not embeddings or the "
+            f"output head; received: {shapes}{', ...' if len(leaves) > 6 else ''}"
         )
-    return plans
 
 
 def _plan_leaf(

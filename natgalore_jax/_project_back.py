@@ -152,7 +152,7 @@ def _direction(known, plans, N, R):
         for plan, n, r in zip(plans, N, R, strict=True)
         if plan
     )
-    return jnp.where(known == 0, jnp.sign(along), known)
+    return jnp.where((known == 0) & jnp.isfinite(along), jnp.sign(along), known)
 
 
 def _residual(plan: LeafPlan, factors: Factors, N, R, G) -> jax.Array:

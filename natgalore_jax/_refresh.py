@@ -7,9 +7,9 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 
 from natgalore_jax._basis import new_basis
+from natgalore_jax._contract import has_explicit_sharding
 from natgalore_jax._plan import LeafPlan
 from natgalore_jax._schedule import due_layers
 
@@ -74,16 +74,21 @@ def refresh(
     )
     step_key = jax.random.fold_in(jax.random.key(settings.seed), step)
     new_bases, new_companions = [], []
+    # Zero always, but XLA cannot know: each loop waits for the one before. Otherwise the scheduler
+    # of the CPU runs them at the same time, which takes the workspace of all of them together.
+    turn = jnp.zeros([], jnp.int32)
     for number, (plan, G, basis, own, (first, end)) in enumerate(
         zip(plans, gradients, bases, companions, ranges, strict=True)
     ):
         leaf_key = jax.random.fold_in(step_key, number)
 
         def body(layer, carry, plan=plan, G=G, leaf_key=leaf_key):
+            basis, own, turn = carry
             key = jax.random.fold_in(leaf_key, layer)
-            return _refresh_layer(settings, plan, G, *carry, layer, key, step == 0)
+            basis, own = _refresh_layer(settings, plan, G, basis, own, layer, key, step == 0)
+            return basis, own, jnp.minimum(turn, layer)
 
-        basis, own = jax.lax.fori_loop(first, end, body, (basis, own))
+        basis, own, turn = jax.lax.fori_loop(first + turn, end + turn, body, (basis, own, turn))
         new_bases.append(basis)
         new_companions.append(own)
     return new_bases, new_companions
@@ -107,6 +112,7 @@ def _refresh_layer(settings, plan, G, basis, companions, layer, key, is_first):
             P,
             jax.random.fold_in(key, number),
             is_first,
+            is_right=len(plan.modes) == 2 and mode == 1,
         )
         C_of_axis[plan.low_rank_axes[mode]] = jnp.matmul(
             P_new.T, P, precision="highest", preferred_element_type=jnp.float32
@@ -135,8 +141,7 @@ def _unfold(plan: LeafPlan, tensor: jax.Array, mode: int) -> jax.Array:
 
 def _replicated(x: jax.Array) -> jax.Array:
     """Factorisations need whole matrices; on explicit meshes this has to be said."""
-    mesh = jax.typeof(x).sharding.mesh
-    if mesh.empty or any(t != AxisType.Explicit for t in mesh.axis_types):
+    if not has_explicit_sharding(x):
         return x
     return jax.sharding.reshard(x, jax.sharding.PartitionSpec())
 

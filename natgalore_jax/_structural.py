@@ -34,8 +34,8 @@ def structural_args(factory: Callable[..., Any]) -> tuple[str, ...]:
     ``optax.inject_hyperparams`` turns every number among the arguments into an array of the state
     and every callable into a schedule. A rank, an interval or a history length must stay a Python
     number, and ``where``, ``axes`` and ``mask`` are no schedules; the rest (``learning_rate``,
-    ``damping``, ``scale``, ``weight_decay``, ``b1``, ``norm_growth_limit``, ...) can be injected, as a
-    number that is changed in the state or as a schedule.
+    ``damping``, ``scale``, ``weight_decay``, ``b1``, ``norm_growth_limit``, ...) can be injected,
+    as a number that is changed in the state or as a schedule.
 
     Args:
       factory: :func:`natural_galore_adamw`, any other transformation of this library, or your own

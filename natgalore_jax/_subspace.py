@@ -8,9 +8,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from natgalore_jax._check_tree import (
+    check_bases,
+    check_inner_states,
+    check_params,
+    flatten_like,
+)
 from natgalore_jax._companions import find_companions, with_companions
 from natgalore_jax._contract import project
-from natgalore_jax._plan import LeafPlan, plan_tree
+from natgalore_jax._plan import LeafPlan, plan_tree, require_projection
 from natgalore_jax._project import LowRankProject, LowRankProjectState, start_factors
 from natgalore_jax._project_back import ProjectBack, init_back, update_back
 from natgalore_jax._refresh import Factors, refresh
@@ -32,6 +38,7 @@ class Subspace:
 
     def init(self, params: Any) -> list[Any]:
         plans = plan_tree(self.opener.plan, params)
+        require_projection(self.opener.plan, plans, params)
         leaves, treedef = jax.tree.flatten(params)
         factors = [
             start_factors(plan, self.opener.basis_dtype or leaf.dtype) if plan else ()
@@ -48,11 +55,18 @@ class Subspace:
     def update(
         self, updates: Any, states: Sequence[Any], params: Any, extra_args: dict[str, Any]
     ) -> tuple[Any, list[Any]]:
-        plans = plan_tree(self.opener.plan, updates)
-        G, treedef = jax.tree.flatten(updates)
         opened, *inner_states, closed = states
-        factors = self._factors(treedef, plans, opened)
-        _check_leaves(plans, factors, G, params)
+        columns = [flatten_like(updates, tree, "the parameters at init") for tree in opened.basis]
+        if params is not None:
+            check_params(updates, params)
+        plans = plan_tree(self.opener.plan, updates)
+        check_bases(updates, plans, list(zip(*columns, strict=True)))
+        check_inner_states(self.inner, inner_states, updates, plans)
+        G, treedef = jax.tree.flatten(updates)
+        factors = [
+            tuple(columns[mode][i] for mode in plan.projected_modes) if plan else ()
+            for i, plan in enumerate(plans)
+        ]
 
         factors, inner_states = self._refresh(
             treedef, plans, G, factors, inner_states, opened.count
@@ -117,19 +131,6 @@ class Subspace:
             trees.append(treedef.unflatten(column))
         return tuple(trees)
 
-    def _factors(self, treedef, plans, state: LowRankProjectState) -> list[Factors]:
-        """The factors of each leaf, from the state's form."""
-        try:
-            columns = [treedef.flatten_up_to(tree) for tree in state.basis]
-        except ValueError as error:
-            raise ValueError(
-                f"the updates have another tree structure than the parameters at init: {error}"
-            ) from error
-        return [
-            tuple(columns[mode][i] for mode in plan.projected_modes) if plan else ()
-            for i, plan in enumerate(plans)
-        ]
-
 
 def _low_rank_leaf(plan: LeafPlan | None, leaf: Any, factors: Factors) -> Any:
     """The leaf that the inner transformations are initialised with."""
@@ -138,25 +139,3 @@ def _low_rank_leaf(plan: LeafPlan | None, leaf: Any, factors: Factors) -> Any:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(plan.low_rank_shape, leaf.dtype)
     return project(plan, leaf, factors)
-
-
-def _check_leaves(plans, factors, G, params) -> None:
-    """The updates must have the shapes that the state and the parameters have."""
-    for plan, own in zip(plans, factors, strict=True):
-        if plan:
-            expected = tuple(plan.factor_shape(mode) for mode in plan.projected_modes)
-            received = tuple(getattr(f, "shape", None) for f in own)
-            if expected != received:
-                raise ValueError(
-                    f"{plan.path}: the update has shape {plan.shape}, for which the bases have "
-                    f"shapes {expected}, but those made at init have {received}"
-                )
-    if params is not None:
-        paths = jax.tree_util.tree_leaves_with_path(params)
-        if len(paths) == len(G):
-            for (path, w), g in zip(paths, G, strict=True):
-                if jnp.shape(w) != g.shape:
-                    raise ValueError(
-                        f"{jax.tree_util.keystr(path, simple=True, separator='/')}: the update has "
-                        f"shape {g.shape}, but the parameter has {jnp.shape(w)}"
-                    )

@@ -27,6 +27,8 @@ class KeyPath(tuple):
 _EXCLUDED_NAMES = frozenset(
     {"lm_head", "head", "output_head", "classifier", "logits", "wte", "wpe", "vocab"}
 )
+# Vectors, which stacked layers turn into something of the shape of a matrix.
+_VECTOR_NAMES = frozenset({"scale", "bias"})
 
 Where = Callable[[Any, Any], bool] | Any
 
@@ -36,9 +38,10 @@ def hidden_matrices(path: Any, leaf: Any = None) -> bool:
 
     True for floating-point parameters of at least two axes, unless the name says that they are an
     embedding or the output head (a part of the path contains ``embed`` or equals ``lm_head``,
-    ``head``, ``output_head``, ``classifier``, ``logits``, ``wte``, ``wpe`` or ``vocab``). Used as
-    ``where``, it also leaves out every matrix with a side that is not larger than the rank, since
-    nothing would be saved.
+    ``head``, ``output_head``, ``classifier``, ``logits``, ``wte``, ``wpe`` or ``vocab``) or vectors of
+    stacked layers (it contains ``norm`` or equals ``scale`` or ``bias``). Used as ``where``, it also
+    leaves out every matrix with a side that is not larger than the rank, since nothing would be
+    saved.
 
     Args:
       path: the key path of the parameter.
@@ -56,14 +59,17 @@ def hidden_matrices(path: Any, leaf: Any = None) -> bool:
     """
     if leaf is None:
         raise TypeError(
-            "hidden_matrices needs a path and a parameter. If optax.inject_hyperparams called it as a "
-            "schedule, pass static_args=natgalore_jax.structural_args(factory)"
+            "hidden_matrices needs a path and a parameter. If optax.inject_hyperparams called it "
+            "as a schedule, pass static_args=natgalore_jax.structural_args(factory)"
         )
     names = [
         jax.tree_util.keystr((k,), simple=True) if not isinstance(k, str) else k
         for k in tuple(path)
     ]
-    named_otherwise = any("embed" in n.lower() or n.lower() in _EXCLUDED_NAMES for n in names)
+    named_otherwise = any(
+        "embed" in name or "norm" in name or name in _EXCLUDED_NAMES | _VECTOR_NAMES
+        for name in map(str.lower, names)
+    )
     return len(leaf.shape) >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating) and not named_otherwise
 
 
@@ -74,8 +80,16 @@ def selected(where: Where, tree: Any) -> list[bool]:
         return []
     if callable(where):
         return [bool(where(KeyPath(path), leaf)) for path, leaf in leaves]
-    flags = jax.tree.leaves(jax.tree.broadcast(where, tree))
+    flags = jax.tree.leaves(broadcast_prefix("where", where, tree))
     for flag in flags:
         if not isinstance(flag, (bool, np.bool_)):
             raise TypeError(f"where must be True or False at every parameter, got {flag!r}")
     return [bool(flag) for flag in flags]
+
+
+def broadcast_prefix(name: str, prefix: Any, tree: Any, is_leaf: Any = None) -> Any:
+    """An argument that is a prefix of the tree of parameters, as a whole tree."""
+    try:
+        return jax.tree.broadcast(prefix, tree, is_leaf=is_leaf)
+    except ValueError as error:
+        raise ValueError(f"{name} is no prefix of the tree of parameters: {error}") from error

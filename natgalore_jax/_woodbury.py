@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgalore_jax._history import History, empty_history, natural_gradient, push
+from natgalore_jax._check_tree import flatten_like
+from natgalore_jax._history import History, empty_history, natural_gradient
 from natgalore_jax._scope import current_subspace
 from natgalore_jax._validate import check_choice, check_float_dtype, check_integer, check_number
 from natgalore_jax._where import KeyPath
@@ -82,6 +83,7 @@ def woodbury_natural_gradient(
     """
     check_integer("history", history, minimum=1)
     check_choice("damping_mode", damping_mode, DAMPING_MODES)
+    is_relative = damping_mode == "relative"
     if not callable(damping):
         check_number("damping", damping, above=0.0)
     check_float_dtype("history_dtype", history_dtype)
@@ -102,24 +104,22 @@ def woodbury_natural_gradient(
             is_block, batch_ndim = plan is not None, len(plan.batch) if plan else 0
         if not is_block:
             return optax.MaskedNode()
-        batch, shape = leaf.shape[:batch_ndim], leaf.shape[batch_ndim:]
-        return empty_history(history, batch, shape, history_dtype or leaf.dtype)
+        return empty_history(history, batch_ndim, leaf, history_dtype or leaf.dtype)
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         slot = jnp.mod(state.count, history)
         current = damping(state.count) if callable(damping) else damping
 
-        leaves, treedef = jax.tree.flatten(updates)
-        histories = treedef.flatten_up_to(state.history)
+        leaves = jax.tree_util.tree_leaves_with_path(updates)
+        treedef = jax.tree.structure(updates)
+        histories = flatten_like(updates, state.history, "the parameters at init")
         out, new_histories = [], []
-        for h, H in zip(leaves, histories, strict=True):
+        for (path, h), H in zip(leaves, histories, strict=True):
             if isinstance(H, History):
-                _check_shape(h, H)
-                H = push(H, h, slot)
-                h = natural_gradient(H, slot, current, relative=damping_mode == "relative").astype(
-                    h.dtype
-                )
+                _check_shape(KeyPath(path), h, H)
+                natural, H = natural_gradient(H, h, slot, current, relative=is_relative)
+                h = natural.astype(h.dtype)
             out.append(h)
             new_histories.append(H)
         new_state = WoodburyState(
@@ -130,11 +130,11 @@ def woodbury_natural_gradient(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _check_shape(h: jax.Array, H: History) -> None:
+def _check_shape(path: KeyPath, h: jax.Array, H: History) -> None:
     nb = H.filled.ndim
     expected = H.columns.shape[:nb] + H.columns.shape[nb + 1 :]
     if h.shape != expected:
         raise ValueError(
-            "woodbury_natural_gradient was initialised for a gradient of shape "
+            f"{path}: woodbury_natural_gradient was initialised for a gradient of shape "
             f"{expected}, but received one of shape {h.shape}"
         )

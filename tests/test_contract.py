@@ -56,9 +56,7 @@ def test_state_goes_through_a_conditional(name):
     tx = FACTORIES[name]()
 
     def update_or_not(pred, grads, state, params):
-        return jax.lax.cond(
-            pred, lambda: tx.update(grads, state, params), lambda: (grads, state)
-        )
+        return jax.lax.cond(pred, lambda: tx.update(grads, state, params), lambda: (grads, state))
 
     state = jax.eval_shape(tx.init, specs())
     _, new_state = jax.eval_shape(update_or_not, True, specs(), state, specs())
@@ -159,7 +157,7 @@ def test_masked_leaves_the_rest_untouched():
     full_mask = jax.tree.broadcast(mask, zeros())
     tx = optax.masked(inner, full_mask)
     params, grads = random_like(zeros(), 0), random_like(zeros(), 1)
-    updates, state = tx.update(grads, tx.init(params), params)
+    updates, _ = tx.update(grads, tx.init(params), params)
     assert_close(updates["dense"], grads["dense"], rtol=0)
     alone, _ = inner.update(
         {"layers": grads["layers"]},

@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     console = Console()
     try:
         return run(parse(argv), console)
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -60,11 +60,11 @@ def parse(argv: list[str] | None) -> RunConfig:
 def run(config: RunConfig, console: Console) -> int:
     """Trains, and writes everything that belongs to the run."""
     run_dir, quiet = config.run_dir, config.output.quiet
-    if config.output.overwrite and not config.output.resume:
-        shutil.rmtree(run_dir, ignore_errors=True)
     reporter = make_reporter(console, quiet)
     reporter.note(f"{run_dir}: reading text and tokenizer")
     splits = load_splits(config.data)
+    if config.output.overwrite and run_dir.exists():
+        shutil.rmtree(run_dir)
     with stop_on_signals() as stop:
         result = train(config, splits=splits, run_dir=run_dir, reporter=reporter, should_stop=stop)
     config = result.config
@@ -73,7 +73,7 @@ def run(config: RunConfig, console: Console) -> int:
             f"the loss is not finite at step {result.steps}: try a --learning-rate below "
             f"{config.learning_rate:g}"
         )
-    if not result.finished:
+    if stop.signal is not None and not result.finished:
         console.print(f"stopped at step {result.steps}, saved; --resume goes on from there")
         return 128 + stop.signal
 
@@ -97,14 +97,14 @@ def summarize(result: Result) -> Record:
     """The numbers of a finished run."""
     config, splits = result.config, result.splits
     last = result.records[-1]
-    memory = ng.memory_report(result.tx, result.params).to_dict()
+    memory = ng.memory_report(result.tx, result.params)
     summary = {
         "name": config.run_dir.name,
         "optimizer": config.optimizer.name,
         "learning_rate": config.learning_rate,
         "parameters": sum(p.size for p in jax.tree.leaves(result.params)),
-        "optimizer_bytes": memory["total_bytes"],
-        "adamw_bytes": memory["adamw_bytes"],
+        "optimizer_bytes": memory.total_state_bytes,
+        "adamw_bytes": memory.adamw_state_bytes,
         "steps": result.steps,
         "tokens": last["tokens"],
         "seconds": last["seconds"],
@@ -117,12 +117,13 @@ def summarize(result: Result) -> Record:
 
 
 def write_sample(result: Result, prompt: str) -> str:
-    """`prompt`, continued by the model."""
-    tokenizer = result.splits.tokenizer
-    ids = jnp.array([tokenizer.encode(prompt, add_special_tokens=False).ids])
+    """`prompt`, or as much of its end as leaves room, continued by the model."""
+    tokenizer, room = result.splits.tokenizer, result.config.model.max_length
+    ids = tokenizer.encode(prompt, add_special_tokens=False).ids or [result.splits.end_of_text]
+    ids = jnp.array([ids[-(room // 2) :]])
     model = jax.tree_util.Partial(result.apply, result.params)
     key = jax.random.key(result.config.seed)
-    length = min(SAMPLE_TOKENS, result.config.model.max_length - ids.shape[1])
+    length = min(SAMPLE_TOKENS, room - ids.shape[1])
     ids = generate(model, ids, length, temperature=0.8, top_k=50, key=key)
     return tokenizer.decode(ids[0].tolist())
 

@@ -97,7 +97,7 @@ def _llama(hidden: int, intermediate: int, layers: int, heads: int) -> ModelConf
 MODEL_PRESETS: dict[str, ModelConfig] = {
     # For two cores, with a vocabulary trained on the text itself.
     "nano": ModelConfig(
-        vocab_size=4096, hidden=256, intermediate=688, layers=4, heads=4, kv_heads=4, max_length=128
+        vocab_size=1024, hidden=128, intermediate=352, layers=4, heads=4, kv_heads=4, max_length=128
     ),
     "9m": ModelConfig(
         vocab_size=8192, hidden=256, intermediate=688, layers=6, heads=4, kv_heads=4, max_length=256

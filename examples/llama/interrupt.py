@@ -17,7 +17,7 @@ class StopFlag:
     def _set(self, number: int, _frame: FrameType | None) -> None:
         self.signal = number
         # A second signal acts at once, for whoever cannot wait for the end of the step.
-        signal.signal(number, _DEFAULT[number])
+        signal.signal(number, _DEFAULT[signal.Signals(number)])
 
 
 _DEFAULT = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}

@@ -2,9 +2,6 @@
 
 import json
 import math
-import statistics
-import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +12,7 @@ import jax
 import optax
 
 from examples.llama.checkpoints import Checkpoints
+from examples.llama.clock import Clock
 from examples.llama.data import (
     Splits,
     eval_batches,
@@ -81,7 +79,7 @@ def train(
       config: The whole configuration.
       splits: The text as tokens; by default what `config.data` names.
       tx: An optimizer to use in place of `config.optimizer`. It sees one gradient for each
-        micro-batch, and its learning rate is its own.
+        micro-batch, and its learning rate is its own and is not recorded.
       run_dir: Where metrics and checkpoints go. Without it nothing is written.
       reporter: Is told about progress. Without it nothing is printed.
       should_stop: Asked after each micro-batch; once true, the run is saved and ends.
@@ -133,25 +131,6 @@ def _resume_point(
     return latest
 
 
-class _Clock:
-    """Counts the time spent in training steps, without evaluations and checkpoints."""
-
-    def __init__(self, seconds: float):
-        self.seconds = seconds
-        self._laps: deque[float] = deque(maxlen=20)
-
-    def start(self) -> None:
-        self._last = time.perf_counter()
-
-    def lap(self) -> float:
-        """Ends a step; returns the median of the last ones, which no compilation distorts."""
-        now = time.perf_counter()
-        self._laps.append(now - self._last)
-        self.seconds += now - self._last
-        self._last = now
-        return statistics.median(self._laps)
-
-
 class _Run:
     """The loop's variables, and the few things that are done with them in several places."""
 
@@ -167,9 +146,11 @@ class _Run:
         self.config, self.splits, self.log = config, splits, log
         self.reporter, self.checkpoints = reporter, checkpoints
         self.apply, params = make_model(config.model, config.seed)
-        own_tx, schedule = _make_optimizer(config, params)
-        self.schedule = jax.jit(schedule)
-        self.tx = tx if tx is not None else own_tx
+        self.schedule: optax.Schedule | None = None
+        if tx is None:
+            tx, schedule = _make_optimizer(config, params)
+            self.schedule = jax.jit(schedule)
+        self.tx = tx
         self.step_fn = make_train_step(self.apply, self.tx, config.accumulate)
         self.eval_step = make_eval_step(self.apply)
         self.state = jax.jit(lambda p: init_state(p, self.tx))(params)
@@ -179,7 +160,7 @@ class _Run:
             self.batches.set_state(position)
         self.diverged = False
         self._pending: tuple[int, Metrics] | None = None
-        self._clock = _Clock(log.records[-1]["seconds"] if log.records else 0.0)
+        self._clock = Clock(log.records[-1]["seconds"] if log.records else 0.0)
 
     def run(self, should_stop: Callable[[], bool]) -> Result:
         config = self.config
@@ -226,23 +207,19 @@ class _Run:
         seconds = self._clock.lap()
         self.diverged |= not math.isfinite(metrics["loss"])
         if self.diverged or self._is_due(step, self.config.output.log_every):
-            self._record(
-                "train",
-                step,
-                metrics.pop("loss"),
-                **metrics,
-                learning_rate=float(self.schedule(step - 1)),
-                tokens_per_second=round(self.config.tokens_per_step / seconds, 1),
-            )
+            metrics["tokens_per_second"] = round(self.config.tokens_per_step / seconds, 1)
+            if self.schedule is not None:
+                metrics["learning_rate"] = float(self.schedule(step - 1))
+            self._record("train", step, **metrics)
 
     def _evaluate(self, split: str, step: int) -> None:
         batches = eval_batches(
             getattr(self.splits, split), self.config.batch_size, self.config.seq_len
         )
-        self._record(split, step, mean_nll(self.eval_step, self.state.params, batches))
+        self._record(split, step, loss=mean_nll(self.eval_step, self.state.params, batches))
         self._clock.start()
 
-    def _record(self, kind: str, step: int, loss: float, **more: float) -> None:
+    def _record(self, kind: str, step: int, *, loss: float, **more: float) -> None:
         record = self.log.write(
             kind=kind,
             step=step,

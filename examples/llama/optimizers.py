@@ -38,8 +38,10 @@ OPTIMIZERS: dict[str, Entry] = {
     "natural-galore": Entry(ng.natural_galore_adamw, 1e-2),
 }
 
-# The names are known when the program starts, which a type checker does not look at.
-OptimizerName = str if TYPE_CHECKING else Literal[tuple(OPTIMIZERS)]
+if TYPE_CHECKING:
+    OptimizerName = str
+else:  # The names that the command line offers.
+    OptimizerName = Literal[tuple(OPTIMIZERS)]
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,10 @@ def make_optimizer(
     learning_rate = warmup_cosine(schedule, peak, steps)
 
     chosen = {k: v for k, v in asdict(config).items() if v is not None}
-    chosen |= {"seed": seed, "mask": decayed, "learning_rate": learning_rate} | entry.fixed
+    for name, value in entry.fixed.items():
+        if chosen.setdefault(name, value) != value:
+            raise ValueError(f"{name} is always {value}, got {chosen[name]}")
+    chosen |= {"seed": seed, "mask": decayed, "learning_rate": learning_rate}
     known = inspect.signature(entry.factory).parameters
     tx = entry.factory(**{k: v for k, v in chosen.items() if k in known})
 

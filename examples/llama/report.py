@@ -69,8 +69,11 @@ class Bar(Silent):
         self._progress.start()
 
     def record(self, record: Record) -> None:
-        field = "train" if record["kind"] == "train" else "evaluation"
-        self._progress.update(self._task, completed=record["step"], **{field: _describe(record)})
+        text, step = _describe(record), record["step"]
+        if record["kind"] == "train":
+            self._progress.update(self._task, completed=step, train=text)
+        else:
+            self._progress.update(self._task, evaluation=text)
 
     def note(self, text: str) -> None:
         self._progress.console.print(text, highlight=False, markup=False)

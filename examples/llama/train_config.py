@@ -12,11 +12,13 @@ from examples.llama.data import DataConfig
 from examples.llama.optimizers import OptimizerConfig, default_learning_rate
 from examples.llama.schedule import ScheduleConfig
 
-# The names are known when the program starts, which a type checker does not look at.
-PresetName = str if TYPE_CHECKING else Literal[tuple(MODEL_PRESETS)]
+if TYPE_CHECKING:
+    PresetName = str
+else:  # The names that the command line offers.
+    PresetName = Literal[tuple(MODEL_PRESETS)]
 
 
-class ConfigError(ValueError):
+class ConfigError(Exception):
     """A configuration that cannot be run, said in one line."""
 
 
@@ -34,7 +36,7 @@ class OutputConfig:
     """Directory of all runs."""
     log_every: int = 1
     """Steps between two lines of metrics."""
-    eval_every: int = 50
+    eval_every: int = 100
     """Steps between two evaluations on the validation split."""
     save_every: int = 100
     """Steps between two checkpoints."""
@@ -57,7 +59,7 @@ class RunConfig:
 
     preset: PresetName = "nano"
     """Sizes of the model and of the run; every other option overrides a part of it."""
-    steps: int = 300
+    steps: int = 600
     """Optimizer steps."""
     batch_size: int = 16
     """Rows in a batch."""
@@ -80,6 +82,8 @@ class RunConfig:
         for name in ("log_every", "eval_every", "save_every", "keep"):
             if getattr(self.output, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self.output, name)}")
+        if self.output.resume and self.output.overwrite:
+            raise ConfigError("a run is either resumed or overwritten: --resume, --overwrite")
         if self.seq_len > self.model.max_length:
             raise ConfigError(
                 f"seq_len={self.seq_len} is longer than the model's max_length="
@@ -115,9 +119,17 @@ def _paper(steps: int, rank: int, interval: int = 200) -> dict[str, Any]:
     return {"steps": steps, "batch_size": 512, "seq_len": 256, "optimizer": optimizer}
 
 
+# What has no influence on the trained model, so that a resumed run may have it otherwise.
+HARMLESS = ("output.", "data.cache_dir")
+
 RUN_PRESETS: dict[str, dict[str, Any]] = {
-    "nano": {"steps": 300, "batch_size": 16, "optimizer": OptimizerConfig(rank=64)},
-    "9m": _paper(10_000, rank=32),
+    "nano": {"steps": 600, "batch_size": 16, "optimizer": OptimizerConfig(rank=32)},
+    "9m": {
+        "steps": 2000,
+        "batch_size": 64,
+        "seq_len": 256,
+        "optimizer": OptimizerConfig(rank=64),
+    },
     "60m": _paper(10_000, rank=128),
     "130m": _paper(20_000, rank=256),
     "350m": _paper(60_000, rank=256),
@@ -135,12 +147,12 @@ def run_preset(name: str) -> RunConfig:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Fields in which two configurations differ, except for output: "field: old -> new"."""
+    """Fields that differ and have an influence on the trained model, as "field: old -> new"."""
     old, new = _flat(old), _flat(new)
     return [
         f"{key}: {_show(old.get(key))} -> {_show(new.get(key))}"
         for key in sorted(old.keys() | new.keys())
-        if not key.startswith("output.") and old.get(key) != new.get(key)
+        if not key.startswith(HARMLESS) and old.get(key) != new.get(key)
     ]
 
 

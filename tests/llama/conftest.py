@@ -1,27 +1,28 @@
 """Fixtures of the tests of the training program."""
 
 import os
-from pathlib import Path
+from collections.abc import Iterator
 
 import jax
 import pytest
 
 
 @pytest.fixture(scope="session")
-def compile_cache(tmp_path_factory) -> Path:
-    """A compilation cache: many runs of one configuration are compiled once."""
+def fast_compile(tmp_path_factory) -> Iterator[None]:
+    """Programs are compiled once, and quickly: these tests run many, each for a moment."""
     directory = tmp_path_factory.mktemp("jax_cache")
     settings = {
         "jax_compilation_cache_dir": str(directory),
+        "jax_disable_most_optimizations": True,
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
-    before = {name: getattr(jax.config, name) for name in settings}
+    before = {name: jax.config.values[name] for name in settings}
     for name, value in settings.items():
         jax.config.update(name, value)
         # For the programs that tests start.
         os.environ[name.upper()] = str(value)
-    yield directory
+    yield
     for name, value in before.items():
         jax.config.update(name, value)
         os.environ.pop(name.upper())

@@ -1,0 +1,109 @@
+"""The trees at update must be those of init: found here, and not deep inside Adam."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from natgalore_jax._history import History
+from natgalore_jax._plan import LeafPlan
+from natgalore_jax._scope import open_subspace
+from natgalore_jax._where import KeyPath
+
+
+def flatten_like(updates: Any, tree: Any, what: str) -> list[Any]:
+    """The entries of ``tree`` for each leaf of ``updates``, or an error that names the paths."""
+    try:
+        return jax.tree.structure(updates).flatten_up_to(tree)
+    except ValueError as error:
+        here, there = _paths(updates), _paths(tree)
+        raise ValueError(
+            f"the updates have another tree structure than {what}: only in the updates: "
+            f"{_listed(here - there)}; only there: {_listed(there - here)}"
+        ) from error
+
+
+def _paths(tree: Any) -> set[str]:
+    leaves = jax.tree_util.tree_leaves_with_path(
+        tree, is_leaf=lambda x: isinstance(x, (optax.MaskedNode, History))
+    )
+    return {str(KeyPath(path)) for path, _ in leaves}
+
+
+def _listed(paths: set[str]) -> str:
+    return ", ".join(sorted(paths)) or "nothing"
+
+
+def check_params(updates: Any, params: Any) -> None:
+    """The updates have the structure and the shapes of the parameters."""
+    params = flatten_like(updates, params, "the parameters")
+    for (path, g), w in zip(jax.tree_util.tree_leaves_with_path(updates), params, strict=True):
+        if jnp.shape(w) != jnp.shape(g):
+            raise ValueError(
+                f"{KeyPath(path)}: the update has shape {jnp.shape(g)}, but the parameter has "
+                f"{jnp.shape(w)}"
+            )
+
+
+def check_bases(updates: Any, plans: Sequence[LeafPlan | None], bases: Sequence[Any]) -> None:
+    """The bases made at init are those of the updates' shapes.
+
+    Args:
+      bases: for each leaf what the state holds for every mode, an array or ``MaskedNode``.
+    """
+    for (path, g), plan, entries in zip(
+        jax.tree_util.tree_leaves_with_path(updates), plans, bases, strict=True
+    ):
+        received = [None if isinstance(e, optax.MaskedNode) else e.shape for e in entries]
+        expected = [
+            plan.factor_shape(mode) if plan and mode in plan.projected_modes else None
+            for mode in range(len(entries))
+        ]
+        if received != expected:
+            raise ValueError(
+                f"{KeyPath(path)}: the update has shape {g.shape}, which needs bases of shapes "
+                f"{_shapes(expected)}, but those made at init have {_shapes(received)}"
+            )
+
+
+def _shapes(shapes: Sequence[tuple[int, ...] | None]) -> str:
+    return ", ".join(str(shape) for shape in shapes if shape is not None) or "none (not projected)"
+
+
+def check_inner_states(
+    inner: Sequence[optax.GradientTransformation],
+    states: Sequence[Any],
+    updates: Any,
+    plans: Sequence[LeafPlan | None],
+) -> None:
+    """The states of the inner transformations are those of the updates' shapes.
+
+    Only they know about the axes that are not projected. Costs a trace of ``init``, no array.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(updates)
+    low_rank = jax.tree.structure(updates).unflatten(
+        jax.ShapeDtypeStruct(plan.low_rank_shape if plan else g.shape, g.dtype)
+        for plan, (_, g) in zip(plans, leaves, strict=True)
+    )
+    with open_subspace({plan.path: plan for plan in plans if plan}):
+        expected = jax.eval_shape(lambda tree: [tx.init(tree) for tx in inner], low_rank)
+    if jax.tree.structure(expected) != jax.tree.structure(list(states)):
+        return
+    for (path, have), want in zip(
+        jax.tree_util.tree_leaves_with_path(list(states)), jax.tree.leaves(expected), strict=True
+    ):
+        if jnp.shape(have) != want.shape:
+            of_leaf = [f"{KeyPath(p)} {g.shape}" for p, g in leaves if _contains(path, p)]
+            raise ValueError(
+                f"the update of {' or '.join(of_leaf)} has another shape than at init: "
+                f"{KeyPath(path[1:])} in the state of an inner transformation would have shape "
+                f"{want.shape}, but has {jnp.shape(have)}"
+            )
+
+
+def _contains(path: Sequence[Any], part: Sequence[Any]) -> bool:
+    return any(
+        tuple(path[i : i + len(part)]) == tuple(part) for i in range(len(path) - len(part) + 1)
+    )

@@ -1,0 +1,247 @@
+"""Bytes by hand, and against the state that init really makes."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import nnx
+
+import natgalore_jax as ng
+
+PARAMS = {
+    "embed": jnp.zeros((20, 6)),
+    "tall": jnp.zeros((10, 6)),
+    "wide": jnp.zeros((6, 10)),
+    "square": jnp.zeros((7, 7)),
+    "stack": jnp.zeros((3, 6, 10)),
+    "bias": jnp.zeros(10),
+}
+LABELS = {k: "hidden" if v.ndim > 1 else "rest" for k, v in PARAMS.items()}
+
+
+def natural(**kwargs):
+    return ng.natural_galore_adamw(1e-2, **({"rank": 2, "history": 3} | kwargs))
+
+
+def row(report, path):
+    return next(p for p in report.parameters if p.path == path)
+
+
+def sizes(p):
+    return p.basis_bytes, p.history_bytes, p.inner_bytes, p.other_bytes
+
+
+# A 6 × 10 float32 matrix at rank 2: numbers of the basis, of one low-rank gradient.
+BY_SIDE = {"left": (6 * 2, 2 * 10), "right": (10 * 2, 6 * 2), "both": (16 * 2, 2 * 2)}
+SMALL = 4 * (3 * 3 + 3 + 1)  # Gram matrix, checksums, number filled: four bytes each
+
+
+@pytest.mark.parametrize("side", BY_SIDE)
+def test_bytes_of_one_matrix_by_hand(side):
+    basis, k = BY_SIDE[side]
+    report = ng.memory_report(natural(side=side), PARAMS)
+    wide = row(report, "wide")
+    assert (wide.side, wide.rank, wide.layers, wide.projected) == (side, 2, 1, True)
+    assert sizes(wide) == (4 * basis, 4 * 3 * k + SMALL, 4 * 2 * k, 0)
+    assert wide.weight_bytes == 240 and wide.adamw_bytes == 480
+    assert sizes(row(report, "embed")) == (0, 0, 2 * 480, 0)
+    assert not row(report, "bias").projected
+
+
+def test_a_stack_is_its_layers():
+    report = ng.memory_report(natural(side="left"), PARAMS)
+    stack, wide = row(report, "stack"), row(report, "wide")
+    assert stack.layers == 3
+    assert sizes(stack) == tuple(3 * x for x in sizes(wide))
+
+
+def test_every_part_has_its_own_dtype():
+    params = {"w": jnp.zeros((6, 10), jnp.bfloat16)}
+    plain = row(ng.memory_report(natural(), params), "w")
+    assert plain.dtype == "bfloat16"
+    assert sizes(plain) == (2 * 12, 2 * 3 * 20 + SMALL, 2 * 2 * 20, 0)
+    tx = natural(history_dtype=jnp.float32, mu_dtype=jnp.float32, basis_dtype=jnp.float32)
+    assert sizes(row(ng.memory_report(tx, params), "w")) == (
+        *(4 * 12, 4 * 3 * 20 + SMALL),
+        *(4 * 20 + 2 * 20, 0),
+    )
+
+
+def test_tucker_has_one_basis_per_mode_and_no_sides():
+    params = {"conv": jnp.zeros((2, 4, 5, 6))}
+    conv = row(ng.memory_report(ng.galore_adamw(1.0, rank=(2, 3, 4)), params), "conv")
+    assert (conv.side, conv.rank, conv.layers, conv.alternatives) == ("tucker", (2, 3, 4), 2, {})
+    assert sizes(conv) == (2 * 4 * (4 * 2 + 5 * 3 + 6 * 4), 0, 2 * 2 * 4 * (2 * 3 * 4), 0)
+
+
+def test_residual_norms_are_other():
+    tx = ng.galore_adamw(1.0, rank=2, residual=True)
+    report = ng.memory_report(tx, PARAMS)
+    assert row(report, "stack").other_bytes == 4 * 3
+    assert report.part_bytes["shared"] == 3 * 4  # two step counters and the direction
+
+
+WRAPPED = {
+    "adamw": optax.adamw(1.0),
+    "adafactor": optax.adafactor(1.0, min_dim_size_to_factor=2),
+    "muon": optax.contrib.muon(1.0),
+    "lbfgs": optax.lbfgs(),
+    "noise": optax.add_noise(1.0, 0.5, jax.random.key(0)),
+    "natural": natural(),
+    "chain": ng.chain(ng.natural_galore(rank=2), optax.adafactor(1.0, min_dim_size_to_factor=2)),
+    "optax chain": optax.chain(ng.natural_galore(rank=2), optax.adamw(1.0)),
+    "outside": ng.woodbury_natural_gradient(history=3),
+    "partition": optax.partition({"hidden": natural(), "rest": optax.adam(1.0)}, LABELS),
+    "masked": optax.masked(natural(), {k: k != "bias" for k in PARAMS}),
+    "steps outside": optax.MultiSteps(natural(), 4),
+    "steps inside": ng.chain(
+        ng.low_rank_project(rank=2), optax.MultiSteps(optax.adam(1.0), 4), ng.project_back()
+    ),
+    "inject": optax.inject_hyperparams(optax.adamw)(learning_rate=1.0),
+    "two subspaces": ng.chain(
+        *(ng.low_rank_project(rank=2, side="left"), optax.trace(0.9), ng.project_back()),
+        *(ng.low_rank_project(rank=3, side="both"), optax.trace(0.9), ng.project_back()),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_total_is_the_sum_over_the_real_state(name):
+    tx = WRAPPED[name]
+    report = ng.memory_report(tx, PARAMS)
+    real = sum(jnp.asarray(x).nbytes for x in jax.tree.leaves(tx.init(PARAMS)))
+    assert report.total_state_bytes == real > 0
+    assert sum(report.part_bytes.values()) == real
+    adamw = jax.tree.leaves(optax.adamw(1.0).init(PARAMS))
+    assert report.adamw_state_bytes == sum(x.nbytes for x in adamw)
+    assert report.weight_bytes == sum(x.nbytes for x in PARAMS.values())
+    assert ng.memory_report(tx, PARAMS) == report  # tracing again records the subspaces again
+
+
+@pytest.mark.parametrize("name", ["natural", "partition", "masked", "steps outside"])
+def test_wrappers_change_nothing_for_the_matrices(name):
+    alone = row(ng.memory_report(natural(), PARAMS), "tall")
+    wrapped = row(ng.memory_report(WRAPPED[name], PARAMS), "tall")
+    accumulator = 240 if name == "steps outside" else 0
+    assert sizes(wrapped) == (*sizes(alone)[:2], alone.inner_bytes + accumulator, 0)
+    assert (wrapped.side, wrapped.rank) == ("right", 2)
+
+
+def test_steps_inside_accumulate_in_low_rank():
+    wide = row(ng.memory_report(WRAPPED["steps inside"], PARAMS), "wide")
+    assert wide.inner_bytes == 3 * 4 * (2 * 10)
+
+
+def test_labels_that_are_names_of_parameters():
+    params = {"a": jnp.zeros((6, 10)), "b": jnp.zeros((6, 10))}
+    tx = optax.partition({"a": optax.sgd(1.0, 0.9), "b": optax.adam(1.0)}, {"a": "b", "b": "a"})
+    report = ng.memory_report(tx, params)
+    assert [p.inner_bytes for p in report.parameters] == [480, 240]
+    assert report.shared_bytes == 4
+
+
+def test_a_mask_may_be_a_prefix():
+    params = {"net": {"w": jnp.zeros((6, 10)), "b": jnp.zeros(10)}, "head": jnp.zeros((10, 4))}
+    tx = optax.masked(optax.adam(1.0), {"net": False, "head": True})
+    report = ng.memory_report(tx, params)
+    assert {p.path: p.inner_bytes for p in report.parameters} == {
+        "head": 320,
+        "net/b": 0,
+        "net/w": 0,
+    }
+
+
+def test_a_state_without_attribution_is_shared():
+    report = ng.memory_report(optax.lbfgs(), PARAMS)
+    assert report.shared_bytes == report.total_state_bytes
+
+
+def test_a_bare_array_is_a_parameter():
+    report = ng.memory_report(optax.adam(1.0), jnp.zeros((3, 4)))
+    (only,) = report.parameters
+    assert (only.path, only.inner_bytes, report.shared_bytes) == ("(root)", 96, 4)
+
+
+def test_json_round_trip():
+    report = ng.memory_report(natural(), PARAMS)
+    d = report.to_dict()
+    assert json.loads(json.dumps(d)) == d
+    assert d["total_state_bytes"] == report.total_state_bytes
+    assert (
+        sum(p["state_bytes"] for p in d["parameters"]) + report.shared_bytes
+        == (d["total_state_bytes"])
+    )
+    wide = next(p for p in d["parameters"] if p["path"] == "wide")
+    assert (wide["shape"], wide["side"], wide["rank"]) == ([6, 10], "left", 2)
+
+
+def test_table_groups_equal_parameters():
+    layer = {"q": jnp.zeros((6, 10)), "k": jnp.zeros((6, 10)), "norm": jnp.zeros(6)}
+    report = ng.memory_report(natural(), {"layers": [layer, layer]})
+    assert [(g.count, g.parameter.shape) for g in report.groups] == [(4, (6, 10)), (2, (6,))]
+    lines = str(report).splitlines()
+    header, first, second = (line.split() for line in lines[:3])
+    assert header[:3] == ["parameter", "count", "shape"]
+    assert first[:7] == ["layers/*/*", "4", "6×10", "float32", "2", "left", "960"]
+    assert second[:2] == ["layers/*/norm", "2"]
+    assert lines[4].split()[0] == "total"
+    assert lines[6].startswith("state if the side were")
+
+
+@pytest.mark.parametrize(
+    "count, text", [(0, "-"), (999, "999 B"), (1000, "1.00 kB"), (99_960, "100 kB")]
+)
+def test_sizes_have_three_digits_and_decimal_units(count, text):
+    params = {"w": jax.ShapeDtypeStruct((count,), jnp.int8)}
+    weights = str(ng.memory_report(optax.sgd(1.0), params)).splitlines()[1].split()[6:]
+    assert " ".join(weights).startswith(text)
+
+
+def test_shapes_are_enough_and_give_what_arrays_give():
+    shapes = jax.eval_shape(lambda: PARAMS)
+    assert ng.memory_report(natural(), shapes) == ng.memory_report(natural(), PARAMS)
+
+
+def test_abstract_nnx_state():
+    model = nnx.eval_shape(lambda: nnx.Linear(6, 10, rngs=nnx.Rngs(0)))
+    report = ng.memory_report(natural(), nnx.state(model, nnx.Param))
+    assert [(p.path, p.side) for p in report.parameters] == [
+        ("bias/value", None),
+        ("kernel/value", "left"),
+    ]
+    assert sizes(report.parameters[1]) == (48, 240 + SMALL, 160, 0)
+
+
+def test_seven_billion_parameters_from_shapes():
+    d, f, L, V, r, s = 4096, 11008, 32, 32_000, 1024, 10
+
+    def bf16(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+    layer = {name: bf16(d, d) for name in "qkvo"}
+    layer |= {"gate": bf16(d, f), "up": bf16(d, f), "down": bf16(f, d)}
+    layer |= {"norm_1": bf16(d), "norm_2": bf16(d)}
+    params = {"embed": bf16(V, d), "layers": [layer] * L, "head": bf16(d, V), "norm": bf16(d)}
+    report = ng.memory_report(natural(rank=r, history=s, side="short"), params)
+    assert report.weight_bytes == 2 * 6_738_415_616
+
+    low_rank = 4 * L * r * d + 3 * L * r * f  # the longer side stays
+    rest = 2 * V * d + (2 * L + 1) * d
+    assert report.part_bytes == {
+        "basis": 2 * 7 * L * d * r,
+        "history": 2 * s * low_rank + 7 * L * 4 * (s * s + s + 1),
+        "inner": 2 * 2 * (low_rank + rest),
+        "other": 0,
+        "shared": 12,
+    }
+    # What the method costs at this rank, stated and not hidden: more than all of AdamW.
+    assert report.total_state_bytes > report.adamw_state_bytes
+
+
+def test_errors_are_those_of_init():
+    with pytest.raises(TypeError, match="gradient transformation"):
+        ng.memory_report(lambda g: g, PARAMS)
+    with pytest.raises(ValueError, match="where selects no parameter"):
+        ng.memory_report(natural(rank=64), PARAMS)

@@ -1,0 +1,122 @@
+"""Gradient accumulation with optax.MultiSteps, around the chain and inside the subspace."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import natgalore_jax as ng
+
+K = 2  # mini-steps of one accumulation
+PARAMS = {"w": jnp.zeros((6, 8)), "v": jnp.zeros((8, 5)), "b": jnp.zeros(8)}
+
+
+def project(interval=100, stagger=True, transition="rotate"):
+    return ng.low_rank_project(
+        rank=2, update_interval=interval, stagger=stagger, transition=transition
+    )
+
+
+def gradients(steps):
+    key = jax.random.key(0)
+    return [
+        {
+            name: jax.random.normal(jax.random.fold_in(key, 10 * t + i), w.shape)
+            for i, (name, w) in enumerate(PARAMS.items())
+        }
+        for t in range(steps)
+    ]
+
+
+def run(tx, grads, params=PARAMS):
+    """Updates and states after every step."""
+    update, state, history = jax.jit(tx.update), tx.init(params), []
+    for g in grads:
+        updates, state = update(g, state, params)
+        history.append((updates, state))
+    return history
+
+
+def assert_close(actual, expected, rtol=1e-5, atol=1e-6):
+    jax.tree.map(
+        lambda a, e: np.testing.assert_allclose(a, e, rtol=rtol, atol=atol), actual, expected
+    )
+
+
+@pytest.mark.parametrize("inner", [optax.sgd(0.1, momentum=0.9), optax.adam(0.1)])
+def test_inside_equals_outside_while_the_basis_stays(inner):
+    """The first basis: inside of the first mini-step, outside of the mean; here they are equal."""
+    first, *others = gradients(6)
+    grads = [first, first, *others]
+    inside = run(ng.chain(project(), optax.MultiSteps(inner, K), ng.project_back()), grads)
+    outside = run(optax.MultiSteps(ng.chain(project(), inner, ng.project_back()), K), grads)
+    for t, ((u_in, _), (u_out, _)) in enumerate(zip(inside, outside, strict=True)):
+        assert_close(u_in, u_out, rtol=1e-4)
+        moved = [bool(jnp.any(u != 0)) for u in jax.tree.leaves(u_in)]
+        assert all(moved) if t % K == K - 1 else not any(moved)
+
+
+def test_accumulator_inside_is_low_rank():
+    inside = ng.chain(project(), optax.MultiSteps(optax.adam(0.1), K), ng.project_back())
+    outside = optax.MultiSteps(ng.chain(project(), optax.adam(0.1), ng.project_back()), K)
+    shapes = [
+        jax.tree.map(jnp.shape, optax.tree.get(tx.init(PARAMS), "acc_grads"))
+        for tx in (inside, outside)
+    ]
+    assert shapes[0] == {"w": (2, 8), "v": (8, 2), "b": (8,)}
+    assert shapes[1] == {"w": (6, 8), "v": (8, 5), "b": (8,)}
+
+
+def test_woodbury_may_stand_inside_the_accumulation():
+    """The history then holds accumulated gradients: one column for K mini-steps."""
+    inner = optax.chain(ng.woodbury_natural_gradient(history=3, damping=0.1), optax.scale_by_adam())
+    tx = ng.chain(project(interval=4), optax.MultiSteps(inner, K), ng.project_back())
+    steps = run(tx, gradients(6))
+    _, state = steps[-1]
+    history = optax.tree.get(state, "history")
+    assert history["w"].columns.shape == (3, 2, 8)
+    assert history["b"] == optax.MaskedNode()
+    assert int(history["w"].filled) == 3
+    updates, _ = steps[-1]
+    assert all(bool(jnp.isfinite(u).all() and (u != 0).any()) for u in jax.tree.leaves(updates))
+
+
+@pytest.mark.parametrize("stagger", [False, True])
+def test_bases_change_only_between_accumulations(stagger):
+    tx = ng.chain(
+        project(interval=6, stagger=stagger),
+        optax.MultiSteps(optax.sgd(0.1), K),
+        ng.project_back(),
+    )
+    changes = {"w": [], "v": []}
+    last = None
+    for t, (_, state) in enumerate(run(tx, gradients(14))):
+        rows, cols = optax.tree.get(state, "basis")
+        basis = {"w": rows["w"], "v": cols["v"]}
+        for name in changes:
+            if last is not None and bool(jnp.any(basis[name] != last[name])):
+                changes[name].append(t)
+        last = basis
+    if stagger:  # slots 0, 1, 2 of an interval start at steps 0, 2, 4; two matrices share them
+        assert changes == {"v": [6, 12], "w": [2, 8]}
+    else:
+        assert changes == {"v": [6, 12], "w": [6, 12]}
+
+
+def test_interval_must_be_a_multiple_of_the_accumulation():
+    accumulate = optax.MultiSteps(optax.adam(0.1), 3)
+    with pytest.raises(ValueError, match=r"update_interval=100 must be a multiple of the 3 steps"):
+        ng.chain(project(), accumulate, ng.project_back())
+    with pytest.raises(ValueError, match="multiple of the 3 steps"):
+        ng.chain(project(), accumulate.gradient_transformation(), ng.project_back())
+    with pytest.raises(ValueError, match=r"online.*MultiSteps around the chain"):
+        ng.chain(ng.low_rank_project(rank=2, method="online"), accumulate)
+    ng.chain(project(interval=99), accumulate, ng.project_back())  # a multiple of three
+
+
+def test_outside_any_interval_will_do():
+    """Around the chain, the chain counts accumulated steps."""
+    tx = optax.MultiSteps(ng.natural_galore_adamw(0.1, rank=2, update_interval=3, history=2), K)
+    _, state = run(tx, gradients(5))[-1]
+    assert int(state.inner_opt_state[0].count) == 2

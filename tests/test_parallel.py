@@ -1,0 +1,127 @@
+"""Data parallelism and sharded parameters on eight simulated devices: the numbers of one device."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+
+import natgalore_jax as ng
+
+DEVICES, STEPS = 8, 5
+SHAPES = {"up": (16, 32), "down": (32, 16), "bias": (16,)}
+
+
+def optimizer():
+    return ng.natural_galore_adamw(
+        0.05, rank=4, update_interval=3, history=2, damping=0.1, residual=True
+    )
+
+
+def loss(params, batch):
+    hidden = jnp.tanh(batch @ params["up"])
+    return jnp.mean((hidden @ params["down"] + params["bias"] - jnp.roll(batch, 1, -1)) ** 2)
+
+
+def start():
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {
+        name: 0.3 * jax.random.normal(key, shape)
+        for key, (name, shape) in zip(keys, SHAPES.items(), strict=True)
+    }
+    return params, jax.random.normal(jax.random.key(1), (16, 16))
+
+
+@functools.cache
+def on_one_device():
+    tx = optimizer()
+
+    @jax.jit
+    def run(params, batch):
+        state = tx.init(params)
+        for _ in range(STEPS):
+            updates, state = tx.update(jax.grad(loss)(params, batch), state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    return jax.tree.map(np.asarray, run(*start()))
+
+
+def assert_same_as_on_one_device(params):
+    jax.tree.map(
+        lambda a, e: np.testing.assert_allclose(np.asarray(a), e, rtol=1e-5, atol=1e-5),
+        params,
+        on_one_device(),
+    )
+
+
+def apply(params, state, grads):
+    updates, state = optimizer().update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+
+def test_pmap():
+    params, batch = start()
+    batches = batch.reshape(DEVICES, -1, batch.shape[-1])
+    state = optimizer().init(params)
+    replicate = functools.partial(jax.tree.map, lambda x: jnp.stack([x] * DEVICES))
+    params, state = replicate(params), replicate(state)
+    step = jax.pmap(
+        lambda params, state, batch: apply(
+            params, state, jax.lax.pmean(jax.grad(loss)(params, batch), "data")
+        ),
+        axis_name="data",
+    )
+    for _ in range(STEPS):
+        params, state = step(params, state, batches)
+    for device in (0, DEVICES - 1):
+        assert_same_as_on_one_device(jax.tree.map(lambda x, d=device: x[d], params))
+
+
+def test_shard_map():
+    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+
+    def step(params, state, batch):
+        grads = jax.grad(lambda p: jax.lax.pmean(loss(p, batch), "data"))(params)
+        return apply(params, state, grads)
+
+    step = jax.jit(
+        jax.shard_map(
+            step,
+            mesh=mesh,
+            in_specs=(jax.P(), jax.P(), jax.P("data")),
+            out_specs=(jax.P(), jax.P()),
+        )
+    )
+    params, batch = start()
+    state = optimizer().init(params)
+    for _ in range(STEPS):
+        params, state = step(params, state, batch)
+    assert_same_as_on_one_device(params)
+
+
+@pytest.mark.parametrize("spec", [jax.P("model", None), jax.P(None, "model")])
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_sharded_parameters(axis_type, spec):
+    mesh = jax.make_mesh((DEVICES,), ("model",), axis_types=(axis_type,))
+    params, batch = start()
+    shardings = {
+        name: NamedSharding(mesh, spec if len(shape) == 2 else jax.P())
+        for name, shape in SHAPES.items()
+    }
+    step = jax.jit(apply)
+    # The gradients are those of one device: what is tested here is the optimizer.
+    grad = jax.jit(jax.grad(loss))
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(params, shardings)
+        state = jax.jit(optimizer().init)(sharded)
+    for _ in range(STEPS):
+        grads = jax.tree.map(np.asarray, grad(jax.tree.map(np.asarray, sharded), batch))
+        with jax.set_mesh(mesh):
+            sharded, state = step(sharded, state, jax.device_put(grads, shardings))
+    for name, sharding in shardings.items():
+        assert sharded[name].sharding.is_equivalent_to(sharding, sharded[name].ndim)
+    assert_same_as_on_one_device(sharded)

@@ -1,0 +1,92 @@
+"""A stacked parameter (L, m, n) is L separate matrices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import natgalore_jax as ng
+
+L, M, N, INTERVAL, STEPS = 3, 6, 9, 4, 9
+GRADS = np.random.default_rng(0).normal(size=(STEPS, L, M, N)).astype(np.float32)
+STACKED = {"layers": GRADS}
+SEPARATE = {f"layer_{i}": GRADS[:, i] for i in range(L)}
+
+
+def optimizer(axes=None, **settings):
+    return ng.natural_galore_adamw(
+        0.1,
+        rank=2,
+        update_interval=INTERVAL,
+        history=3,
+        damping=0.3,
+        residual=True,
+        eps=1e-3,
+        where={name: True for name in settings.pop("names")},
+        axes=axes,
+        **settings,
+    )
+
+
+def updates_and_bases(tx, grads):
+    """Updates and bases of every step, (steps, ...)."""
+
+    def step(state, g):
+        updates, state = tx.update(g, state, g)
+        return state, (updates, state[0].basis)
+
+    first = jax.tree.map(lambda g: g[0], grads)
+    return jax.jit(lambda g: jax.lax.scan(step, tx.init(first), g)[1])(grads)
+
+
+@pytest.mark.parametrize(
+    ("side", "method", "transition"),
+    [
+        ("short", "power", "rotate"),
+        ("long", "svd", "keep"),
+        ("both", "power", "reset"),
+        ("right", "online", "rotate"),
+        ("left", "eigh", "rotate"),
+    ],
+)
+def test_stacked_equals_separate(side, method, transition):
+    settings = {"side": side, "method": method, "transition": transition, "stagger": False}
+    stacked, _ = updates_and_bases(optimizer(names=STACKED, **settings), STACKED)
+    separate, _ = updates_and_bases(optimizer(names=SEPARATE, **settings), SEPARATE)
+    for i in range(L):
+        np.testing.assert_allclose(
+            stacked["layers"][:, i], separate[f"layer_{i}"], rtol=1e-3, atol=1e-4
+        )
+
+
+def test_batch_axes_may_stand_anywhere():
+    """(m, L, n) with rows 0 and columns 2 is the same stack."""
+    settings = {"stagger": False}
+    stacked, _ = updates_and_bases(optimizer(names=STACKED, **settings), STACKED)
+    moved = {"layers": np.swapaxes(GRADS, 1, 2)}
+    axes = ng.MatrixAxes(rows=0, cols=2)
+    other, _ = updates_and_bases(optimizer(names=moved, axes=axes, **settings), moved)
+    np.testing.assert_allclose(
+        np.swapaxes(other["layers"], 1, 2), stacked["layers"], rtol=1e-3, atol=1e-4
+    )
+
+
+def test_staggered_layers_are_refreshed_once_per_interval_each_in_its_own_step():
+    tx = ng.chain(ng.low_rank_project(rank=2, update_interval=INTERVAL), optax.identity())
+    _, bases = updates_and_bases(tx, STACKED)
+    rows = np.asarray(bases[0]["layers"])
+    changed = (rows[1:] != rows[:-1]).any(axis=(2, 3))  # (steps − 1, L)
+    for start in range(0, STEPS - INTERVAL):
+        np.testing.assert_array_equal(changed[start : start + INTERVAL].sum(axis=0), 1)
+    assert changed.sum(axis=1).max() == 1
+
+
+def test_layers_do_not_mix():
+    """A layer with no gradient stays where it is, whatever the others do."""
+    grads = {"layers": GRADS * np.array([1, 0, 1], np.float32)[:, None, None]}
+    updates, _ = updates_and_bases(optimizer(names=grads, weight_decay=0.0, stagger=False), grads)
+    np.testing.assert_array_equal(np.asarray(updates["layers"])[:, 1], 0)
+    alone, _ = updates_and_bases(optimizer(names=STACKED, weight_decay=0.0, stagger=False), STACKED)
+    np.testing.assert_allclose(updates["layers"][:, 0], alone["layers"][:, 0], rtol=1e-3, atol=1e-5)
+    assert jnp.isfinite(updates["layers"]).all()

@@ -1,0 +1,112 @@
+"""Hyperparameters that live in the state: optax.inject_hyperparams."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import natgalore_jax as ng
+
+NUMERIC = {
+    *("learning_rate", "b1", "b2", "eps", "weight_decay"),
+    *("damping", "scale", "norm_growth_limit"),
+}
+FACTORIES = [
+    ng.low_rank_project,
+    ng.woodbury_natural_gradient,
+    ng.project_back,
+    ng.natural_galore,
+    ng.natural_galore_adamw,
+    ng.galore_adamw,
+]
+PARAMS = {"w": jnp.ones((6, 8)), "b": jnp.ones(8)}
+FIXED = {"rank": 2, "history": 2, "update_interval": 3}
+
+
+def gradients(t):
+    return jax.tree.map(lambda w: jax.random.normal(jax.random.key(t), w.shape), PARAMS)
+
+
+def injected(factory=ng.natural_galore_adamw, **settings):
+    return optax.inject_hyperparams(factory, static_args=ng.structural_args(factory))(**settings)
+
+
+@pytest.mark.parametrize("factory", FACTORIES, ids=lambda f: f.__name__)
+def test_every_argument_is_either_structural_or_a_number(factory):
+    names = list(inspect.signature(factory).parameters)
+    structural = ng.structural_args(factory)
+    assert list(structural) == [name for name in names if name not in NUMERIC]
+
+
+@pytest.mark.parametrize("learning_rate", [0.1, optax.linear_schedule(0.1, 0.0, 4)])
+def test_injected_equals_plain(learning_rate):
+    settings = {"learning_rate": learning_rate, **FIXED, "damping": 0.1, "residual": True}
+    plain, tx = ng.natural_galore_adamw(**settings), injected(**settings)
+    state, injected_state = plain.init(PARAMS), tx.init(PARAMS)
+    plain_update, injected_update = jax.jit(plain.update), jax.jit(tx.update)
+    for t in range(4):
+        expected, state = plain_update(gradients(t), state, PARAMS)
+        actual, injected_state = injected_update(gradients(t), injected_state, PARAMS)
+        jax.tree.map(
+            lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-7), actual, expected
+        )
+
+
+def test_numbers_can_be_changed_in_the_state_without_compiling_again():
+    first = {
+        "learning_rate": 0.1,
+        "damping": 0.1,
+        "scale": 1.0,
+        "weight_decay": 0.0,
+        "norm_growth_limit": 1.01,
+    }
+    tx, traces = injected(**first, **FIXED, residual=True), []
+
+    @jax.jit
+    def update(grads, state):
+        traces.append(None)
+        return tx.update(grads, state, PARAMS)
+
+    _, state = update(gradients(0), tx.init(PARAMS))
+    before, _ = update(gradients(1), state)
+    for name, value in first.items():
+        changed = state._replace(
+            hyperparams={**state.hyperparams, name: jnp.float32(3 * value + 1)}
+        )
+        after, _ = update(gradients(1), changed)
+        assert not np.allclose(before["w"], after["w"], rtol=1e-3), name
+    assert len(traces) == 1
+
+
+def test_damping_schedule_is_evaluated_in_the_state():
+    tx = injected(learning_rate=0.1, **FIXED, damping=lambda count: 0.5 / (1 + count))
+    state = tx.init(PARAMS)
+    for t in range(3):
+        _, state = tx.update(gradients(t), state, PARAMS)
+    np.testing.assert_allclose(state.hyperparams["damping"], 0.5 / 3, rtol=1e-6)
+
+
+def test_parts_can_be_injected_under_jit():
+    tx = injected(ng.natural_galore, rank=2, history=2, scale=0.5)
+    state = tx.init(PARAMS)
+    half, _ = jax.jit(tx.update)(gradients(0), state, PARAMS)
+    state.hyperparams["scale"] = jnp.float32(1.0)
+    whole, _ = jax.jit(tx.update)(gradients(0), state, PARAMS)
+    np.testing.assert_allclose(2 * half["w"], whole["w"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["rank", "update_interval", "history", "seed", "where"])
+def test_injecting_a_structural_argument_names_the_remedy(name):
+    factory = ng.natural_galore_adamw
+    static = [arg for arg in ng.structural_args(factory) if arg != name]
+    tx = optax.inject_hyperparams(factory, static_args=static)(0.1, rank=2)
+    with pytest.raises(TypeError, match=r"natgalore_jax\.structural_args"):
+        tx.init(PARAMS)
+
+
+def test_injecting_everything_names_the_remedy():
+    with pytest.raises(TypeError, match=r"natgalore_jax\.structural_args"):
+        optax.inject_hyperparams(ng.galore_adamw)(0.1, rank=2).init(PARAMS)
