@@ -31,6 +31,11 @@ from natgalore_jax._project_back import (
     project_back as project_back,
 )
 from natgalore_jax._structural import structural_args as structural_args
+from natgalore_jax._published import (
+    paper_natural_galore_adamw as paper_natural_galore_adamw,
+    published_galore_adamw as published_galore_adamw,
+    published_natural_galore_adamw as published_natural_galore_adamw,
+)
 from natgalore_jax._where import hidden_matrices as hidden_matrices
 from natgalore_jax._woodbury import (
     WoodburyState as WoodburyState,
