@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgalore_jax._history import History
 from natgalore_jax._plan import LeafPlan
 from natgalore_jax._scope import open_subspace
 from natgalore_jax._where import KeyPath
@@ -27,7 +26,7 @@ def flatten_like(updates: Any, tree: Any, what: str) -> list[Any]:
 
 def _paths(tree: Any) -> set[str]:
     leaves = jax.tree_util.tree_leaves_with_path(
-        tree, is_leaf=lambda x: isinstance(x, (optax.MaskedNode, History))
+        tree, is_leaf=lambda x: isinstance(x, optax.MaskedNode)
     )
     return {str(KeyPath(path)) for path, _ in leaves}
 

@@ -50,7 +50,7 @@ class _Slot:
 
 def find_companions(
     inner: optax.GradientTransformation, state: Any, low_rank: Any, plans: Sequence[LeafPlan | None]
-) -> tuple[list[dict[int, Any]], Any]:
+) -> tuple[list[dict[tuple[int, ...], Any]], Any]:
     """The companions of each projected leaf within the state of one inner transformation.
 
     ``optax.tree.map_params`` says which parts of the state belong to which parameter; the name of
@@ -63,7 +63,8 @@ def find_companions(
       plans: one entry per leaf of ``low_rank``.
 
     Returns:
-      For each leaf a dict of companions, and what :func:`with_companions` needs to put them back.
+      For each leaf a dict of companions, keyed by the numbers of their arrays in the flat state,
+      and what :func:`with_companions` needs to put them back.
     """
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(low_rank)]
     numbers = jax.tree.unflatten(jax.tree.structure(low_rank), range(len(paths)))
@@ -72,29 +73,41 @@ def find_companions(
         lambda value, leaf: value if isinstance(value, optax.MaskedNode) else _Slot(value, leaf),
         state,
         numbers,
-        is_leaf=lambda x: isinstance(x, (optax.MaskedNode, History)),
+        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
     )
     entries, treedef = jax.tree_util.tree_flatten_with_path(
         marked, is_leaf=lambda x: isinstance(x, _Slot)
     )
-    companions: list[dict[int, Any]] = [{} for _ in plans]
+    companions: list[dict[tuple[int, ...], Any]] = [{} for _ in plans]
+    histories: dict[Any, dict[str, int]] = {}
     for number, (path, entry) in enumerate(entries):
-        if isinstance(entry, _Slot) and plans[entry.leaf] is not None:
-            in_state = path[: len(path) - len(paths[entry.leaf])]
-            companion = _companion(entry.value, _field_name(in_state), plans[entry.leaf])
-            if companion is not None:
-                companions[entry.leaf][number] = companion
+        if not isinstance(entry, _Slot) or plans[entry.leaf] is None:
+            continue
+        in_state = path[: len(path) - len(paths[entry.leaf])]
+        name = _field_name(in_state)
+        if name in History._fields:
+            histories.setdefault((in_state[:-1], entry.leaf), {})[name] = number
+        moment = _moment(entry.value, name, plans[entry.leaf])
+        if moment is not None:
+            companions[entry.leaf][(number,)] = moment
     values = [e.value if isinstance(e, _Slot) else e for _, e in entries]
+    for (_, leaf), fields in histories.items():
+        if len(fields) == len(History._fields):
+            arrays = tuple(fields[name] for name in History._fields)
+            for number in arrays:  # a Gram matrix can have the shape of a moment by chance
+                companions[leaf].pop((number,), None)
+            companions[leaf][arrays] = History(*(values[number] for number in arrays))
     return companions, (treedef, values)
 
 
-def with_companions(skeleton: Any, companions: Sequence[Mapping[int, Any]]) -> Any:
+def with_companions(skeleton: Any, companions: Sequence[Mapping[tuple[int, ...], Any]]) -> Any:
     """The inner state with the given companions in the place of the ones that were found."""
     treedef, values = skeleton
     values = list(values)
     for of_leaf in companions:
-        for number, companion in of_leaf.items():
-            values[number] = companion.value if isinstance(companion, Moment) else companion
+        for numbers, companion in of_leaf.items():
+            for number, array in zip(numbers, jax.tree.leaves(companion), strict=True):
+                values[number] = array
     return jax.tree.unflatten(treedef, values)
 
 
@@ -103,9 +116,7 @@ def _field_name(path: Sequence[Any]) -> str:
     return names[-1] if names else ""
 
 
-def _companion(value: Any, name: str, plan: LeafPlan) -> Any:
-    if isinstance(value, History):
-        return value
+def _moment(value: Any, name: str, plan: LeafPlan) -> Moment | None:
     shape, low = tuple(value.shape), plan.low_rank_shape
     if shape == low:
         return Moment(value, name in _SECOND_MOMENTS, None)

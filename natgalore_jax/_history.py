@@ -15,12 +15,16 @@ from natgalore_jax._transition import rotate_linear
 
 
 class History(NamedTuple):
-    """A ring buffer of gradients with its Gram matrix."""
+    """A ring buffer of gradients with its Gram matrix.
 
-    columns: jax.Array  # B + (s,) + K, history_dtype: the columns of H, zero where never filled
-    gram: jax.Array  # B + (s, s), float32: HᵀH
-    checksum: jax.Array  # B + (s,), float32: the sum of each column, tells copies from near copies
-    filled: jax.Array  # B, int32: the number of gradients seen since the start or a reset, up to s
+    In the state of a transformation each field is a tree of parameters with such arrays, and with
+    MaskedNode where a parameter has no history.
+    """
+
+    columns: Any  # B + (s,) + K, history_dtype: the columns of H, zero where never filled
+    gram: Any  # B + (s, s), float32: HᵀH
+    checksum: Any  # B + (s,), float32: a linear functional that tells copies from near copies
+    filled: Any  # B, int32: the number of gradients seen since the start or a reset, up to s
 
     def moved(self, transition: str, C_of_axis: Mapping[int, jax.Array]) -> "History":
         """One matrix's history in the coordinates of a new basis: rotated, or emptied."""

@@ -18,7 +18,7 @@ class Piece(NamedTuple):
     """One array of the state that belongs to one parameter."""
 
     part: str  # "basis", "history", "inner" or "other"
-    field: str  # its name within the entry of the parameter: "columns" of a history
+    field: str  # the field of the state that it stands in: "columns" of a history
     shape: tuple[int, ...]
     bytes: int
 
@@ -47,7 +47,7 @@ def attribute(
     owners = {path: i for i, path in enumerate(paths)}
     pieces: list[list[Piece]] = [[] for _ in paths]
     shared = 0
-    for part, tree in _parts(_marked(tx, state)):
+    for part, field, tree in _parts(_marked(tx, state)):
         if not isinstance(tree, _ParamTree):
             shared += nbytes(tree)
             continue
@@ -55,7 +55,6 @@ def attribute(
             # An entry may be an array or a tree of its own; its path begins with the parameter's.
             known = [n for n in range(len(path), -1, -1) if path[:n] in owners]
             if known:
-                field = str(getattr(path[-1], "name", "")) if known[0] < len(path) else ""
                 piece = Piece(part, field, tuple(leaf.shape), nbytes(leaf))
                 pieces[owners[path[: known[0]]]].append(piece)
             else:
@@ -73,8 +72,8 @@ def _marked(tx: optax.GradientTransformation, state: Any) -> Any:
         return state
 
 
-def _parts(marked: Any) -> Iterator[tuple[str, Any]]:
-    """Each wrapped tree and each other leaf, with the part it belongs to."""
+def _parts(marked: Any) -> Iterator[tuple[str, str, Any]]:
+    """Each wrapped tree and each other leaf, with the part it belongs to and its field there."""
     ours = (LowRankProjectState, WoodburyState, ProjectBackState)
     for node in jax.tree.leaves(marked, is_leaf=lambda x: isinstance(x, ours)):
         if isinstance(node, LowRankProjectState):
@@ -83,7 +82,8 @@ def _parts(marked: Any) -> Iterator[tuple[str, Any]]:
             part = "history"
         else:
             part = "other" if isinstance(node, ProjectBackState) else "inner"
-        yield from ((part, leaf) for leaf in jax.tree.leaves(node))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(node):
+            yield part, str(getattr(path[-1], "name", "")) if path else "", leaf
 
 
 def alternatives(plan: LeafPlan, pieces: Sequence[Piece]) -> dict[str, int]:

@@ -1,6 +1,6 @@
 """The natural gradient as a transformation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ class WoodburyState(NamedTuple):
     """State of :func:`woodbury_natural_gradient`."""
 
     count: jax.Array  # shape (), int32: steps taken
-    history: Any  # the tree of parameters: a History for each preconditioned leaf, or MaskedNode
+    history: History  # of trees of parameters; see there for shapes and dtypes
 
 
 def woodbury_natural_gradient(
@@ -89,10 +89,9 @@ def woodbury_natural_gradient(
     check_float_dtype("history_dtype", history_dtype)
 
     def init_fn(params):
-        return WoodburyState(
-            count=jnp.zeros([], jnp.int32),
-            history=jax.tree.map_with_path(_init_leaf, params),
-        )
+        leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+        histories = [_init_leaf(path, leaf) for path, leaf in leaves]
+        return WoodburyState(jnp.zeros([], jnp.int32), _transposed(treedef, histories))
 
     def _init_leaf(path, leaf):
         plans = current_subspace()
@@ -103,7 +102,7 @@ def woodbury_natural_gradient(
             plan = plans.get(str(KeyPath(path)))
             is_block, batch_ndim = plan is not None, len(plan.batch) if plan else 0
         if not is_block:
-            return optax.MaskedNode()
+            return None
         return empty_history(history, batch_ndim, leaf, history_dtype or leaf.dtype)
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -113,21 +112,33 @@ def woodbury_natural_gradient(
 
         leaves = jax.tree_util.tree_leaves_with_path(updates)
         treedef = jax.tree.structure(updates)
-        histories = flatten_like(updates, state.history, "the parameters at init")
-        out, new_histories = [], []
-        for (path, h), H in zip(leaves, histories, strict=True):
-            if isinstance(H, History):
+        fields = [flatten_like(updates, tree, "the parameters at init") for tree in state.history]
+        out, histories = [], []
+        for (path, h), *entries in zip(leaves, *fields, strict=True):
+            H = None if isinstance(entries[0], optax.MaskedNode) else History(*entries)
+            if H is not None:
                 _check_shape(KeyPath(path), h, H)
                 natural, H = natural_gradient(H, h, slot, current, relative=is_relative)
                 h = natural.astype(h.dtype)
             out.append(h)
-            new_histories.append(H)
+            histories.append(H)
         new_state = WoodburyState(
-            optax.safe_increment(state.count), treedef.unflatten(new_histories)
+            optax.safe_increment(state.count), _transposed(treedef, histories)
         )
         return treedef.unflatten(out), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _transposed(treedef: Any, histories: Sequence[History | None]) -> History:
+    """A history of trees, from one history for each leaf of a tree."""
+    holes = History(*(optax.MaskedNode() for _ in History._fields))
+    fields = (
+        zip(*(holes if H is None else H for H in histories), strict=True)
+        if histories
+        else [()] * len(holes)
+    )
+    return History(*(treedef.unflatten(field) for field in fields))
 
 
 def _check_shape(path: KeyPath, h: jax.Array, H: History) -> None:

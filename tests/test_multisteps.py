@@ -75,9 +75,9 @@ def test_woodbury_may_stand_inside_the_accumulation():
     steps = run(tx, gradients(6))
     _, state = steps[-1]
     history = optax.tree.get(state, "history")
-    assert history["w"].columns.shape == (3, 2, 8)
-    assert history["b"] == optax.MaskedNode()
-    assert int(history["w"].filled) == 3
+    assert history.columns["w"].shape == (3, 2, 8)
+    assert history.columns["b"] == optax.MaskedNode()
+    assert int(history.filled["w"]) == 3
     updates, _ = steps[-1]
     assert all(bool(jnp.isfinite(u).all() and (u != 0).any()) for u in jax.tree.leaves(updates))
 

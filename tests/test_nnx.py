@@ -53,7 +53,7 @@ def test_optax_over_the_pure_state_trains():
 
 
 def test_nnx_optimizer_gives_the_same_as_optax_over_the_pure_state():
-    tx = ng.galore_adamw(0.03, residual=True, **SETTINGS)
+    tx = ng.natural_galore_adamw(0.03, history=3, residual=True, **SETTINGS)
     model = MLP(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 

@@ -137,18 +137,18 @@ def test_each_transition_does_to_adam_what_it_says(transition):
     R = P_new.T @ np.asarray(grads[2]["w"])
 
     mu, nu = (np.asarray(getattr(before[2], f)["w"]) for f in ("mu", "nu"))
-    old_column = np.asarray(before[1].history["w"].columns[1])
+    old_column = np.asarray(before[1].history.columns["w"][1])
     if transition == "rotate":
         W = C**2
         W = W + (1 - W.sum(1, keepdims=True)) / 4
         mu, nu, old_column = C @ mu, W @ nu, C @ old_column
     elif transition == "reset":
         mu, nu, old_column = 0 * mu, 0 * nu, 0 * old_column
-    columns = after[1].history["w"].columns
+    columns = after[1].history.columns["w"]
     np.testing.assert_allclose(columns[0], R, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(columns[1], old_column, rtol=1e-4, atol=1e-5)
     H = np.stack([R.ravel(), old_column.ravel()], 1)
-    np.testing.assert_allclose(after[1].history["w"].gram, H.T @ H, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(after[1].history.gram["w"], H.T @ H, rtol=1e-3, atol=1e-4)
 
     h = np.linalg.solve(10.0 * np.eye(36) + H @ H.T, R.ravel()).reshape(R.shape)
     np.testing.assert_allclose(after[2].mu["w"], 0.9 * mu + 0.1 * h, rtol=1e-4, atol=1e-6)

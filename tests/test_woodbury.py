@@ -122,13 +122,13 @@ def test_damping_schedule_is_evaluated_at_the_step():
     results = run(gradients, history=2, damping=lambda step: 0.1 * 10.0**step)
     for t, got in enumerate(results):
         want = dense_natural_gradient(gradients[: t + 1], 2, 0.1 * 10.0**t)
-        np.testing.assert_allclose(got.ravel(), want, rtol=1e-5)
+        assert np.linalg.norm(got.ravel() - want) <= 1e-5 * np.linalg.norm(want)
 
 
 def test_only_projected_matrices_have_a_history_inside_a_subspace():
     params = {"w": jnp.ones((6, 8)), "embed": jnp.ones((20, 6)), "b": jnp.ones(8)}
     state = ng.chain(ng.natural_galore(rank=2, history=3)).init(params)
     history = state[1].history
-    assert history["w"].columns.shape == (3, 2, 8)
-    assert isinstance(history["embed"], optax.MaskedNode)
-    assert isinstance(history["b"], optax.MaskedNode)
+    assert history.columns["w"].shape == (3, 2, 8)
+    assert isinstance(history.columns["embed"], optax.MaskedNode)
+    assert isinstance(history.columns["b"], optax.MaskedNode)

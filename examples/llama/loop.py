@@ -9,6 +9,7 @@ from typing import Any
 
 import grain
 import jax
+import jax.numpy as jnp
 import optax
 
 from examples.llama.checkpoints import Checkpoints
@@ -209,7 +210,7 @@ class _Run:
         if self.diverged or self._is_due(step, self.config.output.log_every):
             metrics["tokens_per_second"] = round(self.config.tokens_per_step / seconds, 1)
             if self.schedule is not None:
-                metrics["learning_rate"] = float(self.schedule(step - 1))
+                metrics["learning_rate"] = float(jnp.asarray(self.schedule(step - 1)))
             self._record("train", step, **metrics)
 
     def _evaluate(self, split: str, step: int) -> None:

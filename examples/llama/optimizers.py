@@ -17,7 +17,7 @@ class Entry(NamedTuple):
     """What a name stands for: `factory(learning_rate, **arguments, **fixed)`."""
 
     factory: Callable[..., optax.GradientTransformation]
-    learning_rate: float  # peak, where --learning-rate is not given
+    learning_rate: float  # Peak, where --learning-rate is not given; chosen at the nano size.
     fixed: dict[str, Any] = {}  # noqa: RUF012  (never changed)
 
 
@@ -34,8 +34,8 @@ def _adafactor(learning_rate, weight_decay: float = 0.0, mask=None):
 OPTIMIZERS: dict[str, Entry] = {
     "adamw": Entry(optax.adamw, 3e-3),
     "adafactor": Entry(_adafactor, 3e-3),
-    "galore": Entry(ng.galore_adamw, 1e-2),
-    "natural-galore": Entry(ng.natural_galore_adamw, 1e-2),
+    "galore": Entry(ng.galore_adamw, 2e-2),
+    "natural-galore": Entry(ng.natural_galore_adamw, 2e-2),
 }
 
 if TYPE_CHECKING:

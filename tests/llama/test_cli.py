@@ -149,7 +149,7 @@ def assert_one_line(capsys, message):
         (["--optimiser", "adamw"], "--optimizer"),
         (["--optimizer", "adam"], "adamw"),
         (["--rank", "many"], "many"),
-        (["--model.heads", "3"], "hidden=256 is not a multiple of heads=3"),
+        (["--model.heads", "3"], "is not a multiple of heads=3"),
     ],
 )
 def test_wrong_arguments_are_explained(capsys, wrong, message):

