@@ -1,45 +1,37 @@
 """Natural GaLore for JAX: low-rank, second-order, memory-efficient training with Optax."""
 
+import importlib.metadata
+
 from natgalore_jax._axes import MatrixAxes as MatrixAxes
 from natgalore_jax._chain import chain as chain
 from natgalore_jax._history import History as History
 from natgalore_jax._memory_report import (
     MemoryReport as MemoryReport,
-)
-from natgalore_jax._memory_report import (
     memory_report as memory_report,
 )
 from natgalore_jax._natural_galore import (
     galore_adamw as galore_adamw,
-)
-from natgalore_jax._natural_galore import (
     natural_galore as natural_galore,
-)
-from natgalore_jax._natural_galore import (
     natural_galore_adamw as natural_galore_adamw,
 )
 from natgalore_jax._project import (
     LowRankProjectState as LowRankProjectState,
-)
-from natgalore_jax._project import (
     low_rank_project as low_rank_project,
 )
 from natgalore_jax._project_back import (
     ProjectBackState as ProjectBackState,
-)
-from natgalore_jax._project_back import (
     project_back as project_back,
 )
-from natgalore_jax._structural import structural_args as structural_args
 from natgalore_jax._published import (
     paper_natural_galore_adamw as paper_natural_galore_adamw,
     published_galore_adamw as published_galore_adamw,
     published_natural_galore_adamw as published_natural_galore_adamw,
 )
+from natgalore_jax._structural import structural_args as structural_args
 from natgalore_jax._where import hidden_matrices as hidden_matrices
 from natgalore_jax._woodbury import (
     WoodburyState as WoodburyState,
-)
-from natgalore_jax._woodbury import (
     woodbury_natural_gradient as woodbury_natural_gradient,
 )
+
+__version__ = importlib.metadata.version("natgalore-jax")

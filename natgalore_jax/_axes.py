@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 
@@ -46,8 +46,14 @@ class MatrixAxes:
             for axis in axes:
                 check_integer(f"MatrixAxes {side}", axis, minimum=-(2**31))
             object.__setattr__(self, side, axes)
-        if len(set(self.rows + self.cols)) < len(self.rows + self.cols):
-            raise ValueError(f"MatrixAxes names an axis twice: rows={self.rows}, cols={self.cols}")
+        rows, cols = self.sides
+        if len(set(rows + cols)) < len(rows + cols):
+            raise ValueError(f"MatrixAxes names an axis twice: {rows=}, {cols=}")
+
+    @property
+    def sides(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The axes of the rows and those of the columns."""
+        return cast(Any, (self.rows, self.cols))
 
 
 AxesLike = MatrixAxes | None | Any | Callable[[Any], Any]

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 
 from natgalore_jax._project import LowRankProject
@@ -86,12 +87,9 @@ def chain(*transforms: Any) -> optax.GradientTransformationExtraArgs:
 def _members(transforms: tuple[Any, ...]) -> list[Any]:
     """Transformations and subspaces, in order."""
     members: list[Any] = []
-    opener, inner, closer = None, [], None
-
-    def close(with_closer):
-        inside = tuple(optax.with_extra_args_support(_transformation(tx)) for tx in inner)
-        members.append(Subspace(opener, inside, with_closer, _accumulation(inner, opener)))
-
+    opener: LowRankProject | None = None
+    inner: list[Any] = []
+    closer: Composite | None = None
     for tx in transforms:
         parts = tx.parts if isinstance(tx, Composite) else (tx,)
         if isinstance(parts[0], LowRankProject):
@@ -113,15 +111,20 @@ def _members(transforms: tuple[Any, ...]) -> list[Any]:
                     "natural_galore was given scale, residual or norm_growth_limit and is followed "
                     "by project_back: give them to one of the two"
                 )
-            close(tx)
+            members.append(_subspace(opener, inner, tx))
             opener = None
         elif opener is not None:
             inner.append(tx)
         else:
             members.append(optax.with_extra_args_support(_transformation(tx)))
     if opener is not None:
-        close(closer.closer if closer else project_back())
+        members.append(_subspace(opener, inner, closer.closer if closer else project_back()))
     return members
+
+
+def _subspace(opener: LowRankProject, inner: list[Any], closer: ProjectBack) -> Subspace:
+    inside = tuple(optax.with_extra_args_support(_transformation(tx)) for tx in inner)
+    return Subspace(opener, inside, closer, _accumulation(inner, opener))
 
 
 def _transformation(tx: Any) -> optax.GradientTransformation:
@@ -138,7 +141,14 @@ def _accumulation(inner: list[Any], opener: LowRankProject) -> int:
     for tx in inner:
         multi = tx if isinstance(tx, optax.MultiSteps) else getattr(tx.update, "__self__", None)
         if isinstance(multi, optax.MultiSteps):
-            steps *= int(multi._every_k_schedule(0))  # the only place where Optax keeps it
+            every_k = multi._every_k_schedule  # the only place where Optax keeps it
+            early, late = (int(jnp.asarray(every_k(jnp.asarray(t)))) for t in (0, 2**30))
+            if early != late:
+                raise ValueError(
+                    "optax.MultiSteps inside a subspace needs a constant number of steps, got a "
+                    f"schedule from {early} to {late}"
+                )
+            steps *= early
     interval = opener.refresh.update_interval
     if steps > 1 and opener.refresh.method == "online":
         raise ValueError(

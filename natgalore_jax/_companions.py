@@ -69,7 +69,7 @@ def find_companions(
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(low_rank)]
     numbers = jax.tree.unflatten(jax.tree.structure(low_rank), range(len(paths)))
     marked = optax.tree.map_params(
-        inner,
+        inner.init,
         lambda value, leaf: value if isinstance(value, optax.MaskedNode) else _Slot(value, leaf),
         state,
         numbers,
@@ -81,13 +81,14 @@ def find_companions(
     companions: list[dict[tuple[int, ...], Any]] = [{} for _ in plans]
     histories: dict[Any, dict[str, int]] = {}
     for number, (path, entry) in enumerate(entries):
-        if not isinstance(entry, _Slot) or plans[entry.leaf] is None:
+        plan = plans[entry.leaf] if isinstance(entry, _Slot) else None
+        if plan is None:
             continue
         in_state = path[: len(path) - len(paths[entry.leaf])]
         name = _field_name(in_state)
         if name in History._fields:
             histories.setdefault((in_state[:-1], entry.leaf), {})[name] = number
-        moment = _moment(entry.value, name, plans[entry.leaf])
+        moment = _moment(entry.value, name, plan)
         if moment is not None:
             companions[entry.leaf][(number,)] = moment
     values = [e.value if isinstance(e, _Slot) else e for _, e in entries]

@@ -62,7 +62,7 @@ def _surviving_sharding(subscripts: str, operands: Sequence[jax.Array]) -> Named
 
 
 def project(plan: LeafPlan, G: jax.Array, factors: Sequence[jax.Array]) -> jax.Array:
-    """``R = G ×₁ U⁽¹⁾ᵀ … ×_d U⁽ᵈ⁾ᵀ`` over the projected modes: ``PᵀG``, ``GQ`` or ``PᵀGQ`` of a matrix.
+    """``R = G ×₁ U⁽¹⁾ᵀ … ×_d U⁽ᵈ⁾ᵀ`` over the projected modes: ``PᵀG``, ``GQ`` or ``PᵀGQ``.
 
     Args:
       plan: how this parameter is projected.
@@ -117,7 +117,7 @@ class _Index:
         return self.batch + self.modes[mode] + self.ranks[mode]
 
     def arranged(self, low_modes: Sequence[int]) -> str:
-        """Batch axes, then the modes in order, those in ``low_modes`` as one axis of length rank."""
+        """Batch axes, then the modes in order, those in ``low_modes`` as one axis each."""
         return self.batch + "".join(
             self.ranks[i] if i in low_modes else axes for i, axes in enumerate(self.modes)
         )

@@ -55,7 +55,12 @@ def empty_history(length: int, batch_ndim: int, gradient: jax.Array, dtype: Any)
 
 
 def natural_gradient(
-    history: History, h: jax.Array, slot: jax.Array, damping: jax.Array, *, relative: bool
+    history: History,
+    h: jax.Array,
+    slot: jax.Array,
+    damping: jax.typing.ArrayLike,
+    *,
+    relative: bool,
 ) -> tuple[jax.Array, History]:
     r"""``h̃ = (λI + HHᵀ)⁻¹ h_t = H (λI + HᵀH)⁻¹ e_t``, with ``h_t = h`` the newest column of H.
 
@@ -102,11 +107,10 @@ def natural_gradient(
         checksum=jnp.where(_expand(finite, nb + 1), checksum, history.checksum),
         filled=jnp.where(finite, filled, history.filled),
     )
-    natural = sum(
-        jax.lax.index_in_dim(columns, i, nb, keepdims=False).astype(jnp.float32)
-        * _expand(w[..., i], h.ndim)
-        for i in range(s)
-    )
+    natural = jnp.zeros(h.shape, jnp.float32)
+    for i in range(s):
+        column = jax.lax.index_in_dim(columns, i, nb, keepdims=False).astype(jnp.float32)
+        natural = natural + column * _expand(w[..., i], h.ndim)
     return natural, new
 
 

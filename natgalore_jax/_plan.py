@@ -47,12 +47,18 @@ class LeafPlan:
     def projected_modes(self) -> tuple[int, ...]:
         return tuple(i for i, rank in enumerate(self.ranks) if rank is not None)
 
+    def rank_of(self, mode: int) -> int:
+        """The rank of a projected mode."""
+        rank = self.ranks[mode]
+        assert rank is not None, f"mode {mode} of {self.path} is not projected"
+        return rank
+
     def mode_shape(self, mode: int) -> tuple[int, ...]:
         return tuple(self.shape[a] for a in self.modes[mode])
 
     def factor_shape(self, mode: int) -> tuple[int, ...]:
         """Shape of one mode's basis: batch, the axes of the mode, rank."""
-        return (*self.batch_shape, *self.mode_shape(mode), self.ranks[mode])
+        return (*self.batch_shape, *self.mode_shape(mode), self.rank_of(mode))
 
     @property
     def low_rank_axes(self) -> tuple[int, ...]:
@@ -168,10 +174,10 @@ def _matrix_modes(
     if ndim < 2:
         raise ValueError(f"{path}: a matrix needs at least two axes, got shape {shape}")
     axes = axes or MatrixAxes(rows=-2, cols=-1)
-    named = axes.rows + axes.cols
+    named = sum(axes.sides, ())
     if any(not -ndim <= a < ndim for a in named):
         raise ValueError(f"{path}: {axes} is out of range for a parameter of shape {shape}")
-    rows, cols = (tuple(a % ndim for a in side) for side in (axes.rows, axes.cols))
+    rows, cols = (tuple(a % ndim for a in side) for side in axes.sides)
     if set(rows) & set(cols) or len(set(rows + cols)) < len(named):
         raise ValueError(f"{path}: {axes} names an axis twice in a parameter of shape {shape}")
     return tuple(a for a in range(ndim) if a not in rows + cols), (rows, cols)

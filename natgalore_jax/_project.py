@@ -18,7 +18,7 @@ from natgalore_jax._where import Where, hidden_matrices
 class LowRankProjectState(NamedTuple):
     """State of :func:`low_rank_project`."""
 
-    count: jax.Array  # shape (), int32: steps taken
+    count: jax.typing.ArrayLike  # shape (), int32: steps taken
     # One tree of parameters per mode: (rows, columns) for matrices, one per axis for Tucker.
     # Its leaves are batch + mode + (rank,), basis_dtype, or MaskedNode where nothing is projected.
     basis: tuple[Any, ...]
@@ -138,7 +138,7 @@ def start_factors(plan: LeafPlan, dtype: Any) -> Factors:
     """An orthonormal start for each basis of one parameter."""
     factors = []
     for mode in plan.projected_modes:
-        P = start_basis(plan.mode_sizes[mode], plan.ranks[mode]).astype(dtype)
-        P = P.reshape(*plan.mode_shape(mode), plan.ranks[mode])
+        P = start_basis(plan.mode_sizes[mode], plan.rank_of(mode)).astype(dtype)
+        P = P.reshape(*plan.mode_shape(mode), plan.rank_of(mode))
         factors.append(jnp.broadcast_to(P, plan.factor_shape(mode)))
     return tuple(factors)

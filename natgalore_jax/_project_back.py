@@ -126,7 +126,7 @@ def update_back(
         back(plan, settings.scale * n, factor).astype(n.dtype) if plan else n
         for plan, factor, n in zip(plans, factors, N, strict=True)
     ]
-    if not settings.residual:
+    if isinstance(state, optax.EmptyState):
         return scaled, state
     direction = _direction(state.direction, plans, N, R)
     norms = treedef.flatten_up_to(state.residual_norm)

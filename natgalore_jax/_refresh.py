@@ -105,7 +105,7 @@ def _refresh_layer(settings, plan, G, basis, companions, layer, key, is_first):
     new_factors, C_of_axis = [], {}
     for number, (mode, stacked) in enumerate(zip(plan.projected_modes, basis, strict=True)):
         U = _take(stacked, index)
-        P = U.reshape(plan.mode_sizes[mode], plan.ranks[mode])
+        P = U.reshape(plan.mode_sizes[mode], plan.rank_of(mode))
         P_new = new_basis(
             settings.method,
             _unfold(plan, _replicated(tensor), mode),

@@ -33,7 +33,7 @@ def stagger_bounds(layers: Sequence[int], interval: int) -> list[np.ndarray]:
 
 def due_layers(
     layers: Sequence[int], interval: int, accumulation: int, *, stagger: bool, step: jax.Array
-) -> list[tuple[jax.Array | int, jax.Array | int]]:
+) -> list[tuple[jax.typing.ArrayLike, jax.typing.ArrayLike]]:
     """The range of layers of each leaf that is refreshed at this step.
 
     At step 0 every matrix is due, so that every matrix has a basis of its gradient from then on.
@@ -57,7 +57,7 @@ def due_layers(
         all_due = (step % accumulation == 0) & (slot == 0)
         return [(0, jnp.where(all_due, count, 0)) for count in layers]
     at_boundary, is_first = step % accumulation == 0, step == 0
-    ranges = []
+    ranges: list[tuple[jax.typing.ArrayLike, jax.typing.ArrayLike]] = []
     for count, bounds in zip(layers, stagger_bounds(layers, slots), strict=True):
         first, end = jnp.asarray(bounds)[slot], jnp.asarray(bounds)[slot + 1]
         first = jnp.where(is_first, 0, first)

@@ -50,6 +50,11 @@ class Subspace:
         low_rank = treedef.unflatten(map(_low_rank_leaf, plans, leaves, factors))
         with open_subspace({plan.path: plan for plan in plans if plan}):
             inner = [tx.init(low_rank) for tx in self.inner]
+        if self.accumulation == 1 and _holds_multi_steps(inner):
+            raise ValueError(
+                "optax.MultiSteps inside a subspace must stand in natgalore_jax.chain itself, not "
+                "inside another transformation, so that refreshes wait for its steps"
+            )
         return [opened, *inner, init_back(self.closer, treedef, plans)]
 
     def update(
@@ -105,7 +110,10 @@ class Subspace:
         projected = [i for i, plan in enumerate(plans) if plan]
         new_factors, new_companions = refresh(
             settings,
-            *([column[i] for i in projected] for column in (plans, G, factors, of_leaf)),
+            [plans[i] for i in projected],
+            [G[i] for i in projected],
+            [factors[i] for i in projected],
+            [of_leaf[i] for i in projected],
             step=step,
             accumulation=self.accumulation,
         )
@@ -130,6 +138,11 @@ class Subspace:
             ]
             trees.append(treedef.unflatten(column))
         return tuple(trees)
+
+
+def _holds_multi_steps(states: list[Any]) -> bool:
+    nodes = jax.tree.leaves(states, is_leaf=lambda x: isinstance(x, optax.MultiStepsState))
+    return any(isinstance(node, optax.MultiStepsState) for node in nodes)
 
 
 def _low_rank_leaf(plan: LeafPlan | None, leaf: Any, factors: Factors) -> Any:

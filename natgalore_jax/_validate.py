@@ -51,5 +51,5 @@ def check_number(name: str, value: Any, *, above: float | None = None) -> None:
     is_array = hasattr(value, "dtype") and getattr(value, "ndim", None) == 0
     if isinstance(value, (bool, str)) or not (isinstance(value, Real) or is_array):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
-    if above is not None and not isinstance(value, jax.core.Tracer) and not value > above:
+    if above is not None and not isinstance(value, jax.core.Tracer) and not float(value) > above:
         raise ValueError(f"{name} must be greater than {above:g}, got {value}")

@@ -36,12 +36,11 @@ Where = Callable[[Any, Any], bool] | Any
 def hidden_matrices(path: Any, leaf: Any = None) -> bool:
     """The default rule for ``where``: the weight matrices inside a network.
 
-    True for floating-point parameters of at least two axes, unless the name says that they are an
-    embedding or the output head (a part of the path contains ``embed`` or equals ``lm_head``,
-    ``head``, ``output_head``, ``classifier``, ``logits``, ``wte``, ``wpe`` or ``vocab``) or vectors of
-    stacked layers (it contains ``norm`` or equals ``scale`` or ``bias``). Used as ``where``, it also
-    leaves out every matrix with a side that is not larger than the rank, since nothing would be
-    saved.
+    True for floating-point parameters of at least two axes, unless a part of the path names an
+    embedding or the output head (contains ``embed`` or is one of ``lm_head``, ``head``,
+    ``output_head``, ``classifier``, ``logits``, ``wte``, ``wpe``, ``vocab``) or the vectors of
+    stacked layers (contains ``norm`` or is ``scale`` or ``bias``). Used as ``where``, it also
+    leaves out every matrix with a side that is not larger than the rank: nothing would be saved.
 
     Args:
       path: the key path of the parameter.

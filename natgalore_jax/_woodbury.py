@@ -19,7 +19,7 @@ DAMPING_MODES = ("absolute", "relative")
 class WoodburyState(NamedTuple):
     """State of :func:`woodbury_natural_gradient`."""
 
-    count: jax.Array  # shape (), int32: steps taken
+    count: jax.typing.ArrayLike  # shape (), int32: steps taken
     history: History  # of trees of parameters; see there for shapes and dtypes
 
 

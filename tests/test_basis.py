@@ -1,5 +1,7 @@
 """Bases against NumPy's float64 SVD. Subspaces are compared, never vectors: signs are arbitrary."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,7 +87,7 @@ def test_online_steps_turn_the_basis_towards_the_gradient():
         P = refresh("online", jnp.asarray(G, jnp.float32), P, KEY, False)
         energies.append(energy(G, P))
     assert energies[0] < 0.6 and energies[-1] > 0.9
-    assert all(b > a - 1e-4 for a, b in zip(energies, energies[1:], strict=False))
+    assert all(b > a - 1e-4 for a, b in itertools.pairwise(energies))
 
 
 @pytest.mark.parametrize("method", ["power", "svd", "eigh", "randomized", "online"])

@@ -120,3 +120,16 @@ def test_outside_any_interval_will_do():
     tx = optax.MultiSteps(ng.natural_galore_adamw(0.1, rank=2, update_interval=3, history=2), K)
     _, state = run(tx, gradients(5))[-1]
     assert int(state.inner_opt_state[0].count) == 2
+
+
+def test_multisteps_hidden_inside_another_transformation_is_an_error():
+    hidden = optax.chain(optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation())
+    tx = ng.chain(ng.low_rank_project(rank=2, update_interval=4), hidden)
+    with pytest.raises(ValueError, match=r"must stand in natgalore_jax\.chain itself"):
+        tx.init({"w": jnp.ones((6, 8))})
+
+
+def test_multisteps_with_a_schedule_is_an_error_inside():
+    growing = optax.MultiSteps(optax.sgd(0.1), lambda step: jnp.where(step < 10, 1, 2))
+    with pytest.raises(ValueError, match="constant number of steps, got a schedule from 1 to 2"):
+        ng.chain(ng.low_rank_project(rank=2, update_interval=4), growing)

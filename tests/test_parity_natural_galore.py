@@ -42,10 +42,6 @@ def _paper_oracle(W, grads):
     return paper_natural_galore(W, grads, history=10, damping=DAMPING, adam=adam, **settings)
 
 
-def _published_chain(**options):
-    return _natural_galore("both", 20, scale_by_hf_adam(0.9, 0.999, 1e-6), decay=DECAY, **options)
-
-
 def _published_oracle(W, grads):
     settings = dict(rank=RANK, interval=INTERVAL, lr=LR, scale=SCALE)
     return published_natural_galore(W, grads, weight_decay=DECAY, **settings)

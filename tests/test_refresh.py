@@ -30,7 +30,7 @@ def test_every_matrix_once_per_interval_and_all_at_first(layers, interval, accum
             t: due_at(layers, interval, accumulation, stagger, t)
             for t in range(start, start + interval)
         }
-        assert sorted(sum(due.values(), [])) == everything
+        assert sorted(matrix for matrices in due.values() for matrix in matrices) == everything
         assert all(t % accumulation == 0 for t, matrices in due.items() if matrices)
 
 

@@ -36,6 +36,9 @@ OPTIMIZERS: dict[str, Entry] = {
     "adafactor": Entry(_adafactor, 3e-3),
     "galore": Entry(ng.galore_adamw, 2e-2),
     "natural-galore": Entry(ng.natural_galore_adamw, 2e-2),
+    "published-galore": Entry(ng.published_galore_adamw, 1e-2),
+    "published-natural-galore": Entry(ng.published_natural_galore_adamw, 1e-2),
+    "paper-natural-galore": Entry(ng.paper_natural_galore_adamw, 1e-2),
 }
 
 if TYPE_CHECKING:

@@ -4,8 +4,9 @@ from examples.llama.data.config import DataConfig as DataConfig
 from examples.llama.data.errors import DataError as DataError
 from examples.llama.data.hub import is_hub as is_hub
 from examples.llama.data.ngram import ngram_perplexity as ngram_perplexity
-from examples.llama.data.packing import eval_batches as eval_batches
-from examples.llama.data.packing import make_train_iterator as make_train_iterator
-from examples.llama.data.splits import Splits as Splits
-from examples.llama.data.splits import load_splits as load_splits
+from examples.llama.data.packing import (
+    eval_batches as eval_batches,
+    make_train_iterator as make_train_iterator,
+)
+from examples.llama.data.splits import Splits as Splits, load_splits as load_splits
 from examples.llama.data.streaming import make_streaming_iterator as make_streaming_iterator
