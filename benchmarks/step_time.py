@@ -45,6 +45,7 @@ def main(
     interval: int = 200,
     history: int = 10,
     sample_every: int = 4,
+    share: bool = True,
     batch: int = 8,
     length: int = 256,
     rounds: int = 5,
@@ -63,9 +64,10 @@ def main(
       history: gradients kept for the natural gradient.
       sample_every: rounds between two samples of the machine and of optax.contrib.galore; it
         divides the interval.
-      batch: rows of the whole training step.
+      share: also time whole training steps.
+      batch: rows of a training step.
       length: tokens in a row.
-      rounds: whole training steps timed, the first of them not counted.
+      rounds: training steps timed, the first of them not counted.
       copy_mib: size of the vector that measures the bandwidth.
       seed: of parameters, gradients and tokens.
       output: where the results go.
@@ -113,11 +115,7 @@ def main(
         for row in methods.values():
             row["amortised_to_contrib"] = row["amortised_s"] / methods["contrib"]["amortised_s"]
 
-    full = {
-        "adamw": factories["adamw"],
-        "galore": factories["galore"],
-        "natural": factories["natural"],
-    }
+    factories.pop("contrib", None)  # It would project the embedding and the head.
     results = {
         "environment": where_and_how,
         "settings": {**setting, "matrices": len(sides), "steps": 1 + 2 * interval},
@@ -125,8 +123,10 @@ def main(
         "methods": methods,
         "targets": _targets(methods),
         "training_step": training_share(
-            full, preset, layers, batch, length, SCALED_TOKENS, rounds, seed
-        ),
+            factories, preset, layers, batch, length, SCALED_TOKENS, rounds, seed
+        )
+        if share
+        else None,
         "samples_s": {name: updater.samples for name, updater in updaters.items()},
     }
     _print(results)
@@ -219,7 +219,8 @@ def _print(results: dict[str, Any]) -> None:
         line += f"{row['amortised_to_fresh_floor']:10.2f}"
         line += f"{row.get('amortised_to_contrib', float('nan')):10.2f}"
         print(f"{name:10}{line}")
-    print_share(results["training_step"])
+    if results["training_step"]:
+        print_share(results["training_step"])
     print_targets(results["targets"])
 
 

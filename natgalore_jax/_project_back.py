@@ -53,7 +53,8 @@ def project_back(
 
     Args:
       scale: α, a number or a traced scalar. GaLore uses 0.25 with a learning rate of 0.01.
-      residual: whether to add the residual. It needs no memory but costs two more products.
+      residual: whether to add the residual. It needs no memory and no product
+        beyond those without it.
       norm_growth_limit: γ; the norm of a matrix's residual update may grow by at most this factor
         from one step to the next, which tames spikes of the loss. None: no limit. Put the learning
         rate after ``project_back``, or its warm-up is limited as well.
@@ -122,22 +123,19 @@ def update_back(
       R: the low-rank gradient that went in.
       G: the full gradient.
     """
-    scaled = [
-        back(plan, settings.scale * n, factor).astype(n.dtype) if plan else n
-        for plan, factor, n in zip(plans, factors, N, strict=True)
-    ]
     if isinstance(state, optax.EmptyState):
-        return scaled, state
+        updates = [
+            back(plan, settings.scale * n, factor).astype(n.dtype) if plan else n
+            for plan, factor, n in zip(plans, factors, N, strict=True)
+        ]
+        return updates, state
     direction = _direction(state.direction, plans, N, R)
     norms = treedef.flatten_up_to(state.residual_norm)
     updates, new_norms = [], []
-    for plan, factor, u, n, r, g, norm in zip(plans, factors, scaled, N, R, G, norms, strict=True):
+    for plan, factor, n, r, g, norm in zip(plans, factors, N, R, G, norms, strict=True):
         if plan:
-            S = _residual(plan, factor, n, r, g) * direction
-            if settings.norm_growth_limit is not None:
-                S, norm = _limit_growth(plan, S, norm, settings.norm_growth_limit)
-            u = u + S.astype(u.dtype)
-        updates.append(u)
+            n, norm = _with_residual(settings, plan, factor, direction, n, r, g, norm)
+        updates.append(n)
         new_norms.append(norm)
     return updates, ProjectBackState(direction, treedef.unflatten(new_norms))
 
@@ -155,31 +153,40 @@ def _direction(known, plans, N, R):
     return jnp.where((known == 0) & jnp.isfinite(along), jnp.sign(along), known)
 
 
-def _residual(plan: LeafPlan, factors: Factors, N, R, G) -> jax.Array:
-    """``(G − P Pᵀ G) φ`` in float32, the shape of the parameter."""
-    nb = len(plan.batch)
+def _with_residual(settings, plan: LeafPlan, factors: Factors, direction, N, R, G, last_norm):
+    """``U = α P N + (G − P Pᵀ G) φ = P (α N − R φ) + G φ``: no product more than without residual.
+
+    Because P is orthonormal, the residual's norm needs none either: column by column,
+    ``‖g − P Pᵀ g‖² = ‖g‖² − ‖Pᵀ g‖²``.
+    """
+    nb, dtype = len(plan.batch), N.dtype
+    N, R, G = (x.astype(jnp.float32) for x in (N, R, G))
     one_sided = len(plan.modes) == 2 and len(plan.projected_modes) == 1
+    # φ has the batch axes and, if one side is projected, those of the other.
     if one_sided:
         (mode,) = plan.projected_modes
-        norm_axes: tuple[int, ...] = (nb + plan.low_rank_axes[mode],)
+        kept = plan.modes[1 - mode]
+        low_axes: tuple[int, ...] = (nb + plan.low_rank_axes[mode],)
     else:
-        norm_axes = tuple(range(nb, R.ndim))
-    size_N, size_R = (
-        jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), norm_axes)) for x in (N, R)
-    )
-    phi = jnp.where(size_R > 0, size_N / jnp.where(size_R > 0, size_R, 1.0), 0.0)
-    # φ has the batch axes and, if one-sided, those of the mode that is kept; back to their places.
-    axes = [*plan.batch, *(plan.modes[1 - plan.projected_modes[0]] if one_sided else ())]
-    phi = phi.transpose([axes.index(a) for a in sorted(axes)])
-    phi = jnp.expand_dims(phi, [a for a in range(G.ndim) if a not in axes])
-    G32 = G.astype(jnp.float32)
-    return (G32 - back(plan, R.astype(jnp.float32), factors)) * phi
+        kept, low_axes = (), tuple(range(nb, R.ndim))
+    owners = [*plan.batch, *kept]  # the axes of G that φ has, in the order of φ's
+    full_axes = [a for a in range(G.ndim) if a not in owners]
+    in_order = [sorted(owners).index(a) for a in owners]
 
+    energy_N, energy_R = (jnp.sum(jnp.square(x), low_axes) for x in (N, R))
+    energy_G = jnp.sum(jnp.square(G), full_axes).transpose(in_order)
+    phi = jnp.sqrt(jnp.where(energy_R > 0, energy_N / jnp.where(energy_R > 0, energy_R, 1.0), 0.0))
+    if settings.norm_growth_limit is not None:
+        energy = jnp.square(phi) * jnp.maximum(energy_G - energy_R, 0.0)
+        norm = jnp.sqrt(jnp.sum(energy, tuple(range(nb, energy.ndim))))
+        # The first one is free.
+        allowed = jnp.where(last_norm > 0, settings.norm_growth_limit * last_norm, jnp.inf)
+        shrink = jnp.where(norm > allowed, allowed / jnp.where(norm > 0, norm, 1.0), 1.0)
+        phi = phi * jnp.expand_dims(shrink, tuple(range(nb, phi.ndim)))
+        last_norm = norm * shrink
+    phi = phi * direction
 
-def _limit_growth(plan: LeafPlan, S, last_norm, limit):
-    """Shrinks S where its norm exceeds ``limit`` times the last one; the first is free."""
-    axes = [a for a in range(S.ndim) if a not in plan.batch]
-    norm = jnp.sqrt(jnp.sum(jnp.square(S), axes))
-    allowed = jnp.where(last_norm > 0, limit * last_norm, jnp.inf)
-    factor = jnp.where(norm > allowed, allowed / jnp.where(norm > 0, norm, 1.0), 1.0)
-    return S * jnp.expand_dims(factor, axes), norm * factor
+    phi_low = jnp.expand_dims(phi, low_axes)
+    phi_full = jnp.expand_dims(phi.transpose([owners.index(a) for a in sorted(owners)]), full_axes)
+    U = back(plan, settings.scale * N - phi_low * R, factors) + phi_full * G
+    return U.astype(dtype), last_norm

@@ -13,8 +13,9 @@ def normal(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
-def sgd_inside(**settings):
-    return ng.chain(ng.low_rank_project(**settings), optax.trace(0.9), ng.project_back())
+def sgd_inside(residual=False, **settings):
+    back = ng.project_back(residual=residual)
+    return ng.chain(ng.low_rank_project(**settings), optax.trace(0.9), back)
 
 
 def updates_of(tx, gradients):
@@ -31,13 +32,15 @@ def low_rank_shapes(tx, params):
 
 
 @pytest.mark.parametrize("side", ["left", "right", "both", "short", "long"])
-@pytest.mark.parametrize("method", ["svd", "power"])
-def test_several_axes_on_one_side_are_one_long_side(side, method):
+@pytest.mark.parametrize("method, residual", [("svd", False), ("power", False), ("power", True)])
+def test_several_axes_on_one_side_are_one_long_side(side, method, residual):
     """An attention kernel (embed, heads, head_dim) is the matrix (embed, heads · head_dim)."""
     kernels = [{"q": normal(10, 3, 4, seed=t)} for t in range(5)]
     outs = [{"q": g["q"].transpose(1, 2, 0)} for g in kernels]
     flat = [{"q": g["q"].reshape(10, 12)} for g in kernels]
-    settings = dict(rank=4, update_interval=2, side=side, method=method, stagger=False)
+    settings = dict(
+        rank=4, update_interval=2, side=side, method=method, stagger=False, residual=residual
+    )
     as_matrix, _ = updates_of(sgd_inside(**settings), flat)
     axes = ng.MatrixAxes(rows=0, cols=(1, 2))
     as_kernel, _ = updates_of(sgd_inside(axes=axes, **settings), kernels)

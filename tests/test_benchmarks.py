@@ -1,0 +1,172 @@
+"""The benchmarks at a tiny size: their files have what is documented, and the floor is right."""
+
+import json
+
+import jax
+import pytest
+
+from benchmarks import refresh, step_time
+from benchmarks._environment import target
+from benchmarks._floor import bytes_moved, floor_seconds, operations
+from benchmarks._shapes import hidden_shapes, matrices
+from benchmarks._training_share import training_operations
+from examples.llama.config import MODEL_PRESETS
+from examples.llama.data import DataConfig
+from examples.llama.train_step import make_model
+
+ENVIRONMENT = {
+    *("command", "date", "seed", "python", "versions", "device", "cpu", "cores"),
+    *("usable_cores", "threads", "load_average"),
+}
+METHOD = {
+    *("computed", "cold_start_s", "median_s", "amortised_s", "worst_s", "worst_to_median"),
+    *("worst_repeated_s", "worst_repeated_to_median", "bytes", "operations"),
+    *("floor_s", "fresh_floor_s", "amortised_to_floor", "amortised_to_fresh_floor"),
+}
+
+
+def test_floor_of_one_matrix_by_hand():
+    # 4 × 6 at rank 2: k = 24, P 4 × 2 (or 6 × 2 on the longer side), moments 2 × 6 (or 2 × 4).
+    floats = {"adamw": 168, "galore": 72 + 8 + 48, "contrib": 48 + 12 + 32}
+    for sides in [(4, 6)], [(6, 4)]:
+        for method, count in floats.items():
+            assert bytes_moved(method, sides, rank=2) == 4 * count
+        # Three columns of 12 are read and one is written.
+        assert bytes_moved("natural", sides, rank=2, history=3) == 4 * (128 + 48)
+        assert operations("galore", sides, rank=2) == 4 * 4 * 6 * 2
+        assert operations("adamw", sides, rank=2) == 0
+    assert bytes_moved("adamw", [(4, 6), (1, 5)], rank=2) == 4 * (168 + 35)
+    # A rank above the shorter side is clipped to it.
+    assert operations("natural", [(4, 6)], rank=9) == 4 * 4 * 6 * 4
+    # 10 bytes at 5 bytes/s, then 12 operations at 3 operations/s.
+    assert floor_seconds(10, 12, bandwidth=5.0, rate=3.0) == 6.0
+
+
+def test_hidden_matrices_of_60m():
+    shapes = hidden_shapes("60m")
+    sides = matrices(shapes)
+    assert len(shapes) == len(sides) == 56
+    assert {s: sides.count(s) for s in sides} == {(512, 512): 32, (512, 1376): 16, (1376, 512): 8}
+    stacked = hidden_shapes("60m", stacked=True)
+    assert len(stacked) == 7 and sorted(matrices(stacked)) == sorted(sides)
+
+
+def test_hidden_shapes_are_those_of_the_model():
+    _, params = jax.eval_shape(lambda: (0, make_model(MODEL_PRESETS["nano"], 0)[1]))
+    of_model = sorted(
+        leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params["layers"])
+        if "kernel" in jax.tree_util.keystr(path)
+    )
+    assert sorted(hidden_shapes("nano").values()) == of_model
+
+
+def test_training_operations_by_hand():
+    c = MODEL_PRESETS["nano"]
+    weights = 4 * (4 * 128 * 128 + 3 * 128 * 352) + 128 * c.vocab_size
+    scores = 4 * 2 * (2 * 16 * 128)  # 4 layers; QKᵀ and its product with V; one of 16 tokens
+    assert training_operations(c, tokens=1, length=16) == 6 * weights + 3 * scores
+
+
+def test_contrib_is_amortised_from_two_kinds_of_steps():
+    # Cold start, then refreshes at every second sample.
+    row = step_time.sampled([9.0, 1.0, 11.0, 1.0, 13.0], gap=2, interval=4)
+    assert row["cold_start_s"] == 9.0 and row["median_s"] == 1.0 and row["refresh_s"] == 12.0
+    assert row["amortised_s"] == (12 + 3 * 1) / 4
+    assert row["worst_to_median"] == 13.0 and row["worst_repeated_to_median"] == 11.0
+
+
+def test_a_step_that_is_slow_once_is_not_repeated():
+    row = step_time.timed([9.0, 1, 3, 1, 1, 7, 2, 1, 1], interval=4)
+    assert row["cold_start_s"] == 9.0 and row["median_s"] == 1.0
+    assert row["amortised_s"] == 17 / 8
+    assert row["worst_s"] == 7.0 and row["worst_repeated_s"] == 2.0
+
+
+def test_target_directions():
+    assert target("", 1.0, 1.0)["met"] and not target("", 1.1, 1.0)["met"]
+    assert target("", 0.996, 0.995, at_most=False)["met"]
+    assert not target("", 0.99, 0.995, at_most=False)["met"]
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_step_time(tmp_path, stacked):
+    step_time.main(
+        preset="nano",
+        layers=1,
+        stacked=stacked,
+        rank=8,
+        interval=2,
+        history=2,
+        sample_every=1,
+        share=not stacked,
+        batch=1,
+        length=8,
+        rounds=2,
+        copy_mib=1,
+        output=tmp_path / "step_time.json",
+    )
+    results = json.loads((tmp_path / "step_time.json").read_text())
+    assert results.keys() >= {"settings", "machine", "targets", "training_step", "samples_s"}
+    assert results["environment"].keys() == ENVIRONMENT
+    assert results["settings"]["matrices"] == 7 and results["settings"]["steps"] == 5
+    names = {"adamw", "galore", "natural"} | (set() if stacked else {"contrib"})
+    assert results["methods"].keys() == results["samples_s"].keys() == names
+    for name, row in results["methods"].items():
+        assert row.keys() >= METHOD and ("amortised_to_contrib" in row) == (not stacked)
+        assert len(results["samples_s"][name]) == 5 and row["computed"] == (name == "contrib")
+        expected = (
+            row["bytes"] / results["machine"]["copy_bytes_per_s"]
+            + row["operations"] / results["machine"]["product_operations_per_s"]
+        )
+        assert row["floor_s"] == pytest.approx(expected)
+    assert len(results["targets"]) == (4 if stacked else 6)
+    if stacked:
+        return
+    shares = results["training_step"]["methods"]
+    assert shares.keys() == {"adamw", "galore", "natural"}
+    assert all(0 < row["computed_share"] < row["share"] < 1 for row in shares.values())
+
+
+def test_step_time_refuses_a_sample_that_misses_the_refresh():
+    with pytest.raises(ValueError, match="interval=10 must be a multiple of sample_every=4"):
+        step_time.main(interval=10, sample_every=4)
+
+
+def test_refresh(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"It was on day {i} that the sea was calm." for i in range(4000)))
+    refresh.main(
+        shape=(24, 40),
+        rank=8,
+        rounds=2,
+        layers=1,
+        steps=4,
+        intervals=(2,),
+        batch=1,
+        stack=(3, 32, 48),
+        history=2,
+        data=DataConfig(data=(str(text),), vocab_size=300, cache_dir=tmp_path / "cache"),
+        output=tmp_path / "refresh.json",
+    )
+    results = json.loads((tmp_path / "refresh.json").read_text())
+    assert results["environment"].keys() == ENVIRONMENT
+    time, energy, memory = (results[key] for key in ("time", "energy", "memory"))
+    assert time["to_svd"]["svd"] == 1.0 and time["energy_to_svd"].keys() == time["median_s"].keys()
+    assert time["energy_to_svd"]["eigh"] == pytest.approx(1.0, abs=1e-4)
+    assert 0.5 < time["energy_to_svd"]["power"] <= 1.0 + 1e-6
+    # 7 matrices; the first 4 are due at even steps, the others at odd ones.
+    assert energy["cold"]["2"]["all"]["count"] == 7
+    assert energy["warm"]["2"]["all"]["count"] == 3 + 4 + 3
+    assert energy["warm"]["2"].keys() == {*"qkvo", "gate", "up", "down", "all"}
+    assert all(0 < r["after"] <= 1 + 1e-6 for r in energy["refreshes"])
+    assert all(r["after"] > r["before"] for r in energy["refreshes"] if r["step"] == 0)
+    for row in memory["optimizers"].values():
+        assert row["with_refresh_bytes"] - row["without_refresh_bytes"] == row["refresh_bytes"]
+        assert row["without_refresh_bytes"] > 0
+    assert [t["name"].split(",")[0] for t in results["targets"]] == [
+        "warm refresh",
+        "energy / exact SVD",
+        "galore",
+        "natural",
+    ]
