@@ -50,9 +50,9 @@ def refresh(
 ) -> tuple[list[Factors], list[Any]]:
     """Refreshes what is due at this step, and nothing else.
 
-    Each leaf has one loop over its due layers, of no iterations if there are none: a ``cond`` per
-    layer would become a ``select`` under ``vmap`` and run every factorisation at every step. The
-    loop works in place, one layer at a time, so its workspace is that of one layer.
+    Each leaf has one loop over its due layers: a ``cond`` per layer would become a ``select`` under
+    ``vmap`` and run every factorisation at every step. The loop works in place, one layer at a
+    time, so its workspace is that of one layer.
 
     Args:
       settings: when and how.
@@ -88,7 +88,12 @@ def refresh(
             basis, own = _refresh_layer(settings, plan, G, basis, own, layer, key, step == 0)
             return basis, own, jnp.minimum(turn, layer)
 
-        basis, own, turn = jax.lax.fori_loop(first + turn, end + turn, body, (basis, own, turn))
+        def all_due(carry, body=body, first=first, end=end):
+            return jax.lax.fori_loop(first + carry[2], end + carry[2], body, carry)
+
+        # A loop of no iterations is not free on a CPU: a third of an ordinary step went there.
+        carry = (basis, own, turn)
+        basis, own, turn = jax.lax.cond(end + turn > first, all_due, lambda carry: carry, carry)
         new_bases.append(basis)
         new_companions.append(own)
     return new_bases, new_companions
