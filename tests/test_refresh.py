@@ -87,7 +87,7 @@ def test_factorisation_stands_in_a_loop_over_what_is_due(stagger):
     entry = text[text.index("ENTRY") :]
     assert "geqrf" in text
     assert "geqrf" not in entry
-    assert len(re.findall(r"while\(", entry)) >= 3
+    assert len(re.findall(r"conditional\(", entry)) >= 3
 
 
 def test_refresh_needs_no_more_memory_than_one_layer():
