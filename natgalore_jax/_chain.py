@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -142,7 +143,8 @@ def _accumulation(inner: list[Any], opener: LowRankProject) -> int:
         multi = tx if isinstance(tx, optax.MultiSteps) else getattr(tx.update, "__self__", None)
         if isinstance(multi, optax.MultiSteps):
             every_k = multi._every_k_schedule  # the only place where Optax keeps it
-            early, late = (int(jnp.asarray(every_k(jnp.asarray(t)))) for t in (0, 2**30))
+            with jax.ensure_compile_time_eval():  # a chain may be made inside jit
+                early, late = (int(jnp.asarray(every_k(jnp.asarray(t)))) for t in (0, 2**30))
             if early != late:
                 raise ValueError(
                     "optax.MultiSteps inside a subspace needs a constant number of steps, got a "

@@ -125,7 +125,9 @@ def write_sample(result: Result, prompt: str) -> str:
     key = jax.random.key(result.config.seed)
     length = min(SAMPLE_TOKENS, room - ids.shape[1])
     ids = generate(model, ids, length, temperature=0.8, top_k=50, key=key)
-    return tokenizer.decode(ids[0].tolist())
+    text = tokenizer.decode(ids[0].tolist())
+    # A model that has learned little may emit control characters, which a terminal would obey.
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def _write_json(path: Path, value: Record) -> None:
