@@ -11,11 +11,11 @@ galore             read G, W, write U: 3k; read P: ar; read and write m, v    4k
                    in the subspace: 4rb
 natural            the same, and s columns of the history read, one           4kr
                    written: (s + 1) rb
-contrib            read G, write U: 2k; read P: br; read and write m, v:      4kr
+contrib            read G, W, write U: 3k; read P: br; read and write m, v:   4kr
                    4ra (it projects the longer side)
 =================  =========================================================  =====================
 
-W is read because weight decay is on by default; ``optax.contrib.galore`` has none by default. The
+W is read because of weight decay, which all have here (none is the default of contrib). The
 operations of Adam and of the natural gradient are done while the bytes move.
 """
 
@@ -43,7 +43,7 @@ def bytes_moved(
             "adamw": 7 * k,
             "galore": 3 * k + a * r + 4 * r * b,
             "natural": 3 * k + a * r + 4 * r * b + (history + 1) * r * b,
-            "contrib": 2 * k + b * r + 4 * r * a,
+            "contrib": 3 * k + b * r + 4 * r * a,
         }[method]
     return _ITEM * total
 

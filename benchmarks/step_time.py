@@ -82,7 +82,11 @@ def main(
     factories: dict[str, Callable[[], Any]] = {
         "adamw": lambda: optax.adamw(1e-3),
         "contrib": lambda: optax.contrib.galore(
-            1e-2, rank=rank, update_proj_gap=interval // sample_every
+            # The decay that is the default of the others, so that all read the parameters.
+            1e-2,
+            rank=rank,
+            update_proj_gap=interval // sample_every,
+            weight_decay=1e-4,
         ),
         "galore": lambda: ng.galore_adamw(1e-2, rank=rank, update_interval=interval),
         "natural": lambda: ng.natural_galore_adamw(
