@@ -47,8 +47,8 @@ format: $(VENV)/.dev ## mend what the style check can mend
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.dev ## time the optimizer step and the refresh against their floors
-	$(BIN)/python -m benchmarks.step_time $(ARGS)
-	$(BIN)/python -m benchmarks.refresh $(ARGS)
+	$(BIN)/python -m benchmarks.step_time
+	$(BIN)/python -m benchmarks.refresh
 
 clean: ## remove the environment, caches and runs
 	rm -rf $(VENV) .cache runs .pytest_cache .ruff_cache
