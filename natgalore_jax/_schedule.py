@@ -59,7 +59,7 @@ def due_layers(
     at_boundary, is_first = step % accumulation == 0, step == 0
     ranges: list[tuple[jax.typing.ArrayLike, jax.typing.ArrayLike]] = []
     for count, bounds in zip(layers, stagger_bounds(layers, slots), strict=True):
-        first, end = jnp.asarray(bounds)[slot], jnp.asarray(bounds)[slot + 1]
+        first, end = jax.lax.dynamic_slice(jnp.asarray(bounds), (slot,), (2,))
         first = jnp.where(is_first, 0, first)
         end = jnp.where(is_first, count, jnp.where(at_boundary, end, first))
         ranges.append((first, end))

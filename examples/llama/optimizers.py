@@ -74,7 +74,7 @@ class OptimizerConfig:
     """Low-rank: factor on the update of projected matrices."""
     side: Literal["auto", "short", "long", "left", "right", "both"] | None = None
     """Low-rank: which side of a matrix is projected."""
-    method: Literal["svd", "randomized", "power", "gaussian", "online"] | None = None
+    method: Literal["power", "svd", "eigh", "randomized", "gaussian", "online"] | None = None
     """Low-rank: how the subspace is computed."""
     transition: Literal["rotate", "reset", "keep"] | None = None
     """Low-rank: what happens to stored moments when the subspace changes."""
