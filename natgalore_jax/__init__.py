@@ -2,9 +2,22 @@
 
 import importlib.metadata
 
+from natgalore_jax._apollo import (
+    ScaleByApolloState as ScaleByApolloState,
+    scale_by_apollo as scale_by_apollo,
+)
+from natgalore_jax._apollo_adamw import (
+    apollo_adamw as apollo_adamw,
+    apollo_mini_adamw as apollo_mini_adamw,
+)
 from natgalore_jax._axes import MatrixAxes as MatrixAxes
 from natgalore_jax._chain import chain as chain
 from natgalore_jax._history import History as History
+from natgalore_jax._ldadam import (
+    ScaleByLDAdamState as ScaleByLDAdamState,
+    ldadamw as ldadamw,
+    scale_by_ldadam as scale_by_ldadam,
+)
 from natgalore_jax._memory_report import (
     MemoryReport as MemoryReport,
     memory_report as memory_report,

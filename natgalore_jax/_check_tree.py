@@ -67,6 +67,24 @@ def check_bases(updates: Any, plans: Sequence[LeafPlan | None], bases: Sequence[
             )
 
 
+def check_moments(updates: Any, plans: Sequence[LeafPlan | None], moments: Any) -> None:
+    """The moments made at init are those of the updates' shapes, for optimizers without an inner.
+
+    Args:
+      moments: a tree of the parameters, in low-rank coordinates where a leaf is projected.
+    """
+    known = flatten_like(updates, moments, "the parameters at init")
+    for (path, g), plan, moment in zip(
+        jax.tree_util.tree_leaves_with_path(updates), plans, known, strict=True
+    ):
+        expected = plan.low_rank_shape if plan else jnp.shape(g)
+        if jnp.shape(moment) != expected:
+            raise ValueError(
+                f"{KeyPath(path)}: the update has shape {jnp.shape(g)}, which needs moments of "
+                f"shape {expected}, but those made at init have {jnp.shape(moment)}"
+            )
+
+
 def _shapes(shapes: Sequence[tuple[int, ...] | None]) -> str:
     return ", ".join(str(shape) for shape in shapes if shape is not None) or "none (not projected)"
 

@@ -87,8 +87,11 @@ def _parts(marked: Any) -> Iterator[tuple[str, str, Any]]:
 
 
 def alternatives(plan: LeafPlan, pieces: Sequence[Piece]) -> dict[str, int]:
-    """Bytes of the state of one projected matrix by the side that is projected."""
-    if len(plan.modes) > 2:
+    """Bytes of the state of one projected matrix by the side that is projected.
+
+    Empty for Tucker, and for optimizers without a stored basis of ours: their side is no choice.
+    """
+    if len(plan.modes) > 2 or not any(piece.part == "basis" for piece in pieces):
         return {}
     rank = next(r for r in plan.ranks if r is not None)
     left, right, both = (

@@ -32,7 +32,7 @@ class ParameterMemory:
     inner_bytes: int  # moments, and all else that optimizers keep for this parameter
     other_bytes: int  # norms for the limit on the residual
     adamw_bytes: int
-    alternatives: Mapping[str, int]  # state_bytes by side; empty if it is no projected matrix
+    alternatives: Mapping[str, int]  # state_bytes by side; empty if there is no other
 
     @property
     def projected(self) -> bool:

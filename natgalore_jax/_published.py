@@ -84,6 +84,11 @@ def published_natural_galore_adamw(
     moments are kept as they are when the bases change, so that for ``history`` steps after a
     refresh the Fisher matrix mixes coordinates of two subspaces.
 
+    That code also has online variants of GaLore and of itself, whose bases take small AdamW steps
+    and are never made orthonormal again, so that they cease to be projections. They have no preset
+    here: ``galore_adamw(..., method="online")`` and ``natural_galore_adamw(..., method="online")``
+    are the online variants with Oja's rule, orthonormal at every step.
+
     Args:
       learning_rate, rank, update_interval, scale, history, damping, b1, b2, eps, weight_decay,
         mask, where, axes: as in :func:`natural_galore_adamw`, with the defaults of that code.

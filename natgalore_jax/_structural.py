@@ -22,6 +22,8 @@ _STRUCTURAL = frozenset(
         "damping_mode",
         "history_dtype",
         "residual",
+        "granularity",
+        "error_feedback",
         "mu_dtype",
         "mask",
     }

@@ -47,7 +47,7 @@ class Subspace:
         opened = LowRankProjectState(
             jnp.zeros([], jnp.int32), self._basis_trees(treedef, plans, factors)
         )
-        low_rank = treedef.unflatten(map(_low_rank_leaf, plans, leaves, factors))
+        low_rank = treedef.unflatten(map(low_rank_leaf, plans, leaves, factors))
         with open_subspace({plan.path: plan for plan in plans if plan}):
             inner = [tx.init(low_rank) for tx in self.inner]
         if self.accumulation == 1 and _holds_multi_steps(inner):
@@ -145,7 +145,7 @@ def _holds_multi_steps(states: list[Any]) -> bool:
     return any(isinstance(node, optax.MultiStepsState) for node in nodes)
 
 
-def _low_rank_leaf(plan: LeafPlan | None, leaf: Any, factors: Factors) -> Any:
+def low_rank_leaf(plan: LeafPlan | None, leaf: Any, factors: Factors) -> Any:
     """The leaf that the inner transformations are initialised with."""
     if plan is None:
         return leaf

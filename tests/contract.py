@@ -74,6 +74,9 @@ FACTORIES: Mapping[str, Callable[[], optax.GradientTransformation]] = {
         optax.linear_schedule(0.0, 0.01, 3), **_natural, damping=optax.constant_schedule(0.1)
     ),
     "galore_adamw with residual": lambda: ng.galore_adamw(0.01, **_project, residual=True),
+    "apollo_adamw": lambda: ng.apollo_adamw(0.01, **_project),
+    "apollo_mini_adamw": lambda: ng.apollo_mini_adamw(0.01, update_interval=INTERVAL),
+    "ldadamw": lambda: ng.ldadamw(0.01, rank=RANK, error_feedback=True),
 }
 
 

@@ -12,7 +12,7 @@ import natgalore_jax as ng
 
 NUMERIC = {
     *("learning_rate", "b1", "b2", "eps", "weight_decay"),
-    *("damping", "scale", "norm_growth_limit"),
+    *("damping", "scale", "norm_growth_limit", "rho"),
 }
 FACTORIES = [
     ng.low_rank_project,
@@ -21,6 +21,11 @@ FACTORIES = [
     ng.natural_galore,
     ng.natural_galore_adamw,
     ng.galore_adamw,
+    ng.scale_by_apollo,
+    ng.apollo_adamw,
+    ng.apollo_mini_adamw,
+    ng.scale_by_ldadam,
+    ng.ldadamw,
 ]
 PARAMS = {"w": jnp.ones((6, 8)), "b": jnp.ones(8)}
 FIXED = {"rank": 2, "history": 2, "update_interval": 3}
@@ -52,6 +57,25 @@ def test_injected_equals_plain(learning_rate):
         actual, injected_state = injected_update(gradients(t), injected_state, PARAMS)
         jax.tree.map(
             lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-7), actual, expected
+        )
+
+
+@pytest.mark.parametrize(
+    ("factory", "settings"),
+    [
+        (ng.apollo_adamw, {"rank": 2, "update_interval": 2, "scale": 3.0}),
+        (ng.ldadamw, {"rank": 2, "rho": 0.5, "error_feedback": True}),
+    ],
+)
+def test_injected_equals_plain_for_the_other_optimizers(factory, settings):
+    plain, tx = factory(0.1, **settings), injected(factory, learning_rate=0.1, **settings)
+    state, injected_state = plain.init(PARAMS), tx.init(PARAMS)
+    plain_update, injected_update = jax.jit(plain.update), jax.jit(tx.update)
+    for t in range(3):
+        expected, state = plain_update(gradients(t), state, PARAMS)
+        actual, injected_state = injected_update(gradients(t), injected_state, PARAMS)
+        jax.tree.map(
+            lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-6), actual, expected
         )
 
 

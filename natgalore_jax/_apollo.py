@@ -1,0 +1,211 @@
+"""APOLLO: the gradient itself, scaled by what Adam makes of a random projection of it."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from natgalore_jax._axes import AxesLike
+from natgalore_jax._check_tree import check_moments, flatten_like
+from natgalore_jax._contract import project
+from natgalore_jax._plan import LeafPlan, PlanSettings, plan_tree, require_projection
+from natgalore_jax._project import start_factors
+from natgalore_jax._scope import open_subspace
+from natgalore_jax._subspace import low_rank_leaf
+from natgalore_jax._validate import check_choice, check_integer, check_number
+from natgalore_jax._where import Where, hidden_matrices
+
+GRANULARITIES = ("channel", "tensor")
+
+
+class ScaleByApolloState(NamedTuple):
+    """State of :func:`scale_by_apollo`."""
+
+    # An optax.ScaleByAdamState. mu and nu are trees of parameters: batch + (rank, n) or (m, rank)
+    # where a matrix is projected, else its own shape; dtype of the parameter (mu: mu_dtype).
+    adam: Any
+    # The tree of parameters: batch, float32, the norm of each matrix's last scaled gradient,
+    # or MaskedNode where nothing is projected or there is no limit.
+    update_norm: Any
+
+
+def scale_by_apollo(
+    rank: int = 128,
+    update_interval: int = 200,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    mu_dtype: Any = None,
+    scale: float = 1.0,
+    granularity: str = "channel",
+    norm_growth_limit: float | None = 1.01,
+    where: Where = hidden_matrices,
+    axes: AxesLike = None,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Scales each channel of a gradient as Adam scales its random projection.
+
+    For one matrix with gradient G, turned so that its m rows are its shorter side,
+
+    .. math::
+      R = P G, \quad P_{ij} \sim \mathcal N(0, 1/r), \qquad N = \mathrm{Adam}(R), \qquad
+      s_j = \lVert N_{:j} \rVert / \lVert R_{:j} \rVert, \qquad U = \alpha\, G \,\mathrm{diag}(s),
+
+    or one :math:`s = \lVert N \rVert / \lVert R \rVert` for the whole matrix. A random projection
+    keeps the norms of the n columns on average, and norms are all that is asked of it: there is no
+    SVD, and the update has full rank. P (r, m) is drawn anew every T steps; the moments stay.
+    It is not stored but drawn again from its seed at every step, so the state is the moments of R.
+
+    Parameters that are not projected take Adam's step, unscaled. R has the dtype of G; the norms
+    are float32.
+
+    Args:
+      rank: r, clipped per matrix to its shorter side.
+      update_interval: T, steps for which one P is used.
+      b1, b2, eps, mu_dtype: Adam's, as in ``optax.scale_by_adam``.
+      scale: α, a number or a traced scalar.
+      granularity: ``"channel"``, an s for each column (each row if the columns are the shorter
+        side), or ``"tensor"``, one for each matrix.
+      norm_growth_limit: γ; the norm of a matrix's update may grow by at most this factor from one
+        step to the next. None: no limit. Put the learning rate after it.
+      where, axes: see :func:`low_rank_project`.
+      seed: of the projections.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs`` with a :class:`ScaleByApolloState`.
+
+    Raises:
+      TypeError, ValueError: at construction for an argument of a wrong type or value; at ``init``
+        as :func:`low_rank_project`; at ``update`` for gradients of other shapes than at ``init``.
+
+    References:
+      Zhu et al., APOLLO: SGD-like memory, AdamW-level performance (2024), arXiv 2412.05270,
+      algorithm 1.
+
+    Example:
+      >>> import jax.numpy as jnp, natgalore_jax as ng
+      >>> state = ng.scale_by_apollo(rank=2).init({"w": jnp.ones((6, 8)), "b": jnp.ones(8)})
+      >>> state.adam.mu["w"].shape, state.adam.mu["b"].shape
+      ((2, 8), (8,))
+    """
+    check_integer("rank", rank, minimum=1)
+    check_integer("update_interval", update_interval, minimum=1)
+    check_number("scale", scale)
+    check_choice("granularity", granularity, GRANULARITIES)
+    if norm_growth_limit is not None:
+        check_number("norm_growth_limit", norm_growth_limit, above=1.0)
+    check_integer("seed", seed, minimum=0)
+    settings = PlanSettings(int(rank), "short", where, axes)
+    adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)
+
+    def init_fn(params):
+        plans = plan_tree(settings, params)
+        require_projection(settings, plans, params)
+        leaves, treedef = jax.tree.flatten(params)
+        low_rank = treedef.unflatten(
+            # Any basis does: only shapes, dtypes and shardings are taken from it.
+            low_rank_leaf(plan, leaf, start_factors(plan, leaf.dtype) if plan else ())
+            for plan, leaf in zip(plans, leaves, strict=True)
+        )
+        with open_subspace({plan.path: plan for plan in plans if plan}):
+            adam_state: Any = adam.init(low_rank)
+        norms = [
+            # A sum of zeros has the sharding that the norm of an update will have.
+            jnp.sum(m.astype(jnp.float32), tuple(range(len(plan.batch), m.ndim)))
+            if plan and norm_growth_limit is not None
+            else optax.MaskedNode()
+            for plan, m in zip(plans, treedef.flatten_up_to(adam_state.mu), strict=True)
+        ]
+        return ScaleByApolloState(adam_state, treedef.unflatten(norms))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
+        plans = plan_tree(settings, updates)
+        G, treedef = jax.tree.flatten(updates)
+        last_norms = flatten_like(updates, state.update_norm, "the parameters at init")
+        check_moments(updates, plans, state.adam.mu)
+        window = state.adam.count // update_interval
+        R = [
+            project(plan, g, (random_projection(plan, seed, window, i, g.dtype),)) if plan else g
+            for i, (plan, g) in enumerate(zip(plans, G, strict=True))
+        ]
+        N, adam_state = adam.update(treedef.unflatten(R), state.adam)
+
+        out, norms = [], []
+        for plan, g, r, n, norm in zip(
+            plans, G, R, treedef.flatten_up_to(N), last_norms, strict=True
+        ):
+            if plan:
+                U = scaling(plan, r, n, granularity) * g.astype(jnp.float32)
+                if norm_growth_limit is not None:
+                    U, norm = limit_growth(plan.batch, U, norm, norm_growth_limit)
+                n = (scale * U).astype(g.dtype)
+            out.append(n)
+            norms.append(norm)
+        return treedef.unflatten(out), ScaleByApolloState(adam_state, treedef.unflatten(norms))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def random_projection(
+    plan: LeafPlan, seed: int, window: jax.typing.ArrayLike, leaf: int, dtype: Any
+) -> jax.Array:
+    """``Pᵀ`` with entries from N(0, 1/r), the same for the same seed, window and leaf.
+
+    Args:
+      plan: of a matrix of which one side is projected.
+      seed, window, leaf: of the run; which interval of steps; which parameter.
+      dtype: of the result. It is drawn in float32.
+
+    Returns:
+      Shape ``plan.factor_shape`` of the projected mode, so that batched matrices have their own.
+    """
+    (mode,) = plan.projected_modes
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), window), leaf)
+    P = jax.random.normal(key, plan.factor_shape(mode), jnp.float32)
+    return (P / np.sqrt(plan.rank_of(mode))).astype(dtype)
+
+
+def scaling(plan: LeafPlan, R: jax.Array, N: jax.Array, granularity: str) -> jax.Array:
+    """``s = ‖N‖ / ‖R‖`` by channel or by matrix, and 0 where R is 0.
+
+    Args:
+      plan: of a matrix of which one side is projected.
+      R, N: shape ``plan.low_rank_shape``: the projected gradient, and what Adam made of it.
+      granularity: one of ``GRANULARITIES``.
+
+    Returns:
+      float32, of as many axes as the parameter, to be multiplied with it.
+    """
+    (mode,), nb = plan.projected_modes, len(plan.batch)
+    kept = plan.modes[1 - mode] if granularity == "channel" else ()
+    summed: Sequence[int] = [nb + plan.low_rank_axes[mode]] if kept else range(nb, R.ndim)
+    energy_N, energy_R = (jnp.sum(jnp.square(x.astype(jnp.float32)), tuple(summed)) for x in (N, R))
+    s = jnp.sqrt(jnp.where(energy_R > 0, energy_N / jnp.where(energy_R > 0, energy_R, 1.0), 0.0))
+    owners = [*plan.batch, *kept]  # the axes of the parameter that s has, in the order of s
+    others = [a for a in range(len(plan.shape)) if a not in owners]
+    return jnp.expand_dims(s.transpose(np.argsort(owners)), others)
+
+
+def limit_growth(
+    batch: Sequence[int], U: jax.Array, last_norm: jax.Array, limit: jax.typing.ArrayLike
+) -> tuple[jax.Array, jax.Array]:
+    """``U ← U · min(1, γ ‖U'‖ / ‖U‖)`` for each matrix, U' its update of the step before.
+
+    Args:
+      batch: the axes of independent matrices.
+      U: float32, the updates.
+      last_norm: batch, ``‖U'‖``; after a zero any norm is allowed.
+      limit: γ.
+
+    Returns:
+      The limited updates and their norms.
+    """
+    others = [a for a in range(U.ndim) if a not in batch]
+    norm = jnp.sqrt(jnp.sum(jnp.square(U), tuple(others)))
+    allowed = jnp.where(last_norm > 0, limit * last_norm, jnp.inf)
+    shrink = jnp.where(norm > allowed, allowed / jnp.where(norm > 0, norm, 1.0), 1.0)
+    return U * jnp.expand_dims(shrink, others), norm * shrink

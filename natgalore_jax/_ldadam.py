@@ -1,0 +1,218 @@
+"""LDAdam: Adam in a subspace that moves at every step, with moments that know about it."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from natgalore_jax._axes import AxesLike
+from natgalore_jax._check_tree import check_moments, flatten_like
+from natgalore_jax._contract import project, project_back
+from natgalore_jax._ldadam_kernels import next_basis, overlap, rotated_moments
+from natgalore_jax._plan import PlanSettings, plan_tree, require_projection
+from natgalore_jax._project import start_factors
+from natgalore_jax._scope import open_subspace
+from natgalore_jax._subspace import low_rank_leaf
+from natgalore_jax._validate import check_boolean, check_integer, check_number
+from natgalore_jax._where import Where, hidden_matrices
+
+
+class ScaleByLDAdamState(NamedTuple):
+    """State of :func:`scale_by_ldadam`."""
+
+    # An optax.ScaleByAdamState. mu and nu are trees of parameters: batch + (rank, n) or (m, rank)
+    # where a matrix is projected, else its own shape; dtype of the parameter (mu: mu_dtype).
+    adam: Any
+    # The tree of parameters: batch + the axes of the shorter side + (rank,), dtype of the
+    # parameter, or MaskedNode where nothing is projected.
+    basis: Any
+    # The tree of parameters: shape and dtype of the parameter, or MaskedNode where nothing is
+    # projected or without error feedback.
+    error: Any
+
+
+def scale_by_ldadam(
+    rank: int = 128,
+    b1: float = 0.908,
+    b2: float = 0.99,
+    eps: float = 1e-8,
+    mu_dtype: Any = None,
+    rho: float = 0.908,
+    error_feedback: bool = False,
+    where: Where = hidden_matrices,
+    axes: AxesLike = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adam in a low-rank subspace that follows gradient and momentum at every step.
+
+    For one matrix with gradient G, turned so that its rows are its shorter side, with
+    :math:`A = G` (:math:`A = G + E` with error feedback), hats for Adam's bias correction and
+    squares by element,
+
+    .. math::
+      \begin{align*}
+      B &= \rho\, P \hat M + (1 - \rho) A, \qquad P' = \mathrm{qr}(B B^\top P), \qquad
+        C = P'^\top P \\
+      \tilde M &= C M, \qquad
+      \tilde V = (1 - \beta_2^{t-1})\,
+        \bigl| C^2 (\hat V - \hat M^2) + (C \hat M)^2 \bigr| \\
+      N &= \mathrm{Adam}(P'^\top A;\, \tilde M, \tilde V), \qquad U = P' N \\
+      E &= A - P' P'^\top A + \tfrac{\beta_1}{1 - \beta_1} (P M - P' \tilde M)
+      \end{align*}
+
+    One power step a time suffices because most of B lies in the old subspace. The rule for V
+    rotates the variances and the squared means of the projected gradient separately.
+    Parameters that are not projected take Adam's step.
+
+    Args:
+      rank: r, clipped per matrix to its shorter side.
+      b1, b2, eps, mu_dtype: Adam's, as in ``optax.scale_by_adam``.
+      rho: ρ, how much of the momentum is in B, by default as much as in M; 0 follows the newest
+        gradient alone.
+      error_feedback: add to each gradient what the projections lost so far. E is a buffer of the
+        size of the parameter: half of what AdamW keeps, on top of basis and moments.
+      where, axes: see :func:`low_rank_project`.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs`` with a :class:`ScaleByLDAdamState`.
+
+    Raises:
+      TypeError, ValueError: at construction for an argument of a wrong type or value; at ``init``
+        as :func:`low_rank_project`; at ``update`` for gradients of other shapes than at ``init``.
+        A B that is zero or not finite leaves the basis as it was.
+
+    References:
+      Robert et al., LDAdam: adaptive optimization from low-dimensional gradient statistics (2024),
+      arXiv 2410.16103. There the first basis is an SVD of the first gradient, here it
+      is found by eight power steps; there error feedback is part of the method, here an option.
+
+    Example:
+      >>> import jax.numpy as jnp, natgalore_jax as ng
+      >>> state = ng.scale_by_ldadam(rank=2).init({"w": jnp.ones((6, 8)), "b": jnp.ones(8)})
+      >>> state.basis["w"].shape, state.adam.mu["w"].shape, state.adam.mu["b"].shape
+      ((6, 2), (2, 8), (8,))
+    """
+    check_integer("rank", rank, minimum=1)
+    check_number("rho", rho)
+    check_boolean("error_feedback", error_feedback)
+    settings = PlanSettings(int(rank), "short", where, axes)
+    adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)
+
+    def init_fn(params):
+        plans = plan_tree(settings, params)
+        require_projection(settings, plans, params)
+        leaves, treedef = jax.tree.flatten(params)
+        factors = [
+            start_factors(plan, leaf.dtype) if plan else ()
+            for plan, leaf in zip(plans, leaves, strict=True)
+        ]
+        with open_subspace({plan.path: plan for plan in plans if plan}):
+            adam_state = adam.init(treedef.unflatten(map(low_rank_leaf, plans, leaves, factors)))
+        return ScaleByLDAdamState(
+            adam_state,
+            treedef.unflatten(factor[0] if factor else optax.MaskedNode() for factor in factors),
+            treedef.unflatten(
+                jnp.zeros_like(leaf) if plan and error_feedback else optax.MaskedNode()
+                for plan, leaf in zip(plans, leaves, strict=True)
+            ),
+        )
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
+        plans = plan_tree(settings, updates)
+        G, treedef = jax.tree.flatten(updates)
+        errors = flatten_like(updates, state.error, "the parameters at init")
+        check_moments(updates, plans, state.adam.mu)
+        bases, M, V = (
+            treedef.flatten_up_to(x) for x in (state.basis, state.adam.mu, state.adam.nu)
+        )
+        count = state.adam.count
+
+        A = [
+            g + e if plan and error_feedback else g
+            for plan, g, e in zip(plans, G, errors, strict=True)
+        ]
+        new_bases, M_rotated, V_rotated = list(bases), list(M), list(V)
+        for i, plan in enumerate(plans):
+            if plan:
+                new_bases[i] = next_basis(plan, A[i], bases[i], M[i], count, b1, rho)
+                C = overlap(plan, new_bases[i], bases[i])
+                M_rotated[i], V_rotated[i] = rotated_moments(plan, C, M[i], V[i], count, b1, b2)
+        R = [
+            project(plan, a, (P,)) if plan else a
+            for plan, a, P in zip(plans, A, new_bases, strict=True)
+        ]
+        N, adam_state = adam.update(
+            treedef.unflatten(R),
+            state.adam._replace(mu=treedef.unflatten(M_rotated), nu=treedef.unflatten(V_rotated)),
+        )
+        out = [
+            project_back(plan, n, (P,)) if plan else n
+            for plan, n, P in zip(plans, treedef.flatten_up_to(N), new_bases, strict=True)
+        ]
+        if error_feedback:
+            past = b1 / (1 - b1)
+            for i, plan in enumerate(plans):
+                if plan:
+                    kept = project_back(plan, R[i] + past * M_rotated[i], (new_bases[i],))
+                    momentum = past * project_back(plan, M[i], (bases[i],))
+                    errors[i] = (A[i] + momentum - kept).astype(G[i].dtype)
+        return treedef.unflatten(out), ScaleByLDAdamState(
+            adam_state, treedef.unflatten(new_bases), treedef.unflatten(errors)
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def ldadamw(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int = 128,
+    b1: float = 0.908,
+    b2: float = 0.99,
+    eps: float = 1e-8,
+    mu_dtype: Any = None,
+    weight_decay: float = 1e-4,
+    mask: Any = None,
+    rho: float = 0.908,
+    error_feedback: bool = False,
+    where: Where = hidden_matrices,
+    axes: AxesLike = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""LDAdam with decoupled weight decay: ``W ← W − η (U + ω W)``, U of :func:`scale_by_ldadam`.
+
+    Args:
+      learning_rate: η, a number or a schedule.
+      rank, b1, b2, eps, mu_dtype, rho, error_feedback, where, axes: see :func:`scale_by_ldadam`.
+      weight_decay: ω, decoupled; acts on the whole weight.
+      mask: which parameters decay, as in ``optax.adamw``.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``.
+
+    Raises:
+      TypeError, ValueError: as :func:`scale_by_ldadam`.
+
+    References:
+      Robert et al., LDAdam (2024), arXiv 2410.16103; what differs is at :func:`scale_by_ldadam`.
+
+    Example:
+      >>> import jax.numpy as jnp, natgalore_jax as ng
+      >>> state = ng.ldadamw(1e-3, rank=2, error_feedback=True).init({"w": jnp.ones((6, 8))})
+      >>> state[0].adam.mu["w"].shape, state[0].error["w"].shape
+      ((2, 8), (6, 8))
+    """
+    return optax.chain(
+        scale_by_ldadam(
+            rank=rank,
+            b1=b1,
+            b2=b2,
+            eps=eps,
+            mu_dtype=mu_dtype,
+            rho=rho,
+            error_feedback=error_feedback,
+            where=where,
+            axes=axes,
+        ),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )

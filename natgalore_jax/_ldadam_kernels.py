@@ -1,0 +1,124 @@
+"""One step of LDAdam's subspace and of the moments in it, for all matrices of a parameter at once.
+
+``P`` has the shape of a basis: batch, the axes of the projected mode, rank. ``M`` and ``V`` are in
+low-rank coordinates. ``count`` is the number of steps that they hold, t − 1 in the paper.
+"""
+
+import string
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from natgalore_jax._contract import contract, has_explicit_sharding, project, project_back
+from natgalore_jax._plan import LeafPlan
+
+# Power steps from a start that is no basis of any gradient.
+FIRST_STEPS = 8
+
+
+def next_basis(
+    plan: LeafPlan,
+    A: jax.Array,
+    P: jax.Array,
+    M: jax.Array,
+    count: jax.Array,
+    b1: jax.typing.ArrayLike,
+    rho: jax.typing.ArrayLike,
+) -> jax.Array:
+    """``P' = qr(B Bᵀ P)`` with ``B = ρ P M̂ + (1 − ρ) A``; more power steps where P is no start yet.
+
+    Args:
+      plan: of a matrix of which one side is projected.
+      A: shape of the parameter.
+      P, M, count: what the last step left.
+      b1: decay of M, for its bias correction.
+      rho: weight of the momentum.
+
+    Returns:
+      Shape and dtype of P; P itself for each matrix whose B is zero or not finite.
+    """
+    letters = _Letters.of(plan)
+    P32, A, M = (x.astype(jnp.float32) for x in (P, A, M))
+    momentum = project_back(plan, M / _correction(b1, count), (P32,))
+    B = jnp.where(count > 0, rho * momentum + (1 - rho) * A, A)
+    # Squares of entries beyond 1e19 overflow float32, and those below 1e-19 vanish.
+    others = tuple(a for a in range(A.ndim) if a not in plan.batch)
+    largest = jnp.max(jnp.abs(B), others, keepdims=True)
+    B = B / jnp.where(largest > 0, largest, 1.0)
+
+    def power_step(_, P):
+        Z = project(plan, B, (P,))
+        Y = contract(f"{letters.full},{letters.low('x')}->{letters.factor('x')}", B, Z)
+        if has_explicit_sharding(Y):  # factorisations need whole matrices
+            Y = jax.sharding.reshard(Y, jax.sharding.PartitionSpec())
+        Y = Y.reshape(*plan.batch_shape, -1, Y.shape[-1])
+        Q, _ = jnp.linalg.qr(Y)  # its signs do not matter: every moment is rotated
+        usable = jnp.any(Y != 0, (-2, -1), keepdims=True)
+        usable &= jnp.all(jnp.isfinite(Q), (-2, -1), keepdims=True)
+        return jnp.where(usable, Q, P.reshape(Y.shape)).reshape(P.shape)
+
+    with jax.default_matmul_precision("highest"):
+        steps = jnp.where(count > 0, 1, FIRST_STEPS)
+        return jax.lax.fori_loop(0, steps, power_step, P32).astype(P.dtype)
+
+
+def overlap(plan: LeafPlan, P_new: jax.Array, P: jax.Array) -> jax.Array:
+    """``C = P'ᵀ P``, batch + (r, r), float32."""
+    letters = _Letters.of(plan)
+    subscripts = f"{letters.factor('x')},{letters.factor('y')}->{letters.batch}xy"
+    return contract(subscripts, P_new, P, dtype=jnp.float32, precision="highest")
+
+
+def rotated_moments(
+    plan: LeafPlan,
+    C: jax.Array,
+    M: jax.Array,
+    V: jax.Array,
+    count: jax.Array,
+    b1: jax.typing.ArrayLike,
+    b2: jax.typing.ArrayLike,
+) -> tuple[jax.Array, jax.Array]:
+    """``C M`` and ``(1 − β₂ᵗ⁻¹) |C² (V̂ − M̂²) + (C M̂)²|``, in the dtypes of M and V."""
+    letters = _Letters.of(plan)
+
+    def rotate(C, x):
+        subscripts = f"{letters.batch}xy,{letters.low('y')}->{letters.low('x')}"
+        return contract(subscripts, C, x, precision="highest")
+
+    M32, V32 = M.astype(jnp.float32), V.astype(jnp.float32)
+    c2 = _correction(b2, count)
+    M_hat, V_hat = M32 / _correction(b1, count), V32 / c2
+    V_new = c2 * jnp.abs(rotate(C * C, V_hat - M_hat**2) + rotate(C, M_hat) ** 2)
+    return rotate(C, M32).astype(M.dtype), V_new.astype(V.dtype)
+
+
+def _correction(decay: jax.typing.ArrayLike, count: jax.Array) -> jax.Array:
+    """``1 − βᵗ``, and 1 before the first step, when all moments are zero."""
+    return jnp.where(count > 0, 1 - jnp.asarray(decay, jnp.float32) ** count, 1.0)
+
+
+class _Letters(NamedTuple):
+    """Index letters of a plan with one projected mode; x and y stand for the rank."""
+
+    full: str
+    batch: str
+    modes: tuple[str, ...]
+    mode: int
+
+    @staticmethod
+    def of(plan: LeafPlan) -> "_Letters":
+        full = string.ascii_lowercase[: len(plan.shape)]
+        return _Letters(
+            full,
+            "".join(full[a] for a in plan.batch),
+            tuple("".join(full[a] for a in mode) for mode in plan.modes),
+            plan.projected_modes[0],
+        )
+
+    def factor(self, rank: str) -> str:
+        return self.batch + self.modes[self.mode] + rank
+
+    def low(self, rank: str) -> str:
+        kept = (rank if i == self.mode else axes for i, axes in enumerate(self.modes))
+        return self.batch + "".join(kept)

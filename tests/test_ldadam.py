@@ -1,0 +1,119 @@
+"""LDAdam against its algorithm in float64 NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from oracles.ldadam import ldadam
+from replay import replay
+
+import natgalore_jax as ng
+
+STEPS, RANK = 8, 3
+RNG = np.random.default_rng(0)
+# A shared signal, so that successive subspaces overlap as those of a training run do.
+SIGNAL = 3 * RNG.standard_normal((6, RANK)) @ RNG.standard_normal((RANK, 9))
+G = (SIGNAL + RNG.standard_normal((STEPS, 6, 9))).astype(np.float32)
+W = RNG.standard_normal((6, 9)).astype(np.float32)
+SETTINGS = {"rank": RANK, "b1": 0.8, "b2": 0.9, "eps": 1e-3, "rho": 0.7}
+
+
+def flip(x):
+    return np.swapaxes(x, -1, -2)
+
+
+@pytest.mark.parametrize("error_feedback", [False, True])
+def test_every_step(error_feedback):
+    tx = ng.ldadamw(0.1, **SETTINGS, weight_decay=0.0, error_feedback=error_feedback)
+    bias = RNG.standard_normal((STEPS, 6)).astype(np.float32)
+    trajectory = replay(
+        tx,
+        {"bias": bias[0], "tall": flip(W), "wide": W},
+        {"bias": bias, "tall": flip(G), "wide": G},
+    )
+    expected = ldadam(W, G, **SETTINGS, lr=0.1, error_feedback=error_feedback)
+    np.testing.assert_allclose(trajectory["wide"], expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(flip(trajectory["tall"]), expected, rtol=1e-3, atol=1e-4)
+    plain = replay(optax.adam(0.1, b1=0.8, b2=0.9, eps=1e-3), {"b": bias[0]}, {"b": bias})
+    np.testing.assert_allclose(trajectory["bias"], plain["b"], rtol=1e-5)
+
+
+def test_stacked_equals_separate():
+    """A stack with its batch axis in the middle and two axes for its columns: (m, L, a, b)."""
+    stack = RNG.standard_normal((STEPS, 4, 2, 3, 5)).astype(np.float32)
+    flat = {f"{i}": stack[:, :, i].reshape(STEPS, 4, 15) for i in range(2)}
+    settings = {**SETTINGS, "error_feedback": True, "where": True}
+    tx = ng.ldadamw(0.1, **settings, axes=ng.MatrixAxes(rows=0, cols=(2, 3)))
+    stacked = replay(tx, {"w": np.zeros_like(stack[0])}, {"w": stack})["w"]
+    separate = replay(
+        ng.ldadamw(0.1, **settings), jax.tree.map(lambda g: np.zeros_like(g[0]), flat), flat
+    )
+    for i in range(2):
+        np.testing.assert_allclose(
+            stacked[:, :, i].reshape(STEPS, 4, 15), separate[f"{i}"], rtol=1e-3, atol=1e-4
+        )
+
+
+def test_the_basis_is_orthonormal_and_comes_to_span_a_constant_gradient_of_its_rank():
+    tx = ng.scale_by_ldadam(rank=RANK)
+    grads = {"w": jnp.asarray(SIGNAL, jnp.float32)}
+    state = tx.init(grads)
+    for _ in range(3):
+        _, state = tx.update(grads, state)
+        P = np.asarray(state.basis["w"])
+        np.testing.assert_allclose(P.T @ P, np.eye(RANK), atol=1e-5)
+        np.testing.assert_allclose(P @ (P.T @ SIGNAL), SIGNAL, atol=1e-4 * np.abs(SIGNAL).max())
+
+
+@pytest.mark.parametrize("bad", [0.0, np.nan, np.inf])
+def test_a_first_gradient_that_is_zero_or_not_finite_leaves_the_basis(bad):
+    tx = ng.scale_by_ldadam(rank=RANK)
+    state = tx.init({"w": jnp.zeros((2, 6, 9))})
+    layers = jnp.stack([jnp.full((6, 9), bad), jnp.asarray(G[0])])
+    _, after = tx.update({"w": layers}, state)
+    np.testing.assert_array_equal(after.basis["w"][0], state.basis["w"][0])
+    assert jnp.all(jnp.isfinite(after.basis["w"][1]))
+    assert not np.allclose(after.basis["w"][1], state.basis["w"][1], atol=1e-2)
+
+
+@pytest.mark.parametrize("factor", [1e-20, 1e15])
+def test_the_basis_does_not_depend_on_the_size_of_the_gradient(factor):
+    tx = ng.scale_by_ldadam(rank=RANK)
+    plain, scaled = (
+        tx.update({"w": f * jnp.asarray(G[0])}, tx.init({"w": jnp.zeros((6, 9))}))[1].basis["w"]
+        for f in (1.0, factor)
+    )
+    np.testing.assert_allclose(scaled @ scaled.T, plain @ plain.T, atol=1e-4)
+
+
+def test_error_feedback_costs_a_buffer_of_the_size_of_the_parameter():
+    params = {"w": jax.ShapeDtypeStruct((64, 256), jnp.bfloat16)}
+    without, with_buffer = (
+        ng.memory_report(ng.ldadamw(1e-2, rank=8, error_feedback=flag), params)
+        for flag in (False, True)
+    )
+    assert without.parameters[0].state_bytes == 2 * (64 * 8 + 2 * 8 * 256)
+    assert with_buffer.total_state_bytes - without.total_state_bytes == 2 * 64 * 256
+    assert without.alternative_state_bytes == {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"rank": 0}, ValueError, "rank must be at least 1, got 0"),
+        ({"rho": "much"}, TypeError, "rho must be a number"),
+        ({"error_feedback": 1}, TypeError, "error_feedback must be True or False"),
+    ],
+)
+def test_wrong_arguments(settings, error, message):
+    with pytest.raises(error, match=message):
+        ng.ldadamw(0.1, **settings)
+
+
+def test_wrong_trees():
+    tx = ng.ldadamw(0.1, rank=RANK)
+    with pytest.raises(ValueError, match="where selects no parameter"):
+        tx.init({"bias": jnp.zeros(4)})
+    with pytest.raises(ValueError, match=r"w: the update has shape \(6, 10\)"):
+        tx.update({"w": jnp.zeros((6, 10))}, tx.init({"w": jnp.zeros((6, 9))}), None)

@@ -1,0 +1,92 @@
+"""GaLore and Natural GaLore with bases that follow the gradient by a small step at every step."""
+
+import jax
+import numpy as np
+import pytest
+from oracles.galore import Adam, galore
+from oracles.published_natural_galore import published_natural_galore
+from replay import replay
+
+import natgalore_jax as ng
+
+STEPS, RANK, LR = 6, 3, 0.05
+RNG = np.random.default_rng(0)
+W = RNG.standard_normal((6, 9)).astype(np.float32)
+SIGNAL = 3 * RNG.standard_normal((6, RANK)) @ RNG.standard_normal((RANK, 9))
+GRADS = (SIGNAL + RNG.standard_normal((STEPS, 6, 9))).astype(np.float32)
+SETTINGS = {"rank": RANK, "method": "online", "transition": "keep", "weight_decay": 0.0}
+
+
+def oja(P, G):
+    """``qr(P + 0.1 G Gᵀ P r / tr(Pᵀ G Gᵀ P))`` with a positive diagonal of R."""
+    Z = G.T @ P
+    Q, R = np.linalg.qr(P + 0.1 * P.shape[1] * G @ Z / np.sum(Z * Z))
+    return Q * np.sign(np.diag(R))
+
+
+def following(first):
+    """Left bases for the oracles: the first is given, later ones follow Oja's rule."""
+    steps = []
+
+    def bases(G, rank, side):
+        steps.append(oja(steps[-1], G) if steps else np.asarray(first, np.float64))
+        return steps[-1], np.eye(G.shape[1])
+
+    return bases
+
+
+def first_basis(tx):
+    _, state = tx.update({"w": GRADS[0]}, tx.init({"w": W}), {"w": W})
+    return state[0].basis[0]["w"]
+
+
+def test_galore():
+    tx = ng.galore_adamw(LR, **SETTINGS, side="left", eps=1e-3, scale=0.25)
+    expected = galore(
+        W,
+        GRADS,
+        rank=RANK,
+        interval=1,
+        side="left",
+        lr=LR,
+        scale=0.25,
+        adam=Adam(eps=1e-3),
+        bases=following(first_basis(tx)),
+    )
+    trajectory = replay(tx, {"w": W}, {"w": GRADS})["w"]
+    np.testing.assert_allclose(trajectory, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_natural_galore():
+    """Gradients so small that natural gradients are large, and it is no matter where ε stands."""
+    grads = 0.01 * GRADS
+    tx = ng.natural_galore_adamw(
+        LR, **SETTINGS, side="left", history=3, damping=0.05, eps=1e-8, scale=0.25
+    )
+    expected = published_natural_galore(
+        W,
+        grads,
+        rank=RANK,
+        interval=1,
+        lr=LR,
+        history=3,
+        damping=0.05,
+        scale=0.25,
+        bases=following(first_basis(tx)),
+    )
+    trajectory = replay(tx, {"w": W}, {"w": grads})["w"]
+    np.testing.assert_allclose(trajectory, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("factory", [ng.galore_adamw, ng.natural_galore_adamw])
+def test_the_basis_moves_at_every_step_and_stays_orthonormal(factory):
+    tx = factory(LR, rank=RANK, method="online")
+    state, update, last = tx.init({"w": W}), jax.jit(tx.update), None
+    for G in GRADS:
+        _, state = update({"w": G}, state, {"w": W})
+        P = np.asarray(state[0].basis[0]["w"])
+        np.testing.assert_allclose(P.T @ P, np.eye(RANK), atol=1e-5)
+        if last is not None:
+            moved = np.linalg.norm(P @ P.T - last @ last.T)
+            assert 1e-4 < moved < 1.0
+        last = P
