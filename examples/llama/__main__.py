@@ -101,8 +101,10 @@ def summarize(result: Result) -> Record:
     summary = {
         "name": config.run_dir.name,
         "optimizer": config.optimizer.name,
+        "adapter": config.adapter.kind,
         "learning_rate": config.learning_rate,
-        "parameters": sum(p.size for p in jax.tree.leaves(result.params)),
+        "parameters": sum(p.size for p in jax.tree.leaves(result.weights)),
+        "trained_parameters": sum(p.size for p in jax.tree.leaves(result.params)),
         "optimizer_bytes": memory.total_state_bytes,
         "adamw_bytes": memory.adamw_state_bytes,
         "steps": result.steps,
@@ -121,7 +123,7 @@ def write_sample(result: Result, prompt: str) -> str:
     tokenizer, room = result.splits.tokenizer, result.config.model.max_length
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids or [result.splits.end_of_text]
     ids = jnp.array([ids[-(room // 2) :]])
-    model = jax.tree_util.Partial(result.apply, result.params)
+    model = jax.tree_util.Partial(result.apply, result.weights)
     key = jax.random.key(result.config.seed)
     length = min(SAMPLE_TOKENS, room - ids.shape[1])
     ids = generate(model, ids, length, temperature=0.8, top_k=50, key=key)

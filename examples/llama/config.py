@@ -70,6 +70,11 @@ class ModelConfig:
     def head_dim(self) -> int:
         return self.hidden // self.heads
 
+    @property
+    def smallest_side(self) -> int:
+        """Of the matrices inside the layers: the highest rank that all of them can have."""
+        return min(self.hidden, self.intermediate, self.kv_heads * self.head_dim)
+
 
 def parameter_count(config: ModelConfig) -> int:
     """How many parameters a model of this configuration has."""

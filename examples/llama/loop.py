@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from examples.llama.adapters import make_linear
 from examples.llama.checkpoints import Checkpoints
 from examples.llama.clock import Clock
 from examples.llama.data import (
@@ -23,8 +24,10 @@ from examples.llama.data import (
     make_train_iterator,
 )
 from examples.llama.evaluate import make_eval_step, mean_nll, perplexity
+from examples.llama.frozen import partition
 from examples.llama.metrics import MetricsLog, Record, of_kind
 from examples.llama.optimizers import make_optimizer
+from examples.llama.relora import make_merge, with_restarts
 from examples.llama.report import Reporter, Silent
 from examples.llama.train_config import ConfigError, RunConfig, differences
 from examples.llama.train_step import (
@@ -46,7 +49,7 @@ class Result:
     """With the vocabulary of the tokenizer."""
     splits: Splits
     apply: Apply
-    """The model: `(params, tokens (B, T)) -> logits (B, T, V)`."""
+    """The model: `(weights, tokens (B, T)) -> logits (B, T, V)`."""
     tx: optax.GradientTransformation
     state: TrainState
     records: list[Record]
@@ -58,7 +61,13 @@ class Result:
 
     @property
     def params(self) -> Any:
+        """The parameters that were trained: what `tx` is for."""
         return self.state.params
+
+    @property
+    def weights(self) -> Any:
+        """All parameters, the frozen ones of LoRA included: what `apply` takes."""
+        return self.state.weights
 
     @property
     def finished(self) -> bool:
@@ -80,7 +89,8 @@ def train(
       config: The whole configuration.
       splits: The text as tokens; by default what `config.data` names.
       tx: An optimizer to use in place of `config.optimizer`. It sees one gradient for each
-        micro-batch, and its learning rate is its own and is not recorded.
+        micro-batch, of the trained parameters only, and its learning rate is its own and is not
+        recorded. ReLoRA's restarts multiply its updates.
       run_dir: Where metrics and checkpoints go. Without it nothing is written.
       reporter: Is told about progress. Without it nothing is printed.
       should_stop: Asked after each micro-batch; once true, the run is saved and ends.
@@ -90,7 +100,7 @@ def train(
 
     Raises:
       ConfigError: if `run_dir` holds a run that is not to be resumed, or one with another
-        configuration.
+        configuration; if the optimizer does not fit the model or ReLoRA.
     """
     splits = splits if splits is not None else load_splits(config.data)
     config = config.with_vocabulary(splits.vocab_size)
@@ -146,15 +156,18 @@ class _Run:
     ):
         self.config, self.splits, self.log = config, splits, log
         self.reporter, self.checkpoints = reporter, checkpoints
-        self.apply, params = make_model(config.model, config.seed)
-        self.schedule: optax.Schedule | None = None
+        adapter = config.adapter
+        self.apply, weights = make_model(config.model, config.seed, make_linear(adapter))
+        params, frozen = partition(weights)
+        schedule: optax.Schedule | None = None
         if tx is None:
             tx, schedule = _make_optimizer(config, params)
-            self.schedule = jax.jit(schedule)
-        self.tx = tx
+        self.tx, schedule = with_restarts(adapter, tx, schedule, config.accumulate)
+        self.schedule = None if schedule is None else jax.jit(schedule)
+        self.merge = make_merge(adapter, self.tx, params, config.seed)
         self.step_fn = make_train_step(self.apply, self.tx, config.accumulate)
         self.eval_step = make_eval_step(self.apply)
-        self.state = jax.jit(lambda p: init_state(p, self.tx))(params)
+        self.state = jax.jit(lambda p, frozen: init_state(p, self.tx, frozen))(params, frozen)
         self.batches = _batches(config, splits)
         if checkpoints is not None and checkpoints.latest() is not None:
             self.state, position = checkpoints.restore(self.state)
@@ -175,6 +188,8 @@ class _Run:
                 stop = should_stop()
                 step, unfinished = divmod(micro_step, config.accumulate)
                 if not unfinished:
+                    if config.adapter.merges_after(step) and step < config.steps:
+                        self.state = self.merge(self.state)
                     self._after_step(step, metrics)
                 if stop or (not unfinished and self._is_due(step, config.output.save_every)):
                     self._save()
@@ -217,7 +232,7 @@ class _Run:
         batches = eval_batches(
             getattr(self.splits, split), self.config.batch_size, self.config.seq_len
         )
-        self._record(split, step, loss=mean_nll(self.eval_step, self.state.params, batches))
+        self._record(split, step, loss=mean_nll(self.eval_step, self.state.weights, batches))
         self._clock.start()
 
     def _record(self, kind: str, step: int, *, loss: float, **more: float) -> None:

