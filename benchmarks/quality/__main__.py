@@ -1,0 +1,51 @@
+"""``python -m benchmarks.quality --help``."""
+
+import signal
+import sys
+
+import tyro
+
+from benchmarks.quality.report import Report, make_report
+from benchmarks.quality.run_spec import Run
+from benchmarks.quality.show import Show, show
+from benchmarks.quality.sweep import Sweep, run_sweep
+from benchmarks.quality.train import run as train
+from examples.llama.data import DataError
+from examples.llama.train_config import ConfigError
+
+Command = Run | Sweep | Show | Report
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command and returns its exit code."""
+    try:
+        # Wrong arguments end the program here, with exit code 2.
+        return run(tyro.cli(Command, prog="python -m benchmarks.quality", args=argv))
+    except (ConfigError, DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def run(command: Command) -> int:
+    """Does what a command says."""
+    match command:
+        case Run():
+            done = train(command) is None
+            print(f"{command.path} {'was there already' if done else 'written'}")
+        case Sweep():
+            return run_sweep(command)
+        case Show():
+            print(show(command))
+        case Report():
+            for path in make_report(command):
+                print(f"{path} written")
+    return 0
+
+
+if __name__ == "__main__":
+    # A sweep that is told to end takes its runs along.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(main())

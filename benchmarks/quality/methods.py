@@ -1,0 +1,183 @@
+"""The methods that are compared. A new one is one row of ``METHODS``."""
+
+import ast
+import inspect
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+import natgalore_jax as ng
+from examples.llama.optimizers import OPTIMIZERS, decayed
+from examples.llama.train_config import ConfigError, RunConfig
+
+PAPER_SCALE = 0.25  # of GaLore
+
+
+class Setting(NamedTuple):
+    """What a method is given. Its factory gets those values that it has a parameter for."""
+
+    learning_rate: optax.Schedule
+    rank: int
+    update_interval: int
+    seed: int
+    steps: int
+    weight_decay: float = 0.0
+    mask: Callable[[Any], Any] = decayed
+
+
+class Method(NamedTuple):
+    """One row of the comparison.
+
+    ``factory(**arguments)`` makes the optimizer, where the arguments are those of the setting that
+    the factory knows, and then ``fixed``. Without a factory the program's own AdamW is used.
+    ``configure`` changes the run itself, for methods that change the model.
+    """
+
+    label: str
+    factory: Callable[..., optax.GradientTransformation] | None
+    fixed: Mapping[str, Any] = MappingProxyType({})
+    configure: Callable[[RunConfig, Setting], RunConfig] | None = None
+
+
+def muon(
+    learning_rate: optax.ScalarOrSchedule, weight_decay: float = 0.0, consistent_rms: float = 0.2
+) -> optax.GradientTransformation:
+    """Muon for the hidden matrices, AdamW for embedding, head and norms.
+
+    Updates have the root mean square of AdamW's (Liu et al. 2025, "Muon is scalable for LLM
+    training"), so that one learning rate serves both parts. The hidden matrices alone decay.
+    """
+    return optax.partition(
+        {
+            True: optax.contrib.muon(
+                learning_rate,
+                weight_decay=weight_decay,
+                consistent_rms=consistent_rms,
+                muon_weight_dimension_numbers=optax.contrib.MuonDimensionNumbers(-2, -1),
+            ),
+            # Not the one that comes with Muon, which has Nesterov's momentum.
+            False: optax.adamw(learning_rate, weight_decay=0.0),
+        },
+        lambda params: jax.tree.map_with_path(ng.hidden_matrices, params),
+    )
+
+
+def optax_galore(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int,
+    update_interval: int,
+    scale: float = PAPER_SCALE,
+    weight_decay: float = 0.0,
+    mask: Any = None,
+) -> optax.GradientTransformation:
+    """``optax.contrib.galore`` on the hidden matrices: the longer side, an SVD of all at once."""
+    return optax.contrib.galore(
+        learning_rate,
+        rank=rank,
+        update_proj_gap=update_interval,
+        scale=scale,
+        weight_decay=weight_decay,
+        mask=mask,
+        # By default it would project embedding and head too.
+        weight_dimension_numbers=lambda params: jax.tree.map_with_path(
+            lambda path, leaf: (
+                optax.contrib.GaLoreDimensionNumbers(0, 1)
+                if ng.hidden_matrices(path, leaf)
+                else None
+            ),
+            params,
+        ),
+    )
+
+
+_ONLINE = {"method": "online", "transition": "rotate", "side": "short", "scale": PAPER_SCALE}
+_SVD = {"method": "svd", "transition": "keep", "stagger": False, "scale": PAPER_SCALE}
+
+METHODS: dict[str, Method] = {
+    "adamw": Method("AdamW", optax.adamw, {"b1": 0.9, "b2": 0.999, "eps": 1e-8}),
+    "adafactor": Method("Adafactor", OPTIMIZERS["adafactor"].factory),
+    "muon": Method("Muon with AdamW", muon),
+    "optax-galore": Method("GaLore, optax.contrib", optax_galore),
+    "galore": Method("GaLore", ng.galore_adamw, _SVD),
+    "natural-galore-paper": Method("Natural GaLore, paper", ng.paper_natural_galore_adamw),
+    "natural-galore-published": Method(
+        "Natural GaLore, published code", ng.published_natural_galore_adamw
+    ),
+    "galore-online": Method("GaLore, online", ng.galore_adamw, _ONLINE),
+    # What the paper writes, spelled out: the defaults of this function are the recipe's.
+    "natural-galore-online": Method(
+        "Natural GaLore, paper, online",
+        ng.natural_galore_adamw,
+        {
+            **_ONLINE,
+            "history": 10,
+            "damping": 1e-3,
+            "damping_mode": "absolute",
+            "residual": False,
+        },
+    ),
+    "ldadam": Method("LDAdam", ng.ldadamw),
+    "ldadam-error-feedback": Method(
+        "LDAdam with error feedback", ng.ldadamw, {"error_feedback": True}
+    ),
+    "apollo": Method("APOLLO", ng.apollo_adamw),
+    "apollo-mini": Method("APOLLO-Mini", ng.apollo_mini_adamw),
+    "fira": Method("Fira", ng.galore_adamw, {"residual": True, "scale": PAPER_SCALE}),
+    "natural-galore": Method("Natural GaLore, default", ng.natural_galore_adamw),
+}
+
+
+class Chosen(NamedTuple):
+    """A method with what the command line changed about it."""
+
+    name: str
+    method: Method
+    changes: dict[str, Any]
+
+
+def choose(text: str) -> Chosen:
+    """A method by its name, or with other arguments: ``galore@rank=16,transition=rotate``.
+
+    Raises:
+      ConfigError: if there is no such method, or it has no such argument.
+    """
+    name, _, changes = text.partition("@")
+    if name not in METHODS:
+        raise ConfigError(f"method must be one of {', '.join(METHODS)}; got {name!r}")
+    method, chosen = METHODS[name], {}
+    known = inspect.signature(method.factory).parameters if method.factory else Setting._fields
+    for item in filter(None, changes.split(",")):
+        key, _, value = item.partition("=")
+        if key not in known or key == "learning_rate":
+            raise ConfigError(f"{name} has no argument {key!r}; it has {', '.join(known)}")
+        chosen[key] = _literal(value)
+    return Chosen(name, method, chosen)
+
+
+def arguments(chosen: Chosen, setting: Setting) -> dict[str, Any]:
+    """All arguments of the factory, its own defaults included."""
+    if chosen.method.factory is None:
+        return {}
+    signature = inspect.signature(chosen.method.factory)
+    values = {k: v for k, v in setting._asdict().items() if k in signature.parameters}
+    bound = signature.bind(**{**values, **chosen.method.fixed, **chosen.changes})
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
+def configure(chosen: Chosen, config: RunConfig, setting: Setting) -> RunConfig:
+    """The run that the method asks for."""
+    if chosen.method.configure is None:
+        return config
+    changes = {k: v for k, v in chosen.changes.items() if k in Setting._fields}
+    return chosen.method.configure(config, setting._replace(**changes))
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

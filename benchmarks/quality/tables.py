@@ -1,0 +1,154 @@
+"""Markdown tables of the results."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from benchmarks.quality.methods import METHODS
+from benchmarks.quality.robustness import TOLERANCE, usable_range
+from benchmarks.quality.summary import REFERENCE, Group, Row, best, separated
+from benchmarks.quality.tuning import Tuned
+
+NOT_RUN = "not run"
+RECIPE = "natural-galore"
+
+
+def losses(
+    groups: Mapping[Group, Mapping[tuple[str, float], Row]], preset: str, methods: Iterable[str]
+) -> str:
+    """Final test losses of a preset, for ``methods`` and, in an unfinished table, "not run"."""
+    corpora = sorted(corpus for p, corpus in groups if p == preset)
+    rows = {corpus: list(groups[preset, corpus].values()) for corpus in corpora}
+    seeds = max(len(r.seeds) for of_corpus in rows.values() for r in of_corpus)
+    header = ["", "learning rate", "state, MiB"]
+    header += [f"test loss, {c}" for c in corpora]
+    header += [f"steps to AdamW's loss, {c}" for c in corpora]
+    header.append("ms a step")
+    lines = []
+    for method, rate in _keys(rows.values(), methods):
+        found = [
+            next((r for r in rows[c] if r.method == method and rate in (None, r.rate)), None)
+            for c in corpora
+        ]
+        present = [r for r in found if r is not None]
+        if not present:
+            lines.append([label(method), *[NOT_RUN] * (len(header) - 1)])
+            continue
+        lines.append(
+            [
+                label(method),
+                f"{rate:g}",
+                f"{present[0].state_bytes / 2**20:.2f}",
+                *(_loss(r, seeds) for r in found),
+                *(_steps(r) for r in found),
+                f"{1e3 * sum(r.step_seconds for r in present) / len(present):.0f}",
+            ]
+        )
+    return table(header, lines)
+
+
+def verdicts(rows: Iterable[Row], recipe: str = RECIPE) -> list[str]:
+    """The recipe against each other method of a group, in one line each."""
+    rows = list(rows)
+    ours = best(rows, recipe)
+    if ours is None or ours.diverged:
+        return []
+    lines = []
+    for other in rows:
+        if other.method == recipe:
+            continue
+        if other.diverged:
+            lines.append(f"{label(other.method)} diverged")
+            continue
+        verdict = "the standard deviations overlap"
+        if separated(ours, other):
+            verdict = "lower by more than the standard deviations"
+        elif separated(other, ours):
+            verdict = "higher by more than the standard deviations"
+        elif None in (ours.test_std, other.test_std):
+            verdict = "one seed"
+        lines.append(f"{ours.test - other.test:+.3f} against {label(other.method)}: {verdict}")
+    return lines
+
+
+def tuning(tuned: Mapping[str, Tuned]) -> str:
+    """Final validation loss by learning rate, the best in bold, and what is at the grid's edge."""
+    rates = sorted({rate for t in tuned.values() for rate in t.curve})
+    lines = [
+        [
+            label(method),
+            *(_tuned_cell(tuned[method], rate) for rate in rates),
+            "at the edge of the grid" if tuned[method].at_edge else "",
+        ]
+        for method in _ordered(tuned)
+    ]
+    return table(["", *(f"{rate:g}" for rate in rates), ""], lines)
+
+
+def ranges(tuned: Mapping[str, Tuned]) -> str:
+    """Widths of the usable ranges of learning rates."""
+    lines = []
+    for method in _ordered(tuned):
+        found = usable_range(tuned[method].curve)
+        if found is not None:
+            low = f"{'≤ ' if found.low_is_edge else ''}{found.low:.2g}"
+            high = f"{'≥ ' if found.high_is_edge else ''}{found.high:.2g}"
+            more = "≥ " if found.low_is_edge or found.high_is_edge else ""
+            best_loss = f"{tuned[method].loss:.3f} at {tuned[method].rate:g}"
+            lines.append([label(method), best_loss, low, high, f"{more}{found.decades:.2f}"])
+    header = ["", "best", f"within {TOLERANCE:g} of it from", "to", "decades"]
+    return table(header, lines)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def label(method: str) -> str:
+    """What a method is called in a table; arguments that were changed stay visible."""
+    name, at, changes = method.partition("@")
+    text = METHODS[name].label if name in METHODS else name
+    return f"{text}, {changes.replace(',', ', ')}" if at else text
+
+
+def _keys(rows: Iterable[Iterable[Row]], methods: Iterable[str]) -> list[tuple[str, float | None]]:
+    """Method and learning rate of each line; those of a method that was not run have no rate."""
+    rates: dict[str, set[float]] = {}
+    for of_corpus in rows:
+        for row in of_corpus:
+            rates.setdefault(row.method, set()).add(row.rate)
+    return [
+        (method, rate) for method in methods for rate in sorted(rates.get(method, ())) or (None,)
+    ]
+
+
+def _ordered(methods: Iterable[str]) -> list[str]:
+    names = list(METHODS)
+    return sorted(methods, key=lambda m: (names.index(m) if m in names else len(names), m))
+
+
+def _loss(row: Row | None, seeds: int) -> str:
+    if row is None:
+        return NOT_RUN
+    if row.diverged:
+        return f"diverged ({row.diverged} of {len(row.seeds)})"
+    spread = "" if row.test_std is None else f" ± {row.test_std:.3f}"
+    fewer = "" if len(row.seeds) == seeds else f" ({len(row.seeds)} of {seeds} seeds)"
+    return f"{row.test:.3f}{spread}{fewer}"
+
+
+def _steps(row: Row | None) -> str:
+    if row is None:
+        return NOT_RUN
+    if row.diverged:
+        return "diverged"
+    if row.method == REFERENCE:
+        return "100 %"
+    return "not reached" if row.to_reference is None else f"{100 * row.to_reference:.0f} %"
+
+
+def _tuned_cell(tuned: Tuned, rate: float) -> str:
+    if rate not in tuned.curve:
+        return NOT_RUN
+    loss = tuned.curve[rate]
+    text = "diverged" if loss is None else f"{loss:.3f}"
+    return f"**{text}**" if rate == tuned.rate else text

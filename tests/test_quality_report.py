@@ -1,0 +1,327 @@
+"""Tables and plots of the comparison, from results made by hand whose statistics are known."""
+
+import copy
+import re
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from benchmarks.quality import pages
+from benchmarks.quality.__main__ import main
+from benchmarks.quality.files import write
+from benchmarks.quality.robustness import usable_range
+from benchmarks.quality.run_spec import Run, prepare
+from benchmarks.quality.summary import Point, separated, steps_to, summarise
+from benchmarks.quality.sweep import Sweep, runs
+from benchmarks.quality.tables import label, losses, ranges, tuning, verdicts
+from benchmarks.quality.tuning import tuned_rates
+from examples.llama.train_config import ConfigError
+
+
+def result(
+    method, seed=1, curve=(6.0, 5.0, 4.0), test=4.0, rate=0.01, corpus="sotu", preset="nano", **more
+):
+    """A result file's content: 300 steps, evaluated every 100."""
+    run = Run(method=method, learning_rate=rate, seed=seed, preset=preset, steps=300)
+    lost = curve[-1] is None
+    return {
+        "suite": "main",
+        "corpus": corpus,
+        "preset": preset,
+        "method": method,
+        "label": method,
+        "learning_rate": rate,
+        "seed": seed,
+        "workers": 2,
+        "configuration": prepare(run).configuration,
+        "text": {"fingerprint": corpus},
+        "state_bytes": 3 * 2**19,
+        "diverged": lost or more.pop("diverged", False),
+        "final_validation_loss": curve[-1],
+        "test_loss": None if lost else test,
+        "step_seconds": 0.25,
+        "first_step_seconds": 10.0,
+        "validation": [
+            [100 * i, 1000 * i, loss, 10.0 + 25 * i] for i, loss in enumerate(curve, start=1)
+        ],
+        "wall_seconds": 90.0,
+        **more,
+    }
+
+
+def row(records, method, corpus="sotu"):
+    (found,) = [r for r in summarise(records)["nano", corpus].values() if r.method == method]
+    return found
+
+
+ADAMW = [
+    result("adamw", 1, (6.0, 5.0, 4.0), test=4.1),
+    result("adamw", 2, (6.2, 5.2, 4.4), test=4.5),
+]
+
+
+def test_mean_and_standard_deviation_over_seeds():
+    found = row([*ADAMW, result("adamw", 3, (6.4, 5.4, 4.8), test=4.6)], "adamw")
+    assert found.seeds == (1, 2, 3)
+    assert found.test == pytest.approx(4.4)
+    # sqrt((0.3² + 0.1² + 0.2²) / 2)
+    assert found.test_std == pytest.approx(np.sqrt(0.07))
+    assert found.validation == pytest.approx(4.4)
+    assert [p.loss for p in found.curve] == pytest.approx([6.2, 5.2, 4.4])
+    # Without the first step, which compiles.
+    assert [p.seconds for p in found.curve] == [25.0, 50.0, 75.0]
+    assert row(ADAMW[:1], "adamw").test_std is None
+
+
+def test_steps_to_the_final_loss_of_adamw():
+    # AdamW's mean final validation loss is 4.2. The mean curve of the other is 5.7, 4.6, 3.8: at
+    # 4.2 half-way between steps 200 and 300.
+    fast = [result("galore", 1, (5.6, 4.5, 3.7)), result("galore", 2, (5.8, 4.7, 3.9))]
+    assert row([*ADAMW, *fast], "galore").to_reference == pytest.approx(250 / 300)
+    slow = [result("galore", 1, (5.6, 4.5, 4.3))]
+    assert row([*ADAMW, *slow], "galore").to_reference is None
+    assert row(slow, "galore").to_reference is None  # no AdamW at all
+    (alone,) = summarise(slow, reference=ADAMW)["nano", "sotu"].values()
+    assert alone.to_reference is None
+    (alone,) = summarise(fast, reference=ADAMW)["nano", "sotu"].values()
+    assert alone.to_reference == pytest.approx(250 / 300)
+
+
+def test_steps_to():
+    curve = [Point(100, 6.0, 0), Point(200, 5.0, 0), Point(300, 5.5, 0), Point(400, 4.0, 0)]
+    assert steps_to(curve, 6.0) == 100
+    assert steps_to(curve, 5.25) == 175
+    assert steps_to(curve, 4.75) == 350
+    assert steps_to(curve, 3.9) is None
+
+
+def test_table():
+    records = [
+        *ADAMW,
+        result("galore", 1, (5.6, 4.5, 3.7), test=3.8),
+        result("fira", 1, (5.6, 4.5, None)),
+        result("fira", 2, (5.6, 4.5, 4.1)),
+        result("adamw", 1, (6.0, 5.0, 4.0), test=3.5, corpus="shakespeare"),
+    ]
+    lines = losses(
+        summarise(records), "nano", ["adamw", "galore", "muon", "fira", "apollo-mini"]
+    ).splitlines()
+    cells = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in lines}
+    assert cells["AdamW"] == [
+        *("0.01", "1.50", "3.500 (1 of 2 seeds)", "4.300 ± 0.283", "100 %", "100 %", "250"),
+    ]
+    assert cells["GaLore"] == [
+        *("0.01", "1.50", "not run", "3.800 (1 of 2 seeds)", "not run", "79 %", "250"),
+    ]
+    assert cells["Fira"][3] == "diverged (1 of 2)" and cells["Fira"][5] == "diverged"
+    assert cells["Muon with AdamW"] == ["not run"] * 7
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_runs_that_differ_are_not_put_into_one_table():
+    other = copy.deepcopy(ADAMW[1])
+    other["configuration"]["run"]["steps"] = 200
+    with pytest.raises(ConfigError, match=r"seed 1 and .* seed 2 cannot be compared: steps is 300"):
+        summarise([ADAMW[0], other])
+    other = copy.deepcopy(ADAMW[1])
+    other["text"]["fingerprint"] = "changed"
+    with pytest.raises(ConfigError, match="text"):
+        summarise([ADAMW[0], other])
+    other = copy.deepcopy(ADAMW[1])
+    other["configuration"]["arguments"]["b2"] = 0.95
+    with pytest.raises(ConfigError, match="made with other arguments"):
+        summarise([ADAMW[0], other])
+
+
+def test_verdicts():
+    def two(method, low, high):
+        return [result(method, 1, test=low), result(method, 2, test=high)]
+
+    records = [
+        *two("natural-galore", 4.0, 4.1),
+        *two("adamw", 4.3, 4.4),
+        *two("galore", 4.0, 4.3),
+        *two("fira", 3.7, 3.8),
+        result("muon", 1, (5.0, 4.0, None)),
+        result("adafactor", 1, test=4.0),
+    ]
+    rows = summarise(records)["nano", "sotu"].values()
+    assert set(verdicts(rows)) == {
+        "-0.300 against AdamW: lower by more than the standard deviations",
+        "-0.100 against GaLore: the standard deviations overlap",
+        "+0.300 against Fira: higher by more than the standard deviations",
+        "Muon with AdamW diverged",
+        "+0.050 against Adafactor: one seed",
+    }
+    by_name = {r.method: r for r in rows}
+    assert separated(by_name["natural-galore"], by_name["adamw"])
+    assert not separated(by_name["adamw"], by_name["natural-galore"])
+    assert verdicts(summarise(ADAMW)["nano", "sotu"].values()) == []
+
+
+def tune(method, by_rate, corpus="sotu", seed=100, preset="nano"):
+    return [
+        result(method, seed, (6.0, 5.0, loss), rate=rate, corpus=corpus, preset=preset)
+        for rate, loss in by_rate.items()
+    ]
+
+
+def test_tuned_learning_rate_is_best_on_average():
+    records = [
+        # 0.003 is best on one text, 0.01 on average.
+        *tune("adamw", {0.001: 4.5, 0.003: 4.0, 0.01: 4.1, 0.03: None}),
+        *tune("adamw", {0.001: 4.5, 0.003: 4.4, 0.01: 4.1, 0.03: 3.0}, corpus="shakespeare"),
+        # The highest rate is best; and best of all but incomplete is 0.1.
+        *tune("galore", {0.01: 4.2, 0.03: 4.0, 0.1: 1.0}),
+        *tune("galore", {0.01: 4.2, 0.03: 4.0}, corpus="shakespeare"),
+        # The highest rate that did not diverge, next to one that did.
+        *tune("fira", {0.01: 4.2, 0.03: 4.0, 0.1: None}),
+        *tune("muon", {0.01: None}),
+        *tune("muon", {0.01: 1.0}, preset="9m"),
+    ]
+    tuned = tuned_rates(records, "nano")
+    assert {name: (t.rate, t.at_edge) for name, t in tuned.items()} == {
+        "adamw": (0.01, False),
+        "galore": (0.03, True),
+        "fira": (0.03, False),
+    }
+    assert tuned["adamw"].loss == pytest.approx(4.1)
+    assert tuned["adamw"].curve[0.03] is None and 0.1 not in tuned["galore"].curve
+    text = tuning(tuned)
+    (galore,) = [line for line in text.splitlines() if "| GaLore" in line]
+    assert "**4.000**" in galore and "at the edge of the grid" in galore
+    (adamw,) = [line for line in text.splitlines() if "AdamW" in line]
+    assert "diverged" in adamw and "edge" not in adamw and "not run" in adamw
+
+
+def test_a_sweep_takes_the_tuned_learning_rates(tmp_path):
+    records = [*tune("adamw", {0.001: 4.5, 0.003: 4.0}), *tune("galore", {0.01: 4.0, 0.03: 4.1})]
+    records += tune("galore@rank=16", {0.01: 4.0, 0.03: 3.9})
+    for record in records:
+        name = "{method}-lr{learning_rate:g}.json".format(**record)
+        write(record, tmp_path / "tune" / "sotu-nano" / name)
+    methods = ("adamw", "galore", "galore@rank=16", "galore@rank=8")
+    sweep = Sweep(methods=methods, corpora=("sotu",), seeds=(1,), root=tmp_path)
+    assert [run.learning_rate for run in runs(sweep)] == [0.003, 0.01, 0.03, 0.01]
+    elsewhere = Sweep(
+        methods=("adamw",), seeds=(1,), preset="9m", tune_preset="nano", tune_root=tmp_path
+    )
+    assert {run.learning_rate for run in runs(elsewhere)} == {0.003}
+
+
+def test_usable_range():
+    # 4.05 half-way between 4.0 and 4.1 in the logarithm of the rate.
+    found = usable_range({0.001: 4.1, 0.01: 4.0, 0.1: 4.01, 1.0: None}, tolerance=0.05)
+    assert (found.low, found.high) == pytest.approx((0.01 / np.sqrt(10), 0.1))
+    assert not found.low_is_edge and not found.high_is_edge
+    assert found.decades == pytest.approx(1.5)
+    found = usable_range({0.001: 4.0, 0.01: 4.01}, tolerance=0.05)
+    assert found.low_is_edge and found.high_is_edge and found.decades == pytest.approx(1)
+    assert usable_range({0.1: None}) is None
+    tuned = tuned_rates(tune("adamw", {0.001: 4.3, 0.01: 4.0, 0.1: 4.05}), "nano")
+    assert ranges(tuned).splitlines()[-1] == "| AdamW | 4.000 at 0.01 | 0.0046 | ≥ 0.1 | ≥ 1.33 |"
+
+
+def test_label_shows_what_was_changed():
+    assert label("galore") == "GaLore"
+    assert label("galore@rank=8,side=long") == "GaLore, rank=8, side=long"
+    assert label("of-another-time") == "of-another-time"
+
+
+def test_block_of_a_page_is_filled_again_and_again():
+    page = f"before\n\n{pages.BEGIN}\nold\n{pages.END}\n\nafter\n"
+    once = pages.fill(page, "\n| a |\n| b |\n")
+    assert once == f"before\n\n{pages.BEGIN}\n| a |\n| b |\n{pages.END}\n\nafter\n"
+    assert pages.fill(once, "| a |\n| b |") == once
+    assert pages.fill("no block\n", "x") == "no block\n"
+    for wrong in (pages.BEGIN, pages.END, pages.END + pages.BEGIN, page + page):
+        with pytest.raises(ConfigError, match="once each"):
+            pages.fill(wrong, "x")
+
+
+@pytest.fixture
+def root(tmp_path):
+    records = [*ADAMW, result("natural-galore", 1, (5.0, 4.0, 3.5), test=3.6)]
+    records += [result("galore", 1, (5.0, 4.0, None))]
+    records += [result("adafactor", 1, corpus="shakespeare")]
+    tuned = [*tune("adamw", {0.001: 4.5, 0.01: 4.0}), *tune("galore", {0.01: 4.0, 0.1: None})]
+    for suite, of_suite in (("main", records), ("tune", tuned)):
+        for r in of_suite:
+            name = f"{r['method']}-lr{r['learning_rate']:g}-seed{r['seed']}.json"
+            write(r, tmp_path / "results" / suite / f"{r['corpus']}-{r['preset']}" / name)
+    return tmp_path / "results"
+
+
+def test_report_fills_the_documentation(root, tmp_path, capsys):
+    readme, docs = tmp_path / "README.md", tmp_path / "docs"
+    readme.write_text(f"# Title\n{pages.BEGIN}\n{pages.END}\nend\n")
+    docs.mkdir()
+    (docs / "experiments.md").write_text(f"{pages.BEGIN}\nold\n{pages.END}\n")
+    command = ["report", "--root", str(root), "--docs", str(docs), "--readme", str(readme)]
+    assert main(command) == 0
+    texts = [p.read_text() for p in (readme, docs / "experiments.md", docs / "quality.md")]
+    for text in texts:
+        assert re.search(r"\| Natural GaLore, default \| 0\.01 \| 1\.50 \| not run \| 3\.600", text)
+        assert "diverged (1 of 1)" in text and "not run." in text
+    # Links work from where the page is.
+    for page, text in zip((readme, docs / "x", docs / "x"), texts, strict=True):
+        targets = re.findall(r"\]\(([^)#]+)", text)
+        assert targets
+        for target in targets:
+            if "benchmarks" not in target:
+                assert (page.parent / target).exists(), target
+    assert "Adafactor" in texts[2] and "Adafactor" not in texts[0]
+    assert "one seed" in texts[2] and "at the edge of the grid" in texts[2]
+    pictures = sorted(p.name for p in (docs / "figures").iterdir())
+    assert pictures == [
+        "quality-learning-rate-nano.png",
+        "quality-size.png",
+        "quality-steps.png",
+        "quality-time.png",
+    ]
+    for name in pictures:
+        image = matplotlib.image.imread(docs / "figures" / name)
+        assert len(np.unique(image.reshape(-1, image.shape[-1]), axis=0)) > 10
+
+    assert main(command) == 0
+    assert [p.read_text() for p in (readme, docs / "experiments.md", docs / "quality.md")] == texts
+
+
+def test_report_makes_no_block_of_its_own(root, tmp_path):
+    readme, docs = tmp_path / "README.md", tmp_path / "docs"
+    readme.write_text("# Title\n")
+    assert main(["report", "--root", str(root), "--docs", str(docs), "--readme", str(readme)]) == 0
+    assert readme.read_text() == "# Title\n"
+    assert not (docs / "experiments.md").exists()
+
+
+def test_show_prints_a_suite(root, capsys):
+    assert main(["show", "--root", str(root), "--suite", "tune"]) == 0
+    text = capsys.readouterr().out
+    assert "AdamW" in text and "at the edge of the grid" in text
+
+
+def test_show_puts_runs_beside_others(root, tmp_path, capsys):
+    ours = result("adamw", 1, test=4.15)
+    write(ours, tmp_path / "fresh" / "main" / "sotu-nano" / "a.json")
+    extra = result("adamw", 7, (5.0, 4.0, None))
+    write(extra, tmp_path / "fresh" / "main" / "sotu-nano" / "b.json")
+    fresh = ["show", "--root", str(tmp_path / "fresh")]
+    assert main([*fresh, "--against", str(root)]) == 0
+    text = capsys.readouterr().out
+    assert "| nano | sotu | adamw | 0.01 | 1 | 4.1500 | 4.1000 | +0.0500 |" in text
+    assert "| nano | sotu | adamw | 0.01 | 7 | diverged |  |  |" in text
+
+
+@pytest.mark.parametrize("command", ["report", "show"])
+def test_no_results_is_one_line(command, tmp_path, capsys):
+    assert main([command, "--root", str(tmp_path)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no results" in line
+
+
+def test_a_file_that_is_no_result_is_named(root, capsys):
+    (root / "main" / "sotu-nano" / "x.json").write_text("{")
+    assert main(["show", "--root", str(root)]) == 1
+    assert "x.json: not a result file" in capsys.readouterr().err
