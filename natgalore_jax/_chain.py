@@ -109,8 +109,8 @@ def _members(transforms: tuple[Any, ...]) -> list[Any]:
                 )
             if closer is not None and not closer.closer_is_default:
                 raise ValueError(
-                    "natural_galore was given scale, residual or norm_growth_limit and is followed "
-                    "by project_back: give them to one of the two"
+                    "natural_galore was given arguments of project_back (scale, residual, ...) and "
+                    "is followed by project_back: give them to one of the two"
                 )
             members.append(_subspace(opener, inner, tx))
             opener = None

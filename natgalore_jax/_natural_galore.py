@@ -15,6 +15,9 @@ from natgalore_jax._woodbury import woodbury_natural_gradient
 
 Schedule = Callable[[jax.Array], jax.Array]
 
+# Of scale, residual, norm_growth_limit, residual_scale and residual_decay.
+_CLOSER_DEFAULTS = (1.0, False, 1.01, 1.0, 0.9)
+
 
 def natural_galore(
     rank: int | tuple[int, ...] = 128,
@@ -32,8 +35,10 @@ def natural_galore(
     damping_mode: str = "absolute",
     history_dtype: Any = None,
     scale: float = 1.0,
-    residual: bool = False,
+    residual: bool | str = False,
     norm_growth_limit: float | None = 1.01,
+    residual_scale: float = 1.0,
+    residual_decay: float = 0.9,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Projection, natural gradient and the way back in one transformation.
 
@@ -46,7 +51,8 @@ def natural_galore(
       rank, update_interval, side, method, transition, stagger, where, axes, basis_dtype, seed:
         see :func:`low_rank_project`.
       history, damping, damping_mode, history_dtype: see :func:`woodbury_natural_gradient`.
-      scale, residual, norm_growth_limit: see :func:`project_back`.
+      scale, residual, norm_growth_limit, residual_scale, residual_decay: see
+        :func:`project_back`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``.
@@ -80,13 +86,13 @@ def natural_galore(
         ),
         woodbury_natural_gradient(history, damping, damping_mode, history_dtype),
     )
-    closer = project_back(scale, residual, norm_growth_limit)
+    given = (scale, residual, norm_growth_limit, residual_scale, residual_decay)
+    closer = project_back(*given)
     tx = Composite(*chain(*parts, closer))
     tx.parts, tx.closer = parts, closer
     # A number that optax.inject_hyperparams has made an array was given, and must not be compared.
-    given = (scale, residual, norm_growth_limit)
     tx.closer_is_default = not any(isinstance(x, jax.Array) for x in given) and (
-        given == (1.0, False, 1.01)
+        given == _CLOSER_DEFAULTS
     )
     return tx
 
@@ -114,8 +120,10 @@ def natural_galore_adamw(
     damping_mode: str = "absolute",
     history_dtype: Any = None,
     scale: float = 0.25,
-    residual: bool = False,
+    residual: bool | str = False,
     norm_growth_limit: float | None = 1.01,
+    residual_scale: float = 1.0,
+    residual_decay: float = 0.9,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdamW on natural gradients in a low-rank subspace: a drop-in for ``optax.adamw``.
 
@@ -133,7 +141,8 @@ def natural_galore_adamw(
       weight_decay: ω, decoupled; acts on the whole weight, unscaled by α.
       mask: which parameters decay, as in ``optax.adamw``.
       history, damping, damping_mode, history_dtype: see :func:`woodbury_natural_gradient`.
-      scale, residual, norm_growth_limit: see :func:`project_back`.
+      scale, residual, norm_growth_limit, residual_scale, residual_decay: see
+        :func:`project_back`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``.
@@ -175,7 +184,7 @@ def natural_galore_adamw(
             history_dtype=history_dtype,
         ),
         optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype),
-        project_back(scale, residual, norm_growth_limit),
+        project_back(scale, residual, norm_growth_limit, residual_scale, residual_decay),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
@@ -200,8 +209,10 @@ def galore_adamw(
     basis_dtype: Any = None,
     seed: int = 0,
     scale: float = 0.25,
-    residual: bool = False,
+    residual: bool | str = False,
     norm_growth_limit: float | None = 1.01,
+    residual_scale: float = 1.0,
+    residual_decay: float = 0.9,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdamW in a low-rank subspace (GaLore), without the natural gradient.
 
@@ -216,7 +227,8 @@ def galore_adamw(
       rank, update_interval, side, method, transition, stagger, where, axes, basis_dtype, seed:
         see :func:`low_rank_project`. The moments are kept as they are when the basis changes, as
         published; with method "power" this is nearly the same as rotating them.
-      scale, residual, norm_growth_limit: see :func:`project_back`.
+      scale, residual, norm_growth_limit, residual_scale, residual_decay: see
+        :func:`project_back`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``.
@@ -247,7 +259,7 @@ def galore_adamw(
             seed=seed,
         ),
         optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype),
-        project_back(scale, residual, norm_growth_limit),
+        project_back(scale, residual, norm_growth_limit, residual_scale, residual_decay),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )

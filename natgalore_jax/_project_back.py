@@ -10,7 +10,8 @@ import optax
 from natgalore_jax._contract import project_back as back
 from natgalore_jax._plan import LeafPlan
 from natgalore_jax._refresh import Factors
-from natgalore_jax._validate import check_boolean, check_number
+from natgalore_jax._residual import RESIDUALS, Residual, empty_fisher, with_residual
+from natgalore_jax._validate import check_choice, check_decay, check_number
 
 
 class ProjectBackState(NamedTuple):
@@ -22,51 +23,73 @@ class ProjectBackState(NamedTuple):
     # The tree of parameters: batch, float32, the norm of each matrix's last residual update,
     # or MaskedNode where nothing is projected or there is no limit.
     residual_norm: Any
+    # The tree of parameters: batch + the side that is not projected, float32, the average of the
+    # mean square of each column (row) of the residual, or MaskedNode where nothing is projected or
+    # the residual is not "fisher".
+    residual_fisher: Any
 
 
 class ProjectBack(optax.GradientTransformationExtraArgs):
     """What :func:`project_back` returns: it closes a subspace in :func:`natgalore_jax.chain`."""
 
     scale: float
-    residual: bool
-    norm_growth_limit: float | None
+    residual: Residual | None
 
 
 def project_back(
-    scale: float = 1.0, residual: bool = False, norm_growth_limit: float | None = 1.01
+    scale: float = 1.0,
+    residual: bool | str = False,
+    norm_growth_limit: float | None = 1.01,
+    residual_scale: float = 1.0,
+    residual_decay: float = 0.9,
 ) -> ProjectBack:
     r"""Takes low-rank updates back to the shapes of the parameters.
 
     .. math:: U = \alpha P N, \qquad \alpha N Q^\top, \qquad\text{or}\qquad \alpha P N Q^\top,
 
     where N is what the transformations inside the subspace made of R. With ``residual`` the part
-    of the gradient outside the subspace is added, at the size that the inner optimizer would have
-    given it:
+    of the gradient outside the subspace, :math:`E = G - P P^\top G`, is added:
 
-    .. math:: U = \alpha P N + (G - P P^\top G)\,\varphi, \qquad
-       \varphi_j = \lVert N_{:j} \rVert / \lVert R_{:j} \rVert,
+    .. math:: U = \alpha P N + \sigma\,E\,\mathrm{diag}(\varphi),
 
     with φ per column if the rows are projected, per row if the columns are, and one number for the
-    whole matrix if both sides are (the same for Tucker). α does not act on the residual. If the
-    inner updates already descend (a learning rate inside the subspace), the residual takes their
-    sign, found at the first update that is not zero.
+    whole matrix if both sides are (the same for Tucker). ``"gain"`` (or True) is Fira's rule, the
+    factor by which the inner optimizer changed the projected part of the column:
+
+    .. math:: \varphi_j = \lVert N_{:j} \rVert / \lVert R_{:j} \rVert .
+
+    ``"fisher"`` is a natural gradient outside the subspace: the Fisher matrix of E is approximated
+    by one number per column, :math:`c_j = \mathrm{EMA}_\beta(\tfrac1m \sum_i E_{ij}^2)`, and the
+    residual is multiplied by the inverse of its root and by the size of the inner update,
+
+    .. math:: \varphi_j = \mathrm{rms}(N) / \sqrt{c_j + \delta\,\tfrac1m \sum_i G_{ij}^2},
+       \qquad \delta = 10^{-4},
+
+    where δ keeps rounding errors small where the subspace holds all of a column. α does not act on
+    the residual. If the inner updates already descend (a learning rate inside the subspace), the
+    residual takes their sign, found at the first update that is not zero.
 
     Args:
       scale: α, a number or a traced scalar. GaLore uses 0.25 with a learning rate of 0.01.
-      residual: whether to add the residual. It needs no memory and no product
-        beyond those without it.
+      residual: False, True, ``"gain"`` or ``"fisher"``. "gain" needs no memory, "fisher" one number
+        for each column; neither needs a product beyond those without residual.
       norm_growth_limit: γ; the norm of a matrix's residual update may grow by at most this factor
         from one step to the next, which tames spikes of the loss. None: no limit. Put the learning
         rate after ``project_back``, or its warm-up is limited as well.
+      residual_scale: σ, a number or a traced scalar. For "fisher" about 0.2, the size of Adam's
+        updates; for "gain" 1.
+      residual_decay: β of "fisher". Short: c follows the size of the gradient within ten steps.
 
     Returns:
       A transformation for :func:`natgalore_jax.chain`; its state is empty without a residual.
 
     Raises:
-      TypeError, ValueError: for an argument of a wrong type, or ``norm_growth_limit`` ≤ 1.
+      TypeError, ValueError: for an argument of a wrong type or value, as ``norm_growth_limit`` ≤ 1.
 
     References:
-      GaLore (2024), algorithm 2, for α; Fira (2024), equations 7 to 9, for φ and the limit.
+      GaLore (2024), algorithm 2, for α; Fira (2024), equations 7 to 9, for "gain" and the limit;
+      Gong et al., Towards efficient optimizer design for LLM via structured Fisher approximation
+      (2025), for the Fisher matrix of what a low-rank approximation leaves out.
 
     Example:
       >>> import jax.numpy as jnp, optax, natgalore_jax as ng
@@ -77,11 +100,21 @@ def project_back(
       (4, 5)
     """
     check_number("scale", scale)
-    check_boolean("residual", residual)
+    if not isinstance(residual, (bool, str)):
+        raise TypeError(
+            f"residual must be True or False or one of {', '.join(RESIDUALS)}, got {residual!r}"
+        )
+    if isinstance(residual, str):
+        check_choice("residual", residual, RESIDUALS)
     if norm_growth_limit is not None:
         check_number("norm_growth_limit", norm_growth_limit, above=1.0)
+    check_number("residual_scale", residual_scale)
+    check_decay("residual_decay", residual_decay)
     tx = ProjectBack(_outside_of_chain, _outside_of_chain)
-    tx.scale, tx.residual, tx.norm_growth_limit = scale, residual, norm_growth_limit
+    tx.scale, tx.residual = scale, None
+    if residual:
+        rule = residual if isinstance(residual, str) else "gain"
+        tx.residual = Residual(rule, residual_scale, residual_decay, norm_growth_limit)
     return tx
 
 
@@ -94,16 +127,24 @@ def _outside_of_chain(*args: Any, **kwargs: Any) -> Any:
 
 
 def init_back(
-    settings: ProjectBack, treedef: Any, plans: Sequence[LeafPlan | None]
+    settings: ProjectBack, treedef: Any, plans: Sequence[LeafPlan | None], low_rank: Sequence[Any]
 ) -> ProjectBackState | optax.EmptyState:
-    if not settings.residual:
+    """The state for parameters whose low-rank forms are ``low_rank``."""
+    if settings.residual is None:
         return optax.EmptyState()
-    limited = settings.norm_growth_limit is not None
+    limited = settings.residual.norm_growth_limit is not None
+    has_fisher = settings.residual.rule == "fisher"
     norms = [
         jnp.zeros(plan.batch_shape, jnp.float32) if plan and limited else optax.MaskedNode()
         for plan in plans
     ]
-    return ProjectBackState(jnp.zeros([], jnp.float32), treedef.unflatten(norms))
+    fishers = [
+        empty_fisher(plan, leaf) if plan and has_fisher else optax.MaskedNode()
+        for plan, leaf in zip(plans, low_rank, strict=True)
+    ]
+    return ProjectBackState(
+        jnp.zeros([], jnp.float32), treedef.unflatten(norms), treedef.unflatten(fishers)
+    )
 
 
 def update_back(
@@ -123,7 +164,7 @@ def update_back(
       R: the low-rank gradient that went in.
       G: the full gradient.
     """
-    if isinstance(state, optax.EmptyState):
+    if settings.residual is None:
         updates = [
             back(plan, settings.scale * n, factor).astype(n.dtype) if plan else n
             for plan, factor, n in zip(plans, factors, N, strict=True)
@@ -131,13 +172,22 @@ def update_back(
         return updates, state
     direction = _direction(state.direction, plans, N, R)
     norms = treedef.flatten_up_to(state.residual_norm)
-    updates, new_norms = [], []
-    for plan, factor, n, r, g, norm in zip(plans, factors, N, R, G, norms, strict=True):
+    fishers = treedef.flatten_up_to(state.residual_fisher)
+    updates = list(N)
+    for i, plan in enumerate(plans):
         if plan:
-            n, norm = _with_residual(settings, plan, factor, direction, n, r, g, norm)
-        updates.append(n)
-        new_norms.append(norm)
-    return updates, ProjectBackState(direction, treedef.unflatten(new_norms))
+            updates[i], norms[i], fishers[i] = with_residual(
+                settings.residual,
+                plan,
+                factors[i],
+                settings.scale,
+                direction,
+                *(N[i], R[i], G[i]),
+                last_norm=norms[i],
+                fisher=fishers[i],
+            )
+    new_state = ProjectBackState(direction, treedef.unflatten(norms), treedef.unflatten(fishers))
+    return updates, new_state
 
 
 def _direction(known, plans, N, R):
@@ -151,42 +201,3 @@ def _direction(known, plans, N, R):
         if plan
     )
     return jnp.where((known == 0) & jnp.isfinite(along), jnp.sign(along), known)
-
-
-def _with_residual(settings, plan: LeafPlan, factors: Factors, direction, N, R, G, last_norm):
-    """``U = α P N + (G − P Pᵀ G) φ = P (α N − R φ) + G φ``: no product more than without residual.
-
-    Because P is orthonormal, the residual's norm needs none either: column by column,
-    ``‖g − P Pᵀ g‖² = ‖g‖² − ‖Pᵀ g‖²``.
-    """
-    nb, dtype = len(plan.batch), N.dtype
-    N, R, G = (x.astype(jnp.float32) for x in (N, R, G))
-    one_sided = len(plan.modes) == 2 and len(plan.projected_modes) == 1
-    # φ has the batch axes and, if one side is projected, those of the other.
-    if one_sided:
-        (mode,) = plan.projected_modes
-        kept = plan.modes[1 - mode]
-        low_axes: tuple[int, ...] = (nb + plan.low_rank_axes[mode],)
-    else:
-        kept, low_axes = (), tuple(range(nb, R.ndim))
-    owners = [*plan.batch, *kept]  # the axes of G that φ has, in the order of φ's
-    full_axes = [a for a in range(G.ndim) if a not in owners]
-    in_order = [sorted(owners).index(a) for a in owners]
-
-    energy_N, energy_R = (jnp.sum(jnp.square(x), low_axes) for x in (N, R))
-    energy_G = jnp.sum(jnp.square(G), full_axes).transpose(in_order)
-    phi = jnp.sqrt(jnp.where(energy_R > 0, energy_N / jnp.where(energy_R > 0, energy_R, 1.0), 0.0))
-    if settings.norm_growth_limit is not None:
-        energy = jnp.square(phi) * jnp.maximum(energy_G - energy_R, 0.0)
-        norm = jnp.sqrt(jnp.sum(energy, tuple(range(nb, energy.ndim))))
-        # The first one is free.
-        allowed = jnp.where(last_norm > 0, settings.norm_growth_limit * last_norm, jnp.inf)
-        shrink = jnp.where(norm > allowed, allowed / jnp.where(norm > 0, norm, 1.0), 1.0)
-        phi = phi * jnp.expand_dims(shrink, tuple(range(nb, phi.ndim)))
-        last_norm = norm * shrink
-    phi = phi * direction
-
-    phi_low = jnp.expand_dims(phi, low_axes)
-    phi_full = jnp.expand_dims(phi.transpose([owners.index(a) for a in sorted(owners)]), full_axes)
-    U = back(plan, settings.scale * N - phi_low * R, factors) + phi_full * G
-    return U.astype(dtype), last_norm

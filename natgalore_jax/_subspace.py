@@ -47,7 +47,8 @@ class Subspace:
         opened = LowRankProjectState(
             jnp.zeros([], jnp.int32), self._basis_trees(treedef, plans, factors)
         )
-        low_rank = treedef.unflatten(map(low_rank_leaf, plans, leaves, factors))
+        low_leaves = list(map(low_rank_leaf, plans, leaves, factors))
+        low_rank = treedef.unflatten(low_leaves)
         with open_subspace({plan.path: plan for plan in plans if plan}):
             inner = [tx.init(low_rank) for tx in self.inner]
         if self.accumulation == 1 and _holds_multi_steps(inner):
@@ -55,7 +56,7 @@ class Subspace:
                 "optax.MultiSteps inside a subspace must stand in natgalore_jax.chain itself, not "
                 "inside another transformation, so that refreshes wait for its steps"
             )
-        return [opened, *inner, init_back(self.closer, treedef, plans)]
+        return [opened, *inner, init_back(self.closer, treedef, plans, low_leaves)]
 
     def update(
         self, updates: Any, states: Sequence[Any], params: Any, extra_args: dict[str, Any]

@@ -53,3 +53,10 @@ def check_number(name: str, value: Any, *, above: float | None = None) -> None:
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
     if above is not None and not isinstance(value, jax.core.Tracer) and not float(value) > above:
         raise ValueError(f"{name} must be greater than {above:g}, got {value}")
+
+
+def check_decay(name: str, value: Any) -> None:
+    """A number from 0, included, to 1, excluded; the value of a traced one cannot be checked."""
+    check_number(name, value)
+    if not isinstance(value, jax.core.Tracer) and not 0.0 <= float(value) < 1.0:
+        raise ValueError(f"{name} must be at least 0 and less than 1, got {value}")

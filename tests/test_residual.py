@@ -19,18 +19,24 @@ def gradients(shape):
     return (GROWTH * rng.normal(size=(STEPS, *shape))).astype(np.float32)
 
 
-def oracle(grads, side, limit):
-    """U = αPN + (G − PPᵀG)φ with one basis for all steps, and the limiter on the second term."""
+def oracle(grads, side, limit, rule="gain", sigma=1.0, beta=0.9):
+    """U = αPN + σEφ with one basis for all steps, and the limiter on the second term."""
     grads, adam, last, updates = grads.astype(np.float64), Adam(eps=EPS), None, []
     P, Q = svd_bases(grads[0], RANK, side)
+    axis, c = {"left": 0, "right": 1, "both": None}[side], None
     for G in grads:
         R = P.T @ G @ Q
         N = adam(R)
-        axis = {"left": 0, "right": 1, "both": None}[side]
-        phi = np.linalg.norm(N, axis=axis, keepdims=True) / np.linalg.norm(
-            R, axis=axis, keepdims=True
-        )
-        S = (G - P @ P.T @ G @ Q @ Q.T) * phi
+        E = G - P @ P.T @ G @ Q @ Q.T
+        if rule == "gain":
+            phi = np.linalg.norm(N, axis=axis, keepdims=True) / np.linalg.norm(
+                R, axis=axis, keepdims=True
+            )
+        else:
+            now = np.mean(E**2, axis=axis, keepdims=True)
+            c = now if c is None else beta * c + (1 - beta) * now
+            phi = 1 / np.sqrt(c + 1e-4 * np.mean(G**2, axis=axis, keepdims=True))
+        S = sigma * E * phi
         norm = np.linalg.norm(S)
         if limit is not None and last is not None and norm > limit * last:
             S *= limit * last / norm
@@ -39,12 +45,12 @@ def oracle(grads, side, limit):
     return np.stack(updates)
 
 
-def run(side, limit, grads, *inner):
+def run(side, limit, grads, *inner, residual=True, **arguments):
     tx = ng.chain(
         ng.low_rank_project(rank=RANK, side=side, method="svd"),
         optax.scale_by_adam(eps=EPS),
         *inner,
-        ng.project_back(scale=SCALE, residual=True, norm_growth_limit=limit),
+        ng.project_back(scale=SCALE, residual=residual, norm_growth_limit=limit, **arguments),
     )
 
     def step(state, g):
@@ -54,14 +60,54 @@ def run(side, limit, grads, *inner):
     return jax.jit(lambda g: jax.lax.scan(step, tx.init({"w": g[0]}), g)[1])(jnp.asarray(grads))
 
 
+@pytest.mark.parametrize("rule", ["gain", "fisher"])
 @pytest.mark.parametrize("limit", [None, 1.1])
 @pytest.mark.parametrize("side", ["left", "right", "both"])
-def test_against_numpy(side, limit):
+def test_against_numpy(side, limit, rule):
     grads = gradients((6, 9))
-    expected = oracle(grads, side, limit)
-    np.testing.assert_allclose(run(side, limit, grads), expected, rtol=1e-4, atol=1e-5)
+    arguments = {"sigma": 0.3, "beta": 0.8}
+    expected = oracle(grads, side, limit, rule, **arguments)
+    updates = run(side, limit, grads, residual=rule, residual_scale=0.3, residual_decay=0.8)
+    np.testing.assert_allclose(updates, expected, rtol=1e-4, atol=1e-5)
     if limit is not None:
-        assert not np.allclose(expected, oracle(grads, side, None), rtol=1e-2)
+        assert not np.allclose(expected, oracle(grads, side, None, rule, **arguments), rtol=1e-2)
+
+
+def test_true_is_the_gain_of_the_inner_optimizer():
+    grads = gradients((6, 9))
+    np.testing.assert_array_equal(
+        run("left", 1.1, grads), run("left", 1.1, grads, residual="gain")
+    )
+
+
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_fisher_entries_are_one_for_each_column_that_is_kept(side):
+    tx = ng.chain(ng.low_rank_project(rank=2, side=side), ng.project_back(residual="fisher"))
+    state = tx.init({"w": jnp.ones((3, 6, 9)), "b": jnp.ones(9)})[-1]
+    assert state.residual_fisher["w"].shape == {"left": (3, 9), "right": (3, 6), "both": (3,)}[side]
+    assert isinstance(state.residual_fisher["b"], optax.MaskedNode)
+
+
+def test_a_gradient_inside_the_subspace_leaves_no_residual():
+    """Rounding errors must not become updates of size σ."""
+    rng = np.random.default_rng(0)
+    grads = rng.normal(size=(STEPS, 6, 2)) @ rng.normal(size=(2, 9))
+    grads[1:] = grads[0]  # The subspace is that of the first gradient.
+    updates = run("left", None, grads.astype(np.float32), residual="fisher")
+    P = svd_bases(grads[0], RANK, "left")[0]
+    outside = updates - P @ P.T @ updates
+    assert np.max(np.abs(outside)) < 1e-3
+
+
+def test_a_gradient_that_is_not_finite_does_not_enter_the_fisher_entries():
+    tx = ng.chain(ng.low_rank_project(rank=2), ng.project_back(residual="fisher"))
+    good, bad = ({"w": jnp.asarray(g)} for g in gradients((6, 9))[:2])
+    bad = {"w": bad["w"].at[0, 0].set(jnp.nan)}
+    _, before = tx.update(good, tx.init(good))
+    _, after = tx.update(bad, before)
+    before, after = (state[-1].residual_fisher["w"] for state in (before, after))
+    assert after[0] == before[0]  # The column of the bad entry.
+    assert np.all(np.isfinite(after)) and np.all(after[1:] != before[1:])
 
 
 @pytest.mark.parametrize("side", ["left", "right", "both"])

@@ -12,7 +12,9 @@ import natgalore_jax as ng
 
 NUMERIC = {
     *("learning_rate", "b1", "b2", "eps", "weight_decay"),
-    *("damping", "scale", "norm_growth_limit", "rho"),
+    *("damping", "scale", "norm_growth_limit",
+    "residual_scale",
+    "residual_decay", "rho"),
 }
 FACTORIES = [
     ng.low_rank_project,

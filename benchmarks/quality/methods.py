@@ -1,6 +1,7 @@
 """The methods that are compared. A new one is one row of ``METHODS``."""
 
 import ast
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -10,6 +11,7 @@ import jax
 import optax
 
 import natgalore_jax as ng
+from examples.llama.adapters import AdapterConfig
 from examples.llama.optimizers import OPTIMIZERS, decayed
 from examples.llama.train_config import ConfigError, RunConfig
 
@@ -93,6 +95,22 @@ def optax_galore(
     )
 
 
+def _adapter(kind: str) -> Callable[[RunConfig, Setting], RunConfig]:
+    """The model's matrices replaced by low-rank ones; the program's own AdamW trains them."""
+
+    def change(config: RunConfig, setting: Setting) -> RunConfig:
+        adapter = AdapterConfig(
+            kind=kind,
+            rank=setting.rank,
+            alpha=float(setting.rank),
+            merge_every=setting.update_interval,
+            restart_warmup=max(setting.update_interval // 10, 1),
+        )
+        return dataclasses.replace(config, adapter=adapter)
+
+    return change
+
+
 _ONLINE = {"method": "online", "transition": "rotate", "side": "short", "scale": PAPER_SCALE}
 _SVD = {"method": "svd", "transition": "keep", "stagger": False, "scale": PAPER_SCALE}
 
@@ -127,6 +145,9 @@ METHODS: dict[str, Method] = {
     "apollo-mini": Method("APOLLO-Mini", ng.apollo_mini_adamw),
     "fira": Method("Fira", ng.galore_adamw, {"residual": True, "scale": PAPER_SCALE}),
     "natural-galore": Method("Natural GaLore, default", ng.natural_galore_adamw),
+    "factorised": Method("Low-rank weights W = BA", None, configure=_adapter("factorised")),
+    "lora": Method("LoRA on frozen initial weights", None, configure=_adapter("lora")),
+    "relora": Method("ReLoRA", None, configure=_adapter("relora")),
 }
 
 

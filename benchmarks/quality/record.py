@@ -29,7 +29,7 @@ def outcome(result: Result) -> dict[str, Any]:
     seconds = [r["seconds"] for r in train]
     laps = [later - before for before, later in itertools.pairwise(seconds)]
     return {
-        "parameters": sum(p.size for p in jax.tree.leaves(result.params)),
+        "parameters": sum(p.size for p in jax.tree.leaves(result.weights)),
         "state_bytes": state_bytes(result.state.opt_state),
         "steps_done": result.steps,
         "diverged": result.diverged or diverged(losses),

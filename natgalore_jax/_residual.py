@@ -1,0 +1,153 @@
+"""The part of a gradient outside its subspace, ``E = G − P Pᵀ G``, made an update.
+
+Everything here is one parameter: N and R have the low-rank shape, G the full one. φ has one number
+for each column of a matrix if the rows are projected, for each row if the columns are, and one for
+the whole matrix if both sides are, or for Tucker.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from natgalore_jax._contract import project_back
+from natgalore_jax._plan import LeafPlan
+from natgalore_jax._refresh import Factors
+
+RESIDUALS = ("gain", "fisher")
+
+# δ: the share of a column's mean squared gradient that is added to its Fisher entry. Where a basis
+# holds all of a column, rounding errors are not blown up to the size of an update.
+FISHER_DAMPING = 1e-4
+
+
+class Residual(NamedTuple):
+    """The arguments of ``project_back`` about the residual."""
+
+    rule: str
+    scale: jax.typing.ArrayLike  # σ
+    decay: jax.typing.ArrayLike  # β
+    norm_growth_limit: float | None
+
+
+class PhiAxes(NamedTuple):
+    """The axes of φ: batch, then those of the side that is not projected."""
+
+    owners: tuple[int, ...]  # axes of G that φ has, in φ's order
+    low: tuple[int, ...]  # axes of R that φ lacks
+    full: tuple[int, ...]  # axes of G that φ lacks
+    batch_ndim: int
+
+
+class Energies(NamedTuple):
+    """Sums of squares over the axes that φ lacks, float32, in the shape of φ."""
+
+    N: jax.Array
+    R: jax.Array
+    G: jax.Array
+
+    @property
+    def E(self) -> jax.Array:
+        """``‖g − P Pᵀ g‖² = ‖g‖² − ‖Pᵀ g‖²``, because P is orthonormal: it needs no product."""
+        return jnp.maximum(self.G - self.R, 0.0)
+
+
+def with_residual(
+    settings: Residual,
+    plan: LeafPlan,
+    factors: Factors,
+    scale: jax.typing.ArrayLike,
+    direction: jax.Array,
+    N: jax.Array,
+    R: jax.Array,
+    G: jax.Array,
+    *,
+    last_norm: Any,
+    fisher: Any,
+) -> tuple[jax.Array, Any, Any]:
+    """``U = α P N + σ E diag(φ) = P (α N − σ R φ) + σ G φ``: one product, as without residual.
+
+    Args:
+      settings, plan, factors, scale: what is done, to what; scale is α.
+      direction: scalar, the sign that the residual takes.
+      N, R, G: the inner update, the low-rank gradient, the gradient.
+      last_norm: the norm of the last residual update, or a hole if there is no limit.
+      fisher: c of the last step, or a hole if the rule is not "fisher".
+
+    Returns:
+      U in the dtype of N, and the new norm and Fisher entries.
+    """
+    dtype, axes = N.dtype, phi_axes(plan)
+    N, R, G = (x.astype(jnp.float32) for x in (N, R, G))
+    energy = energies(axes, N, R, G)
+    if settings.rule == "gain":
+        phi = gain(energy)
+    else:
+        size = math.prod(plan.shape[a] for a in axes.full)
+        fisher = average(fisher, energy.E / size, settings.decay)
+        phi = inverse_root(fisher + FISHER_DAMPING * energy.G / size)
+    phi = settings.scale * phi
+    if settings.norm_growth_limit is not None:
+        phi, last_norm = limited(axes, phi, energy, last_norm, settings.norm_growth_limit)
+    phi = phi * direction
+
+    phi_low = jnp.expand_dims(phi, axes.low)
+    in_place = phi.transpose([axes.owners.index(a) for a in sorted(axes.owners)])
+    phi_full = jnp.expand_dims(in_place, axes.full)
+    U = project_back(plan, scale * N - phi_low * R, factors) + phi_full * G
+    return U.astype(dtype), last_norm, fisher
+
+
+def empty_fisher(plan: LeafPlan, low_rank: Any) -> jax.Array:
+    """c before the first gradient: zeros, sharded as the low-rank leaf."""
+    return jnp.sum(optax.tree.zeros_like(low_rank, dtype=jnp.float32), phi_axes(plan).low)
+
+
+def phi_axes(plan: LeafPlan) -> PhiAxes:
+    nb = len(plan.batch)
+    if len(plan.modes) == 2 and len(plan.projected_modes) == 1:
+        (mode,) = plan.projected_modes
+        kept = plan.modes[1 - mode]
+        low: tuple[int, ...] = (nb + plan.low_rank_axes[mode],)
+    else:
+        kept, low = (), tuple(range(nb, len(plan.low_rank_shape)))
+    owners = (*plan.batch, *kept)
+    full = tuple(a for a in range(len(plan.shape)) if a not in owners)
+    return PhiAxes(owners, low, full, nb)
+
+
+def energies(axes: PhiAxes, N: jax.Array, R: jax.Array, G: jax.Array) -> Energies:
+    of_N, of_R = (jnp.sum(jnp.square(x), axes.low) for x in (N, R))
+    in_order = [sorted(axes.owners).index(a) for a in axes.owners]
+    return Energies(of_N, of_R, jnp.sum(jnp.square(G), axes.full).transpose(in_order))
+
+
+def gain(energy: Energies) -> jax.Array:
+    """``‖N_:j‖ / ‖R_:j‖``, what the inner optimizer made of the projected part, or 0."""
+    seen = energy.R > 0
+    return jnp.sqrt(jnp.where(seen, energy.N / jnp.where(seen, energy.R, 1.0), 0.0))
+
+
+def average(c: jax.Array, new: jax.Array, decay: jax.typing.ArrayLike) -> jax.Array:
+    """``β c + (1 − β) c'``, starting at the first c' that is not zero, past those not finite."""
+    mixed = jnp.where(c > 0, decay * c + (1 - decay) * new, new)
+    return jnp.where(jnp.isfinite(new), mixed, c)
+
+
+def inverse_root(c: jax.Array) -> jax.Array:
+    """``c^(−1/2)``, and 0 of 0."""
+    return jnp.where(c > 0, 1 / jnp.sqrt(jnp.where(c > 0, c, 1.0)), 0.0)
+
+
+def limited(
+    axes: PhiAxes, phi: jax.Array, energy: Energies, last_norm: jax.Array, limit: float
+) -> tuple[jax.Array, jax.Array]:
+    """φ such that the residual update's norm is at most ``limit`` times the last one; the norm."""
+    squared = jnp.square(phi) * energy.E
+    norm = jnp.sqrt(jnp.sum(squared, tuple(range(axes.batch_ndim, squared.ndim))))
+    # The first one is free.
+    allowed = jnp.where(last_norm > 0, limit * last_norm, jnp.inf)
+    shrink = jnp.where(norm > allowed, allowed / jnp.where(norm > 0, norm, 1.0), 1.0)
+    return phi * jnp.expand_dims(shrink, tuple(range(axes.batch_ndim, phi.ndim))), norm * shrink
