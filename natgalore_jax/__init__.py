@@ -12,6 +12,10 @@ from natgalore_jax._apollo_adamw import (
 )
 from natgalore_jax._axes import MatrixAxes as MatrixAxes
 from natgalore_jax._chain import chain as chain
+from natgalore_jax._compact_natural_gradient import (
+    CompactFisherState as CompactFisherState,
+    compact_natural_gradient as compact_natural_gradient,
+)
 from natgalore_jax._history import History as History
 from natgalore_jax._ldadam import (
     ScaleByLDAdamState as ScaleByLDAdamState,

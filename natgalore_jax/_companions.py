@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from natgalore_jax._compact_fisher import FisherFactor
 from natgalore_jax._history import History
 from natgalore_jax._plan import LeafPlan
 from natgalore_jax._transition import rotate_linear, rotate_second_moment
@@ -86,6 +87,10 @@ def find_companions(
             continue
         in_state = path[: len(path) - len(paths[entry.leaf])]
         name = _field_name(in_state)
+        if name == "fisher":
+            axis = plan.low_rank_axes[in_state[-1].idx]
+            companions[entry.leaf][(number,)] = FisherFactor(entry.value, axis)
+            continue
         if name in History._fields:
             histories.setdefault((in_state[:-1], entry.leaf), {})[name] = number
         moment = _moment(entry.value, name, plan)

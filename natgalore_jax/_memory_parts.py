@@ -83,7 +83,9 @@ def _parts(marked: Any) -> Iterator[tuple[str, str, Any]]:
         else:
             part = "other" if isinstance(node, ProjectBackState) else "inner"
         for path, leaf in jax.tree_util.tree_leaves_with_path(node):
-            yield part, str(getattr(path[-1], "name", "")) if path else "", leaf
+            names = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
+            field = names[-1] if names else ""
+            yield "history" if field == "fisher" else part, field, leaf
 
 
 def alternatives(plan: LeafPlan, pieces: Sequence[Piece]) -> dict[str, int]:
@@ -112,6 +114,8 @@ def _moved_bytes(piece: Piece, old: LeafPlan, new: LeafPlan) -> int:
     """The bytes of a piece after a change of side."""
     if piece.part == "basis":
         return piece.bytes * _basis_size(new) // _basis_size(old)
+    if piece.field == "fisher":
+        return piece.bytes * len(new.projected_modes) // len(old.projected_modes)
     shape = old.low_rank_shape[len(old.batch) :]
     is_low_rank = len(piece.shape) >= len(shape) and piece.shape[-len(shape) :] == shape
     # A Gram matrix or a norm per layer may have the shape of R by chance.

@@ -56,7 +56,12 @@ def everything(path, leaf):
         ),
         ("project_back", {"scale": "1"}, TypeError, "scale must be a number"),
         ("project_back", {"scale": np.ones(2)}, TypeError, "scale must be a number"),
-        ("project_back", {"residual": 1}, TypeError, "residual must be True or False or one of gain, fisher"),
+        (
+            "project_back",
+            {"residual": 1},
+            TypeError,
+            "residual must be True or False or one of gain, fisher",
+        ),
         ("project_back", {"norm_growth_limit": 1.0}, ValueError, "must be greater than 1, got 1.0"),
         ("natural_galore", {"rank": 0}, ValueError, "rank must be at least 1"),
         ("natural_galore", {"history": 0}, ValueError, "history must be at least 1"),

@@ -75,9 +75,7 @@ def test_against_numpy(side, limit, rule):
 
 def test_true_is_the_gain_of_the_inner_optimizer():
     grads = gradients((6, 9))
-    np.testing.assert_array_equal(
-        run("left", 1.1, grads), run("left", 1.1, grads, residual="gain")
-    )
+    np.testing.assert_array_equal(run("left", 1.1, grads), run("left", 1.1, grads, residual="gain"))
 
 
 @pytest.mark.parametrize("side", ["left", "right", "both"])

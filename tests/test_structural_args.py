@@ -12,9 +12,7 @@ import natgalore_jax as ng
 
 NUMERIC = {
     *("learning_rate", "b1", "b2", "eps", "weight_decay"),
-    *("damping", "scale", "norm_growth_limit",
-    "residual_scale",
-    "residual_decay", "rho"),
+    *("damping", "scale", "norm_growth_limit", "residual_scale", "residual_decay", "rho"),
 }
 FACTORIES = [
     ng.low_rank_project,

@@ -1,0 +1,161 @@
+"""compact_natural_gradient against NumPy in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from oracles.galore import Adam, svd_bases
+
+import natgalore_jax as ng
+
+STEPS, RANK, SCALE, EPS = 5, 3, 0.5, 0.1
+
+
+def gradients(shape=(6, 9), steps=STEPS):
+    return np.random.default_rng(0).normal(size=(steps, *shape)).astype(np.float32)
+
+
+def matrix_power(A, exponent):
+    w, U = np.linalg.eigh(A)
+    return U * w**exponent @ U.T
+
+
+def oracle(grads, side, damping, relative, exponent, decay):
+    """U = αP Ñ with one basis for all steps."""
+    adam, factors, updates = Adam(eps=EPS), {}, []
+    P, Q = svd_bases(grads[0].astype(np.float64), RANK, side)
+    sides = {"left": [0], "right": [1], "both": [0, 1]}[side]
+    for G in grads.astype(np.float64):
+        R = P.T @ G @ Q
+        N = adam(R)
+        new = N
+        for s in sides:
+            gram = R @ R.T if s == 0 else R.T @ R
+            A = factors[s] = decay * factors[s] + (1 - decay) * gram if s in factors else gram
+            shift = damping * np.trace(A) / len(A) if relative else damping
+            W = matrix_power(A + shift * np.eye(len(A)), exponent / len(sides))
+            new = W @ new if s == 0 else new @ W
+        new = new * np.linalg.norm(N) / np.linalg.norm(new)
+        updates.append(SCALE * P @ new @ Q.T)
+    return np.stack(updates)
+
+
+def optimizer(side="left", transition="rotate", interval=100, **arguments):
+    return ng.chain(
+        ng.low_rank_project(
+            rank=RANK,
+            side=side,
+            method="svd",
+            update_interval=interval,
+            transition=transition,
+            stagger=False,
+        ),
+        ng.compact_natural_gradient(optax.scale_by_adam(eps=EPS), **arguments),
+        ng.project_back(scale=SCALE),
+    )
+
+
+def run(tx, grads):
+    def step(state, g):
+        updates, state = tx.update({"w": g}, state)
+        return state, updates["w"]
+
+    return jax.jit(lambda g: jax.lax.scan(step, tx.init({"w": g[0]}), g)[1])(jnp.asarray(grads))
+
+
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+@pytest.mark.parametrize("exponent", [-1.0, -0.5, -0.25])
+@pytest.mark.parametrize("mode, damping", [("relative", 0.1), ("absolute", 2.0)])
+def test_against_numpy(side, exponent, mode, damping):
+    # A has RANK directions and the one-sided R at least as many columns: no factor is singular.
+    grads = gradients()
+    expected = oracle(grads, side, damping, mode == "relative", exponent, 0.8)
+    tx = optimizer(side, damping=damping, damping_mode=mode, exponent=exponent, decay=0.8)
+    np.testing.assert_allclose(run(tx, grads), expected, rtol=1e-3, atol=1e-4)
+    assert not np.allclose(expected, oracle(grads, side, 1e6, False, exponent, 0.8), rtol=0.05)
+
+
+def test_the_scale_of_the_loss_does_not_matter_to_relative_damping():
+    grads = gradients()
+    tx = ng.chain(ng.low_rank_project(rank=RANK, method="svd"), ng.compact_natural_gradient())
+    np.testing.assert_allclose(
+        run(tx, 1e-12 * grads), 1e-12 * run(tx, grads), rtol=1e-3, atol=1e-15
+    )
+
+
+def test_layers_in_a_stack_are_independent():
+    grads = gradients((4, 6, 9))
+    stacked = run(optimizer(interval=2), grads)
+    for layer in range(4):
+        np.testing.assert_allclose(
+            stacked[:, layer], run(optimizer(interval=2), grads[:, layer]), rtol=1e-4, atol=1e-5
+        )
+
+
+def factor_after_a_refresh(transition):
+    """Fisher factors and bases before and after a step that changes the basis."""
+    tx, grads = optimizer(interval=2, transition=transition, decay=0.999999), gradients(steps=3)
+    state = tx.init({"w": grads[0]})
+    for g in grads[:2]:
+        _, state = tx.update({"w": g}, state)
+    before = state
+    _, after = tx.update({"w": grads[2]}, before)
+    return [
+        (np.asarray(s[0].basis[0]["w"]), np.asarray(s[1].fisher[0]["w"])) for s in (before, after)
+    ]
+
+
+def test_factors_move_with_the_basis():
+    (P, A), (P_new, A_new) = factor_after_a_refresh("rotate")
+    C = P_new.T @ P
+    assert np.linalg.norm(C @ C.T - np.eye(RANK)) > 0.1
+    expected = C @ A @ C.T + (np.eye(RANK) - C @ C.T) * np.trace(A) / RANK
+    np.testing.assert_allclose(A_new, expected, rtol=1e-3, atol=1e-3)
+    assert np.min(np.linalg.eigvalsh(A_new)) > 0
+
+
+def test_keep_and_reset():
+    (_, A), (_, A_new) = factor_after_a_refresh("keep")
+    np.testing.assert_allclose(A_new, A, rtol=1e-3, atol=1e-3)
+    (_, A), (P_new, A_new) = factor_after_a_refresh("reset")
+    R = P_new.T @ gradients(steps=3)[2]
+    np.testing.assert_allclose(A_new, R @ R.T, rtol=1e-4, atol=1e-4)
+
+
+def test_zeros_and_what_is_not_finite_pass_and_leave_no_trace():
+    tx, grads = optimizer(), gradients()
+    state = tx.init({"w": jnp.zeros((6, 9))})
+    updates, state = tx.update({"w": jnp.zeros((6, 9))}, state)
+    np.testing.assert_array_equal(updates["w"], 0)
+    _, state = tx.update({"w": grads[0]}, state)
+    _, after = tx.update({"w": jnp.asarray(grads[1]).at[0, 0].set(jnp.nan)}, state)
+    np.testing.assert_array_equal(after[1].fisher[0]["w"], state[1].fisher[0]["w"])
+
+
+def test_it_costs_r_squared():
+    params = {"w": jax.ShapeDtypeStruct((64, 256), jnp.float32)}
+    report = ng.memory_report(optimizer(), params)
+    galore = ng.memory_report(ng.galore_adamw(0.1, rank=RANK, side="left"), params)
+    assert report.part_bytes["history"] == 4 * RANK**2
+    for part in ("basis", "inner"):
+        assert report.part_bytes[part] == galore.part_bytes[part]
+
+
+def test_outside_of_a_subspace_is_an_error():
+    with pytest.raises(ValueError, match="after low_rank_project"):
+        ng.compact_natural_gradient().init({"w": jnp.ones((6, 9))})
+
+
+@pytest.mark.parametrize(
+    "arguments, error",
+    [
+        ({"decay": 1.0}, "decay must be at least 0 and less than 1, got 1.0"),
+        ({"damping": 0.0}, "damping must be greater than 0, got 0.0"),
+        ({"damping_mode": "other"}, "damping_mode must be one of"),
+        ({"exponent": 0.5}, "exponent must be at least -1 and less than 0, got 0.5"),
+    ],
+)
+def test_arguments(arguments, error):
+    with pytest.raises(ValueError, match=error):
+        ng.compact_natural_gradient(**arguments)
