@@ -8,19 +8,21 @@ import jax.numpy as jnp
 import optax
 
 from natgalore_jax._check_tree import flatten_like
-from natgalore_jax._compact_fisher import averaged, damped, gram, multiply, power, with_norm_of
+from natgalore_jax._compact_fisher import averaged, gram, inverse_power, multiply, with_norm_of
 from natgalore_jax._scope import current_subspace
 from natgalore_jax._validate import check_choice, check_decay, check_number
 from natgalore_jax._where import KeyPath
 from natgalore_jax._woodbury import DAMPING_MODES
+
+STRUCTURES = ("diagonal", "full")
 
 
 class CompactFisherState(NamedTuple):
     """State of :func:`compact_natural_gradient`."""
 
     count: jax.typing.ArrayLike  # shape (), int32: steps taken
-    # A tree of parameters for rows and one for columns: batch + (r, r), float32, the factor of that
-    # side, or MaskedNode where the side is not projected.
+    # A tree of parameters for rows and one for columns: float32, batch + (r,) or batch + (r, r), the
+    # factor of that side; MaskedNode where the side is not projected.
     fisher: tuple[Any, Any]
     inner: Any  # the state of the inner optimizer
 
@@ -31,8 +33,9 @@ def compact_natural_gradient(
     damping: float | Callable[[jax.Array], jax.Array] = 0.03,
     damping_mode: str = "relative",
     exponent: float = -0.5,
+    structure: str = "diagonal",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Preconditions what an inner optimizer makes of the low-rank gradient, with r² numbers.
+    r"""Preconditions what an inner optimizer makes of the low-rank gradient, in r or r² numbers.
 
     With R the low-rank gradient of a matrix whose rows are projected, and N what the inner
     optimizer makes of it,
@@ -45,11 +48,13 @@ def compact_natural_gradient(
 
     :math:`A \otimes I_n` is the empirical Fisher matrix of the columns of R, averaged over columns
     and steps: the limit of a long history of :func:`woodbury_natural_gradient`, whose memory does
-    not grow with it. It acts on the update, after Adam and not before, because Adam undoes
-    any scaling of the directions that it is given; and it keeps the update's norm, so that
-    it changes the direction and leaves the step size to the inner optimizer. If columns are
-    projected the factor acts from the right, if both sides are there is one factor for each, with
-    p / 2 each, as in Shampoo.
+    not grow with it. Near the eigenvectors of A, which a basis of dominant directions consists of,
+    its diagonal is enough. It acts on the update, after Adam and not before, because Adam undoes
+    any scaling of the directions that it is given: Adam divides a direction by about the root of
+    its Fisher entry, this with p = −1/2 by the root once more, which makes a natural gradient. It
+    keeps the update's norm, so that it changes the direction and leaves the step size to the inner
+    optimizer. If columns are projected the factor acts from the right; if both sides are, there is
+    one factor for each, with p / 2 each, as in Shampoo.
 
     It belongs in a subspace (:func:`natgalore_jax.chain`). Parameters that are not
     projected are left to the inner optimizer.
@@ -61,8 +66,9 @@ def compact_natural_gradient(
       damping: ρ, without a unit ("relative"), or λ in units of gradient² ("absolute"); a number
         above zero or a schedule of the step count.
       damping_mode: ``"relative"`` or ``"absolute"``.
-      exponent: p, from −1, the natural gradient, to 0, excluded. −1/2 whitens: every direction is
-        moved equally. −1 takes a Cholesky factorisation of A, others its eigenvectors.
+      exponent: p, from −1 to 0, excluded.
+      structure: ``"diagonal"``, r numbers and no factorisation, or ``"full"``, r² numbers and an
+        eigendecomposition of every factor at every step.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with a :class:`CompactFisherState`. Updates keep
@@ -85,21 +91,22 @@ def compact_natural_gradient(
       ... )
       >>> state = tx.init({"w": jnp.ones((6, 8)), "b": jnp.ones(8)})
       >>> state[1].fisher[0]["w"].shape, state[1].inner.mu["w"].shape
-      ((2, 2), (2, 8))
+      ((2,), (2, 8))
     """
     check_decay("decay", decay)
     check_choice("damping_mode", damping_mode, DAMPING_MODES)
     if not callable(damping):
         check_number("damping", damping, above=0.0)
+    check_choice("structure", structure, STRUCTURES)
     check_number("exponent", exponent)
     if not -1.0 <= exponent < 0.0:
         raise ValueError(f"exponent must be at least -1 and less than 0, got {exponent}")
-    is_relative = damping_mode == "relative"
+    relative, diagonal = damping_mode == "relative", structure == "diagonal"
     within = optax.with_extra_args_support(inner if inner is not None else optax.identity())
 
     def init_fn(params):
         leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
-        factors = [_start(KeyPath(path), leaf) for path, leaf in leaves]
+        factors = [_start(KeyPath(path), leaf, diagonal) for path, leaf in leaves]
         return CompactFisherState(
             jnp.zeros([], jnp.int32), _two_trees(treedef, factors), within.init(params)
         )
@@ -115,11 +122,14 @@ def compact_natural_gradient(
         out, factors = [], []
         for r, n, *pair in zip(R, treedef.flatten_up_to(updates), rows, columns, strict=True):
             own = {m: A for m, A in enumerate(pair) if not isinstance(A, optax.MaskedNode)}
+            nb = next((A.ndim for A in own.values()), 0) - (1 if diagonal else 2)
+            new = N = n.astype(jnp.float32)
             for mode, A in own.items():
-                own[mode] = averaged(A, gram(r, _AXES[mode], A.ndim - 2), decay)
-            if own:
-                n = _precondition(own, n, current, is_relative, exponent).astype(n.dtype)
-            out.append(n)
+                now = gram(r, _AXES[mode], nb, diagonal=diagonal)
+                A = own[mode] = averaged(A, now, decay, nb)
+                W = inverse_power(A, current, exponent / len(own), nb, relative=relative)
+                new = multiply(W, new, _AXES[mode], nb)
+            out.append(with_norm_of(N, new, nb).astype(n.dtype) if own else n)
             factors.append(own)
         new_state = CompactFisherState(
             optax.safe_increment(state.count), _two_trees(treedef, factors), inner_state
@@ -133,7 +143,7 @@ def compact_natural_gradient(
 _AXES = (0, -1)
 
 
-def _start(path: KeyPath, leaf: Any) -> dict[int, jax.Array]:
+def _start(path: KeyPath, leaf: Any, diagonal: bool) -> dict[int, jax.Array]:
     """Empty factors of one parameter by mode, sharded as those of its gradients will be."""
     plans = current_subspace()
     if plans is None:
@@ -150,17 +160,8 @@ def _start(path: KeyPath, leaf: Any) -> dict[int, jax.Array]:
             "modes (a tuple for rank)"
         )
     zeros = optax.tree.zeros_like(leaf, dtype=jnp.float32)
-    return {mode: gram(zeros, _AXES[mode], len(plan.batch)) for mode in plan.projected_modes}
-
-
-def _precondition(
-    factors: dict[int, jax.Array], N: jax.Array, damping: Any, relative: bool, exponent: float
-) -> jax.Array:
-    new = N = N.astype(jnp.float32)
-    for mode, A in factors.items():
-        W = power(damped(A, damping, relative), exponent / len(factors))
-        new = multiply(W, new, _AXES[mode], A.ndim - 2)
-    return with_norm_of(N, new, next(iter(factors.values())).ndim - 2)
+    nb = len(plan.batch)
+    return {m: gram(zeros, _AXES[m], nb, diagonal=diagonal) for m in plan.projected_modes}
 
 
 def _two_trees(treedef: Any, factors: Sequence[dict[int, jax.Array]]) -> tuple[Any, Any]:

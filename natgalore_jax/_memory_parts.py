@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from natgalore_jax._compact_natural_gradient import CompactFisherState
 from natgalore_jax._plan import LeafPlan
 from natgalore_jax._project import LowRankProjectState
 from natgalore_jax._project_back import ProjectBackState
@@ -74,7 +75,7 @@ def _marked(tx: optax.GradientTransformation, state: Any) -> Any:
 
 def _parts(marked: Any) -> Iterator[tuple[str, str, Any]]:
     """Each wrapped tree and each other leaf, with the part it belongs to and its field there."""
-    ours = (LowRankProjectState, WoodburyState, ProjectBackState)
+    ours = (LowRankProjectState, WoodburyState, CompactFisherState, ProjectBackState)
     for node in jax.tree.leaves(marked, is_leaf=lambda x: isinstance(x, ours)):
         if isinstance(node, LowRankProjectState):
             part = "basis"

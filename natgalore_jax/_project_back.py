@@ -164,7 +164,7 @@ def update_back(
       R: the low-rank gradient that went in.
       G: the full gradient.
     """
-    if settings.residual is None:
+    if settings.residual is None or not isinstance(state, ProjectBackState):
         updates = [
             back(plan, settings.scale * n, factor).astype(n.dtype) if plan else n
             for plan, factor, n in zip(plans, factors, N, strict=True)

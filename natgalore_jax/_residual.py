@@ -88,7 +88,7 @@ def with_residual(
         size = math.prod(plan.shape[a] for a in axes.full)
         fisher = average(fisher, energy.E / size, settings.decay)
         phi = inverse_root(fisher + FISHER_DAMPING * energy.G / size)
-    phi = settings.scale * phi
+    phi = jnp.multiply(settings.scale, phi)
     if settings.norm_growth_limit is not None:
         phi, last_norm = limited(axes, phi, energy, last_norm, settings.norm_growth_limit)
     phi = phi * direction
@@ -96,7 +96,7 @@ def with_residual(
     phi_low = jnp.expand_dims(phi, axes.low)
     in_place = phi.transpose([axes.owners.index(a) for a in sorted(axes.owners)])
     phi_full = jnp.expand_dims(in_place, axes.full)
-    U = project_back(plan, scale * N - phi_low * R, factors) + phi_full * G
+    U = project_back(plan, jnp.multiply(scale, N) - phi_low * R, factors) + phi_full * G
     return U.astype(dtype), last_norm, fisher
 
 

@@ -22,6 +22,8 @@ _STRUCTURAL = frozenset(
         "damping_mode",
         "history_dtype",
         "residual",
+        "structure",
+        "exponent",
         "granularity",
         "error_feedback",
         "mu_dtype",

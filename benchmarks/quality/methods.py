@@ -5,7 +5,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import optax
@@ -95,7 +95,9 @@ def optax_galore(
     )
 
 
-def _adapter(kind: str) -> Callable[[RunConfig, Setting], RunConfig]:
+def _adapter(
+    kind: Literal["factorised", "lora", "relora"],
+) -> Callable[[RunConfig, Setting], RunConfig]:
     """The model's matrices replaced by low-rank ones; the program's own AdamW trains them."""
 
     def change(config: RunConfig, setting: Setting) -> RunConfig:
