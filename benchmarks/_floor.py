@@ -9,7 +9,7 @@ method             numbers that must move                                     op
 adamw              read G, W, m, v, write m, v, U: 7k                         none
 galore             read G, W, write U: 3k; read P: ar; read and write m, v    4kr: R = PᵀG, U = PN
                    in the subspace: 4rb
-natural            the same, and s columns of the history read, one           4kr
+natural            the same; with a history, s columns of it read, one        4kr
                    written: (s + 1) rb
 contrib            read G, W, write U: 3k; read P: br; read and write m, v:   4kr
                    4ra (it projects the longer side)
@@ -42,7 +42,7 @@ def bytes_moved(
         total += {
             "adamw": 7 * k,
             "galore": 3 * k + a * r + 4 * r * b,
-            "natural": 3 * k + a * r + 4 * r * b + (history + 1) * r * b,
+            "natural": 3 * k + a * r + 4 * r * b + (history + 1) * r * b * (history > 0),
             "contrib": 3 * k + b * r + 4 * r * a,
         }[method]
     return _ITEM * total

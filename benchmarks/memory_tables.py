@@ -161,7 +161,7 @@ def natural_gradient_table(history: int) -> list[dict[str, Any]]:
     for size, rank in NATURAL_RANKS.items():
         params = llama_shapes(size)
         tx = ng.natural_galore_adamw(
-            1e-2, rank=rank, side="short", history=history, where=is_hidden
+            1e-2, rank=rank, side="short", history=history, residual=False, where=is_hidden
         )
         report = ng.memory_report(tx, params)
         rows.append(

@@ -28,7 +28,7 @@ def main(
     intervals: tuple[int, ...] = (50, 200),
     batch: int | None = None,
     stack: tuple[int, int, int] = (8, 512, 1376),
-    history: int = 10,
+    history: int = 0,
     seed: int = 0,
     data: tyro.conf.Suppress[DataConfig | None] = None,
     output: Path = RESULTS / "refresh.json",
@@ -45,7 +45,7 @@ def main(
       intervals: steps between two refreshes of a matrix.
       batch: rows in a batch; by default the preset's.
       stack: (layers, m, n) of the leaf whose update is compiled.
-      history: gradients kept for the natural gradient, in that update.
+      history: gradients kept for the natural gradient, in that update; 0: its compact form.
       seed: of parameters, gradients and data.
       data: the text; by default the preset's.
       output: where the results go.

@@ -43,7 +43,7 @@ def main(
     stacked: bool = False,
     rank: int = 128,
     interval: int = 200,
-    history: int = 10,
+    history: int = 0,
     sample_every: int = 4,
     share: bool = True,
     batch: int = 8,
@@ -61,7 +61,7 @@ def main(
       stacked: the layers in one leaf; optax.contrib.galore cannot do that and is left out.
       rank: of the subspaces.
       interval: steps between two refreshes of a matrix.
-      history: gradients kept for the natural gradient.
+      history: gradients kept for the natural gradient; 0: its compact form, which is the default.
       sample_every: rounds between two samples of the machine and of optax.contrib.galore; it
         divides the interval.
       share: also time whole training steps.
@@ -90,7 +90,7 @@ def main(
         ),
         "galore": lambda: ng.galore_adamw(1e-2, rank=rank, update_interval=interval),
         "natural": lambda: ng.natural_galore_adamw(
-            1e-2, rank=rank, update_interval=interval, history=history
+            1e-2, rank=rank, update_interval=interval, history=history or None
         ),
     }
     if stacked:

@@ -10,7 +10,7 @@ import optax
 from natgalore_jax._check_tree import flatten_like
 from natgalore_jax._compact_fisher import averaged, gram, inverse_power, multiply, with_norm_of
 from natgalore_jax._scope import current_subspace
-from natgalore_jax._validate import check_choice, check_decay, check_number
+from natgalore_jax._validate import check_choice, check_decay, check_integer, check_number
 from natgalore_jax._where import KeyPath
 from natgalore_jax._woodbury import DAMPING_MODES
 
@@ -21,9 +21,9 @@ class CompactFisherState(NamedTuple):
     """State of :func:`compact_natural_gradient`."""
 
     count: jax.typing.ArrayLike  # shape (), int32: steps taken
-    # A tree of parameters for rows and one for columns: float32, batch + (r,) or batch + (r, r), the
-    # factor of that side; MaskedNode where the side is not projected.
-    fisher: tuple[Any, Any]
+    # A tree of parameters per mode (rows, columns; one per axis for Tucker): float32, batch + (r,)
+    # or batch + (r, r), the factor of that mode; MaskedNode where it is not projected.
+    fisher: tuple[Any, ...]
     inner: Any  # the state of the inner optimizer
 
 
@@ -34,6 +34,7 @@ def compact_natural_gradient(
     damping_mode: str = "relative",
     exponent: float = -0.5,
     structure: str = "diagonal",
+    modes: int = 2,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Preconditions what an inner optimizer makes of the low-rank gradient, in r or r² numbers.
 
@@ -54,7 +55,7 @@ def compact_natural_gradient(
     its Fisher entry, this with p = −1/2 by the root once more, which makes a natural gradient. It
     keeps the update's norm, so that it changes the direction and leaves the step size to the inner
     optimizer. If columns are projected the factor acts from the right; if both sides are, there is
-    one factor for each, with p / 2 each, as in Shampoo.
+    one factor for each, with p / 2 each, as in Shampoo; and so on for Tucker.
 
     It belongs in a subspace (:func:`natgalore_jax.chain`). Parameters that are not
     projected are left to the inner optimizer.
@@ -69,6 +70,7 @@ def compact_natural_gradient(
       exponent: p, from −1 to 0, excluded.
       structure: ``"diagonal"``, r numbers and no factorisation, or ``"full"``, r² numbers and an
         eigendecomposition of every factor at every step.
+      modes: the modes of what is projected: 2 for matrices, the length of the rank for Tucker.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with a :class:`CompactFisherState`. Updates keep
@@ -76,7 +78,7 @@ def compact_natural_gradient(
 
     Raises:
       TypeError, ValueError: for an argument of a wrong type or value; at ``init`` outside of a
-        subspace, and for a parameter with more than two modes (Tucker).
+        subspace, and for a parameter with another number of modes.
 
     References:
       Natural GaLore (2024) for the natural gradient in the subspace; Gupta et al., Shampoo (2018),
@@ -98,52 +100,49 @@ def compact_natural_gradient(
     if not callable(damping):
         check_number("damping", damping, above=0.0)
     check_choice("structure", structure, STRUCTURES)
+    check_integer("modes", modes, minimum=2)
     check_number("exponent", exponent)
     if not -1.0 <= exponent < 0.0:
         raise ValueError(f"exponent must be at least -1 and less than 0, got {exponent}")
     relative, diagonal = damping_mode == "relative", structure == "diagonal"
+    # Where the low-rank axis of each mode stands in R. A mode of a matrix may have several axes.
+    axes = (0, -1) if modes == 2 else tuple(range(modes))
     within = optax.with_extra_args_support(inner if inner is not None else optax.identity())
 
     def init_fn(params):
         leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
-        factors = [_start(KeyPath(path), leaf, diagonal) for path, leaf in leaves]
+        factors = [_start(KeyPath(path), leaf, axes, diagonal) for path, leaf in leaves]
         return CompactFisherState(
-            jnp.zeros([], jnp.int32), _two_trees(treedef, factors), within.init(params)
+            jnp.zeros([], jnp.int32), _trees(treedef, factors, modes), within.init(params)
         )
 
     def update_fn(updates, state, params=None, **extra_args):
         current = damping(state.count) if callable(damping) else damping
         R, treedef = jax.tree.flatten(updates)
-        rows, columns = (
-            flatten_like(updates, tree, "the parameters at init") for tree in state.fisher
-        )
+        columns = [flatten_like(updates, tree, "the parameters at init") for tree in state.fisher]
         updates, inner_state = within.update(updates, state.inner, params, **extra_args)
 
         out, factors = [], []
-        for r, n, *pair in zip(R, treedef.flatten_up_to(updates), rows, columns, strict=True):
-            own = {m: A for m, A in enumerate(pair) if not isinstance(A, optax.MaskedNode)}
+        for r, n, *entries in zip(R, treedef.flatten_up_to(updates), *columns, strict=True):
+            own = {m: A for m, A in enumerate(entries) if not isinstance(A, optax.MaskedNode)}
             nb = next((A.ndim for A in own.values()), 0) - (1 if diagonal else 2)
             new = N = n.astype(jnp.float32)
             for mode, A in own.items():
-                now = gram(r, _AXES[mode], nb, diagonal=diagonal)
+                now = gram(r, axes[mode], nb, diagonal=diagonal)
                 A = own[mode] = averaged(A, now, decay, nb)
                 W = inverse_power(A, current, exponent / len(own), nb, relative=relative)
-                new = multiply(W, new, _AXES[mode], nb)
+                new = multiply(W, new, axes[mode], nb)
             out.append(with_norm_of(N, new, nb).astype(n.dtype) if own else n)
             factors.append(own)
         new_state = CompactFisherState(
-            optax.safe_increment(state.count), _two_trees(treedef, factors), inner_state
+            optax.safe_increment(state.count), _trees(treedef, factors, modes), inner_state
         )
         return treedef.unflatten(out), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-# Where the low-rank axis of the rows and that of the columns stand in R.
-_AXES = (0, -1)
-
-
-def _start(path: KeyPath, leaf: Any, diagonal: bool) -> dict[int, jax.Array]:
+def _start(path: KeyPath, leaf: Any, axes: Sequence[int], diagonal: bool) -> dict[int, jax.Array]:
     """Empty factors of one parameter by mode, sharded as those of its gradients will be."""
     plans = current_subspace()
     if plans is None:
@@ -154,19 +153,19 @@ def _start(path: KeyPath, leaf: Any, diagonal: bool) -> dict[int, jax.Array]:
     plan = plans.get(str(path))
     if plan is None:
         return {}
-    if len(plan.modes) != 2:
+    if len(plan.modes) != len(axes):
         raise ValueError(
-            f"{path}: compact_natural_gradient needs matrices, got a tensor of {len(plan.modes)} "
-            "modes (a tuple for rank)"
+            f"{path}: compact_natural_gradient was made for {len(axes)} modes, got a parameter "
+            f"with {len(plan.modes)}: give it modes={len(plan.modes)}, the length of the rank"
         )
     zeros = optax.tree.zeros_like(leaf, dtype=jnp.float32)
     nb = len(plan.batch)
-    return {m: gram(zeros, _AXES[m], nb, diagonal=diagonal) for m in plan.projected_modes}
+    return {m: gram(zeros, axes[m], nb, diagonal=diagonal) for m in plan.projected_modes}
 
 
-def _two_trees(treedef: Any, factors: Sequence[dict[int, jax.Array]]) -> tuple[Any, Any]:
-    """A tree for rows and one for columns, with holes, from the factors of each leaf by mode."""
-    rows, columns = (
-        treedef.unflatten(own.get(mode, optax.MaskedNode()) for own in factors) for mode in (0, 1)
+def _trees(treedef: Any, factors: Sequence[dict[int, jax.Array]], modes: int) -> tuple[Any, ...]:
+    """One tree per mode, with holes, from the factors of each leaf by mode."""
+    return tuple(
+        treedef.unflatten(own.get(mode, optax.MaskedNode()) for own in factors)
+        for mode in range(modes)
     )
-    return rows, columns

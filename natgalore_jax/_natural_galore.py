@@ -8,6 +8,7 @@ import optax
 
 from natgalore_jax._axes import AxesLike
 from natgalore_jax._chain import Composite, chain
+from natgalore_jax._compact_natural_gradient import compact_natural_gradient
 from natgalore_jax._project import low_rank_project
 from natgalore_jax._project_back import project_back
 from natgalore_jax._where import Where, hidden_matrices
@@ -16,7 +17,7 @@ from natgalore_jax._woodbury import woodbury_natural_gradient
 Schedule = Callable[[jax.Array], jax.Array]
 
 # Of scale, residual, norm_growth_limit, residual_scale and residual_decay.
-_CLOSER_DEFAULTS = (1.0, False, 1.01, 1.0, 0.9)
+_CLOSER_DEFAULTS = (1.0, False, 1.01, None, 0.9)
 
 
 def natural_galore(
@@ -37,7 +38,7 @@ def natural_galore(
     scale: float = 1.0,
     residual: bool | str = False,
     norm_growth_limit: float | None = 1.01,
-    residual_scale: float = 1.0,
+    residual_scale: float | None = None,
     residual_decay: float = 0.9,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Projection, natural gradient and the way back in one transformation.
@@ -115,46 +116,58 @@ def natural_galore_adamw(
     axes: AxesLike = None,
     basis_dtype: Any = None,
     seed: int = 0,
-    history: int = 10,
-    damping: float | Schedule = 1e-3,
-    damping_mode: str = "absolute",
+    history: int | None = None,
+    damping: float | Schedule | None = None,
+    damping_mode: str | None = None,
     history_dtype: Any = None,
     scale: float = 0.25,
-    residual: bool | str = False,
+    residual: bool | str = "fisher",
     norm_growth_limit: float | None = 1.01,
-    residual_scale: float = 1.0,
+    residual_scale: float | None = None,
     residual_decay: float = 0.9,
+    fisher_decay: float = 0.97,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""AdamW on natural gradients in a low-rank subspace: a drop-in for ``optax.adamw``.
+    r"""AdamW with natural gradients in a low-rank subspace and outside it: for ``optax.adamw``.
 
     .. math::
-      R = P^\top G, \quad \tilde R = F^{-1} R, \quad N = \mathrm{Adam}(\tilde R), \quad
-      W \leftarrow W - \eta\,(\alpha P N + \omega W)
+      R = P^\top G, \quad N = F_R^{-1/2}\,\mathrm{Adam}(R), \quad
+      E = G - P P^\top G, \quad
+      W \leftarrow W - \eta\,\bigl(\alpha P N + \sigma E F_E^{-1/2} + \omega W\bigr)
 
+    :math:`F_R` is the diagonal Fisher matrix of the directions of the subspace
+    (:func:`compact_natural_gradient`), :math:`F_E` that of the columns of what the subspace misses
+    (:func:`project_back`, "fisher"). Together they take r + n numbers for a matrix, so that the
+    state is that of GaLore. docs/experiments.md has what each of them brings. With ``history`` the
+    Fisher matrix of the subspace is that of Natural GaLore as published, made of stored gradients,
+    :math:`N = \mathrm{Adam}(F^{-1} R)`, which takes ``history`` times the size of R.
     Parameters that are not projected take plain AdamW steps with the same learning rate.
 
     Args:
-      learning_rate: η, a number or a schedule. GaLore uses 0.01 with scale 0.25.
+      learning_rate: η, a number or a schedule. 0.02 is a good start at the sizes that were tried.
       rank, update_interval, side, method, transition, stagger, where, axes, basis_dtype, seed:
         see :func:`low_rank_project`.
       b1, b2, eps, mu_dtype: Adam's, as in ``optax.adamw``. Adam runs on the low-rank gradient.
       weight_decay: ω, decoupled; acts on the whole weight, unscaled by α.
       mask: which parameters decay, as in ``optax.adamw``.
-      history, damping, damping_mode, history_dtype: see :func:`woodbury_natural_gradient`.
+      history, history_dtype: None, or the history of :func:`woodbury_natural_gradient`, which then
+        stands before Adam in the place of the compact Fisher matrix.
+      damping, damping_mode: None is 0.03 and "relative", with ``history`` 0.001 and "absolute"; see
+        :func:`compact_natural_gradient` and :func:`woodbury_natural_gradient`.
       scale, residual, norm_growth_limit, residual_scale, residual_decay: see
         :func:`project_back`.
+      fisher_decay: the decay of the compact Fisher matrix.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``.
 
     Raises:
-      TypeError, ValueError: as its parts.
+      TypeError, ValueError: as its parts; for a ``history_dtype`` without a ``history``.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, natgalore_jax as ng
       >>> target = jnp.outer(jnp.arange(8.0), jnp.arange(6.0))
       >>> loss = lambda p: jnp.mean((p["w"] - target) ** 2)
-      >>> tx = ng.natural_galore_adamw(0.5, rank=2, scale=1.0, damping=1.0, damping_mode="relative")
+      >>> tx = ng.natural_galore_adamw(optax.linear_schedule(2.0, 0.0, 100), rank=2, scale=1.0)
       >>> @jax.jit
       ... def step(params, state):
       ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
@@ -166,24 +179,40 @@ def natural_galore_adamw(
       >>> bool(loss(params) < 0.05 * jnp.mean(target**2))
       True
     """
+    opener = low_rank_project(
+        rank=rank,
+        update_interval=update_interval,
+        side=side,
+        method=method,
+        transition=transition,
+        stagger=stagger,
+        where=where,
+        axes=axes,
+        basis_dtype=basis_dtype,
+        seed=seed,
+    )
+    adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)
+    inner: tuple[optax.GradientTransformation, ...]
+    if history is not None:
+        damping = 1e-3 if damping is None else damping
+        woodbury = woodbury_natural_gradient(
+            history, damping, damping_mode or "absolute", history_dtype
+        )
+        inner = (woodbury, adam)
+    elif history_dtype is not None:
+        raise ValueError(f"history_dtype needs a history, got {history=} and {history_dtype=}")
+    else:
+        compact = compact_natural_gradient(
+            adam,
+            fisher_decay,
+            0.03 if damping is None else damping,
+            damping_mode or "relative",
+            modes=opener.number_of_modes,
+        )
+        inner = (compact,)
     return chain(
-        natural_galore(
-            rank=rank,
-            update_interval=update_interval,
-            side=side,
-            method=method,
-            transition=transition,
-            stagger=stagger,
-            where=where,
-            axes=axes,
-            basis_dtype=basis_dtype,
-            seed=seed,
-            history=history,
-            damping=damping,
-            damping_mode=damping_mode,
-            history_dtype=history_dtype,
-        ),
-        optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype),
+        opener,
+        *inner,
         project_back(scale, residual, norm_growth_limit, residual_scale, residual_decay),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
@@ -211,7 +240,7 @@ def galore_adamw(
     scale: float = 0.25,
     residual: bool | str = False,
     norm_growth_limit: float | None = 1.01,
-    residual_scale: float = 1.0,
+    residual_scale: float | None = None,
     residual_decay: float = 0.9,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdamW in a low-rank subspace (GaLore), without the natural gradient.

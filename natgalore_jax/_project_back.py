@@ -40,7 +40,7 @@ def project_back(
     scale: float = 1.0,
     residual: bool | str = False,
     norm_growth_limit: float | None = 1.01,
-    residual_scale: float = 1.0,
+    residual_scale: float | None = None,
     residual_decay: float = 0.9,
 ) -> ProjectBack:
     r"""Takes low-rank updates back to the shapes of the parameters.
@@ -76,8 +76,8 @@ def project_back(
       norm_growth_limit: γ; the norm of a matrix's residual update may grow by at most this factor
         from one step to the next, which tames spikes of the loss. None: no limit. Put the learning
         rate after ``project_back``, or its warm-up is limited as well.
-      residual_scale: σ, a number or a traced scalar. For "fisher" about 0.2, the size of Adam's
-        updates; for "gain" 1.
+      residual_scale: σ, a number or a traced scalar. None: 1 for "gain", as published, and 0.2 for
+        "fisher", the root mean square of AdamW's updates.
       residual_decay: β of "fisher". Short: c follows the size of the gradient within ten steps.
 
     Returns:
@@ -105,16 +105,18 @@ def project_back(
             f"residual must be True or False or one of {', '.join(RESIDUALS)}, got {residual!r}"
         )
     if isinstance(residual, str):
-        check_choice("residual", residual, RESIDUALS)
+        check_choice("residual", residual, tuple(RESIDUALS))
     if norm_growth_limit is not None:
         check_number("norm_growth_limit", norm_growth_limit, above=1.0)
-    check_number("residual_scale", residual_scale)
+    if residual_scale is not None:
+        check_number("residual_scale", residual_scale)
     check_decay("residual_decay", residual_decay)
     tx = ProjectBack(_outside_of_chain, _outside_of_chain)
     tx.scale, tx.residual = scale, None
     if residual:
         rule = residual if isinstance(residual, str) else "gain"
-        tx.residual = Residual(rule, residual_scale, residual_decay, norm_growth_limit)
+        sigma = RESIDUALS[rule] if residual_scale is None else residual_scale
+        tx.residual = Residual(rule, sigma, residual_decay, norm_growth_limit)
     return tx
 
 

@@ -16,7 +16,8 @@ from natgalore_jax._contract import project_back
 from natgalore_jax._plan import LeafPlan
 from natgalore_jax._refresh import Factors
 
-RESIDUALS = ("gain", "fisher")
+# Rules, and σ where none is given.
+RESIDUALS = {"gain": 1.0, "fisher": 0.2}
 
 # δ: the share of a column's mean squared gradient that is added to its Fisher entry. Where a basis
 # holds all of a column, rounding errors are not blown up to the size of an update.

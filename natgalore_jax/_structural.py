@@ -23,6 +23,7 @@ _STRUCTURAL = frozenset(
         "history_dtype",
         "residual",
         "structure",
+        "modes",
         "exponent",
         "granularity",
         "error_feedback",
@@ -55,6 +56,6 @@ def structural_args(factory: Callable[..., Any]) -> tuple[str, ...]:
       >>> static = ng.structural_args(ng.natural_galore_adamw)
       >>> tx = optax.inject_hyperparams(ng.natural_galore_adamw, static_args=static)(1e-2, rank=2)
       >>> state = tx.init({"w": jnp.ones((6, 8))})
-      >>> state.hyperparams["damping"] = jnp.float32(1e-4)
+      >>> state.hyperparams["scale"] = jnp.float32(0.5)
     """
     return tuple(name for name in inspect.signature(factory).parameters if name in _STRUCTURAL)

@@ -135,6 +135,16 @@ def test_keep_and_reset():
     np.testing.assert_allclose(A_new, R @ R.T, rtol=1e-4, atol=1e-4)
 
 
+def test_tucker_has_a_factor_for_each_axis():
+    tx = ng.chain(ng.low_rank_project(rank=(2, 3, 2)), ng.compact_natural_gradient(modes=3))
+    params = {"w": jnp.asarray(gradients((4, 5, 6))[0])}
+    updates, state = tx.update(params, tx.init(params))
+    assert [f["w"].shape for f in state[1].fisher] == [(2,), (3,), (2,)]
+    assert np.all(np.isfinite(updates["w"]))
+    with pytest.raises(ValueError, match="modes=3"):
+        ng.chain(ng.low_rank_project(rank=(2, 3, 2)), ng.compact_natural_gradient()).init(params)
+
+
 def test_zeros_and_what_is_not_finite_pass_and_leave_no_trace():
     tx, grads = optimizer(), gradients()
     state = tx.init({"w": jnp.zeros((6, 9))})

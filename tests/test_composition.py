@@ -39,7 +39,13 @@ def assert_same_trajectory(tx, other, rtol=1e-5, atol=1e-6):
 
 def test_the_drop_in_is_the_chain_of_its_parts():
     drop_in = ng.natural_galore_adamw(
-        0.1, rank=RANK, update_interval=3, history=2, damping=0.1, weight_decay=0.1
+        0.1,
+        rank=RANK,
+        update_interval=3,
+        history=2,
+        damping=0.1,
+        weight_decay=0.1,
+        residual=False,
     )
     parts = ng.chain(
         project(),

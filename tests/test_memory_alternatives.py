@@ -17,7 +17,7 @@ PARAMS = {
 
 
 def natural(**kwargs):
-    return ng.natural_galore_adamw(1e-2, **({"rank": 2, "history": 3} | kwargs))
+    return ng.natural_galore_adamw(1e-2, **({"rank": 2, "history": 3, "residual": False} | kwargs))
 
 
 @pytest.mark.parametrize("history", [2, 3])  # 2 is the rank: then a Gram matrix looks like R

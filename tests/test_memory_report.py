@@ -22,7 +22,7 @@ LABELS = {k: "hidden" if v.ndim > 1 else "rest" for k, v in PARAMS.items()}
 
 
 def natural(**kwargs):
-    return ng.natural_galore_adamw(1e-2, **({"rank": 2, "history": 3} | kwargs))
+    return ng.natural_galore_adamw(1e-2, **({"rank": 2, "history": 3, "residual": False} | kwargs))
 
 
 def row(report, path):
