@@ -156,7 +156,8 @@ def table_1(m: int = 1024, n: int = 2736, rank: int = 256) -> dict[str, dict[str
 
 
 def natural_gradient_table(history: int) -> list[dict[str, Any]]:
-    """State bytes of Natural GaLore in bfloat16 by the side that is projected."""
+    """State bytes of Natural GaLore in bfloat16, with a compact Fisher matrix (the default) and with
+    a history, by the side that is projected."""
     rows = []
     for size, rank in NATURAL_RANKS.items():
         params = llama_shapes(size)
@@ -164,6 +165,7 @@ def natural_gradient_table(history: int) -> list[dict[str, Any]]:
             1e-2, rank=rank, side="short", history=history, residual=False, where=is_hidden
         )
         report = ng.memory_report(tx, params)
+        default = ng.natural_galore_adamw(1e-2, rank=rank, where=is_hidden)
         rows.append(
             {
                 "size": size,
@@ -172,6 +174,7 @@ def natural_gradient_table(history: int) -> list[dict[str, Any]]:
                 "weights": report.weight_bytes,
                 "adamw": report.adamw_state_bytes,
                 "galore": ng.memory_report(galore(rank), params).total_state_bytes,
+                "default": ng.memory_report(default, params).total_state_bytes,
                 "history_bytes": report.part_bytes["history"],
                 **{
                     side: report.alternative_state_bytes[side] for side in ("short", "long", "both")
@@ -197,7 +200,7 @@ def _print_table_5(rows: list[dict[str, Any]]) -> None:
 
 
 def _print_natural(rows: list[dict[str, Any]]) -> None:
-    columns = ("weights", "adamw", "galore", "short", "long", "both", "history_bytes")
+    columns = ("weights", "adamw", "galore", "default", "short", "long", "both", "history_bytes")
     print(f"\nOptimizer states in GB (1e9 bytes), bfloat16, history of {rows[0]['history']}")
     print(f"{'size':6}{'rank':>6}" + "".join(f"{c:>14}" for c in columns))
     for row in rows:

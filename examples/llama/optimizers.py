@@ -35,7 +35,11 @@ OPTIMIZERS: dict[str, Entry] = {
     "adamw": Entry(optax.adamw, 3e-3),
     "adafactor": Entry(_adafactor, 3e-3),
     "galore": Entry(ng.galore_adamw, 2e-2),
+    "fira": Entry(ng.galore_adamw, 1e-2, {"residual": "gain"}),
     "natural-galore": Entry(ng.natural_galore_adamw, 2e-2),
+    "apollo": Entry(ng.apollo_adamw, 1e-2),
+    "apollo-mini": Entry(ng.apollo_mini_adamw, 1e-2),
+    "ldadam": Entry(ng.ldadamw, 3e-3),
     "published-galore": Entry(ng.published_galore_adamw, 1e-2),
     "published-natural-galore": Entry(ng.published_natural_galore_adamw, 1e-2),
     "paper-natural-galore": Entry(ng.paper_natural_galore_adamw, 1e-2),
@@ -80,10 +84,14 @@ class OptimizerConfig:
     """Low-rank: what happens to stored moments when the subspace changes."""
     stagger: bool | None = None
     """Low-rank: spread the refreshes of different matrices over the interval."""
-    residual: bool | None = None
-    """Low-rank: also apply the part of the gradient outside the subspace, as Fira does."""
+    residual: Literal["none", "gain", "fisher"] | None = None
+    """Low-rank: what becomes of the gradient outside the subspace: nothing, scaled by the gain of the
+    inner optimizer (Fira), or by its own Fisher matrix."""
+    residual_scale: float | None = None
+    """Low-rank: factor on the update outside the subspace."""
     history: int | None = None
-    """Natural gradient: how many past gradients the Fisher matrix is built from."""
+    """Natural gradient: stored gradients that the Fisher matrix is built from, as published; without
+    it, natural-galore has compact Fisher matrices."""
     damping: float | None = None
     """Natural gradient: what is added to the Fisher matrix."""
     damping_mode: Literal["absolute", "relative"] | None = None
@@ -117,6 +125,8 @@ def make_optimizer(
     learning_rate = warmup_cosine(schedule, peak, steps)
 
     chosen = {k: v for k, v in asdict(config).items() if v is not None}
+    if config.residual == "none":
+        chosen["residual"] = False
     for name, value in entry.fixed.items():
         if chosen.setdefault(name, value) != value:
             raise ValueError(f"{name} is always {value}, got {chosen[name]}")
