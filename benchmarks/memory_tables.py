@@ -156,8 +156,7 @@ def table_1(m: int = 1024, n: int = 2736, rank: int = 256) -> dict[str, dict[str
 
 
 def natural_gradient_table(history: int) -> list[dict[str, Any]]:
-    """State bytes of Natural GaLore in bfloat16, with a compact Fisher matrix (the default) and with
-    a history, by the side that is projected."""
+    """State bytes of Natural GaLore in bfloat16: the default, and with a history by side."""
     rows = []
     for size, rank in NATURAL_RANKS.items():
         params = llama_shapes(size)

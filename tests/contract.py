@@ -71,6 +71,14 @@ FACTORIES: Mapping[str, Callable[[], optax.GradientTransformation]] = {
         ng.natural_galore(**_natural), optax.adamw(0.01)
     ),
     "natural_galore_adamw": lambda: ng.natural_galore_adamw(
+        optax.linear_schedule(0.0, 0.01, 3), **_project
+    ),
+    "compact_natural_gradient": lambda: ng.chain(
+        ng.low_rank_project(**_project, side="both"),
+        ng.compact_natural_gradient(optax.scale_by_lion(), structure="full"),
+        ng.project_back(residual="fisher"),
+    ),
+    "natural_galore_adamw with a history": lambda: ng.natural_galore_adamw(
         optax.linear_schedule(0.0, 0.01, 3), **_natural, damping=optax.constant_schedule(0.1)
     ),
     "galore_adamw with residual": lambda: ng.galore_adamw(0.01, **_project, residual=True),

@@ -15,10 +15,23 @@ DEVICES, STEPS = 8, 5
 SHAPES = {"up": (16, 32), "down": (32, 16), "bias": (16,)}
 
 
+SETTINGS = {"rank": 4, "update_interval": 3}
+OPTIMIZERS = {
+    "compact": lambda: ng.natural_galore_adamw(0.05, **SETTINGS),
+    "history": lambda: ng.natural_galore_adamw(
+        0.05, **SETTINGS, history=2, damping=0.1, residual=True
+    ),
+}
+CURRENT = {}
+
+
+@pytest.fixture(autouse=True, params=OPTIMIZERS)
+def kind(request, monkeypatch):
+    monkeypatch.setitem(CURRENT, "kind", request.param)
+
+
 def optimizer():
-    return ng.natural_galore_adamw(
-        0.05, rank=4, update_interval=3, history=2, damping=0.1, residual=True
-    )
+    return OPTIMIZERS[CURRENT["kind"]]()
 
 
 def loss(params, batch):
@@ -36,8 +49,8 @@ def start():
 
 
 @functools.cache
-def on_one_device():
-    tx = optimizer()
+def on_one_device(kind):
+    tx = OPTIMIZERS[kind]()
 
     @jax.jit
     def run(params, batch):
@@ -54,7 +67,7 @@ def assert_same_as_on_one_device(params):
     jax.tree.map(
         lambda a, e: np.testing.assert_allclose(np.asarray(a), e, rtol=1e-5, atol=1e-5),
         params,
-        on_one_device(),
+        on_one_device(CURRENT["kind"]),
     )
 
 

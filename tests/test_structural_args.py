@@ -12,7 +12,15 @@ import natgalore_jax as ng
 
 NUMERIC = {
     *("learning_rate", "b1", "b2", "eps", "weight_decay"),
-    *("damping", "scale", "norm_growth_limit", "residual_scale", "residual_decay", "rho"),
+    *(
+        "damping",
+        "scale",
+        "norm_growth_limit",
+        "residual_scale",
+        "residual_decay",
+        "rho",
+        "fisher_decay",
+    ),
 }
 FACTORIES = [
     ng.low_rank_project,
@@ -126,7 +134,7 @@ def test_parts_can_be_injected_under_jit():
 def test_injecting_a_structural_argument_names_the_remedy(name):
     factory = ng.natural_galore_adamw
     static = [arg for arg in ng.structural_args(factory) if arg != name]
-    tx = optax.inject_hyperparams(factory, static_args=static)(0.1, rank=2)
+    tx = optax.inject_hyperparams(factory, static_args=static)(0.1, rank=2, history=3)
     with pytest.raises(TypeError, match=r"natgalore_jax\.structural_args"):
         tx.init(PARAMS)
 

@@ -85,13 +85,13 @@ class OptimizerConfig:
     stagger: bool | None = None
     """Low-rank: spread the refreshes of different matrices over the interval."""
     residual: Literal["none", "gain", "fisher"] | None = None
-    """Low-rank: what becomes of the gradient outside the subspace: nothing, scaled by the gain of the
-    inner optimizer (Fira), or by its own Fisher matrix."""
+    """Low-rank: what becomes of the gradient outside the subspace: nothing, scaled by the gain of
+    the inner optimizer (Fira), or by its own Fisher matrix."""
     residual_scale: float | None = None
     """Low-rank: factor on the update outside the subspace."""
     history: int | None = None
-    """Natural gradient: stored gradients that the Fisher matrix is built from, as published; without
-    it, natural-galore has compact Fisher matrices."""
+    """Natural gradient: stored gradients that the Fisher matrix is built from, as published;
+    without it, natural-galore has compact Fisher matrices."""
     damping: float | None = None
     """Natural gradient: what is added to the Fisher matrix."""
     damping_mode: Literal["absolute", "relative"] | None = None
