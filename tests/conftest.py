@@ -1,6 +1,9 @@
-"""Settings that must be in the environment before jax starts."""
+"""Settings that must be in the environment before jax starts, and fixtures of the programs."""
 
 import os
+from collections.abc import Iterator
+
+import pytest
 
 # XLA's CPU thread pool is as large as the machine; on two cores, several simulated devices that
 # wait for each other inside batched linear algebra starve it and hang. NPROC enlarges the pool.
@@ -8,3 +11,26 @@ os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+
+
+@pytest.fixture(scope="session")
+def fast_compile(tmp_path_factory) -> Iterator[None]:
+    """Programs are compiled once, and quickly: these tests run many, each for a moment."""
+    import jax  # Not before the settings above.
+
+    directory = tmp_path_factory.mktemp("jax_cache")
+    settings = {
+        "jax_compilation_cache_dir": str(directory),
+        "jax_disable_most_optimizations": True,
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        # For the programs that tests start.
+        os.environ[name.upper()] = str(value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+        os.environ.pop(name.upper())

@@ -31,7 +31,6 @@ from examples.llama.loop import train
 from examples.llama.metrics import of_kind
 from examples.llama.train_config import ConfigError, RunConfig
 from examples.llama.train_step import make_model
-from tests.llama.conftest import fast_compile as fast_compile
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
