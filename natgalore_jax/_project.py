@@ -71,8 +71,8 @@ def low_rank_project(
         "std"; ``"long"``: the longer, as in ``optax.contrib.galore``, with the smallest moments;
         ``"left"`` (rows), ``"right"`` (columns), ``"both"``; ``"auto"``: currently "short", which
         learns better than "long" at the same rank. Square matrices: rows.
-      method: how a basis is found. ``"power"``: three block power steps ``P ← qr(G Gᵀ P)`` from
-        the previous basis, five at the start: many times cheaper than an SVD, and the basis moves
+      method: how a basis is found. ``"power"``: five block power steps ``P ← qr(G Gᵀ P)`` from
+        the previous basis, eight at the start: many times cheaper than an SVD, and the basis moves
         continuously. ``"svd"``, ``"eigh"`` (of G Gᵀ): exact. ``"randomized"``: randomised SVD.
         ``"gaussian"``: random, needs no gradient. ``"online"``: a small step of Oja's rule at
         every step of training.
