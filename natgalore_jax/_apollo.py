@@ -13,6 +13,7 @@ from natgalore_jax._check_tree import check_moments, flatten_like
 from natgalore_jax._contract import project
 from natgalore_jax._plan import LeafPlan, PlanSettings, plan_tree, require_projection
 from natgalore_jax._project import start_factors
+from natgalore_jax._residual import gain, growth_shrink, on_axes_of_gradient, phi_axes
 from natgalore_jax._scope import open_subspace
 from natgalore_jax._subspace import low_rank_leaf
 from natgalore_jax._validate import check_choice, check_integer, check_number
@@ -180,14 +181,9 @@ def scaling(plan: LeafPlan, R: jax.Array, N: jax.Array, granularity: str) -> jax
     Returns:
       float32, of as many axes as the parameter, to be multiplied with it.
     """
-    (mode,), nb = plan.projected_modes, len(plan.batch)
-    kept = plan.modes[1 - mode] if granularity == "channel" else ()
-    summed: Sequence[int] = [nb + plan.low_rank_axes[mode]] if kept else range(nb, R.ndim)
-    energy_N, energy_R = (jnp.sum(jnp.square(x.astype(jnp.float32)), tuple(summed)) for x in (N, R))
-    s = jnp.sqrt(jnp.where(energy_R > 0, energy_N / jnp.where(energy_R > 0, energy_R, 1.0), 0.0))
-    owners = [*plan.batch, *kept]  # the axes of the parameter that s has, in the order of s
-    others = [a for a in range(len(plan.shape)) if a not in owners]
-    return jnp.expand_dims(s.transpose(np.argsort(owners)), others)
+    axes = phi_axes(plan, by_channel=granularity == "channel")
+    energy_N, energy_R = (jnp.sum(jnp.square(x.astype(jnp.float32)), axes.low) for x in (N, R))
+    return on_axes_of_gradient(axes, gain(energy_N, energy_R))
 
 
 def limit_growth(
@@ -206,6 +202,5 @@ def limit_growth(
     """
     others = [a for a in range(U.ndim) if a not in batch]
     norm = jnp.sqrt(jnp.sum(jnp.square(U), tuple(others)))
-    allowed = jnp.where(last_norm > 0, limit * last_norm, jnp.inf)
-    shrink = jnp.where(norm > allowed, allowed / jnp.where(norm > 0, norm, 1.0), 1.0)
+    shrink = growth_shrink(norm, last_norm, limit)
     return U * jnp.expand_dims(shrink, others), norm * shrink

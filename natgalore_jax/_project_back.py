@@ -166,12 +166,13 @@ def update_back(
       R: the low-rank gradient that went in.
       G: the full gradient.
     """
-    if settings.residual is None or not isinstance(state, ProjectBackState):
+    if settings.residual is None:
         updates = [
             back(plan, settings.scale * n, factor).astype(n.dtype) if plan else n
             for plan, factor, n in zip(plans, factors, N, strict=True)
         ]
         return updates, state
+    assert isinstance(state, ProjectBackState), "with a residual, init_back makes no other state"
     direction = _direction(state.direction, plans, N, R)
     norms = treedef.flatten_up_to(state.residual_norm)
     fishers = treedef.flatten_up_to(state.residual_fisher)

@@ -84,7 +84,7 @@ def with_residual(
     N, R, G = (x.astype(jnp.float32) for x in (N, R, G))
     energy = energies(axes, N, R, G)
     if settings.rule == "gain":
-        phi = gain(energy)
+        phi = gain(energy.N, energy.R)
     else:
         size = math.prod(plan.shape[a] for a in axes.full)
         fisher = average(fisher, energy.E / size, settings.decay)
@@ -95,9 +95,8 @@ def with_residual(
     phi = phi * direction
 
     phi_low = jnp.expand_dims(phi, axes.low)
-    in_place = phi.transpose([axes.owners.index(a) for a in sorted(axes.owners)])
-    phi_full = jnp.expand_dims(in_place, axes.full)
-    U = project_back(plan, jnp.multiply(scale, N) - phi_low * R, factors) + phi_full * G
+    U = project_back(plan, jnp.multiply(scale, N) - phi_low * R, factors)
+    U = U + on_axes_of_gradient(axes, phi) * G
     return U.astype(dtype), last_norm, fisher
 
 
@@ -106,9 +105,10 @@ def empty_fisher(plan: LeafPlan, low_rank: Any) -> jax.Array:
     return jnp.sum(optax.tree.zeros_like(low_rank, dtype=jnp.float32), phi_axes(plan).low)
 
 
-def phi_axes(plan: LeafPlan) -> PhiAxes:
+def phi_axes(plan: LeafPlan, *, by_channel: bool = True) -> PhiAxes:
+    """Of a φ with one number per channel where the plan allows it, else one per matrix."""
     nb = len(plan.batch)
-    if len(plan.modes) == 2 and len(plan.projected_modes) == 1:
+    if by_channel and len(plan.modes) == 2 and len(plan.projected_modes) == 1:
         (mode,) = plan.projected_modes
         kept = plan.modes[1 - mode]
         low: tuple[int, ...] = (nb + plan.low_rank_axes[mode],)
@@ -125,10 +125,16 @@ def energies(axes: PhiAxes, N: jax.Array, R: jax.Array, G: jax.Array) -> Energie
     return Energies(of_N, of_R, jnp.sum(jnp.square(G), axes.full).transpose(in_order))
 
 
-def gain(energy: Energies) -> jax.Array:
+def on_axes_of_gradient(axes: PhiAxes, phi: jax.Array) -> jax.Array:
+    """φ with as many axes as G, to be multiplied with it."""
+    in_place = phi.transpose([axes.owners.index(a) for a in sorted(axes.owners)])
+    return jnp.expand_dims(in_place, axes.full)
+
+
+def gain(energy_N: jax.Array, energy_R: jax.Array) -> jax.Array:
     """``‖N_:j‖ / ‖R_:j‖``, what the inner optimizer made of the projected part, or 0."""
-    seen = energy.R > 0
-    return jnp.sqrt(jnp.where(seen, energy.N / jnp.where(seen, energy.R, 1.0), 0.0))
+    seen = energy_R > 0
+    return jnp.sqrt(jnp.where(seen, energy_N / jnp.where(seen, energy_R, 1.0), 0.0))
 
 
 def average(c: jax.Array, new: jax.Array, decay: jax.typing.ArrayLike) -> jax.Array:
@@ -148,7 +154,11 @@ def limited(
     """φ such that the residual update's norm is at most ``limit`` times the last one; the norm."""
     squared = jnp.square(phi) * energy.E
     norm = jnp.sqrt(jnp.sum(squared, tuple(range(axes.batch_ndim, squared.ndim))))
-    # The first one is free.
-    allowed = jnp.where(last_norm > 0, limit * last_norm, jnp.inf)
-    shrink = jnp.where(norm > allowed, allowed / jnp.where(norm > 0, norm, 1.0), 1.0)
+    shrink = growth_shrink(norm, last_norm, limit)
     return phi * jnp.expand_dims(shrink, tuple(range(axes.batch_ndim, phi.ndim))), norm * shrink
+
+
+def growth_shrink(norm: jax.Array, last_norm: jax.Array, limit: jax.typing.ArrayLike) -> jax.Array:
+    """``min(1, γ ‖U'‖ / ‖U‖)`` for an update U that follows U'; 1 after a zero."""
+    allowed = jnp.where(last_norm > 0, limit * last_norm, jnp.inf)
+    return jnp.where(norm > allowed, allowed / jnp.where(norm > 0, norm, 1.0), 1.0)
