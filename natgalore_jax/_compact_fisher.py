@@ -100,3 +100,15 @@ def with_norm_of(target: jax.Array, N: jax.Array, batch_ndim: int) -> jax.Array:
     axes = tuple(range(batch_ndim, N.ndim))
     size, wanted = (jnp.sqrt(jnp.sum(jnp.square(x), axes, keepdims=True)) for x in (N, target))
     return N * (wanted / jnp.where(size > 0, size, 1.0))
+
+
+# The smallest share of entries that :func:`agreeing` makes up for: a matrix whose momentum points
+# against the gradient nearly everywhere takes a small step, not one blown up in a few entries.
+SMALLEST_SHARE = 0.05
+
+
+def agreeing(N: jax.Array, R: jax.Array, batch_ndim: int) -> jax.Array:
+    """The entries of N with the sign of the gradient R, over the share of them in each matrix."""
+    agrees = (N * R > 0).astype(N.dtype)
+    share = jnp.mean(agrees, tuple(range(batch_ndim, N.ndim)), keepdims=True)
+    return N * agrees / jnp.maximum(share, SMALLEST_SHARE)

@@ -8,9 +8,22 @@ import jax.numpy as jnp
 import optax
 
 from natgalore_jax._check_tree import flatten_like
-from natgalore_jax._compact_fisher import averaged, gram, inverse_power, multiply, with_norm_of
+from natgalore_jax._compact_fisher import (
+    agreeing,
+    averaged,
+    gram,
+    inverse_power,
+    multiply,
+    with_norm_of,
+)
 from natgalore_jax._scope import current_subspace
-from natgalore_jax._validate import check_choice, check_decay, check_integer, check_number
+from natgalore_jax._validate import (
+    check_boolean,
+    check_choice,
+    check_decay,
+    check_integer,
+    check_number,
+)
 from natgalore_jax._where import KeyPath
 from natgalore_jax._woodbury import DAMPING_MODES
 
@@ -35,6 +48,7 @@ def compact_natural_gradient(
     exponent: float = -0.5,
     structure: str = "diagonal",
     modes: int = 2,
+    cautious: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Preconditions what an inner optimizer makes of the low-rank gradient, in r or r² numbers.
 
@@ -57,6 +71,10 @@ def compact_natural_gradient(
     optimizer. If columns are projected the factor acts from the right; if both sides are, there is
     one factor for each, with p / 2 each, as in Shampoo; and so on for Tucker.
 
+    With ``cautious`` only those entries of :math:`\tilde N` are kept that have the sign of the same
+    entry of R, and divided by the share of them in the matrix (by 0.05 at least): momentum does
+    not act where the newest gradient contradicts it, and the mean step stays.
+
     It belongs in a subspace (:func:`natgalore_jax.chain`). Parameters that are not
     projected are left to the inner optimizer.
 
@@ -71,6 +89,8 @@ def compact_natural_gradient(
       structure: ``"diagonal"``, r numbers and no factorisation, or ``"full"``, r² numbers and an
         eigendecomposition of every factor at every step.
       modes: the modes of what is projected: 2 for matrices, the length of the rank for Tucker.
+      cautious: drop what points against the gradient. ``inner`` must give updates along the
+        gradient, as ``optax.scale_by_adam`` does, and not yet multiplied by minus a learning rate.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with a :class:`CompactFisherState`. Updates keep
@@ -82,7 +102,8 @@ def compact_natural_gradient(
 
     References:
       Natural GaLore (2024) for the natural gradient in the subspace; Gupta et al., Shampoo (2018),
-      for the factors; Anil et al. (2021) for keeping the norm ("grafting").
+      for the factors; Anil et al. (2021) for keeping the norm ("grafting"); Liang et al., Cautious
+      Optimizers (2024).
 
     Example:
       >>> import jax.numpy as jnp, optax, natgalore_jax as ng
@@ -101,6 +122,7 @@ def compact_natural_gradient(
         check_number("damping", damping, above=0.0)
     check_choice("structure", structure, STRUCTURES)
     check_integer("modes", modes, minimum=2)
+    check_boolean("cautious", cautious)
     check_number("exponent", exponent)
     if not -1.0 <= exponent < 0.0:
         raise ValueError(f"exponent must be at least -1 and less than 0, got {exponent}")
@@ -132,7 +154,10 @@ def compact_natural_gradient(
                 A = own[mode] = averaged(A, now, decay, nb)
                 W = inverse_power(A, current, exponent / len(own), nb, relative=relative)
                 new = multiply(W, new, axes[mode], nb)
-            out.append(with_norm_of(N, new, nb).astype(n.dtype) if own else n)
+            if own:
+                new = with_norm_of(N, new, nb)
+                new = agreeing(new, r.astype(jnp.float32), nb) if cautious else new
+            out.append(new.astype(n.dtype) if own else n)
             factors.append(own)
         new_state = CompactFisherState(
             optax.safe_increment(state.count), _trees(treedef, factors, modes), inner_state

@@ -126,6 +126,8 @@ def natural_galore_adamw(
     residual_scale: float | None = None,
     residual_decay: float = 0.9,
     fisher_decay: float = 0.97,
+    cautious: bool | None = None,
+    nesterov: bool | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdamW with natural gradients in a low-rank subspace and outside it: for ``optax.adamw``.
 
@@ -137,7 +139,8 @@ def natural_galore_adamw(
     :math:`F_R` is the diagonal Fisher matrix of the directions of the subspace
     (:func:`compact_natural_gradient`), :math:`F_E` that of the columns of what the subspace misses
     (:func:`project_back`, "fisher"). Together they take r + n numbers for a matrix, so that the
-    state is that of GaLore. docs/experiments.md has what each of them brings. With ``history`` the
+    state is that of GaLore. Adam has Nesterov's momentum, and entries of N against the newest
+    gradient are dropped. docs/experiments.md has what each of them brings. With ``history`` the
     Fisher matrix of the subspace is that of Natural GaLore as published, made of stored gradients,
     :math:`N = \mathrm{Adam}(F^{-1} R)`, which takes ``history`` times the size of R.
     Parameters that are not projected take plain AdamW steps with the same learning rate.
@@ -147,6 +150,7 @@ def natural_galore_adamw(
       rank, update_interval, side, method, transition, stagger, where, axes, basis_dtype, seed:
         see :func:`low_rank_project`.
       b1, b2, eps, mu_dtype: Adam's, as in ``optax.adamw``. Adam runs on the low-rank gradient.
+      nesterov: Adam's as well. None: with a compact Fisher matrix, not with ``history``.
       weight_decay: ω, decoupled; acts on the whole weight, unscaled by α.
       mask: which parameters decay, as in ``optax.adamw``.
       history, history_dtype: None, or the history of :func:`woodbury_natural_gradient`, which then
@@ -155,13 +159,14 @@ def natural_galore_adamw(
         :func:`compact_natural_gradient` and :func:`woodbury_natural_gradient`.
       scale, residual, norm_growth_limit, residual_scale, residual_decay: see
         :func:`project_back`.
-      fisher_decay: the decay of the compact Fisher matrix.
+      fisher_decay, cautious: of :func:`compact_natural_gradient`; ``cautious=None`` is True there.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``.
 
     Raises:
-      TypeError, ValueError: as its parts; for a ``history_dtype`` without a ``history``.
+      TypeError, ValueError: as its parts; for a ``history_dtype`` without a ``history``
+        and ``cautious`` with one.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, natgalore_jax as ng
@@ -191,9 +196,16 @@ def natural_galore_adamw(
         basis_dtype=basis_dtype,
         seed=seed,
     )
-    adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)
+    compact = history is None
+    adam = optax.scale_by_adam(
+        b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype, nesterov=compact if nesterov is None else nesterov
+    )
     inner: tuple[optax.GradientTransformation, ...]
-    if history is not None:
+    if not compact:
+        if cautious:
+            raise ValueError(
+                f"cautious belongs to the compact Fisher matrix, got {history=} and {cautious=}"
+            )
         damping = 1e-3 if damping is None else damping
         woodbury = woodbury_natural_gradient(
             history, damping, damping_mode or "absolute", history_dtype
@@ -202,14 +214,15 @@ def natural_galore_adamw(
     elif history_dtype is not None:
         raise ValueError(f"history_dtype needs a history, got {history=} and {history_dtype=}")
     else:
-        compact = compact_natural_gradient(
+        natural = compact_natural_gradient(
             adam,
             fisher_decay,
             0.03 if damping is None else damping,
             damping_mode or "relative",
             modes=opener.number_of_modes,
+            cautious=True if cautious is None else cautious,
         )
-        inner = (compact,)
+        inner = (natural,)
     return chain(
         opener,
         *inner,

@@ -27,6 +27,8 @@ _STRUCTURAL = frozenset(
         "exponent",
         "granularity",
         "error_feedback",
+        "cautious",
+        "nesterov",
         "mu_dtype",
         "mask",
     }

@@ -21,7 +21,7 @@ def matrix_power(A, exponent):
     return U * w**exponent @ U.T
 
 
-def oracle(grads, side, damping, relative, exponent, decay, structure):
+def oracle(grads, side, damping, relative, exponent, decay, structure, cautious=False):
     """U = αP Ñ with one basis for all steps."""
     adam, factors, updates = Adam(eps=EPS), {}, []
     P, Q = svd_bases(grads[0].astype(np.float64), RANK, side)
@@ -39,6 +39,9 @@ def oracle(grads, side, damping, relative, exponent, decay, structure):
             W = matrix_power(A + shift * np.eye(len(A)), exponent / len(sides))
             new = W @ new if s == 0 else new @ W
         new = new * np.linalg.norm(N) / np.linalg.norm(new)
+        if cautious:
+            agrees = np.sign(new) == np.sign(R)
+            new = np.where(agrees, new, 0.0) / max(np.mean(agrees), 0.05)
         updates.append(SCALE * P @ new @ Q.T)
     return np.stack(updates)
 
@@ -76,6 +79,30 @@ def test_against_numpy(side, exponent, mode, damping, structure):
     tx = optimizer(side, damping=damping, damping_mode=mode, **more)
     np.testing.assert_allclose(run(tx, grads), expected, rtol=1e-3, atol=1e-4)
     assert not np.allclose(expected, oracle(grads, side, 1e6, False, **more), rtol=0.05)
+
+
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_cautious_against_numpy(side):
+    grads = gradients(steps=12)
+    more = {"exponent": -0.5, "decay": 0.8, "structure": "diagonal"}
+    expected = oracle(grads, side, 0.1, True, **more, cautious=True)
+    tx = optimizer(side, damping=0.1, cautious=True, **more)
+    np.testing.assert_allclose(run(tx, grads), expected, rtol=1e-3, atol=1e-4)
+    assert not np.allclose(expected, oracle(grads, side, 0.1, True, **more), rtol=0.05)
+
+
+def test_cautious_steps_stay_small_where_nearly_all_entries_disagree():
+    tx, g = optimizer(cautious=True), gradients()[0]
+    state = tx.init({"w": g})
+    for _ in range(20):
+        before, state = tx.update({"w": g}, state)
+    R = np.asarray(state[0].basis[0]["w"]).T @ g
+    largest = np.unravel_index(np.argmax(np.abs(R)), R.shape)
+    opposed = -1e-3 * R
+    opposed[largest] *= -1
+    now, _ = tx.update({"w": np.asarray(state[0].basis[0]["w"]) @ opposed}, state)
+    norms = [np.linalg.norm(u["w"]) for u in (now, before)]
+    assert 0 < norms[0] < norms[1] / 0.05 / np.sqrt(R.size)
 
 
 def test_the_scale_of_the_loss_does_not_matter_to_relative_damping():
@@ -177,9 +204,10 @@ def test_outside_of_a_subspace_is_an_error():
         ({"damping": 0.0}, "damping must be greater than 0, got 0.0"),
         ({"damping_mode": "other"}, "damping_mode must be one of"),
         ({"structure": "other"}, "structure must be one of diagonal, full"),
+        ({"cautious": 1}, "cautious must be True or False, got 1"),
         ({"exponent": 0.5}, "exponent must be at least -1 and less than 0, got 0.5"),
     ],
 )
 def test_arguments(arguments, error):
-    with pytest.raises(ValueError, match=error):
+    with pytest.raises((TypeError, ValueError), match=error):
         ng.compact_natural_gradient(**arguments)

@@ -50,11 +50,11 @@ PRESETS = {
     "9m": Preset(
         MODEL_PRESETS["9m"],
         steps=300,
-        rows=16,
+        rows=8,
         seq_len=256,
         rank=64,
         update_interval=100,
-        validation_tokens=4 * 4096,
+        validation_tokens=8 * 2048,
     ),
     # The protocol of the GaLore papers, for an accelerator; the papers go on to 10,000 steps.
     "60m": Preset(
