@@ -1,0 +1,50 @@
+"""The real data of the packages, where they are installed."""
+
+import importlib.metadata
+
+import pytest
+
+from examples.function_calling.data import apply_splits, load_bfcl, load_nestful
+from examples.function_calling.data.make_splits import make_splits
+from examples.function_calling.data.packages import VERSIONS
+from examples.function_calling.data.splits import read_splits
+from examples.function_calling.metrics import Scores, score
+from examples.function_calling.parse import parse_plan
+from examples.function_calling.write import write_plan
+
+
+def _needs(package):
+    try:
+        installed = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        installed = "none"
+    return pytest.mark.skipif(
+        installed != VERSIONS[package],
+        reason=f"{package}=={VERSIONS[package]} is needed, {installed} is installed: "
+        "see $(VENV)/.functions in the Makefile",
+    )
+
+
+def _check(records):
+    for record in records:
+        assert parse_plan(write_plan(record.plan)) == record.plan
+    for record in records[::20]:
+        assert score(record, record.plan) == Scores(1.0, 1.0, 1.0, 1.0, 1.0)
+
+
+@_needs("nestful-wrapper")
+def test_nestful_is_read_whole_and_split_as_committed():
+    records = load_nestful()
+    assert len(records) == 1300
+    assert max(len(record.plan.calls) for record in records) == 12
+    _check(records)
+    assert make_splits(records) == read_splits()
+    assert [len(part) for part in apply_splits(records, read_splits())] == [1044, 128, 128]
+
+
+@_needs("bfcl-eval")
+def test_bfcl_is_read_whole():
+    records = load_bfcl()
+    assert len(records) == 2351
+    assert len({record.id for record in records}) == 2351
+    _check(records)
