@@ -1,0 +1,188 @@
+"""Moments in eight bits: floats of four mantissa bits whose range follows the block they are in.
+
+A block is up to ``block_size`` numbers along one axis that share a bound B on their absolute
+values. With c = 2^{E-K} and 2^E the first power of two that leaves room above B, a number x ≥ 0 is
+stored as the float x + c, cut to four bits of mantissa: K octaves from c to 2^E, sixteen steps in
+each. Near zero the steps are c/16 wide, and further out 3 to 6 percent of x; there is no search
+and no logarithm, only an addition and a shift. Because c is a power of two the grid does not move
+when B does, unless B crosses an octave: what is stored twice is stored exactly the second time.
+
+First moments have a sign and K = 8, second moments none and K = 16. Rounding is dithered
+(:mod:`natgalore_jax._dither`): with b2 = 0.999 a second moment changes by a thirtieth of a step,
+which rounding to nearest would never let it do.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from natgalore_jax._contract import has_explicit_sharding
+
+_MANTISSA = 4
+_SHIFT = 23 - _MANTISSA  # bits of a float32 that are cut off
+_SIGN = 0x80
+_EXPONENT_OF_C = _MANTISSA + 2  # the smallest, so that no step and no floor is subnormal
+_INFINITY, _NAN = np.uint32(0x7F800000), np.uint32(0x7FC00000)
+
+# A shorter axis is not divided into blocks if another can be: a bound takes four bytes.
+_SHORTEST_AXIS = 64
+
+
+class Blocks(NamedTuple):
+    """How an array is divided: blocks of ``size`` along ``axis``, the last one may be shorter."""
+
+    axis: int
+    size: int
+    count: int
+
+
+def blocks_of(shape: Sequence[int], block_size: int, batch: int = 0) -> Blocks:
+    """The blocks of an array.
+
+    They run along the shorter of the last two axes: in gradients of networks and in their
+    low-rank coordinates, rows or columns of the longer side differ most in size.
+
+    Args:
+      shape: of the array.
+      block_size: the most numbers in a block.
+      batch: the number of axes at the front along which no block may run.
+    """
+    ndim = len(shape)
+    last = [a for a in (ndim - 2, ndim - 1) if a >= batch and shape[a] >= _SHORTEST_AXIS]
+    axis = min(last or range(batch, ndim), key=lambda a: shape[a] if last else -shape[a])
+    n = shape[axis]
+    even = [d for d in range(min(n, block_size), block_size // 2, -1) if n % d == 0]
+    size = even[0] if even else math.ceil(n / math.ceil(n / block_size))
+    return Blocks(axis, size, math.ceil(n / size))
+
+
+def blocks_between(shape: Sequence[int], bounds: Sequence[int]) -> Blocks:
+    """The blocks of an array, from its shape and that of its bounds."""
+    axis = next((a for a, (n, k) in enumerate(zip(shape, bounds, strict=True)) if n != k), 0)
+    return Blocks(axis, math.ceil(shape[axis] / bounds[axis]), bounds[axis])
+
+
+def block_max(x: jax.Array, blocks: Blocks) -> jax.Array:
+    """The largest absolute value of each block: the shape of x, but ``count`` along the axis."""
+    # XLA's maximum on CPUs passes over what is not a number.
+    return _by_block(jnp.max, jnp.where(jnp.isnan(x), jnp.inf, x), blocks)
+
+
+def block_sum(x: jax.Array, blocks: Blocks) -> jax.Array:
+    """The sum of the absolute values of each block, a bound that the compiler knows of constants.
+
+    The largest of a million zeros it looks for at compile time, one by one.
+    """
+    return _by_block(jnp.sum, x, blocks)
+
+
+def _by_block(reduction, x: jax.Array, blocks: Blocks) -> jax.Array:
+    axis, size, count = blocks
+    n = x.shape[axis]
+
+    def reduced(x):
+        x = jnp.abs(x)
+        if n < size * count:
+            x = jnp.pad(x, [(0, size * count - n) if a == axis else (0, 0) for a in range(x.ndim)])
+        x = x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :])
+        return reduction(x, axis + 1)
+
+    return _with_auto_axes(reduced, x, axis, (*x.shape[:axis], count, *x.shape[axis + 1 :]))
+
+
+def spread(bounds: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """What :func:`block_max` returns, repeated for each element of the blocks."""
+    axis, size, count = blocks_between(shape, bounds.shape)
+
+    def repeat(x):
+        if count == 1:
+            return jnp.broadcast_to(x, shape)
+        x = jnp.expand_dims(x, axis + 1)
+        x = jnp.broadcast_to(x, (*x.shape[: axis + 1], size, *x.shape[axis + 2 :]))
+        x = x.reshape(*x.shape[:axis], size * count, *x.shape[axis + 2 :])
+        return jax.lax.slice_in_dim(x, 0, shape[axis], axis=axis)
+
+    return _with_auto_axes(repeat, bounds, axis, shape)
+
+
+def encode(
+    x: jax.Array, bounds: jax.Array, dither: jax.Array | None = None, *, is_second: bool
+) -> jax.Array:
+    """Numbers as codes.
+
+    Args:
+      x: float32; not negative for second moments.
+      bounds: float32, at least the absolute values in each block. What is above the octave of its
+        bound takes the largest code.
+      dither: shape of x, uint32, evenly distributed: a number between two codes takes each with
+        the probability that makes the mean exact. None: the nearest code.
+      is_second: which format.
+
+    Returns:
+      Shape of x, uint8.
+    """
+    c_bits = spread(_bits_of_c(bounds, is_second), x.shape)
+    magnitude = x if is_second else jnp.abs(x)
+    shifted = _bits(magnitude + _float(c_bits)) - c_bits
+    shifted += jnp.uint32(1 << (_SHIFT - 1)) if dither is None else dither >> (32 - _SHIFT)
+    code = jnp.minimum(shifted >> _SHIFT, jnp.uint32(0xFF if is_second else 0x7F))
+    if not is_second:
+        code |= (_bits(x) >> 24) & jnp.uint32(_SIGN)
+    return code.astype(jnp.uint8)
+
+
+def decode(codes: jax.Array, bounds: jax.Array, *, is_second: bool) -> jax.Array:
+    """The numbers that codes stand for, float32.
+
+    A second moment of code 0 is half a step and not zero, so that nobody divides by zero where the
+    first moment of the same element is not.
+    """
+    c_bits = spread(_bits_of_c(bounds, is_second), codes.shape)
+    c, code = _float(c_bits), codes.astype(jnp.uint32)
+    if is_second:
+        x = _float((code << _SHIFT) + c_bits) - c
+        return jnp.maximum(x, c * jnp.float32(2.0 ** -(_MANTISSA + 1)))
+    x = _float(((code & jnp.uint32(_SIGN - 1)) << _SHIFT) + c_bits) - c
+    return _float(_bits(x) | ((code & jnp.uint32(_SIGN)) << 24))
+
+
+def _bits_of_c(bounds: jax.Array, is_second: bool) -> jax.Array:
+    """c as the bits of a float32; not a number where the bound is none, and so is all it holds."""
+    octaves = jnp.uint32(16 if is_second else 8)
+    bits = _bits(bounds)
+    # Two steps of room: x + c and what a dither adds stay below the next power of two.
+    top = ((bits + jnp.uint32(2 << _SHIFT)) >> 23) + 1
+    c_bits = (jnp.maximum(top, octaves + _EXPONENT_OF_C) - octaves) << 23
+    return jnp.where(bits < _INFINITY, c_bits, _NAN)
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(x, jnp.uint32)
+
+
+def _float(bits: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _with_auto_axes(function, x: jax.Array, axis: int, shape: tuple[int, ...]) -> jax.Array:
+    """``function(x)``, of the given shape, where ``axis`` of x or of the result may be sharded.
+
+    On explicit meshes JAX has no rule to divide a sharded axis into blocks larger than a shard.
+    The compiler has: it exchanges one number a block.
+    """
+    if not has_explicit_sharding(x):
+        return function(x)
+    sharding = jax.typeof(x).sharding
+    spec = list(sharding.spec) + [None] * (len(shape) - len(sharding.spec))
+    names = spec[axis] if isinstance(spec[axis], tuple) else (spec[axis],)
+    devices = math.prod(sharding.mesh.shape[name] for name in names if name is not None)
+    if shape[axis] % devices:
+        spec[axis] = None
+    out = NamedSharding(sharding.mesh, PartitionSpec(*spec))
+    in_auto_axes: Any = jax.sharding.auto_axes(function, out_sharding=out)
+    return in_auto_axes(x)
