@@ -164,7 +164,10 @@ def natural_gradient_table(history: int) -> list[dict[str, Any]]:
             1e-2, rank=rank, side="short", history=history, residual=False, where=is_hidden
         )
         report = ng.memory_report(tx, params)
-        default = ng.natural_galore_adamw(1e-2, rank=rank, where=is_hidden)
+        default, eight_bits = (
+            ng.natural_galore_adamw(1e-2, rank=rank, where=is_hidden, moment_bits=bits)
+            for bits in (None, 8)
+        )
         rows.append(
             {
                 "size": size,
@@ -174,6 +177,7 @@ def natural_gradient_table(history: int) -> list[dict[str, Any]]:
                 "adamw": report.adamw_state_bytes,
                 "galore": ng.memory_report(galore(rank), params).total_state_bytes,
                 "default": ng.memory_report(default, params).total_state_bytes,
+                "8 bits": ng.memory_report(eight_bits, params).total_state_bytes,
                 "history_bytes": report.part_bytes["history"],
                 **{
                     side: report.alternative_state_bytes[side] for side in ("short", "long", "both")
@@ -199,7 +203,7 @@ def _print_table_5(rows: list[dict[str, Any]]) -> None:
 
 
 def _print_natural(rows: list[dict[str, Any]]) -> None:
-    columns = ("weights", "adamw", "galore", "default", "short", "long", "both", "history_bytes")
+    columns = ("weights", "adamw", "galore", "default", "8 bits", "short", "long", "both")
     print(f"\nOptimizer states in GB (1e9 bytes), bfloat16, history of {rows[0]['history']}")
     print(f"{'size':6}{'rank':>6}" + "".join(f"{c:>14}" for c in columns))
     for row in rows:

@@ -2,6 +2,8 @@
 
 import importlib.metadata
 
+from natgalore_jax._accumulate import AccumulatedState as AccumulatedState
+from natgalore_jax._adam_8bit import scale_by_adam_8bit as scale_by_adam_8bit
 from natgalore_jax._apollo import (
     ScaleByApolloState as ScaleByApolloState,
     scale_by_apollo as scale_by_apollo,
@@ -22,6 +24,10 @@ from natgalore_jax._ldadam import (
     ldadamw as ldadamw,
     scale_by_ldadam as scale_by_ldadam,
 )
+from natgalore_jax._low_rank_steps import (
+    LowRankSteps as LowRankSteps,
+    low_rank_steps as low_rank_steps,
+)
 from natgalore_jax._memory_report import (
     MemoryReport as MemoryReport,
     memory_report as memory_report,
@@ -30,6 +36,12 @@ from natgalore_jax._natural_galore import (
     galore_adamw as galore_adamw,
     natural_galore as natural_galore,
     natural_galore_adamw as natural_galore_adamw,
+)
+from natgalore_jax._per_layer import (
+    PerLayer as PerLayer,
+    PerLayerMetrics as PerLayerMetrics,
+    PerLayerState as PerLayerState,
+    per_layer as per_layer,
 )
 from natgalore_jax._project import (
     LowRankProjectState as LowRankProjectState,
@@ -43,6 +55,14 @@ from natgalore_jax._published import (
     paper_natural_galore_adamw as paper_natural_galore_adamw,
     published_galore_adamw as published_galore_adamw,
     published_natural_galore_adamw as published_natural_galore_adamw,
+)
+from natgalore_jax._quantize_state import (
+    QuantizedState as QuantizedState,
+    quantize_state as quantize_state,
+)
+from natgalore_jax._stochastic_round import (
+    apply_updates_stochastic as apply_updates_stochastic,
+    stochastic_round as stochastic_round,
 )
 from natgalore_jax._structural import structural_args as structural_args
 from natgalore_jax._where import hidden_matrices as hidden_matrices

@@ -14,7 +14,7 @@ from natgalore_jax._contract import project
 from natgalore_jax._plan import LeafPlan, PlanSettings, plan_tree, require_projection
 from natgalore_jax._project import start_factors
 from natgalore_jax._residual import gain, growth_shrink, on_axes_of_gradient, phi_axes
-from natgalore_jax._scope import open_subspace
+from natgalore_jax._scope import matrices_of, open_subspace
 from natgalore_jax._subspace import low_rank_leaf
 from natgalore_jax._validate import check_choice, check_integer, check_number
 from natgalore_jax._where import Where, hidden_matrices
@@ -166,8 +166,14 @@ def random_projection(
     """
     (mode,) = plan.projected_modes
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), window), leaf)
-    P = jax.random.normal(key, plan.factor_shape(mode), jnp.float32)
-    return (P / np.sqrt(plan.rank_of(mode))).astype(dtype)
+    shape = (*plan.mode_shape(mode), plan.rank_of(mode))
+    if not plan.batch:
+        P = jax.random.normal(key, shape)
+    else:
+        _, first = matrices_of(plan)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(plan.layers))
+        P = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+    return (P.reshape(plan.factor_shape(mode)) / np.sqrt(plan.rank_of(mode))).astype(dtype)
 
 
 def scaling(plan: LeafPlan, R: jax.Array, N: jax.Array, granularity: str) -> jax.Array:

@@ -1,5 +1,6 @@
 """``optax.chain`` that knows about subspaces."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,7 +12,13 @@ from natgalore_jax._project_back import ProjectBack, project_back
 from natgalore_jax._subspace import Subspace
 
 
-class Composite(optax.GradientTransformationExtraArgs):
+class Chain(optax.GradientTransformationExtraArgs):
+    """What :func:`chain` returns."""
+
+    members: tuple[Any, ...]  # transformations and subspaces, in order
+
+
+class Composite(Chain):
     """A complete transformation that :func:`chain` takes apart, to run what follows inside."""
 
     parts: tuple[Any, ...]  # a LowRankProject and what belongs inside of its subspace
@@ -19,7 +26,7 @@ class Composite(optax.GradientTransformationExtraArgs):
     closer_is_default: bool
 
 
-def chain(*transforms: Any) -> optax.GradientTransformationExtraArgs:
+def chain(*transforms: Any) -> Chain:
     r"""``optax.chain`` in which low-rank projection works.
 
     From a :func:`low_rank_project` (or :func:`natural_galore`) to the matching
@@ -52,7 +59,7 @@ def chain(*transforms: Any) -> optax.GradientTransformationExtraArgs:
       >>> optax.tree.get(state, "mu")["w"].shape
       (2, 8)
     """
-    members = _members(transforms)
+    members = tuple(_members(transforms))
 
     def init_fn(params):
         states: list[Any] = []
@@ -64,25 +71,43 @@ def chain(*transforms: Any) -> optax.GradientTransformationExtraArgs:
         return tuple(states)
 
     def update_fn(updates, state, params=None, **extra_args):
-        expected = sum(m.number_of_states if isinstance(m, Subspace) else 1 for m in members)
-        if len(state) != expected:
-            raise ValueError(
-                f"this chain has {expected} states but received {len(state)}; "
-                "the state must come from the init of the same chain"
-            )
-        new_states: list[Any] = []
-        for member in members:
-            at = len(new_states)
-            if isinstance(member, Subspace):
-                own = state[at : at + member.number_of_states]
-                updates, own = member.update(updates, own, params, extra_args)
-                new_states += own
-            else:
-                updates, own = member.update(updates, state[at], params, **extra_args)
-                new_states.append(own)
-        return updates, tuple(new_states)
+        check_states(members, state)
+        return update_members(members, updates, state, params, extra_args)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    tx = Chain(init_fn, update_fn)
+    tx.members = members
+    return tx
+
+
+def check_states(members: Sequence[Any], states: Sequence[Any]) -> None:
+    """There are as many states as the members of a chain have."""
+    expected = sum(m.number_of_states if isinstance(m, Subspace) else 1 for m in members)
+    if len(states) != expected:
+        raise ValueError(
+            f"this chain has {expected} states but received {len(states)}; "
+            "the state must come from the init of the same chain"
+        )
+
+
+def update_members(
+    members: Sequence[Any],
+    updates: Any,
+    states: Sequence[Any],
+    params: Any,
+    extra_args: dict[str, Any],
+) -> tuple[Any, tuple[Any, ...]]:
+    """One after the other, each with its own of the states."""
+    new_states: list[Any] = []
+    for member in members:
+        at = len(new_states)
+        if isinstance(member, Subspace):
+            own = states[at : at + member.number_of_states]
+            updates, own = member.update(updates, own, params, extra_args)
+            new_states += own
+        else:
+            updates, own = member.update(updates, states[at], params, **extra_args)
+            new_states.append(own)
+    return updates, tuple(new_states)
 
 
 def _members(transforms: tuple[Any, ...]) -> list[Any]:

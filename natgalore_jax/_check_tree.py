@@ -67,6 +67,20 @@ def check_bases(updates: Any, plans: Sequence[LeafPlan | None], bases: Sequence[
             )
 
 
+def check_low_rank(low: Any, params: Any, plans: Sequence[LeafPlan | None]) -> None:
+    """The low-rank gradients are those of the parameters: R where one is projected."""
+    shapes = [jnp.shape(w) for w in flatten_like(low, params, "the parameters")]
+    for (path, r), shape, plan in zip(
+        jax.tree_util.tree_leaves_with_path(low), shapes, plans, strict=True
+    ):
+        expected = plan.low_rank_shape if plan else shape
+        if jnp.shape(r) != expected:
+            raise ValueError(
+                f"{KeyPath(path)}: the low-rank gradient of a parameter of shape {shape} has shape "
+                f"{expected}, but received {jnp.shape(r)}"
+            )
+
+
 def check_moments(updates: Any, plans: Sequence[LeafPlan | None], moments: Any) -> None:
     """The moments made at init are those of the updates' shapes, for optimizers without an inner.
 

@@ -12,11 +12,15 @@ import optax
 from natgalore_jax._compact_fisher import FisherFactor
 from natgalore_jax._history import History
 from natgalore_jax._plan import LeafPlan
+from natgalore_jax._quantize import block_max, blocks_between, decode, encode
 from natgalore_jax._transition import rotate_linear, rotate_second_moment
 
 # The names that Optax's states give to averages of squares; every other array of the shape of the
 # low-rank gradient (mu, trace, ema, acc_grads, ...) is linear in the gradient.
-_SECOND_MOMENTS = frozenset({"nu", "nu_max", "v", "sum_of_squares", "v_row", "v_col"})
+SECOND_MOMENTS = frozenset({"nu", "nu_max", "v", "sum_of_squares", "v_row", "v_col"})
+
+# The fields of a QuantizedState: two trees of the same structure.
+_CODES, _SCALES = jax.tree_util.GetAttrKey("codes"), jax.tree_util.GetAttrKey("scales")
 
 
 @jax.tree_util.register_dataclass
@@ -41,12 +45,75 @@ class Moment:
         return dataclasses.replace(self, value=rotate(self.value, C_of_axis))
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QuantizedMoment:
+    """A moment of one parameter in 8 bits."""
+
+    codes: jax.Array
+    scale: jax.Array
+    is_second: bool = dataclasses.field(metadata={"static": True})
+
+    def moved(self, transition: str, C_of_axis: Mapping[int, jax.Array]) -> "QuantizedMoment":
+        value = decode(self.codes, self.scale, is_second=self.is_second)
+        value = Moment(value, self.is_second, None).moved(transition, C_of_axis).value
+        scale = block_max(value, blocks_between(value.shape, self.scale.shape))
+        codes = encode(value, scale, is_second=self.is_second)
+        return dataclasses.replace(self, codes=codes, scale=scale)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Slot:
     """A per-parameter entry of an inner state, and the number of its parameter."""
 
     value: Any
     leaf: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A leaf of an optimizer's state."""
+
+    value: Any
+    path: tuple[Any, ...]  # in the state, up to where the path in the tree of parameters begins
+    leaf: int | None  # the number of its parameter, None for what belongs to none
+
+    @property
+    def name(self) -> str:
+        """The field that it stands in."""
+        return _field_name(self.path)
+
+
+def entries_of(
+    inner: optax.GradientTransformation, state: Any, params: Any
+) -> tuple[list[Entry], Any]:
+    """The leaves of a state, and its structure.
+
+    ``optax.tree.map_params`` says which parts of the state belong to which parameter.
+
+    Args:
+      inner: the transformation.
+      state: its state.
+      params: the parameters, or anything of their structure.
+    """
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    numbers = jax.tree.unflatten(jax.tree.structure(params), range(len(paths)))
+    marked = optax.tree.map_params(
+        inner.init,
+        lambda value, leaf: value if isinstance(value, optax.MaskedNode) else _Slot(value, leaf),
+        state,
+        numbers,
+        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+    )
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(
+        marked, is_leaf=lambda x: isinstance(x, _Slot)
+    )
+    return [
+        Entry(x.value, path[: len(path) - len(paths[x.leaf])], x.leaf)
+        if isinstance(x, _Slot)
+        else Entry(x, path, None)
+        for path, x in leaves
+    ], treedef
 
 
 def find_companions(
@@ -67,36 +134,34 @@ def find_companions(
       For each leaf a dict of companions, keyed by the numbers of their arrays in the flat state,
       and what :func:`with_companions` needs to put them back.
     """
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(low_rank)]
-    numbers = jax.tree.unflatten(jax.tree.structure(low_rank), range(len(paths)))
-    marked = optax.tree.map_params(
-        inner.init,
-        lambda value, leaf: value if isinstance(value, optax.MaskedNode) else _Slot(value, leaf),
-        state,
-        numbers,
-        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
-    )
-    entries, treedef = jax.tree_util.tree_flatten_with_path(
-        marked, is_leaf=lambda x: isinstance(x, _Slot)
-    )
+    entries, treedef = entries_of(inner, state, low_rank)
     companions: list[dict[tuple[int, ...], Any]] = [{} for _ in plans]
     histories: dict[Any, dict[str, int]] = {}
-    for number, (path, entry) in enumerate(entries):
-        plan = plans[entry.leaf] if isinstance(entry, _Slot) else None
-        if plan is None:
+    scales: dict[Any, int] = {}
+    for number, entry in enumerate(entries):
+        plan = None if entry.leaf is None else plans[entry.leaf]
+        if entry.leaf is None or plan is None:
             continue
-        in_state = path[: len(path) - len(paths[entry.leaf])]
-        name = _field_name(in_state)
-        if name == "fisher":
-            axis = plan.low_rank_axes[in_state[-1].idx]
+        if entry.name == "fisher":
+            axis = plan.low_rank_axes[entry.path[-1].idx]
             companions[entry.leaf][(number,)] = FisherFactor(entry.value, axis)
             continue
-        if name in History._fields:
-            histories.setdefault((in_state[:-1], entry.leaf), {})[name] = number
-        moment = _moment(entry.value, name, plan)
+        if entry.name in History._fields:
+            histories.setdefault((entry.path[:-1], entry.leaf), {})[entry.name] = number
+        if _SCALES in entry.path:
+            scales[(tuple(_CODES if k == _SCALES else k for k in entry.path), entry.leaf)] = number
+            continue
+        moment = _moment(entry.value, entry.name, plan)
         if moment is not None:
             companions[entry.leaf][(number,)] = moment
-    values = [e.value if isinstance(e, _Slot) else e for _, e in entries]
+    values = [entry.value for entry in entries]
+    numbers = {(entry.path, entry.leaf): number for number, entry in enumerate(entries)}
+    for (path, leaf), of_scale in scales.items():
+        number = numbers[(path, leaf)]
+        moment = companions[leaf].pop((number,))
+        companions[leaf][(number, of_scale)] = QuantizedMoment(
+            moment.value, values[of_scale], moment.is_second
+        )
     for (_, leaf), fields in histories.items():
         if len(fields) == len(History._fields):
             arrays = tuple(fields[name] for name in History._fields)
@@ -117,6 +182,31 @@ def with_companions(skeleton: Any, companions: Sequence[Mapping[tuple[int, ...],
     return jax.tree.unflatten(treedef, values)
 
 
+def companions_of_all(
+    inner: Sequence[optax.GradientTransformation],
+    states: Sequence[Any],
+    low_rank: Any,
+    plans: Sequence[LeafPlan | None],
+) -> tuple[list[list[Any]], list[Any]]:
+    """:func:`find_companions` in several states; each leaf gets a list with one entry per state."""
+    of_leaf: list[list[Any]] = [[] for _ in plans]
+    skeletons = []
+    for tx, state in zip(inner, states, strict=True):
+        found, skeleton = find_companions(tx, state, low_rank, plans)
+        skeletons.append(skeleton)
+        for own, companions in zip(of_leaf, found, strict=True):
+            own.append(companions)
+    return of_leaf, skeletons
+
+
+def with_companions_of_all(skeletons: Sequence[Any], of_leaf: Sequence[Sequence[Any]]) -> list[Any]:
+    """The states of :func:`companions_of_all` with the given companions."""
+    return [
+        with_companions(skeleton, [own[k] for own in of_leaf])
+        for k, skeleton in enumerate(skeletons)
+    ]
+
+
 def _field_name(path: Sequence[Any]) -> str:
     names = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
     return names[-1] if names else ""
@@ -125,7 +215,7 @@ def _field_name(path: Sequence[Any]) -> str:
 def _moment(value: Any, name: str, plan: LeafPlan) -> Moment | None:
     shape, low = tuple(value.shape), plan.low_rank_shape
     if shape == low:
-        return Moment(value, name in _SECOND_MOMENTS, None)
+        return Moment(value, name in SECOND_MOMENTS, None)
     if name in ("v_row", "v_col"):
         # Adafactor's factors of the second moment: the row statistics lack the larger of the two
         # largest axes, the column statistics the other.

@@ -76,7 +76,9 @@ def _marked(tx: optax.GradientTransformation, state: Any) -> Any:
 def _parts(marked: Any) -> Iterator[tuple[str, str, Any]]:
     """Each wrapped tree and each other leaf, with the part it belongs to and its field there."""
     ours = (LowRankProjectState, WoodburyState, CompactFisherState, ProjectBackState)
-    for node in jax.tree.leaves(marked, is_leaf=lambda x: isinstance(x, ours)):
+    for outer, node in jax.tree_util.tree_leaves_with_path(
+        marked, is_leaf=lambda x: isinstance(x, ours)
+    ):
         if isinstance(node, LowRankProjectState):
             part = "basis"
         elif isinstance(node, WoodburyState):
@@ -86,6 +88,8 @@ def _parts(marked: Any) -> Iterator[tuple[str, str, Any]]:
         for path, leaf in jax.tree_util.tree_leaves_with_path(node):
             names = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
             field = names[-1] if names else ""
+            if jax.tree_util.GetAttrKey("scales") in (*outer, *path):
+                field = "scales"
             yield "history" if field == "fisher" else part, field, leaf
 
 
@@ -117,6 +121,8 @@ def _moved_bytes(piece: Piece, old: LeafPlan, new: LeafPlan) -> int:
         return piece.bytes * _basis_size(new) // _basis_size(old)
     if piece.field == "fisher":
         return piece.bytes * len(new.projected_modes) // len(old.projected_modes)
+    if piece.field == "scales":  # of moments in 8 bits: one for about as many numbers
+        return piece.bytes * math.prod(new.low_rank_shape) // math.prod(old.low_rank_shape)
     shape = old.low_rank_shape[len(old.batch) :]
     is_low_rank = len(piece.shape) >= len(shape) and piece.shape[-len(shape) :] == shape
     # A Gram matrix or a norm per layer may have the shape of R by chance.

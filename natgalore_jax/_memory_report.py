@@ -136,7 +136,8 @@ def memory_report(tx: optax.GradientTransformation, params: Any) -> MemoryReport
     The report also has the bytes of the alternatives: what each projected matrix would cost if its
     shorter, longer, or both sides were projected at the same rank. Arrays that have the
     shape of the low-rank gradient, the basis and the history change; the rest of the state (the
-    factors of Adafactor, full-size moments behind an ``optax.chain``) is counted as it is.
+    factors of Adafactor, full-size moments behind an ``optax.chain``) is counted as it is. The
+    scales of 8-bit moments are counted in proportion, and what is too small for 8 bits stays so.
 
     Args:
       tx: any Optax transformation, of this library or not, however nested.

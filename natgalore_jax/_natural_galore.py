@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import optax
 
+from natgalore_jax._adam_8bit import scale_by_adam_of
 from natgalore_jax._axes import AxesLike
 from natgalore_jax._chain import Composite, chain
 from natgalore_jax._compact_natural_gradient import compact_natural_gradient
@@ -89,8 +90,9 @@ def natural_galore(
     )
     given = (scale, residual, norm_growth_limit, residual_scale, residual_decay)
     closer = project_back(*given)
-    tx = Composite(*chain(*parts, closer))
-    tx.parts, tx.closer = parts, closer
+    closed = chain(*parts, closer)
+    tx = Composite(*closed)
+    tx.members, tx.parts, tx.closer = closed.members, parts, closer
     # A number that optax.inject_hyperparams has made an array was given, and must not be compared.
     tx.closer_is_default = not any(isinstance(x, jax.Array) for x in given) and (
         given == _CLOSER_DEFAULTS
@@ -128,6 +130,7 @@ def natural_galore_adamw(
     fisher_decay: float = 0.97,
     cautious: bool | None = None,
     nesterov: bool | None = None,
+    moment_bits: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdamW with natural gradients in a low-rank subspace and outside it: for ``optax.adamw``.
 
@@ -151,6 +154,8 @@ def natural_galore_adamw(
         see :func:`low_rank_project`.
       b1, b2, eps, mu_dtype: Adam's, as in ``optax.adamw``. Adam runs on the low-rank gradient.
       nesterov: Adam's as well. None: with a compact Fisher matrix, not with ``history``.
+      moment_bits: None: Adam's moments in the dtype of the parameter (the first in ``mu_dtype``).
+        8: both in 8 bits, where they have 4096 numbers (:func:`scale_by_adam_8bit`).
       weight_decay: ω, decoupled; acts on the whole weight, unscaled by α.
       mask: which parameters decay, as in ``optax.adamw``.
       history, history_dtype: None, or the history of :func:`woodbury_natural_gradient`, which then
@@ -197,9 +202,8 @@ def natural_galore_adamw(
         seed=seed,
     )
     compact = history is None
-    adam = optax.scale_by_adam(
-        b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype, nesterov=compact if nesterov is None else nesterov
-    )
+    nesterov = compact if nesterov is None else nesterov
+    adam = scale_by_adam_of(moment_bits, b1, b2, eps, mu_dtype, nesterov)
     inner: tuple[optax.GradientTransformation, ...]
     if not compact:
         if cautious:
@@ -255,6 +259,7 @@ def galore_adamw(
     norm_growth_limit: float | None = 1.01,
     residual_scale: float | None = None,
     residual_decay: float = 0.9,
+    moment_bits: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdamW in a low-rank subspace (GaLore), without the natural gradient.
 
@@ -265,7 +270,8 @@ def galore_adamw(
     published (``galore-torch``; with ``side="long"`` it is ``optax.contrib.galore``).
 
     Args:
-      learning_rate, weight_decay, mask, b1, b2, eps, mu_dtype: see :func:`natural_galore_adamw`.
+      learning_rate, weight_decay, mask, b1, b2, eps, mu_dtype, moment_bits: see
+        :func:`natural_galore_adamw`.
       rank, update_interval, side, method, transition, stagger, where, axes, basis_dtype, seed:
         see :func:`low_rank_project`. The moments are kept as they are when the basis changes, as
         published; with method "power" this is nearly the same as rotating them.
@@ -300,7 +306,7 @@ def galore_adamw(
             basis_dtype=basis_dtype,
             seed=seed,
         ),
-        optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype),
+        scale_by_adam_of(moment_bits, b1, b2, eps, mu_dtype),
         project_back(scale, residual, norm_growth_limit, residual_scale, residual_decay),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),

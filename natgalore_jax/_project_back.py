@@ -17,9 +17,10 @@ from natgalore_jax._validate import check_choice, check_decay, check_number
 class ProjectBackState(NamedTuple):
     """State of :func:`project_back` with a residual."""
 
-    # shape (), float32: +1 if the inner updates point along the gradient, −1 if they already
-    # descend, 0 while no update told.
-    direction: jax.Array
+    # The tree of parameters: batch, float32: +1 if the inner updates of a matrix point along its
+    # gradient, −1 if they already descend, 0 while no update told, or MaskedNode where nothing is
+    # projected. One for each matrix, so that no update waits for the gradients of all others.
+    direction: Any
     # The tree of parameters: batch, float32, the norm of each matrix's last residual update,
     # or MaskedNode where nothing is projected or there is no limit.
     residual_norm: Any
@@ -136,17 +137,18 @@ def init_back(
         return optax.EmptyState()
     limited = settings.residual.norm_growth_limit is not None
     has_fisher = settings.residual.rule == "fisher"
-    norms = [
-        jnp.zeros(plan.batch_shape, jnp.float32) if plan and limited else optax.MaskedNode()
-        for plan in plans
-    ]
+    directions, norms = (
+        [
+            jnp.zeros(plan.batch_shape, jnp.float32) if plan and is_kept else optax.MaskedNode()
+            for plan in plans
+        ]
+        for is_kept in (True, limited)
+    )
     fishers = [
         empty_fisher(plan, leaf) if plan and has_fisher else optax.MaskedNode()
         for plan, leaf in zip(plans, low_rank, strict=True)
     ]
-    return ProjectBackState(
-        jnp.zeros([], jnp.float32), treedef.unflatten(norms), treedef.unflatten(fishers)
-    )
+    return ProjectBackState(*map(treedef.unflatten, (directions, norms, fishers)))
 
 
 def update_back(
@@ -157,14 +159,14 @@ def update_back(
     factors: Sequence[Factors],
     N: Sequence[jax.Array],
     R: Sequence[jax.Array],
-    G: Sequence[jax.Array],
+    G: Sequence[jax.Array] | None,
 ) -> tuple[list[jax.Array], ProjectBackState | optax.EmptyState]:
     """Full-shape updates from low-rank ones; every sequence has one entry per leaf.
 
     Args:
       N: what came out of the transformations inside the subspace.
       R: the low-rank gradient that went in.
-      G: the full gradient.
+      G: the full gradient; needed for a residual only.
     """
     if settings.residual is None:
         updates = [
@@ -173,34 +175,30 @@ def update_back(
         ]
         return updates, state
     assert isinstance(state, ProjectBackState), "with a residual, init_back makes no other state"
-    direction = _direction(state.direction, plans, N, R)
-    norms = treedef.flatten_up_to(state.residual_norm)
-    fishers = treedef.flatten_up_to(state.residual_fisher)
+    assert G is not None, "the residual is a part of the full gradient"
+    directions, norms, fishers = map(treedef.flatten_up_to, state)
     updates = list(N)
     for i, plan in enumerate(plans):
         if plan:
+            directions[i] = _direction(directions[i], N[i], R[i])
             updates[i], norms[i], fishers[i] = with_residual(
                 settings.residual,
                 plan,
                 factors[i],
                 settings.scale,
-                direction,
+                directions[i],
                 *(N[i], R[i], G[i]),
                 last_norm=norms[i],
                 fisher=fishers[i],
             )
-    new_state = ProjectBackState(direction, treedef.unflatten(norms), treedef.unflatten(fishers))
-    return updates, new_state
+    return updates, ProjectBackState(*map(treedef.unflatten, (directions, norms, fishers)))
 
 
-def _direction(known, plans, N, R):
-    """Whether N points along R or against it, decided once for all matrices together.
+def _direction(known: jax.Array, N: jax.Array, R: jax.Array) -> jax.Array:
+    """Whether N points along R or against it, decided once for each matrix.
 
     Only at the first update is the answer certain: later, momentum may point anywhere.
     """
-    along = sum(
-        jnp.sum(n.astype(jnp.float32) * r.astype(jnp.float32))
-        for plan, n, r in zip(plans, N, R, strict=True)
-        if plan
-    )
+    products = N.astype(jnp.float32) * R.astype(jnp.float32)
+    along = jnp.sum(products, tuple(range(known.ndim, R.ndim)))
     return jnp.where((known == 0) & jnp.isfinite(along), jnp.sign(along), known)

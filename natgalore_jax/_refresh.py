@@ -12,6 +12,7 @@ from natgalore_jax._basis import new_basis
 from natgalore_jax._contract import has_explicit_sharding
 from natgalore_jax._plan import LeafPlan
 from natgalore_jax._schedule import due_layers
+from natgalore_jax._scope import is_active, matrices_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,26 +66,31 @@ def refresh(
       The new bases and companions.
     """
     every_step = settings.method == "online"
+    windows = [matrices_of(plan) for plan in plans]
     ranges = due_layers(
-        [plan.layers for plan in plans],
+        [total for total, _ in windows],
         1 if every_step else settings.update_interval,
         1 if every_step else accumulation,
         stagger=settings.stagger,
         step=step,
     )
     step_key = jax.random.fold_in(jax.random.key(settings.seed), step)
-    new_bases, new_companions = [], []
+    new_bases, new_companions = list(bases), list(companions)
     # Zero always, but XLA cannot know: each loop waits for the one before. Otherwise the scheduler
     # of the CPU runs them at the same time, which takes the workspace of all of them together.
     turn = jnp.zeros([], jnp.int32)
-    for number, (plan, G, basis, own, (first, end)) in enumerate(
-        zip(plans, gradients, bases, companions, ranges, strict=True)
-    ):
+    # The backward pass has the gradients of the last layers first: in their order a gradient can
+    # be used and forgotten before the next one is made.
+    for number in reversed(range(len(plans))):
+        plan, G, (_, start) = plans[number], gradients[number], windows[number]
+        if not is_active(plan):
+            continue
         leaf_key = jax.random.fold_in(step_key, number)
+        first, end = (jnp.clip(jnp.asarray(x) - start, 0, plan.layers) for x in ranges[number])
 
-        def body(layer, carry, plan=plan, G=G, leaf_key=leaf_key):
+        def body(layer, carry, plan=plan, G=G, leaf_key=leaf_key, start=start):
             basis, own, turn = carry
-            key = jax.random.fold_in(leaf_key, layer)
+            key = jax.random.fold_in(leaf_key, start + layer)
             basis, own = _refresh_layer(settings, plan, G, basis, own, layer, key, step == 0)
             return basis, own, jnp.minimum(turn, layer)
 
@@ -92,10 +98,10 @@ def refresh(
             return jax.lax.fori_loop(first + carry[2], end + carry[2], body, carry)
 
         # A loop of no iterations is not free on a CPU: a third of an ordinary step went there.
-        carry = (basis, own, turn)
-        basis, own, turn = jax.lax.cond(end + turn > first, all_due, lambda carry: carry, carry)
-        new_bases.append(basis)
-        new_companions.append(own)
+        carry = (bases[number], companions[number], turn)
+        new_bases[number], new_companions[number], turn = jax.lax.cond(
+            end + turn > first, all_due, lambda carry: carry, carry
+        )
     return new_bases, new_companions
 
 

@@ -72,7 +72,7 @@ def with_residual(
 
     Args:
       settings, plan, factors, scale: what is done, to what; scale is α.
-      direction: scalar, the sign that the residual takes.
+      direction: batch, the sign that the residual takes.
       N, R, G: the inner update, the low-rank gradient, the gradient.
       last_norm: the norm of the last residual update, or a hole if there is no limit.
       fisher: c of the last step, or a hole if the rule is not "fisher".
@@ -92,7 +92,7 @@ def with_residual(
     phi = jnp.multiply(settings.scale, phi)
     if settings.norm_growth_limit is not None:
         phi, last_norm = limited(axes, phi, energy, last_norm, settings.norm_growth_limit)
-    phi = phi * direction
+    phi = phi * jnp.expand_dims(direction, tuple(range(axes.batch_ndim, phi.ndim)))
 
     phi_low = jnp.expand_dims(phi, axes.low)
     U = project_back(plan, jnp.multiply(scale, N) - phi_low * R, factors)

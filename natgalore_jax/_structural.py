@@ -30,6 +30,9 @@ _STRUCTURAL = frozenset(
         "cautious",
         "nesterov",
         "mu_dtype",
+        "moment_bits",
+        "block_size",
+        "min_size",
         "mask",
     }
 )

@@ -11,10 +11,11 @@ import optax
 from natgalore_jax._check_tree import (
     check_bases,
     check_inner_states,
+    check_low_rank,
     check_params,
     flatten_like,
 )
-from natgalore_jax._companions import find_companions, with_companions
+from natgalore_jax._companions import companions_of_all, with_companions_of_all
 from natgalore_jax._contract import project
 from natgalore_jax._plan import LeafPlan, plan_tree, require_projection
 from natgalore_jax._project import LowRankProject, LowRankProjectState, start_factors
@@ -61,53 +62,57 @@ class Subspace:
     def update(
         self, updates: Any, states: Sequence[Any], params: Any, extra_args: dict[str, Any]
     ) -> tuple[Any, list[Any]]:
-        opened, *inner_states, closed = states
+        """The three steps below, in one."""
+        plans = self._plans(updates, states, params)
+        states = self._refresh(plans, updates, states)
+        low = self._project(plans, updates, states)
+        return self._update(plans, low, states, params, updates, extra_args)
+
+    def refresh(self, grads: Any, states: Sequence[Any]) -> list[Any]:
+        """New bases where they are due, and what is stored in their coordinates; no new count."""
+        plans = self._plans(grads, states)
+        return self._refresh(plans, grads, states)
+
+    def project(self, grads: Any, states: Sequence[Any]) -> Any:
+        """The low-rank tree of the gradients, linear in them."""
+        plans = self._plans(grads, states)
+        return self._project(plans, grads, states)
+
+    def update_from_low_rank(
+        self, low: Any, states: Sequence[Any], params: Any, full: Any, extra_args: dict[str, Any]
+    ) -> tuple[Any, list[Any]]:
+        """Full-shape updates, and the states of the next step.
+
+        Without a residual ``full``, the gradient that ``low`` is the projection of, may be None.
+        """
+        plans = self._plans(params, states)
+        check_low_rank(low, params, plans)
+        if full is not None:
+            check_params(full, params)
+        return self._update(plans, low, states, params, full, extra_args)
+
+    def _plans(
+        self, updates: Any, states: Sequence[Any], params: Any = None
+    ) -> list[LeafPlan | None]:
+        """How each leaf of a full-shape tree is projected: as when the states were made."""
+        opened, *inner_states, _ = states
         columns = [flatten_like(updates, tree, "the parameters at init") for tree in opened.basis]
         if params is not None:
             check_params(updates, params)
         plans = plan_tree(self.opener.plan, updates)
         check_bases(updates, plans, list(zip(*columns, strict=True)))
         check_inner_states(self.inner, inner_states, updates, plans)
-        G, treedef = jax.tree.flatten(updates)
-        factors = [
-            tuple(columns[mode][i] for mode in plan.projected_modes) if plan else ()
-            for i, plan in enumerate(plans)
-        ]
+        return plans
 
-        factors, inner_states = self._refresh(
-            treedef, plans, G, factors, inner_states, opened.count
-        )
-        R = [project(p, g, f) if p else g for p, g, f in zip(plans, G, factors, strict=True)]
-        low_params = None
-        if params is not None:
-            W = treedef.flatten_up_to(params)
-            low_params = treedef.unflatten(
-                project(p, w, f) if p else w for p, w, f in zip(plans, W, factors, strict=True)
-            )
-        low_updates, new_inner = treedef.unflatten(R), []
-        for tx, state in zip(self.inner, inner_states, strict=True):
-            low_updates, state = tx.update(low_updates, state, low_params, **extra_args)
-            new_inner.append(state)
-
-        N = treedef.flatten_up_to(low_updates)
-        out, closed = update_back(self.closer, closed, treedef, plans, factors, N, R, G)
-        opened = LowRankProjectState(
-            optax.safe_increment(opened.count), self._basis_trees(treedef, plans, factors)
-        )
-        return treedef.unflatten(out), [opened, *new_inner, closed]
-
-    def _refresh(self, treedef, plans, G, factors, inner_states, step):
+    def _refresh(self, plans, grads, states):
         """New factors where they are due, and inner states carried over to them."""
-        settings = self.opener.refresh
-        of_leaf: list[list[Any]] = [[] for _ in plans]
-        skeletons = []
+        opened, *inner_states, closed = states
+        G, treedef = jax.tree.flatten(grads)
+        factors = self._factors(treedef, plans, states)
+        settings, of_leaf, skeletons = self.opener.refresh, [[] for _ in plans], None
         if settings.transition != "keep":
             numbered = treedef.unflatten(range(len(plans)))
-            for tx, state in zip(self.inner, inner_states, strict=True):
-                found, skeleton = find_companions(tx, state, numbered, plans)
-                skeletons.append(skeleton)
-                for own, companions in zip(of_leaf, found, strict=True):
-                    own.append(companions)
+            of_leaf, skeletons = companions_of_all(self.inner, inner_states, numbered, plans)
         projected = [i for i, plan in enumerate(plans) if plan]
         new_factors, new_companions = refresh(
             settings,
@@ -115,17 +120,51 @@ class Subspace:
             [G[i] for i in projected],
             [factors[i] for i in projected],
             [of_leaf[i] for i in projected],
-            step=step,
+            step=opened.count,
             accumulation=self.accumulation,
         )
         for i, f, c in zip(projected, new_factors, new_companions, strict=True):
             factors[i], of_leaf[i] = f, c
-        if skeletons:
-            inner_states = [
-                with_companions(skeleton, [own[k] for own in of_leaf])
-                for k, skeleton in enumerate(skeletons)
-            ]
-        return factors, inner_states
+        if skeletons is not None:
+            inner_states = with_companions_of_all(skeletons, of_leaf)
+        opened = opened._replace(basis=self._basis_trees(treedef, plans, factors))
+        return [opened, *inner_states, closed]
+
+    def _project(self, plans, tree, states, treedef=None):
+        """A full-shape tree in the coordinates of the bases."""
+        treedef = treedef or jax.tree.structure(tree)
+        leaves, factors = treedef.flatten_up_to(tree), self._factors(treedef, plans, states)
+        return treedef.unflatten(
+            project(plan, x, f) if plan else x
+            for plan, x, f in zip(plans, leaves, factors, strict=True)
+        )
+
+    def _update(self, plans, low, states, params, full, extra_args):
+        """What the inner transformations make of the low-rank tree, and the way back."""
+        opened, *inner_states, closed = states
+        R, treedef = jax.tree.flatten(low)
+        low_params = None
+        if params is not None:
+            low_params = self._project(plans, params, states, treedef)
+        updates, new_inner = low, []
+        for tx, state in zip(self.inner, inner_states, strict=True):
+            updates, state = tx.update(updates, state, low_params, **extra_args)
+            new_inner.append(state)
+
+        N = treedef.flatten_up_to(updates)
+        G = None if full is None else treedef.flatten_up_to(full)
+        factors = self._factors(treedef, plans, states)
+        out, closed = update_back(self.closer, closed, treedef, plans, factors, N, R, G)
+        opened = opened._replace(count=optax.safe_increment(opened.count))
+        return treedef.unflatten(out), [opened, *new_inner, closed]
+
+    def _factors(self, treedef, plans, states) -> list[Factors]:
+        """The bases of each leaf, from the state's form of them."""
+        columns = [treedef.flatten_up_to(tree) for tree in states[0].basis]
+        return [
+            tuple(columns[mode][i] for mode in plan.projected_modes) if plan else ()
+            for i, plan in enumerate(plans)
+        ]
 
     def _basis_trees(self, treedef, plans, factors) -> tuple[Any, ...]:
         """The state's form of the factors: one tree for each mode."""

@@ -82,6 +82,15 @@ FACTORIES: Mapping[str, Callable[[], optax.GradientTransformation]] = {
         optax.linear_schedule(0.0, 0.01, 3), **_natural, damping=optax.constant_schedule(0.1)
     ),
     "galore_adamw with residual": lambda: ng.galore_adamw(0.01, **_project, residual=True),
+    "scale_by_adam_8bit": lambda: ng.scale_by_adam_8bit(min_size=16),
+    "8 bits in a subspace": lambda: ng.chain(
+        ng.low_rank_project(**_project), ng.scale_by_adam_8bit(min_size=16), ng.project_back()
+    ),
+    "quantize_state in a subspace": lambda: ng.chain(
+        ng.low_rank_project(**_project, side="both"),
+        ng.quantize_state(optax.amsgrad(0.01), min_size=4),
+        ng.project_back(),
+    ),
     "apollo_adamw": lambda: ng.apollo_adamw(0.01, **_project),
     "apollo_mini_adamw": lambda: ng.apollo_mini_adamw(0.01, update_interval=INTERVAL),
     "ldadamw": lambda: ng.ldadamw(0.01, rank=RANK, error_feedback=True),

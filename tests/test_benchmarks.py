@@ -5,7 +5,7 @@ import json
 import jax
 import pytest
 
-from benchmarks import refresh, step_time
+from benchmarks import accumulation, quantization, refresh, step_time
 from benchmarks._environment import target
 from benchmarks._floor import bytes_moved, floor_seconds, operations
 from benchmarks._shapes import hidden_shapes, matrices
@@ -133,6 +133,29 @@ def test_step_time_refuses_a_sample_that_misses_the_refresh():
         step_time.main(interval=10, sample_every=4)
 
 
+def test_accumulation(tmp_path):
+    output = tmp_path / "accumulation.json"
+    accumulation.main(
+        presets=("60m",), preset="nano", layers=1, rank=8, number=2, rounds=3, output=output
+    )
+    results = json.loads(output.read_text())
+    assert results["environment"].keys() == ENVIRONMENT
+    # 8 layers of four 512 × 512 and three 512 × 1376 at rank 128: R has a quarter of the numbers.
+    hidden, rest = 8 * (4 * 512**2 + 3 * 512 * 1376), (2 * 32_000 + 17) * 512
+    row = results["memory"]["60m"]
+    assert row["full_bytes"] == 2 * (hidden + rest)
+    assert row["subspace_bytes"] == 2 * (hidden // 4 + rest)
+    ways = results["cost"]["ways"]
+    R = 4 * 8 * (4 * 128 + 3 * 352)  # of nano, float32
+    assert ways["subspace"]["accumulator_bytes"] == ways["inside"]["accumulator_bytes"] == R
+    assert ways["around"]["accumulator_bytes"] == 4 * (4 * 128**2 + 3 * 128 * 352)
+    for name, row in ways.items():
+        assert len(results["cost"]["samples_ms"][name]) == 6
+        assert row["total_bytes"] == row["kept_bytes"] + row["temporary_bytes"]
+        assert row["kept_bytes"] > 3 * R and row["mean_ms"] > 0
+    assert len(results["targets"]) == 3
+
+
 def test_refresh(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"It was on day {i} that the sea was calm." for i in range(4000)))
@@ -170,3 +193,21 @@ def test_refresh(tmp_path):
         "galore",
         "natural",
     ]
+
+
+def test_quantization(tmp_path):
+    results = quantization.main(
+        steps=60,
+        spreads=(1.0,),
+        preset="60m",
+        layers=1,
+        rank=64,
+        rounds=3,
+        output=tmp_path / "quantization.json",
+    )
+    assert json.loads((tmp_path / "quantization.json").read_text()) == results
+    rows = results["errors"]["1.0"]
+    assert rows["float32"]["update_error"] == 0
+    assert rows["ours"]["update_error"] < 0.2 < rows["linear"]["update_error"]
+    adam, small = results["cost"]["adam"], results["cost"]["adam, 8 bits"]
+    assert 0.25 < small["state_bytes"] / adam["state_bytes"] < 0.26

@@ -122,6 +122,7 @@ METHODS: dict[str, Method] = {
     "muon": Method("Muon with AdamW", muon),
     "optax-galore": Method("GaLore, optax.contrib", optax_galore),
     "galore": Method("GaLore", ng.galore_adamw, _SVD),
+    "galore-8bit": Method("GaLore, 8-bit moments", ng.galore_adamw, {**_SVD, "moment_bits": 8}),
     "natural-galore-paper": Method("Natural GaLore, paper", ng.paper_natural_galore_adamw),
     "natural-galore-published": Method(
         "Natural GaLore, published code", ng.published_natural_galore_adamw

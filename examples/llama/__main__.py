@@ -98,6 +98,7 @@ def summarize(result: Result) -> Record:
     config, splits = result.config, result.splits
     last = result.records[-1]
     memory = ng.memory_report(result.tx, result.params)
+    accumulator = sum(x.nbytes for x in jax.tree.leaves(result.state.accumulated))
     summary = {
         "name": config.run_dir.name,
         "optimizer": config.optimizer.name,
@@ -105,7 +106,7 @@ def summarize(result: Result) -> Record:
         "learning_rate": config.learning_rate,
         "parameters": sum(p.size for p in jax.tree.leaves(result.weights)),
         "trained_parameters": sum(p.size for p in jax.tree.leaves(result.params)),
-        "optimizer_bytes": memory.total_state_bytes,
+        "optimizer_bytes": memory.total_state_bytes + accumulator,
         "adamw_bytes": memory.adamw_state_bytes,
         "steps": result.steps,
         "tokens": last["tokens"],

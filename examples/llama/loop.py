@@ -26,14 +26,14 @@ from examples.llama.data import (
 from examples.llama.evaluate import make_eval_step, mean_nll, perplexity
 from examples.llama.frozen import partition
 from examples.llama.metrics import MetricsLog, Record, of_kind
-from examples.llama.optimizers import make_optimizer
-from examples.llama.relora import make_merge, with_restarts
+from examples.llama.optimization import make_optimization
+from examples.llama.per_layer import make_per_layer_step
+from examples.llama.relora import make_merge
 from examples.llama.report import Reporter, Silent
 from examples.llama.train_config import ConfigError, RunConfig, differences
 from examples.llama.train_step import (
     Apply,
     Metrics,
-    Params,
     TrainState,
     init_state,
     make_model,
@@ -89,8 +89,9 @@ def train(
       config: The whole configuration.
       splits: The text as tokens; by default what `config.data` names.
       tx: An optimizer to use in place of `config.optimizer`. It sees one gradient for each
-        micro-batch, of the trained parameters only, and its learning rate is its own and is not
-        recorded. ReLoRA's restarts multiply its updates.
+        micro-batch, of the trained parameters only, or with `config.accumulate_in_subspace` one
+        low-rank gradient for each step; its learning rate is its own and is not recorded.
+        ReLoRA's restarts multiply its updates.
       run_dir: Where metrics and checkpoints go. Without it nothing is written.
       reporter: Is told about progress. Without it nothing is printed.
       should_stop: Asked after each micro-batch; once true, the run is saved and ends.
@@ -100,7 +101,7 @@ def train(
 
     Raises:
       ConfigError: if `run_dir` holds a run that is not to be resumed, or one with another
-        configuration; if the optimizer does not fit the model or ReLoRA.
+        configuration; if the optimizer does not fit the model, ReLoRA or the accumulation.
     """
     splits = splits if splits is not None else load_splits(config.data)
     config = config.with_vocabulary(splits.vocab_size)
@@ -159,15 +160,15 @@ class _Run:
         adapter = config.adapter
         self.apply, weights = make_model(config.model, config.seed, make_linear(adapter))
         params, frozen = partition(weights)
-        schedule: optax.Schedule | None = None
-        if tx is None:
-            tx, schedule = _make_optimizer(config, params)
-        self.tx, schedule = with_restarts(adapter, tx, schedule, config.accumulate)
+        self.tx, schedule, low_rank = make_optimization(config, params, tx)
         self.schedule = None if schedule is None else jax.jit(schedule)
         self.merge = make_merge(adapter, self.tx, params, config.seed)
-        self.step_fn = make_train_step(self.apply, self.tx, config.accumulate)
+        if config.per_layer:
+            self.step_fn = make_per_layer_step(config, self.tx, params)
+        else:
+            self.step_fn = make_train_step(self.apply, self.tx, config.accumulate, low_rank)
         self.eval_step = make_eval_step(self.apply)
-        self.state = jax.jit(lambda p, frozen: init_state(p, self.tx, frozen))(params, frozen)
+        self.state = jax.jit(lambda p, f: init_state(p, self.tx, f, low_rank))(params, frozen)
         self.batches = _batches(config, splits)
         if checkpoints is not None and checkpoints.latest() is not None:
             self.state, position = checkpoints.restore(self.state)
@@ -270,23 +271,6 @@ class _Run:
             steps=steps,
             diverged=self.diverged,
         )
-
-
-def _make_optimizer(
-    config: RunConfig, params: Params
-) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    try:
-        tx, schedule = make_optimizer(
-            config.optimizer,
-            config.schedule,
-            steps=config.steps,
-            accumulate=config.accumulate,
-            seed=config.seed,
-        )
-        jax.eval_shape(tx.init, params)
-    except ValueError as error:  # A rank that fits no matrix, a negative damping, ...
-        raise ConfigError(f"{config.optimizer.name}: {error}") from error
-    return tx, schedule
 
 
 def _batches(config: RunConfig, splits: Splits) -> grain.DatasetIterator:

@@ -74,6 +74,8 @@ class OptimizerConfig:
     """Low-rank: dimension of the gradient subspace."""
     update_interval: Annotated[int | None, tyro.conf.arg(name="interval")] = None
     """Low-rank: steps between two refreshes of the subspace."""
+    moment_bits: Literal[8] | None = None
+    """Galore and natural-galore: store Adam's moments in 8 bits instead of the weights' dtype."""
     scale: float | None = None
     """Low-rank: factor on the update of projected matrices."""
     side: Literal["auto", "short", "long", "left", "right", "both"] | None = None

@@ -68,6 +68,12 @@ class RunConfig:
     """Tokens in a row."""
     accumulate: int = 1
     """Batches whose gradients are averaged into one step."""
+    accumulate_in_subspace: bool = False
+    """Average low-rank gradients, in an accumulator as small as the optimizer's moments. The first
+    batch of a step decides its basis. Needs an optimizer with a subspace, and --residual none."""
+    per_layer: bool = False
+    """Update each layer as soon as its gradient is there, so that those of all layers never exist
+    together. Needs --model.stacked. --clip-norm then clips by the norm of the step before."""
     seed: int = 0
     """Of the initial weights, the order of the data and the optimizer's random subspaces."""
     optimizer: tyro.conf.OmitArgPrefixes[OptimizerConfig] = field(default_factory=OptimizerConfig)
@@ -84,6 +90,13 @@ class RunConfig:
         for name in ("log_every", "eval_every", "save_every", "keep"):
             if getattr(self.output, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self.output, name)}")
+        if self.accumulate_in_subspace and self.optimizer.clip_norm is not None:
+            raise ConfigError(
+                f"clip_norm={self.optimizer.clip_norm} needs the whole gradient, which is never "
+                "there with --accumulate-in-subspace: use one of the two"
+            )
+        if self.per_layer:
+            self._check_per_layer()
         if self.output.resume and self.output.overwrite:
             raise ConfigError("a run is either resumed or overwritten: --resume, --overwrite")
         if self.seq_len > self.model.max_length:
@@ -95,6 +108,19 @@ class RunConfig:
             raise ConfigError(
                 f"adapter.rank={self.adapter.rank} is larger than the smallest side of a layer's "
                 f"matrices, {self.model.smallest_side}"
+            )
+
+    def _check_per_layer(self) -> None:
+        if not self.model.stacked:
+            raise ConfigError("--per-layer takes the layers from a stack: use --model.stacked")
+        if self.adapter.kind != "none":
+            raise ConfigError(
+                f"--per-layer has no part for frozen weights and adapters, got {self.adapter.kind}"
+            )
+        if self.accumulate > 1 and self.optimizer.clip_norm is not None:
+            raise ConfigError(
+                f"clip_norm={self.optimizer.clip_norm}: with --per-layer each batch would be "
+                f"clipped, and not the mean of accumulate={self.accumulate}: use one of the two"
             )
 
     @property

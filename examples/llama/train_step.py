@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+import natgalore_jax as ng
+from examples.llama.accumulation import accumulate_low_rank, empty_accumulator
 from examples.llama.config import ModelConfig
 from examples.llama.frozen import union
 from examples.llama.model import Llama, MakeLinear, dense
@@ -25,6 +27,8 @@ class TrainState(NamedTuple):
     micro_step: jax.Array  # batches seen. shape=(), dtype=jnp.int32.
     totals: Metrics  # metrics summed over the batches of an unfinished accumulation.
     frozen: Params  # weights that no step changes; {} if all are trained.
+    # Mean of the low-rank gradients of an unfinished accumulation in the subspace; {} without one.
+    accumulated: Params = {}  # noqa: RUF012  (never changed)
 
     @property
     def weights(self) -> Params:
@@ -56,24 +60,39 @@ def make_model(
 
 def token_nll(apply: Apply, params: Params, rows: jax.Array) -> jax.Array:
     """Negative log-likelihood in nats, (B, T), of rows (B, T + 1) given what precedes."""
-    logits = apply(params, rows[:, :-1]).astype(jnp.float32)
+    return nll_of_logits(apply(params, rows[:, :-1]), rows)
+
+
+def nll_of_logits(logits: jax.Array, rows: jax.Array) -> jax.Array:
+    """The same, given what the model makes of all tokens but the last, (B, T, V)."""
+    logits = logits.astype(jnp.float32)
     return optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:])
 
 
 def init_state(
-    params: Params, tx: optax.GradientTransformation, frozen: Params | None = None
+    params: Params,
+    tx: optax.GradientTransformation,
+    frozen: Params | None = None,
+    low_rank: ng.LowRankSteps | None = None,
 ) -> TrainState:
     zeros = {"loss": jnp.zeros([]), "grad_norm": jnp.zeros([])}
-    return TrainState(params, tx.init(params), jnp.zeros([], jnp.int32), zeros, frozen or {})
+    opt_state = tx.init(params)
+    accumulated = {} if low_rank is None else empty_accumulator(low_rank, params, opt_state)
+    micro_step = jnp.zeros([], jnp.int32)
+    return TrainState(params, opt_state, micro_step, zeros, frozen or {}, accumulated)
 
 
 def make_train_step(
-    apply: Apply, tx: optax.GradientTransformation, accumulate: int = 1
+    apply: Apply,
+    tx: optax.GradientTransformation,
+    accumulate: int = 1,
+    low_rank: ng.LowRankSteps | None = None,
 ) -> Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]:
     """A jitted `(state, rows (B, T + 1)) -> (state, metrics)` that takes one micro-batch.
 
-    `accumulate` micro-batches make a step of `tx`. The metrics are means over the micro-batches
-    of the step so far. The state that is passed in is donated.
+    `accumulate` micro-batches make a step: in `tx` itself, or in its subspace with `low_rank`, the
+    steps of `tx`. The metrics are means over the micro-batches of the step so far. The state that
+    is passed in is donated.
     """
 
     def step(state: TrainState, rows: jax.Array) -> tuple[TrainState, Metrics]:
@@ -81,16 +100,36 @@ def make_train_step(
             return token_nll(apply, union(params, state.frozen), rows).mean()
 
         loss, grads = jax.value_and_grad(mean_nll)(state.params)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-
         position = state.micro_step % accumulate
-        now = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-        totals = jax.tree.map(
-            lambda total, x: jnp.where(position == 0, x, total + x), state.totals, now
+        accumulated = state.accumulated
+        if low_rank is None:
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+        else:
+            params, opt_state, accumulated = accumulate_low_rank(
+                low_rank, grads, state.opt_state, state.params, accumulated, position, accumulate
+            )
+
+        return next_state(
+            state,
+            {"loss": loss, "grad_norm": optax.tree.norm(grads)},
+            accumulate,
+            params=params,
+            opt_state=opt_state,
+            accumulated=accumulated,
         )
-        metrics = jax.tree.map(lambda total: total / (position + 1), totals)
-        micro_step = state.micro_step + 1
-        return TrainState(params, opt_state, micro_step, totals, state.frozen), metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def next_state(
+    state: TrainState, now: Metrics, accumulate: int, **changed: Any
+) -> tuple[TrainState, Metrics]:
+    """The state after a micro-batch with the metrics `now`, and their means over its step."""
+    position = state.micro_step % accumulate
+    totals = jax.tree.map(
+        lambda total, x: jnp.where(position == 0, x, total + x), state.totals, now
+    )
+    metrics = jax.tree.map(lambda total: total / (position + 1), totals)
+    new = state._replace(micro_step=state.micro_step + 1, totals=totals, **changed)
+    return new, metrics

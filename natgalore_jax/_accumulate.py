@@ -1,0 +1,63 @@
+"""Gradients of several micro-batches averaged in the subspace, as one transformation."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from natgalore_jax._low_rank_steps import low_rank_steps
+
+
+class AccumulatedState(NamedTuple):
+    """State of an optimizer that takes its step after several micro-batches."""
+
+    mini_step: jax.typing.ArrayLike  # shape (), int32: micro-batches of the unfinished step
+    opt_state: Any  # of the optimizer
+    mean: Any  # the mean of their low-rank gradients; their shapes and dtypes
+
+
+def accumulated(tx: Any, number: int) -> optax.GradientTransformationExtraArgs:
+    """``tx`` with one step for ``number`` gradients, of which only low-rank ones are kept.
+
+    The basis of a step is decided by its first gradient. Updates in between are zero.
+
+    Raises:
+      TypeError, ValueError: as :func:`low_rank_steps`, and for a residual.
+    """
+    steps = low_rank_steps(tx)
+    if steps.needs_full:
+        raise ValueError(
+            "a residual needs the whole gradient of a step, which is not there when low-rank "
+            "gradients are accumulated: make the optimizer with residual=False, or accumulate "
+            "whole gradients with optax.MultiSteps(tx, ...)"
+        )
+
+    def init_fn(params):
+        state = tx.init(params)
+        mean = optax.tree.zeros_like(steps.project(params, state))
+        return AccumulatedState(jnp.zeros([], jnp.int32), state, mean)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        position = state.mini_step
+
+        def take(opt_state, mean):
+            return steps.update(mean, opt_state, params, **extra_args)
+
+        def wait(opt_state, mean):
+            del mean
+            return optax.tree.zeros_like(updates), opt_state
+
+        # The branch that changes nothing stands last: XLA does not copy what goes through it.
+        opt_state = jax.lax.cond(
+            position == 0, steps.refresh, lambda _, s: s, updates, state.opt_state
+        )
+        mean = jax.tree.map(
+            lambda m, low: jnp.where(position == 0, low, m + (low - m) / (position + 1)),
+            state.mean,
+            steps.project(updates, opt_state),
+        )
+        new, opt_state = jax.lax.cond(position == number - 1, take, wait, opt_state, mean)
+        return new, AccumulatedState((position + 1) % number, opt_state, mean)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

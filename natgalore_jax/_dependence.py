@@ -1,0 +1,78 @@
+"""Which inputs of a function its outputs depend on, read from its jaxpr.
+
+A set of inputs is an integer with one bit for each of them, so that unions are cheap.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jax.extend import core
+
+
+def sources_of_outputs(jaxpr: core.ClosedJaxpr, sources: Sequence[int]) -> list[int]:
+    """What each output depends on, given what each input stands for.
+
+    Nothing that is returned is missing; an operation that is not known to be more selective is
+    taken to use all of its operands for all of its results.
+
+    Args:
+      jaxpr: of the function.
+      sources: one bit set for each input, 0 for an input that does not matter.
+
+    Returns:
+      One bit set for each output: the union over the inputs that reach it.
+    """
+    return _propagate(jaxpr.jaxpr, sources)
+
+
+def _propagate(jaxpr: Any, sources: Sequence[int]) -> list[int]:
+    known = dict(zip(jaxpr.invars, sources, strict=True))
+
+    def read(variable: Any) -> int:
+        return 0 if isinstance(variable, core.Literal) else known.get(variable, 0)
+
+    for equation in jaxpr.eqns:
+        results = _of_equation(equation, [read(v) for v in equation.invars])
+        known.update(zip(equation.outvars, results, strict=True))
+    return [read(v) for v in jaxpr.outvars]
+
+
+def _of_equation(equation: Any, inputs: list[int]) -> list[int]:
+    params = equation.params
+    match equation.primitive.name:
+        case "cond":
+            branches = [_propagate(b.jaxpr, inputs[1:]) for b in params["branches"]]
+            return [inputs[0] | _union(outs) for outs in zip(*branches, strict=True)]
+        case "while":
+            nc, nb = params["cond_nconsts"], params["body_nconsts"]
+            tested, constants, carry = inputs[:nc], inputs[nc : nc + nb], inputs[nc + nb :]
+            while True:
+                (goes_on,) = _propagate(params["cond_jaxpr"].jaxpr, tested + carry)
+                new = _propagate(params["body_jaxpr"].jaxpr, constants + carry)
+                new = [a | b | goes_on for a, b in zip(carry, new, strict=True)]
+                if new == carry:
+                    return carry
+                carry = new
+        case "scan":
+            nc, nk = params["num_consts"], params["num_carry"]
+            constants, carry, slices = inputs[:nc], inputs[nc : nc + nk], inputs[nc + nk :]
+            while True:
+                out = _propagate(params["jaxpr"].jaxpr, constants + carry + slices)
+                new = [a | b for a, b in zip(carry, out[:nk], strict=True)]
+                if new == carry:
+                    return out
+                carry = new
+    called = list(core.jaxprs_in_params(params))  # by jit, checkpoint, custom derivatives, ...
+    if len(called) == 1:
+        (inner,) = called
+        arity = (len(inner.invars), len(inner.outvars))
+        if arity == (len(inputs), len(equation.outvars)):
+            return _propagate(inner, inputs)
+    return [_union(inputs)] * len(equation.outvars)
+
+
+def _union(sets: Sequence[int]) -> int:
+    union = 0
+    for s in sets:
+        union |= s
+    return union

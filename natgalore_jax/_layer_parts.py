@@ -1,0 +1,95 @@
+"""Parameters taken apart: the layers of a stack, and everything else."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from natgalore_jax._where import KeyPath
+
+Selector = str | Callable[[Any], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """Which leaves of a tree of parameters belong to the stack. Leaves are known by number."""
+
+    treedef: Any
+    paths: tuple[str, ...]
+    shapes: tuple[jax.ShapeDtypeStruct, ...]
+    stack_treedef: Any  # of the subtree that is the stack
+    stacked: tuple[int, ...]  # in the order of its leaves
+    length: int  # L
+
+    @property
+    def others(self) -> tuple[int, ...]:
+        return tuple(i for i in range(len(self.paths)) if i not in self.stacked)
+
+    @property
+    def of_one_layer(self) -> list[jax.ShapeDtypeStruct]:
+        return self.with_length(1)
+
+    def with_length(self, length: int) -> list[jax.ShapeDtypeStruct]:
+        """The parameters of a model of so many layers."""
+        return [
+            with_length(x, 0 if i in self.stacked else None, length)
+            for i, x in enumerate(self.shapes)
+        ]
+
+    def without_stack(self, leaves: Mapping[int, Any]) -> Any:
+        """The tree of parameters with shapes in the place of the stacked ones."""
+        return self.treedef.unflatten(leaves.get(i, x) for i, x in enumerate(self.shapes))
+
+
+def divide(params: Any, layers: Selector) -> Parts:
+    """Finds the stack and the number of its layers.
+
+    Raises:
+      ValueError: if there is no stack or its leaves do not have the same number of layers.
+    """
+    entries, treedef = jax.tree_util.tree_flatten_with_path(params)
+    paths = tuple(str(KeyPath(path)) for path, _ in entries)
+    shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for _, x in entries)
+    numbers = treedef.unflatten(range(len(paths)))
+    try:
+        stack = _select(numbers, layers)
+    except (KeyError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"layers={layers!r} selects nothing from the parameters: {', '.join(paths[:6])}, ..."
+        ) from error
+    stacked, stack_treedef = jax.tree.flatten(stack)
+    if not stacked:
+        raise ValueError(f"layers={layers!r} selects a part of the parameters without any leaves")
+    lengths = {shapes[i].shape[:1] for i in stacked}
+    if len(lengths) > 1 or () in lengths:
+        received = ", ".join(f"{paths[i]} {shapes[i].shape}" for i in stacked)
+        raise ValueError(
+            "every parameter of the layers needs a leading axis of the same length, one entry for "
+            f"each layer; received {received}"
+        )
+    ((length,),) = lengths
+    return Parts(treedef, paths, shapes, stack_treedef, tuple(stacked), length)
+
+
+def _select(tree: Any, layers: Selector) -> Any:
+    if callable(layers):
+        return layers(tree)
+    return tree[layers] if isinstance(tree, Mapping) else getattr(tree, layers)
+
+
+def take_layer(x: jax.Array, index: jax.Array, axis: int = 0) -> jax.Array:
+    """One layer, with an axis of length one where the layers were."""
+    return jax.lax.dynamic_slice_in_dim(x, index, 1, axis)
+
+
+def put_layer(x: jax.Array, value: jax.Array, index: jax.Array, axis: int = 0) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(x, value.astype(x.dtype), index, axis)
+
+
+def with_length(x: jax.ShapeDtypeStruct, axis: int | None, length: int) -> jax.ShapeDtypeStruct:
+    """With so many layers, if x has an axis of layers."""
+    if axis is None:
+        return x
+    shape = (*x.shape[:axis], length, *x.shape[axis + 1 :])
+    return jax.ShapeDtypeStruct(shape, x.dtype)

@@ -1,0 +1,276 @@
+"""Training steps that never hold the gradient of more than one layer."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from natgalore_jax._accumulate import accumulated
+from natgalore_jax._backward import Functions, start_backward
+from natgalore_jax._layer_parts import Selector, divide, put_layer, take_layer
+from natgalore_jax._part_update import SplitOptimizer, update_part
+from natgalore_jax._state_layout import StateLayout, state_layout
+from natgalore_jax._validate import check_choice, check_integer, check_number
+
+CLIP_MODES = ("previous", "layer")
+
+
+class PerLayerState(NamedTuple):
+    """State of :func:`per_layer`."""
+
+    opt_state: Any  # what the optimizer's init makes of all parameters, the layers stacked
+    grad_norm: jax.Array  # shape (), float32: the norm of the last gradient, 0 before the first
+
+
+class PerLayerMetrics(NamedTuple):
+    """What a step of :func:`per_layer` measures, before it changes anything."""
+
+    loss: jax.Array  # shape (), what head returned
+    grad_norm: jax.Array  # shape (), float32: of the gradient of all parameters, unclipped
+
+
+class PerLayer(NamedTuple):
+    """What :func:`per_layer` returns."""
+
+    init: Callable[[Any], PerLayerState]  # params -> state
+    # (params, state, batch) -> (params, state, metrics); jitted, and takes over params and state.
+    step: Callable[[Any, PerLayerState, Any], tuple[Any, PerLayerState, PerLayerMetrics]]
+
+
+def per_layer(
+    tx: optax.GradientTransformation,
+    embed: Callable[[Any, Any], Any],
+    layer: Callable[[Any, Any], Any],
+    head: Callable[[Any, Any, Any], jax.Array],
+    layers: Selector = "layers",
+    clip_norm: float | None = None,
+    clip_mode: str = "previous",
+    accumulate: int = 1,
+    apply_updates: Callable[[Any, Any, Any], Any] | None = None,
+) -> PerLayer:
+    r"""A training step in which the whole gradient never exists.
+
+    The model is
+
+    .. math:: x_0 = \mathrm{embed}(W, b), \quad x_{l+1} = \mathrm{layer}(W_l, x_l), \quad
+      \mathrm{loss} = \mathrm{head}(W, x_L, b)
+
+    with the parameters of its L layers stacked, (L, ...). The forward pass keeps the input of each
+    layer. The backward pass goes from the last layer to the first; each layer is computed anew
+    from its input, and its weights and their optimizer state are updated in place as soon as its
+    gradient is there, which is then forgotten. Instead of all gradients and updates there are those
+    of one layer, or of the embedding or the head if that is larger. docs/per_layer.md has numbers.
+
+    The numbers are those of the ordinary step, ``tx.update`` of all gradients, up to rounding:
+    refreshes fall on the same matrices at the same steps, counters count once a step. So are the
+    states: ``state.opt_state`` is what ``tx.init(params)`` makes, and either step can go on from
+    the other's.
+
+    What the optimizer does to one layer must not depend on the gradients of others. This is found
+    out when the step is traced, from the program itself, and is an error. Inside of one stacked
+    parameter it cannot be seen: a norm over all layers (``optax.scale_by_trust_ratio``,
+    Adafactor's clipping) becomes a norm of each layer.
+
+    Args:
+      tx: any Optax transformation.
+      embed: ``(params, batch) -> x``, the input of the first layer. ``params`` is the tree of all
+        parameters, with ``jax.ShapeDtypeStruct`` in the place of the stacked ones.
+      layer: ``(layer_params, x) -> x``, one layer. ``layer_params`` is the subtree ``layers``
+        without the leading axis. x is any pytree; what is not floating-point (masks, positions, a
+        random key, the number of the layer) passes through and may change as well.
+      head: ``(params, x, batch) -> loss``, a scalar. Parameters that ``embed`` uses too are tied:
+        their gradient is the sum of both.
+      layers: where the stacked parameters are: a key or attribute of ``params``, or a function
+        ``params -> subtree``.
+      clip_norm: c; gradients are multiplied by ``min(1, c / norm)``. None: no clipping.
+      clip_mode: whose norm. The norm of the whole gradient is known only when it is too late, so
+        ``"previous"`` takes that of the last step (the first step is not clipped), and
+        ``"layer"`` clips each layer by its own norm, and so the embedding with what is tied to it,
+        and the rest. A norm that is not finite clips nothing.
+      accumulate: micro-batches in one step. ``step`` takes one micro-batch; the last one of a step
+        updates, the others leave the parameters alone. Low-rank gradients are accumulated, as with
+        :func:`low_rank_steps`, in a state of their size (``opt_state`` then is an
+        :class:`AccumulatedState`): the optimizer must come from :func:`chain` and have no residual.
+        Otherwise ``optax.MultiSteps(tx, k)`` as ``tx`` accumulates whole gradients. Clipping and
+        metrics are those of the micro-batch.
+      apply_updates: ``(params, updates, opt_state) -> params`` with the state before the step, in
+        the place of ``optax.apply_updates``; for bfloat16 parameters, for example,
+        ``lambda params, updates, state: ng.apply_updates_stochastic(params, updates,
+        state[0].count)``.
+
+    Returns:
+      A :class:`PerLayer` of ``init`` and ``step``. ``step`` is jitted and donates parameters and
+      state: use what it returns.
+
+    Raises:
+      TypeError, ValueError: for an argument of a wrong type or value; at ``init`` and ``step`` for
+        parameters without a stack, for a stack that the optimizer treats otherwise than its layers
+        (the axis of the layers in a projected matrix, for one), and for an optimizer that mixes
+        parameters, such as ``optax.clip_by_global_norm``.
+
+    References:
+      Lv et al., Full parameter fine-tuning for large language models with limited resources (2023),
+      for updates within the backward pass; GaLore (2024) has them per layer.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, natgalore_jax as ng
+      >>> keys = jax.random.split(jax.random.key(0), 4)
+      >>> params = {
+      ...     "embed": jax.random.normal(keys[0], (4, 16)) / 2,
+      ...     "layers": {"kernel": jax.random.normal(keys[1], (3, 16, 16)) / 4},
+      ...     "head": jax.random.normal(keys[2], (16, 1)) / 4,
+      ... }
+      >>> x = jax.random.normal(keys[3], (64, 4))
+      >>> batch = {"x": x, "y": jnp.sin(x[:, :1] * x[:, 1:2])}
+      >>> train = ng.per_layer(
+      ...     ng.natural_galore_adamw(optax.linear_schedule(0.02, 0.0, 100), rank=4),
+      ...     embed=lambda params, batch: batch["x"] @ params["embed"],
+      ...     layer=lambda layer, x: x + jnp.tanh(x @ layer["kernel"]),
+      ...     head=lambda params, x, batch: jnp.mean((x @ params["head"] - batch["y"]) ** 2),
+      ... )
+      >>> state, losses = train.init(params), []
+      >>> for _ in range(100):
+      ...     params, state, metrics = train.step(params, state, batch)
+      ...     losses.append(metrics.loss)
+      >>> bool(losses[-1] < 0.1 * losses[0])
+      True
+    """
+    if apply_updates is None:
+        apply_updates = _apply_updates
+    functions = {"embed": embed, "layer": layer, "head": head, "apply_updates": apply_updates}
+    for name, function in functions.items():
+        if not callable(function):
+            raise TypeError(f"{name} must be a function, got {function!r}")
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise TypeError(f"tx must be a gradient transformation, got {tx!r}")
+    if not (isinstance(layers, str) or callable(layers)):
+        raise TypeError(f"layers must be a name or a function of the parameters, got {layers!r}")
+    if clip_norm is not None:
+        check_number("clip_norm", clip_norm, above=0.0)
+    check_choice("clip_mode", clip_mode, CLIP_MODES)
+    check_integer("accumulate", accumulate, minimum=1)
+    settings = _Settings(
+        optax.with_extra_args_support(tx if accumulate == 1 else accumulated(tx, accumulate)),
+        apply_updates,
+        Functions(embed, layer, head),
+        layers,
+        clip_norm,
+        clip_mode,
+    )
+
+    def init(params):
+        state_layout(settings.tx, divide(params, layers))  # for its errors
+        _, opt_state = _distinct((params, settings.tx.init(params)))
+        return PerLayerState(opt_state, jnp.zeros([], jnp.float32))
+
+    def step(params, state, batch):
+        return _step(settings, params, state, batch)
+
+    return PerLayer(init, jax.jit(step, donate_argnums=(0, 1)))
+
+
+class _Settings(NamedTuple):
+    tx: optax.GradientTransformationExtraArgs
+    apply_updates: Callable[[Any, Any, Any], Any]
+    model: Functions
+    layers: Selector
+    clip_norm: float | None
+    clip_mode: str
+
+
+def _step(
+    settings: _Settings, params: Any, state: PerLayerState, batch: Any
+) -> tuple[Any, PerLayerState, PerLayerMetrics]:
+    parts = divide(params, settings.layers)
+    layout = state_layout(settings.tx, parts)
+    W, S = jax.tree.leaves(params), _state_leaves(layout, state.opt_state)
+    shared = [S[k] for k in layout.shared]
+    optimizer = SplitOptimizer(settings.tx, settings.apply_updates, parts, layout)
+    backward = start_backward(settings.model, parts, W, batch)
+
+    def update(active, index, G, W, own):
+        squared = sum((jnp.sum(jnp.square(g.astype(jnp.float32))) for g in G), jnp.zeros([]))
+        G = _clipped(settings, G, squared, state.grad_norm)
+        new = update_part(optimizer, active, index, G, W, own, shared)
+        return new, squared
+
+    def update_now(active, G):
+        own = layout.of(active)
+        new, squared = update(active, 0, G, [W[i] for i in active], [S[k] for k in own])
+        _assign(W, active, new.params)
+        _assign(S, own, new.own)
+        return new.shared, squared
+
+    stacked, of_layers = parts.stacked, layout.of(parts.stacked)
+    axes = [layout.layer_axes[k] or 0 for k in of_layers]
+
+    def update_layer(k, carry):
+        stack, states, dx, squared = carry
+        index = parts.length - 1 - k
+        w = [take_layer(a, index) for a in stack]
+        own = [take_layer(a, index, axis) for a, axis in zip(states, axes, strict=True)]
+        G, dx = backward.layer(index, w, dx)
+        new, of_layer = update(stacked, index, G, w, own)
+        stack = [put_layer(a, b, index) for a, b in zip(stack, new.params, strict=True)]
+        states = [
+            put_layer(a, b, index, axis) for a, b, axis in zip(states, new.own, axes, strict=True)
+        ]
+        return stack, states, dx, squared + of_layer
+
+    _, of_head = update_now(backward.early, backward.early_gradients)
+    # The stacks are carried, which changes them in place; scanned over they would be written anew.
+    carry = ([W[i] for i in stacked], [S[k] for k in of_layers], backward.dx, of_head)
+    stack, states, dx, squared = jax.lax.fori_loop(0, parts.length, update_layer, carry)
+    _assign(W, stacked, stack)
+    _assign(S, of_layers, states)
+    new_shared, of_embedding = update_now(backward.late, backward.embed(dx))
+    _assign(S, layout.shared, new_shared)
+
+    grad_norm = jnp.sqrt(squared + of_embedding)
+    new_state = PerLayerState(layout.treedef.unflatten(S), grad_norm)
+    return parts.treedef.unflatten(W), new_state, PerLayerMetrics(backward.loss, grad_norm)
+
+
+def _apply_updates(params: Any, updates: Any, opt_state: Any) -> Any:
+    del opt_state
+    return optax.apply_updates(params, updates)
+
+
+def _distinct(tree: Any) -> Any:
+    """The tree with every array in one place only: no buffer can be donated twice."""
+    leaves, treedef = jax.tree.flatten(tree)
+    seen: set[int] = set()
+    for i, leaf in enumerate(leaves):
+        leaves[i] = jnp.copy(leaf) if id(leaf) in seen else leaf
+        seen.add(id(leaf))
+    return treedef.unflatten(leaves)
+
+
+def _state_leaves(layout: StateLayout, opt_state: Any) -> list[Any]:
+    leaves, treedef = jax.tree.flatten(opt_state)
+    if treedef != layout.treedef or any(
+        jnp.shape(x) != y.shape for x, y in zip(leaves, layout.shapes, strict=True)
+    ):
+        raise ValueError(
+            "the state must come from init of the same per_layer, for parameters of these shapes: "
+            "the optimizer's state has another structure or other shapes"
+        )
+    return leaves
+
+
+def _clipped(
+    settings: _Settings, G: Sequence[jax.Array], squared: jax.Array, last_norm: jax.Array
+) -> list[jax.Array]:
+    if settings.clip_norm is None:
+        return list(G)
+    norm = last_norm if settings.clip_mode == "previous" else jnp.sqrt(squared)
+    exceeds = (norm > settings.clip_norm) & jnp.isfinite(norm)
+    factor = jnp.where(exceeds, settings.clip_norm / jnp.where(exceeds, norm, 1.0), 1.0)
+    return [(g * factor).astype(g.dtype) for g in G]
+
+
+def _assign(leaves: list[Any], numbers: Sequence[int], values: Sequence[Any]) -> None:
+    for number, value in zip(numbers, values, strict=True):
+        leaves[number] = value

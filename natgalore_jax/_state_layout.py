@@ -1,0 +1,130 @@
+"""What the leaves of an optimizer's state belong to."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import optax
+
+from natgalore_jax._layer_parts import Parts, with_length
+from natgalore_jax._plan import LeafPlan
+from natgalore_jax._scope import record_plans
+from natgalore_jax._where import KeyPath
+
+
+@dataclasses.dataclass(frozen=True)
+class StateLayout:
+    """What the leaves of an optimizer's state belong to; one entry for each of them."""
+
+    treedef: Any
+    shapes: tuple[jax.ShapeDtypeStruct, ...]
+    paths: tuple[str, ...]
+    owners: tuple[int | None, ...]  # the parameter, None for what all parameters share
+    layer_axes: tuple[int | None, ...]  # where the layers of a stacked owner are
+
+    def of(self, parameters: Sequence[int]) -> list[int]:
+        """The leaves that belong to these parameters."""
+        return [k for k, owner in enumerate(self.owners) if owner in parameters]
+
+    @property
+    def of_one_layer(self) -> list[jax.ShapeDtypeStruct]:
+        return [
+            with_length(x, axis, 1) for x, axis in zip(self.shapes, self.layer_axes, strict=True)
+        ]
+
+    @property
+    def shared(self) -> list[int]:
+        return [k for k, owner in enumerate(self.owners) if owner is None]
+
+
+def state_layout(tx: optax.GradientTransformation, parts: Parts) -> StateLayout:
+    """The layout of ``tx.init``, found by comparing states of models of different depth.
+
+    Raises:
+      ValueError: where the axis of the layers cannot be taken apart.
+    """
+    state, plans = _init(tx, parts, parts.length)
+    deeper, _ = _init(tx, parts, parts.length + 1)
+    _check_plans(parts, plans, _init(tx, parts, 1)[1])
+    entries, treedef = jax.tree_util.tree_flatten_with_path(state)
+    if jax.tree.structure(deeper) != treedef:
+        raise ValueError(
+            f"the optimizer's state has another structure for {parts.length + 1} layers than for "
+            f"{parts.length}, so that it cannot be taken apart"
+        )
+    paths = tuple(str(KeyPath(path)) for path, _ in entries)
+    owners, axes = [], []
+    for path, here, there, owner in zip(
+        paths,
+        jax.tree.leaves(state),
+        jax.tree.leaves(deeper),
+        _owners(tx, parts, state),
+        strict=True,
+    ):
+        axis = _layer_axis(path, here.shape, there.shape, parts.length)
+        is_stacked = owner in parts.stacked
+        if axis is not None and not is_stacked:
+            raise ValueError(f"{path} of the optimizer's state has layers but is of no layer")
+        # An entry of a stacked parameter without an axis of layers is the same for all of them.
+        owners.append(None if is_stacked and axis is None else owner)
+        axes.append(axis)
+    shapes = tuple(jax.tree.leaves(state))
+    return StateLayout(treedef, shapes, paths, tuple(owners), tuple(axes))
+
+
+def _init(
+    tx: optax.GradientTransformation, parts: Parts, length: int
+) -> tuple[Any, list[LeafPlan]]:
+    """The state for so many layers, as shapes, and how the parameters are projected."""
+    with record_plans() as plans:
+        # A new function each time: eval_shape does not run one again that it knows.
+        params = parts.treedef.unflatten(parts.with_length(length))
+        state = jax.eval_shape(lambda params: tx.init(params), params)
+    return state, plans
+
+
+def _owners(tx: optax.GradientTransformation, parts: Parts, state: Any) -> list[int | None]:
+    """For each leaf of the state the number of its parameter, None for the others."""
+    hole = object()
+    marked = optax.tree.map_params(
+        tx.init,
+        lambda value, number: value if isinstance(value, optax.MaskedNode) else number,
+        state,
+        parts.treedef.unflatten(range(len(parts.paths))),
+        transform_non_params=lambda value: hole,
+        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+    )
+    return [None if mark is hole else mark for mark in jax.tree.leaves(marked)]
+
+
+def _layer_axis(path: str, here: tuple, there: tuple, length: int) -> int | None:
+    if here == there:
+        return None
+    differing = [a for a, (m, n) in enumerate(zip(here, there, strict=False)) if m != n]
+    if len(here) != len(there) or len(differing) > 1 or here[differing[0]] != length:
+        raise ValueError(
+            f"{path} of the optimizer's state mixes layers: it has shape {here} for {length} "
+            f"layers and {there} for {length + 1}"
+        )
+    return differing[0]
+
+
+def _check_plans(parts: Parts, whole: Sequence[LeafPlan], single: Sequence[LeafPlan]) -> None:
+    """One layer is projected as it is within the stack."""
+    stacked = {parts.paths[i] for i in parts.stacked}
+    for plan in whole:
+        if plan.path in stacked and 0 not in plan.batch:
+            raise ValueError(
+                f"{plan.path}: axis 0 of {plan.shape}, that of the layers, is an axis of the "
+                "matrix that is projected; leave the parameter out through where, or change axes"
+            )
+    as_single = [
+        dataclasses.replace(p, shape=(1, *p.shape[1:])) if p.path in stacked else p for p in whole
+    ]
+    if as_single != list(single):
+        names = {p.path for p in as_single} ^ {p.path for p in single} or stacked
+        raise ValueError(
+            "where or axes decide differently about one layer than about the stack, for "
+            f"{', '.join(sorted(names))}"
+        )

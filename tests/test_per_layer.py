@@ -1,0 +1,105 @@
+"""Per-layer updates give the ordinary step's numbers, in the ordinary step's state."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+from per_layer_model import (
+    LOW,
+    SCHEDULE,
+    assert_same,
+    batches,
+    embed,
+    head,
+    init_params,
+    layer,
+    loss,
+    ordinary,
+    per_layer,
+)
+
+import natgalore_jax as ng
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
+
+def decayed(params):
+    """The usual mask: it looks at the number of axes, which must be that of the stack."""
+    return jax.tree.map(lambda x: x.ndim > 1, params)
+
+
+def by_name(up, down, rest):
+    """Several optimizers in one program: one for each matrix of the layers, one for the rest."""
+    labels = {"up": "up", "down": "down", "norm": "rest"}
+    return optax.partition(
+        {"up": up, "down": down, "rest": rest},
+        {"embed": "rest", "layers": labels, "norm": "rest", "head": "rest"},
+    )
+
+
+OPTIMIZERS = {
+    "default": lambda: ng.natural_galore_adamw(**LOW, weight_decay=0.1, mask=decayed),
+    "history, random keys, 8 bits": lambda: by_name(
+        ng.natural_galore_adamw(**LOW, history=4, side="both", transition="reset"),
+        ng.galore_adamw(**LOW, side="right", method="gaussian", residual=True),
+        optax.chain(
+            ng.scale_by_adam_8bit(min_size=1, eps=1e-3), optax.scale_by_learning_rate(SCHEDULE)
+        ),
+    ),
+    "apollo, ldadam, adamw": lambda: by_name(
+        ng.apollo_adamw(**LOW),
+        ng.ldadamw(SCHEDULE, rank=4, eps=1e-3, error_feedback=True),
+        optax.adamw(SCHEDULE, eps=1e-3, weight_decay=0.1, mask=decayed),
+    ),
+    "all at once, injected, accumulated": lambda: optax.MultiSteps(
+        optax.inject_hyperparams(ng.galore_adamw, static_args=ng.structural_args(ng.galore_adamw))(
+            **LOW, side="left", stagger=False, moment_bits=8
+        ),
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_same_numbers_as_the_ordinary_step_over_refreshes(name):
+    tx, params = OPTIMIZERS[name](), init_params()
+    assert_same(per_layer(tx, params, batches()), ordinary(tx, params, batches()))
+
+
+def test_either_step_goes_on_from_the_others_state():
+    tx, params, steps = OPTIMIZERS["default"](), init_params(), batches(9)
+    *_, halfway, opt_state = ordinary(tx, params, steps[:5])
+    train = ng.per_layer(tx, embed, layer, head)
+    state = train.init(params)._replace(opt_state=opt_state)
+    for batch in steps[5:]:
+        halfway, state, _ = train.step(halfway, state, batch)
+    *_, expected, _ = ordinary(tx, params, steps)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), halfway, expected
+    )
+
+
+def test_micro_batches_are_accumulated_in_the_subspace():
+    tx, params, micro = ng.galore_adamw(**LOW), init_params(), batches(12)
+    losses, _, actual, state = per_layer(tx, params, micro, accumulate=3)
+    assert state.opt_state.mean["layers"]["up"].shape == (3, 4, 20)
+
+    steps, opt_state = ng.low_rank_steps(tx), tx.init(params)
+
+    @jax.jit
+    def step(params, opt_state, batches):
+        values, grads = zip(*[jax.value_and_grad(loss)(params, b) for b in batches], strict=True)
+        opt_state = steps.refresh(grads[0], opt_state)
+        low = [steps.project(g, opt_state) for g in grads]
+        mean = jax.tree.map(lambda *g: sum(g) / 3, *low)
+        updates, opt_state = steps.update(mean, opt_state, params)
+        return values, optax.apply_updates(params, updates), opt_state
+
+    for start in range(0, 12, 3):
+        values, params, opt_state = step(params, opt_state, micro[start : start + 3])
+        np.testing.assert_allclose(losses[start : start + 3], values, rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
+        (actual, state.opt_state.opt_state),
+        (params, opt_state),
+    )

@@ -1,0 +1,89 @@
+"""What per-layer updates cannot do is said before anything is computed."""
+
+import jax.numpy as jnp
+import optax
+import pytest
+from per_layer_model import D, F, batches, embed, head, init_params, layer
+
+import natgalore_jax as ng
+
+
+def norm_in_state():
+    """Leaves updates alone and remembers how large they were."""
+
+    def update(updates, state, params=None):
+        del params, state
+        return updates, optax.tree.norm(updates)
+
+    return optax.GradientTransformation(lambda params: jnp.zeros([]), update)
+
+
+def test_an_optimizer_that_mixes_parameters_is_refused():
+    params = init_params()
+    for tx, culprit in [
+        (optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)), r"depends on .*clip_norm"),
+        (optax.apply_if_finite(optax.sgd(0.1), 3), r"depends on"),
+        (norm_in_state(), r"optimizer's state depends on embed/table"),
+    ]:
+        train = ng.per_layer(tx, embed, layer, head)
+        with pytest.raises(ValueError, match=culprit):
+            train.step(params, train.init(params), batches(1)[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "message"),
+    [
+        ({"layers": {}}, {}, "without any leaves"),
+        ({"layers": {"a": jnp.ones((3, 4)), "b": jnp.ones((2, 4))}}, {}, r"layers/b \(2, 4\)"),
+        ({"layers": {"a": jnp.ones(())}}, {}, "leading axis"),
+        ({}, {"layers": "blocks"}, "layers='blocks' selects nothing"),
+        (
+            {"layers": {"gain": jnp.ones((8, D)), "up": jnp.ones((8, D, F))}},
+            {},
+            r"layers/gain: axis 0 of \(8, 12\), that of the layers",
+        ),
+    ],
+)
+def test_a_stack_that_cannot_be_taken_apart_is_refused(change, settings, message):
+    train = ng.per_layer(ng.galore_adamw(0.1, rank=4), embed, layer, head, **settings)
+    with pytest.raises(ValueError, match=message):
+        train.init(init_params() | change)
+
+
+def test_an_optimizer_that_treats_one_layer_otherwise_is_refused():
+    def where(path, leaf):
+        return "down" in path or ("up" in path and leaf.size > 300)
+
+    tx = ng.galore_adamw(0.1, rank=4, where=where)
+    with pytest.raises(ValueError, match=r"differently about one layer than .*layers/up"):
+        ng.per_layer(tx, embed, layer, head).init(init_params())
+
+
+@pytest.mark.parametrize(
+    ("error", "settings"),
+    [
+        (TypeError, {"tx": None}),
+        (TypeError, {"embed": 3}),
+        (TypeError, {"layers": 0}),
+        (ValueError, {"clip_norm": 0.0}),
+        (ValueError, {"clip_mode": "global"}),
+        (ValueError, {"accumulate": 0}),
+        (TypeError, {"accumulate": 2}),
+        (ValueError, {"accumulate": 2, "tx": ng.galore_adamw(0.1, residual=True)}),
+    ],
+)
+def test_arguments_are_checked(error, settings):
+    arguments = {"tx": optax.sgd(0.1), "embed": embed, "layer": layer, "head": head} | settings
+    with pytest.raises(error):
+        ng.per_layer(**arguments)
+
+
+def test_a_wrong_state_and_a_loss_that_is_no_scalar_are_refused():
+    params, batch = init_params(), batches(1)[0]
+    train = ng.per_layer(optax.adam(0.1), embed, layer, head)
+    other = ng.per_layer(optax.sgd(0.1), embed, layer, head)
+    with pytest.raises(ValueError, match="from init of the same per_layer"):
+        train.step(params, other.init(params), batch)
+    vector = ng.per_layer(optax.sgd(0.1), embed, layer, lambda params, x, batch: x)
+    with pytest.raises(ValueError, match=r"scalar loss, got float32 of shape \(4, 6, 12\)"):
+        vector.step(params, vector.init(params), batch)
