@@ -5,10 +5,11 @@ import json
 import jax
 import pytest
 
-from benchmarks import accumulation, quantization, refresh, step_time
+from benchmarks import accumulation, per_layer, quantization, refresh, step_time
 from benchmarks._environment import target
 from benchmarks._floor import bytes_moved, floor_seconds, operations
 from benchmarks._shapes import hidden_shapes, matrices
+from benchmarks._step_bytes import step_bytes
 from benchmarks._training_share import training_operations
 from examples.llama.config import MODEL_PRESETS
 from examples.llama.data import DataConfig
@@ -154,6 +155,25 @@ def test_accumulation(tmp_path):
         assert row["total_bytes"] == row["kept_bytes"] + row["temporary_bytes"]
         assert row["kept_bytes"] > 3 * R and row["mean_ms"] > 0
     assert len(results["targets"]) == 3
+
+
+def test_per_layer(tmp_path):
+    sizes = {"layers": 4, "vocab_size": 64, "batch_size": 1, "seq_len": 8}
+    output = tmp_path / "per_layer.json"
+    per_layer.main(
+        preset="nano", **sizes, rank=8, optimizers=(), unstacked=("adamw",), output=output
+    )
+    results = json.loads(output.read_text())
+    assert results["environment"].keys() == ENVIRONMENT
+    assert {row["flags"] for row in results["steps"]} == results["flags"].keys()
+    rows = [
+        step_bytes(route, "galore", 8, "nano", sizes, steps=int(route == "per layer"))
+        for route in ("ordinary", "per layer")
+    ]
+    for row in (*rows, *results["steps"]):
+        assert row["layer_gradient_bytes"] == 4 * 4 * (4 * 128**2 + 3 * 128 * 352 + 2 * 128)
+        assert row["temporary_bytes"] > 0 and row["in_place_bytes"] <= row["state_bytes"]
+    assert [len(row["step_s"]) for row in rows] == [0, 1]
 
 
 def test_refresh(tmp_path):

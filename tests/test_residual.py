@@ -124,3 +124,18 @@ def test_a_warm_up_from_zero_inside_finds_the_sign_later():
     np.testing.assert_allclose(
         updates[1:], -0.1 * oracle(grads, "left", None)[1:], rtol=1e-4, atol=1e-6
     )
+
+
+def test_every_matrix_finds_its_sign_at_its_own_first_update():
+    """One ascends, one descends, one has no gradient before the second step."""
+    signs = jnp.array([1.0, -1.0, -1.0])[:, None, None]
+    inner = optax.stateless(lambda updates, params: {"w": signs * updates["w"]})
+    tx = ng.chain(ng.low_rank_project(rank=2), inner, ng.project_back(residual=True))
+    first, second = np.random.default_rng(0).normal(size=(2, 3, 6, 9)).astype(np.float32)
+    first[2] = 0
+    state = tx.init({"w": jnp.asarray(first)})
+    for grads, expected in (first, [1, -1, 0]), (second, [1, -1, -1]):
+        updates, state = tx.update({"w": jnp.asarray(grads)}, state)
+        np.testing.assert_array_equal(state[-1].direction["w"], expected)
+    along = np.sum(np.asarray(updates["w"]) * second, (1, 2))
+    np.testing.assert_array_equal(np.sign(along), [1, -1, -1])

@@ -1,5 +1,6 @@
 """Statistics over seeds, from result files alone."""
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -38,7 +39,9 @@ class Row(NamedTuple):
     step_seconds: float  # median of the runs' medians
     steps: int
     workers: tuple[int, ...]  # how many runs shared the machine
-    to_reference: float | None  # steps until the reference's final loss, as a share of its steps
+    # Steps until the reference's final loss, as a share of its steps: infinite if they were not
+    # enough, None without a reference.
+    to_reference: float | None
 
 
 def summarise(
@@ -139,7 +142,10 @@ def _row(records: list[Json], reference: Row | None) -> Row:
     tests = [r["test_loss"] for r in records]
     curve = () if diverged else _mean_curve(records)
     steps = records[0]["configuration"]["run"]["steps"]
-    to_reference = None if reference is None else steps_to(curve, reference.validation)
+    to_reference = None
+    if reference is not None:
+        reached = steps_to(curve, reference.validation)
+        to_reference = math.inf if reached is None else reached / steps
     nan = float("nan")
     return Row(
         method=records[0]["method"],
@@ -154,7 +160,7 @@ def _row(records: list[Json], reference: Row | None) -> Row:
         step_seconds=statistics.median(r["step_seconds"] for r in records),
         steps=steps,
         workers=tuple(sorted({r["workers"] for r in records})),
-        to_reference=to_reference and to_reference / steps,
+        to_reference=to_reference,
     )
 
 

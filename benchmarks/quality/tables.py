@@ -1,5 +1,6 @@
 """Markdown tables of the results."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from benchmarks.quality.methods import METHODS
@@ -143,7 +144,9 @@ def _steps(row: Row | None) -> str:
         return "diverged"
     if row.method == REFERENCE:
         return "100 %"
-    return "not reached" if row.to_reference is None else f"{100 * row.to_reference:.0f} %"
+    if row.to_reference is None:
+        return "not known"
+    return "not reached" if math.isinf(row.to_reference) else f"{100 * row.to_reference:.0f} %"
 
 
 def _tuned_cell(tuned: Tuned, rate: float) -> str:

@@ -1,0 +1,145 @@
+"""Memory of a compiled training step of ``examples/llama``, in a process with flags of its own."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from examples.llama.config import MODEL_PRESETS
+from examples.llama.optimization import make_optimization
+from examples.llama.per_layer import make_per_layer_step
+from examples.llama.train_config import RunConfig, run_preset
+from examples.llama.train_step import (
+    init_state,
+    make_model,
+    make_train_step,
+    next_state,
+    token_nll,
+)
+
+ROUTES = ("ordinary", "per layer", "unstacked")
+
+
+def measure(flags: str, **arguments: Any) -> dict[str, Any]:
+    """:func:`step_bytes` with ``XLA_FLAGS``, which are read when a process starts."""
+    env = os.environ | {"XLA_FLAGS": flags}
+    command = [sys.executable, "-m", __name__, json.dumps(arguments)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr}")
+    return json.loads(done.stdout)
+
+
+def step_bytes(
+    route: str, optimizer: str, rank: int, preset: str, sizes: dict[str, int], steps: int
+) -> dict[str, Any]:
+    """Bytes that XLA reserves for a step, and processor seconds that steps take.
+
+    Args:
+      route: one of ``ROUTES``.
+      optimizer, rank: as on the command line of ``examples.llama``.
+      preset, sizes: the model; layers, vocab_size, batch_size and seq_len are the sizes.
+      steps: how many are timed, after one that is not; 0 runs none.
+    """
+    config = _config(route, optimizer, rank, preset, **sizes)
+    made: dict[str, Any] = {}
+
+    def first_params():
+        made["apply"], params = make_model(config.model, config.seed)
+        return params
+
+    params = jax.eval_shape(first_params)
+    tx, _, _ = make_optimization(config, params)
+    state = jax.eval_shape(lambda params: init_state(params, tx), params)
+    rows = jax.ShapeDtypeStruct((config.batch_size, config.seq_len + 1), jnp.int32)
+    if route == "per layer":
+        step = make_per_layer_step(config, tx, params)
+    elif route == "ordinary":
+        step = make_train_step(made["apply"], tx)
+    else:
+        step = _step_without_norm(made["apply"], tx)
+    compiled = jax.jit(step, donate_argnums=0).lower(state, rows).compile()
+    memory = compiled.memory_analysis()
+    if memory is None:
+        raise RuntimeError("this backend gives no account of the memory of compiled programs")
+    return {
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "state_bytes": _nbytes(state),
+        "in_place_bytes": memory.alias_size_in_bytes,
+        "layer_gradient_bytes": _nbytes(params["layers"]),
+        "step_s": _seconds(compiled, config, tx, steps) if steps else [],
+    }
+
+
+def _config(
+    route: str,
+    optimizer: str,
+    rank: int,
+    preset: str,
+    layers: int,
+    vocab_size: int,
+    batch_size: int,
+    seq_len: int,
+) -> RunConfig:
+    model = dataclasses.replace(
+        MODEL_PRESETS[preset],
+        layers=layers,
+        vocab_size=vocab_size,
+        max_length=seq_len,
+        stacked=route != "unstacked",
+        remat=True,
+    )
+    config = run_preset(preset)
+    return dataclasses.replace(
+        config,
+        model=model,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        per_layer=route == "per layer",
+        optimizer=dataclasses.replace(config.optimizer, name=optimizer, rank=rank),
+    )
+
+
+def _step_without_norm(apply: Any, tx: Any) -> Any:
+    """A step that nothing makes wait for all gradients, not even to measure their norm."""
+
+    def step(state, rows):
+        def mean_nll(params):
+            return token_nll(apply, params, rows).mean()
+
+        loss, grads = jax.value_and_grad(mean_nll)(state.params)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        now = {"loss": loss, "grad_norm": jnp.zeros([])}
+        return next_state(state, now, 1, params=params, opt_state=opt_state)
+
+    return step
+
+
+def _seconds(compiled: Any, config: RunConfig, tx: Any, steps: int) -> list[float]:
+    """Times of the processor, over all threads."""
+    _, params = make_model(config.model, config.seed)
+    state = jax.jit(lambda params: init_state(params, tx))(params)
+    rows = jnp.zeros((config.batch_size, config.seq_len + 1), jnp.int32)
+    times = []
+    for _ in range(steps + 1):
+        start = time.process_time()
+        state, metrics = compiled(state, rows)
+        jax.block_until_ready((state, metrics))
+        times.append(time.process_time() - start)
+    return times[1:]
+
+
+def _nbytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+if __name__ == "__main__":
+    json.dump(step_bytes(**json.loads(sys.argv[1])), sys.stdout)
