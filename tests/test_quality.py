@@ -23,7 +23,8 @@ from benchmarks.quality.methods import METHODS, choose, muon
 from benchmarks.quality.presets import PRESETS
 from benchmarks.quality.record import diverged, thinned
 from benchmarks.quality.run_spec import Run, prepare
-from benchmarks.quality.sweep import Sweep, runs
+from benchmarks.quality.search import next_rates
+from benchmarks.quality.sweep import Sweep, run_sweep, runs
 from benchmarks.quality.train import excerpt
 from examples.llama.config import MODEL_PRESETS
 from examples.llama.data import DataConfig, load_splits
@@ -208,6 +209,56 @@ def test_runs_go_seed_by_seed():
     assert {run.learning_rate for run in planned[:2]} == {0.01, 0.02}
 
 
+GRID = (0.001, 0.002, 0.005, 0.01, 0.02, 0.04, 0.08)
+
+
+def searched(curve):
+    """The rates that are run of a grid, where ``curve`` has the loss of each."""
+    done = {}
+    while missing := next_rates(tuple(curve), done):
+        assert not set(missing) & set(done)
+        done |= {rate: curve[rate] for rate in missing}
+    return done
+
+
+@pytest.mark.parametrize("best", range(len(GRID)))
+def test_a_search_finds_the_one_minimum(best):
+    done = searched({rate: float(abs(i - best)) for i, rate in enumerate(GRID)})
+    assert min(done, key=done.get) == GRID[best] and len(done) <= 5
+
+
+def test_a_search_takes_a_diverged_rate_for_the_worst():
+    assert set(searched({0.1: 2.0, 0.2: 3.0, 0.3: None})) == {0.1, 0.2, 0.3}
+    assert set(searched({0.1: None, 0.2: None, 0.3: 1.0})) == {0.1, 0.2, 0.3}
+    assert set(searched({0.1: None})) == {0.1}
+
+
+def test_a_sweep_searches_where_it_was_interrupted(tmp_path, monkeypatch):
+    curve = {0.01: 3.0, 0.02: 2.0, 0.04: 1.0, 0.08: None}
+    made = []
+
+    def make(todo, workers):
+        for run in todo:
+            made.append(run.learning_rate)
+            loss = curve[run.learning_rate]
+            record = {
+                key: getattr(run, key) for key in ("preset", "method", "learning_rate", "corpus")
+            }
+            record |= {"seed": run.seed, "diverged": loss is None, "final_validation_loss": loss}
+            record |= {"wall_seconds": 1.0, "configuration": prepare(run).configuration}
+            write(record, run.path)
+        return []
+
+    monkeypatch.setattr("benchmarks.quality.sweep.run_all", make)
+    sweep = Sweep(
+        methods=("adamw",), corpora=("sotu",), seeds=(1,), root=tmp_path, preset="tiny",
+        learning_rates=tuple(map(str, curve)), search=True,
+    )  # fmt: skip
+    make(runs(sweep)[:1], 1)
+    assert run_sweep(sweep) == 0
+    assert made == [0.02, 0.08, 0.01, 0.04]
+
+
 def test_environment_keeps_what_the_user_set(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--a=b")
     monkeypatch.setenv("MALLOC_TOP_PAD_", "7")
@@ -277,6 +328,7 @@ def test_a_sweep_names_what_it_cannot_do(tmp_path, capsys):
         ([], "adamw has no tuned learning rate at nano"),
         (["--learning-rates", "fast"], "a learning rate is a number or 'tuned'"),
         (["--learning-rates", "tuned", "0.1"], "'tuned' is the only learning rate"),
+        (["--search"], "search needs learning_rates to search in"),
         (["--learning-rates", "0.1", "--workers", "0"], "workers must be at least 1"),
         (["--learning-rates", "0.1", "--methods", "sgd"], "method must be one of"),
     ]:

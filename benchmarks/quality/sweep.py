@@ -8,7 +8,8 @@ from pathlib import Path
 from benchmarks.quality.files import is_done, read_suite
 from benchmarks.quality.methods import METHODS, choose
 from benchmarks.quality.run_spec import Common, Run, prepare
-from benchmarks.quality.tuning import tuned_rates
+from benchmarks.quality.search import next_rates
+from benchmarks.quality.tuning import curves, tuned_rates
 from benchmarks.quality.workers import run_all
 from examples.llama.train_config import ConfigError
 
@@ -32,6 +33,8 @@ class Sweep(Common):
     """Seeds."""
     learning_rates: tuple[str, ...] = (TUNED,)
     """Peak learning rates, or "tuned": each method's best of the tuning suite."""
+    search: bool = False
+    """Of the learning rates make every other one, then those beside the best, until it has both."""
     workers: int = 1
     """Runs at a time, each on one core where there is more than one."""
     tune_suite: str = "tune"
@@ -50,6 +53,8 @@ class Sweep(Common):
         for name in ("methods", "corpora", "seeds", "learning_rates"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} must name at least one")
+        if self.search and TUNED in self.learning_rates:
+            raise ConfigError("search needs learning_rates to search in")
 
 
 def runs(sweep: Sweep) -> list[Run]:
@@ -62,6 +67,9 @@ def runs(sweep: Sweep) -> list[Run]:
     for method in sweep.methods:
         choose(method)
     rates = {method: _rates(sweep, method) for method in sweep.methods}
+    if sweep.search:
+        done = curves(read_suite(sweep.root, sweep.suite), sweep.preset)
+        rates = {m: next_rates(grid, done.get(m, {})) for m, grid in rates.items()}
     common = {f.name: getattr(sweep, f.name) for f in fields(Common)}
     return [
         Run(
@@ -79,21 +87,25 @@ def runs(sweep: Sweep) -> list[Run]:
 
 def run_sweep(sweep: Sweep) -> int:
     """Makes the runs and returns the exit code."""
-    planned, todo, refused = runs(sweep), [], 0
-    for run in planned:
-        try:
-            if not is_done(run.path, prepare(run).configuration):
-                todo.append(run)
-        except ConfigError as error:
-            print(f"error: {error}")
-            refused += 1
-    done = len(planned) - len(todo) - refused
-    print(f"{len(planned)} runs, {done} done{_estimate(sweep, len(todo))}", flush=True)
-    if sweep.plan:
-        for run in todo:
-            print(run.path)
-        return 1 if refused else 0
-    return 1 if run_all(todo, sweep.workers) or refused else 0
+    while True:
+        planned, todo, refused = runs(sweep), [], 0
+        for run in planned:
+            try:
+                if not is_done(run.path, prepare(run).configuration):
+                    todo.append(run)
+            except ConfigError as error:
+                print(f"error: {error}")
+                refused += 1
+        done = len(planned) - len(todo) - refused
+        print(f"{len(planned)} runs, {done} done{_estimate(sweep, len(todo))}", flush=True)
+        if sweep.plan:
+            for run in todo:
+                print(run.path)
+            return 1 if refused else 0
+        if run_all(todo, sweep.workers) or refused:
+            return 1
+        if not (sweep.search and todo):
+            return 0
 
 
 def _rates(sweep: Sweep, method: str) -> tuple[float, ...]:

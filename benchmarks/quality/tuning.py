@@ -7,25 +7,23 @@ from typing import NamedTuple
 
 from benchmarks.quality.files import Json
 
+Curve = dict[float, float | None]  # loss of every complete rate; None where a run diverged
+
 
 class Tuned(NamedTuple):
     """What tuning a method came to."""
 
     rate: float  # the best one
     loss: float  # its final validation loss, mean over corpora and seeds
-    curve: dict[float, float | None]  # loss of every complete rate; None where a run diverged
+    curve: Curve
     at_edge: bool  # whether a rate beyond the grid might be better still
 
 
-def tuned_rates(records: Iterable[Json], preset: str) -> dict[str, Tuned]:
-    """The best learning rate of each method at a preset.
+def curves(records: Iterable[Json], preset: str) -> dict[str, Curve]:
+    """Final validation loss of each method at each rate, averaged over the corpora and seeds.
 
-    That is the one with the lowest final validation loss, averaged over the corpora and seeds of
-    the suite. A rate at which any run diverged is out; a rate that lacks runs which the method's
-    other rates have is not judged yet. A method without any usable rate is left out.
-
-    The best rate is at the edge if it is the lowest or the highest that was run. A higher one that
-    diverged was run.
+    A rate at which any run diverged has None; a rate that lacks runs which the method's other rates
+    have is not judged yet, and left out.
     """
     losses: dict[str, dict[float, dict[tuple[str, int], float | None]]] = defaultdict(
         lambda: defaultdict(dict)
@@ -34,7 +32,16 @@ def tuned_rates(records: Iterable[Json], preset: str) -> dict[str, Tuned]:
         if r["preset"] == preset:
             loss = None if r["diverged"] else r["final_validation_loss"]
             losses[r["method"]][r["learning_rate"]][r["corpus"], r["seed"]] = loss
-    chosen = {name: _best(by_rate) for name, by_rate in losses.items()}
+    return {name: _curve(by_rate) for name, by_rate in losses.items()}
+
+
+def tuned_rates(records: Iterable[Json], preset: str) -> dict[str, Tuned]:
+    """The best learning rate of each method at a preset: the one with the lowest loss.
+
+    A method without any usable rate is left out. The best rate is at the edge if it is the lowest
+    or the highest that was run. A higher one that diverged was run.
+    """
+    chosen = {name: _best(curve) for name, curve in curves(records, preset).items()}
     return {name: tuned for name, tuned in chosen.items() if tuned is not None}
 
 
@@ -46,10 +53,12 @@ def tuned_by_preset(records: Iterable[Json]) -> dict[str, dict[str, Tuned]]:
     return {preset: found for preset, found in tuned.items() if found}
 
 
-def _best(by_rate: dict[float, dict[tuple[str, int], float | None]]) -> Tuned | None:
+def _curve(by_rate: dict[float, dict[tuple[str, int], float | None]]) -> Curve:
     runs = set().union(*by_rate.values())
-    complete = {rate: list(x.values()) for rate, x in sorted(by_rate.items()) if x.keys() == runs}
-    curve = {rate: _mean(values) for rate, values in complete.items()}
+    return {rate: _mean([*x.values()]) for rate, x in sorted(by_rate.items()) if x.keys() == runs}
+
+
+def _best(curve: Curve) -> Tuned | None:
     usable = {loss: rate for rate, loss in curve.items() if loss is not None}
     if not usable:
         return None
