@@ -70,7 +70,8 @@ def axes_per_leaf(axes: AxesLike, tree: Any) -> list[MatrixAxes | None]:
     if callable(axes):
         axes = axes(tree)
     full = broadcast_prefix("axes", axes, tree, is_leaf=_is_axes)
-    entries = jax.tree.leaves(full, is_leaf=_is_axes)
+    # Not the leaves of ``full``: a None in ``tree`` is no parameter.
+    entries = jax.tree.structure(tree).flatten_up_to(full)
     for entry in entries:
         if not _is_axes(entry):
             raise TypeError(f"axes must be MatrixAxes or None at every parameter, got {entry!r}")

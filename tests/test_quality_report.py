@@ -226,6 +226,9 @@ def test_usable_range():
 def test_label_shows_what_was_changed():
     assert label("galore") == "GaLore"
     assert label("galore@rank=8,side=long") == "GaLore, rank=8, side=long"
+    assert label("galore-8bit") == "GaLore, 8-bit moments"
+    inside = label("natural-galore@damping=1e6")
+    assert inside == "Natural GaLore, default, without the Fisher matrix inside"
     assert label("of-another-time") == "of-another-time"
 
 

@@ -153,6 +153,15 @@ METHODS: dict[str, Method] = {
     "relora": Method("ReLoRA", None, configure=_adapter("relora")),
 }
 
+# What the arguments of the tables' ablations mean.
+CHANGES = {
+    "natural-galore@moment_bits=8": "8-bit moments",
+    # So much damping leaves the identity, up to a factor that the kept norm takes away.
+    "natural-galore@damping=1e6": "without the Fisher matrix inside",
+    "natural-galore@residual=gain": "without the Fisher matrix outside",
+    "natural-galore@damping=1e6,residual=gain": "without either Fisher matrix",
+}
+
 
 class Chosen(NamedTuple):
     """A method with what the command line changed about it."""

@@ -1,6 +1,5 @@
 """A learning rate found with fewer runs than the grid has."""
 
-import math
 from collections.abc import Mapping, Sequence
 
 
@@ -16,8 +15,8 @@ def next_rates(grid: Sequence[float], done: Mapping[float, float | None]) -> tup
     missing = tuple(rate for rate in coarse if rate not in done)
     if missing:
         return missing
-    losses = [math.inf if done.get(rate) is None else done[rate] for rate in grid]
-    best = min(range(len(grid)), key=losses.__getitem__)
-    if math.isinf(losses[best]):  # All diverged: what is left may do better.
+    usable = {loss: rate for rate in grid if (loss := done.get(rate)) is not None}
+    if not usable:  # All diverged: what is left may do better.
         return tuple(rate for rate in grid if rate not in done)
+    best = grid.index(usable[min(usable)])
     return tuple(rate for rate in grid[max(best - 1, 0) : best + 2] if rate not in done)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from benchmarks.quality.methods import METHODS
+from benchmarks.quality.methods import CHANGES, METHODS
 from benchmarks.quality.robustness import TOLERANCE, usable_range
 from benchmarks.quality.summary import REFERENCE, Group, Row, best, separated
 from benchmarks.quality.tuning import Tuned
@@ -105,10 +105,10 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def label(method: str) -> str:
-    """What a method is called in a table; arguments that were changed stay visible."""
+    """What a method is called in a table, with what was changed about it."""
     name, at, changes = method.partition("@")
     text = METHODS[name].label if name in METHODS else name
-    return f"{text}, {changes.replace(',', ', ')}" if at else text
+    return f"{text}, {CHANGES.get(method, changes.replace(',', ', '))}" if at else text
 
 
 def _keys(rows: Iterable[Iterable[Row]], methods: Iterable[str]) -> list[tuple[str, float | None]]:

@@ -1,0 +1,82 @@
+"""Training steps that give up their state, and give it back where it was."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, SingleDeviceSharding
+
+
+class InPlace:
+    """What :func:`in_place` returns: called, lowered and traced like a function of ``jax.jit``."""
+
+    def __init__(self, step: Callable[..., Any], number: int):
+        self._step, self._number = step, number
+        self._anywhere = jax.jit(step, donate_argnums=tuple(range(number)))
+        self._there: dict[Any, Any] = {}  # by the shardings of what is given up
+
+    def __call__(self, *args: Any) -> Any:
+        return self._jitted(args)(*args)
+
+    def lower(self, *args: Any) -> jax.stages.Lowered:
+        return self._jitted(args).lower(*args)
+
+    def _jitted(self, args: tuple) -> Any:
+        leaves, treedef = jax.tree.flatten(args[: self._number])
+        if not any(_is_on_host(x) for x in leaves):
+            return self._anywhere
+        # Without its shardings jax.jit gives an output the buffer of any input of its shape, which
+        # may be in the other memory: the program ends when the result is made.
+        shardings = tuple(x.sharding for x in leaves)
+        if (treedef, shardings) not in self._there:
+            given = treedef.unflatten(shardings)
+            self._there[treedef, shardings] = jax.jit(
+                self._step,
+                donate_argnums=tuple(range(self._number)),
+                out_shardings=(*given, _replicated(shardings[0])),
+            )
+        return self._there[treedef, shardings]
+
+
+def in_place(step: Callable[..., Any], number: int = 1) -> InPlace:
+    """``jax.jit`` of a training step, in place, that also takes arrays in host memory.
+
+    Args:
+      step: ``(*state, *rest) -> (*state, result)``, with the same trees, shapes and dtypes in
+        ``state``; ``result`` is any tree of small arrays, such as metrics.
+      number: the number of arguments that are ``state``. They are donated: do not use them again.
+
+    Returns:
+      The jitted step. What comes back is where it was: on the devices or the host, sharded as
+      given. ``result`` is on the devices, replicated if some of the state is on the host.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, natgalore_jax as ng
+      >>> tx = ng.offload_state(optax.adam(0.1))
+      >>> def step(params, state, batch):
+      ...     loss, grads = jax.value_and_grad(lambda w: jnp.mean((batch @ w) ** 2))(params)
+      ...     updates, state = tx.update(grads, state, params)
+      ...     return optax.apply_updates(params, updates), state, loss
+      >>> step = ng.in_place(step, 2)
+      >>> params = jnp.ones((64, 64))
+      >>> params, state, loss = step(params, tx.init(params), jnp.ones((8, 64)))
+      >>> params.sharding.memory_kind, state[0].mu.sharding.memory_kind
+      ('device', 'pinned_host')
+    """
+    return InPlace(step, number)
+
+
+def _is_on_host(x: Any) -> bool:
+    """Whether an array, or the shape of one, is in the memory of the host; traced ones never are.
+
+    A step within another jitted function is a part of it and gives up nothing.
+    """
+    sharding = None if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
+    return getattr(sharding, "memory_kind", None) == "pinned_host"
+
+
+def _replicated(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, jax.P())
+    (device,) = sharding.device_set
+    return SingleDeviceSharding(device)

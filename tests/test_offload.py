@@ -1,0 +1,98 @@
+"""State and weights in host memory: the same numbers, and everything stays where it was."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from per_layer_model import LOW, batches, embed, head, init_params, layer, loss, ordinary
+
+import natgalore_jax as ng
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
+STEPS = 6  # one refresh after the first
+
+
+def memories(tree):
+    """The memory kind of every array of some size, and of every other."""
+    large = {x.sharding.memory_kind for x in jax.tree.leaves(tree) if x.size >= 16}
+    small = {x.sharding.memory_kind for x in jax.tree.leaves(tree) if x.size < 16}
+    return large, small
+
+
+def natural(**settings):
+    return ng.natural_galore_adamw(**LOW, **settings)
+
+
+def test_the_numbers_are_those_without():
+    expected = ordinary(natural(), init_params(), batches(STEPS))
+    tx = ng.offload_state(natural(), min_size=16)
+    losses, _, params, state = ordinary(tx, init_params(), batches(STEPS))
+    np.testing.assert_allclose(losses, expected[0], rtol=1e-5)
+    assert memories(state) == ({"pinned_host"}, {"device"})
+    assert memories(params)[0] == {"device"}
+    assert jax.tree.structure(state) == jax.tree.structure(expected[3])
+
+
+@pytest.mark.parametrize("what", ["state", "weights and state"])
+def test_per_layer_fetches_one_layer_at_a_time(what):
+    expected = ordinary(natural(), init_params(), batches(STEPS))
+    train = ng.per_layer(ng.offload_state(natural(), min_size=16), embed, layer, head)
+    params = init_params()
+    if what != "state":
+        params = ng.to_host(params, min_size=16)
+    state, losses = train.init(params), []
+    for batch in batches(STEPS):
+        params, state, metrics = train.step(params, state, batch)
+        losses.append(metrics.loss)
+    np.testing.assert_allclose(losses, expected[0], rtol=1e-5)
+    assert memories(state) == ({"pinned_host"}, {"device"})
+    assert memories(params)[0] == ({"device"} if what == "state" else {"pinned_host"})
+
+    # What comes to the devices in the loop over the layers is a layer, never a whole stack.
+    jaxpr = str(jax.make_jaxpr(train.step)(params, state, batches(1)[0]))
+    moved = [line for line in jaxpr.splitlines() if "device_put" in line and "<host>" not in line]
+    stacks = [
+        f"[{','.join(map(str, w.shape))}]" for w in params["layers"].values() if hasattr(w, "shape")
+    ]
+    assert moved and not [line for line in moved for shape in stacks if f"f32{shape}" in line]
+
+
+def test_sharded_state_stays_sharded():
+    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        params = {"w": jax.device_put(jnp.ones((8, 16)), jax.NamedSharding(mesh, jax.P("data")))}
+        tx = ng.offload_state(optax.adam(0.1), min_size=16)
+        state = jax.jit(tx.init)(params)
+        updates, state = jax.jit(tx.update)(params, state, params)
+    mu = state[0].mu["w"].sharding
+    assert (mu.memory_kind, mu.spec) == ("pinned_host", jax.P("data", None))
+    assert updates["w"].sharding.memory_kind == "device"
+
+
+def test_accumulated_and_restored(tmp_path):
+    """``lax.cond`` around the update needs both branches in one memory."""
+    params, tx = init_params(), optax.MultiSteps(ng.offload_state(natural(), min_size=16), 2)
+
+    @jax.jit
+    def step(params, state, batch):
+        updates, state = tx.update(jax.grad(loss)(params, batch), state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for batch in batches(3):
+        params, state = step(params, state, batch)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        restored = checkpointer.restore(tmp_path / "state", like)
+    assert memories(restored) == memories(state)
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+
+
+def test_min_size_is_checked():
+    with pytest.raises(ValueError, match="min_size must be at least 1, got 0"):
+        ng.offload_state(optax.adam(0.1), min_size=0)
