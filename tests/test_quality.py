@@ -237,7 +237,7 @@ def test_a_sweep_searches_where_it_was_interrupted(tmp_path, monkeypatch):
     curve = {0.01: 3.0, 0.02: 2.0, 0.04: 1.0, 0.08: None}
     made = []
 
-    def make(todo, workers):
+    def make(todo, *_):
         for run in todo:
             made.append(run.learning_rate)
             loss = curve[run.learning_rate]

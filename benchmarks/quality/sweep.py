@@ -10,7 +10,7 @@ from benchmarks.quality.methods import METHODS, choose
 from benchmarks.quality.run_spec import Common, Run, prepare
 from benchmarks.quality.search import next_rates
 from benchmarks.quality.tuning import curves, tuned_rates
-from benchmarks.quality.workers import run_all
+from benchmarks.quality.workers import command, describe, run_all
 from examples.llama.train_config import ConfigError
 
 TUNED = "tuned"
@@ -102,7 +102,7 @@ def run_sweep(sweep: Sweep) -> int:
             for run in todo:
                 print(run.path)
             return 1 if refused else 0
-        if run_all(todo, sweep.workers) or refused:
+        if run_all(todo, sweep.workers, command, describe) or refused:
             return 1
         if not (sweep.search and todo):
             return 0

@@ -5,9 +5,10 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import fields
+from typing import TypeVar
 
 from benchmarks.quality.files import read
 from benchmarks.quality.run_spec import Run
@@ -22,15 +23,26 @@ _KEEP_MEMORY = {
 }
 
 
-def run_all(todo: list[Run], workers: int) -> list[Run]:
-    """Makes all runs, says how each one ended, and returns those that failed."""
+R = TypeVar("R")
+
+
+def run_all(
+    todo: Sequence[R],
+    workers: int,
+    command: Callable[[R], list[str]],
+    describe: Callable[[R, str | None], str],
+) -> list[R]:
+    """Makes all runs, says how each one ended, and returns those that failed.
+
+    ``command(run)`` is the command line of a run; ``describe(run, error)`` what is said of it.
+    """
     cores: queue.SimpleQueue[int | None] = queue.SimpleQueue()
     for core in _cores(workers):
         cores.put(core)
     started: set[subprocess.Popen] = set()
     lock, stopped = threading.Lock(), threading.Event()
 
-    def make(run: Run) -> str | None:
+    def make(run: R) -> str | None:
         """None if all went well, else what went wrong."""
         core = cores.get()
         try:
@@ -39,7 +51,7 @@ def run_all(todo: list[Run], workers: int) -> list[Run]:
             with lock:
                 if stopped.is_set():
                     return "not started"
-                process = _start(run, workers)
+                process = _start(command(run), workers)
                 started.add(process)
             _, errors = process.communicate()
             started.discard(process)
@@ -54,7 +66,7 @@ def run_all(todo: list[Run], workers: int) -> list[Run]:
         try:
             for number, future in enumerate(as_completed(futures), start=1):
                 run, error = futures[future], future.result()
-                print(f"[{number}/{len(todo)}] {_describe(run, error)}", flush=True)
+                print(f"[{number}/{len(todo)}] {describe(run, error)}", flush=True)
                 if error is not None:
                     failed.append(run)
         except BaseException:  # A signal: what was started must not go on by itself.
@@ -89,9 +101,9 @@ def environment(workers: int) -> dict[str, str]:
     return own | dict(os.environ)
 
 
-def _start(run: Run, workers: int) -> subprocess.Popen:
+def _start(command: list[str], workers: int) -> subprocess.Popen:
     return subprocess.Popen(
-        command(run),
+        command,
         env=environment(workers),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -106,7 +118,7 @@ def _cores(workers: int) -> Iterable[int | None]:
     return [usable[i % len(usable)] for i in range(workers)]
 
 
-def _describe(run: Run, error: str | None) -> str:
+def describe(run: Run, error: str | None) -> str:
     what = f"{run.path.parent.name} {run.path.stem}"
     if error is not None:
         return f"{what}: FAILED: {error}"

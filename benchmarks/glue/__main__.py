@@ -1,0 +1,44 @@
+"""``python -m benchmarks.glue --help``."""
+
+import signal
+import sys
+
+import tyro
+
+from benchmarks.glue.runs import Run, make
+from benchmarks.glue.show import Show, show
+from benchmarks.glue.sweep import Sweep, run_sweep
+from examples.glue.errors import ConfigError, DataError, WeightsError
+
+Command = Run | Sweep | Show
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command and returns its exit code."""
+    try:
+        return run(tyro.cli(Command, prog="python -m benchmarks.glue", args=argv))
+    except (ConfigError, DataError, WeightsError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def run(command: Command) -> int:
+    """Does what a command says."""
+    match command:
+        case Run():
+            done = make(command) is None
+            print(f"{command.path} {'was there already' if done else 'written'}")
+        case Sweep():
+            return run_sweep(command)
+        case Show():
+            show(command)
+    return 0
+
+
+if __name__ == "__main__":
+    # A sweep that is told to end takes its runs along.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(main())

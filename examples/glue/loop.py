@@ -1,0 +1,230 @@
+"""Fine-tuning with one method, as a function from a configuration to a result."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import natgalore_jax as ng
+from examples.glue.data.batches import steps_per_epoch, train_batches
+from examples.glue.errors import ConfigError
+from examples.glue.methods import Tuning, set_up
+from examples.glue.prepare import Prepared
+from examples.glue.report import Reporter, Silent
+from examples.glue.run_config import RunConfig
+from examples.glue.schedule import warmup_linear
+from examples.glue.scores import scores
+from examples.glue.train_step import make_predict, make_step, predictions
+from examples.glue.weights import save_model
+from examples.llama.checkpoints import Checkpoints
+from examples.llama.clock import Clock
+from examples.llama.metrics import MetricsLog, Record, of_kind
+from examples.llama.train_config import differences
+from examples.llama.train_step import TrainState, init_state
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a method came to."""
+
+    method: str
+    learning_rate: float
+    tuning: Tuning
+    state: TrainState
+    records: list[Record]
+    """Metrics of every logged step, and of every evaluation; see `metrics.of_kind`."""
+    steps: int
+    """Steps done: fewer than planned if the run was stopped or diverged."""
+    finished: bool
+
+    def summary(self) -> Record:
+        """The numbers of a finished run."""
+        memory = ng.memory_report(self.tuning.tx, self.tuning.trained)
+        weights = jax.tree.leaves(self.state.weights)
+        trained = jax.tree.leaves(self.state.params)
+        train = of_kind(self.records, "train")
+        metrics = {}
+        for record in self.records:
+            if record["kind"] != "train":
+                metrics[record["kind"]] = record["metrics"]  # The last one.
+        return {
+            "method": self.method,
+            "learning_rate": self.learning_rate,
+            "parameters": sum(x.size for x in weights),
+            "trained_parameters": sum(x.size for x in trained),
+            "optimizer_bytes": memory.total_state_bytes,
+            "steps": self.steps,
+            "seconds": train[-1]["seconds"],
+            "train_loss": train[-1]["loss"],
+            "metrics": metrics,
+        }
+
+
+def train(
+    config: RunConfig,
+    method: str,
+    prepared: Prepared,
+    *,
+    run_dir: Path | None = None,
+    reporter: Reporter | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Result:
+    """Fine-tunes the model with one method.
+
+    Args:
+      config: The whole configuration.
+      method: One of `methods.LEARNING_RATES`.
+      prepared: What `prepare(config)` returned.
+      run_dir: Where metrics, checkpoints and the model go. Without it nothing is written.
+      reporter: Is told about progress. Without it nothing is printed.
+      should_stop: Asked after each step; once true, the run is saved and ends.
+
+    Raises:
+      ConfigError: if `run_dir` holds a run that is not to be resumed, or one with another
+        configuration or other rows; if the method does not fit the model; if the loss is not
+        finite.
+    """
+    reporter = reporter if reporter is not None else Silent()
+    if run_dir is None:
+        return _Run(config, method, prepared, reporter, MetricsLog(), None).run(should_stop)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    identity = config.identity() | {"method_name": method, "rows": prepared.fingerprint}
+    with Checkpoints(run_dir / "checkpoints", keep=1) as checkpoints:
+        done = _resume_point(identity, config, checkpoints, run_dir)
+        (run_dir / "config.json").write_text(json.dumps(identity, indent=2) + "\n")
+        with MetricsLog(run_dir / "metrics.jsonl", resume_at=done) as log:
+            run = _Run(config, method, prepared, reporter, log, (checkpoints, identity))
+            result = run.run(should_stop)
+    if result.finished:
+        (run_dir / "summary.json").write_text(json.dumps(result.summary(), indent=2) + "\n")
+        if config.output.save_model:
+            weights = result.tuning.plain(result.state.weights)
+            pretrained, labels = prepared.pretrained, prepared.rows.labels
+            save_model(
+                weights,
+                pretrained.config,
+                pretrained.raw_config,
+                labels,
+                prepared.tokenizer,
+                run_dir / "model",
+            )
+    return result
+
+
+def _resume_point(
+    identity: dict[str, Any], config: RunConfig, checkpoints: Checkpoints, run_dir: Path
+) -> int:
+    """Step that the run starts from, having checked that it may."""
+    latest = checkpoints.latest()
+    if latest is None:
+        return 0
+    if not config.output.resume:
+        raise ConfigError(
+            f"{run_dir} already has checkpoints: pass --resume to continue that run, "
+            "--name for another one, or --overwrite to delete it"
+        )
+    changed = differences(checkpoints.config(), identity)
+    if changed:
+        raise ConfigError(f"{run_dir} was made with another configuration: " + ", ".join(changed))
+    return latest
+
+
+class _Run:
+    """The loop's variables, and the few things that are done with them in several places."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        method: str,
+        prepared: Prepared,
+        reporter: Reporter,
+        log: MetricsLog,
+        saving: tuple[Checkpoints, dict[str, Any]] | None,
+    ):
+        self.config, self.method, self.prepared = config, method, prepared
+        self.reporter, self.log, self.saving = reporter, log, saving
+        task, encoder = prepared.task, prepared.pretrained.config
+        self.per_epoch = steps_per_epoch(prepared.encoded["train"], config.batch_size)
+        self.steps = config.epochs * self.per_epoch
+        self.peak = config.method.peak(method)
+        schedule = warmup_linear(self.peak, config.warmup, self.steps)
+        self.tuning = set_up(
+            method, config.method, encoder, prepared.pretrained.params, schedule, config.seed
+        )
+        trained, frozen, tx = self.tuning.trained, self.tuning.frozen, self.tuning.tx
+        self.state = jax.jit(lambda p, f: init_state(p, tx, f))(trained, frozen)
+        self.step = make_step(self.tuning.apply, tx, regression=task.regression, seed=config.seed)
+        self.predict = make_predict(self.tuning.apply, task.regression)
+        if saving is not None and saving[0].latest() is not None:
+            self.state, _ = saving[0].restore(self.state)
+        self._losses: list[jax.Array] = []
+        self._clock = Clock(log.records[-1]["seconds"] if log.records else 0.0)
+
+    def run(self, should_stop: Callable[[], bool]) -> Result:
+        start = int(self.state.micro_step)
+        batches = train_batches(
+            self.prepared.encoded["train"], self.prepared.layout, self.config.seed, start
+        )
+        self.reporter.start(self.method, start, self.steps)
+        self._clock.start()
+        try:
+            step = start
+            for step in range(start + 1, self.steps + 1):
+                self.state, loss = self.step(self.state, next(batches))
+                self._losses.append(loss)
+                stop = should_stop()
+                ends_epoch = step % self.per_epoch == 0
+                if stop or ends_epoch or step % self.config.output.log_every == 0:
+                    self._log_losses(step)
+                if ends_epoch:
+                    self._evaluate(self.prepared.task.validation, step)
+                if stop or ends_epoch:
+                    self._save()
+                if stop:
+                    break
+            finished = step == self.steps
+            held_out = self.prepared.task.test
+            if finished and held_out and not of_kind(self.log.records, held_out[0]):
+                self._evaluate(held_out, step)
+        finally:
+            self.reporter.stop()
+        return Result(
+            self.method, self.peak, self.tuning, self.state, self.log.records, step, finished
+        )
+
+    def _log_losses(self, step: int) -> None:
+        """Records the mean loss since the last time; waits for the last step."""
+        loss, count = float(np.mean(self._losses)), len(self._losses)
+        self._losses = []
+        self._clock.lap()
+        if not math.isfinite(loss):
+            raise ConfigError(
+                f"{self.method}: the loss is not finite at step {step}: try a --learning-rate "
+                f"below {self.peak:g}"
+            )
+        self._record("train", step, loss=loss, batches=count)
+
+    def _evaluate(self, splits: tuple[str, ...], step: int) -> None:
+        for name in splits:
+            encoded = self.prepared.encoded[name]
+            found = predictions(self.predict, self.state.weights, encoded, self.prepared.layout)
+            metrics = scores(self.prepared.task.metrics, encoded.labels, found)
+            self._record(name, step, metrics=metrics)
+        self._clock.start()
+
+    def _record(self, kind: str, step: int, **more: Any) -> None:
+        epoch = round(step / self.per_epoch, 3)
+        seconds = round(self._clock.seconds, 3)
+        record = self.log.write(kind=kind, step=step, epoch=epoch, **more, seconds=seconds)
+        self.reporter.record(record)
+
+    def _save(self) -> None:
+        if self.saving is not None:
+            checkpoints, identity = self.saving
+            checkpoints.save(self.state, {}, identity)
+            self._clock.start()

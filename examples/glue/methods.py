@@ -1,0 +1,199 @@
+"""How a model is fine-tuned: what is trained, and by which optimizer.
+
+"adamw" trains everything. "lora" trains adapters and the head with AdamW. Every other method
+projects the gradients of the same matrices that LoRA adapts, and of the head's own matrix; it
+trains norms, biases and the classifier in full.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+
+import optax
+import tyro
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from examples.glue.adapters import add_adapters, is_adapter, merge_adapters
+from examples.glue.encoder_config import EncoderConfig
+from examples.glue.errors import ConfigError
+from examples.glue.model import Apply, make_model
+from examples.glue.weights import MATRICES, module_name
+from examples.llama.optimizers import OPTIMIZERS, OptimizerConfig, make_transformation
+
+Params = dict[str, Any]
+
+# Peak rates where none is given, for the batches and epochs of `make finetune`. Those of Natural
+# GaLore and AdamW were tried in short runs there, the others follow from the size of their updates;
+# `benchmarks.glue` tunes them.
+LEARNING_RATES = {
+    "adamw": 1e-4,
+    "lora": 5e-4,
+    "galore": 2e-4,
+    "fira": 2e-4,
+    "natural-galore": 2e-4,
+    "published-galore": 2e-4,
+    "published-natural-galore": 2e-4,
+    "paper-natural-galore": 2e-4,
+}
+
+if TYPE_CHECKING:
+    MethodName = str
+else:  # The names that the command line offers.
+    MethodName = Literal[tuple(LEARNING_RATES)]
+
+HEAD = "head.dense"
+TABLES = ("word", "position", "token_type")
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """The method. "None" leaves an argument to the method's own default."""
+
+    learning_rate: float | None = None
+    """Peak learning rate; each method has its own default."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices and tables."""
+    clip_norm: float | None = None
+    """Clip gradients to this global norm."""
+    rank: int = 8
+    """Dimension of the gradient subspace, and of LoRA's adapters."""
+    update_interval: Annotated[int | None, tyro.conf.arg(name="interval")] = None
+    """Low-rank: steps between two refreshes of the subspace."""
+    scale: float | None = None
+    """Low-rank: factor on the update of projected matrices; None is 16 / rank, which gives the 4 at
+    rank 4 and the 2 at rank 8 of the GaLore paper. LoRA: alpha / rank; None is 2."""
+    side: Literal["auto", "short", "long", "left", "right", "both"] | None = None
+    """Low-rank: which side of a matrix is projected."""
+    moment_bits: Literal[8] | None = None
+    """Galore and natural-galore: store Adam's moments in 8 bits."""
+    targets: tuple[str, ...] = ("query", "key", "value", "intermediate.dense", "output.dense")
+    """Matrices that are projected or adapted, by the end of their names in PyTorch."""
+    project_head: bool = True
+    """Low-rank: project the head's own matrix too, which LoRA trains in full."""
+    embeddings: Literal["frozen", "projected", "full"] = "frozen"
+    """Low-rank: what becomes of the tables of tokens and positions, which LoRA freezes. Moments of
+    the whole tables would be larger than everything else together."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ConfigError(f"rank must be at least 1, got {self.rank}")
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            raise ConfigError(f"learning_rate must be positive, got {self.learning_rate}")
+        if not self.targets:
+            raise ConfigError("targets must name at least one matrix")
+
+    def peak(self, method: str) -> float:
+        """Peak learning rate of a method."""
+        return LEARNING_RATES[method] if self.learning_rate is None else self.learning_rate
+
+
+class Tuning(NamedTuple):
+    """A model that is ready to be trained."""
+
+    apply: Apply  # of all weights
+    trained: Params
+    frozen: Params
+    tx: optax.GradientTransformation  # for `trained`
+    plain: Callable[[Params], Params]  # all weights to those of a model without adapters
+
+
+def set_up(
+    method: str,
+    config: MethodConfig,
+    encoder: EncoderConfig,
+    params: Params,
+    learning_rate: optax.Schedule,
+    seed: int,
+) -> Tuning:
+    """Puts a method around the parameters of a model.
+
+    Raises:
+      ConfigError: if a target names no matrix, or the rank is that of a whole matrix.
+    """
+    side = min(encoder.hidden, encoder.intermediate)
+    if config.rank >= side:
+        raise ConfigError(
+            f"rank must be below the smallest side of the matrices, {side}; got {config.rank}"
+        )
+    modules = chosen_modules(config.targets, encoder)
+    apply, plain = make_model(encoder)[0], lambda weights: weights
+    if method == "lora":
+        scale = 2.0 if config.scale is None else config.scale
+        apply, params = add_adapters(
+            params, encoder, modules, rank=config.rank, scale=scale, seed=seed
+        )
+
+        def plain(weights):
+            return merge_adapters(weights, scale)
+
+    flat = flatten_dict(params)
+    trained = {path: leaf for path, leaf in flat.items() if _is_trained(method, config, path)}
+    frozen = {path: leaf for path, leaf in flat.items() if path not in trained}
+    tx = _transformation(method, config, modules, learning_rate, seed)
+    trained, frozen = unflatten_dict(trained), unflatten_dict(frozen)
+    return Tuning(apply, trained, frozen, tx, plain)
+
+
+def is_low_rank(method: str) -> bool:
+    """Whether it projects gradients."""
+    return method != "lora" and "where" in inspect.signature(OPTIMIZERS[method].factory).parameters
+
+
+def chosen_modules(targets: tuple[str, ...], encoder: EncoderConfig) -> frozenset[str]:
+    """The matrices of the layers that the targets name."""
+    names = {module: module_name(module, encoder.architecture) for module in MATRICES}
+    for target in targets:
+        if not any(name.endswith(f".{target}") for name in names.values()):
+            raise ConfigError(
+                f"targets: no matrix is called {target!r}; there are {', '.join(names.values())}"
+            )
+    return frozenset(
+        module
+        for module, name in names.items()
+        if any(name.endswith(f".{target}") for target in targets)
+    )
+
+
+def _is_trained(method: str, config: MethodConfig, path: tuple[str, ...]) -> bool:
+    if method == "lora":
+        return is_adapter(path) or path[0] == "head"
+    is_table = path[0] == "embeddings" and path[1] in TABLES
+    return not (is_low_rank(method) and is_table and config.embeddings == "frozen")
+
+
+def _transformation(
+    method: str,
+    config: MethodConfig,
+    modules: frozenset[str],
+    learning_rate: optax.Schedule,
+    seed: int,
+) -> optax.GradientTransformation:
+    projected = set(modules) | ({HEAD} if config.project_head else set())
+
+    def where(path: Any, _leaf: Any) -> bool:
+        *module, leaf = str(path).split("/")
+        if leaf == "embedding":
+            return config.embeddings == "projected" and module[-1] != "token_type"
+        return leaf == "kernel" and ".".join(module) in projected
+
+    optimizer = OptimizerConfig(
+        name="adamw" if method == "lora" else method,
+        weight_decay=config.weight_decay,
+        clip_norm=config.clip_norm,
+        rank=config.rank,
+        update_interval=config.update_interval,
+        moment_bits=config.moment_bits,
+        scale=16 / config.rank if config.scale is None else config.scale,
+        side=config.side,
+    )
+    try:
+        return make_transformation(optimizer, learning_rate, seed=seed, mask=_decayed, where=where)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{method}: {error}") from error
+
+
+def _decayed(params: Params) -> Params:
+    flat = flatten_dict(params)
+    vectors = ("bias", "scale")
+    return unflatten_dict({path: path[-1] not in vectors for path in flat})

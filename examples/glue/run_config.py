@@ -1,0 +1,117 @@
+"""One typed configuration for a comparison of methods on a task."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+
+from examples.glue.data import TASKS
+from examples.glue.errors import ConfigError
+from examples.glue.methods import MethodConfig, MethodName
+from examples.glue.protocols import PROTOCOLS
+
+if TYPE_CHECKING:
+    TaskName = ProtocolName = str
+else:  # The names that the command line offers.
+    TaskName, ProtocolName = Literal[tuple(TASKS)], Literal[tuple(PROTOCOLS)]
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """What is written and shown. All of this may change when a run is resumed."""
+
+    name: str | None = None
+    """Directory under the root; by default the task and the preset."""
+    resume: bool = False
+    """Continue each method from its last checkpoint."""
+    overwrite: bool = False
+    """Delete an earlier run of the same name first."""
+    root: Path = Path("runs/glue")
+    """Directory of all runs."""
+    log_every: int = 20
+    """Steps between two lines of metrics."""
+    save_model: bool = True
+    """Write the fine-tuned model, as transformers reads it."""
+    quiet: bool = False
+    """Print the summary only."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Fine-tune a BERT or RoBERTa on sentences or pairs of sentences.
+
+    Trains the model once with each of the methods and compares them. Writes runs/glue/NAME with
+    summary.json, and for each method config.json, metrics.jsonl, summary.json, the model and
+    checkpoints. Ctrl-C or SIGTERM saves and stops after the current batch (exit code 130 or 143);
+    --resume goes on from there. Errors end with exit code 1, wrong arguments with 2.
+    """
+
+    preset: ProtocolName = "default"
+    """A published protocol; every other option overrides a part of it."""
+    task: TaskName = "movie-snippets"
+    """A task of GLUE, or "own" and "own-regression" for files of yours."""
+    data: Path | None = None
+    """Directory with train and dev files: .tsv as GLUE publishes them, or .jsonl with the columns
+    of the data sets library (own: sentence1, sentence2, label). Without it GLUE is fetched."""
+    methods: tuple[MethodName, ...] = ("adamw", "natural-galore")
+    """Trained one after another."""
+    model: str = "minilm"
+    """A directory in the Hugging Face layout, a name on the hub, or minilm."""
+    new_head: bool = False
+    """Start from a random head although the model has one, for other classes, say."""
+    epochs: int = 3
+    """How often each row is seen."""
+    batch_size: int = 32
+    """Rows in a batch."""
+    max_length: int = 128
+    """Tokens in a row; longer rows lose their ends, and are counted."""
+    limit: int | None = None
+    """Train on so many rows only, drawn at random, the same for every seed."""
+    warmup: float = 0.1
+    """Share of the steps in which the learning rate rises; then it falls to zero."""
+    dropout: float | None = None
+    """In place of the model's own rates."""
+    seed: int = 0
+    """Of the head, the order of the rows, dropout, adapters and random subspaces."""
+    method: tyro.conf.OmitArgPrefixes[MethodConfig] = field(default_factory=MethodConfig)
+    output: tyro.conf.OmitArgPrefixes[OutputConfig] = field(default_factory=OutputConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
+        # Two tokens begin and end a row, and RoBERTa has two more between sentences.
+        if self.max_length < 8:
+            raise ConfigError(f"max_length must be at least 8, got {self.max_length}")
+        if self.output.log_every < 1:
+            raise ConfigError(f"log_every must be at least 1, got {self.output.log_every}")
+        if not 0 <= self.warmup <= 1:
+            raise ConfigError(f"warmup is a share from 0 to 1, got {self.warmup}")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout must be at least 0 and below 1, got {self.dropout}")
+        if not self.methods or len(set(self.methods)) < len(self.methods):
+            raise ConfigError(f"methods must name each method once, got {' '.join(self.methods)}")
+        if self.output.resume and self.output.overwrite:
+            raise ConfigError("a run is either resumed or overwritten: --resume, --overwrite")
+
+    @property
+    def run_dir(self) -> Path:
+        default = self.task if self.preset == "default" else f"{self.task}-{self.preset}"
+        return self.output.root / (self.output.name or default)
+
+    def identity(self) -> dict[str, Any]:
+        """All that has an influence on what one of the methods comes to, as JSON values."""
+        values = dataclasses.asdict(self)
+        for name in ("output", "methods", "preset"):
+            del values[name]
+        values["method"]["targets"] = list(self.method.targets)
+        values["data"] = None if self.data is None else str(self.data)
+        return values
+
+
+def preset_config(preset: str, task: str) -> RunConfig:
+    """The configuration of a preset for a task."""
+    return RunConfig(preset=preset, task=task, **PROTOCOLS[preset](task).options())

@@ -1,0 +1,66 @@
+"""One training step and the predictions of a split."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from examples.glue.data.batches import Batch, Layout, eval_batches
+from examples.glue.data.encode import Encoded
+from examples.glue.model import Apply, Inputs
+from examples.llama.frozen import union
+from examples.llama.train_step import Params, TrainState, next_state
+
+Step = Callable[[TrainState, Batch], tuple[TrainState, jax.Array]]
+Predict = Callable[[Params, Inputs], jax.Array]
+
+
+def row_losses(outputs: jax.Array, labels: jax.typing.ArrayLike, regression: bool) -> jax.Array:
+    """Loss of each row, (B,), of outputs (B, C): cross-entropy in nats, or the squared error."""
+    if regression:
+        return (outputs[:, 0] - labels) ** 2
+    return optax.softmax_cross_entropy_with_integer_labels(outputs, jnp.asarray(labels))
+
+
+def make_step(
+    apply: Apply, tx: optax.GradientTransformation, *, regression: bool, seed: int
+) -> Step:
+    """A jitted step that returns the new state and the mean loss. The old state is donated."""
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
+        key = jax.random.fold_in(jax.random.key(seed), state.micro_step)
+
+        def mean_loss(params: Params) -> jax.Array:
+            outputs = apply(union(params, state.frozen), batch.inputs, key)
+            losses = row_losses(outputs, batch.labels, regression)
+            return jnp.sum(batch.weight * losses) / jnp.sum(batch.weight)
+
+        loss, grads = jax.value_and_grad(mean_loss)(state.params)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        now = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+        state, metrics = next_state(state, now, 1, params=params, opt_state=opt_state)
+        return state, metrics["loss"]
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_predict(apply: Apply, regression: bool) -> Predict:
+    """A jitted function of weights and inputs to predicted classes, or numbers of a regression."""
+
+    @jax.jit
+    def predict(weights: Params, inputs: Inputs) -> jax.Array:
+        outputs = apply(weights, inputs, None)
+        return outputs[:, 0] if regression else jnp.argmax(outputs, axis=-1)
+
+    return predict
+
+
+def predictions(predict: Predict, weights: Params, encoded: Encoded, layout: Layout) -> np.ndarray:
+    """What is predicted for each row, in the order of the rows."""
+    found = np.zeros_like(encoded.labels)
+    for rows, batch in eval_batches(encoded, layout):
+        found[rows] = np.asarray(predict(weights, batch.inputs))[: len(rows)]
+    return found

@@ -1,0 +1,43 @@
+"""The directory of a model: a local one, that of a pip package, or one from a hub."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from examples.pretrained.errors import WeightsError
+from examples.pretrained.packages import PACKAGES, locate_package
+
+
+def locate_model(name: str, files: Sequence[str]) -> Path:
+    """The directory of a model.
+
+    Args:
+      name: a directory; ``minilm``, for the pip package that brings it along; or else a name on the
+        Hugging Face hub: ``roberta-base``, ``owner/model``.
+      files: patterns of the files that are fetched from a hub: ``("*.json", "*.safetensors")``.
+
+    Raises:
+      WeightsError: if there is no such directory and the hub does not have it or is not reached.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if name in PACKAGES:
+        return locate_package(PACKAGES[name])
+    # A name on the hub has one slash at most and is never a path of this machine.
+    if path.exists() or path.is_absolute() or name.count("/") > 1 or name.startswith((".", "~")):
+        raise WeightsError(f"{name}: no such directory")
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise WeightsError(
+            f"{name}: no such directory; to fetch it from the hub: "
+            "python -m pip install 'natgalore-jax[hub]'"
+        ) from error
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(files)))
+    # Anything from no network to a model that needs a token, of a dozen types.
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise WeightsError(
+            f"{name}: no such directory, and the hub cannot be read ({why})"
+        ) from error

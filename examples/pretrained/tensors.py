@@ -1,0 +1,61 @@
+"""Tensors by their names, in safetensors files of the Hugging Face layout."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from examples.pretrained.errors import WeightsError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+Tensors = dict[str, np.ndarray]
+
+
+def read_tensors(directory: Path) -> Tensors:
+    """All tensors of `model.safetensors`, or of the files that its index names.
+
+    Raises:
+      WeightsError: if a file is missing, cut off or damaged, or lacks a tensor of the index.
+    """
+    if (directory / SINGLE).exists():
+        return _read_file(directory / SINGLE)
+    if (directory / INDEX).exists():
+        return _read_shards(directory / INDEX)
+    others = sorted(p.name for p in directory.glob("*") if p.suffix in (".bin", ".pt", ".h5"))
+    hint = f"; {', '.join(others)} is not read" if others else ""
+    raise WeightsError(f"{directory}: no {SINGLE}{hint}")
+
+
+def write_tensors(tensors: Mapping[str, np.ndarray], directory: Path) -> None:
+    """Writes `model.safetensors`, as libraries for PyTorch expect it."""
+    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    safetensors.numpy.save_file(contiguous, directory / SINGLE, metadata={"format": "pt"})
+
+
+def _read_file(path: Path) -> Tensors:
+    try:
+        return safetensors.numpy.load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise WeightsError(f"{path}: not a complete safetensors file ({error})") from error
+
+
+def _read_shards(index: Path) -> Tensors:
+    try:
+        where = dict(json.loads(index.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"{index}: not an index of tensors ({error!r})") from error
+    tensors: Tensors = {}
+    for name in sorted(set(where.values())):
+        path = index.parent / name
+        if not path.exists():
+            raise WeightsError(f"{path}: no such file, which {index.name} names")
+        tensors |= _read_file(path)
+    missing = sorted(where.keys() - tensors.keys())
+    if missing:
+        raise WeightsError(f"{index.parent}: tensors of {index.name} are missing: {missing}")
+    return tensors

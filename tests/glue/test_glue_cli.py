@@ -1,0 +1,125 @@
+"""The program as users start it: files, exit codes, and errors of one line."""
+
+import json
+import signal
+
+import pytest
+import tiny_encoder as tiny
+from safetensors.numpy import load_file, save_file
+
+from examples.glue.__main__ import main, parse
+from examples.glue.report import Silent
+from examples.glue.run_config import preset_config
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    """Options for a short run, with all files in a directory of the test."""
+    rows = tiny.write_rows(tmp_path / "rows", {"train": 24, "dev": 10})
+    tensors = {k: v for k, v in tiny.weights("bert").items() if not k.startswith("classifier")}
+    model = tiny.write_model(tmp_path / "model", tensors=tensors)
+    options = {
+        "task": "own",
+        "data": rows,
+        "model": model,
+        "root": tmp_path / "runs",
+        "name": "test",
+        "batch-size": 8,
+        "max-length": 8,
+        "epochs": 2,
+        "rank": 2,
+        "interval": 2,
+    }
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+def test_it_has_a_pulse(arguments, tmp_path, capsys, monkeypatch):
+    """A run that is told to stop, goes on, and ends with everything that belongs to it."""
+
+    class Stops(Silent):
+        def record(self, record):
+            if record["kind"] == "validation" and record["step"] == 3:
+                signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("examples.glue.__main__.make_reporter", lambda *_: Stops())
+        assert main(arguments) == 128 + signal.SIGTERM
+    # Asked after the next step, which is saved.
+    assert "adamw: stopped at step 4, saved; --resume" in capsys.readouterr().out
+    assert main([*arguments, "--quiet"]) == 1
+    assert_one_line(capsys, "already has checkpoints")
+
+    assert main([*arguments, "--resume"]) == 0
+    output = capsys.readouterr().out
+    assert "train: " in output and " of 24 rows cut to 8 tokens" in output
+    assert "new, with random values: classifier.bias, classifier.weight" in output
+    assert "tf-idf" in output
+    assert "\x1b" not in output  # No terminal, no colours and no progress bar.
+    run = tmp_path / "runs" / "test"
+    summary = json.loads((run / "summary.json").read_text())
+    assert [m["method"] for m in summary["methods"]] == ["adamw", "natural-galore"]
+    assert summary["rows"] == {"train": 24, "validation": 10}
+    assert summary["truncated"]["train"] > 0
+    assert summary["baseline"]["validation"]["accuracy"] == 1.0
+    for method in summary["methods"]:
+        files = run / method["method"]
+        assert json.loads((files / "summary.json").read_text()) == method
+        assert method["steps"] == 6
+        assert (
+            load_file(files / "model" / "model.safetensors").keys() == tiny.weights("bert").keys()
+        )
+        assert (files / "model" / "tokenizer.json").exists()
+    # The model that was written can be trained further.
+    again = ["--model", str(run / "adamw" / "model"), "--name", "again", "--epochs", "1"]
+    assert main([*arguments, *again, "--methods", "adamw", "--quiet", "--no-save-model"]) == 0
+    assert not (tmp_path / "runs" / "again" / "adamw" / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--model", "./nowhere"], "./nowhere: no such directory"),
+        (["--data", "nowhere"], "nowhere: no such directory"),
+        (["--task", "sst2"], 'train.jsonl: line 1: expected a string "sentence"'),
+        (["--max-length", "64"], "max_length=64: "),
+        (["--max-length", "2"], "max_length must be at least 8"),
+        (["--rank", "16"], "rank must be below the smallest side of the matrices, 16"),
+        (["--targets", "keys"], "no matrix is called 'keys'"),
+        (["--methods", "adamw", "adamw"], "methods must name each method once"),
+        (["--resume", "--overwrite"], "--overwrite"),
+        (["--root", "/dev/null"], "/dev/null"),
+        (["--warmup", "2"], "warmup is a share"),
+    ],
+)
+def test_errors_are_one_line(arguments, capsys, more, message):
+    assert main([*arguments, "--quiet", *more]) == 1
+    assert_one_line(capsys, message)
+
+
+def test_weights_for_other_classes(arguments, tmp_path, capsys):
+    path = tmp_path / "model" / "model.safetensors"
+    save_file(tiny.weights("bert"), path)
+    assert main([*arguments, "--quiet"]) == 1
+    assert_one_line(capsys, "classifier.weight is (3, 16), expected (2, 16)")
+    path.write_bytes(path.read_bytes()[:1000])
+    assert main([*arguments, "--quiet", "--new-head"]) == 1
+    assert_one_line(capsys, "model.safetensors: not a complete safetensors file")
+
+
+def assert_one_line(capsys, message):
+    captured = capsys.readouterr()
+    assert len(captured.err.splitlines()) == 1
+    assert captured.err.startswith("error: ")
+    assert message in captured.err
+    assert captured.out == ""
+
+
+def test_a_preset_fills_what_is_not_given():
+    assert parse([]) == preset_config("default", "movie-snippets")
+    config = parse(["--preset", "galore-rank-8", "--task", "rte", "--batch-size", "4"])
+    assert (config.batch_size, config.epochs, config.method.rank) == (4, 30, 8)
+    assert config.run_dir.name == "rte-galore-rank-8"
+    with pytest.raises(SystemExit):
+        parse(["--preset", "galore"])

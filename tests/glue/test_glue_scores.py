@@ -1,0 +1,73 @@
+"""Metrics, the schedule and published protocols on known values."""
+
+import math
+
+import numpy as np
+import pytest
+
+from examples.glue.methods import MethodConfig
+from examples.glue.run_config import preset_config
+from examples.glue.schedule import warmup_linear
+from examples.glue.scores import scores
+
+
+def test_metrics_of_classes():
+    # 3 true positives, 1 false positive, 2 false negatives, 4 true negatives.
+    labels = np.array([1, 1, 1, 1, 1, 0, 0, 0, 0, 0])
+    found = np.array([1, 1, 1, 0, 0, 1, 0, 0, 0, 0])
+    expected = {
+        "accuracy": 0.7,
+        "f1": 6 / 9,
+        "matthews": (3 * 4 - 1 * 2) / math.sqrt(4 * 5 * 5 * 6),
+    }
+    assert scores(tuple(expected), labels, found) == pytest.approx(expected)
+    nothing = scores(tuple(expected), labels, np.zeros_like(labels))
+    assert nothing == {"accuracy": 0.5, "f1": 0.0, "matthews": 0.0}
+
+
+def test_metrics_of_numbers():
+    labels = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
+    found = np.array([0.0, 0.0, 1.0, 3.0, 100.0])
+    # Ranks with a tie: 1.5, 1.5, 3, 4, 5.
+    ranks = np.array([1.5, 1.5, 3, 4, 5])
+    expected = {
+        "pearson": _pearson(labels, found),
+        "spearman": _pearson(labels, ranks),
+    }
+    assert expected["spearman"] > 0.97 > 0.8 > expected["pearson"]
+    assert scores(("pearson", "spearman"), labels, found) == pytest.approx(expected)
+    constant = scores(("pearson", "spearman"), labels, np.ones(5))
+    assert constant == {"pearson": 0.0, "spearman": 0.0}
+
+
+def _pearson(x, y):
+    x, y = x - x.mean(), y - y.mean()
+    return float(x @ y / math.sqrt(x @ x * (y @ y)))
+
+
+def test_learning_rate():
+    schedule = warmup_linear(1.0, 0.2, 10)
+    expected = [1 / 3, 2 / 3, *(1 - i / 8 for i in range(8))]
+    assert [float(schedule(i)) for i in range(10)] == pytest.approx(expected)
+    flat = warmup_linear(1.0, 0.0, 4)
+    assert [float(flat(i)) for i in range(4)] == pytest.approx([1.0, 0.75, 0.5, 0.25])
+
+
+@pytest.mark.parametrize(
+    ("preset", "task", "rate", "batch", "scale"),
+    [
+        ("galore-rank-4", "mnli", 1e-5, 16, 4.0),
+        ("galore-rank-4", "cola", 3e-5, 32, 4.0),
+        ("galore-rank-8", "rte", 2e-5, 16, 2.0),
+        ("galore-rank-8", "stsb", 3e-5, 16, 2.0),
+        ("natural-galore-rank-8", "cola", 2e-5, 32, 2.0),
+    ],
+)
+def test_published_protocols(preset, task, rate, batch, scale):
+    config = preset_config(preset, task)
+    assert config.model == "roberta-base"
+    assert (config.method.learning_rate, config.batch_size) == (rate, batch)
+    assert (config.method.scale, config.method.update_interval) == (scale, 500)
+    assert config.method.targets == MethodConfig().targets
+    assert config.epochs == (3 if "natural" in preset else 30)
+    assert config.warmup == config.method.weight_decay == 0
