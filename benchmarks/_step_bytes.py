@@ -12,19 +12,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from examples.llama.build import abstract_run
 from examples.llama.config import MODEL_PRESETS
-from examples.llama.optimization import make_optimization
-from examples.llama.per_layer import make_per_layer_step
 from examples.llama.train_config import RunConfig, run_preset
-from examples.llama.train_step import (
-    init_state,
-    make_model,
-    make_train_step,
-    next_state,
-    token_nll,
-)
+from examples.llama.train_step import init_state, make_model, next_state, token_nll
 
-ROUTES = ("ordinary", "per layer", "unstacked")
+ROUTES = ("ordinary", "per layer", "per layer, 8 bits", "unstacked")
 
 
 def measure(flags: str, **arguments: Any) -> dict[str, Any]:
@@ -43,38 +36,29 @@ def step_bytes(
     """Bytes that XLA reserves for a step, and processor seconds that steps take.
 
     Args:
-      route: one of ``ROUTES``.
+      route: one of ``ROUTES``; "8 bits" are those of weights, moments and bases.
       optimizer, rank: as on the command line of ``examples.llama``.
       preset, sizes: the model; layers, vocab_size, batch_size and seq_len are the sizes.
       steps: how many are timed, after one that is not; 0 runs none.
     """
     config = _config(route, optimizer, rank, preset, **sizes)
-    made: dict[str, Any] = {}
-
-    def first_params():
-        made["apply"], params = make_model(config.model, config.seed)
-        return params
-
-    params = jax.eval_shape(first_params)
-    tx, _, _ = make_optimization(config, params)
-    state = jax.eval_shape(lambda params: init_state(params, tx), params)
-    rows = jax.ShapeDtypeStruct((config.batch_size, config.seq_len + 1), jnp.int32)
-    if route == "per layer":
-        step = make_per_layer_step(config, tx, params)
-    elif route == "ordinary":
-        step = make_train_step(made["apply"], tx)
+    run = abstract_run(config)
+    if route == "unstacked":
+        step = jax.jit(_step_without_norm(run.apply, run.tx), donate_argnums=0)
+        compiled = step.lower(run.state, run.rows).compile()
     else:
-        step = _step_without_norm(made["apply"], tx)
-    compiled = jax.jit(step, donate_argnums=0).lower(state, rows).compile()
+        compiled = run.compile()
     memory = compiled.memory_analysis()
     if memory is None:
         raise RuntimeError("this backend gives no account of the memory of compiled programs")
     return {
         "temporary_bytes": memory.temp_size_in_bytes,
-        "state_bytes": _nbytes(state),
+        "state_bytes": _nbytes(run.state),
         "in_place_bytes": memory.alias_size_in_bytes,
-        "layer_gradient_bytes": _nbytes(params["layers"]),
-        "step_s": _seconds(compiled, config, tx, steps) if steps else [],
+        "layer_gradient_bytes": _nbytes(
+            jax.eval_shape(lambda state: state.float_params["layers"], run.state)
+        ),
+        "step_s": _seconds(compiled, config, run.tx, steps) if steps else [],
     }
 
 
@@ -96,14 +80,21 @@ def _config(
         stacked=route != "unstacked",
         remat=True,
     )
-    config = run_preset(preset)
+    config, in_8_bits = run_preset(preset), route == "per layer, 8 bits"
     return dataclasses.replace(
         config,
         model=model,
         batch_size=batch_size,
         seq_len=seq_len,
-        per_layer=route == "per layer",
-        optimizer=dataclasses.replace(config.optimizer, name=optimizer, rank=rank),
+        per_layer=route.startswith("per layer"),
+        weight_bits=8 if in_8_bits else None,
+        optimizer=dataclasses.replace(
+            config.optimizer,
+            name=optimizer,
+            rank=rank,
+            moment_bits=8 if in_8_bits else None,
+            basis_dtype="int8" if in_8_bits else None,
+        ),
     )
 
 
@@ -126,7 +117,7 @@ def _step_without_norm(apply: Any, tx: Any) -> Any:
 def _seconds(compiled: Any, config: RunConfig, tx: Any, steps: int) -> list[float]:
     """Times of the processor, over all threads."""
     _, params = make_model(config.model, config.seed)
-    state = jax.jit(lambda params: init_state(params, tx))(params)
+    state = jax.jit(lambda params: init_state(params, tx, weight_bits=config.weight_bits))(params)
     rows = jnp.zeros((config.batch_size, config.seq_len + 1), jnp.int32)
     times = []
     for _ in range(steps + 1):

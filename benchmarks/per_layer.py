@@ -15,12 +15,9 @@ import tyro
 
 from benchmarks._environment import RESULTS, environment, write
 from benchmarks._step_bytes import measure
+from examples.llama.xla_flags import MEMORY_FLAGS
 
-FLAGS = {
-    "default": "",
-    "memory": "--xla_cpu_enable_concurrency_optimized_scheduler=false "
-    "--xla_cpu_copy_insertion_use_region_analysis=true",
-}
+FLAGS = {"default": "", "memory": MEMORY_FLAGS}
 MIB = 2**20
 
 
@@ -32,6 +29,7 @@ def main(
     seq_len: int = 128,
     rank: int = 128,
     optimizers: tuple[str, ...] = ("adamw", "galore", "natural-galore"),
+    eight_bits: tuple[str, ...] = (),
     unstacked: tuple[str, ...] = ("adamw",),
     timed: str = "natural-galore",
     steps: int = 2,
@@ -47,6 +45,7 @@ def main(
       seq_len: tokens in a row.
       rank: of the subspaces.
       optimizers: names of ``examples.llama``, for stacked layers.
+      eight_bits: the same, with updates per layer of weights in 8 bits, as moments and bases.
       unstacked: the same, for unstacked ones; with a subspace that takes minutes to compile.
       timed: the optimizer whose steps are also timed, with the settings that prefer memory.
       steps: how many.
@@ -59,6 +58,7 @@ def main(
         "seq_len": seq_len,
     }
     cases = [(name, route) for name in optimizers for route in ("ordinary", "per layer")]
+    cases += [(name, "per layer, 8 bits") for name in eight_bits]
     cases += [(name, "unstacked") for name in unstacked]
     rows = []
     for optimizer, route in cases:
@@ -87,7 +87,7 @@ def main(
 def _line(row: dict[str, Any]) -> str:
     seconds = "".join(f" {s:6.2f} s" for s in row["step_s"])
     return (
-        f"{row['optimizer']:16}{row['route']:11}{row['flags']:9}"
+        f"{row['optimizer']:16}{row['route']:18}{row['flags']:9}"
         f"temporary {row['temporary_bytes'] / MIB:7.1f} MiB   "
         f"in place {row['in_place_bytes'] / MIB:7.1f} of {row['state_bytes'] / MIB:7.1f}   "
         f"gradient of the layers {row['layer_gradient_bytes'] / MIB:7.1f}{seconds}"

@@ -6,7 +6,9 @@ sizes within a block, noise around a mean that changes, a tenth of them silent i
 Beside this library's format with its dithered rounding there are the same with random numbers and
 with rounding to nearest, the dynamic map of 8-bit Adam (Dettmers et al., 2022), and evenly
 spaced codes; (b) time, state and temporary memory of the update for the hidden matrices of a LLaMA
-preset, as in ``benchmarks.step_time``. Processor seconds are those of all threads together: unlike
+preset, as in ``benchmarks.step_time``, and the floor: what the machine takes for the bytes that
+must move (gradient and state read, update and moments written) and for the products of the
+projection, both measured in between. Processor seconds are those of all threads together: unlike
 wall time they hardly change when other programs run.
 """
 
@@ -20,8 +22,9 @@ import tyro
 
 import natgalore_jax as ng
 from benchmarks._environment import RESULTS, environment, print_targets, target, write
+from benchmarks._floor import Machine, floor_seconds, operations
 from benchmarks._quantization_error import quantization_error
-from benchmarks._shapes import hidden_shapes, random_tree
+from benchmarks._shapes import hidden_shapes, matrices, random_tree
 from benchmarks._timing import median
 
 
@@ -92,6 +95,9 @@ def _cost(preset: str, layers: int | None, rank: int, rounds: int, seed: int) ->
         "galore": galore(None),
         "galore, 8 bits": galore(8),
     }
+    sides = matrices(shapes)
+    machine = Machine(sides, rank)
+    gradient_bytes = sum(x.nbytes for x in jax.tree.leaves(grads))
     states, compiled, rows = {}, {}, {}
     for name, tx in optimizers.items():
         states[name] = jax.jit(tx.init)(params)
@@ -99,11 +105,13 @@ def _cost(preset: str, layers: int | None, rank: int, rounds: int, seed: int) ->
         compiled[name] = update.compile()
         rows[name] = {
             "state_bytes": sum(x.nbytes for x in jax.tree.leaves(states[name])),
+            "moved_bytes": 2 * gradient_bytes + _read_and_written(tx, params),
             "temporary_bytes": compiled[name].memory_analysis().temp_size_in_bytes,
             "wall_samples_s": [],
             "processor_samples_s": [],
         }
     for _ in range(rounds):
+        machine.sample()
         for name, update in compiled.items():
             wall, processor = time.perf_counter(), time.process_time()
             updates, states[name] = update(grads, states[name], params)
@@ -111,12 +119,25 @@ def _cost(preset: str, layers: int | None, rank: int, rounds: int, seed: int) ->
             rows[name]["wall_samples_s"].append(time.perf_counter() - wall)
             rows[name]["processor_samples_s"].append(time.process_time() - processor)
             del updates  # its memory is used again
+    speed = machine.figures()
     for name, row in rows.items():
         base = rows[name.split(",")[0]]
         for kind in ("wall", "processor"):
             row[f"{kind}_s"] = median(row[f"{kind}_samples_s"][2:])
             row[f"{kind}_to_float32"] = row[f"{kind}_s"] / base[f"{kind}_s"]
+        row["floor_s"] = floor_seconds(
+            row["moved_bytes"],
+            operations("galore", sides, rank) if name.startswith("galore") else 0,
+            speed["copy_bytes_per_s"],
+            speed["product_operations_per_s"],
+        )
     return rows
+
+
+def _read_and_written(tx: optax.GradientTransformation, params: Any) -> int:
+    """Bytes of the state, twice; once for bases, which change at refreshes only."""
+    report = ng.memory_report(tx, params)
+    return 2 * report.total_state_bytes - report.part_bytes["basis"]
 
 
 def _print(results: dict[str, Any]) -> None:
@@ -127,7 +148,7 @@ def _print(results: dict[str, Any]) -> None:
         for name, row in rows.items():
             print(f"  {name:22}" + "".join(f"{x:16.4g}" for x in row.values()))
     print(f"\n(b) the update of {results['settings']['preset']}")
-    columns = ("cpu ms", "/ float32", "wall ms", "/ float32", "state MB", "temp. MB")
+    columns = ("cpu ms", "/ float32", "wall ms", "/ float32", "/ floor", "state MB", "temp. MB")
     print(f"  {'':18}" + "".join(f"{c:>11}" for c in columns))
     for name, row in results["cost"].items():
         figures = (
@@ -135,6 +156,7 @@ def _print(results: dict[str, Any]) -> None:
             row["processor_to_float32"],
             1e3 * row["wall_s"],
             row["wall_to_float32"],
+            row["wall_s"] / row["floor_s"],
             row["state_bytes"] / 1e6,
             row["temporary_bytes"] / 1e6,
         )

@@ -19,11 +19,13 @@ from natgalore_jax._compact_natural_gradient import (
     compact_natural_gradient as compact_natural_gradient,
 )
 from natgalore_jax._history import History as History
+from natgalore_jax._in_place import in_place as in_place
 from natgalore_jax._ldadam import (
     ScaleByLDAdamState as ScaleByLDAdamState,
     ldadamw as ldadamw,
     scale_by_ldadam as scale_by_ldadam,
 )
+from natgalore_jax._linear_codes import LinearCodes as LinearCodes
 from natgalore_jax._low_rank_steps import (
     LowRankSteps as LowRankSteps,
     low_rank_steps as low_rank_steps,
@@ -36,6 +38,11 @@ from natgalore_jax._natural_galore import (
     galore_adamw as galore_adamw,
     natural_galore as natural_galore,
     natural_galore_adamw as natural_galore_adamw,
+)
+from natgalore_jax._offload import (
+    offload_state as offload_state,
+    to_device as to_device,
+    to_host as to_host,
 )
 from natgalore_jax._per_layer import (
     PerLayer as PerLayer,
@@ -59,6 +66,11 @@ from natgalore_jax._published import (
 from natgalore_jax._quantize_state import (
     QuantizedState as QuantizedState,
     quantize_state as quantize_state,
+)
+from natgalore_jax._quantize_weights import (
+    QuantizedWeights as QuantizedWeights,
+    dequantize_weights as dequantize_weights,
+    quantize_weights as quantize_weights,
 )
 from natgalore_jax._stochastic_round import (
     apply_updates_stochastic as apply_updates_stochastic,

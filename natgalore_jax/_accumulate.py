@@ -48,15 +48,7 @@ def accumulated(tx: Any, number: int) -> optax.GradientTransformationExtraArgs:
             del mean
             return optax.tree.zeros_like(updates), opt_state
 
-        # The branch that changes nothing stands last: XLA does not copy what goes through it.
-        opt_state = jax.lax.cond(
-            position == 0, steps.refresh, lambda _, s: s, updates, state.opt_state
-        )
-        mean = jax.tree.map(
-            lambda m, low: jnp.where(position == 0, low, m + (low - m) / (position + 1)),
-            state.mean,
-            steps.project(updates, opt_state),
-        )
+        opt_state, mean = steps.accumulate(updates, state.opt_state, state.mean, position)
         new, opt_state = jax.lax.cond(position == number - 1, take, wait, opt_state, mean)
         return new, AccumulatedState((position + 1) % number, opt_state, mean)
 

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 
 from natgalore_jax._dependence import sources_of_outputs
 from natgalore_jax._layer_parts import Parts
+from natgalore_jax._offload import to_device
+from natgalore_jax._quantize_weights import read_weight
 
 Leaves = list[jax.Array]
 
@@ -37,7 +39,14 @@ class Backward(NamedTuple):
 
 
 def start_backward(functions: Functions, parts: Parts, W: Sequence[Any], batch: Any) -> Backward:
-    """Runs the model and keeps the input of every layer; what is inside a layer is recomputed."""
+    """Runs the model and keeps the input of every layer; what is inside a layer is recomputed.
+
+    ``W`` are weights as they are stored; gradients are of what they stand for.
+    """
+    W = [
+        w if i in parts.stacked else read_weight(to_device(w), x.dtype)
+        for i, (w, x) in enumerate(zip(W, parts.shapes, strict=True))
+    ]
     late = _reaching_embed(functions, parts, W, batch)
     early = tuple(i for i in parts.others if i not in late)
     early_W, late_W, stack = ([W[i] for i in part] for part in (early, late, parts.stacked))
@@ -55,7 +64,13 @@ def start_backward(functions: Functions, parts: Parts, W: Sequence[Any], batch: 
         return functions.head(parts.without_stack(leaves), _with_floats(last, floats), batch)
 
     _, embed_vjp, x = jax.vjp(embed, late_W, has_aux=True)
-    last, inputs = jax.lax.scan(lambda x, w: (layer(w, x), x), x, stack)
+    dtypes = [parts.shapes[i].dtype for i in parts.stacked]
+
+    def forward(x, stored):
+        w = [read_weight(a, t) for a, t in zip(to_device(stored), dtypes, strict=True)]
+        return layer(w, x), x
+
+    last, inputs = jax.lax.scan(forward, x, stack)
     loss, head_vjp = jax.vjp(head, early_W, late_W, _float_part(last))
     if loss.shape or not jnp.issubdtype(loss.dtype, jnp.floating):
         raise ValueError(f"head must return a scalar loss, got {loss.dtype} of shape {loss.shape}")

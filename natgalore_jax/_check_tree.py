@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from natgalore_jax._linear_codes import LinearCodes, bits_of, codes_shape
 from natgalore_jax._plan import LeafPlan
 from natgalore_jax._scope import open_subspace
 from natgalore_jax._where import KeyPath
@@ -50,21 +51,34 @@ def check_bases(updates: Any, plans: Sequence[LeafPlan | None], bases: Sequence[
     """The bases made at init are those of the updates' shapes.
 
     Args:
-      bases: for each leaf what the state holds for every mode, an array or ``MaskedNode``.
+      bases: for each leaf what the state holds for every mode: an array, :class:`LinearCodes` of
+        arrays or ``MaskedNode``.
     """
     for (path, g), plan, entries in zip(
         jax.tree_util.tree_leaves_with_path(updates), plans, bases, strict=True
     ):
-        received = [None if isinstance(e, optax.MaskedNode) else e.shape for e in entries]
+        received = [
+            None
+            if isinstance(e, optax.MaskedNode)
+            else (e.codes if isinstance(e, LinearCodes) else e).shape
+            for e in entries
+        ]
         expected = [
-            plan.factor_shape(mode) if plan and mode in plan.projected_modes else None
-            for mode in range(len(entries))
+            _stored_shape(plan, mode, entry) if plan and mode in plan.projected_modes else None
+            for mode, entry in enumerate(entries)
         ]
         if received != expected:
             raise ValueError(
                 f"{KeyPath(path)}: the update has shape {g.shape}, which needs bases of shapes "
                 f"{_shapes(expected)}, but those made at init have {_shapes(received)}"
             )
+
+
+def _stored_shape(plan: LeafPlan, mode: int, stored: Any) -> tuple[int, ...]:
+    shape = plan.factor_shape(mode)
+    if isinstance(stored, LinearCodes):
+        return codes_shape(shape, bits_of(stored), len(plan.batch))
+    return shape
 
 
 def check_low_rank(low: Any, params: Any, plans: Sequence[LeafPlan | None]) -> None:

@@ -10,7 +10,8 @@ import numpy as np
 import optax
 
 from natgalore_jax._compact_fisher import FisherFactor
-from natgalore_jax._history import History
+from natgalore_jax._history import History, PastGradients
+from natgalore_jax._linear_codes import LinearCodes
 from natgalore_jax._plan import LeafPlan
 from natgalore_jax._quantize import block_max, blocks_between, decode, encode
 from natgalore_jax._transition import rotate_linear, rotate_second_moment
@@ -136,7 +137,7 @@ def find_companions(
     """
     entries, treedef = entries_of(inner, state, low_rank)
     companions: list[dict[tuple[int, ...], Any]] = [{} for _ in plans]
-    histories: dict[Any, dict[str, int]] = {}
+    histories: dict[Any, dict[str, list[int]]] = {}
     scales: dict[Any, int] = {}
     for number, entry in enumerate(entries):
         plan = None if entry.leaf is None else plans[entry.leaf]
@@ -146,8 +147,12 @@ def find_companions(
             axis = plan.low_rank_axes[entry.path[-1].idx]
             companions[entry.leaf][(number,)] = FisherFactor(entry.value, axis)
             continue
-        if entry.name in History._fields:
-            histories.setdefault((entry.path[:-1], entry.leaf), {})[entry.name] = number
+        field = entry.path[:-1] if entry.name in LinearCodes._fields else entry.path
+        if _field_name(field) in History._fields:
+            of_history = histories.setdefault((field[:-1], entry.leaf), {})
+            of_history.setdefault(_field_name(field), []).append(number)
+        if _field_name(field) == "columns":
+            continue
         if _SCALES in entry.path:
             scales[(tuple(_CODES if k == _SCALES else k for k in entry.path), entry.leaf)] = number
             continue
@@ -164,10 +169,14 @@ def find_companions(
         )
     for (_, leaf), fields in histories.items():
         if len(fields) == len(History._fields):
-            arrays = tuple(fields[name] for name in History._fields)
+            arrays = tuple(number for name in History._fields for number in fields[name])
             for number in arrays:  # a Gram matrix can have the shape of a moment by chance
                 companions[leaf].pop((number,), None)
-            companions[leaf][arrays] = History(*(values[number] for number in arrays))
+            stored = [[values[number] for number in fields[name]] for name in History._fields]
+            columns, *rest = (x[0] if len(x) == 1 else LinearCodes(*x) for x in stored)
+            plan = plans[leaf]
+            shape = plan.low_rank_shape[len(plan.batch) :]
+            companions[leaf][arrays] = PastGradients(History(columns, *rest), shape)
     return companions, (treedef, values)
 
 

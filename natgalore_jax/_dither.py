@@ -15,7 +15,11 @@ _MIX = np.uint32(0x7FEB352D)
 
 
 def dither(
-    shape: tuple[int, ...], step: jax.typing.ArrayLike, salt: int, stride: np.uint32
+    shape: tuple[int, ...],
+    step: jax.typing.ArrayLike,
+    salt: int,
+    stride: np.uint32,
+    first: jax.typing.ArrayLike | None = None,
 ) -> jax.Array:
     """Numbers that each element takes from all over the range of 32 bits as the steps go by.
 
@@ -32,16 +36,19 @@ def dither(
       step: scalar integer.
       salt: another one for every array, so that no two are rounded alike.
       stride: one of ``STRIDES``.
+      first: the index of the first entry along the first axis. None: that of the layer that an
+        optimizer works on, or 0.
 
     Returns:
       ``shape``, uint32.
     """
+    first = layer_index() if first is None else first
     row = jnp.uint32((salt * 0x632BE59B + 0x2545F491) & 0xFFFFFFFF)
     outer = (*shape[:-1], 1)
     for axis in range(len(shape) - 1):
         index = jax.lax.broadcasted_iota(jnp.uint32, outer, axis)
         if axis == 0:
-            index = index + jnp.asarray(layer_index()).astype(jnp.uint32)
+            index = index + jnp.asarray(first).astype(jnp.uint32)
         row = (row ^ (index * _AXES[axis % len(_AXES)])) * _MIX
         row = row ^ (row >> 15)
     hashed = row

@@ -4,6 +4,7 @@ Shapes: B are the batch axes of the parameter, s the length of the history, K th
 gradient, k its number of elements. Formulas are for one matrix, with ``H`` (k, s).
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from natgalore_jax._contract import contract, has_explicit_sharding
+from natgalore_jax._linear_codes import LinearCodes, Stored, coded_bits, encode_zeros, load, store
 from natgalore_jax._transition import rotate_linear
 
 
@@ -21,33 +23,61 @@ class History(NamedTuple):
     MaskedNode where a parameter has no history.
     """
 
-    columns: Any  # B + (s,) + K, history_dtype: the columns of H, zero where never filled
+    # B + (s,) + K, history_dtype: the columns of H, zero where never filled. In 8 or 4 bits
+    # LinearCodes of two such trees, the blocks within each column.
+    columns: Any
     gram: Any  # B + (s, s), float32: HᵀH
     checksum: Any  # B + (s,), float32: a linear functional that tells copies from near copies
     filled: Any  # B, int32: the number of gradients seen since the start or a reset, up to s
 
-    def moved(self, transition: str, C_of_axis: Mapping[int, jax.Array]) -> "History":
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PastGradients:
+    """The history of one parameter, as a companion of its bases."""
+
+    history: History  # of arrays
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # K
+
+    def moved(self, transition: str, C_of_axis: Mapping[int, jax.Array]) -> "PastGradients":
         """One matrix's history in the coordinates of a new basis: rotated, or emptied."""
         if transition == "reset":
             return jax.tree.map(jnp.zeros_like, self)
+
+        def rotate(i, columns):
+            stored = _column(columns, i, 0)
+            h = rotate_linear(load(stored, self.shape, jnp.float32), C_of_axis)
+            return _put_column(columns, store(h, stored), i, 0)
+
         # Column by column, in place: a product of all at once makes XLA lay out the whole buffer
         # with s innermost, and copy it there and back at every step.
-        columns = jax.lax.fori_loop(
-            0,
-            self.columns.shape[0],
-            lambda i, H: _put(H, rotate_linear(H[i], C_of_axis), i, 0),
-            self.columns,
+        length = self.history.gram.shape[-1]
+        columns = jax.lax.fori_loop(0, length, rotate, self.history.columns)
+
+        def column(i):
+            return load(_column(columns, i, 0), self.shape, jnp.float32)
+
+        gram, checksum = jax.lax.map(
+            lambda i: (_products(columns, column(i), 0), _checksum(column(i), 0)),
+            jnp.arange(length),
         )
-        return self._replace(columns=columns, gram=_gram(columns), checksum=_checksum(columns, 1))
+        moved = self.history._replace(columns=columns, gram=gram, checksum=checksum)
+        return dataclasses.replace(self, history=moved)
 
 
 def empty_history(length: int, batch_ndim: int, gradient: jax.Array, dtype: Any) -> History:
     """For gradients of this shape and sharding, B + K with ``batch_ndim`` batch axes."""
-    batch_shape = gradient.shape[:batch_ndim]
-    shape = (*batch_shape, length, *gradient.shape[batch_ndim:])
-    zeros = jnp.expand_dims(jnp.zeros_like(gradient, dtype=dtype), batch_ndim)
+    batch_shape, bits = gradient.shape[:batch_ndim], coded_bits(dtype)
+    zeros: Any = jnp.zeros_like(gradient, dtype=dtype if bits is None else jnp.float32)
+    if bits is not None and gradient.ndim > batch_ndim:
+        zeros = encode_zeros(zeros, bits, batch_ndim)
     return History(
-        columns=jnp.broadcast_to(zeros, shape),
+        columns=jax.tree.map(
+            lambda x: jnp.broadcast_to(
+                jnp.expand_dims(x, batch_ndim), (*batch_shape, length, *x.shape[batch_ndim:])
+            ),
+            zeros,
+        ),
         gram=jnp.zeros((*batch_shape, length, length), jnp.float32),
         checksum=jnp.zeros((*batch_shape, length), jnp.float32),
         filled=jnp.zeros(batch_shape, jnp.int32),
@@ -81,8 +111,10 @@ def natural_gradient(
       that is not finite and leaves the history as it was, or it would spoil the next s steps.
     """
     columns, nb = history.columns, history.filled.ndim
-    s = columns.shape[nb]
-    h = h.astype(columns.dtype)
+    s = history.gram.shape[-1]
+    oldest = _column(columns, slot, nb)
+    stored = store(h, oldest, nb)
+    h = load(stored, h.shape, jnp.float32, nb)
     h_energy = _product(h, h, nb)
     gram = _with_row(history.gram, _products(columns, h, nb), h_energy, slot)
     checksum = _put(history.checksum, _checksum(h, nb), slot, nb)
@@ -99,8 +131,8 @@ def natural_gradient(
     # The write waits for w, hence for the read of the old columns, and the sum reads the new ones:
     # in this order XLA updates the buffer in place, in any other it copies it, the largest of all.
     finite = jnp.isfinite(h_energy) & jnp.all(jnp.isfinite(w), axis=-1)
-    oldest = jax.lax.dynamic_index_in_dim(columns, slot, nb, keepdims=False)
-    columns = _put(columns, jnp.where(_expand(finite, h.ndim), h, oldest), slot, nb)
+    kept = jax.tree.map(lambda x, y: jnp.where(_expand(finite, x.ndim), x, y), stored, oldest)
+    columns = _put_column(columns, kept, slot, nb)
     new = History(
         columns=columns,
         gram=jnp.where(_expand(finite, nb + 2), gram, history.gram),
@@ -109,8 +141,8 @@ def natural_gradient(
     )
     natural = jnp.zeros(h.shape, jnp.float32)
     for i in range(s):
-        column = jax.lax.index_in_dim(columns, i, nb, keepdims=False).astype(jnp.float32)
-        natural = natural + column * _expand(w[..., i], h.ndim)
+        column = load(_column(columns, i, nb), h.shape, jnp.float32, nb)
+        natural = natural + column.astype(jnp.float32) * _expand(w[..., i], h.ndim)
     return natural, new
 
 
@@ -148,8 +180,15 @@ def _letters(nb: int, nk: int) -> tuple[str, str]:
     return "abcdefg"[:nb], "ijklmnop"[:nk]
 
 
-def _products(columns: jax.Array, h: jax.Array, nb: int) -> jax.Array:
+def _products(columns: Stored, h: jax.Array, nb: int) -> jax.Array:
     """``Hᵀ h``, B + (s,)."""
+    if isinstance(columns, LinearCodes):
+        # One column at a time: all of them decoded are the memory that codes are there to save.
+        rows = jax.lax.map(
+            lambda i: _product(load(_column(columns, i, nb), h.shape, jnp.float32, nb), h, nb),
+            jnp.arange(columns.codes.shape[nb]),
+        )
+        return jnp.moveaxis(rows, 0, -1)
     batch, K = _letters(nb, h.ndim - nb)
     subscripts = f"{batch}s{K},{batch}{K}->{batch}s"
     return contract(subscripts, columns, h, dtype=jnp.float32, precision="highest")
@@ -159,11 +198,6 @@ def _product(g: jax.Array, h: jax.Array, nb: int) -> jax.Array:
     """``gᵀ h``, B."""
     batch, K = _letters(nb, h.ndim - nb)
     return contract(f"{batch}{K},{batch}{K}->{batch}", g, h, dtype=jnp.float32, precision="highest")
-
-
-def _gram(columns: jax.Array) -> jax.Array:
-    """``Hᵀ H`` of one matrix, (s, s)."""
-    return jax.lax.map(lambda column: _products(columns, column, 0), columns)
 
 
 def _checksum(h: jax.Array, nb: int) -> jax.Array:
@@ -181,6 +215,15 @@ def _with_row(gram: jax.Array, row: jax.Array, diagonal: jax.Array, slot: jax.Ar
     row = jnp.where(jnp.arange(row.shape[-1]) == slot, diagonal[..., None], row)
     gram = _put(gram, row, slot, gram.ndim - 2)
     return _put(gram, row, slot, gram.ndim - 1)
+
+
+def _column(columns: Stored, i: jax.typing.ArrayLike, nb: int) -> Stored:
+    """One of the columns, as it is stored, B + K."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, nb, keepdims=False), columns)
+
+
+def _put_column(columns: Stored, value: Stored, i: jax.Array, nb: int) -> Stored:
+    return jax.tree.map(lambda x, y: _put(x, y, i, nb), columns, value)
 
 
 def _put(array: jax.Array, value: jax.Array, slot: jax.Array, axis: int) -> jax.Array:

@@ -5,7 +5,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from jax.experimental.layout import Layout, with_layout_constraint
 
+from natgalore_jax._offload import stored_like, to_device
+from natgalore_jax._quantize_weights import QuantizedWeights, decoded
 from natgalore_jax._where import KeyPath
 
 Selector = str | Callable[[Any], Any]
@@ -42,12 +45,19 @@ class Parts:
         return self.treedef.unflatten(leaves.get(i, x) for i, x in enumerate(self.shapes))
 
 
-def divide(params: Any, layers: Selector) -> Parts:
+def divide(params: Any, layers: Selector, weight_dtype: Any = None) -> Parts:
     """Finds the stack and the number of its layers.
+
+    Args:
+      params: the parameters.
+      layers: where the stack is.
+      weight_dtype: what those in 8 bits are decoded in, None for float32.
 
     Raises:
       ValueError: if there is no stack or its leaves do not have the same number of layers.
     """
+    if isinstance(params, QuantizedWeights):
+        params = jax.eval_shape(lambda p: decoded(p, weight_dtype), params)
     entries, treedef = jax.tree_util.tree_flatten_with_path(params)
     paths = tuple(str(KeyPath(path)) for path, _ in entries)
     shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for _, x in entries)
@@ -78,13 +88,23 @@ def _select(tree: Any, layers: Selector) -> Any:
     return tree[layers] if isinstance(tree, Mapping) else getattr(tree, layers)
 
 
-def take_layer(x: jax.Array, index: jax.Array, axis: int = 0) -> jax.Array:
-    """One layer, with an axis of length one where the layers were."""
-    return jax.lax.dynamic_slice_in_dim(x, index, 1, axis)
+def take_layer(tree: Any, index: jax.Array, axis: int = 0) -> Any:
+    """One layer, with an axis of length one where the layers were, in the devices' memory."""
+    return to_device(jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, index, 1, axis), tree))
 
 
-def put_layer(x: jax.Array, value: jax.Array, index: jax.Array, axis: int = 0) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(x, value.astype(x.dtype), index, axis)
+def put_layer(tree: Any, value: Any, index: jax.Array, axis: int = 0) -> Any:
+    """The tree with another layer, in the memory where it is."""
+
+    def put(x, value):
+        value = stored_like(value.astype(x.dtype), x)
+        if jax.typeof(value).sharding.mesh.empty:
+            # XLA's GPU compiler otherwise keeps whole stacks transposed for the loop over the
+            # layers, to suit a product. On sharded values the constraint would gather them.
+            value = with_layout_constraint(value, Layout(tuple(range(value.ndim))))
+        return jax.lax.dynamic_update_slice_in_dim(x, value, index, axis)
+
+    return jax.tree.map(put, tree, value)
 
 
 def with_length(x: jax.ShapeDtypeStruct, axis: int | None, length: int) -> jax.ShapeDtypeStruct:

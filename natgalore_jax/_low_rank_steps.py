@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from natgalore_jax._chain import Chain, check_states, update_members
@@ -21,6 +23,29 @@ class LowRankSteps(NamedTuple):
     # Whether update needs ``full``, the gradient that ``low`` is the projection of: a residual.
     needs_full: bool
 
+    def accumulate(
+        self, grads: Any, state: optax.OptState, mean: Any, position: jax.typing.ArrayLike
+    ) -> tuple[optax.OptState, Any]:
+        """Takes the gradient of one micro-batch into the mean of a step's low-rank gradients.
+
+        Args:
+          grads: of this micro-batch.
+          state: of the optimizer. The first micro-batch of a step refreshes it.
+          mean: of the low-rank gradients of this step so far; of the shapes that ``project`` gives.
+          position: how many they are, int32; at 0 the old mean does not matter.
+
+        Returns:
+          The new state and mean. After the last micro-batch ``update`` takes the mean.
+        """
+        # The branch that changes nothing stands last: XLA does not copy what goes through it.
+        state = jax.lax.cond(position == 0, self.refresh, lambda _, state: state, grads, state)
+        mean = jax.tree.map(
+            lambda m, low: jnp.where(position == 0, low, m + (low - m) / (position + 1)),
+            mean,
+            self.project(grads, state),
+        )
+        return state, mean
+
 
 def low_rank_steps(tx: optax.GradientTransformation) -> LowRankSteps:
     r"""The update of an optimizer taken apart, to work with low-rank gradients in between.
@@ -38,10 +63,10 @@ def low_rank_steps(tx: optax.GradientTransformation) -> LowRankSteps:
 
     * Gradient accumulation: ``refresh`` with the gradient of the first micro-batch, which thereby
       decides the basis of the whole step; ``project`` each micro-batch's gradient and average the
-      results; one ``update``. The accumulator has the size of R, r/m of that of G for each matrix
-      whose m rows are projected, and the inner optimizer runs once a step.
-      (``optax.MultiSteps`` inside the chain has the small accumulator as well, but runs all that
-      surrounds it for each micro-batch.)
+      results, or leave both to ``accumulate``; one ``update``. The accumulator has the size of R,
+      r/m of that of G for each matrix whose m rows are projected, and the inner optimizer runs once
+      a step. (``optax.MultiSteps`` inside the chain has the small accumulator as well, but runs all
+      that surrounds it for each micro-batch.)
     * Data parallelism: ``jax.lax.pmean`` of ``project(local_grads, state)`` in the place of the
       gradients. ``refresh`` needs the same gradient on all devices.
 
@@ -79,15 +104,12 @@ def low_rank_steps(tx: optax.GradientTransformation) -> LowRankSteps:
 
       >>> tx = ng.galore_adamw(0.1, rank=2)
       >>> steps, state = ng.low_rank_steps(tx), tx.init(params)
+      >>> mean = optax.tree.zeros_like(steps.project(params, state))
       >>> for i, batch in enumerate(micro_batches):
-      ...     grads = jax.grad(loss)(params, batch)
-      ...     if i == 0:
-      ...         state = steps.refresh(grads, state)
-      ...     low = steps.project(grads, state)
-      ...     total = low if i == 0 else optax.tree.add(total, low)
-      >>> total["w"].shape, total["b"].shape
+      ...     state, mean = steps.accumulate(jax.grad(loss)(params, batch), state, mean, i)
+      >>> mean["w"].shape, mean["b"].shape
       ((2, 8), (8,))
-      >>> updates, state = steps.update(optax.tree.scale(1 / 4, total), state, params)
+      >>> updates, state = steps.update(mean, state, params)
       >>> updates["w"].shape
       (6, 8)
     """

@@ -90,6 +90,8 @@ def _parts(marked: Any) -> Iterator[tuple[str, str, Any]]:
             field = names[-1] if names else ""
             if jax.tree_util.GetAttrKey("scales") in (*outer, *path):
                 field = "scales"
+            elif jax.tree_util.GetAttrKey("columns") in path:
+                field = "columns"
             yield "history" if field == "fisher" else part, field, leaf
 
 
@@ -121,13 +123,12 @@ def _moved_bytes(piece: Piece, old: LeafPlan, new: LeafPlan) -> int:
         return piece.bytes * _basis_size(new) // _basis_size(old)
     if piece.field == "fisher":
         return piece.bytes * len(new.projected_modes) // len(old.projected_modes)
-    if piece.field == "scales":  # of moments in 8 bits: one for about as many numbers
+    if piece.field in ("scales", "columns"):  # a scale stands for about as many numbers
         return piece.bytes * math.prod(new.low_rank_shape) // math.prod(old.low_rank_shape)
     shape = old.low_rank_shape[len(old.batch) :]
     is_low_rank = len(piece.shape) >= len(shape) and piece.shape[-len(shape) :] == shape
     # A Gram matrix or a norm per layer may have the shape of R by chance.
-    may_change = piece.part == "inner" or piece.field == "columns"
-    if not (is_low_rank and may_change):
+    if not (is_low_rank and piece.part == "inner"):
         return piece.bytes
     return piece.bytes * math.prod(new.low_rank_shape) // math.prod(old.low_rank_shape)
 

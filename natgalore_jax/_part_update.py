@@ -49,7 +49,8 @@ def update_part(
       optimizer: see there.
       active: numbers of parameters.
       index: which layer the stacked ones among them are.
-      G, W: gradients and values of the active parameters, stacked ones (1, ...).
+      G, W: gradients and values of the active parameters, stacked ones (1, ...). The optimizer
+        sees values in the dtypes of ``parts``; updates are applied to them as they are here.
       own: the state of the active parameters, ``layout.of(active)``, likewise.
       shared: the rest of the state, ``layout.shared``.
 
@@ -63,10 +64,11 @@ def update_part(
     names = frozenset(parts.paths[i] for i in active)
 
     def update(index, G, W, S):
-        G, W = parts.treedef.unflatten(G), parts.treedef.unflatten(W)
+        as_declared = [w.astype(x.dtype) for w, x in zip(W, parts.of_one_layer, strict=True)]
+        G, W, seen = map(parts.treedef.unflatten, (G, W, as_declared))
         state = layout.treedef.unflatten(S)
         with layer_view(LayerView(lengths, names, index)):
-            U, new_state = tx.update(G, state, W)
+            U, new_state = tx.update(G, state, seen)
             new_params = apply_updates(W, U, state)
         if jax.tree.structure(new_state) != layout.treedef:
             raise ValueError("the optimizer's update returns a state of another structure")

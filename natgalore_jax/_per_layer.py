@@ -9,10 +9,20 @@ import optax
 
 from natgalore_jax._accumulate import accumulated
 from natgalore_jax._backward import Functions, start_backward
+from natgalore_jax._in_place import in_place
 from natgalore_jax._layer_parts import Selector, divide, put_layer, take_layer
+from natgalore_jax._offload import stored_like, to_device
 from natgalore_jax._part_update import SplitOptimizer, update_part
+from natgalore_jax._quantize_weights import (
+    QuantizedWeights,
+    decoded,
+    read_weight,
+    weight_leaves,
+    with_weight_leaves,
+    write_weight,
+)
 from natgalore_jax._state_layout import StateLayout, state_layout
-from natgalore_jax._validate import check_choice, check_integer, check_number
+from natgalore_jax._validate import check_choice, check_float_dtype, check_integer, check_number
 
 CLIP_MODES = ("previous", "layer")
 
@@ -49,6 +59,7 @@ def per_layer(
     clip_mode: str = "previous",
     accumulate: int = 1,
     apply_updates: Callable[[Any, Any, Any], Any] | None = None,
+    weight_dtype: Any = None,
 ) -> PerLayer:
     r"""A training step in which the whole gradient never exists.
 
@@ -99,6 +110,10 @@ def per_layer(
         the place of ``optax.apply_updates``; for bfloat16 parameters, for example,
         ``lambda params, updates, state: ng.apply_updates_stochastic(params, updates,
         state[0].count)``.
+      weight_dtype: for parameters in 8 bits (:func:`quantize_weights`): the dtype in which model
+        and optimizer see them, decoded one layer at a time; None is float32. Their gradients have
+        it too. Whatever it is, updates are added to the exact weights in float32, also by
+        ``apply_updates``, and then rounded stochastically.
 
     Returns:
       A :class:`PerLayer` of ``init`` and ``step``. ``step`` is jitted and donates parameters and
@@ -151,6 +166,7 @@ def per_layer(
         check_number("clip_norm", clip_norm, above=0.0)
     check_choice("clip_mode", clip_mode, CLIP_MODES)
     check_integer("accumulate", accumulate, minimum=1)
+    check_float_dtype("weight_dtype", weight_dtype)
     settings = _Settings(
         optax.with_extra_args_support(tx if accumulate == 1 else accumulated(tx, accumulate)),
         apply_updates,
@@ -158,17 +174,23 @@ def per_layer(
         layers,
         clip_norm,
         clip_mode,
+        weight_dtype,
     )
 
     def init(params):
-        state_layout(settings.tx, divide(params, layers))  # for its errors
-        _, opt_state = _distinct((params, settings.tx.init(params)))
+        state_layout(settings.tx, divide(params, layers, weight_dtype))  # for its errors
+        if isinstance(params, QuantizedWeights):
+            # Jitted, so that nothing is decoded where only shapes matter.
+            opt_state = jax.jit(lambda p: settings.tx.init(decoded(p, weight_dtype)))(params)
+        else:
+            opt_state = settings.tx.init(to_device(params))
+        _, opt_state = _distinct((params, opt_state))
         return PerLayerState(opt_state, jnp.zeros([], jnp.float32))
 
     def step(params, state, batch):
         return _step(settings, params, state, batch)
 
-    return PerLayer(init, jax.jit(step, donate_argnums=(0, 1)))
+    return PerLayer(init, in_place(step, 2))
 
 
 class _Settings(NamedTuple):
@@ -178,42 +200,54 @@ class _Settings(NamedTuple):
     layers: Selector
     clip_norm: float | None
     clip_mode: str
+    weight_dtype: Any
 
 
 def _step(
     settings: _Settings, params: Any, state: PerLayerState, batch: Any
 ) -> tuple[Any, PerLayerState, PerLayerMetrics]:
-    parts = divide(params, settings.layers)
+    parts = divide(params, settings.layers, settings.weight_dtype)
     layout = state_layout(settings.tx, parts)
-    W, S = jax.tree.leaves(params), _state_leaves(layout, state.opt_state)
-    shared = [S[k] for k in layout.shared]
+    _, W = weight_leaves(params)
+    count = params.count if isinstance(params, QuantizedWeights) else 0
+    S = _state_leaves(layout, state.opt_state)
+    shared = to_device([S[k] for k in layout.shared])
     optimizer = SplitOptimizer(settings.tx, settings.apply_updates, parts, layout)
     backward = start_backward(settings.model, parts, W, batch)
 
     def update(active, index, G, W, own):
         squared = sum((jnp.sum(jnp.square(g.astype(jnp.float32))) for g in G), jnp.zeros([]))
         G = _clipped(settings, G, squared, state.grad_norm)
-        new = update_part(optimizer, active, index, G, W, own, shared)
-        return new, squared
+        exact = [read_weight(w, jnp.float32) for w in W]
+        new = update_part(optimizer, active, index, G, exact, own, shared)
+        stored = [
+            write_weight(x, w, count, i, index)
+            for i, x, w in zip(active, new.params, W, strict=True)
+        ]
+        return stored, new, squared
 
     def update_now(active, G):
         own = layout.of(active)
-        new, squared = update(active, 0, G, [W[i] for i in active], [S[k] for k in own])
-        _assign(W, active, new.params)
+        w, states = to_device(([W[i] for i in active], [S[k] for k in own]))
+        stored, new, squared = update(active, 0, G, w, states)
+        _assign(W, active, stored)
         _assign(S, own, new.own)
         return new.shared, squared
 
     stacked, of_layers = parts.stacked, layout.of(parts.stacked)
     axes = [layout.layer_axes[k] or 0 for k in of_layers]
+    dtypes = [parts.shapes[i].dtype for i in stacked]
 
     def update_layer(k, carry):
         stack, states, dx, squared = carry
         index = parts.length - 1 - k
         w = [take_layer(a, index) for a in stack]
         own = [take_layer(a, index, axis) for a, axis in zip(states, axes, strict=True)]
-        G, dx = backward.layer(index, w, dx)
-        new, of_layer = update(stacked, index, G, w, own)
-        stack = [put_layer(a, b, index) for a, b in zip(stack, new.params, strict=True)]
+        G, dx = backward.layer(
+            index, [read_weight(a, t) for a, t in zip(w, dtypes, strict=True)], dx
+        )
+        stored, new, of_layer = update(stacked, index, G, w, own)
+        stack = [put_layer(a, b, index) for a, b in zip(stack, stored, strict=True)]
         states = [
             put_layer(a, b, index, axis) for a, b, axis in zip(states, new.own, axes, strict=True)
         ]
@@ -230,7 +264,7 @@ def _step(
 
     grad_norm = jnp.sqrt(squared + of_embedding)
     new_state = PerLayerState(layout.treedef.unflatten(S), grad_norm)
-    return parts.treedef.unflatten(W), new_state, PerLayerMetrics(backward.loss, grad_norm)
+    return with_weight_leaves(params, W), new_state, PerLayerMetrics(backward.loss, grad_norm)
 
 
 def _apply_updates(params: Any, updates: Any, opt_state: Any) -> Any:
@@ -273,4 +307,4 @@ def _clipped(
 
 def _assign(leaves: list[Any], numbers: Sequence[int], values: Sequence[Any]) -> None:
     for number, value in zip(numbers, values, strict=True):
-        leaves[number] = value
+        leaves[number] = jax.tree.map(stored_like, value, leaves[number])

@@ -8,10 +8,11 @@ import optax
 
 from natgalore_jax._axes import AxesLike
 from natgalore_jax._basis import METHODS, start_basis
+from natgalore_jax._linear_codes import coded_bits
 from natgalore_jax._plan import SIDES, LeafPlan, PlanSettings, check_rank
 from natgalore_jax._refresh import Factors, RefreshSettings
 from natgalore_jax._transition import TRANSITIONS
-from natgalore_jax._validate import check_boolean, check_choice, check_float_dtype, check_integer
+from natgalore_jax._validate import check_boolean, check_choice, check_integer, check_stored_dtype
 from natgalore_jax._where import Where, hidden_matrices
 
 
@@ -21,7 +22,8 @@ class LowRankProjectState(NamedTuple):
     count: jax.typing.ArrayLike  # shape (), int32: steps taken
     # One tree of parameters per mode: (rows, columns) for matrices, one per axis for Tucker.
     # Its leaves are batch + mode + (rank,), basis_dtype, or MaskedNode where nothing is projected.
-    basis: tuple[Any, ...]
+    # In 8 or 4 bits LinearCodes of two such tuples, codes and scales.
+    basis: Any
 
 
 class LowRankProject(optax.GradientTransformationExtraArgs):
@@ -85,14 +87,21 @@ def low_rank_project(
         (a prefix of the parameters' tree is enough), or the default :func:`hidden_matrices`.
       axes: a :class:`MatrixAxes`, a pytree of them (None: the default), or a callable of the
         parameters that returns one. Default: the last two axes.
-      basis_dtype: dtype of the bases; None is the dtype of the parameter.
+      basis_dtype: dtype of the bases; None is the dtype of the parameter. ``"int8"`` or ``"int4"``
+        stores them in codes, two numbers a byte in four bits, with a bfloat16 scale for each block
+        of up to 256, rounded to nearest at a refresh; what is computed uses the decoded P, in the
+        dtype of the gradient. An error is at most half a scale, a 254th (14th) of the largest
+        number of its block, so that P is no longer quite orthonormal: ‖PᵀP − I‖₂ is 0.01 (0.2).
+        Every refresh starts anew from an orthonormal basis, so that errors do not add up.
+        docs/memory.md has numbers. Four bits are not for "online", whose small steps they lose.
       seed: for the random methods.
 
     Returns:
       A transformation for :func:`natgalore_jax.chain`, with a :class:`LowRankProjectState`.
 
     Raises:
-      TypeError, ValueError: at construction for an argument of a wrong type or value; at ``init``,
+      TypeError, ValueError: at construction for an argument of a wrong type or value, and for
+        "online" with four bits; at ``init``,
         with the path of the parameter, for a tuple rank on a matrix, axes that overlap or are out
         of range, an integer or complex parameter selected by ``where``, or no parameter selected.
         A gradient that is zero or not finite at a refresh leaves the basis as it was.
@@ -115,7 +124,12 @@ def low_rank_project(
     check_choice("transition", transition, TRANSITIONS)
     check_boolean("stagger", stagger)
     check_integer("seed", seed, minimum=0)
-    check_float_dtype("basis_dtype", basis_dtype)
+    check_stored_dtype("basis_dtype", basis_dtype)
+    if method == "online" and coded_bits(basis_dtype) == 4:
+        raise ValueError(
+            'method="online" changes the basis by small steps, which rounding to four bits loses: '
+            'use basis_dtype="int8" or another method'
+        )
     rank = int(rank) if not isinstance(rank, (tuple, list)) else tuple(int(r) for r in rank)
 
     tx = LowRankProject(_outside_of_chain, _outside_of_chain)

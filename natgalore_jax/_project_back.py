@@ -160,6 +160,7 @@ def update_back(
     N: Sequence[jax.Array],
     R: Sequence[jax.Array],
     G: Sequence[jax.Array] | None,
+    basis_error: float = 0.0,
 ) -> tuple[list[jax.Array], ProjectBackState | optax.EmptyState]:
     """Full-shape updates from low-rank ones; every sequence has one entry per leaf.
 
@@ -167,6 +168,7 @@ def update_back(
       N: what came out of the transformations inside the subspace.
       R: the low-rank gradient that went in.
       G: the full gradient; needed for a residual only.
+      basis_error: the mean square of the errors that the bases are stored with, over their own.
     """
     if settings.residual is None:
         updates = [
@@ -190,6 +192,7 @@ def update_back(
                 *(N[i], R[i], G[i]),
                 last_norm=norms[i],
                 fisher=fishers[i],
+                basis_error=basis_error,
             )
     return updates, ProjectBackState(*map(treedef.unflatten, (directions, norms, fishers)))
 

@@ -92,7 +92,7 @@ def _by_block(reduction, x: jax.Array, blocks: Blocks) -> jax.Array:
         x = x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :])
         return reduction(x, axis + 1)
 
-    return _with_auto_axes(reduced, x, axis, (*x.shape[:axis], count, *x.shape[axis + 1 :]))
+    return with_auto_axes(reduced, x, axis, (*x.shape[:axis], count, *x.shape[axis + 1 :]))
 
 
 def spread(bounds: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -107,7 +107,7 @@ def spread(bounds: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         x = x.reshape(*x.shape[:axis], size * count, *x.shape[axis + 2 :])
         return jax.lax.slice_in_dim(x, 0, shape[axis], axis=axis)
 
-    return _with_auto_axes(repeat, bounds, axis, shape)
+    return with_auto_axes(repeat, bounds, axis, shape)
 
 
 def encode(
@@ -169,7 +169,7 @@ def _float(bits: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _with_auto_axes(function, x: jax.Array, axis: int, shape: tuple[int, ...]) -> jax.Array:
+def with_auto_axes(function, x: jax.Array, axis: int, shape: tuple[int, ...]) -> jax.Array:
     """``function(x)``, of the given shape, where ``axis`` of x or of the result may be sharded.
 
     On explicit meshes JAX has no rule to divide a sharded axis into blocks larger than a shard.

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from natgalore_jax._basis import new_basis
 from natgalore_jax._contract import has_explicit_sharding
+from natgalore_jax._linear_codes import Stored, load, store
 from natgalore_jax._plan import LeafPlan
 from natgalore_jax._schedule import due_layers
 from natgalore_jax._scope import is_active, matrices_of
@@ -38,17 +39,18 @@ class Companion(Protocol):
 
 
 Factors = tuple[jax.Array, ...]
+StoredFactors = tuple[Stored, ...]
 
 
 def refresh(
     settings: RefreshSettings,
     plans: Sequence[LeafPlan],
     gradients: Sequence[jax.Array],
-    bases: Sequence[Factors],
+    bases: Sequence[StoredFactors],
     companions: Sequence[Any],
     step: jax.Array,
     accumulation: int = 1,
-) -> tuple[list[Factors], list[Any]]:
+) -> tuple[list[StoredFactors], list[Any]]:
     """Refreshes what is due at this step, and nothing else.
 
     Each leaf has one loop over its due layers: a ``cond`` per layer would become a ``select`` under
@@ -58,7 +60,7 @@ def refresh(
     Args:
       settings: when and how.
       plans, gradients, bases, companions: one entry for each projected leaf. A basis is one array
-        per projected mode; companions are any pytree of :class:`Companion`.
+        per projected mode, or codes of one; companions are any pytree of :class:`Companion`.
       step: scalar int32.
       accumulation: see :func:`due_layers`.
 
@@ -115,8 +117,8 @@ def _refresh_layer(settings, plan, G, basis, companions, layer, key, is_first):
 
     new_factors, C_of_axis = [], {}
     for number, (mode, stacked) in enumerate(zip(plan.projected_modes, basis, strict=True)):
-        U = _take(stacked, index)
-        P = U.reshape(plan.mode_sizes[mode], plan.rank_of(mode))
+        U, shape = _take_tree(stacked, index), (*plan.mode_shape(mode), plan.rank_of(mode))
+        P = load(U, shape, jnp.float32).reshape(plan.mode_sizes[mode], -1)
         P_new = new_basis(
             settings.method,
             _unfold(plan, _replicated(tensor), mode),
@@ -125,10 +127,13 @@ def _refresh_layer(settings, plan, G, basis, companions, layer, key, is_first):
             is_first,
             is_right=len(plan.modes) == 2 and mode == 1,
         )
+        # As it is stored, as all steps to come will read it.
+        U_new = store(P_new.reshape(shape), U)
+        P_new = load(U_new, shape, jnp.float32).reshape(P.shape)
         C_of_axis[plan.low_rank_axes[mode]] = jnp.matmul(
             P_new.T, P, precision="highest", preferred_element_type=jnp.float32
         )
-        new_factors.append(_put(stacked, P_new.reshape(U.shape), index))
+        new_factors.append(_put_tree(stacked, U_new, index))
     if settings.transition == "keep":
         return tuple(new_factors), companions
     moved = jax.tree.map(

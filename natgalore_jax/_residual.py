@@ -67,6 +67,7 @@ def with_residual(
     *,
     last_norm: Any,
     fisher: Any,
+    basis_error: float = 0.0,
 ) -> tuple[jax.Array, Any, Any]:
     """``U = α P N + σ E diag(φ) = P (α N − σ R φ) + σ G φ``: one product, as without residual.
 
@@ -76,6 +77,8 @@ def with_residual(
       N, R, G: the inner update, the low-rank gradient, the gradient.
       last_norm: the norm of the last residual update, or a hole if there is no limit.
       fisher: c of the last step, or a hole if the rule is not "fisher".
+      basis_error: the share of a column's energy that is in E because P is stored in few bits,
+        and that ‖g‖² − ‖Pᵀ g‖² does not show; it is added to δ.
 
     Returns:
       U in the dtype of N, and the new norm and Fisher entries.
@@ -88,7 +91,7 @@ def with_residual(
     else:
         size = math.prod(plan.shape[a] for a in axes.full)
         fisher = average(fisher, energy.E / size, settings.decay)
-        phi = inverse_root(fisher + FISHER_DAMPING * energy.G / size)
+        phi = inverse_root(fisher + (FISHER_DAMPING + basis_error) * energy.G / size)
     phi = jnp.multiply(settings.scale, phi)
     if settings.norm_growth_limit is not None:
         phi, last_norm = limited(axes, phi, energy, last_norm, settings.norm_growth_limit)

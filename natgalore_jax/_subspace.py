@@ -17,10 +17,20 @@ from natgalore_jax._check_tree import (
 )
 from natgalore_jax._companions import companions_of_all, with_companions_of_all
 from natgalore_jax._contract import project
+from natgalore_jax._linear_codes import (
+    LinearCodes,
+    bits_of,
+    coded_bits,
+    encode,
+    leaves_of,
+    load,
+    relative_error,
+    tree_of,
+)
 from natgalore_jax._plan import LeafPlan, plan_tree, require_projection
 from natgalore_jax._project import LowRankProject, LowRankProjectState, start_factors
 from natgalore_jax._project_back import ProjectBack, init_back, update_back
-from natgalore_jax._refresh import Factors, refresh
+from natgalore_jax._refresh import Factors, StoredFactors, refresh
 from natgalore_jax._scope import open_subspace
 
 
@@ -41,14 +51,22 @@ class Subspace:
         plans = plan_tree(self.opener.plan, params)
         require_projection(self.opener.plan, plans, params)
         leaves, treedef = jax.tree.flatten(params)
+        bits = coded_bits(self.opener.basis_dtype)
+        dtype = self.opener.basis_dtype if bits is None else jnp.float32
         factors = [
-            start_factors(plan, self.opener.basis_dtype or leaf.dtype) if plan else ()
+            start_factors(plan, dtype or leaf.dtype) if plan else ()
             for plan, leaf in zip(plans, leaves, strict=True)
         ]
-        opened = LowRankProjectState(
-            jnp.zeros([], jnp.int32), self._basis_trees(treedef, plans, factors)
-        )
         low_leaves = list(map(low_rank_leaf, plans, leaves, factors))
+        stored: list[StoredFactors] = list(factors)
+        if bits is not None:
+            stored = [
+                tuple(encode(P, bits, len(plan.batch)) for P in f) if plan else ()
+                for plan, f in zip(plans, factors, strict=True)
+            ]
+        opened = LowRankProjectState(
+            jnp.zeros([], jnp.int32), self._basis_trees(treedef, plans, stored, bits is not None)
+        )
         low_rank = treedef.unflatten(low_leaves)
         with open_subspace({plan.path: plan for plan in plans if plan}):
             inner = [tx.init(low_rank) for tx in self.inner]
@@ -96,7 +114,9 @@ class Subspace:
     ) -> list[LeafPlan | None]:
         """How each leaf of a full-shape tree is projected: as when the states were made."""
         opened, *inner_states, _ = states
-        columns = [flatten_like(updates, tree, "the parameters at init") for tree in opened.basis]
+        columns = _by_mode(
+            opened, lambda tree: flatten_like(updates, tree, "the parameters at init")
+        )
         if params is not None:
             check_params(updates, params)
         plans = plan_tree(self.opener.plan, updates)
@@ -108,7 +128,7 @@ class Subspace:
         """New factors where they are due, and inner states carried over to them."""
         opened, *inner_states, closed = states
         G, treedef = jax.tree.flatten(grads)
-        factors = self._factors(treedef, plans, states)
+        factors = self._stored_factors(treedef, plans, states)
         settings, of_leaf, skeletons = self.opener.refresh, [[] for _ in plans], None
         if settings.transition != "keep":
             numbered = treedef.unflatten(range(len(plans)))
@@ -127,13 +147,15 @@ class Subspace:
             factors[i], of_leaf[i] = f, c
         if skeletons is not None:
             inner_states = with_companions_of_all(skeletons, of_leaf)
-        opened = opened._replace(basis=self._basis_trees(treedef, plans, factors))
+        is_coded = isinstance(opened.basis, LinearCodes)
+        opened = opened._replace(basis=self._basis_trees(treedef, plans, factors, is_coded))
         return [opened, *inner_states, closed]
 
     def _project(self, plans, tree, states, treedef=None):
         """A full-shape tree in the coordinates of the bases."""
         treedef = treedef or jax.tree.structure(tree)
-        leaves, factors = treedef.flatten_up_to(tree), self._factors(treedef, plans, states)
+        leaves = treedef.flatten_up_to(tree)
+        factors = self._factors(treedef, plans, states, leaves)
         return treedef.unflatten(
             project(plan, x, f) if plan else x
             for plan, x, f in zip(plans, leaves, factors, strict=True)
@@ -153,20 +175,35 @@ class Subspace:
 
         N = treedef.flatten_up_to(updates)
         G = None if full is None else treedef.flatten_up_to(full)
-        factors = self._factors(treedef, plans, states)
-        out, closed = update_back(self.closer, closed, treedef, plans, factors, N, R, G)
+        factors, basis = self._factors(treedef, plans, states, R), opened.basis
+        error = relative_error(bits_of(basis)) if isinstance(basis, LinearCodes) else 0.0
+        out, closed = update_back(self.closer, closed, treedef, plans, factors, N, R, G, error)
         opened = opened._replace(count=optax.safe_increment(opened.count))
         return treedef.unflatten(out), [opened, *new_inner, closed]
 
-    def _factors(self, treedef, plans, states) -> list[Factors]:
-        """The bases of each leaf, from the state's form of them."""
-        columns = [treedef.flatten_up_to(tree) for tree in states[0].basis]
+    def _factors(self, treedef, plans, states, leaves) -> list[Factors]:
+        """The bases of each leaf; those stored in codes in the dtype of the leaf."""
+        return [
+            tuple(
+                load(P, plan.factor_shape(mode), leaf.dtype, len(plan.batch))
+                for mode, P in zip(plan.projected_modes, own, strict=True)
+            )
+            if plan
+            else ()
+            for plan, leaf, own in zip(
+                plans, leaves, self._stored_factors(treedef, plans, states), strict=True
+            )
+        ]
+
+    def _stored_factors(self, treedef, plans, states) -> list[StoredFactors]:
+        """The bases of each leaf as they are stored, from the state's form of them."""
+        columns = _by_mode(states[0], treedef.flatten_up_to)
         return [
             tuple(columns[mode][i] for mode in plan.projected_modes) if plan else ()
             for i, plan in enumerate(plans)
         ]
 
-    def _basis_trees(self, treedef, plans, factors) -> tuple[Any, ...]:
+    def _basis_trees(self, treedef, plans, factors, is_coded) -> Any:
         """The state's form of the factors: one tree for each mode."""
         trees = []
         for mode in range(self.opener.number_of_modes):
@@ -176,8 +213,15 @@ class Subspace:
                 else optax.MaskedNode()
                 for plan, f in zip(plans, factors, strict=True)
             ]
-            trees.append(treedef.unflatten(column))
-        return tuple(trees)
+            trees.append(tree_of(treedef, column, is_coded))
+        return LinearCodes(*zip(*trees, strict=True)) if is_coded else tuple(trees)
+
+
+def _by_mode(opened: LowRankProjectState, flatten: Any) -> list[list[Any]]:
+    """For each mode the stored factors of each leaf."""
+    basis = opened.basis
+    trees = map(LinearCodes, *basis) if isinstance(basis, LinearCodes) else basis
+    return [leaves_of(flatten, tree) for tree in trees]
 
 
 def _holds_multi_steps(states: list[Any]) -> bool:

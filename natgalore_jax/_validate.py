@@ -1,5 +1,6 @@
 """Checks of arguments: what is required, what was received, which parameter."""
 
+import contextlib
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -34,7 +35,7 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
-def check_float_dtype(name: str, value: Any) -> None:
+def check_float_dtype(name: str, value: Any, others: str = "") -> None:
     """A floating-point dtype, or None for the default."""
     if isinstance(value, jax.Array):
         raise TypeError(f"{name} must be a dtype, got the array {value}{_INJECTED}")
@@ -43,7 +44,16 @@ def check_float_dtype(name: str, value: Any) -> None:
     except TypeError:
         is_float = False
     if not is_float:
-        raise TypeError(f"{name} must be a floating-point dtype, got {value!r}")
+        raise TypeError(f"{name} must be a floating-point dtype{others}, got {value!r}")
+
+
+def check_stored_dtype(name: str, value: Any) -> None:
+    """A floating-point dtype, int8, int4, or None for the default."""
+    if not isinstance(value, jax.Array):
+        with contextlib.suppress(TypeError):
+            if jnp.dtype(value) in (jnp.int8, jnp.int4):
+                return
+    check_float_dtype(name, value, ", int8 or int4")
 
 
 def check_number(name: str, value: Any, *, above: float | None = None) -> None:

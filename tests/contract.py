@@ -91,6 +91,15 @@ FACTORIES: Mapping[str, Callable[[], optax.GradientTransformation]] = {
         ng.quantize_state(optax.amsgrad(0.01), min_size=4),
         ng.project_back(),
     ),
+    "4-bit bases, 8-bit history": lambda: ng.natural_galore_adamw(
+        0.01, **_natural, side="both", basis_dtype="int4", history_dtype=jnp.int8
+    ),
+    "8-bit Tucker bases, 4-bit history": lambda: ng.natural_galore(
+        **{**_natural, "rank": (2, 3, 2)}, basis_dtype=jnp.int8, history_dtype="int4"
+    ),
+    "8-bit history alone": lambda: ng.woodbury_natural_gradient(
+        history=HISTORY, damping=0.1, history_dtype="int8"
+    ),
     "apollo_adamw": lambda: ng.apollo_adamw(0.01, **_project),
     "apollo_mini_adamw": lambda: ng.apollo_mini_adamw(0.01, update_interval=INTERVAL),
     "ldadamw": lambda: ng.ldadamw(0.01, rank=RANK, error_feedback=True),

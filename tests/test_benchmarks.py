@@ -1,11 +1,21 @@
 """The benchmarks at a tiny size: their files have what is documented, and the floor is right."""
 
 import json
+import math
 
 import jax
 import pytest
 
-from benchmarks import accumulation, per_layer, quantization, refresh, step_time
+from benchmarks import (
+    _gpu_run,
+    accumulation,
+    gpu_memory,
+    memory_breakdown,
+    per_layer,
+    quantization,
+    refresh,
+    step_time,
+)
 from benchmarks._environment import target
 from benchmarks._floor import bytes_moved, floor_seconds, operations
 from benchmarks._shapes import hidden_shapes, matrices
@@ -176,6 +186,69 @@ def test_per_layer(tmp_path):
     assert [len(row["step_s"]) for row in rows] == [0, 1]
 
 
+@pytest.mark.usefixtures("fast_compile")
+def test_memory_breakdown(tmp_path):
+    output, figure = tmp_path / "breakdown.json", tmp_path / "breakdown.png"
+    memory_breakdown.main(sizes=("nano",), tokens=8, output=output, figure=figure)
+    results = json.loads(output.read_text())
+    assert results["environment"].keys() == ENVIRONMENT and figure.exists()
+    for bar in results["bars"]:
+        assert bar["total"] == sum(bar["parts"].values())
+
+
+TINY = {
+    "presets": ("tiny",),
+    "methods": ("adamw",),
+    "seq_len": 8,
+    "large_batch": 2,
+    "timed": "tiny",
+    "vocab_size": 300,
+}
+
+
+@pytest.mark.usefixtures("fast_compile")
+def test_gpu_memory(tmp_path, monkeypatch):
+    """What runs on a GPU, run on the CPU, whose memory is not limited."""
+
+    def child(task, arguments, fraction):
+        assert fraction is None
+        return getattr(_gpu_run, task)(**arguments)
+
+    monkeypatch.setattr(gpu_memory, "_child", child)
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"It was on day {i} that the sea was calm." for i in range(4000)))
+    output = tmp_path / "gpu_memory.json"
+    with pytest.raises(SystemExit, match="error: no accelerator here; --estimate predicts"):
+        gpu_memory.main(**TINY, output=output)
+    data = {"data": (str(text),), "cache_dir": tmp_path / "cache"}
+    results = gpu_memory.main(**TINY, **data, steps=3, interval=2, allow_cpu=True, output=output)
+    assert json.loads(output.read_text()) == results
+    assert results["measured_on"]["platform"] == "cpu" and not results["estimates_only"]
+    assert [row["step"] for row in results["steps"]] == [
+        *("ordinary", "per layer", "remat", "per layer")
+    ]
+    for row in results["steps"]:
+        assert row["peak_bytes_in_use"] is None and row["tokens_per_second"] > 0
+        # Of a model that knows nothing of its 1024 tokens, and changes.
+        assert row["losses"] == pytest.approx([math.log(1024)] * 3, abs=0.1)
+        assert len(set(row["losses"])) == 3
+    assert results["update_s"]["adamw"]["median_s"] > 0
+    # 24 GB of a device of 80 GB, of which 0.95 were found.
+    assert gpu_memory._fraction("24GB", 76 * 10**9) == pytest.approx(0.3)
+    assert gpu_memory._fraction("24GB", 16 * 10**9) is None
+
+
+@pytest.mark.usefixtures("fast_compile")
+def test_gpu_memory_estimates(tmp_path):
+    output = tmp_path / "gpu_memory.json"
+    sizes = {**TINY, "large_batch": 1}
+    results = gpu_memory.main(**sizes, limits=("10MB", "1kB"), estimate=True, output=output)
+    assert results["estimates_only"] and results["measured_on"] is None
+    for row in results["steps"]:
+        assert row["estimated_to_fit"] == {"10MB": True, "1kB": False}
+        assert "peak_bytes_in_use" not in row
+
+
 def test_refresh(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"It was on day {i} that the sea was calm." for i in range(4000)))
@@ -226,6 +299,10 @@ def test_quantization(tmp_path):
         output=tmp_path / "quantization.json",
     )
     assert json.loads((tmp_path / "quantization.json").read_text()) == results
+    cost = results["cost"]
+    assert all(row["floor_s"] > 0 for row in cost.values())
+    moved = {name: row["moved_bytes"] for name, row in cost.items()}
+    assert moved["adam, 8 bits"] < moved["adam"] and moved["galore, 8 bits"] < moved["galore"]
     rows = results["errors"]["1.0"]
     assert rows["float32"]["update_error"] == 0
     assert rows["ours"]["update_error"] < 0.2 < rows["linear"]["update_error"]

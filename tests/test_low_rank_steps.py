@@ -45,7 +45,15 @@ OPTIMIZERS = {
         optax.MultiSteps(optax.adam(1.0), 2), side="long", transition="keep"
     ),
     "natural_galore, history, left, reset": lambda: ng.chain(
-        ng.natural_galore(**SETTINGS, history=3, damping=0.1, side="left", transition="reset"),
+        ng.natural_galore(
+            **SETTINGS,
+            history=3,
+            damping=0.1,
+            side="left",
+            transition="reset",
+            basis_dtype="int8",
+            history_dtype="int4",
+        ),
         optax.adamw(0.05),
     ),
 }
@@ -149,9 +157,10 @@ def test_mean_of_low_rank_gradients_is_what_multisteps_inside_the_subspace_takes
 
     @jax.jit
     def update(first, second, state):
-        state = steps.refresh(first, state)
-        low = jax.tree.map(jnp.add, steps.project(first, state), steps.project(second, state))
-        return steps.update(optax.tree.scale(0.5, low), state, params)
+        mean = jax.tree.map(lambda low: jnp.full_like(low, 9.0), steps.project(first, state))
+        state, mean = steps.accumulate(first, state, mean, jnp.int32(0))
+        state, mean = steps.accumulate(second, state, mean, jnp.int32(1))
+        return steps.update(mean, state, params)
 
     for t in range(INTERVAL + 2):
         first, second = random_like(params, 2 * t + 1), random_like(params, 2 * t + 2)

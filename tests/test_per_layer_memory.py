@@ -30,6 +30,7 @@ CASES = [
     ("galore", "unstacked"),
     ("natural galore", "ordinary"),
     ("natural galore", "per layer"),
+    ("natural galore", "8-bit weights"),
 ]
 
 
@@ -71,6 +72,8 @@ def measure(name, route):
     tx, params = OPTIMIZERS[name](), shapes(stacked=route != "unstacked")
     batch = jax.ShapeDtypeStruct((ROWS, D), jnp.float32)
     state = jax.eval_shape(tx.init, params)
+    if route == "8-bit weights":
+        params = jax.eval_shape(ng.quantize_weights, params)
     donated = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((params, state)))
 
     def ordinary(params, state, batch):
@@ -78,7 +81,7 @@ def measure(name, route):
         return optax.apply_updates(params, updates), state
 
     step = jax.jit(ordinary, donate_argnums=(0, 1))
-    if route == "per layer":
+    if route in ("per layer", "8-bit weights"):
         step = ng.per_layer(tx, embed, layer, head).step
         state = ng.PerLayerState(state, jax.ShapeDtypeStruct((), jnp.float32))
     memory = step.lower(params, state, batch).compile().memory_analysis()
@@ -103,6 +106,14 @@ def test_gradients_of_one_layer_instead_of_all(measured, name):
     assert temp < 5 * ONE_LAYER + 2 * L * ROWS * D * 4
     assert ordinary - temp > 0.6 * L * ONE_LAYER
     assert aliased >= donated
+
+
+def test_weights_in_8_bits_are_decoded_one_layer_at_a_time(measured):
+    temp, aliased, donated = measured["natural galore", "8-bit weights"]
+    _, _, of_floats = measured["natural galore", "per layer"]
+    assert temp < 5 * ONE_LAYER + 2 * L * ROWS * D * 4
+    assert aliased >= donated
+    assert of_floats - donated > 0.74 * L * ONE_LAYER
 
 
 @pytest.mark.parametrize("name", ["adam", "galore"])

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType
-from per_layer_model import LOW, batches, embed, head, init_params, layer, ordinary
+from per_layer_model import LOW, batches, embed, head, init_params, layer, ordinary, per_layer
 
 import natgalore_jax as ng
 
@@ -16,12 +16,17 @@ pytestmark = pytest.mark.usefixtures("fast_compile")
 
 
 @functools.cache
-def on_one_device():
+def on_one_device(weight_bits):
+    if weight_bits == 8:
+        return per_layer(OPTIMIZER, ng.quantize_weights(init_params()), batches(STEPS))[0]
     return ordinary(OPTIMIZER, init_params(), batches(STEPS))[0]
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_sharded_parameters(axis_type):
+@pytest.mark.parametrize(
+    "axis_type,weight_bits",
+    [(AxisType.Auto, 32), (AxisType.Explicit, 32), (AxisType.Auto, 8), (AxisType.Explicit, 8)],
+)
+def test_sharded_parameters(axis_type, weight_bits):
     """Four devices, each with a part of the rows or columns of every matrix in the layers."""
     params = init_params()
 
@@ -37,9 +42,12 @@ def test_sharded_parameters(axis_type):
         for name, spec in ("up", jax.P(None, None, "model")), ("down", jax.P(None, "model", None)):
             sharding = jax.NamedSharding(mesh, spec)
             params["layers"][name] = jax.device_put(params["layers"][name], sharding)
+        if weight_bits == 8:
+            params = jax.jit(ng.quantize_weights)(params)
         train = ng.per_layer(OPTIMIZER, embed, gathered, head)
         state = jax.jit(train.init)(params)
-        for batch, expected in zip(batches(STEPS), on_one_device(), strict=True):
+        for batch, expected in zip(batches(STEPS), on_one_device(weight_bits), strict=True):
             params, state, metrics = train.step(params, state, batch)
             np.testing.assert_allclose(metrics.loss, expected, rtol=1e-5)
-    assert params["layers"]["up"].sharding.spec == jax.P(None, None, "model")
+    weights = params.codes if weight_bits == 8 else params
+    assert weights["layers"]["up"].sharding.spec == jax.P(None, None, "model")

@@ -108,6 +108,7 @@ def summarize(result: Result) -> Record:
         "trained_parameters": sum(p.size for p in jax.tree.leaves(result.params)),
         "optimizer_bytes": memory.total_state_bytes + accumulator,
         "adamw_bytes": memory.adamw_state_bytes,
+        "memory": result.memory.to_dict(),
         "steps": result.steps,
         "tokens": last["tokens"],
         "seconds": last["seconds"],

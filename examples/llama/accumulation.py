@@ -7,7 +7,6 @@ of a step is decided by its first micro-batch.
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 import natgalore_jax as ng
@@ -47,15 +46,8 @@ def accumulate_low_rank(
         updates, opt_state = steps.update(mean, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
+    opt_state, mean = steps.accumulate(grads, opt_state, mean, position)
     # The branch that changes nothing stands last: XLA does not copy what goes through it.
-    opt_state = jax.lax.cond(
-        position == 0, steps.refresh, lambda grads, opt_state: opt_state, grads, opt_state
-    )
-    mean = jax.tree.map(
-        lambda m, low: jnp.where(position == 0, low, m + (low - m) / (position + 1)),
-        mean,
-        steps.project(grads, opt_state),
-    )
     params, opt_state = jax.lax.cond(
         position == number - 1,
         take,

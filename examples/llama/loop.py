@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+import natgalore_jax as ng
 from examples.llama.adapters import make_linear
+from examples.llama.build import first_state, make_step
 from examples.llama.checkpoints import Checkpoints
 from examples.llama.clock import Clock
 from examples.llama.data import (
@@ -27,17 +29,16 @@ from examples.llama.evaluate import make_eval_step, mean_nll, perplexity
 from examples.llama.frozen import partition
 from examples.llama.metrics import MetricsLog, Record, of_kind
 from examples.llama.optimization import make_optimization
-from examples.llama.per_layer import make_per_layer_step
+from examples.llama.peak import RunMemory, describe, observed_peak
 from examples.llama.relora import make_merge
 from examples.llama.report import Reporter, Silent
+from examples.llama.step_memory import StepMemory, of_compiled
 from examples.llama.train_config import ConfigError, RunConfig, differences
 from examples.llama.train_step import (
     Apply,
     Metrics,
     TrainState,
-    init_state,
     make_model,
-    make_train_step,
 )
 
 
@@ -58,11 +59,13 @@ class Result:
     """Optimizer steps done: fewer than `config.steps` if the run was stopped or diverged."""
     diverged: bool
     """Whether the loss became infinite or not a number."""
+    memory: RunMemory
+    """What a step takes, and the peak that was seen."""
 
     @property
     def params(self) -> Any:
         """The parameters that were trained: what `tx` is for."""
-        return self.state.params
+        return self.state.float_params
 
     @property
     def weights(self) -> Any:
@@ -160,20 +163,29 @@ class _Run:
         adapter = config.adapter
         self.apply, weights = make_model(config.model, config.seed, make_linear(adapter))
         params, frozen = partition(weights)
-        self.tx, schedule, low_rank = make_optimization(config, params, tx)
+        optimization = make_optimization(config, params, tx)
+        self.tx, schedule, _ = optimization
         self.schedule = None if schedule is None else jax.jit(schedule)
         self.merge = make_merge(adapter, self.tx, params, config.seed)
-        if config.per_layer:
-            self.step_fn = make_per_layer_step(config, self.tx, params)
-        else:
-            self.step_fn = make_train_step(self.apply, self.tx, config.accumulate, low_rank)
+        self.step_fn = make_step(config, self.apply, optimization, params)
         self.eval_step = make_eval_step(self.apply)
-        self.state = jax.jit(lambda p, f: init_state(p, self.tx, f, low_rank))(params, frozen)
+        # The weights are donated: there is no room for them twice.
+        first = jax.jit(
+            lambda p, f: first_state(config, optimization, p, f),
+            # Nor can a buffer of floats become one of codes.
+            donate_argnums=(0, 1) if config.weight_bits is None else (),
+        )
+        self.state = first(params, frozen)
+        if config.offload == "weights":
+            params = self.state.params
+            on_host = {**params, "layers": ng.to_host(params["layers"])}
+            self.state = self.state._replace(params=on_host)
         self.batches = _batches(config, splits)
         if checkpoints is not None and checkpoints.latest() is not None:
             self.state, position = checkpoints.restore(self.state)
             self.batches.set_state(position)
         self.diverged = False
+        self.memory: StepMemory | None = None
         self._pending: tuple[int, Metrics] | None = None
         self._clock = Clock(log.records[-1]["seconds"] if log.records else 0.0)
 
@@ -185,6 +197,8 @@ class _Run:
         try:
             for micro_step in range(start + 1, end + 1):
                 rows = next(self.batches)["tokens"]
+                if micro_step == start + 1:
+                    self._account(rows)
                 self.state, metrics = self.step_fn(self.state, rows)
                 stop = should_stop()
                 step, unfinished = divmod(micro_step, config.accumulate)
@@ -203,6 +217,13 @@ class _Run:
         finally:
             self.reporter.stop()
         return result
+
+    def _account(self, rows: Any) -> None:
+        """Compiles the step, which its first call then finds compiled, and says what it takes."""
+        compiled = self.step_fn.lower(self.state, rows).compile()
+        self.memory = of_compiled(compiled, self.state, self.tx, self.config.per_layer)
+        if self.memory is not None:
+            self.reporter.note(describe(self.memory))
 
     def _after_step(self, step: int, metrics: Metrics) -> None:
         # Now that this step has been dispatched, fetch the metrics of the one before: the device
@@ -270,6 +291,7 @@ class _Run:
             records=self.log.records,
             steps=steps,
             diverged=self.diverged,
+            memory=RunMemory(self.memory, observed_peak(self.memory)),
         )
 
 

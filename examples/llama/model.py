@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+import natgalore_jax as ng
 from examples.llama.config import ModelConfig
 
 INIT_STD = 0.02
@@ -91,7 +92,7 @@ class Llama(nnx.Module):
         # The transformations of JAX itself: modules are pytrees, and those of NNX refuse a model
         # that was merged outside of a loop that it runs in.
         def run(x, layer):
-            return layer(x, positions), None
+            return ng.to_device(layer)(x, positions), None
 
         if self.config.remat:
             run = jax.checkpoint(run, prevent_cse=not self.config.stacked)

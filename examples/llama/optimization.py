@@ -27,12 +27,17 @@ def make_optimization(
     """The optimizer that `config` describes, or the one that is given.
 
     Raises:
-      ConfigError: if the optimizer does not fit the model, ReLoRA or the accumulation.
+      ConfigError: if the optimizer does not fit the model, ReLoRA or the accumulation, or nothing
+        can be offloaded here.
     """
+    if config.offload != "none":
+        _check_host_memory()
     schedule: optax.Schedule | None = None
     if tx is None:
         tx, schedule = _make_optimizer(config, params)
     tx, schedule = with_restarts(config.adapter, tx, schedule, config.accumulate)
+    if config.offload != "none":
+        tx = ng.offload_state(tx)
     low_rank = _low_rank_steps(config, tx) if config.accumulate_in_subspace else None
     return Optimization(tx, schedule, low_rank)
 
@@ -71,3 +76,13 @@ def _low_rank_steps(config: RunConfig, tx: optax.GradientTransformation) -> ng.L
             "gradient; use --residual none"
         )
     return steps
+
+
+def _check_host_memory() -> None:
+    device = jax.local_devices()[0]
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if "pinned_host" not in kinds:
+        raise ConfigError(
+            f"--offload needs a device that reaches pinned_host memory; {device} has "
+            f"{', '.join(kinds)}"
+        )

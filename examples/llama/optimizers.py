@@ -31,8 +31,24 @@ def _adafactor(learning_rate, weight_decay: float = 0.0, mask=None):
     )
 
 
+def _adamw_8bit(
+    learning_rate,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    mask=None,
+):
+    return optax.chain(
+        ng.scale_by_adam_8bit(b1, b2, eps),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
 OPTIMIZERS: dict[str, Entry] = {
     "adamw": Entry(optax.adamw, 3e-3),
+    "adamw-8bit": Entry(_adamw_8bit, 3e-3),
     "adafactor": Entry(_adafactor, 3e-3),
     "galore": Entry(ng.galore_adamw, 2e-2),
     "fira": Entry(ng.galore_adamw, 1e-2, {"residual": "gain"}),
@@ -82,6 +98,8 @@ class OptimizerConfig:
     """Low-rank: which side of a matrix is projected."""
     method: Literal["power", "svd", "eigh", "randomized", "gaussian", "online"] | None = None
     """Low-rank: how the subspace is computed."""
+    basis_dtype: Literal["float32", "bfloat16", "int8", "int4"] | None = None
+    """Low-rank: number format of the stored bases; that of the weights by default."""
     transition: Literal["rotate", "reset", "keep"] | None = None
     """Low-rank: what happens to stored moments when the subspace changes."""
     stagger: bool | None = None
@@ -98,7 +116,7 @@ class OptimizerConfig:
     """Natural gradient: what is added to the Fisher matrix."""
     damping_mode: Literal["absolute", "relative"] | None = None
     """Natural gradient: damping as it is, or times the mean squared norm of the history."""
-    history_dtype: Literal["float32", "bfloat16"] | None = None
+    history_dtype: Literal["float32", "bfloat16", "int8", "int4"] | None = None
     """Natural gradient: number format of the stored gradients."""
 
 
@@ -122,22 +140,30 @@ def make_optimizer(
     With `accumulate` above one, the transformation takes that many micro-batch gradients to one
     step and returns zero updates in between.
     """
-    entry = OPTIMIZERS[config.name]
-    peak = config.learning_rate if config.learning_rate is not None else entry.learning_rate
+    peak = config.learning_rate
+    peak = default_learning_rate(config.name) if peak is None else peak
     learning_rate = warmup_cosine(schedule, peak, steps)
+    tx = make_transformation(config, learning_rate, seed=seed, mask=decayed)
+    if accumulate > 1:
+        tx = optax.MultiSteps(tx, accumulate).gradient_transformation()
+    return tx, learning_rate
 
+
+def make_transformation(
+    config: OptimizerConfig, learning_rate: optax.Schedule, **given: Any
+) -> optax.GradientTransformation:
+    """The optimizer alone, with any learning rate. `given` are more of its arguments, such as
+    `seed`, `mask` and `where`; it does not look at those that it does not have."""
+    entry = OPTIMIZERS[config.name]
     chosen = {k: v for k, v in asdict(config).items() if v is not None}
     if config.residual == "none":
         chosen["residual"] = False
     for name, value in entry.fixed.items():
         if chosen.setdefault(name, value) != value:
             raise ValueError(f"{name} is always {value}, got {chosen[name]}")
-    chosen |= {"seed": seed, "mask": decayed, "learning_rate": learning_rate}
+    chosen |= given | {"learning_rate": learning_rate}
     known = inspect.signature(entry.factory).parameters
     tx = entry.factory(**{k: v for k, v in chosen.items() if k in known})
-
     if config.clip_norm is not None:
         tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), tx)
-    if accumulate > 1:
-        tx = optax.MultiSteps(tx, accumulate).gradient_transformation()
-    return tx, learning_rate
+    return tx

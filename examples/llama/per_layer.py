@@ -58,6 +58,7 @@ def make_per_layer_step(
         *layered(config.model),
         clip_norm=config.optimizer.clip_norm,
         accumulate=config.accumulate if in_subspace else 1,
+        weight_dtype=config.model.param_dtype,
     )
 
     def step(state: TrainState, rows: jax.Array) -> tuple[TrainState, Metrics]:
@@ -85,4 +86,4 @@ def make_per_layer_step(
         jax.eval_shape(lambda p, rows: train.step(p, train.init(p), rows), params, rows)
     except ValueError as error:  # An optimizer that mixes the gradients of parameters.
         raise ConfigError(f"--per-layer with {config.optimizer.name}: {error}") from error
-    return jax.jit(step, donate_argnums=0)
+    return ng.in_place(step)

@@ -7,6 +7,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from examples.llama.metrics import Record
+from examples.llama.peak import peak_rows
 
 
 class Reporter(Protocol):
@@ -102,6 +103,8 @@ def summary_table(summary: Record) -> Table:
         row(f"  trained ({summary['adapter']})", f"{summary['trained_parameters']:,}")
     row("optimizer state", _bytes(summary["optimizer_bytes"]))
     row("  AdamW's would be", _bytes(summary["adamw_bytes"]))
+    for label, size in peak_rows(summary["memory"]):
+        row(label, _bytes(size))
     row("tokens trained on", f"{summary['tokens']:,}")
     row("time in training", f"{summary['seconds']:.0f} s")
     table.add_section()

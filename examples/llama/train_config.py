@@ -74,6 +74,12 @@ class RunConfig:
     per_layer: bool = False
     """Update each layer as soon as its gradient is there, so that those of all layers never exist
     together. Needs --model.stacked. --clip-norm then clips by the norm of the step before."""
+    weight_bits: Literal[8] | None = None
+    """Store the matrices of the layers in 8 bits, decoded one layer at a time and rounded
+    stochastically after each update. Needs --per-layer. An evaluation decodes all of them."""
+    offload: Literal["none", "state", "weights"] = "none"
+    """What is kept in the memory of the host between uses: the optimizer's state, with --per-layer
+    fetched layer by layer; or the weights of the layers too, which needs --per-layer."""
     seed: int = 0
     """Of the initial weights, the order of the data and the optimizer's random subspaces."""
     optimizer: tyro.conf.OmitArgPrefixes[OptimizerConfig] = field(default_factory=OptimizerConfig)
@@ -97,6 +103,9 @@ class RunConfig:
             )
         if self.per_layer:
             self._check_per_layer()
+        if self.weight_bits is not None:
+            self._check_weight_bits()
+        self._check_offload()
         if self.output.resume and self.output.overwrite:
             raise ConfigError("a run is either resumed or overwritten: --resume, --overwrite")
         if self.seq_len > self.model.max_length:
@@ -121,6 +130,25 @@ class RunConfig:
             raise ConfigError(
                 f"clip_norm={self.optimizer.clip_norm}: with --per-layer each batch would be "
                 f"clipped, and not the mean of accumulate={self.accumulate}: use one of the two"
+            )
+
+    def _check_weight_bits(self) -> None:
+        if not self.per_layer:
+            raise ConfigError("--weight-bits decodes one layer at a time, which needs --per-layer")
+        if self.offload == "weights":
+            raise ConfigError(
+                "--weight-bits keeps weights on the device: use --offload state, or none of the two"
+            )
+
+    def _check_offload(self) -> None:
+        if self.offload == "weights" and not self.per_layer:
+            raise ConfigError(
+                "--offload weights fetches one layer at a time, which needs --per-layer"
+            )
+        if self.offload != "none" and self.accumulate_in_subspace:
+            raise ConfigError(
+                f"--offload {self.offload} hides the subspace that --accumulate-in-subspace takes "
+                "gradients to: use one of the two"
             )
 
     @property

@@ -22,7 +22,7 @@ Apply = Callable[[Params, jax.Array], jax.Array]
 class TrainState(NamedTuple):
     """Everything that a step changes; saved as it is in a checkpoint."""
 
-    params: Params  # what is trained.
+    params: Params  # what is trained; an ng.QuantizedWeights with --weight-bits.
     opt_state: optax.OptState
     micro_step: jax.Array  # batches seen. shape=(), dtype=jnp.int32.
     totals: Metrics  # metrics summed over the batches of an unfinished accumulation.
@@ -31,9 +31,17 @@ class TrainState(NamedTuple):
     accumulated: Params = {}  # noqa: RUF012  (never changed)
 
     @property
+    def float_params(self) -> Params:
+        """What is trained, as numbers: what is stored in 8 bits is decoded, all at once."""
+        if not isinstance(self.params, ng.QuantizedWeights):
+            return self.params
+        dtype = self.params.codes["embed"]["embedding"].dtype
+        return ng.dequantize_weights(self.params, dtype)
+
+    @property
     def weights(self) -> Params:
-        """All parameters of the model."""
-        return union(self.params, self.frozen)
+        """All parameters of the model, as numbers."""
+        return union(self.float_params, self.frozen)
 
 
 def make_model(
@@ -74,12 +82,15 @@ def init_state(
     tx: optax.GradientTransformation,
     frozen: Params | None = None,
     low_rank: ng.LowRankSteps | None = None,
+    weight_bits: int | None = None,
 ) -> TrainState:
+    """The state before the first step, with the matrices of the layers in 8 bits if wanted."""
     zeros = {"loss": jnp.zeros([]), "grad_norm": jnp.zeros([])}
     opt_state = tx.init(params)
     accumulated = {} if low_rank is None else empty_accumulator(low_rank, params, opt_state)
     micro_step = jnp.zeros([], jnp.int32)
-    return TrainState(params, opt_state, micro_step, zeros, frozen or {}, accumulated)
+    stored = params if weight_bits is None else ng.quantize_weights(params)
+    return TrainState(stored, opt_state, micro_step, zeros, frozen or {}, accumulated)
 
 
 def make_train_step(
@@ -119,7 +130,7 @@ def make_train_step(
             accumulated=accumulated,
         )
 
-    return jax.jit(step, donate_argnums=0)
+    return ng.in_place(step)
 
 
 def next_state(

@@ -13,7 +13,7 @@ from examples.llama.adapters import AdapterConfig
 from examples.llama.loop import train
 from examples.llama.metrics import of_kind
 from examples.llama.optimizers import OptimizerConfig
-from examples.llama.train_config import ConfigError
+from examples.llama.train_config import ConfigError, OutputConfig
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -66,11 +66,62 @@ def test_clipping_takes_the_norm_of_the_step_before():
         ({"model": dataclasses.replace(MODEL, stacked=False)}, "--model.stacked"),
         ({"adapter": AdapterConfig(kind="lora", rank=2)}, "adapters, got lora"),
         ({"accumulate": 2, "optimizer": OptimizerConfig(clip_norm=1.0, rank=4)}, "accumulate=2"),
+        ({"offload": "state", "accumulate_in_subspace": True}, "hides the subspace"),
+        ({"offload": "weights", "weight_bits": 8}, "--weight-bits keeps weights on the device"),
     ],
 )
 def test_what_it_cannot_do_is_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         run_config(per_layer=True, **changes)
+
+
+@pytest.mark.parametrize("offload", ["state", "weights"])
+def test_same_run_from_host_memory(offload, tmp_path):
+    """Stopped and resumed: what was on the host when it was saved is there again."""
+    changes = {
+        "optimizer": dataclasses.replace(NATURAL_GALORE, history=None, rank=40),
+        "model": dataclasses.replace(MODEL, hidden=64, intermediate=72),
+        "per_layer": True,
+    }
+    expected = run(**changes)
+    config = run_config({"eval_every": 10}, steps=20, offload=offload, **changes)
+    calls = iter(range(100))
+    train(config, splits=splits(), run_dir=tmp_path, should_stop=lambda: next(calls) == 9)
+    resumed = dataclasses.replace(config, output=dataclasses.replace(config.output, resume=True))
+    ours = train(resumed, splits=splits(), run_dir=tmp_path)
+    for kind in "train", "validation":
+        losses = [[r["loss"] for r in of_kind(x.records, kind)] for x in (ours, expected)]
+        np.testing.assert_allclose(*losses, rtol=1e-4)
+    for tree, large_ones in (ours.state.opt_state, True), (ours.params, offload == "weights"):
+        kinds = {x.sharding.memory_kind for x in jax.tree.leaves(tree) if x.size >= 4096}
+        assert kinds == {"pinned_host" if large_ones else "device"}
+
+
+def test_weights_in_8_bits(tmp_path):
+    """The run of floats nearly; stopped and resumed, the same bits."""
+    galore = OptimizerConfig(name="galore", rank=4, update_interval=5, basis_dtype="int8")
+    floats, ours = (run(per_layer=True, optimizer=galore, weight_bits=bits) for bits in (None, 8))
+    for kind in "train", "validation", "test":
+        losses = [[r["loss"] for r in of_kind(x.records, kind)] for x in (ours, floats)]
+        np.testing.assert_allclose(*losses, rtol=0.01)
+    assert ours.state.params.codes["layers"]["attention"]["q"]["kernel"].dtype == np.int8
+    assert jax.tree.structure(ours.params) == jax.tree.structure(floats.params)
+
+    calls = iter(range(100))
+    config = dataclasses.replace(ours.config, output=OutputConfig(eval_every=10, resume=True))
+    train(config, splits=splits(), run_dir=tmp_path, should_stop=lambda: next(calls) == 9)
+    resumed = train(config, splits=splits(), run_dir=tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, resumed.state, ours.state)
+
+
+def test_weights_in_8_bits_are_for_updates_per_layer():
+    with pytest.raises(ConfigError, match=r"--weight-bits .* needs --per-layer"):
+        run_config(weight_bits=8)
+
+
+def test_weights_are_offloaded_by_layer_only():
+    with pytest.raises(ConfigError, match="needs --per-layer"):
+        run_config(offload="weights")
 
 
 def test_an_optimizer_that_mixes_parameters_is_refused():

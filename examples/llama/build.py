@@ -1,0 +1,87 @@
+"""The training step that a configuration describes, and its arguments as shapes."""
+
+from typing import NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from examples.llama.adapters import make_linear
+from examples.llama.frozen import partition
+from examples.llama.optimization import Optimization, make_optimization
+from examples.llama.per_layer import make_per_layer_step
+from examples.llama.train_config import RunConfig
+from examples.llama.train_step import (
+    Apply,
+    Params,
+    TrainState,
+    init_state,
+    make_model,
+    make_train_step,
+)
+
+
+def make_step(
+    config: RunConfig, apply: Apply, optimization: Optimization, params: Params
+) -> jax.stages.Wrapped:
+    """The jitted step, `(state, rows (B, T + 1)) -> (state, metrics)`, which donates the state.
+
+    Raises:
+      ConfigError: if layers cannot be updated one by one.
+    """
+    if config.per_layer:
+        step = make_per_layer_step(config, optimization.tx, params)
+    else:
+        step = make_train_step(apply, optimization.tx, config.accumulate, optimization.low_rank)
+    return cast(jax.stages.Wrapped, step)
+
+
+def first_state(
+    config: RunConfig, optimization: Optimization, params: Params, frozen: Params
+) -> TrainState:
+    """The state before the first step."""
+    tx, low_rank = optimization.tx, optimization.low_rank
+    return init_state(params, tx, frozen, low_rank, config.weight_bits)
+
+
+class AbstractRun(NamedTuple):
+    """A run of which nothing is allocated."""
+
+    config: RunConfig
+    apply: Apply
+    optimization: Optimization
+    params: Params  # what is trained, as numbers
+    state: TrainState  # where it may be stored in fewer bits
+    rows: jax.ShapeDtypeStruct  # (B, T + 1), int32
+
+    @property
+    def tx(self) -> optax.GradientTransformation:
+        return self.optimization.tx
+
+    def compile(self) -> jax.stages.Compiled:
+        """The step.
+
+        Raises:
+          ConfigError: if layers cannot be updated one by one.
+        """
+        step = make_step(self.config, self.apply, self.optimization, self.params)
+        return step.lower(self.state, self.rows).compile()
+
+
+def abstract_run(config: RunConfig, tx: optax.GradientTransformation | None = None) -> AbstractRun:
+    """The run of `config`, or one with another optimizer, from shapes alone.
+
+    Raises:
+      ConfigError: if the optimizer does not fit the model or the accumulation.
+    """
+    made = {}
+
+    def weights():
+        made["apply"], weights = make_model(config.model, config.seed, make_linear(config.adapter))
+        return weights
+
+    params, frozen = partition(jax.eval_shape(weights))
+    optimization = make_optimization(config, params, tx)
+    state = jax.eval_shape(lambda p, f: first_state(config, optimization, p, f), params, frozen)
+    rows = jax.ShapeDtypeStruct((config.batch_size, config.seq_len + 1), jnp.int32)
+    return AbstractRun(config, made["apply"], optimization, params, state, rows)

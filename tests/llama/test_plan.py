@@ -1,0 +1,183 @@
+"""The planner: sizes, the choice, and the command that it prints."""
+
+import json
+import shlex
+
+import matplotlib.image
+import pytest
+
+from examples.llama import planner
+from examples.llama.__main__ import parse
+from examples.llama.candidates import PlanConfig, candidates
+from examples.llama.memory_figure import METHODS, breakdown, draw
+from examples.llama.planner import Row, main, search
+from examples.llama.sizes import format_bytes, parse_bytes
+from examples.llama.step_memory import StepMemory
+from examples.llama.train_config import ConfigError
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
+OPTIONS = {
+    "model.hidden": 16,
+    "model.intermediate": 24,
+    "model.layers": 2,
+    "model.heads": 2,
+    "model.kv-heads": 1,
+    "vocab-size": 280,
+    "seq-len": 16,
+    "rank": 4,
+}
+SMALL = [word for name, value in OPTIONS.items() for word in (f"--{name}", str(value))]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("24GB", 24 * 10**9), ("24GiB", 24 * 2**30), ("1.5 mb", 1_500_000), ("7", 7), (".5KiB", 512)],
+)
+def test_sizes(text, size):
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "24 G", "-1GB", "0GB", "24GBs", "nan"])
+def test_sizes_that_are_none(text):
+    with pytest.raises(ValueError, match="a size is a number and one of kB, MB, GB"):
+        parse_bytes(text)
+
+
+def test_sizes_for_people():
+    assert [format_bytes(x) for x in (999, 1000, 1_234_567, -2 * 10**9)] == [
+        "999 B",
+        "1.00 kB",
+        "1.23 MB",
+        "-2.00 GB",
+    ]
+
+
+def plan(tmp_path, capsys, *arguments):
+    path = tmp_path / "plan.json"
+    code = main([*arguments, "--json", str(path), *SMALL])
+    return code, capsys.readouterr(), json.loads(path.read_text())
+
+
+def test_the_command_of_a_setting_that_fits(tmp_path, capsys):
+    code, printed, results = plan(
+        tmp_path, capsys, "--device-memory", "150kB", "--reserve", "0.5kB", "--optimizers", "adamw"
+    )
+    assert code == 0
+    first, *others = results["settings"]
+    # 4 numbers of 2 bytes for each parameter, and what is beside them.
+    assert first["bytes"]["weights"] == 2 * (280 * 16 * 2 + 16 + 2 * (768 + 3 * 384 + 32))
+    assert first["bytes"]["inner"] == 2 * first["bytes"]["weights"]
+    for row in results["settings"]:
+        parts = {name: size for name, size in row["bytes"].items() if name != "total"}
+        assert row["bytes"]["total"] == sum(parts.values())
+        assert row["fits"] == (row["compiled"] and row["bytes"]["total"] <= 149_500)
+    fitting = [row for row in results["settings"] if row["fits"]]
+    assert len(fitting) == 1 and fitting[0] == [first, *others][-1]  # Others are worse.
+    assert results["best"] == fitting[0]["command"] and results["best"] in printed.out
+    words = shlex.split(results["best"])
+    assert words[:3] == ["python", "-m", "examples.llama"]
+    config = parse(words[3:])
+    assert config.optimizer.name == "adamw" and config.batch_size == 1 and config.seq_len == 16
+    assert config.model.param_dtype == "bfloat16" and config.model.stacked
+    assert {"ordinary": 0, "remat": 1, "per layer": 2}[fitting[0]["step"]] == (
+        2 * config.per_layer + config.model.remat
+    )
+
+
+def test_nothing_fits(tmp_path, capsys):
+    code, printed, results = plan(
+        tmp_path, capsys, "--device-memory", "60kB", "--reserve", "1kB", "--optimizers", "adamw"
+    )
+    assert code == 0 and results["best"] is None
+    assert not any(row["fits"] for row in results["settings"])
+    nearest = min(results["settings"], key=lambda row: row["bytes"]["total"])
+    assert nearest["compiled"]  # Known in full: by how much it misses.
+    over = format_bytes(nearest["bytes"]["total"] - 59_000)
+    assert f"nothing fits; the nearest misses by {over}:\n{nearest['command']}" in printed.out
+
+
+def test_the_choice(monkeypatch):
+    """A better optimizer before a higher rank before a faster step."""
+    total = {"ordinary": 50, "remat": 30, "per layer": 10}
+
+    def row(candidate, room, everything, progress):
+        size = total[candidate.step] + 10 * (candidate.rank or 9)
+        eight_bits = candidate.config.optimizer.moment_bits == 8
+        return Row(candidate, StepMemory(size - 30 * eight_bits, {}, 0, {}), True)
+
+    monkeypatch.setattr(planner, "_row", row)
+    optimizers = ("galore", "galore@moment_bits=8", "adamw")
+    groups = list(candidates(PlanConfig(optimizers=optimizers), SMALL))
+    assert [len(group) for group in groups] == [6, 6, 3]
+
+    def best(room, **options):
+        found = search(groups, room, **options).best
+        return found and (found.candidate.optimizer, found.candidate.rank, found.candidate.step)
+
+    assert best(1000) == best(1000, everything=True) == ("galore", 4, "ordinary")
+    assert best(75) == ("galore", 4, "remat")
+    assert best(40) == ("galore@moment_bits=8", 4, "remat")  # and not galore at rank 2
+    assert best(20) == ("galore@moment_bits=8", 4, "per layer")
+    assert best(19) == ("galore@moment_bits=8", 2, "per layer")
+    assert best(-30) is None
+    assert len(search(groups, 1000).rows) == 3 and len(search(groups, 1000, True).rows) == 15
+
+
+def test_options_of_the_program_hold_for_all_settings():
+    given = [*SMALL, "--optimizer", "fira", "--batch-size", "8", "--per-layer", "--model.stacked"]
+    ((full, half),) = candidates(PlanConfig(dtype="float32"), given)
+    assert full.optimizer == half.optimizer == "fira" and (full.rank, half.rank) == (4, 2)
+    assert full.config.batch_size == 8 and full.config.per_layer
+    assert full.config.model.dtype == full.config.model.param_dtype == "float32"
+    assert full.config.model.vocab_size == 280
+    assert all(full.arguments.count(x) == 1 for x in ("--per-layer", "--rank", "--batch-size"))
+
+
+def test_steps_that_an_option_rules_out_are_left_out():
+    spec = "galore@moment_bits=8,weight_bits=8"
+    (group,) = candidates(PlanConfig(optimizers=(spec,), ranks=(4, 4)), SMALL)
+    assert [(c.step, c.rank) for c in group] == [("per layer", 4)]
+    assert group[0].config.weight_bits == group[0].config.optimizer.moment_bits == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device-memory", "24 G"], "--device-memory: a size is a number"),
+        (["--device-memory", "1GB", "--reserve", "2GB"], "--reserve 2GB is all of 1.00 GB"),
+        ([], "there is no accelerator here: say --device-memory"),
+        (["--device-memory", "1GB", "--optimizers", "sgd"], "no optimizer is called 'sgd'"),
+        (["--device-memory", "1GB", "--offload", "state"], "no --offload state"),
+        (["--device-memory", "1GB", "--optimizers", "galore@x"], "NAME or NAME@OPTION=VALUE"),
+    ],
+)
+def test_errors_are_one_line(capsys, arguments, message):
+    assert main([*arguments, *SMALL]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
+@pytest.mark.parametrize("wrong", [["--rows", "1"], ["--optimizers", "galore@colour=red"]])
+def test_arguments_of_neither_program(capsys, wrong):
+    with pytest.raises(SystemExit) as stop:
+        main(["--device-memory", "1GB", *wrong, *SMALL])
+    assert stop.value.code == 2
+
+
+def test_candidates_need_a_known_optimizer():
+    with pytest.raises(ConfigError, match="there are adamw"):
+        list(candidates(PlanConfig(optimizers=("muon",)), SMALL))
+
+
+def test_figure(tmp_path):
+    bars = breakdown(("nano",), tokens=16)
+    assert {bar.method for bar in bars} == set(METHODS)
+    assert len(bars) == 2 * len(METHODS) - 2  # AdamW has no step per layer there.
+    for bar in bars:
+        assert bar.parts["weights"] == bars[0].parts["weights"] > bar.parts["optimizer: basis"]
+    adamw, galore = bars[0], next(b for b in bars if b.method == "GaLore" and not b.per_layer)
+    assert adamw.parts["gradients"] == galore.parts["gradients"] == adamw.parts["weights"]
+    assert galore.parts["activations"] == adamw.parts["activations"]
+    draw(bars, tmp_path / "figure.png", limit=bars[0].total)
+    assert matplotlib.image.imread(tmp_path / "figure.png").ndim == 3

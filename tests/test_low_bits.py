@@ -1,0 +1,231 @@
+"""Bases and histories of eight and four bits in the state of an optimizer."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from oracles import linear_codes as oracle
+
+import natgalore_jax as ng
+from natgalore_jax._linear_codes import LinearCodes, decode
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
+rng = np.random.default_rng(0)
+
+
+def normal(*shape):
+    return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+
+STEPS, X, W = 80, normal(128, 24), {"stack": normal(2, 24, 33) / 5, "bias": normal(33)}
+Y = X @ W["stack"] + W["bias"] + 0.5 * normal(2, 128, 33)
+
+
+def loss(params, rows):
+    """Of two linear regressions with noisy targets, which leave 0.25."""
+    return jnp.mean((X[rows] @ params["stack"] + params["bias"] - Y[:, rows]) ** 2)
+
+
+@functools.cache
+def trained(basis_dtype):
+    """Loss on all rows by step, training on half of them."""
+    tx = ng.natural_galore_adamw(
+        optax.cosine_decay_schedule(0.1, STEPS), 8, update_interval=7, basis_dtype=basis_dtype
+    )
+
+    def step(carry, t):
+        params, state = carry
+        rows = jax.random.permutation(jax.random.fold_in(jax.random.key(0), t), 128)[:64]
+        updates, state = tx.update(jax.grad(loss)(params, rows), state, params)
+        params = optax.apply_updates(params, updates)
+        return (params, state), loss(params, slice(None))
+
+    run = jax.jit(lambda p, s: jax.lax.scan(step, (p, s), jnp.arange(STEPS)))
+    start = jax.tree.map(jnp.zeros_like, W)
+    (_, state), losses = run(start, tx.init(start))
+    return losses, state
+
+
+@pytest.mark.parametrize("dtype,distance", [("int8", 0.005), ("int4", 0.05)])
+def test_training_goes_as_with_floats(dtype, distance):
+    (floats, _), (losses, _) = trained(None), trained(dtype)
+    assert floats[-1] < 0.3 < 1.5 < floats[0]
+    np.testing.assert_allclose(losses, floats, rtol=distance)
+    np.testing.assert_allclose(losses[-1], floats[-1], rtol=1e-3)
+
+
+NATURAL = ng.chain(
+    ng.low_rank_project(4, update_interval=2, basis_dtype="int8"),
+    ng.woodbury_natural_gradient(2, 1.0, history_dtype="int4"),
+)
+GRADS = {"up": normal(6, 32), "down": normal(2, 48, 6)}
+
+
+def natural_gradients(grads):
+    """After three steps and a refresh: updates and state."""
+    state, update = jax.jit(NATURAL.init)(grads), jax.jit(NATURAL.update)
+    for _ in range(3):
+        updates, state = update(grads, state)
+    return updates, state
+
+
+on_one_device = functools.cache(lambda: natural_gradients(GRADS))
+
+
+def test_gram_matrices_are_those_of_the_columns_as_they_are_stored():
+    history = on_one_device()[1][1].history
+    for name, shape in (("up", (2, 4, 32)), ("down", (2, 2, 48, 4))):
+        columns = LinearCodes(*(field[name] for field in history.columns))
+        nb = len(shape) - 3
+        H = np.asarray(decode(columns, shape, batch=nb + 1), np.float64).reshape(*shape[:-2], -1)
+        gram = H @ np.swapaxes(H, -1, -2)
+        np.testing.assert_allclose(history.gram[name], gram, atol=1e-5 * np.abs(gram).max())
+
+
+@pytest.mark.parametrize("dtype,bits", [("int8", 8), ("int4", 4)])
+def test_natural_gradients_are_those_of_the_rounded_gradients(dtype, bits):
+    """Against a dense solve in float64, with an odd vector, a matrix and a number."""
+    shapes = {"vector": (7,), "matrix": (5, 9), "number": ()}
+    tx = ng.woodbury_natural_gradient(history=2, damping=0.3, history_dtype=dtype)
+    random = np.random.default_rng(1)
+    grads = [
+        {name: jnp.asarray(random.standard_normal(s), jnp.float32) for name, s in shapes.items()}
+        for _ in range(3)
+    ]
+    state, update = tx.init(grads[0]), jax.jit(tx.update)
+    for g in grads:
+        natural, state = update(g, state)
+    for name, shape in shapes.items():
+        h = [np.asarray(g[name]) for g in grads[-2:]]
+        if shape:  # what has no axis has no block and stays a float
+            axis = int(np.argmax(shape))
+            h = [oracle.decode(*oracle.encode(x, bits, axis, 256), axis, 256) for x in h]
+        H = np.stack([x.ravel() for x in h], 1).astype(np.float64)
+        expected = np.linalg.solve(0.3 * np.eye(len(H)) + H @ H.T, H[:, -1])
+        np.testing.assert_allclose(np.ravel(natural[name]), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "dtype,projector,gram", [("float32", 1e-4, 1e-5), ("int8", 0.0095, 0.011), ("int4", 0.17, 0.2)]
+)
+def test_distance_of_projectors_and_loss_of_orthonormality(dtype, projector, gram):
+    """At rank 64 of 256. The largest of 64 normal numbers is 2.5 times their root mean square, so
+    that rounding makes a relative error of 2.5 / (127 √12) or 2.5 / (7 √12), the projector one of
+    √2 times that; in the spectral norm of PᵀP − I nearly twice."""
+    G = np.random.default_rng(2).standard_normal((256, 256)) * np.geomspace(1, 1e-3, 256)
+    tx = ng.chain(ng.low_rank_project(64, method="svd", basis_dtype=dtype), optax.identity())
+    state = tx.init({"w": jnp.zeros(G.shape)})
+    _, state = jax.jit(tx.update)({"w": jnp.asarray(G, jnp.float32)}, state)
+    basis = state[0].basis
+    if dtype == "float32":
+        P = np.asarray(basis[0]["w"], np.float64)
+    else:
+        P = np.asarray(decode(LinearCodes(basis.codes[0]["w"], basis.scales[0]["w"]), (256, 64)))
+    U = np.linalg.svd(G)[0][:, :64]
+    assert np.linalg.norm(P @ P.T - U @ U.T) / np.linalg.norm(U @ U.T) < projector
+    assert np.linalg.norm(P.T @ P - np.eye(64), 2) < gram
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_what_rounding_leaves_of_a_gradient_is_not_blown_up(dtype):
+    """A gradient that lies in the subspace has no residual but the error of the stored basis.
+
+    Its energy ``‖G‖² − ‖PᵀG‖²`` cannot be told from zero, whose inverse root it would take.
+    """
+    tx = ng.chain(
+        ng.low_rank_project(16, method="svd", basis_dtype=dtype),
+        ng.project_back(scale=0.0, residual="fisher", residual_scale=1.0),
+    )
+    random = np.random.default_rng(3)
+    G = random.standard_normal((64, 16)) @ random.standard_normal((16, 80))
+    grads = {"w": jnp.asarray(G, jnp.float32)}
+    updates, _ = jax.jit(tx.update)(grads, tx.init(grads))
+    # A residual of its own has a root mean square of one in each column.
+    assert float(jnp.max(jnp.sqrt(jnp.mean(jnp.square(updates["w"]), 0)))) < 1.2
+
+
+def test_bytes_from_shapes():
+    params = {
+        "wide": jax.ShapeDtypeStruct((4, 512, 1376), jnp.bfloat16),
+        "odd": jax.ShapeDtypeStruct((301, 700), jnp.float32),
+    }
+    r, s = 128, 5
+
+    def parts(dtype):
+        tx = ng.natural_galore_adamw(1.0, r, history=s, basis_dtype=dtype, history_dtype=dtype)
+        report = ng.memory_report(tx, params)
+        state = jax.eval_shape(tx.init, params)
+        assert report.total_state_bytes == sum(
+            x.size * x.dtype.itemsize for x in jax.tree.leaves(state)
+        )
+        return report.part_bytes
+
+    basis, columns = 4 * 512 * r + 301 * r, s * (4 * 1376 * r + 700 * r)
+    small = 4 * (4 + 1) * (s * s + s + 1)
+    # One scale for the r numbers of a row of P, or of a column of R.
+    scales = 2 * (4 * 512 + 301), 2 * s * (4 * 1376 + 700)
+    assert parts("int8")["basis"] == basis + scales[0]
+    assert parts("int8")["history"] == columns + scales[1] + small
+    assert parts("int4")["basis"] == (basis + r) // 2 + scales[0]  # 301 rows are 151 pairs
+    assert parts("int4")["history"] == columns // 2 + scales[1] + small
+    foretold = {
+        side: ng.memory_report(
+            ng.natural_galore_adamw(
+                1.0,
+                r,
+                residual=False,
+                history=s,
+                basis_dtype="int4",
+                history_dtype="int8",
+                side=side,
+            ),
+            params,
+        )
+        for side in ("short", "both")
+    }
+    short, both = (foretold[side].total_state_bytes for side in ("short", "both"))
+    assert abs(foretold["short"].alternative_state_bytes["both"] - both) < 0.002 * both < short
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_sharded_parameters(axis_type):
+    """The blocks and the pairs of the histories run along sharded axes here."""
+    expected, state = on_one_device()
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(axis_type,))
+    specs = {"up": jax.P(None, "model"), "down": jax.P(None, "model", None)}
+    shardings = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
+    with jax.set_mesh(mesh):
+        sharded, new_state = natural_gradients(jax.device_put(GRADS, shardings))
+    assert jax.tree.map(jnp.shape, new_state) == jax.tree.map(jnp.shape, state)
+    for name, sharding in shardings.items():
+        np.testing.assert_allclose(sharded[name], expected[name], rtol=1e-4, atol=1e-5)
+        assert sharded[name].sharding.is_equivalent_to(sharding, sharded[name].ndim)
+
+
+def test_a_checkpoint_keeps_codes(tmp_path):
+    _, state = on_one_device()
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(0, args=ocp.args.StandardSave(state))
+        manager.wait_until_finished()
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), state
+        )
+        restored = manager.restore(0, args=ocp.args.StandardRestore(abstract))
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+
+
+@pytest.mark.parametrize("bad", ["int16", jnp.uint8, "int3", 8])
+def test_other_dtypes_are_refused(bad):
+    for arguments in ({"basis_dtype": bad}, {"history": 2, "history_dtype": bad}):
+        with pytest.raises(TypeError, match=r"_dtype must be a floating-point dtype, int8 or int4"):
+            ng.natural_galore_adamw(1.0, **arguments)
+    with pytest.raises(ValueError, match="rounding to four bits loses"):
+        ng.galore_adamw(1.0, method="online", basis_dtype="int4")
