@@ -39,7 +39,7 @@ def everything(path, leaf):
         ("low_rank_project", {"transition": "flip"}, ValueError, "transition must be one of"),
         ("low_rank_project", {"stagger": 1}, TypeError, "stagger must be True or False"),
         ("low_rank_project", {"seed": -1}, ValueError, "seed must be at least 0"),
-        ("low_rank_project", {"basis_dtype": jnp.int8}, TypeError, "basis_dtype must be a float"),
+        ("low_rank_project", {"basis_dtype": jnp.int16}, TypeError, "basis_dtype must be a float"),
         ("low_rank_project", {"basis_dtype": "real"}, TypeError, "basis_dtype must be a float"),
         ("woodbury_natural_gradient", {"history": 0}, ValueError, "history must be at least 1"),
         ("woodbury_natural_gradient", {"history": 2.5}, TypeError, "history must be an integer"),
