@@ -1,8 +1,8 @@
 """Many runs: which are planned, which are done, and the others a few at a time."""
 
+import functools
 import itertools
 import statistics
-import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -10,9 +10,12 @@ from dataclasses import dataclass, fields
 from benchmarks.glue.runs import Common, Json, Run, is_done
 from benchmarks.quality.files import read, read_suite
 from benchmarks.quality.search import next_rates
-from benchmarks.quality.workers import run_all
+from benchmarks.quality.workers import command as command_of, run_all
 from examples.glue.methods import MethodName
 from examples.llama.train_config import ConfigError
+
+# The command that makes one run.
+command = functools.partial(command_of, program="benchmarks.glue")
 
 GRID = (2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3)
 
@@ -94,17 +97,6 @@ def curves(records: Iterable[Json]) -> dict[tuple[str, int], dict[float, float]]
         pair: {rate: statistics.fmean(values) for rate, values in by_rate.items()}
         for pair, by_rate in found.items()
     }
-
-
-def command(run: Run) -> list[str]:
-    """The command that makes one run."""
-    options = [
-        text
-        for field in fields(run)
-        if (value := getattr(run, field.name)) is not None and value != field.default
-        for text in (f"--{field.name.replace('_', '-')}", str(value))
-    ]
-    return [sys.executable, "-m", "benchmarks.glue", "run", *options]
 
 
 def describe(run: Run, error: str | None) -> str:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import fields
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from benchmarks.quality.files import read
 from benchmarks.quality.run_spec import Run
@@ -80,15 +80,15 @@ def run_all(
     return failed
 
 
-def command(run: Run) -> list[str]:
-    """The command that makes one run."""
+def command(run: Any, program: str = "benchmarks.quality") -> list[str]:
+    """The command of a program that makes one run, a dataclass of its options."""
     options = [
         text
         for field in fields(run)
         if (value := getattr(run, field.name)) is not None and value != field.default
         for text in (f"--{field.name.replace('_', '-')}", str(value))
     ]
-    return [sys.executable, "-m", "benchmarks.quality", "run", *options]
+    return [sys.executable, "-m", program, "run", *options]
 
 
 def environment(workers: int) -> dict[str, str]:

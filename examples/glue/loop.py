@@ -24,7 +24,6 @@ from examples.glue.weights import save_model
 from examples.llama.checkpoints import Checkpoints
 from examples.llama.clock import Clock
 from examples.llama.metrics import MetricsLog, Record, of_kind
-from examples.llama.train_config import differences
 from examples.llama.train_step import TrainState, init_state
 
 
@@ -95,7 +94,7 @@ def train(
     run_dir.mkdir(parents=True, exist_ok=True)
     identity = config.identity() | {"method_name": method, "rows": prepared.fingerprint}
     with Checkpoints(run_dir / "checkpoints", keep=1) as checkpoints:
-        done = _resume_point(identity, config, checkpoints, run_dir)
+        done = checkpoints.resume_point(identity, run_dir, resume=config.output.resume)
         (run_dir / "config.json").write_text(json.dumps(identity, indent=2) + "\n")
         with MetricsLog(run_dir / "metrics.jsonl", resume_at=done) as log:
             run = _Run(config, method, prepared, reporter, log, (checkpoints, identity))
@@ -114,24 +113,6 @@ def train(
                 run_dir / "model",
             )
     return result
-
-
-def _resume_point(
-    identity: dict[str, Any], config: RunConfig, checkpoints: Checkpoints, run_dir: Path
-) -> int:
-    """Step that the run starts from, having checked that it may."""
-    latest = checkpoints.latest()
-    if latest is None:
-        return 0
-    if not config.output.resume:
-        raise ConfigError(
-            f"{run_dir} already has checkpoints: pass --resume to continue that run, "
-            "--name for another one, or --overwrite to delete it"
-        )
-    changed = differences(checkpoints.config(), identity)
-    if changed:
-        raise ConfigError(f"{run_dir} was made with another configuration: " + ", ".join(changed))
-    return latest
 
 
 class _Run:

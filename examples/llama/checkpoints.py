@@ -6,6 +6,7 @@ from typing import Any, Self
 import jax
 import orbax.checkpoint as ocp
 
+from examples.llama.train_config import ConfigError, differences
 from examples.llama.train_step import TrainState
 
 Json = dict[str, Any]
@@ -27,6 +28,28 @@ class Checkpoints:
     def latest(self) -> int | None:
         """Micro-step of the newest complete checkpoint."""
         return self._manager.latest_step()
+
+    def resume_point(self, identity: Json, run_dir: Path, *, resume: bool) -> int:
+        """Micro-step that a run in `run_dir` starts from, having checked that it may.
+
+        Raises:
+          ConfigError: if there are checkpoints and the run is not to be resumed, or they were made
+            with another identity: the configuration and what else must be equal.
+        """
+        latest = self.latest()
+        if latest is None:
+            return 0
+        if not resume:
+            raise ConfigError(
+                f"{run_dir} already has checkpoints: pass --resume to continue that run, "
+                "--name for another one, or --overwrite to delete it"
+            )
+        changed = differences(self.config(), identity)
+        if changed:
+            raise ConfigError(
+                f"{run_dir} was made with another configuration: " + ", ".join(changed)
+            )
+        return latest
 
     def save(self, state: TrainState, data: Json, config: Json) -> None:
         micro_step = int(state.micro_step)

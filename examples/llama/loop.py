@@ -33,7 +33,7 @@ from examples.llama.peak import RunMemory, describe, observed_peak
 from examples.llama.relora import make_merge
 from examples.llama.report import Reporter, Silent
 from examples.llama.step_memory import StepMemory, of_compiled
-from examples.llama.train_config import ConfigError, RunConfig, differences
+from examples.llama.train_config import RunConfig
 from examples.llama.train_step import (
     Apply,
     Metrics,
@@ -114,7 +114,8 @@ def train(
 
     run_dir.mkdir(parents=True, exist_ok=True)
     with Checkpoints(run_dir / "checkpoints", keep=config.output.keep) as checkpoints:
-        done = _resume_point(_identity(config, splits), config, checkpoints, run_dir)
+        identity = _identity(config, splits)
+        done = checkpoints.resume_point(identity, run_dir, resume=config.output.resume)
         if config.output.resume:
             reporter.note(f"resuming after step {done // config.accumulate}")
         (run_dir / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
@@ -126,24 +127,6 @@ def train(
 def _identity(config: RunConfig, splits: Splits) -> dict[str, Any]:
     """What must be equal for a run to go on: the configuration, and the text itself."""
     return config.to_dict() | {"text": splits.fingerprint}
-
-
-def _resume_point(
-    identity: dict[str, Any], config: RunConfig, checkpoints: Checkpoints, run_dir: Path
-) -> int:
-    """Micro-step that the run starts from, having checked that it may."""
-    latest = checkpoints.latest()
-    if latest is None:
-        return 0
-    if not config.output.resume:
-        raise ConfigError(
-            f"{run_dir} already has checkpoints: pass --resume to continue that run, "
-            "--name for another one, or --overwrite to delete it"
-        )
-    changed = differences(checkpoints.config(), identity)
-    if changed:
-        raise ConfigError(f"{run_dir} was made with another configuration: " + ", ".join(changed))
-    return latest
 
 
 class _Run:
