@@ -36,9 +36,13 @@ def environment(seed: int) -> dict[str, Any]:
     }
 
 
-def write(results: dict[str, Any], path: Path) -> None:
+def save(results: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def write(results: dict[str, Any], path: Path) -> None:
+    save(results, path)
     print(f"\nwritten to {path.name}")
 
 

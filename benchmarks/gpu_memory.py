@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.gpu_memory`` trains from random weights in bfloat16 on real tokens, each run
 in a process of its own whose allocator has 24 GB and then 16 GB, and writes
-``benchmarks/results/gpu_memory.json``. ``--estimate`` needs no accelerator: it writes what
-``examples/llama/step_memory.py`` predicts, marked as estimates.
+``benchmarks/results/gpu_memory.json``, row by row. ``--estimate`` needs no accelerator: it writes
+what ``examples/llama/step_memory.py`` predicts, marked as estimates.
 """
 
 import json
@@ -27,7 +27,7 @@ if __name__ == "__main__":  # This process has no use for the device, and holds 
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {MEMORY_FLAGS}".strip()
 
-from benchmarks._environment import RESULTS, environment, write
+from benchmarks._environment import RESULTS, environment, save, write
 from examples.llama.__main__ import parse
 from examples.llama.build import abstract_run
 from examples.llama.candidates import STEPS, has_rank, optimizer_arguments
@@ -46,6 +46,7 @@ METHODS = (
     "galore@moment_bits=8",
     "natural-galore",
     "natural-galore@moment_bits=8",
+    "natural-galore@moment_bits=8,basis_dtype=int8",
 )
 
 
@@ -125,6 +126,13 @@ def main(
         sys.exit("error: no accelerator here; --estimate predicts, --allow-cpu runs on the CPU")
     capacity = device.get("bytes_limit")
     rows = []
+    results = {
+        "environment": environment(seed=0),
+        "measured_on": None if estimate else device,
+        "estimates_only": estimate,
+        "steps": rows,
+        "update_s": {},
+    }
     for case in cases(presets, methods, data, seq_len, large_batch, more):
         row = case._asdict() | {"tokens": case.rows * seq_len}
         if estimate:
@@ -137,6 +145,7 @@ def main(
                 on_gpu = of_compiled(compiled, run.state, run.tx, run.config.per_layer)
                 rows[-1]["compiled_for_a100_bytes"] = None if on_gpu is None else on_gpu.to_dict()
             print(_line(rows[-1]), flush=True)
+            save(results, output)
             continue
         kept = resident(abstract_run(parse(case.arguments)))
         for limit in limits if capacity else (None,):
@@ -148,13 +157,7 @@ def main(
                 result = _child("train", arguments, _fraction(limit, capacity))
             rows.append({**row, **result})
             print(_line(rows[-1]), flush=True)
-    results = {
-        "environment": environment(seed=0),
-        "measured_on": None if estimate else device,
-        "estimates_only": estimate,
-        "steps": rows,
-        "update_s": {},
-    }
+            save(results, output)
     if not estimate and timed in presets:
         for case in cases((timed,), methods, data, seq_len, 1, more):
             if case.step == "ordinary":

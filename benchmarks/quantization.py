@@ -1,4 +1,4 @@
-"""Moments in eight bits: how wrong, how fast, how much memory.
+"""State in few bits: how wrong, how fast, how much memory.
 
 ``python -m benchmarks.quantization`` compares (a) the updates of Adam whose moments go through
 eight bits at every step with those of Adam in float32, on synthetic gradients: entries of different
@@ -6,7 +6,8 @@ sizes within a block, noise around a mean that changes, a tenth of them silent i
 Beside this library's format with its dithered rounding there are the same with random numbers and
 with rounding to nearest, the dynamic map of 8-bit Adam (Dettmers et al., 2022), and evenly
 spaced codes; (b) time, state and temporary memory of the update for the hidden matrices of a LLaMA
-preset, as in ``benchmarks.step_time``, and the floor: what the machine takes for the bytes that
+preset, as in ``benchmarks.step_time``, with moments in eight bits, with bases and with a history of
+ten gradients in eight and in four, and the floor: what the machine takes for the bytes that
 must move (gradient and state read, update and moments written) and for the products of the
 projection, both measured in between. Processor seconds are those of all threads together: unlike
 wall time they hardly change when other programs run.
@@ -27,6 +28,8 @@ from benchmarks._quantization_error import quantization_error
 from benchmarks._shapes import hidden_shapes, matrices, random_tree
 from benchmarks._timing import median
 
+HISTORY = 10  # gradients
+
 
 def main(
     steps: int = 2000,
@@ -38,7 +41,7 @@ def main(
     seed: int = 0,
     output: Path = RESULTS / "quantization.json",
 ) -> dict[str, Any]:
-    """Measure error, time and memory of moments in 8 bits.
+    """Measure error, time and memory of state in few bits.
 
     Args:
       steps: of training on synthetic gradients.
@@ -84,16 +87,31 @@ def _cost(preset: str, layers: int | None, rank: int, rounds: int, seed: int) ->
     shapes, key = hidden_shapes(preset, layers), jax.random.key(seed)
     params, grads = random_tree(shapes, key, 0.02), random_tree(shapes, key, 1e-3)
 
-    def galore(bits):
-        # No refresh among the steps that are timed: that of the first does not count.
-        return ng.galore_adamw(1e-2, rank=rank, update_interval=10**6, moment_bits=bits)
+    # No refresh among the steps that are timed: that of the first does not count.
+    def galore(**options):
+        return ng.galore_adamw(1e-2, rank=rank, update_interval=10**6, **options)
+
+    def history(dtype=None):
+        return ng.natural_galore_adamw(
+            1e-2,
+            rank=rank,
+            update_interval=10**6,
+            history=HISTORY,
+            residual=False,
+            history_dtype=dtype,
+        )
 
     optimizers = {
         "adam": optax.scale_by_adam(),
         "adam, 8 bits": ng.scale_by_adam_8bit(),
         "adam, wrapped": ng.quantize_state(optax.scale_by_adam()),
-        "galore": galore(None),
-        "galore, 8 bits": galore(8),
+        "galore": galore(),
+        "galore, 8 bits": galore(moment_bits=8),
+        "galore, int8 basis": galore(basis_dtype="int8"),
+        "galore, int4 basis": galore(basis_dtype="int4"),
+        "history": history(),
+        "history, int8": history("int8"),
+        "history, int4": history("int4"),
     }
     sides = matrices(shapes)
     machine = Machine(sides, rank)
@@ -127,7 +145,7 @@ def _cost(preset: str, layers: int | None, rank: int, rounds: int, seed: int) ->
             row[f"{kind}_to_float32"] = row[f"{kind}_s"] / base[f"{kind}_s"]
         row["floor_s"] = floor_seconds(
             row["moved_bytes"],
-            operations("galore", sides, rank) if name.startswith("galore") else 0,
+            0 if name.startswith("adam") else operations("galore", sides, rank),
             speed["copy_bytes_per_s"],
             speed["product_operations_per_s"],
         )
@@ -135,9 +153,11 @@ def _cost(preset: str, layers: int | None, rank: int, rounds: int, seed: int) ->
 
 
 def _read_and_written(tx: optax.GradientTransformation, params: Any) -> int:
-    """Bytes of the state, twice; once for bases, which change at refreshes only."""
+    """Bytes of the state, twice; once for bases, which change at refreshes only, and for all but
+    one column of the history."""
     report = ng.memory_report(tx, params)
-    return 2 * report.total_state_bytes - report.part_bytes["basis"]
+    once = report.part_bytes["basis"] + report.part_bytes["history"] * (HISTORY - 1) // HISTORY
+    return 2 * report.total_state_bytes - once
 
 
 def _print(results: dict[str, Any]) -> None:

@@ -72,6 +72,7 @@ from natgalore_jax._quantize_weights import (
     dequantize_weights as dequantize_weights,
     quantize_weights as quantize_weights,
 )
+from natgalore_jax._step_memory import StepMemory as StepMemory
 from natgalore_jax._stochastic_round import (
     apply_updates_stochastic as apply_updates_stochastic,
     stochastic_round as stochastic_round,

@@ -11,6 +11,7 @@ from natgalore_jax._memory_parts import alternatives, attribute, nbytes
 from natgalore_jax._memory_table import format_report
 from natgalore_jax._plan import LeafPlan
 from natgalore_jax._scope import record_plans
+from natgalore_jax._step_memory import StepMemory, bytes_per_device, step_memory
 from natgalore_jax._where import KeyPath
 
 _PARTS = ("basis", "history", "inner", "other")
@@ -65,6 +66,7 @@ class MemoryReport:
     parameters: tuple[ParameterMemory, ...]
     shared_bytes: int  # step counters and all else that belongs to no one parameter
     adamw_state_bytes: int  # of optax.adamw on the same parameters, its counter included
+    step: StepMemory | None = None  # of the compiled step, if one was given
 
     @property
     def weight_bytes(self) -> int:
@@ -101,6 +103,7 @@ class MemoryReport:
     def to_dict(self) -> dict[str, Any]:
         """The whole report as dicts, lists, strings, integers, booleans and None."""
         return {
+            "step": None if self.step is None else self.step.to_dict(),
             "weight_bytes": self.weight_bytes,
             "total_state_bytes": self.total_state_bytes,
             "adamw_state_bytes": self.adamw_state_bytes,
@@ -117,7 +120,13 @@ class MemoryReport:
         return format_report(self)
 
 
-def memory_report(tx: optax.GradientTransformation, params: Any) -> MemoryReport:
+def memory_report(
+    tx: optax.GradientTransformation,
+    params: Any,
+    *,
+    step: jax.stages.Compiled | None = None,
+    live_gradients: int | None = None,
+) -> MemoryReport:
     r"""What the state of an optimizer costs in bytes, by parameter and part, beside AdamW's.
 
     Nothing is computed and no array is made: ``tx.init`` is traced with shapes and dtypes. The sum
@@ -139,10 +148,20 @@ def memory_report(tx: optax.GradientTransformation, params: Any) -> MemoryReport
     factors of Adafactor, full-size moments behind an ``optax.chain``) is counted as it is. The
     scales of 8-bit moments are counted in proportion, and what is too small for 8 bits stays so.
 
+    Given a compiled training step the report also has the rest of what a device must hold: the
+    gradients, and the activations with the working memory of the update. A step can be compiled
+    from shapes ahead of time, ``jax.jit(train_step, donate_argnums=...).lower(*shapes).compile()``,
+    at the price of seconds and of no array.
+
     Args:
       tx: any Optax transformation, of this library or not, however nested.
       params: the parameters, or their shapes: arrays, ``jax.ShapeDtypeStruct``, an abstract
         ``nnx.State``. A sharded parameter is counted whole, over all its devices.
+      step: a compiled training step, for ``report.step``: a :class:`StepMemory` of one device. The
+        CPU's compiler makes float32 copies of bfloat16 matrices, which then count.
+      live_gradients: the bytes of the gradients that exist at the same time on a device. None (the
+        default): those of all parameters, in their dtypes and shardings. With :func:`per_layer` it
+        is the largest of the embedding part, one layer and the head part.
 
     Returns:
       A :class:`MemoryReport`. A transformation that does not support ``optax.tree.map_params``
@@ -151,6 +170,8 @@ def memory_report(tx: optax.GradientTransformation, params: Any) -> MemoryReport
 
     Raises:
       TypeError: if ``tx`` has no ``init``.
+      ValueError: if ``live_gradients`` comes without a step, or the step's backend gives no account
+        of its memory.
       TypeError, ValueError: what ``tx.init`` raises on these parameters.
 
     Example:
@@ -170,9 +191,29 @@ def memory_report(tx: optax.GradientTransformation, params: Any) -> MemoryReport
       state if the side were      now    short     long     both
       w                       9.22 kB  9.22 kB  6.14 kB  5.38 kB
       total                   9.22 kB  9.22 kB  6.15 kB  5.38 kB
+
+      The whole step, with the gradient of w among its temporaries:
+
+      >>> tx = ng.galore_adamw(1e-2, rank=8)
+      >>> def train_step(params, state, x):
+      ...     grads = jax.grad(lambda p: jnp.square(x @ p["w"]).sum())(params)
+      ...     updates, state = tx.update(grads, state, params)
+      ...     return jax.tree.map(jnp.add, params, updates), state
+      >>> state, x = jax.eval_shape(tx.init, params), jax.ShapeDtypeStruct((4, 64), jnp.bfloat16)
+      >>> jitted = jax.jit(train_step, donate_argnums=(0, 1))
+      >>> compiled = jitted.lower(params, state, x).compile()
+      >>> step = ng.memory_report(tx, params, step=compiled).step
+      >>> step.gradient_bytes == 64 * 256 * 2, step.argument_bytes
+      (True, 42504)
     """
     if not hasattr(tx, "init"):
         raise TypeError(f"memory_report takes a gradient transformation, got {tx!r}")
+    if step is None and live_gradients is not None:
+        raise ValueError(f"live_gradients={live_gradients} needs a compiled step=, got None")
+    whole_step = None
+    if step is not None:
+        gradients = bytes_per_device(params) if live_gradients is None else live_gradients
+        whole_step = step_memory(step, gradients)
     params = jax.eval_shape(lambda p: p, params)
     with record_plans() as recorded:
         # A new function each time: eval_shape would not trace a function that it has seen, and
@@ -205,7 +246,8 @@ def memory_report(tx: optax.GradientTransformation, params: Any) -> MemoryReport
             )
         )
     adamw = jax.eval_shape(optax.adamw(1.0).init, params)
-    return MemoryReport(tuple(rows), shared_bytes, sum(map(nbytes, jax.tree.leaves(adamw))))
+    adamw_bytes = sum(map(nbytes, jax.tree.leaves(adamw)))
+    return MemoryReport(tuple(rows), shared_bytes, adamw_bytes, whole_step)
 
 
 def _side(plan: LeafPlan) -> str:

@@ -10,8 +10,8 @@ _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 def format_report(report: "MemoryReport") -> str:
-    """One row per group and a total, then the same state with other sides projected."""
-    blocks = [_table(_group_rows(report)), *_alternative_block(report)]
+    """One row per group and a total, the same state with other sides projected, and the step."""
+    blocks = [_table(_group_rows(report)), *_alternative_block(report), *_step_block(report)]
     return "\n\n".join(blocks)
 
 
@@ -72,6 +72,24 @@ def _alternative_block(report: "MemoryReport") -> list[str]:
             rows.append([_label(group), *(_cell(group.count * x) for x in sizes)])
     total = (report.total_state_bytes, *(totals[side] for side in sides))
     return [_table([*rows, ["total", *map(_cell, total)]])]
+
+
+def _step_block(report: "MemoryReport") -> list[str]:
+    """What one device holds at the peak of the compiled step, if there is one."""
+    step = report.step
+    if step is None:
+        return []
+    rows = [
+        ["a step, on a device", "bytes"],
+        ["weights, state, batch", _cell(step.argument_bytes)],
+        ["results beside them", _cell(step.result_bytes)],
+        ["gradients", _cell(step.gradient_bytes)],
+        ["activations, update", _cell(step.activation_bytes)],
+        ["total", _cell(step.total_bytes)],
+    ]
+    if step.host_bytes:
+        rows.append(["in the host's memory", _cell(step.host_bytes)])
+    return [_table(rows)]
 
 
 def _cell(count: int) -> str:

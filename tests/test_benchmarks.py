@@ -4,11 +4,13 @@ import json
 import math
 
 import jax
+import optax
 import pytest
 
 from benchmarks import (
     _gpu_run,
     accumulation,
+    curvature,
     gpu_memory,
     memory_breakdown,
     per_layer,
@@ -288,6 +290,27 @@ def test_refresh(tmp_path):
     ]
 
 
+def test_curvature(tmp_path, monkeypatch):
+    few = {"adamw": lambda rate: optax.adamw(rate), "descent": lambda rate: optax.sgd(rate)}
+    monkeypatch.setattr(curvature, "methods", lambda rank, interval: few)
+    results = curvature.main(
+        conditions=(1.0,),
+        noises=(0.0,),
+        rates=(0.01, 0.25, 1e3),
+        steps=20,
+        seeds=2,
+        output=tmp_path / "curvature.json",
+    )
+    rows = results["problems"][0]["methods"]
+    assert json.loads((tmp_path / "curvature.json").read_text())["problems"][0]["m"] == 64
+    # All eigenvalues are 1, so that the gradient is 2 W: each step multiplies W by 1 - 2 rate.
+    assert rows["descent"]["learning_rate"] == 0.25 and not rows["descent"]["at_edge"]
+    shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, 2, 20, 0.1)
+    shrunk = math.prod(float(1 - 0.5 * shape(t)) for t in range(20)) ** 2
+    assert rows["descent"]["losses"] == pytest.approx([shrunk, shrunk], rel=1e-3)
+    assert rows["adamw"]["mean"] < 1
+
+
 def test_quantization(tmp_path):
     results = quantization.main(
         steps=60,
@@ -303,6 +326,10 @@ def test_quantization(tmp_path):
     assert all(row["floor_s"] > 0 for row in cost.values())
     moved = {name: row["moved_bytes"] for name, row in cost.items()}
     assert moved["adam, 8 bits"] < moved["adam"] and moved["galore, 8 bits"] < moved["galore"]
+    sizes = {name: row["state_bytes"] for name, row in cost.items()}
+    for kind in "galore, {} basis", "history, {}":
+        assert sizes[kind.format("int4")] < sizes[kind.format("int8")]
+        assert sizes[kind.format("int8")] < sizes[kind.split(",")[0]]
     rows = results["errors"]["1.0"]
     assert rows["float32"]["update_error"] == 0
     assert rows["ours"]["update_error"] < 0.2 < rows["linear"]["update_error"]

@@ -245,3 +245,70 @@ def test_errors_are_those_of_init():
         ng.memory_report(lambda g: g, PARAMS)
     with pytest.raises(ValueError, match="where selects no parameter"):
         ng.memory_report(natural(rank=64), PARAMS)
+
+
+def training_step(tx):
+    def step(params, state, x):
+        grads = jax.grad(lambda p: jnp.sin(x @ p["w"]).sum() + p["b"].sum())(params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def compiled_step(tx, params, donated, rows=64):
+    shapes = jax.eval_shape(lambda p: (p, tx.init(p), jnp.zeros((rows, 32))), params)
+    return jax.jit(training_step(tx), donate_argnums=donated).lower(*shapes).compile()
+
+
+@pytest.mark.parametrize("donated", [(), (0, 1)])
+def test_a_whole_step(donated):
+    tx = ng.galore_adamw(1e-2, rank=4)
+    params = {"w": jnp.zeros((32, 48)), "b": jnp.zeros(3)}
+    report = ng.memory_report(tx, params, step=compiled_step(tx, params, donated))
+    step = report.step
+    kept = report.weight_bytes + report.total_state_bytes
+    assert step.argument_bytes == kept + 4 * 64 * 32
+    # Results that have no argument's place: all of them, and the pointers to them, or pointers.
+    assert (step.result_bytes >= kept) == (not donated)
+    assert step.gradient_bytes == report.weight_bytes
+    # cos(x w) is kept for the backward pass, and gone when there are gradients.
+    assert step.gradient_bytes + step.activation_bytes >= 4 * 64 * 48
+    assert report.to_dict()["step"]["total_bytes"] == step.total_bytes
+    assert str(report).splitlines()[-1].split() == ["total", f"{step.total_bytes / 1000:.1f}", "kB"]
+
+
+def test_gradients_that_live_at_the_same_time_may_be_fewer():
+    tx = ng.galore_adamw(1e-2, rank=4)
+    params = {"w": jnp.zeros((32, 48)), "b": jnp.zeros(3)}
+    compiled = compiled_step(tx, params, (0, 1))
+    whole = ng.memory_report(tx, params, step=compiled).step
+    step = ng.memory_report(tx, params, step=compiled, live_gradients=100).step
+    assert step.gradient_bytes == 100 and step.total_bytes == whole.total_bytes
+    with pytest.raises(ValueError, match=r"live_gradients=100 needs a compiled step"):
+        ng.memory_report(tx, params, live_gradients=100)
+
+
+def test_without_a_step_there_is_no_account_of_it():
+    report = ng.memory_report(natural(), PARAMS)
+    assert report.step is None and report.to_dict()["step"] is None
+    assert "a step" not in str(report)
+
+
+def test_gradients_of_a_sharded_step_are_counted_on_one_device():
+    mesh = jax.make_mesh((8,), ("data",), devices=jax.devices()[:8])
+    rows = jax.sharding.NamedSharding(mesh, jax.P("data"))
+    params = {"w": jax.ShapeDtypeStruct((64, 48), jnp.float32, sharding=rows)}
+    descent = optax.sgd(0.1)
+    x = jax.ShapeDtypeStruct(
+        (4, 64), jnp.float32, sharding=jax.sharding.NamedSharding(mesh, jax.P())
+    )
+
+    def step(params, x):
+        grads = jax.grad(lambda p: jnp.sin(x @ p["w"]).sum())(params)
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+
+    compiled = jax.jit(step, donate_argnums=0).lower(params, x).compile()
+    account = ng.memory_report(descent, params, step=compiled).step
+    assert account.gradient_bytes <= 4 * 64 * 48 // 8
+    assert account.argument_bytes == 4 * (64 * 48 // 8 + 4 * 64)

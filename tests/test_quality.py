@@ -109,6 +109,11 @@ def test_micro_batches_change_nothing_but_memory(spec):
     assert [v[:2] for v in split["validation"]] == [v[:2] for v in whole["validation"]]
 
 
+def test_rows_of_a_step_may_be_fewer(spec):
+    prepared = prepare(dataclasses.replace(spec, rows=1))
+    assert prepared.config.batch_size == 1 < prepare(spec).config.batch_size
+
+
 def test_a_run_that_is_done_is_not_made_again(spec, capsys):
     assert main(arguments(spec)) == 0
     before = spec.path.stat().st_mtime_ns
@@ -312,6 +317,7 @@ def test_the_recipe_is_what_users_get(tmp_path):
         (["--method", "galore@method=magic"], "galore@method=magic: "),
         (["--method", "adamw", "--corpus", "tales"], "corpus must be one of sotu"),
         (["--method", "adamw", "--accumulate", "3"], "accumulate must divide the 2 rows"),
+        (["--method", "adamw", "--rows", "0"], "rows must be at least 1, got 0"),
         (["--method", "adamw", "--steps", "0"], "steps must be at least 1"),
     ],
 )

@@ -14,7 +14,7 @@ from benchmarks.quality.robustness import usable_range
 from benchmarks.quality.run_spec import Run, prepare
 from benchmarks.quality.summary import Point, separated, steps_to, summarise
 from benchmarks.quality.sweep import Sweep, runs
-from benchmarks.quality.tables import label, losses, ranges, tuning, verdicts
+from benchmarks.quality.tables import course, label, losses, ranges, tuning, verdicts
 from benchmarks.quality.tuning import tuned_rates
 from examples.llama.train_config import ConfigError
 
@@ -117,6 +117,14 @@ def test_table():
     assert cells["Fira"][3] == "diverged (1 of 2)" and cells["Fira"][5] == "diverged"
     assert cells["Muon with AdamW"] == ["not run"] * 7
     assert len({line.count("|") for line in lines}) == 1
+
+
+def test_losses_along_the_run():
+    rows = summarise([*ADAMW, result("galore", curve=(6.0, 5.0, None))])["nano", "sotu"].values()
+    lines = course(rows, shares=(0.1, 0.6, 1.0)).splitlines()
+    assert lines[0] == "| after | learning rate | 10 % | 60 % | 100 % |"
+    # The points are at 100, 200 and 300 of 300 steps; what diverged has no curve.
+    assert lines[2:] == ["| AdamW | 0.01 | 6.100 | 5.100 | 4.200 |"]
 
 
 def test_runs_that_differ_are_not_put_into_one_table():

@@ -38,6 +38,8 @@ class Common:
     """Model, batch, steps, rank and interval."""
     steps: int | None = None
     """Optimizer steps, in the place of the preset's."""
+    rows: int | None = None
+    """Rows of the batch of a step, in the place of the preset's."""
     dtype: Dtype = "float32"
     """What products are computed in."""
     param_dtype: Dtype | None = None
@@ -50,13 +52,19 @@ class Common:
     """Directory of all results."""
 
     def __post_init__(self) -> None:
-        preset = PRESETS[self.preset]
-        if self.accumulate < 1 or preset.rows % self.accumulate:
+        for name in ("steps", "rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
+        if self.accumulate < 1 or self.step_rows % self.accumulate:
             raise ConfigError(
-                f"accumulate must divide the {preset.rows} rows of a step, got {self.accumulate}"
+                f"accumulate must divide the {self.step_rows} rows of a step, got {self.accumulate}"
             )
-        if self.steps is not None and self.steps < 1:
-            raise ConfigError(f"steps must be at least 1, got {self.steps}")
+
+    @property
+    def step_rows(self) -> int:
+        """Rows of a step, over all its micro-batches."""
+        return PRESETS[self.preset].rows if self.rows is None else self.rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +111,7 @@ def prepare(run: Run) -> Prepared:
     config = RunConfig(
         preset=run.preset,
         steps=steps,
-        batch_size=preset.rows // run.accumulate,
+        batch_size=run.step_rows // run.accumulate,
         seq_len=preset.seq_len,
         accumulate=run.accumulate,
         seed=run.seed,

@@ -10,6 +10,7 @@ from benchmarks.quality.tuning import Tuned
 
 NOT_RUN = "not run"
 RECIPE = "natural-galore"
+COURSE = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)  # of a run
 
 
 def losses(
@@ -44,6 +45,18 @@ def losses(
             ]
         )
     return table(header, lines)
+
+
+def course(rows: Iterable[Row], shares: Sequence[float] = COURSE) -> str:
+    """Mean validation losses along the run, at shares of its steps."""
+    lines = []
+    for row in rows:
+        if row.curve:
+            losses = {point.step: point.loss for point in row.curve}
+            nearest = [min(losses, key=lambda s: abs(s - share * row.steps)) for share in shares]
+            cells = (f"{losses[step]:.3f}" for step in nearest)
+            lines.append([label(row.method), f"{row.rate:g}", *cells])
+    return table(["after", "learning rate", *(f"{100 * s:.0f} %" for s in shares)], lines)
 
 
 def verdicts(rows: Iterable[Row], recipe: str = RECIPE) -> list[str]:

@@ -48,7 +48,10 @@ def long_page(
     for preset in _presets(groups):
         parts += [f"## {preset}", protocol(groups, preset), *_losses(groups, preset, METHODS)]
         for corpus in sorted(c for p, c in groups if p == preset):
-            lines = tables.verdicts(groups[preset, corpus].values())
+            rows = groups[preset, corpus].values()
+            parts.append(f"Validation loss along the run on {corpus}, mean over seeds:")
+            parts.append(tables.course(rows))
+            lines = tables.verdicts(rows)
             if lines:
                 ours = tables.label(tables.RECIPE)
                 parts.append(f"Test loss of {ours} on {corpus}, mean over seeds:")

@@ -8,7 +8,7 @@ bfloat16 on another device than the one it is compiled for, is an estimate; see 
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -51,17 +51,18 @@ def of_compiled(
     The total is the compiler's own: arguments, results that are not in their place, temporaries.
     What is kept in the memory of the host is not in it, and what is kept is then not divided.
     """
-    analysis = compiled.memory_analysis()
-    if analysis is None:
+    if compiled.memory_analysis() is None:
         return None
-    kept = analysis.argument_size_in_bytes
-    kept += analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    temporary = analysis.temp_size_in_bytes
-    gradients = min(live_gradients(_float_params(state), per_layer), temporary)
-    parts = {"gradients": gradients, "activations and update": temporary - gradients}
-    if analysis.host_argument_size_in_bytes:
+    params = _float_params(state)
+    report = ng.memory_report(
+        tx, params, step=compiled, live_gradients=live_gradients(params, per_layer)
+    )
+    step = cast(ng.StepMemory, report.step)
+    kept = step.argument_bytes + step.result_bytes
+    parts = {"gradients": step.gradient_bytes, "activations and update": step.activation_bytes}
+    if step.host_bytes:
         return StepMemory(0, {"kept on the device": kept}, 0, parts)
-    return _divided(state, tx, kept)._replace(temporary=parts)
+    return _divided(report, state, kept)._replace(temporary=parts)
 
 
 def predict(
@@ -122,7 +123,8 @@ def lower_bound(run: AbstractRun) -> StepMemory:
 def resident(run: AbstractRun) -> StepMemory:
     """What stays from step to step, and the batch: exact, and nothing is compiled."""
     metrics = run.state.totals
-    return _divided(run.state, run.tx, _nbytes((run.state, run.rows, metrics)))
+    report = ng.memory_report(run.tx, _float_params(run.state))
+    return _divided(report, run.state, _nbytes((run.state, run.rows, metrics)))
 
 
 class _Baseline(NamedTuple):
@@ -199,9 +201,8 @@ def saved_bytes(config: RunConfig) -> int:
     return _nbytes([x for x in kept if (x.shape, x.dtype) not in of_weights])
 
 
-def _divided(state: TrainState, tx: optax.GradientTransformation, kept: int) -> StepMemory:
+def _divided(report: ng.MemoryReport, state: TrainState, kept: int) -> StepMemory:
     """`kept` bytes divided into the weights, the optimizer's state, and the rest."""
-    report = ng.memory_report(tx, _float_params(state))
     parts = {**report.part_bytes, "accumulated": _nbytes(state.accumulated)}
     parts = {name: size for name, size in parts.items() if size}
     weights = _nbytes((state.params, state.frozen))
