@@ -11,6 +11,7 @@ import jax
 import optax
 
 import natgalore_jax as ng
+from benchmarks.quality.variants import recipe
 from examples.llama.adapters import AdapterConfig
 from examples.llama.optimizers import OPTIMIZERS, decayed
 from examples.llama.train_config import ConfigError, RunConfig
@@ -153,6 +154,9 @@ METHODS: dict[str, Method] = {
     "relora": Method("ReLoRA", None, configure=_adapter("relora")),
 }
 
+# For questions about the default alone: in no sweep unless they are named.
+VARIANTS = {"recipe": Method("Natural GaLore, in parts", recipe)}
+
 # What the arguments of the tables' ablations mean.
 CHANGES = {
     "natural-galore@moment_bits=8": "8-bit moments",
@@ -178,9 +182,10 @@ def choose(text: str) -> Chosen:
       ConfigError: if there is no such method, or it has no such argument.
     """
     name, _, changes = text.partition("@")
-    if name not in METHODS:
-        raise ConfigError(f"method must be one of {', '.join(METHODS)}; got {name!r}")
-    method, chosen = METHODS[name], {}
+    known_methods = {**METHODS, **VARIANTS}
+    if name not in known_methods:
+        raise ConfigError(f"method must be one of {', '.join(known_methods)}; got {name!r}")
+    method, chosen = known_methods[name], {}
     known = inspect.signature(method.factory).parameters if method.factory else Setting._fields
     for item in filter(None, changes.split(",")):
         key, _, value = item.partition("=")
