@@ -18,6 +18,7 @@ from natgalore_jax._compact_natural_gradient import (
     CompactFisherState as CompactFisherState,
     compact_natural_gradient as compact_natural_gradient,
 )
+from natgalore_jax._data_parallel import data_parallel_step as data_parallel_step
 from natgalore_jax._history import History as History
 from natgalore_jax._in_place import in_place as in_place
 from natgalore_jax._ldadam import (

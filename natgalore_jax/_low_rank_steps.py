@@ -1,5 +1,6 @@
 """An update in three steps, for gradients that are summed or sent as low-rank ones."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,8 +15,8 @@ from natgalore_jax._subspace import Subspace
 class LowRankSteps(NamedTuple):
     """The parts of an update; what :func:`low_rank_steps` returns."""
 
-    # (grads, state) -> state: new bases where they are due at this count.
-    refresh: Callable[[Any, optax.OptState], optax.OptState]
+    # (grads, state, axis_name=None) -> state: new bases where they are due at this count.
+    refresh: Callable[..., optax.OptState]
     # (grads, state) -> low: R where a parameter is projected, the gradient itself elsewhere.
     project: Callable[[Any, optax.OptState], Any]
     # (low, state, params, full=None, **extra_args) -> (updates, state): what is left of the update.
@@ -23,8 +24,34 @@ class LowRankSteps(NamedTuple):
     # Whether update needs ``full``, the gradient that ``low`` is the projection of: a residual.
     needs_full: bool
 
+    def exchange(
+        self, grads: Any, state: optax.OptState, axis_name: str
+    ) -> tuple[optax.OptState, Any]:
+        """What devices with gradients of their own make of them together.
+
+        They exchange the low-rank gradients, and whole ones only of matrices whose basis is due,
+        on average one in ``update_interval`` at each step. For use within ``jax.shard_map`` or
+        ``jax.pmap``; :func:`data_parallel_step` does all of it.
+
+        Args:
+          grads: of the mean loss of this device's rows, as many on each device.
+          state: of the optimizer, the same on all devices.
+          axis_name: of the devices.
+
+        Returns:
+          The refreshed state, and the low-rank tree of the mean gradient for ``update``, both the
+          same on all devices.
+        """
+        state = self.refresh(grads, state, axis_name=axis_name)
+        return state, jax.lax.pmean(self.project(grads, state), axis_name)
+
     def accumulate(
-        self, grads: Any, state: optax.OptState, mean: Any, position: jax.typing.ArrayLike
+        self,
+        grads: Any,
+        state: optax.OptState,
+        mean: Any,
+        position: jax.typing.ArrayLike,
+        axis_name: str | None = None,
     ) -> tuple[optax.OptState, Any]:
         """Takes the gradient of one micro-batch into the mean of a step's low-rank gradients.
 
@@ -33,12 +60,21 @@ class LowRankSteps(NamedTuple):
           state: of the optimizer. The first micro-batch of a step refreshes it.
           mean: of the low-rank gradients of this step so far; of the shapes that ``project`` gives.
           position: how many they are, int32; at 0 the old mean does not matter.
+          axis_name: of devices that have gradients of their own. Their bases are due to the mean of
+            all gradients of the first micro-batch; the means stay those of each device.
 
         Returns:
-          The new state and mean. After the last micro-batch ``update`` takes the mean.
+          The new state and mean. After the last micro-batch ``update`` takes the mean, or with
+          ``axis_name`` ``jax.lax.pmean`` of it.
         """
         # The branch that changes nothing stands last: XLA does not copy what goes through it.
-        state = jax.lax.cond(position == 0, self.refresh, lambda _, state: state, grads, state)
+        state = jax.lax.cond(
+            position == 0,
+            functools.partial(self.refresh, axis_name=axis_name),
+            lambda _, state: state,
+            grads,
+            state,
+        )
         mean = jax.tree.map(
             lambda m, low: jnp.where(position == 0, low, m + (low - m) / (position + 1)),
             mean,
@@ -67,8 +103,8 @@ def low_rank_steps(tx: optax.GradientTransformation) -> LowRankSteps:
       r/m of that of G for each matrix whose m rows are projected, and the inner optimizer runs once
       a step. (``optax.MultiSteps`` inside the chain has the small accumulator as well, but runs all
       that surrounds it for each micro-batch.)
-    * Data parallelism: ``jax.lax.pmean`` of ``project(local_grads, state)`` in the place of the
-      gradients. ``refresh`` needs the same gradient on all devices.
+    * Data parallelism: the devices exchange R in the place of G, see ``exchange`` and
+      :func:`data_parallel_step`.
 
     ``refresh`` leaves the step count alone: call it once before each ``update``, also where no
     refresh is due, which it finds out itself; twice at one count would move bases and moments
@@ -117,9 +153,9 @@ def low_rank_steps(tx: optax.GradientTransformation) -> LowRankSteps:
     members, inside = (subspace, *after), subspace.number_of_states
     residual = subspace.closer.residual
 
-    def refresh(grads, state):
+    def refresh(grads, state, axis_name=None):
         check_states(members, state)
-        return (*subspace.refresh(grads, state[:inside]), *state[inside:])
+        return (*subspace.refresh(grads, state[:inside], axis_name), *state[inside:])
 
     def project(grads, state):
         check_states(members, state)

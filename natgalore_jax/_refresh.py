@@ -50,6 +50,7 @@ def refresh(
     companions: Sequence[Any],
     step: jax.Array,
     accumulation: int = 1,
+    axis_name: str | None = None,
 ) -> tuple[list[StoredFactors], list[Any]]:
     """Refreshes what is due at this step, and nothing else.
 
@@ -63,6 +64,8 @@ def refresh(
         per projected mode, or codes of one; companions are any pytree of :class:`Companion`.
       step: scalar int32.
       accumulation: see :func:`due_layers`.
+      axis_name: of devices that have gradients of their own, of which the mean counts. Those of the
+        due layers alone are exchanged, one at a time.
 
     Returns:
       The new bases and companions.
@@ -93,7 +96,10 @@ def refresh(
         def body(layer, carry, plan=plan, G=G, leaf_key=leaf_key, start=start):
             basis, own, turn = carry
             key = jax.random.fold_in(leaf_key, start + layer)
-            basis, own = _refresh_layer(settings, plan, G, basis, own, layer, key, step == 0)
+            tensor = _layer_of(plan, G, layer)
+            if axis_name is not None:
+                tensor = jax.lax.pmean(tensor, axis_name)
+            basis, own = _refresh_layer(settings, plan, tensor, basis, own, layer, key, step == 0)
             return basis, own, jnp.minimum(turn, layer)
 
         def all_due(carry, body=body, first=first, end=end):
@@ -107,14 +113,21 @@ def refresh(
     return new_bases, new_companions
 
 
-def _refresh_layer(settings, plan, G, basis, companions, layer, key, is_first):
-    index = jnp.unravel_index(layer, plan.batch_shape) if plan.batch else ()
-    tensor = G
-    for axis, i in sorted(zip(plan.batch, index, strict=True), reverse=True, key=lambda x: x[0]):
-        tensor = jax.lax.dynamic_index_in_dim(tensor, i, axis, keepdims=False)
-    kept = [a for a in range(G.ndim) if a not in plan.batch]
-    tensor = tensor.transpose([kept.index(a) for mode in plan.modes for a in mode])
+def _index_of(plan: LeafPlan, layer: jax.Array) -> tuple[jax.Array, ...]:
+    return jnp.unravel_index(layer, plan.batch_shape) if plan.batch else ()
 
+
+def _layer_of(plan: LeafPlan, G: jax.Array, layer: jax.Array) -> jax.Array:
+    """One layer of a gradient, its axes in the order of the modes."""
+    index = _index_of(plan, layer)
+    kept = [a for a in range(G.ndim) if a not in plan.batch]
+    for axis, i in sorted(zip(plan.batch, index, strict=True), reverse=True, key=lambda x: x[0]):
+        G = jax.lax.dynamic_index_in_dim(G, i, axis, keepdims=False)
+    return G.transpose([kept.index(a) for mode in plan.modes for a in mode])
+
+
+def _refresh_layer(settings, plan, tensor, basis, companions, layer, key, is_first):
+    index = _index_of(plan, layer)
     new_factors, C_of_axis = [], {}
     for number, (mode, stacked) in enumerate(zip(plan.projected_modes, basis, strict=True)):
         U, shape = _take_tree(stacked, index), (*plan.mode_shape(mode), plan.rank_of(mode))

@@ -86,10 +86,10 @@ class Subspace:
         low = self._project(plans, updates, states)
         return self._update(plans, low, states, params, updates, extra_args)
 
-    def refresh(self, grads: Any, states: Sequence[Any]) -> list[Any]:
+    def refresh(self, grads: Any, states: Sequence[Any], axis_name: str | None = None) -> list[Any]:
         """New bases where they are due, and what is stored in their coordinates; no new count."""
         plans = self._plans(grads, states)
-        return self._refresh(plans, grads, states)
+        return self._refresh(plans, grads, states, axis_name)
 
     def project(self, grads: Any, states: Sequence[Any]) -> Any:
         """The low-rank tree of the gradients, linear in them."""
@@ -124,7 +124,7 @@ class Subspace:
         check_inner_states(self.inner, inner_states, updates, plans)
         return plans
 
-    def _refresh(self, plans, grads, states):
+    def _refresh(self, plans, grads, states, axis_name=None):
         """New factors where they are due, and inner states carried over to them."""
         opened, *inner_states, closed = states
         G, treedef = jax.tree.flatten(grads)
@@ -142,6 +142,7 @@ class Subspace:
             [of_leaf[i] for i in projected],
             step=opened.count,
             accumulation=self.accumulation,
+            axis_name=axis_name,
         )
         for i, f, c in zip(projected, new_factors, new_companions, strict=True):
             factors[i], of_leaf[i] = f, c

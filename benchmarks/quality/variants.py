@@ -37,7 +37,7 @@ def recipe(
       last_damping: in the last one; between them it changes by the same factor in every step. None:
         the same as the first.
     """
-    schedule = damping
+    schedule: Any = damping
     if last_damping is not None:
         schedule = optax.exponential_decay(damping, steps, last_damping / damping)
     return ng.chain(

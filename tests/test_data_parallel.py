@@ -1,0 +1,149 @@
+"""Low-rank gradients exchanged between eight simulated devices: the numbers of one device."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import natgalore_jax as ng
+from benchmarks._collectives import exchanged_bytes
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
+STEPS, INTERVAL = 13, 6
+M, N, RANK = 16, 48, 4
+
+OPTIMIZERS = {
+    "galore": functools.partial(ng.galore_adamw, 0.05, rank=RANK, update_interval=INTERVAL),
+    "natural": functools.partial(
+        ng.natural_galore_adamw, 0.05, rank=RANK, update_interval=INTERVAL, residual=False
+    ),
+    "history, right, svd": functools.partial(
+        ng.natural_galore_adamw,
+        0.05,
+        rank=RANK,
+        update_interval=INTERVAL,
+        residual=False,
+        history=3,
+        damping=0.1,
+        side="right",
+        method="svd",
+    ),
+}
+
+
+@pytest.fixture
+def mesh():
+    return jax.make_mesh((8,), ("data",), devices=jax.devices()[:8])
+
+
+def loss(params, batch):
+    hidden = jnp.tanh(batch @ params["up"])
+    hidden = hidden + jnp.tanh(jnp.einsum("bn,lnm->bm", hidden, params["stack"])) @ params["up"]
+    return jnp.mean((hidden @ params["down"] + params["bias"] - jnp.roll(batch, 1, -1)) ** 2)
+
+
+def start():
+    shapes = {"up": (M, N), "down": (N, M), "stack": (3, N, M), "bias": (M,)}
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    params = {
+        name: 0.3 * jax.random.normal(key, shape)
+        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
+    return params, jax.random.normal(jax.random.key(1), (STEPS, 32, M))
+
+
+def ordinary(tx):
+    """Losses and the last parameters on one device."""
+
+    @jax.jit
+    def step(carry, batch):
+        params, state = carry
+        value, grads = jax.value_and_grad(loss)(params, batch)
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), value
+
+    params, batches = start()
+    (params, _), losses = jax.lax.scan(step, (params, tx.init(params)), batches)
+    return params, losses
+
+
+def exchanging(tx, mesh, **options):
+    step = ng.data_parallel_step(loss, tx, mesh, **options)
+    params, batches = start()
+    state, losses = tx.init(params), []
+    for batch in batches:
+        params, state, value = step(params, state, batch)
+        losses.append(value)
+    return params, losses
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_numbers_are_those_of_one_device(name, mesh):
+    tx = OPTIMIZERS[name]()
+    expected, expected_losses = ordinary(tx)
+    params, losses = exchanging(tx, mesh)
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+    jax.tree.map(
+        lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-5), params, expected
+    )
+
+
+def test_micro_batches_are_exchanged_once(mesh):
+    tx = ng.low_rank_steps(OPTIMIZERS["galore"]())
+
+    # Two micro-batches of 2 rows on each of 8 devices: the first ones of all decide the bases.
+    def in_steps():
+        params, batches = start()
+        state = OPTIMIZERS["galore"]().init(params)
+
+        @jax.jit
+        def step(params, state, batch):
+            parts = batch.reshape(8, 2, 2, M).swapaxes(0, 1).reshape(2, 16, M)
+            mean = optax.tree.zeros_like(tx.project(params, state))
+            for i, part in enumerate(parts):
+                state, mean = tx.accumulate(jax.grad(loss)(params, part), state, mean, i)
+            updates, state = tx.update(mean, state, params)
+            return optax.apply_updates(params, updates), state
+
+        for batch in batches:
+            params, state = step(params, state, batch)
+        return params
+
+    params, _ = exchanging(OPTIMIZERS["galore"](), mesh, micro_batches=2)
+    jax.tree.map(
+        lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-5), params, in_steps()
+    )
+    whole, parts = (compiled_bytes(mesh, n) for n in (1, 2))
+    assert parts == whole
+
+
+def compiled_bytes(mesh, micro_batches):
+    tx = OPTIMIZERS["galore"]()
+    step = ng.data_parallel_step(loss, tx, mesh, micro_batches=micro_batches)
+    params, batches = jax.eval_shape(start)
+    rows = jax.ShapeDtypeStruct(batches.shape[1:], batches.dtype)
+    compiled = step.lower(params, jax.eval_shape(tx.init, params), rows).compile()
+    return exchanged_bytes(compiled.as_text())
+
+
+def test_bytes_of_the_compiled_program(mesh):
+    found = compiled_bytes(mesh, 1)
+    # Every step: R of five matrices, 4 × 48 each, the bias, and the loss.
+    assert found.always == 4 * (5 * RANK * N + M + 1)
+    # The loop over due layers has one whole matrix at a time; there are three kinds of leaves.
+    assert found.sometimes == 4 * 3 * M * N
+
+
+def test_errors(mesh):
+    residual = ng.natural_galore_adamw(0.1, rank=2)
+    with pytest.raises(ValueError, match=r"residual=False"):
+        ng.data_parallel_step(loss, residual, mesh)
+    galore = OPTIMIZERS["galore"]()
+    with pytest.raises(ValueError, match=r"axis_name='rows' is no axis of the mesh, \('data',\)"):
+        ng.data_parallel_step(loss, galore, mesh, axis_name="rows")
+    with pytest.raises(ValueError, match="micro_batches"):
+        ng.data_parallel_step(loss, galore, mesh, micro_batches=0)
