@@ -3,23 +3,30 @@
 import argparse
 import json
 import shutil
+import signal
 import sys
+import traceback
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import tyro
 from rich.console import Console
 
 import natgalore_jax as ng
+from examples.llama.adapters import make_linear
+from examples.llama.checkpoints import CheckpointError
 from examples.llama.config import MODEL_PRESETS
 from examples.llama.data import DataError, load_splits, ngram_perplexity
+from examples.llama.distributed import leave_the_others, several_processes, start
 from examples.llama.generate import generate
+from examples.llama.initial import start_from
 from examples.llama.interrupt import stop_on_signals
 from examples.llama.loop import Result, train
 from examples.llama.metrics import Record, of_kind
+from examples.llama.model import with_params
 from examples.llama.plots import plot_curves
-from examples.llama.report import make_reporter, summary_table
+from examples.llama.report import Reporter, make_reporter, summary_table
+from examples.llama.sampling import Sampling
 from examples.llama.train_config import ConfigError, RunConfig, run_preset
 
 SAMPLE_TOKENS = 100
@@ -30,12 +37,20 @@ def main(argv: list[str] | None = None) -> int:
     console = Console()
     try:
         return run(parse(argv), console)
-    except (ConfigError, DataError, OSError) as error:
+    except (ConfigError, DataError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        leave_the_others(1)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
+        leave_the_others(130)
         return 130
+    except Exception:
+        # Such as what the sum of a gradient raises when another process has died.
+        if several_processes():
+            traceback.print_exc()
+            leave_the_others(1)
+        raise
 
 
 def parse(argv: list[str] | None) -> RunConfig:
@@ -59,24 +74,44 @@ def parse(argv: list[str] | None) -> RunConfig:
 
 def run(config: RunConfig, console: Console) -> int:
     """Trains, and writes everything that belongs to the run."""
+    start(config.distributed)
+    leads = jax.process_index() == 0
     run_dir, quiet = config.run_dir, config.output.quiet
-    reporter = make_reporter(console, quiet)
+    reporter = make_reporter(console, quiet or not leads)
     reporter.note(f"{run_dir}: reading text and tokenizer")
-    splits = load_splits(config.data)
-    if config.output.overwrite and run_dir.exists():
+    tokenizer = initial = None
+    if config.init_from is not None:
+        config, tokenizer, initial, note = start_from(config)
+        reporter.note(note)
+    splits = load_splits(config.data, tokenizer)
+    if config.output.overwrite and leads and run_dir.exists():
         shutil.rmtree(run_dir)
     with stop_on_signals() as stop:
-        result = train(config, splits=splits, run_dir=run_dir, reporter=reporter, should_stop=stop)
+        result = train(
+            config,
+            splits=splits,
+            run_dir=run_dir,
+            reporter=reporter,
+            should_stop=stop,
+            initial=initial,
+        )
     config = result.config
     if result.diverged:
         raise ConfigError(
             f"the loss is not finite at step {result.steps}: try a --learning-rate below "
             f"{config.learning_rate:g}"
         )
-    if stop.signal is not None and not result.finished:
-        console.print(f"stopped at step {result.steps}, saved; --resume goes on from there")
-        return 128 + stop.signal
+    if not result.finished:  # By a signal, which another process may have got.
+        if leads:
+            console.print(f"stopped at step {result.steps}, saved; --resume goes on from there")
+        return 128 + (stop.signal or signal.SIGTERM)
+    if leads:
+        _write_results(result, run_dir, console, reporter)
+    return 0
 
+
+def _write_results(result: Result, run_dir: Path, console: Console, reporter: Reporter) -> None:
+    """Summary, curves and sample of a finished run."""
     summary = summarize(result)
     _write_json(run_dir / "summary.json", summary)
     plot_curves(
@@ -85,12 +120,11 @@ def run(config: RunConfig, console: Console) -> int:
         {name: summary["validation"][name] for name in ("bigram", "unigram")},
         title=summary["name"],
     )
-    text = write_sample(result, config.output.sample)
+    text = write_sample(result, result.config.output.sample)
     (run_dir / "sample.txt").write_text(text + "\n")
     reporter.note(f"\n{text}\n")
     console.print(summary_table(summary))
     console.print(f"files in {run_dir}", highlight=False)
-    return 0
 
 
 def summarize(result: Result) -> Record:
@@ -124,12 +158,14 @@ def write_sample(result: Result, prompt: str) -> str:
     """`prompt`, or as much of its end as leaves room, continued by the model."""
     tokenizer, room = result.splits.tokenizer, result.config.model.max_length
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids or [result.splits.end_of_text]
-    ids = jnp.array([ids[-(room // 2) :]])
-    model = jax.tree_util.Partial(result.apply, result.weights)
+    ids = ids[-(room // 2) :]
+    model = with_params(result.config.model, result.weights, make_linear(result.config.adapter))
     key = jax.random.key(result.config.seed)
-    length = min(SAMPLE_TOKENS, room - ids.shape[1])
-    ids = generate(model, ids, length, temperature=0.8, top_k=50, key=key)
-    text = tokenizer.decode(ids[0].tolist())
+    length = min(SAMPLE_TOKENS, room - len(ids))
+    sampling = Sampling(temperature=0.8, top_k=50)
+    text = tokenizer.decode(
+        ids + generate(model, [ids], length, sampling=sampling, key=key).tokens[0]
+    )
     # A model that has learned little may emit control characters, which a terminal would obey.
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 

@@ -32,7 +32,13 @@ def make_step(
     if config.per_layer:
         step = make_per_layer_step(config, optimization.tx, params)
     else:
-        step = make_train_step(apply, optimization.tx, config.accumulate, optimization.low_rank)
+        step = make_train_step(
+            apply,
+            optimization.tx,
+            config.accumulate,
+            optimization.low_rank,
+            config.faults.skip_nonfinite,
+        )
     return cast(jax.stages.Wrapped, step)
 
 

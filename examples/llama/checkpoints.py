@@ -6,28 +6,65 @@ from typing import Any, Self
 import jax
 import orbax.checkpoint as ocp
 
+from examples.llama.digests import write_digests
 from examples.llama.train_config import ConfigError, differences
 from examples.llama.train_step import TrainState
 
 Json = dict[str, Any]
+_UNFINISHED = ".orbax-checkpoint-tmp"
+
+
+class CheckpointError(Exception):
+    """A checkpoint that could not be written, said in one line."""
 
 
 class Checkpoints:
     """The checkpoints of one run, by micro-step.
 
-    Saving happens in the background. A checkpoint gets its name when it is complete, so that one
-    that was cut off is never seen.
+    Saving happens in the background. A checkpoint gets its name when it is complete, with the
+    digests of its files, so that one that was cut off is never seen. Several processes save into
+    the one directory that all of them see. What was saved on some devices is restored on others.
     """
 
-    def __init__(self, directory: Path, *, keep: int = 2):
+    def __init__(self, directory: Path, *, keep: int = 2, keep_best: int = 0):
+        """Keeps the last `keep`, and the `keep_best` of the lowest loss that `save` was told."""
+        self._directory = directory.absolute()
+        policies = ocp.checkpoint_managers
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=True, cleanup_tmp_directories=True
+            create=True,
+            cleanup_tmp_directories=True,
+            best_fn=_loss if keep_best else None,
+            best_mode="min",
+            preservation_policy=policies.AnyPreservationPolicy(
+                [
+                    policies.LatestN(keep),
+                    # The best come last, which is where it takes them from.
+                    policies.BestN(
+                        get_metric_fn=_loss,
+                        reverse=True,
+                        n=keep_best,
+                        keep_checkpoints_without_metrics=False,
+                    ),
+                ]
+            ),
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._before_naming),
         )
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
+        self._saving = False
+
+    def _before_naming(self) -> None:
+        # Called by the first process, when all of them have written their files. There is never
+        # more than one save at a time.
+        for unfinished in self._directory.glob(f"*{_UNFINISHED}*"):
+            write_digests(unfinished)
 
     def latest(self) -> int | None:
         """Micro-step of the newest complete checkpoint."""
         return self._manager.latest_step()
+
+    def best(self) -> int | None:
+        """Micro-step of the checkpoint with the lowest loss; without `keep_best` the newest."""
+        return self._manager.best_step()
 
     def resume_point(self, identity: Json, run_dir: Path, *, resume: bool) -> int:
         """Micro-step that a run in `run_dir` starts from, having checked that it may.
@@ -51,7 +88,14 @@ class Checkpoints:
             )
         return latest
 
-    def save(self, state: TrainState, data: Json, config: Json) -> None:
+    def save(
+        self, state: TrainState, data: Json, config: Json, *, loss: float | None = None
+    ) -> None:
+        """Saves in the background, when the save before is done.
+
+        Raises:
+          CheckpointError: if this save cannot be started, or the one before was not completed.
+        """
         micro_step = int(state.micro_step)
         if micro_step == self.latest():
             return
@@ -60,7 +104,35 @@ class Checkpoints:
             data=ocp.args.JsonSave(data),
             config=ocp.args.JsonSave(config),
         )
-        self._manager.save(micro_step, args=items)
+        metrics = None if loss is None else {"loss": loss}
+        try:
+            self._manager.save(micro_step, args=items, metrics=metrics)
+        # OSError of a file, ValueError of TensorStore, and others: what counts is that it failed.
+        except Exception as error:
+            raise self._failed(error) from error
+        self._saving = True
+
+    def check(self) -> None:
+        """Raises a CheckpointError if the save in the background has failed; waits for nothing."""
+        # Its `check_for_errors` would take the error away from the thread that deletes older
+        # checkpoints when there is none.
+        if self._saving and not self._manager.is_saving_in_progress():
+            self._wait()
+
+    def _wait(self) -> None:
+        self._saving = False
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> CheckpointError:
+        complete = [int(p.name) for p in self._directory.glob("*") if p.name.isdigit()]
+        left = f"the one of micro-step {max(complete)} is complete" if complete else "there is none"
+        lines = str(error).splitlines() or [type(error).__name__]
+        return CheckpointError(
+            f"{self._directory}: a checkpoint could not be written ({lines[0]}); {left}"
+        )
 
     def config(self) -> Json:
         """The configuration that the newest checkpoint was made with."""
@@ -68,8 +140,16 @@ class Checkpoints:
         return self._manager.restore(self.latest(), args=items)["config"]
 
     def restore(self, like: TrainState) -> tuple[TrainState, Json]:
-        """State and data position of the newest checkpoint, placed as `like` is."""
+        """State and data position of the newest checkpoint, placed as `like` is, which is deleted.
+
+        There may be no room for both.
+
+        Raises:
+          CheckpointError: if the one that is being saved cannot be.
+        """
+        self._wait()
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        jax.tree.map(lambda x: x.delete(), like)
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
         )
@@ -77,11 +157,26 @@ class Checkpoints:
         return restored["state"], restored["data"]
 
     def close(self) -> None:
-        """Waits until what is being saved is saved."""
-        self._manager.close()
+        """Waits until what is being saved is saved.
+
+        Raises:
+          CheckpointError: if it could not be.
+        """
+        try:
+            self._manager.close()
+        except Exception as error:
+            raise self._failed(error) from error
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            self.close()
+        except CheckpointError:
+            if kind is None:  # What went wrong first says more.
+                raise
+
+
+def _loss(metrics: Json) -> float:
+    return metrics["loss"]

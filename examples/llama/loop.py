@@ -3,78 +3,35 @@
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 import optax
 
 import natgalore_jax as ng
 from examples.llama.adapters import make_linear
+from examples.llama.batches import TrainBatches
 from examples.llama.build import first_state, make_step
 from examples.llama.checkpoints import Checkpoints
 from examples.llama.clock import Clock
-from examples.llama.data import (
-    Splits,
-    eval_batches,
-    is_hub,
-    load_splits,
-    make_streaming_iterator,
-    make_train_iterator,
-)
+from examples.llama.data import Splits, eval_batches, load_splits
+from examples.llama.digests import set_damaged_aside
 from examples.llama.evaluate import make_eval_step, mean_nll, perplexity
+from examples.llama.faults import Guard
 from examples.llama.frozen import partition
-from examples.llama.metrics import MetricsLog, Record, of_kind
+from examples.llama.initial import TOKENIZER, overlay
+from examples.llama.metrics import MetricsLog, of_kind, replace_text
 from examples.llama.optimization import make_optimization
 from examples.llama.peak import RunMemory, describe, observed_peak
 from examples.llama.relora import make_merge
 from examples.llama.report import Reporter, Silent
+from examples.llama.result import Result as Result
 from examples.llama.step_memory import StepMemory, of_compiled
-from examples.llama.train_config import RunConfig
-from examples.llama.train_step import (
-    Apply,
-    Metrics,
-    TrainState,
-    make_model,
-)
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run came to."""
-
-    config: RunConfig
-    """With the vocabulary of the tokenizer."""
-    splits: Splits
-    apply: Apply
-    """The model: `(weights, tokens (B, T)) -> logits (B, T, V)`."""
-    tx: optax.GradientTransformation
-    state: TrainState
-    records: list[Record]
-    """Metrics of every logged step and every evaluation; see `metrics.of_kind`."""
-    steps: int
-    """Optimizer steps done: fewer than `config.steps` if the run was stopped or diverged."""
-    diverged: bool
-    """Whether the loss became infinite or not a number."""
-    memory: RunMemory
-    """What a step takes, and the peak that was seen."""
-
-    @property
-    def params(self) -> Any:
-        """The parameters that were trained: what `tx` is for."""
-        return self.state.float_params
-
-    @property
-    def weights(self) -> Any:
-        """All parameters, the frozen ones of LoRA included: what `apply` takes."""
-        return self.state.weights
-
-    @property
-    def finished(self) -> bool:
-        return self.steps == self.config.steps and not self.diverged
+from examples.llama.team import Team, make_team
+from examples.llama.train_config import ConfigError, RunConfig
+from examples.llama.train_step import Metrics, TrainState, make_model
 
 
 def train(
@@ -85,6 +42,7 @@ def train(
     run_dir: Path | None = None,
     reporter: Reporter | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    initial: Callable[[], Any] | None = None,
 ) -> Result:
     """Trains a model as `config` says.
 
@@ -98,30 +56,64 @@ def train(
       run_dir: Where metrics and checkpoints go. Without it nothing is written.
       reporter: Is told about progress. Without it nothing is printed.
       should_stop: Asked after each micro-batch; once true, the run is saved and ends.
+      initial: Gives the weights to start from, of a model without adapters, in the place of random
+        ones. Not called by a run that is resumed.
 
     Returns:
       The state after the last step and the records of all steps, those before a resume included.
 
+    Several processes each call it with the same arguments, after `distributed.start`. The first of
+    them writes and reports.
+
     Raises:
       ConfigError: if `run_dir` holds a run that is not to be resumed, or one with another
-        configuration; if the optimizer does not fit the model, ReLoRA or the accumulation.
+        configuration, or nothing but damaged checkpoints; if the optimizer does not fit the model,
+        ReLoRA or the accumulation; if the loss jumps after too many rollbacks.
+      CheckpointError: if a checkpoint cannot be written.
     """
     splits = splits if splits is not None else load_splits(config.data)
     config = config.with_vocabulary(splits.vocab_size)
-    reporter = reporter if reporter is not None else Silent()
+    team = make_team(config.distributed, config.batch_size)
+    reporter = reporter if reporter is not None and team.leads else Silent()
     if run_dir is None:
-        return _Run(config, splits, tx, reporter, MetricsLog(), None).run(should_stop)
+        return _Run(config, splits, tx, reporter, MetricsLog(), None, team, initial).run(
+            should_stop
+        )
 
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with Checkpoints(run_dir / "checkpoints", keep=config.output.keep) as checkpoints:
-        identity = _identity(config, splits)
-        done = checkpoints.resume_point(identity, run_dir, resume=config.output.resume)
+    if team.leads:
+        run_dir.mkdir(parents=True, exist_ok=True)
         if config.output.resume:
+            _drop_damaged(run_dir, reporter)
+    team.wait("run directory")
+    output = config.output
+    with Checkpoints(
+        run_dir / "checkpoints", keep=output.keep, keep_best=output.keep_best
+    ) as checkpoints:
+        identity = _identity(config, splits)
+        done = checkpoints.resume_point(identity, run_dir, resume=output.resume)
+        if output.resume:
             reporter.note(f"resuming after step {done // config.accumulate}")
-        (run_dir / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-        log = MetricsLog(run_dir / "metrics.jsonl", resume_at=done // config.accumulate)
+        log = MetricsLog()
+        if team.leads:
+            replace_text(run_dir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
+            splits.tokenizer.save(str(run_dir / TOKENIZER))
+            log = MetricsLog(run_dir / "metrics.jsonl", resume_at=done // config.accumulate)
         with log:
-            return _Run(config, splits, tx, reporter, log, checkpoints).run(should_stop)
+            run = _Run(config, splits, tx, reporter, log, checkpoints, team, initial)
+            return run.run(should_stop)
+
+
+def _drop_damaged(run_dir: Path, reporter: Reporter) -> None:
+    """Leaves a checkpoint that is as it was written to be the newest."""
+    checkpoints = run_dir / "checkpoints"
+    damaged = set_damaged_aside(checkpoints)
+    for what in damaged:
+        reporter.note(f"damaged, using the checkpoint before: {what}")
+    if damaged and not any(p.name.isdigit() for p in checkpoints.iterdir()):
+        raise ConfigError(
+            f"{run_dir}: every checkpoint is damaged and was moved to {run_dir / 'damaged'}: "
+            "pass --overwrite to start anew"
+        )
 
 
 def _identity(config: RunConfig, splits: Splits) -> dict[str, Any]:
@@ -140,66 +132,84 @@ class _Run:
         reporter: Reporter,
         log: MetricsLog,
         checkpoints: Checkpoints | None,
+        team: Team,
+        initial: Callable[[], Any] | None,
     ):
-        self.config, self.splits, self.log = config, splits, log
+        self.config, self.splits, self.log, self.team = config, splits, log, team
         self.reporter, self.checkpoints = reporter, checkpoints
         adapter = config.adapter
         self.apply, weights = make_model(config.model, config.seed, make_linear(adapter))
-        params, frozen = partition(weights)
+        if initial is not None and (checkpoints is None or checkpoints.latest() is None):
+            weights = overlay(weights, initial())
+        params, frozen = partition(team.replicate(weights))
         optimization = make_optimization(config, params, tx)
         self.tx, schedule, _ = optimization
         self.schedule = None if schedule is None else jax.jit(schedule)
         self.merge = make_merge(adapter, self.tx, params, config.seed)
-        self.step_fn = make_step(config, self.apply, optimization, params)
+        step = make_step(config, self.apply, optimization, params)
+        self.step_fn = team.step(step)
         self.eval_step = make_eval_step(self.apply)
         # The weights are donated: there is no room for them twice.
         first = jax.jit(
             lambda p, f: first_state(config, optimization, p, f),
             # Nor can a buffer of floats become one of codes.
             donate_argnums=(0, 1) if config.weight_bits is None else (),
+            out_shardings=team.replicated,
         )
-        self.state = first(params, frozen)
+        self.state: TrainState = first(params, frozen)
         if config.offload == "weights":
             params = self.state.params
             on_host = {**params, "layers": ng.to_host(params["layers"])}
             self.state = self.state._replace(params=on_host)
-        self.batches = _batches(config, splits)
+        self.batches = TrainBatches(config, splits, team)
+        self.guard = Guard(config.faults)
+        if checkpoints is None and config.faults.rollback_on_spike is not None:
+            raise ConfigError("--rollback-on-spike needs a directory of checkpoints to go back to")
+        self._micro_step = 0
         if checkpoints is not None and checkpoints.latest() is not None:
-            self.state, position = checkpoints.restore(self.state)
-            self.batches.set_state(position)
+            self._resume()
         self.diverged = False
         self.memory: StepMemory | None = None
         self._pending: tuple[int, Metrics] | None = None
+        self._validation: tuple[int, float] | None = None  # Step and loss of the last one.
         self._clock = Clock(log.records[-1]["seconds"] if log.records else 0.0)
 
     def run(self, should_stop: Callable[[], bool]) -> Result:
-        config = self.config
-        start, end = int(self.state.micro_step), config.steps * config.accumulate
-        self.reporter.start(start // config.accumulate, config.steps)
+        self.reporter.start(self._micro_step // self.config.accumulate, self.config.steps)
         self._clock.start()
         try:
-            for micro_step in range(start + 1, end + 1):
-                rows = next(self.batches)["tokens"]
-                if micro_step == start + 1:
-                    self._account(rows)
-                self.state, metrics = self.step_fn(self.state, rows)
-                stop = should_stop()
-                step, unfinished = divmod(micro_step, config.accumulate)
-                if not unfinished:
-                    if config.adapter.merges_after(step) and step < config.steps:
-                        self.state = self.merge(self.state)
-                    self._after_step(step, metrics)
-                if stop or (not unfinished and self._is_due(step, config.output.save_every)):
-                    self._save()
-                if stop or self.diverged:
-                    break
+            self._train(should_stop)
             self._flush()
             result = self._result()
-            if result.finished and not of_kind(self.log.records, "test"):
+            tested = bool(of_kind(self.log.records, "test"))
+            if result.finished and not self.team.gather(tested)[0]:
                 self._evaluate("test", result.steps)
         finally:
             self.reporter.stop()
         return result
+
+    def _train(self, should_stop: Callable[[], bool]) -> None:
+        config = self.config
+        if config.faults.rollback_on_spike is not None and self._micro_step == 0:
+            self._save()  # There is always something to go back to.
+        while self._micro_step < config.steps * config.accumulate:
+            rows = self.batches.next()
+            if self.memory is None:
+                self._account(rows)
+            self.state, metrics = self.step_fn(self.state, rows)
+            stop = self.team.agree(should_stop(), metrics)
+            save = stop
+            if not self._skips(metrics):
+                self._micro_step += 1
+                step, unfinished = divmod(self._micro_step, config.accumulate)
+                if not unfinished:
+                    if config.adapter.merges_after(step) and step < config.steps:
+                        self.state = self.merge(self.state)
+                    save |= self._after_step(step, metrics)
+            if save:
+                self._save()
+            if stop or self.diverged:
+                break
 
     def _account(self, rows: Any) -> None:
         """Compiles the step, which its first call then finds compiled, and says what it takes."""
@@ -208,15 +218,38 @@ class _Run:
         if self.memory is not None:
             self.reporter.note(describe(self.memory))
 
-    def _after_step(self, step: int, metrics: Metrics) -> None:
+    def _skips(self, metrics: Metrics) -> bool:
+        """Whether the step has left the state as it was, because of this batch."""
+        skipped = bool(metrics.pop("skipped", False))
+        self.guard.skips(skipped)
+        if skipped:
+            self._flush()
+            step = self._micro_step // self.config.accumulate + 1
+            self.log.write(kind="skipped", step=step, skipped=self.guard.skipped)
+            self.reporter.note(
+                f"step {step}: dropped a batch whose gradient is not finite, {self.guard.skipped} "
+                "so far"
+            )
+            self.diverged |= self.guard.gives_up
+        return skipped
+
+    def _after_step(self, step: int, metrics: Metrics) -> bool:
+        """Evaluates when it is time to; returns whether it is time for a checkpoint."""
         # Now that this step has been dispatched, fetch the metrics of the one before: the device
         # is never idle while the host waits for numbers.
         self._flush()
         self._pending = (step, metrics)
+        if self.checkpoints is not None:
+            self.checkpoints.check()
+        if self.config.faults.rollback_on_spike is not None:
+            self._flush()
+            if self._micro_step < step * self.config.accumulate:
+                return False  # It was rolled back.
         if self._is_due(step, self.config.output.eval_every):
             self._flush()
             if not self.diverged:
                 self._evaluate("validation", step)
+        return self._is_due(step, self.config.output.save_every)
 
     def _flush(self) -> None:
         """Waits for the last step and records its metrics."""
@@ -226,6 +259,9 @@ class _Run:
         self._pending = None
         metrics = {name: float(value) for name, value in metrics.items()}
         seconds = self._clock.lap()
+        if self.guard.is_spike(metrics["loss"]):
+            self._roll_back(step, metrics["loss"])
+            return
         self.diverged |= not math.isfinite(metrics["loss"])
         if self.diverged or self._is_due(step, self.config.output.log_every):
             metrics["tokens_per_second"] = round(self.config.tokens_per_step / seconds, 1)
@@ -233,11 +269,35 @@ class _Run:
                 metrics["learning_rate"] = float(jnp.asarray(self.schedule(step - 1)))
             self._record("train", step, **metrics)
 
+    def _roll_back(self, step: int, loss: float) -> None:
+        """Back to the last checkpoint, after the loss of `step`; the data go on from where it is.
+
+        Raises:
+          ConfigError: if there were too many.
+        """
+        self.guard.rolls_back(step, loss)
+        self.guard.compare_with(self._restore()["guard"])
+        self._micro_step = int(self.state.micro_step)
+        back = self._micro_step // self.config.accumulate
+        self.log.rewind(back)
+        count = self.guard.rollbacks
+        self.log.write(kind="rollback", step=back + 1, spike=step, loss=loss, rollbacks=count)
+        self.reporter.note(f"step {step}: loss {loss:.4g}, back to step {back}, rollback {count}")
+        self._clock.start()
+
     def _evaluate(self, split: str, step: int) -> None:
         batches = eval_batches(
-            getattr(self.splits, split), self.config.batch_size, self.config.seq_len
+            getattr(self.splits, split),
+            self.config.batch_size,
+            self.config.seq_len,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
         )
-        self._record(split, step, loss=mean_nll(self.eval_step, self.state.weights, batches))
+        shared = (jax.tree.map(self.team.share, batch) for batch in batches)
+        loss = mean_nll(self.eval_step, self.state.weights, shared)
+        if split == "validation":
+            self._validation = (step, loss)
+        self._record(split, step, loss=loss)
         self._clock.start()
 
     def _record(self, kind: str, step: int, *, loss: float, **more: float) -> None:
@@ -254,11 +314,28 @@ class _Run:
 
     def _save(self) -> None:
         self._flush()
-        if self.checkpoints is not None and not self.diverged:
-            self.checkpoints.save(
-                self.state, self.batches.get_state(), _identity(self.config, self.splits)
-            )
-            self._clock.start()
+        if self.checkpoints is None or self.diverged:
+            return
+        data = {"positions": self.batches.positions(), "guard": self.guard.to_json()}
+        step, loss = self._validation or (None, None)
+        if step is None or step * self.config.accumulate != self._micro_step:
+            loss = None
+        self.checkpoints.save(self.state, data, _identity(self.config, self.splits), loss=loss)
+        self._clock.start()
+
+    def _restore(self) -> dict[str, Any]:
+        """Takes the state of the newest checkpoint, and returns what else is in it."""
+        assert self.checkpoints is not None
+        self.state, data = self.checkpoints.restore(self.state)
+        # Of before there was anything else.
+        return data if "positions" in data else {"positions": [data], "guard": None}
+
+    def _resume(self) -> None:
+        """Goes on from the newest checkpoint."""
+        data = self._restore()
+        self.guard.restore(data["guard"])
+        self._micro_step = int(self.state.micro_step)
+        self.batches.go_to(data["positions"])
 
     def _is_due(self, step: int, every: int) -> bool:
         return step % every == 0 or step == self.config.steps
@@ -270,18 +347,9 @@ class _Run:
             splits=self.splits,
             apply=self.apply,
             tx=self.tx,
-            state=self.state,
+            state=self.team.local(self.state),
             records=self.log.records,
             steps=steps,
             diverged=self.diverged,
             memory=RunMemory(self.memory, observed_peak(self.memory)),
         )
-
-
-def _batches(config: RunConfig, splits: Splits) -> grain.DatasetIterator:
-    """Training batches without end, this process's share of them."""
-    rows = {"batch_size": config.batch_size, "seq_len": config.seq_len}
-    rows |= {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    if is_hub(config.data):
-        return make_streaming_iterator(config.data, splits, **rows)
-    return make_train_iterator(splits.train, seed=config.seed, **rows)

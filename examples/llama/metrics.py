@@ -1,5 +1,6 @@
 """Metrics as JSON lines: one record a line, in step order, each step once."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any, Self, TextIO
@@ -16,18 +17,30 @@ class MetricsLog:
         A run that was killed may have recorded steps after its last checkpoint. They will be
         run again, so they are dropped here.
         """
-        self.records: list[Record] = []
+        self.records: list[Record] = [] if path is None else read_metrics(path)
+        self._path = path
         self._file: TextIO | None = None
-        if path is not None:
-            self.records = [r for r in read_metrics(path) if r["step"] <= resume_at]
-            path.write_text("".join(_line(r) for r in self.records))
-            self._file = path.open("a")
+        self.rewind(resume_at)
+
+    def rewind(self, step: int) -> None:
+        """Drops what was recorded of later steps."""
+        self.records = [r for r in self.records if r["step"] <= step]
+        if self._path is not None:
+            self.close()
+            replace_text(self._path, "".join(_line(r) for r in self.records))
+            self._file = self._path.open("a")
 
     def write(self, **record: Any) -> Record:
         self.records.append(record)
         if self._file is not None:
-            self._file.write(_line(record))
-            self._file.flush()
+            try:
+                self._file.write(_line(record))
+                self._file.flush()
+            except OSError as error:  # Such as that of a full disk, which does not name the file.
+                with contextlib.suppress(OSError):
+                    self.close()
+                self._file = None
+                raise OSError(error.errno, error.strerror, str(self._path)) from error
         return record
 
     def close(self) -> None:
@@ -39,6 +52,13 @@ class MetricsLog:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file that is never seen in part, whatever interrupts this."""
+    unfinished = path.with_name(f".{path.name}")
+    unfinished.write_text(text)
+    unfinished.replace(path)
 
 
 def read_metrics(path: Path) -> list[Record]:

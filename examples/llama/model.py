@@ -139,11 +139,18 @@ class Attention(nnx.Module):
         self.o = make_linear(config.hidden, config.hidden, config, rngs)
 
     def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        return self.output(causal_attention(*self.project(x, positions)))
+
+    def project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries (B, T, N, H), keys and values (B, T, K, H) of x (B, T, D)."""
         heads = (*x.shape[:-1], -1, self.head_dim)
-        q = apply_rope(self.q(x).reshape(heads), positions, self.rope_theta)  # (B, T, N, H)
-        k = apply_rope(self.k(x).reshape(heads), positions, self.rope_theta)  # (B, T, K, H)
-        v = self.v(x).reshape(heads)  # (B, T, K, H)
-        return self.o(causal_attention(q, k, v).reshape(*x.shape[:-1], -1))
+        q = apply_rope(self.q(x).reshape(heads), positions, self.rope_theta)
+        k = apply_rope(self.k(x).reshape(heads), positions, self.rope_theta)
+        return q, k, self.v(x).reshape(heads)
+
+    def output(self, mixed: jax.Array) -> jax.Array:
+        """What attention made of the values, (B, T, N, H), to (B, T, D)."""
+        return self.o(mixed.reshape(*mixed.shape[:-2], -1))
 
 
 class MLP(nnx.Module):
@@ -176,14 +183,25 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def apply_rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-    """Rotate the pairs (x[i], x[i + H/2]) of x (B, T, N, H) by position · theta^(-2i/H)."""
+    """Rotate the pairs (x[i], x[i + H/2]) of x (B, T, N, H) by position · theta^(-2i/H).
+
+    Positions are (T,), or (B, T) where they differ from row to row.
+    """
     half = x.shape[-1] // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[:, None, None] * frequencies  # (T, 1, H/2)
+    angles = positions[..., None, None] * frequencies  # (T, 1, H/2) or (B, T, 1, H/2)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
     return rotated.astype(x.dtype)
+
+
+def with_params(
+    config: ModelConfig, params: dict[str, Any], make_linear: MakeLinear = dense
+) -> Llama:
+    """The model that has these parameters, a pure dict; nothing is initialised."""
+    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), make_linear=make_linear))
+    return nnx.merge(nnx.graphdef(model), params)
 
 
 def stack_layers(params: dict[str, Any]) -> dict[str, Any]:

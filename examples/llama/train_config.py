@@ -10,6 +10,9 @@ import tyro
 from examples.llama.adapters import AdapterConfig
 from examples.llama.config import MODEL_PRESETS, ModelConfig
 from examples.llama.data import DataConfig
+from examples.llama.distributed import DistributedConfig
+from examples.llama.errors import ConfigError as ConfigError
+from examples.llama.faults import FaultConfig
 from examples.llama.optimizers import OptimizerConfig, default_learning_rate
 from examples.llama.schedule import ScheduleConfig
 
@@ -17,10 +20,6 @@ if TYPE_CHECKING:
     PresetName = str
 else:  # The names that the command line offers.
     PresetName = Literal[tuple(MODEL_PRESETS)]
-
-
-class ConfigError(Exception):
-    """A configuration that cannot be run, said in one line."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,10 @@ class OutputConfig:
     save_every: int = 100
     """Steps between two checkpoints."""
     keep: int = 2
-    """How many checkpoints are kept."""
+    """How many checkpoints are kept: the last ones."""
+    keep_best: int = 0
+    """How many more are kept: those of the lowest validation loss. Only a checkpoint of a step with
+    an evaluation has one; see --eval-every and --save-every."""
     sample: str = "My fellow citizens,"
     """The text that the sample at the end continues."""
     quiet: bool = False
@@ -60,6 +62,9 @@ class RunConfig:
 
     preset: PresetName = "nano"
     """Sizes of the model and of the run; every other option overrides a part of it."""
+    init_from: str | None = None
+    """Continue from published LLaMA weights: a GGUF file, a directory in the Hugging Face layout, a
+    name on its hub, or `smollm2-135m-instruct`. Model and tokenizer are those of the weights."""
     steps: int = 600
     """Optimizer steps."""
     batch_size: int = 16
@@ -87,6 +92,8 @@ class RunConfig:
     data: tyro.conf.OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
     model: ModelConfig = MODEL_PRESETS["nano"]
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    faults: tyro.conf.OmitArgPrefixes[FaultConfig] = field(default_factory=FaultConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     output: tyro.conf.OmitArgPrefixes[OutputConfig] = field(default_factory=OutputConfig)
 
     def __post_init__(self) -> None:
@@ -96,6 +103,8 @@ class RunConfig:
         for name in ("log_every", "eval_every", "save_every", "keep"):
             if getattr(self.output, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self.output, name)}")
+        if self.output.keep_best < 0:
+            raise ConfigError(f"keep_best must be at least 0, got {self.output.keep_best}")
         if self.accumulate_in_subspace and self.optimizer.clip_norm is not None:
             raise ConfigError(
                 f"clip_norm={self.optimizer.clip_norm} needs the whole gradient, which is never "
@@ -108,7 +117,8 @@ class RunConfig:
         self._check_offload()
         if self.output.resume and self.output.overwrite:
             raise ConfigError("a run is either resumed or overwritten: --resume, --overwrite")
-        if self.seq_len > self.model.max_length:
+        # Published weights come with a max_length of their own.
+        if self.init_from is None and self.seq_len > self.model.max_length:
             raise ConfigError(
                 f"seq_len={self.seq_len} is longer than the model's max_length="
                 f"{self.model.max_length}"
@@ -120,6 +130,11 @@ class RunConfig:
             )
 
     def _check_per_layer(self) -> None:
+        if self.faults.skip_nonfinite:
+            raise ConfigError(
+                "--skip-nonfinite: with --per-layer the first layers are updated before the last "
+                "gradient is known: use --rollback-on-spike"
+            )
         if not self.model.stacked:
             raise ConfigError("--per-layer takes the layers from a stack: use --model.stacked")
         if self.adapter.kind != "none":
@@ -141,6 +156,11 @@ class RunConfig:
             )
 
     def _check_offload(self) -> None:
+        if self.offload != "none" and self.distributed.enabled:
+            raise ConfigError(
+                f"--offload {self.offload} keeps arrays of one device in its host's memory, not "
+                "those that --distributed shares: use one of the two"
+            )
         if self.offload == "weights" and not self.per_layer:
             raise ConfigError(
                 "--offload weights fetches one layer at a time, which needs --per-layer"
@@ -169,6 +189,8 @@ class RunConfig:
 
     def with_vocabulary(self, size: int) -> "RunConfig":
         """With a model for that many tokens: the model follows the tokenizer."""
+        if self.init_from is not None:  # Published weights may have rows to spare.
+            return self
         return dataclasses.replace(self, model=dataclasses.replace(self.model, vocab_size=size))
 
     def to_dict(self) -> dict[str, Any]:
@@ -183,7 +205,8 @@ def _paper(steps: int, rank: int, interval: int = 200) -> dict[str, Any]:
 
 
 # What has no influence on the trained model, so that a resumed run may have it otherwise.
-HARMLESS = ("output.", "data.cache_dir")
+# The text itself is compared, whatever was left out of it.
+HARMLESS = ("output.", "distributed.", "faults.", "data.cache_dir", "data.skip_bad_lines")
 
 RUN_PRESETS: dict[str, dict[str, Any]] = {
     "nano": {"steps": 600, "batch_size": 16, "optimizer": OptimizerConfig(rank=32)},
@@ -210,8 +233,14 @@ def run_preset(name: str) -> RunConfig:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Fields that differ and have an influence on the trained model, as "field: old -> new"."""
+    """Fields that differ and have an influence on the trained model, as "field: old -> new".
+
+    A field that there was not yet when `old` was made has its default, which changes nothing.
+    """
     old, new = _flat(old), _flat(new)
+    # Other programs, with fields of their own, compare theirs here too.
+    defaults = _flat(RunConfig().to_dict())
+    old = {key: value for key, value in defaults.items() if key in new} | old
     return [
         f"{key}: {_show(old.get(key))} -> {_show(new.get(key))}"
         for key in sorted(old.keys() | new.keys())

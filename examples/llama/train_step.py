@@ -98,12 +98,14 @@ def make_train_step(
     tx: optax.GradientTransformation,
     accumulate: int = 1,
     low_rank: ng.LowRankSteps | None = None,
+    skip_nonfinite: bool = False,
 ) -> Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]:
     """A jitted `(state, rows (B, T + 1)) -> (state, metrics)` that takes one micro-batch.
 
     `accumulate` micro-batches make a step: in `tx` itself, or in its subspace with `low_rank`, the
     steps of `tx`. The metrics are means over the micro-batches of the step so far. The state that
-    is passed in is donated.
+    is passed in is donated. With `skip_nonfinite` a micro-batch whose loss or gradient is not
+    finite changes nothing, not even the count of micro-batches; the metric "skipped" says so.
     """
 
     def step(state: TrainState, rows: jax.Array) -> tuple[TrainState, Metrics]:
@@ -111,6 +113,16 @@ def make_train_step(
             return token_nll(apply, union(params, state.frozen), rows).mean()
 
         loss, grads = jax.value_and_grad(mean_nll)(state.params)
+        now = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+        if not skip_nonfinite:
+            return take(state, grads, now)
+        finite = jnp.isfinite(now["loss"]) & jnp.isfinite(now["grad_norm"])
+        state, metrics = jax.lax.cond(
+            finite, take, lambda state, grads, now: (state, now), state, grads, now
+        )
+        return state, {**metrics, "skipped": ~finite}
+
+    def take(state: TrainState, grads: Params, now: Metrics) -> tuple[TrainState, Metrics]:
         position = state.micro_step % accumulate
         accumulated = state.accumulated
         if low_rank is None:
@@ -123,7 +135,7 @@ def make_train_step(
 
         return next_state(
             state,
-            {"loss": loss, "grad_norm": optax.tree.norm(grads)},
+            now,
             accumulate,
             params=params,
             opt_state=opt_state,

@@ -1,4 +1,4 @@
-"""The directory of a model: a local one, that of a pip package, or one from a hub."""
+"""The files of a model: local ones, those of a pip package, or from a hub."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,26 +6,36 @@ from pathlib import Path
 from examples.pretrained.errors import WeightsError
 from examples.pretrained.packages import PACKAGES, locate_package
 
+GGUF = ".gguf"
+
 
 def locate_model(name: str, files: Sequence[str]) -> Path:
-    """The directory of a model.
+    """The directory of a model, or the one file that it is.
 
     Args:
-      name: a directory; ``minilm``, for the pip package that brings it along; or else a name on the
-        Hugging Face hub: ``roberta-base``, ``owner/model``.
+      name: a directory or a GGUF file; ``minilm`` or ``smollm2-135m-instruct``, for the pip package
+        that brings it along; or else a name on the Hugging Face hub: ``roberta-base``,
+        ``owner/model``.
       files: patterns of the files that are fetched from a hub: ``("*.json", "*.safetensors")``.
 
     Raises:
       WeightsError: if there is no such directory and the hub does not have it or is not reached.
     """
     path = Path(name).expanduser()
-    if path.is_dir():
+    if path.is_dir() or (path.suffix == GGUF and path.is_file()):
         return path
     if name in PACKAGES:
         return locate_package(PACKAGES[name])
     # A name on the hub has one slash at most and is never a path of this machine.
-    if path.exists() or path.is_absolute() or name.count("/") > 1 or name.startswith((".", "~")):
-        raise WeightsError(f"{name}: no such directory")
+    if (
+        path.exists()
+        or path.is_absolute()
+        or name.count("/") > 1
+        or name.startswith((".", "~"))
+        or path.suffix == GGUF
+    ):
+        what = "file" if path.suffix == GGUF else "directory"
+        raise WeightsError(f"{name}: no such {what}")
     try:
         import huggingface_hub
     except ImportError as error:

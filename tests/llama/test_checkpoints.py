@@ -1,38 +1,27 @@
-"""Checkpoints survive being cut off."""
-
-import dataclasses
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
+"""Checkpoints: kept as asked for, and restored on any devices."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
-import tiny_run as tiny
 
 from examples.llama.checkpoints import Checkpoints
-from examples.llama.loop import train
 from examples.llama.train_step import TrainState, init_state
-
-# A run that saves at every step, resumed where it was left.
-CHILD = """
-import sys, pathlib
-import tiny_run as tiny
-from examples.llama.loop import train
-config = tiny.run_config(steps=40, output={"save_every": 1, "resume": True})
-train(config, splits=tiny.splits(), run_dir=pathlib.Path(sys.argv[1]))
-"""
 
 
 def some_state(step: int) -> TrainState:
     params = {"layers": {0: jnp.full((2, 3), step, jnp.bfloat16)}, "norm": jnp.arange(3.0)}
     state = init_state(params, optax.adamw(1e-3, mu_dtype=jnp.float32))
     return state._replace(micro_step=jnp.int32(step))
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
 def test_what_is_saved_is_restored(tmp_path):
@@ -43,11 +32,7 @@ def test_what_is_saved_is_restored(tmp_path):
         assert checkpoints.config() == {"rank": 4, "name": None}
         state, data = checkpoints.restore(some_state(0))
     assert data == {"next_index": 5}
-    expected = some_state(3)
-    assert jax.tree.structure(state) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b)
+    assert_same(state, some_state(3))
 
 
 def test_only_the_last_are_kept(tmp_path):
@@ -57,45 +42,62 @@ def test_only_the_last_are_kept(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "3"]
 
 
-def unfinished(directory: Path) -> list[Path]:
-    return list(directory.glob("*.orbax-checkpoint-tmp*"))
+def test_the_best_are_kept_beside_the_last(tmp_path):
+    losses = {1: 3.0, 2: None, 3: 1.0, 4: 2.0, 5: None, 6: 5.0, 7: None}
+    with Checkpoints(tmp_path, keep=1, keep_best=2) as checkpoints:
+        for step, loss in losses.items():
+            checkpoints.save(some_state(step), {}, {}, loss=loss)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["3", "4", "7"]
+    # The losses are in the checkpoints: a run that goes on compares with them.
+    with Checkpoints(tmp_path, keep=1, keep_best=2) as checkpoints:
+        assert (checkpoints.best(), checkpoints.latest()) == (3, 7)
+        checkpoints.save(some_state(8), {}, {}, loss=1.5)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["3", "8"]
 
 
-def kill_during_save(run_dir: Path) -> None:
-    """Starts the child and kills it when it is saving and has saved before."""
-    root = Path(__file__).parents[2]
-    path = os.pathsep.join([str(root), str(Path(__file__).parent)])
-    child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(run_dir)], env={**os.environ, "PYTHONPATH": path}
-    )
-    directory = run_dir / "checkpoints"
-    while child.poll() is None:
-        if unfinished(directory) and any(p.name.isdigit() for p in directory.iterdir()):
-            child.send_signal(signal.SIGKILL)
-            child.wait()
-            return
-        time.sleep(0.001)
-    pytest.fail(f"the run ended with {child.returncode} before it could be killed")
+def test_the_training_goes_on_while_it_is_saved(tmp_path):
+    """The arrays may be changed in place as soon as `save` returns."""
+    started, done = [], []
+    with Checkpoints(tmp_path) as checkpoints:
+        state = some_state(1)
+        checkpoints.save(state, {}, {})
+        started = list(tmp_path.glob("*tmp*"))
+        jax.tree.map(lambda x: x.delete(), state)
+        done = checkpoints.latest()
+    assert started
+    assert done == 1
+    with Checkpoints(tmp_path) as checkpoints:
+        assert_same(checkpoints.restore(some_state(0))[0], some_state(1))
 
 
-@pytest.mark.usefixtures("fast_compile")
-def test_killed_during_a_save_it_resumes_from_the_last_complete_checkpoint(tmp_path):
-    for _ in range(5):
-        kill_during_save(tmp_path)
-        # Between seeing the save and killing it, the save may have been completed.
-        if unfinished(tmp_path / "checkpoints"):
-            break
-    else:
-        pytest.fail("no kill hit a save")
+def on_devices(number, spec, seed):
+    """A state of random bits over so many devices: by `spec` where both axes divide."""
+    mesh = jax.make_mesh((number,), ("x",), devices=jax.devices()[:number])
+    rng = np.random.default_rng(seed)
 
-    config = tiny.run_config(steps=40, output={"save_every": 1})
-    resumed = dataclasses.replace(config, output=dataclasses.replace(config.output, resume=True))
-    result = train(resumed, splits=tiny.splits(), run_dir=tmp_path)
+    def array(shape, dtype):
+        bits = rng.integers(0, 256, (*shape, jnp.dtype(dtype).itemsize), np.uint8)
+        x = bits.view(dtype).reshape(shape)
+        where = spec if len(shape) == 2 and shape[0] % number == 0 else jax.P()
+        return jax.device_put(x, jax.NamedSharding(mesh, where))
 
-    whole = train(config, splits=tiny.splits())
-    assert result.finished
-    for a, b in zip(jax.tree.leaves(result.state), jax.tree.leaves(whole.state), strict=True):
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
-    losses = [[(r["kind"], r["step"], r["loss"]) for r in x.records] for x in (result, whole)]
-    assert losses[0] == losses[1]
-    assert not unfinished(tmp_path / "checkpoints")
+    key = jax.random.wrap_key_data(array((2,), jnp.uint32))
+    params = {"w": array((16, 32), jnp.float32), "b": array((8, 24), jnp.bfloat16)}
+    moments = {"w": array((16, 8), jnp.int8), "odd": array((3, 8), jnp.float16), "none": None}
+    totals = {"loss": array((), jnp.float32)}
+    step = jax.device_put(np.int32(1), jax.NamedSharding(mesh, jax.P()))
+    return TrainState(params, (moments, key, optax.EmptyState()), step, totals, {})
+
+
+def test_what_eight_devices_saved_others_restore(tmp_path):
+    """Onto 4, 2 and 1, in other pieces or whole, with every bit, of NaN too."""
+    saved = on_devices(8, jax.P("x"), seed=0)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(saved, {}, {})
+    with Checkpoints(tmp_path) as checkpoints:
+        for number, spec in [(4, jax.P("x")), (2, jax.P(None, "x")), (8, jax.P()), (1, jax.P())]:
+            like = on_devices(number, spec, seed=1)
+            shardings = jax.tree.map(lambda x: x.sharding, like)
+            restored, _ = checkpoints.restore(like)
+            assert_same(restored, saved)
+            assert jax.tree.map(lambda x: x.sharding, restored) == shardings

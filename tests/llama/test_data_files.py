@@ -41,9 +41,13 @@ _BAD = [
     ("blank.txt", b" \n\n", "the file is empty"),
     ("empty.jsonl", b"\n\n", "the file is empty"),
     ("empty.jsonl.gz", gzip.compress(b""), "the file is empty"),
-    ("latin.txt", "naïve größe".encode("latin-1"), "invalid UTF-8 at byte 2"),
-    ("latin.jsonl", _lines("ok") + b'{"text": "na\xefve"}\n', "invalid UTF-8 at byte 39"),
-    ("latin.txt.gz", gzip.compress(b"abc\xff"), "invalid UTF-8 at byte 3 of the decompressed"),
+    ("latin.txt", "naïve größe".encode("latin-1"), "line 1: invalid UTF-8 at byte 2"),
+    ("latin.jsonl", _lines("ok") + b'{"text": "na\xefve"}\n', "line 2: invalid UTF-8 at byte 39"),
+    (
+        "latin.txt.gz",
+        gzip.compress(b"abc\xff"),
+        "line 1: invalid UTF-8 at byte 3 of the decompressed",
+    ),
     ("broken.jsonl", _lines("ok", "ok") + b'{"text": \n', "line 3: malformed JSON"),
     ("digits.jsonl", b"9" * 5000 + b"\n", "line 1: malformed JSON"),
     ("deep.jsonl", b"[" * 100_000 + b"\n", "line 1: malformed JSON"),
@@ -66,6 +70,21 @@ def test_bad_file_is_named_in_one_line(tmp_path, name, raw, message):
     assert str(tmp_path / name) in str(caught.value)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_bad_lines_are_left_out_and_counted_when_asked(tmp_path):
+    bad = [b"\xff\n", b'{"text": \n', b'{"content": "x"}\n', b'{"text": "\\ud83d"}\n']
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(_lines("one") + bad[0] + _lines("two") + b"\n" + b"".join(bad[1:]))
+    with pytest.warns(UserWarning, match=r"^4 bad line.*a\.jsonl: line 2: invalid UTF-8"):
+        assert list(read_path(file, skip_bad_lines=True)) == ["one", "two"]
+    file = tmp_path / "b.txt"
+    file.write_bytes(b"one\ntw\xc3\nthree\n")
+    with pytest.warns(UserWarning, match=r"^1 bad line.*b\.txt: line 2: invalid UTF-8 at byte 6"):
+        assert list(read_path(file, skip_bad_lines=True)) == ["one\nthree\n"]
+    file.write_bytes(bad[0])
+    with pytest.warns(UserWarning), pytest.raises(DataError, match="empty"):
+        list(read_path(file, skip_bad_lines=True))
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+"""Generation with a cache, against the model on whole rows."""
+
 import dataclasses
 
 import jax
@@ -6,121 +8,196 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from examples.llama import generate as generate_module
+from examples.llama.adapters import AdapterConfig, make_linear
+from examples.llama.cache import empty_caches
 from examples.llama.config import ModelConfig
-from examples.llama.generate import generate
-from examples.llama.model import Llama
+from examples.llama.decode import extend
+from examples.llama.generate import generate, pad_left
+from examples.llama.model import Llama, stack_layers, with_params
+from examples.llama.sampling import Sampling, sample
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
 
 CONFIG = ModelConfig(
-    vocab_size=32, hidden=32, intermediate=48, layers=2, heads=4, kv_heads=2, max_length=16
+    vocab_size=32, hidden=32, intermediate=48, layers=2, heads=4, kv_heads=2, max_length=24
 )
-PROMPT = jnp.array([[3, 1, 4], [1, 5, 9]], jnp.int32)
+PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6], [7]]
 KEY = jax.random.key(0)
+run = jax.jit(lambda model, ids: model(ids))
 
 
-@pytest.fixture(scope="module")
-def model():
+def lively(model):
     """Its weights are large, so that it does not repeat one token."""
-    model = Llama(CONFIG, rngs=nnx.Rngs(0))
     state = nnx.state(model, nnx.Param)
     nnx.update(model, jax.tree.map(lambda p: p * 10 if p.ndim > 1 else p, state))
     return model
 
 
-def constant_model(probabilities):
-    """Whatever came before, the next token has these probabilities."""
-    return jax.tree_util.Partial(
-        lambda logits, ids: jnp.broadcast_to(logits, (*ids.shape, logits.size)),
-        jnp.log(jnp.array(probabilities)),
-    )
+@pytest.fixture(scope="module")
+def model(fast_compile):
+    return lively(Llama(CONFIG, rngs=nnx.Rngs(0)))
 
 
-def test_greedy_is_the_argmax_step_by_step(model):
-    logits = jax.jit(lambda model, ids: model(ids))
-    expected = PROMPT
-    for _ in range(6):
-        token = jnp.argmax(logits(model, expected)[:, -1], axis=-1)
-        expected = jnp.concatenate([expected, token[:, None]], axis=1)
-    assert len(np.unique(expected[:, 3:])) > 4
-    ids = generate(model, PROMPT, length=6, temperature=0.0, top_k=None, key=KEY)
-    assert ids.dtype == jnp.int32
-    np.testing.assert_array_equal(ids, expected)
+@pytest.fixture(scope="module")
+def greedy(model):
+    """The likeliest tokens after each prompt, from the whole row again for each."""
+    rows = []
+    for prompt in PROMPTS:
+        row = list(prompt)
+        for _ in range(6):
+            # What comes later in the row has no influence: one program for all lengths.
+            ids = jnp.array([row + [0] * (CONFIG.max_length - len(row))])
+            row.append(int(jnp.argmax(run(model, ids)[0, len(row) - 1])))
+        rows.append(row[len(prompt) :])
+    assert len(np.unique(rows)) > 4
+    return rows
 
 
 @pytest.mark.parametrize("stacked", [False, True])
-def test_stacked_and_recomputed_layers_work(stacked):
-    config = dataclasses.replace(CONFIG, stacked=stacked, remat=True)
-    model = Llama(config, rngs=nnx.Rngs(0))
-    ids = generate(model, PROMPT, length=2, temperature=0.0, top_k=None, key=KEY)
-    np.testing.assert_array_equal(ids[:, 3], jnp.argmax(model(PROMPT)[:, -1], axis=-1))
+def test_logits_with_a_cache_equal_those_without(model, stacked):
+    tokens = np.random.default_rng(0).integers(0, 32, (3, 12)).astype(np.int32)
+    starts = np.array([0, 5, 2], np.int32)
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    config = dataclasses.replace(CONFIG, stacked=stacked)
+    model = with_params(config, stack_layers(params) if stacked else params)
+    caches = empty_caches(config, rows=3, slots=14)
 
+    @jax.jit
+    def step(model, tokens, caches, slot):
+        x, caches = extend(model, tokens, starts, caches, slot)
+        return model.logits(x), caches
 
-def test_a_pure_function_of_parameters_works_as_the_model_does(model):
-    graphdef, params = nnx.split(model, nnx.Param)
-
-    def apply(params, tokens):
-        return nnx.merge(graphdef, params)(tokens)
-
-    pure = jax.tree_util.Partial(apply, nnx.to_pure_dict(params))
-    for settings in ({"temperature": 0.0, "top_k": None}, {"temperature": 1.0, "top_k": 5}):
-        expected = generate(model, PROMPT, length=5, key=KEY, **settings)
-        np.testing.assert_array_equal(
-            generate(pure, PROMPT, length=5, key=KEY, **settings), expected
+    parts, slot = [], 0
+    for count in (6, 1, 1, 4):  # A prompt, two tokens, and a later part of a text.
+        logits, caches = step(model, tokens[:, slot : slot + count], caches, slot)
+        parts.append(logits)
+        slot += count
+    logits = jnp.concatenate(parts, axis=1)
+    for row, start in enumerate(starts):
+        expected = run(model, jnp.array([np.append(tokens[row, start:], np.zeros(start, int))]))
+        np.testing.assert_allclose(
+            logits[row, start:], expected[0, : 12 - start], rtol=0, atol=2e-5
         )
+    assert jnp.std(logits) > 0.5
 
 
-def test_new_parameters_do_not_compile_again(model):
-    graphdef, params = nnx.split(model, nnx.Param)
-    settings = {"length": 6, "temperature": 0.0, "top_k": None, "key": KEY}
-    first = generate(model, PROMPT, **settings)
-    compiled = generate._cache_size()
-    other = nnx.merge(graphdef, jax.tree.map(lambda p: -p, params))
-    assert not np.array_equal(generate(other, PROMPT, **settings), first)
-    assert generate._cache_size() == compiled
+@pytest.mark.parametrize("together", [True, False])
+def test_greedy_is_the_argmax_step_by_step(model, greedy, together):
+    if together:
+        found = generate(model, PROMPTS, 6, pad_to=8)
+        assert found.tokens == greedy
+        assert found.ended == [False] * 3
+        assert found.steps == 6
+    else:
+        assert [generate(model, [p], 6, pad_to=8).tokens[0] for p in PROMPTS] == greedy
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_samples_follow_the_tempered_distribution(temperature):
-    probabilities = np.array([0.5, 0.25, 0.2, 0.05])
-    ids = generate(
-        constant_model(probabilities), jnp.zeros((200, 1), jnp.int32), 100, temperature, None, KEY
-    )
-    frequencies = np.bincount(np.ravel(ids[:, 1:]), minlength=4) / 20_000
-    expected = probabilities ** (1 / temperature)
-    # Four standard deviations of a frequency among 20,000.
-    np.testing.assert_allclose(frequencies, expected / expected.sum(), rtol=0, atol=0.015)
+def test_a_row_stops_at_its_end_mark(model, greedy):
+    ends = (greedy[0][2], greedy[1][4])
+    found = generate(model, PROMPTS, 6, end_ids=ends, pad_to=8)
+    for text, row, ended in zip(found.tokens, greedy, found.ended, strict=True):
+        at = next((i for i, token in enumerate(row) if token in ends), None)
+        assert text == row[:at]
+        assert ended == (at is not None)
+    assert found.ended[:2] == [True, True]
 
 
-def test_top_k_leaves_only_the_likeliest():
-    model = constant_model([0.3, 0.1, 0.4, 0.2])
-    ids = generate(model, jnp.zeros((50, 1), jnp.int32), 100, 1.0, 2, KEY)
-    frequencies = np.bincount(np.ravel(ids[:, 1:]), minlength=4) / 5_000
-    np.testing.assert_allclose(frequencies, [3 / 7, 0, 4 / 7, 0], rtol=0, atol=0.03)
-    assert frequencies[1] == frequencies[3] == 0
+def test_all_stop_once_all_have_ended(model, greedy):
+    found = generate(model, PROMPTS[:1], 6, end_ids=[greedy[0][2]], pad_to=8)
+    assert found.steps <= 3
+    assert found.ended == [True]
+
+
+def test_low_rank_layers_and_new_parameters(model):
+    """Any model of the training program; other weights of one do not compile again."""
+    linear = make_linear(AdapterConfig(kind="lora", rank=2))
+    lora = Llama(CONFIG, rngs=nnx.Rngs(1, adapter=2), make_linear=linear)
+    params = nnx.to_pure_dict(nnx.state(lora, nnx.Param))
+    changed = jax.tree.map(lambda p: p * 10 if p.ndim > 1 else p, params)
+    first = generate(lora, PROMPTS, 3, pad_to=8).tokens
+    compiled = generate_module._write._cache_size()
+    other = with_params(CONFIG, changed, linear)
+    second = generate(other, PROMPTS, 3, pad_to=8).tokens
+    assert generate_module._write._cache_size() == compiled
+    assert first != second
+    assert second[1][0] == int(jnp.argmax(run(other, jnp.array(PROMPTS[1:2]))[0, -1]))
+
+
+def frequencies(probabilities, **settings):
+    logits = jnp.broadcast_to(jnp.log(jnp.array(probabilities)), (20_000, len(probabilities)))
+    tokens = sample(logits, Sampling(**settings), KEY)
+    return np.bincount(tokens, minlength=len(probabilities)) / len(tokens)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"temperature": 1.0}, [0.3, 0.1, 0.4, 0.2]),
+        ({"temperature": 0.5}, [9 / 30, 1 / 30, 16 / 30, 4 / 30]),
+        ({"temperature": 1.0, "top_k": 2}, [3 / 7, 0, 4 / 7, 0]),
+        ({"temperature": 1.0, "top_k": 9}, [0.3, 0.1, 0.4, 0.2]),
+        # 0.4 + 0.3 is the first sum above 0.5; 0.6 is reached with them, and 0.75 with three.
+        ({"temperature": 1.0, "top_p": 0.5}, [3 / 7, 0, 4 / 7, 0]),
+        ({"temperature": 1.0, "top_p": 0.75}, [3 / 9, 0, 4 / 9, 2 / 9]),
+        ({"temperature": 1.0, "top_p": 0.1}, [0, 0, 1, 0]),
+        # Of the three likeliest, the two likeliest have 0.78.
+        ({"temperature": 1.0, "top_k": 3, "top_p": 0.7}, [3 / 7, 0, 4 / 7, 0]),
+    ],
+)
+def test_samples_have_the_distribution(settings, expected):
+    # Four standard deviations of a frequency of 20,000 samples.
+    found = frequencies([0.3, 0.1, 0.4, 0.2], **settings)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=4 * 0.5 / 20_000**0.5)
+    np.testing.assert_array_equal(found > 0, np.array(expected) > 0)
 
 
 def test_the_key_decides(model):
-    def sample(key):
-        return generate(model, PROMPT, 8, 1.0, None, key)
+    def sampled(seed):
+        sampling, key = Sampling(temperature=1.0), jax.random.key(seed)
+        return generate(model, PROMPTS, 8, sampling=sampling, key=key, pad_to=8).tokens
 
-    np.testing.assert_array_equal(sample(KEY), sample(KEY))
-    assert not np.array_equal(sample(KEY), sample(jax.random.key(1)))
-    np.testing.assert_array_equal(sample(KEY)[:, :3], PROMPT)
+    assert sampled(0) == sampled(0) != sampled(1)
+    assert sampled(0)[0] != sampled(0)[1]
 
 
-def test_no_new_tokens_gives_the_prompt_back(model):
-    np.testing.assert_array_equal(generate(model, PROMPT, 0, 1.0, None, KEY), PROMPT)
+def test_prompts_are_padded_on_the_left():
+    tokens, starts = pad_left(PROMPTS, 4)
+    np.testing.assert_array_equal(starts, [5, 3, 7])
+    np.testing.assert_array_equal(tokens[:, 3:], [[0, 0, 3, 1, 4], [1, 5, 9, 2, 6], [0] * 4 + [7]])
+    assert tokens.shape == (3, 8)
+
+
+def test_no_new_tokens(model):
+    assert generate(model, PROMPTS, 0).tokens == [[], [], []]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"temperature": -1.0}, "temperature must not be negative, got -1.0"),
-        ({"top_k": 0}, "top_k must be at least 1 or None, got 0"),
-        ({"length": 14}, "17 tokens, max_length=16"),
-        ({"prompt_ids": PROMPT[:, :0]}, "at least one token"),
+        ({"prompts": []}, "needs a prompt"),
+        ({"prompts": [[1], []]}, "at least one token in each"),
+        ({"prompts": [[1, 32]]}, "from 0 to 31, got 32"),
+        ({"length": 20}, "a row of 25 tokens, its prompt included, max_length=24"),
+        ({"length": -1}, "must not be negative"),
+        ({"sampling": Sampling(temperature=0.5)}, "key is needed for temperature=0.5"),
     ],
 )
 def test_bad_arguments_are_refused(model, change, message):
-    arguments = {"prompt_ids": PROMPT, "length": 2, "temperature": 1.0, "top_k": None, "key": KEY}
     with pytest.raises(ValueError, match=message):
-        generate(model, **(arguments | change))
+        generate(model, **({"prompts": PROMPTS, "length": 2} | change))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -1.0}, "temperature must not be negative, got -1.0"),
+        ({"temperature": float("nan")}, "got nan"),
+        ({"top_k": 0}, "top_k must be at least 1 or None, got 0"),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1, or None, got 0.0"),
+        ({"top_p": 1.5}, "got 1.5"),
+    ],
+)
+def test_bad_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**settings)

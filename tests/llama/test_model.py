@@ -1,5 +1,4 @@
 import dataclasses
-import pathlib
 import re
 
 import jax
@@ -7,22 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny_weights import CASES, SMALL, arrays, weights
 
-from examples.llama.config import MODEL_PRESETS, ModelConfig, parameter_count
+from examples.llama.config import MODEL_PRESETS, parameter_count
 from examples.llama.model import Llama, stack_layers, unstack_layers
 
-SMALL = ModelConfig(
-    vocab_size=64, hidden=32, intermediate=48, layers=2, heads=4, kv_heads=2, max_length=64
-)
-# What tests/fixtures/make_llama_logits.py gives to transformers.
-CASES = {
-    "multi_head": dataclasses.replace(SMALL, kv_heads=4),
-    "grouped_query": dataclasses.replace(SMALL, rope_theta=100_000.0, norm_eps=1e-5),
-    "tied": dataclasses.replace(
-        SMALL, kv_heads=1, rope_theta=500.0, norm_eps=1e-2, tied_embeddings=True
-    ),
-}
-FIXTURE = pathlib.Path(__file__).parents[1] / "fixtures" / "llama_logits.npz"
 RENAMED = (
     (r"^model\.", ""),
     (r"^lm_head\.weight", "head.kernel"),
@@ -70,11 +58,8 @@ def from_hugging_face(weights):
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_logits_equal_transformers(case, stacked):
-    with np.load(FIXTURE) as arrays:
-        prefix = f"{case}/weights/"
-        weights = {k.removeprefix(prefix): arrays[k] for k in arrays.files if k.startswith(prefix)}
-        tokens, expected = arrays[f"{case}/tokens"], arrays[f"{case}/logits"]
-    params = from_hugging_face(weights)
+    tokens, expected = arrays(case)["tokens"], arrays(case)["logits"]
+    params = from_hugging_face(weights(case))
     apply, initial = split(dataclasses.replace(CASES[case], stacked=stacked))
     params = stack_layers(params) if stacked else params
     same_shapes = jax.tree.map(lambda a, b: a.shape == b.shape, params, nnx.to_pure_dict(initial))

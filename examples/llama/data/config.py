@@ -28,3 +28,7 @@ class DataConfig:
 
     max_documents: int = 20_000
     """For a streamed data set: documents that train the tokenizer and fill the training array."""
+
+    skip_bad_lines: bool = False
+    """Leave out lines of files that are not UTF-8, or not JSON with a text, and say how many they
+    are. Without it the first of them is an error."""

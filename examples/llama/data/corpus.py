@@ -43,17 +43,17 @@ def load_corpus(config: DataConfig) -> Corpus:
     if hub.is_hub(config):
         return Corpus(*hub.read_splits(config))
     try:
-        documents = [text for source in config.data for text in _read(source)]
+        documents = [text for source in config.data for text in _read(source, config)]
     # Directories that may not be listed; what goes wrong inside a file is reported with it.
     except OSError as error:
         raise DataError(f"{error.filename}: {error.strerror}") from error
     return Corpus(*split_documents(documents, config.split_seed))
 
 
-def _read(source: str) -> Iterator[str]:
+def _read(source: str, config: DataConfig) -> Iterator[str]:
     paths = _locate(source) if source in PACKAGES else [Path(source).expanduser()]
     for path in paths:
-        yield from read_path(path)
+        yield from read_path(path, skip_bad_lines=config.skip_bad_lines)
 
 
 def _locate(name: str) -> list[Path]:

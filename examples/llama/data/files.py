@@ -2,8 +2,9 @@
 
 import gzip
 import json
+import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import BufferedIOBase
 from pathlib import Path
 
@@ -13,11 +14,13 @@ from examples.llama.data.errors import DataError
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".json.gz")
 
 
-def read_path(path: Path) -> Iterator[str]:
+def read_path(path: Path, *, skip_bad_lines: bool = False) -> Iterator[str]:
     """Yields the documents of a file, or of all text files below a directory in sorted order.
 
     A text file is one document; a line of JSON is one document, its field "text". Line endings
     become "\\n", a byte order mark is dropped, blank JSON lines and empty documents are skipped.
+    With `skip_bad_lines` so are lines that are not UTF-8 or not such JSON: a warning for each file
+    says how many, and what is wrong with the first.
     """
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file() and _is_text(p))
@@ -30,19 +33,21 @@ def read_path(path: Path) -> Iterator[str]:
     else:
         files = [path]
     for file in files:
-        yield from _read_file(file)
+        yield from _read_file(file, skip_bad_lines)
 
 
 def _is_text(path: Path) -> bool:
     return path.name.endswith(SUFFIXES) and not path.name.startswith(".")
 
 
-def _read_file(path: Path) -> Iterator[str]:
+def _read_file(path: Path, skip_bad_lines: bool) -> Iterator[str]:
     json_lines = path.name.removesuffix(".gz").endswith((".json", ".jsonl"))
+    bad: list[DataError] | None = [] if skip_bad_lines else None
     empty = True
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            for text in _json_documents(path, file) if json_lines else _whole(path, file):
+            lines = _lines(path, file, _parse if json_lines else _keep, bad)
+            for text in lines if json_lines else ["".join(lines)]:
                 if text.strip():
                     empty = False
                     yield text.replace("\r\n", "\n")
@@ -51,33 +56,44 @@ def _read_file(path: Path) -> Iterator[str]:
         raise DataError(f"{path}: corrupt gzip file ({error})") from error
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
+    if bad:
+        warnings.warn(f"{len(bad)} bad line(s) skipped, the first: {bad[0]}", stacklevel=2)
     if empty:
         raise DataError(f"{path}: the file is empty")
 
 
-def _whole(path: Path, file: BufferedIOBase) -> Iterator[str]:
-    yield _decode(path, file.read(), 0)
-
-
-def _json_documents(path: Path, file: BufferedIOBase) -> Iterator[str]:
+def _lines(
+    path: Path, file: BufferedIOBase, read: Callable[[str, str], str], bad: list[DataError] | None
+) -> Iterator[str]:
+    """What `read` makes of each line; what is wrong with others is added to `bad`, if given."""
     offset = 0
     for number, raw in enumerate(file, start=1):
-        line = _decode(path, raw, offset)
+        where = f"{path}: line {number}"
+        try:
+            yield read(where, _decode(where, path, raw, offset))
+        except DataError as error:
+            if bad is None:
+                raise
+            bad.append(error)
         offset += len(raw)
-        if line.strip():
-            yield _parse(f"{path}: line {number}", line)
 
 
-def _decode(path: Path, raw: bytes, offset: int) -> str:
+def _decode(where: str, path: Path, raw: bytes, offset: int) -> str:
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         of = " of the decompressed text" if path.suffix == ".gz" else ""
-        raise DataError(f"{path}: invalid UTF-8 at byte {offset + error.start}{of}") from error
+        raise DataError(f"{where}: invalid UTF-8 at byte {offset + error.start}{of}") from error
     return text.removeprefix("\ufeff") if offset == 0 else text
 
 
+def _keep(where: str, line: str) -> str:
+    return line
+
+
 def _parse(where: str, line: str) -> str:
+    if not line.strip():
+        return ""
     try:
         record = json.loads(line)
     # ValueError covers JSONDecodeError and integers of too many digits.

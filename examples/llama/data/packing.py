@@ -52,14 +52,16 @@ def make_train_iterator(
         )
     mine = process_slice(batch_size, process_index, process_count)
     return iter(
-        grain.MapDataset.source(rows)
+        grain.MapDataset.range(len(rows))
         .seed(seed)
         .shuffle()
         .repeat()
-        # Some 40 microseconds a row, behind an asynchronous step: threads would only take cores.
+        # Some microseconds a row, behind an asynchronous step: threads would only take cores.
         .to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+        # Numbers of rows, of which each process reads its own: a position is one of global
+        # batches, whatever the number of processes.
         .batch(batch_size)
-        .map(lambda batch: {"tokens": batch[mine].astype(np.int32)})
+        .map(lambda numbers: {"tokens": np.stack([rows[i] for i in numbers[mine]], dtype=np.int32)})
     )
 
 

@@ -41,14 +41,17 @@ class Splits:
     """Hash of text, split and tokenizer: equal if and only if the arrays are equal."""
 
 
-def load_splits(config: DataConfig) -> Splits:
+def load_splits(config: DataConfig, tokenizer: Tokenizer | None = None) -> Splits:
     """Reads, splits and tokenises the text of `config`, or takes the arrays from its cache.
 
-    The tokenizer is trained on the training split alone. Every cache entry is a directory that
-    appears with all its files at once; processes that race for it write equal content.
+    `tokenizer` takes the place of that of `config`. One that is trained is trained on the training
+    split alone. Every cache entry is a directory that appears with all its files at once; processes
+    that race for it write equal content.
     """
     corpus = load_corpus(config)
-    given = load_tokenizer(config.tokenizer) if config.tokenizer else None
+    given = tokenizer
+    if given is None and config.tokenizer:
+        given = load_tokenizer(config.tokenizer)
     key = _fingerprint(corpus, given.to_str() if given else f"bpe {config.vocab_size}")
     entry = config.cache_dir / key
     if not entry.exists():

@@ -40,8 +40,13 @@ def load_tokenizer(path: str) -> Tokenizer:
     # The bindings raise plain Exception for a missing file and for malformed JSON alike.
     except Exception as error:
         raise DataError(f"{path}: not a tokenizer file of `tokenizers` ({error})") from error
+    return plain_text(tokenizer, path)
+
+
+def plain_text(tokenizer: Tokenizer, source: str) -> Tokenizer:
+    """Makes it read documents as they are. `source` is where it is from, for messages."""
     if all(tokenizer.token_to_id(name) is None for name in END_OF_TEXT):
-        raise DataError(f"{path}: no end-of-text token (one of {', '.join(END_OF_TEXT)})")
+        raise DataError(f"{source}: no end-of-text token (one of {', '.join(END_OF_TEXT)})")
     return _as_plain_text(tokenizer)
 
 

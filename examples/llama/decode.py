@@ -1,0 +1,47 @@
+"""The model on a few new tokens at a time, with what it keeps of those before."""
+
+import jax
+import jax.numpy as jnp
+
+from examples.llama.cache import Caches, KVCache, append, attend, slots_of
+from examples.llama.model import Layer, Llama
+
+
+def extend(
+    model: Llama, tokens: jax.Array, starts: jax.Array, caches: Caches, slot: jax.Array | int
+) -> tuple[jax.Array, Caches]:
+    """New tokens of each row to what comes out of the last layer, (B, T, D).
+
+    ``model.logits`` of it are the logits of the whole rows, at the new tokens.
+
+    Args:
+      model: the model.
+      tokens: (B, T) int32, for the slots from `slot` on. Rows end together: shorter ones begin
+        later, and what stands before their start is never looked at.
+      starts: (B,) int32, the slot of each row's first token.
+      caches: what was kept of the slots before.
+      slot: how many slots are taken.
+    """
+    slots = slot + jnp.arange(tokens.shape[1])  # (T,)
+    positions = jnp.maximum(slots - starts[:, None], 0)  # (B, T)
+    keys = jnp.arange(slots_of(caches))  # (S,)
+    visible = (keys <= slots[:, None]) & (keys >= starts[:, None, None])  # (B, T, S)
+
+    def run(x: jax.Array, layer: Layer, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        q, k, v = layer.attention.project(layer.attention_norm(x), positions)
+        cache = append(cache, k, v, slot)
+        x = x + layer.attention.output(attend(q, cache, visible))
+        return x + layer.mlp(layer.mlp_norm(x)), cache
+
+    x = model.embed(tokens)
+    if isinstance(caches, KVCache):
+        if not isinstance(model.layers, Layer):
+            raise ValueError("the caches are of stacked layers, and the model's are not")
+        return jax.lax.scan(lambda x, both: run(x, *both), x, (model.layers, caches))
+    if isinstance(model.layers, Layer):
+        raise ValueError("the model's layers are stacked, and the caches are not")
+    new = []
+    for layer, cache in zip(model.layers, caches, strict=True):
+        x, cache = run(x, layer, cache)
+        new.append(cache)
+    return x, tuple(new)

@@ -1,0 +1,47 @@
+"""What a run came to."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import optax
+
+from examples.llama.data import Splits
+from examples.llama.metrics import Record
+from examples.llama.peak import RunMemory
+from examples.llama.train_config import RunConfig
+from examples.llama.train_step import Apply, TrainState
+
+
+@dataclass(frozen=True)
+class Result:
+    """All of it, in arrays of this process."""
+
+    config: RunConfig
+    """With the vocabulary of the tokenizer."""
+    splits: Splits
+    apply: Apply
+    """The model: `(weights, tokens (B, T)) -> logits (B, T, V)`."""
+    tx: optax.GradientTransformation
+    state: TrainState
+    records: list[Record]
+    """Metrics of every logged step and every evaluation; see `metrics.of_kind`."""
+    steps: int
+    """Optimizer steps done: fewer than `config.steps` if the run was stopped or diverged."""
+    diverged: bool
+    """Whether the loss became infinite or not a number."""
+    memory: RunMemory
+    """What a step takes, and the peak that was seen."""
+
+    @property
+    def params(self) -> Any:
+        """The parameters that were trained: what `tx` is for."""
+        return self.state.float_params
+
+    @property
+    def weights(self) -> Any:
+        """All parameters, the frozen ones of LoRA included: what `apply` takes."""
+        return self.state.weights
+
+    @property
+    def finished(self) -> bool:
+        return self.steps == self.config.steps and not self.diverged

@@ -1,0 +1,139 @@
+"""The devices that train together, of one process or of several.
+
+Weights and optimizer state are the same on every device; each batch is shared among them. What
+`jax.jit` makes of that sums the gradients over the devices, and is the same step.
+"""
+
+import json
+from typing import Any, cast
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+
+from examples.llama.distributed import DistributedConfig
+from examples.llama.errors import ConfigError
+from examples.llama.train_step import Metrics, TrainState
+
+
+class Team:
+    """One device of one process: nothing is to be shared."""
+
+    leads = True
+    """Whether this process writes metrics and files, and speaks."""
+    replicated: jax.sharding.Sharding | None = None
+    """Where the state is; None: on the default device."""
+
+    def replicate(self, tree: Any) -> Any:
+        """Arrays that every process has, on all devices."""
+        return tree
+
+    def share(self, array: np.ndarray) -> Any:
+        """An array of which each process has its block of rows, each row on one device."""
+        return array
+
+    def local(self, tree: Any) -> Any:
+        """Replicated arrays as arrays of this process alone."""
+        return tree
+
+    def step(self, step: Any) -> Any:
+        """A step for rows and a state that are shared."""
+        return step
+
+    def agree(self, stop: bool, metrics: Metrics) -> bool:
+        """Whether to stop, the same in every process: `metrics` are of this step."""
+        return stop
+
+    def gather(self, value: Any) -> list[Any]:
+        """A JSON value of each process."""
+        return [value]
+
+    def wait(self, where: str) -> None:
+        """Until every process is there."""
+
+
+class SharedTeam(Team):
+    """All devices of all processes, in one row."""
+
+    def __init__(self, batch_size: int):
+        devices = jax.devices()
+        if batch_size % len(devices):
+            raise ConfigError(
+                f"batch_size={batch_size} must be a multiple of the number of devices, "
+                f"{len(devices)} of {jax.process_count()} process(es)"
+            )
+        mesh = Mesh(np.array(devices), ("data",))
+        self.replicated = NamedSharding(mesh, jax.P())
+        self._rows = NamedSharding(mesh, jax.P("data"))
+        self.leads = jax.process_index() == 0
+        self._stop = False
+        self._agreed: jax.Array | None = None
+
+    def replicate(self, tree: Any) -> Any:
+        return jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(self.replicated, x, x.shape), tree
+        )
+
+    def share(self, array: np.ndarray) -> jax.Array:
+        return jax.make_array_from_process_local_data(self._rows, array)
+
+    def local(self, tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.addressable_data(0), tree)
+
+    def step(self, step: Any) -> "_SharedStep":
+        return _SharedStep(step, self)
+
+    def flags(self) -> jax.Array:
+        """Whether each process wants to stop, as a row for each of its devices."""
+        return self.share(np.full(jax.local_device_count(), self._stop))
+
+    def agree(self, stop: bool, metrics: Metrics) -> bool:
+        # The wish goes along with the next batch, and is read a batch later still, when its step
+        # is done: no process waits for another one.
+        self._stop |= stop
+        before, self._agreed = self._agreed, metrics.pop("stop")
+        return before is not None and bool(before)
+
+    def gather(self, value: Any) -> list[Any]:
+        if jax.process_count() == 1:
+            return [value]
+        raw = np.frombuffer(json.dumps(value).encode(), np.uint8)
+        sizes = cast(np.ndarray, multihost_utils.process_allgather(np.int32(len(raw))))
+        padded = np.pad(raw, (0, int(sizes.max()) - len(raw)))
+        rows = cast(np.ndarray, multihost_utils.process_allgather(padded))
+        return [json.loads(r[:n].tobytes()) for r, n in zip(rows, sizes, strict=True)]
+
+    def wait(self, where: str) -> None:
+        multihost_utils.sync_global_devices(where)
+
+
+class _SharedStep:
+    """A step, and with it what every process has to say: see `Team.agree`."""
+
+    def __init__(self, step: Any, team: SharedTeam):
+        def shared(state: TrainState, rows: jax.Array, flags: jax.Array):
+            state, metrics = step(state, rows)
+            # Never negative: only so that this sum comes after those of the gradients, in the same
+            # order in every process. CPU collectives that overtake one another end the run.
+            return state, {**metrics, "stop": (flags | (metrics["grad_norm"] < 0)).any()}
+
+        # Where nothing says so, XLA may leave a part of the state on one device only.
+        where = team.replicated
+        self._step = jax.jit(shared, donate_argnums=0, out_shardings=(where, where))
+        self._team = team
+
+    def __call__(self, state: TrainState, rows: jax.Array) -> tuple[TrainState, Metrics]:
+        return self._step(state, rows, self._team.flags())
+
+    def lower(self, state: TrainState, rows: jax.Array) -> jax.stages.Lowered:
+        return self._step.lower(state, rows, self._team.flags())
+
+
+def make_team(config: DistributedConfig, batch_size: int) -> Team:
+    """The devices that `config` names.
+
+    Raises:
+      ConfigError: if `batch_size` rows cannot be shared evenly among them.
+    """
+    return SharedTeam(batch_size) if config.enabled else Team()

@@ -1,0 +1,81 @@
+"""The tokenizer and the chat template of a directory in the Hugging Face layout."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from examples.pretrained.chat import ChatTemplate
+from examples.pretrained.errors import WeightsError
+
+TOKENIZER = "tokenizer.json"
+SETTINGS = "tokenizer_config.json"
+TEMPLATE = "chat_template.jinja"
+_NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object from a file.
+
+    Raises:
+      WeightsError: if the file is missing, malformed or no object.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except OSError as error:
+        raise WeightsError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise WeightsError(f"{path}: malformed JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise WeightsError(f"{path}: expected an object")
+    return value
+
+
+def read_tokenizer(directory: Path) -> Tokenizer | None:
+    """From `tokenizer.json`; None if there is no such file.
+
+    Raises:
+      WeightsError: if the file is damaged.
+    """
+    path = directory / TOKENIZER
+    if not path.exists():
+        return None
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # The bindings raise nothing more specific.
+        raise WeightsError(f"{path}: not a tokenizer file of `tokenizers` ({error})") from error
+
+
+def read_chat_template(directory: Path) -> ChatTemplate | None:
+    """From `chat_template.jinja` or `tokenizer_config.json`; None if neither has one.
+
+    Of several templates, the one named default.
+    """
+    settings = read_json(directory / SETTINGS) if (directory / SETTINGS).exists() else {}
+    text = settings.get("chat_template")
+    if (directory / TEMPLATE).exists():
+        text = (directory / TEMPLATE).read_text()
+    elif isinstance(text, list):
+        text = {entry["name"]: entry["template"] for entry in text}.get("default")
+    if text is None:
+        return None
+    # A token is its text, or an object of which that is a part.
+    tokens = {name: settings[name] for name in _NAMED if settings.get(name)}
+    texts = {k: v["content"] if isinstance(v, dict) else v for k, v in tokens.items()}
+    return ChatTemplate(text, texts)
+
+
+def write_tokenizer(
+    tokenizer: Tokenizer,
+    chat_template: ChatTemplate | None,
+    tokens: Mapping[str, str],
+    directory: Path,
+) -> None:
+    """Writes both, and `tokens` by names such as eos_token, for this module and transformers."""
+    tokenizer.save(str(directory / TOKENIZER))
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **tokens}
+    if chat_template is not None:
+        settings["chat_template"] = chat_template.text
+    (directory / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")

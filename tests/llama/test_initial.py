@@ -1,0 +1,142 @@
+"""Pre-training that goes on from published weights."""
+
+import dataclasses
+import itertools
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import tiny_weights as tiny
+from flax import nnx
+
+from examples.llama.__main__ import main, parse
+from examples.llama.adapters import AdapterConfig, make_linear
+from examples.llama.data import load_splits
+from examples.llama.initial import overlay, start_from
+from examples.llama.loop import train
+from examples.llama.train_config import ConfigError
+from examples.llama.train_step import make_model
+from examples.llama.weights import load_llama
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
+OPTIONS = [
+    "--steps=2", "--batch-size=2", "--seq-len=16", "--model.stacked", "--optimizer=adamw",
+    "--sample=w1", "--quiet",
+]  # fmt: skip
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Weights, and a text of their words."""
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        words = " ".join(f"w{n}" for n in rng.integers(1, 60, 40))
+        (tmp_path / "text").mkdir(exist_ok=True)
+        (tmp_path / "text" / f"{i}.txt").write_text(words)
+    tiny.write_directory(tmp_path / "weights")
+    return tmp_path
+
+
+def options(files, *more):
+    given = [f"--init-from={files / 'weights'}", f"--data={files / 'text'}", f"--root={files}"]
+    return [*given, f"--cache-dir={files / 'cache'}", "--name=run", *OPTIONS, *more]
+
+
+def after(batches):
+    counter = itertools.count(1)
+    return lambda: next(counter) >= batches
+
+
+def run(config, **more):
+    start = start_from(config)
+    splits = load_splits(start.config.data, start.tokenizer)
+    return train(start.config, splits=splits, initial=start.weights, **more)
+
+
+def given_params(files, **how):
+    return nnx.to_pure_dict(nnx.state(load_llama(str(files / "weights"), **how).model))
+
+
+def test_model_weights_and_tokenizer_are_those_given(files):
+    """After training at a learning rate of zero, interrupted and resumed without the files."""
+    given = given_params(files, stacked=True)
+    config = parse(options(files, "--learning-rate=0"))
+    run(config, run_dir=config.run_dir, should_stop=after(1))
+    shutil.rmtree(files / "weights")
+    again = parse(options(files, "--learning-rate=0", "--resume"))
+    result = run(again, run_dir=again.run_dir)
+    assert result.finished
+    jax.tree.map(np.testing.assert_array_equal, result.params, given)
+    assert dataclasses.replace(result.config.model, stacked=False) == tiny.CASES["grouped_query"]
+    assert result.splits.tokenizer.get_vocab() == tiny.tokenizer().get_vocab()
+    assert result.splits.vocab_size < result.config.model.vocab_size == 64
+
+
+def test_adapters_beside_the_weights(files):
+    given = given_params(files, stacked=True)
+    config = dataclasses.replace(tiny.CASES["grouped_query"], stacked=True)
+    linear = make_linear(AdapterConfig(kind="lora", rank=2))
+    first = make_model(config, 0, linear)[1]
+    up = overlay(first, given)["layers"]["mlp"]["up"]
+    np.testing.assert_array_equal(up["base"]["kernel"], given["layers"]["mlp"]["up"]["kernel"])
+    np.testing.assert_array_equal(
+        up["lora"]["lora_a"], first["layers"]["mlp"]["up"]["lora"]["lora_a"]
+    )
+    factorised = {"layers": {"up": {"lora_a": np.ones(1), "lora_b": np.ones(1)}}}
+    with pytest.raises(ConfigError, match=r"no place for layers\.up\.kernel"):
+        overlay(factorised, {"layers": {"up": {"kernel": np.ones(1)}}})
+
+
+def test_from_the_command_line(files, capsys):
+    assert main(options(files)) == 0
+    written = json.loads((files / "run" / "config.json").read_text())
+    assert written["model"]["rope_theta"] == 100_000.0
+    assert (files / "run" / "sample.txt").exists()
+    (files / "weights" / "model.safetensors").unlink()
+    assert main(options(files, "--overwrite")) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {files / 'weights'}: no model.safetensors")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--model.hidden=64"], "model.hidden=64, and the weights have 32"),
+        (["--model.rope-theta=500"], "model.rope_theta=500.0, and the weights have 100000.0"),
+        (["--model.max-length=512"], "model.max_length=512, and the weights were trained up to 64"),
+        (["--seq-len=100"], "seq_len=100 is longer than max_length=64"),
+        (["--vocab-size=300"], "vocab_size is of a tokenizer to train"),
+    ],
+)
+def test_options_that_contradict_the_weights(files, more, message):
+    with pytest.raises(ConfigError) as error:
+        start_from(parse(options(files, *more)))
+    assert message in str(error.value)
+
+
+def test_another_tokenizer_is_refused(files):
+    other = json.loads((files / "weights" / "tokenizer.json").read_text())
+    vocabulary = other["model"]["vocab"]
+    vocabulary["w1"], vocabulary["w2"] = vocabulary["w2"], vocabulary["w1"]
+    path = files / "other.json"
+    path.write_text(json.dumps(other))
+    with pytest.raises(ConfigError, match=r"2 tokens are not those of .*such as 'w1'"):
+        start_from(parse(options(files, f"--tokenizer={path}")))
+    (files / "weights" / "tokenizer.json").unlink()
+    assert start_from(parse(options(files, f"--tokenizer={path}"))).tokenizer.token_to_id("w1") == 2
+    with pytest.raises(ConfigError, match="no tokenizer"):
+        start_from(parse(options(files)))
+    vocabulary["w99"] = 64
+    path.write_text(json.dumps(other))
+    with pytest.raises(ConfigError, match="a tokenizer of 65 tokens, and weights for 64"):
+        start_from(parse(options(files, f"--tokenizer={path}")))
+
+
+def test_unusable_weights(files):
+    (files / "weights" / "config.json").write_text('{"model_type": "mamba"}')
+    with pytest.raises(ConfigError, match="unknown architecture"):
+        start_from(parse(options(files)))
