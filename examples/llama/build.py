@@ -1,6 +1,8 @@
 """The training step that a configuration describes, and its arguments as shapes."""
 
-from typing import NamedTuple, cast
+import contextlib
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +50,14 @@ def first_state(
     """The state before the first step."""
     tx, low_rank = optimization.tx, optimization.low_rank
     return init_state(params, tx, frozen, low_rank, config.weight_bits)
+
+
+def on_the_host(config: RunConfig) -> AbstractContextManager[Any]:
+    """Where first weights are made that will be in 8 bits: an accelerator that has room for them
+    need not have room for the numbers that they are rounded from."""
+    if config.weight_bits is None or jax.default_backend() == "cpu":
+        return contextlib.nullcontext()
+    return jax.default_device(jax.local_devices(backend="cpu")[0])
 
 
 class AbstractRun(NamedTuple):

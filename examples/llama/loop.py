@@ -13,7 +13,7 @@ import optax
 import natgalore_jax as ng
 from examples.llama.adapters import make_linear
 from examples.llama.batches import TrainBatches
-from examples.llama.build import first_state, make_step
+from examples.llama.build import first_state, make_step, on_the_host
 from examples.llama.checkpoints import Checkpoints
 from examples.llama.clock import Clock
 from examples.llama.data import Splits, eval_batches, load_splits
@@ -138,7 +138,8 @@ class _Run:
         self.config, self.splits, self.log, self.team = config, splits, log, team
         self.reporter, self.checkpoints = reporter, checkpoints
         adapter = config.adapter
-        self.apply, weights = make_model(config.model, config.seed, make_linear(adapter))
+        with on_the_host(config):
+            self.apply, weights = make_model(config.model, config.seed, make_linear(adapter))
         if initial is not None and (checkpoints is None or checkpoints.latest() is None):
             weights = overlay(weights, initial())
         params, frozen = partition(team.replicate(weights))
@@ -156,7 +157,10 @@ class _Run:
             donate_argnums=(0, 1) if config.weight_bits is None else (),
             out_shardings=team.replicated,
         )
-        self.state: TrainState = first(params, frozen)
+        with on_the_host(config):
+            self.state: TrainState = first(params, frozen)
+        if team.replicated is None and config.weight_bits is not None:
+            self.state = jax.device_put(self.state, jax.local_devices()[0])
         if config.offload == "weights":
             params = self.state.params
             on_host = {**params, "layers": ng.to_host(params["layers"])}

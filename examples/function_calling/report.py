@@ -1,0 +1,72 @@
+"""What a run says on the terminal."""
+
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from examples.glue.report import Bar, Lines, Reporter, Silent
+from examples.llama.metrics import Record
+
+_SHARES = {
+    "parsed": "plans",
+    "success": "success",
+    "aware_success": "with arguments",
+    "tool_precision": "tool precision",
+    "tool_recall": "tool recall",
+}
+
+
+def make_reporter(console: Console, quiet: bool) -> Reporter:
+    """A progress bar, or a few lines where there is no terminal."""
+    if quiet:
+        return Silent()
+    if console.is_terminal:
+        return Bar(console, _brief)
+    return Lines(console, lambda record: f"{record['kind']} {_describe(record)}")
+
+
+def _brief(record: Record) -> str:
+    if record["kind"] == "train":
+        return _describe(record)
+    return f"{record['kind']} {record['loss']:.3f}, {100 * record['metrics']['success']:.0f} %"
+
+
+def _describe(record: Record) -> str:
+    return f"loss {record['loss']:.3f}" if record["kind"] == "train" else evaluation(record)
+
+
+def evaluation(found: dict[str, Any]) -> str:
+    """An evaluation in a few words; shares are in percent."""
+    shares = ", ".join(
+        f"{text} {100 * found['metrics'][name]:.1f}" for name, text in _SHARES.items()
+    )
+    return f"loss {found['loss']:.3f}, {shares}"
+
+
+def summary_table(summary: dict[str, Any]) -> Table:
+    """The methods side by side, tested after their best epoch. Shares are in percent."""
+    runs = [summary["untrained"], *summary["methods"]]
+    table = Table(title=f"{summary['dataset']}, {summary['model']}, test split")
+    table.add_column("", no_wrap=True)
+    for run in runs:
+        table.add_column(run.get("method", "untrained"), justify="right")
+
+    def add(text: str, key: str, show: Callable[[Any], str]) -> None:
+        table.add_row(text, *(show(run[key]) if key in run else "" for run in runs))
+
+    add("peak learning rate", "learning_rate", lambda x: f"{x:g}")
+    add("trained weights, M", "trained_parameters", lambda x: f"{x / 1e6:.2f}")
+    add("optimizer state, MiB", "optimizer_bytes", lambda x: f"{x / 2**20:.2f}")
+    add("training, min", "seconds", lambda x: f"{x / 60:.1f}")
+    add("best epoch", "best_epoch", lambda x: f"{x:g}")
+    add("loss", "test", lambda x: f"{x['loss']:.3f}")
+    for name, text in _SHARES.items():
+        add(f"{text}, %", "test", lambda x, name=name: f"{100 * x['metrics'][name]:.1f}")
+    add("latency of a plan, s", "test", lambda x: _seconds(x["seconds_per_plan"]))
+    return table
+
+
+def _seconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"

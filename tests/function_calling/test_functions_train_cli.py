@@ -1,0 +1,133 @@
+"""The program as users start it: files, exit codes, and errors of one line."""
+
+import json
+import signal
+
+import pytest
+import tiny_planner as tiny
+from safetensors.numpy import load_file
+
+from examples.function_calling.__main__ import main
+from examples.function_calling.data import load_tinyagent
+from examples.function_calling.metrics import score
+from examples.function_calling.parse import parse_plan
+from examples.function_calling.verdict import verdict
+from examples.glue.report import Silent
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return tmp_path_factory.mktemp("planner")
+
+
+@pytest.fixture(scope="module")
+def command(directory):
+    """Options for a short run."""
+    return tiny.command_line(directory)
+
+
+def test_it_has_a_pulse(command, directory, tmp_path, capsys, monkeypatch):
+    """A run that is told to stop, goes on, and ends with everything that belongs to it."""
+
+    class Stops(Silent):
+        def record(self, record):
+            if record["kind"] == "train" and record["step"] == 3:
+                signal.raise_signal(signal.SIGTERM)
+
+    arguments = [*command, "--root", str(tmp_path), "--name", "run", "--methods"]
+    arguments += ["lora", "galore", "--limit", "8", "--eval-limit", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr("examples.function_calling.__main__.make_reporter", lambda *_: Stops())
+        assert main(arguments) == 128 + signal.SIGTERM
+    assert "lora: stopped at step 3, saved; --resume" in capsys.readouterr().out
+    assert main([*arguments, "--quiet"]) == 1
+    assert_one_line(capsys, "already has a run")
+
+    assert main([*arguments, "--resume"]) == 0
+    output = capsys.readouterr().out
+    assert "train: 8 records" in output and "untrained: validation loss" in output
+    assert "\x1b" not in output  # No terminal, no colours and no progress bar.
+    run = tmp_path / "run"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["records"] == {"train": 8, "validation": 1, "test": 1}
+    assert (run / "curves.png").stat().st_size > 1000
+    tensors = load_file(directory / "model" / "model.safetensors")
+    for method in summary["methods"]:
+        files = run / method["method"]
+        assert json.loads((files / "summary.json").read_text()) == method
+        assert method["steps"] == 4
+        assert method["test"]["metrics"].keys() == summary["untrained"]["test"]["metrics"].keys()
+        # LoRA is merged.
+        assert load_file(files / "model" / "model.safetensors").keys() == tensors.keys()
+        text = (files / "predictions.md").read_text()
+        assert "| question | reference | written | verdict |" in text
+        assert "&lt;END_OF_PLAN>" in text
+    lora, galore = summary["methods"]
+    trained = [method["trained_parameters"] for method in (lora, galore)]
+    assert 0 < trained[0] < trained[1] < lora["parameters"] == galore["parameters"]
+    # The model that was written can be trained further.
+    again = ["--model", str(run / "lora" / "model"), "--name", "again", "--epochs", "1", "--quiet"]
+    assert main([*arguments, *again, "--methods", "lora"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--model", "./nowhere"], "./nowhere: no such directory"),
+        (["--data", "nowhere.json"], "nowhere.json: No such file"),
+        (["--max-length", "12"], "max_length=12: no row of the train split is that short"),
+        (["--max-length", "598"], "max_length=598 and new_tokens=6 together are above the 600"),
+        (["--rank", "8"], "rank must be below the smallest side of the matrices, 8; got 8"),
+        (["--methods", "adamw", "adamw"], "methods must name each method once"),
+        (["--parts", "sgd"], "parts: no part is called 'sgd'; there are none"),
+        (["--resume", "--overwrite"], "--overwrite"),
+        (["--warmup", "2"], "warmup is a share"),
+        (["--learning-rate", "1e30", "--methods", "adamw"], "adamw: the loss is not finite at"),
+    ],
+)
+def test_errors_are_one_line(command, tmp_path, capsys, more, message):
+    short = ["--root", str(tmp_path), "--quiet", "--limit", "8", "--eval-limit", "1"]
+    assert main([*command, *short, "--methods", "galore", *more]) == 1
+    assert_one_line(capsys, message)
+
+
+def test_a_plan_with_an_unknown_tool(command, directory, tmp_path, capsys):
+    records = json.loads((directory / "records.json").read_text())
+    records["r3"]["output"][0]["parsed_output"][0]["tool_name"] = "fly"
+    path = tmp_path / "records.json"
+    path.write_text(json.dumps(records))
+    assert main([*command, "--quiet", "--data", str(path)]) == 1
+    assert_one_line(capsys, f"{path}: 'r3': call 1: unknown tool fly")
+
+
+def assert_one_line(capsys, message):
+    captured = capsys.readouterr()
+    assert len(captured.err.splitlines()) == 1
+    assert captured.err.startswith("error: ")
+    assert message in captured.err
+    assert captured.out == ""
+
+
+def test_a_verdict_says_what_is_wrong(directory):
+    records = load_tinyagent(tiny.write_records(directory / "records.json"))
+    record = next(r for r in records if r.plan.tools == ("open_and_get_file_path", "summarize_pdf"))
+
+    def said(text):
+        plan = parse_plan(text)
+        return verdict(record, plan, score(record, plan))
+
+    first = '1. open_and_get_file_path("tax.pdf")\n'
+    assert said(f'{first}2. summarize_pdf("$1")\n3. join()') == "right"
+    assert said("sorry").startswith("no plan: ")
+    assert said(f'{first}2. summarize_pdf("$1")') == "join is missing"
+    assert said(f"{first}2. open_note('a')\n3. join()") == (
+        "tools missing: summarize_pdf; tools too many: open_note"
+    )
+    assert said(f'{first}2. summarize_pdf("tax.pdf")\n3. join()') == (
+        "dependencies missing: open_and_get_file_path -> summarize_pdf"
+    )
+    assert said('1. open_and_get_file_path("b.pdf")\n2. summarize_pdf("$1")\n3. join()') == (
+        "arguments of call 1, open_and_get_file_path: file_name"
+    )
