@@ -26,7 +26,6 @@ from benchmarks.quality.run_spec import Run, prepare
 from benchmarks.quality.search import next_rates
 from benchmarks.quality.sweep import Sweep, run_sweep, runs
 from benchmarks.quality.train import excerpt
-from benchmarks.quality.variants import recipe
 from examples.llama.config import MODEL_PRESETS
 from examples.llama.data import DataConfig, load_splits
 from examples.llama.loop import train
@@ -108,20 +107,6 @@ def test_micro_batches_change_nothing_but_memory(spec):
     assert split["test_loss"] == pytest.approx(whole["test_loss"], abs=1e-3)
     assert split["state_bytes"] == whole["state_bytes"]
     assert [v[:2] for v in split["validation"]] == [v[:2] for v in whole["validation"]]
-
-
-def test_the_recipe_in_parts_is_the_default():
-    params = {"w": jax.random.normal(jax.random.key(0), (24, 32)), "b": jnp.zeros(5)}
-    whole = ng.natural_galore_adamw(0.02, rank=4, update_interval=2, weight_decay=0.0)
-    optimizers = whole, recipe(0.02, rank=4, update_interval=2, steps=9)
-    states = [tx.init(params) for tx in optimizers]
-    for step in range(3):
-        grads = jax.tree.map(lambda p, s=step: jnp.cos(7 * p + s), params)
-        updates = []
-        for i, tx in enumerate(optimizers):
-            update, states[i] = tx.update(grads, states[i], params)
-            updates.append(update)
-        jax.tree.map(np.testing.assert_array_equal, *updates)
 
 
 def test_rows_of_a_step_may_be_fewer(spec):
