@@ -23,7 +23,10 @@ import optax
 import tyro
 
 import natgalore_jax as ng
-from benchmarks._environment import RESULTS, environment, write
+from benchmarks._environment import RESULTS, environment, save, write
+
+# Losses are float32: what is smaller is zero.
+_SMALLEST = 1e-38
 
 Factory = Callable[[optax.Schedule], optax.GradientTransformation]
 
@@ -120,7 +123,7 @@ def compare(
             "tuning_log_losses": tuning,
             "losses": final,
             "mean": math.exp(_log_mean(final)),
-            "log_std": statistics.stdev(map(math.log, final)) if seeds > 1 else None,
+            "log_std": _log_std(final),
         }
     return rows
 
@@ -129,7 +132,14 @@ def _log_mean(losses: list[float]) -> float:
     """What is not finite is worse than everything."""
     if not all(map(math.isfinite, losses)):
         return math.inf
-    return statistics.fmean(map(math.log, losses))
+    return statistics.fmean(math.log(max(x, _SMALLEST)) for x in losses)
+
+
+def _log_std(losses: list[float]) -> float | None:
+    """None for one loss, and if one of them is not finite."""
+    if len(losses) < 2 or not all(map(math.isfinite, losses)):
+        return None
+    return statistics.stdev(math.log(max(x, _SMALLEST)) for x in losses)
 
 
 def main(
@@ -173,6 +183,7 @@ def main(
     for problem in problems:
         rows = compare(problem, rank, interval, rates, tune, seeds)
         results["problems"].append({**dataclasses.asdict(problem), "methods": rows})
+        save(results, output)
         print(f"\ncondition {problem.condition:g}, noise {problem.noise:g}: final / first loss")
         for name, row in rows.items():
             spread = "" if row["log_std"] is None else f"  std of log {row['log_std']:.2f}"
