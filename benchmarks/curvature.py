@@ -143,11 +143,11 @@ def _log_std(losses: list[float]) -> float | None:
 
 
 def main(
-    conditions: tuple[float, ...] = (10.0, 1e3, 1e5),
+    conditions: tuple[float, ...] = (10.0, 1e4),
     noises: tuple[float, ...] = (0.0, 1.0),
     rank: int = 16,
     interval: int = 50,
-    rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
+    rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0),
     tune: int = 1,
     seeds: int = 3,
     steps: int = 400,
