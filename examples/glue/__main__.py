@@ -10,7 +10,7 @@ from rich.console import Console
 
 from examples.glue.baseline import baseline_scores
 from examples.glue.data import TASKS
-from examples.glue.errors import ConfigError, DataError, WeightsError
+from examples.glue.errors import CheckpointError, ConfigError, DataError, WeightsError
 from examples.glue.loop import train
 from examples.glue.prepare import prepare
 from examples.glue.protocols import PROTOCOLS
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     console = Console()
     try:
         return run(parse(argv), console)
-    except (ConfigError, DataError, WeightsError, OSError) as error:
+    except (ConfigError, DataError, WeightsError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
