@@ -4,7 +4,6 @@
 Every other method projects the gradients of the same matrices, and trains the norms in full.
 """
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -23,7 +22,8 @@ from examples.function_calling.adapters import (
 from examples.function_calling.errors import ConfigError
 from examples.llama.adapters import AdapterConfig
 from examples.llama.config import ModelConfig
-from examples.llama.optimizers import OPTIMIZERS, OptimizerConfig, decayed, make_transformation
+from examples.llama.finetuning import is_low_rank, method_transformation
+from examples.llama.optimizers import decayed
 
 # Peak rates where none is given. That of AdamW is the one of Natural GaLore's experiments with
 # TinyAgent; next to it the updates of the others are as large as in examples/glue. None is tuned.
@@ -124,14 +124,9 @@ def set_up(
         graphdef,
         unflatten_dict(trained),
         unflatten_dict(frozen),
-        _transformation(method, config, learning_rate, seed),
+        method_transformation(method, config, learning_rate, seed, mask=decayed),
         lambda weights: merge_adapters(weights, scale) if lora else weights,
     )
-
-
-def is_low_rank(method: str) -> bool:
-    """Whether it projects gradients."""
-    return method != "lora" and "where" in inspect.signature(OPTIMIZERS[method].factory).parameters
 
 
 def _is_trained(method: str, config: MethodConfig, path: tuple[Any, ...]) -> bool:
@@ -139,22 +134,3 @@ def _is_trained(method: str, config: MethodConfig, path: tuple[Any, ...]) -> boo
         return "lora" in path
     is_table = path[0] in ("embed", "head")
     return not (is_low_rank(method) and is_table and config.embeddings == "frozen")
-
-
-def _transformation(
-    method: str, config: MethodConfig, learning_rate: optax.Schedule, seed: int
-) -> optax.GradientTransformation:
-    optimizer = OptimizerConfig(
-        name="adamw" if method == "lora" else method,
-        weight_decay=config.weight_decay,
-        clip_norm=config.clip_norm,
-        rank=config.rank,
-        update_interval=config.update_interval,
-        moment_bits=config.moment_bits,
-        scale=16 / config.rank if config.scale is None else config.scale,
-        side=config.side,
-    )
-    try:
-        return make_transformation(optimizer, learning_rate, seed=seed, mask=decayed)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{method}: {error}") from error

@@ -1,11 +1,11 @@
 """Sizes of a BERT or RoBERTa, and the `config.json` of the Hugging Face layout that has them."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, Self
 
 from examples.glue.errors import WeightsError
+from examples.pretrained.json_file import read_json
 
 # Field to key, as both architectures have them.
 _KEYS = {
@@ -104,14 +104,7 @@ def read_config(directory: Path, outputs: int) -> tuple[EncoderConfig, dict[str,
       WeightsError: if the file is missing or damaged, or the model is none of those known here.
     """
     path = directory / "config.json"
-    try:
-        raw = json.loads(path.read_text())
-    except OSError as error:
-        raise WeightsError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise WeightsError(f"{path}: malformed JSON ({error})") from error
-    if not isinstance(raw, dict):
-        raise WeightsError(f"{path}: expected an object")
+    raw = read_json(path)
     architecture = raw.get("model_type")
     if architecture not in _CLASSES:
         raise WeightsError(

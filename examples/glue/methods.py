@@ -5,7 +5,6 @@ projects the gradients of the same matrices that LoRA adapts, and of the head's 
 trains norms, biases and the classifier in full.
 """
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -19,7 +18,7 @@ from examples.glue.encoder_config import EncoderConfig
 from examples.glue.errors import ConfigError
 from examples.glue.model import Apply, make_model
 from examples.glue.weights import MATRICES, module_name
-from examples.llama.optimizers import OPTIMIZERS, OptimizerConfig, make_transformation
+from examples.llama.finetuning import is_low_rank, method_transformation
 
 Params = dict[str, Any]
 
@@ -135,11 +134,6 @@ def set_up(
     return Tuning(apply, trained, frozen, tx, plain)
 
 
-def is_low_rank(method: str) -> bool:
-    """Whether it projects gradients."""
-    return method != "lora" and "where" in inspect.signature(OPTIMIZERS[method].factory).parameters
-
-
 def chosen_modules(targets: tuple[str, ...], encoder: EncoderConfig) -> frozenset[str]:
     """The matrices of the layers that the targets name."""
     names = {module: module_name(module, encoder.architecture) for module in MATRICES}
@@ -177,20 +171,7 @@ def _transformation(
             return config.embeddings == "projected" and module[-1] != "token_type"
         return leaf == "kernel" and ".".join(module) in projected
 
-    optimizer = OptimizerConfig(
-        name="adamw" if method == "lora" else method,
-        weight_decay=config.weight_decay,
-        clip_norm=config.clip_norm,
-        rank=config.rank,
-        update_interval=config.update_interval,
-        moment_bits=config.moment_bits,
-        scale=16 / config.rank if config.scale is None else config.scale,
-        side=config.side,
-    )
-    try:
-        return make_transformation(optimizer, learning_rate, seed=seed, mask=_decayed, where=where)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{method}: {error}") from error
+    return method_transformation(method, config, learning_rate, seed, mask=_decayed, where=where)
 
 
 def _decayed(params: Params) -> Params:

@@ -26,10 +26,10 @@ from examples.pretrained.gguf_file import open_gguf
 from examples.pretrained.gguf_tokenizer import gguf_tokenizer
 from examples.pretrained.hf_tokenizer import (
     read_chat_template,
-    read_json,
     read_tokenizer,
     write_tokenizer,
 )
+from examples.pretrained.json_file import read_json
 from examples.pretrained.tensors import Tensors
 
 FILES = ("*.json", "*.jinja", "*.safetensors")

@@ -9,28 +9,12 @@ from tokenizers import Tokenizer
 
 from examples.pretrained.chat import ChatTemplate
 from examples.pretrained.errors import WeightsError
+from examples.pretrained.json_file import read_json
 
 TOKENIZER = "tokenizer.json"
 SETTINGS = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """An object from a file.
-
-    Raises:
-      WeightsError: if the file is missing, malformed or no object.
-    """
-    try:
-        value = json.loads(path.read_text())
-    except OSError as error:
-        raise WeightsError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise WeightsError(f"{path}: malformed JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise WeightsError(f"{path}: expected an object")
-    return value
 
 
 def read_tokenizer(directory: Path) -> Tokenizer | None:
