@@ -57,3 +57,17 @@ def _reachable(start: str, edges: list[dict[str, set[str]]]) -> set[str]:
 
 def _size(dtype: str, shape: str) -> int:
     return _BYTES[dtype] * math.prod(int(n) for n in shape.split(",") if n)
+
+
+def sent_bytes(hlo: str, devices: int) -> float:
+    """What one device sends if every collective is a ring of all devices, branches included.
+
+    Each collective is counted once, also in a loop.
+    """
+    share = (devices - 1) / devices
+    # Of the bytes of its result.
+    sent = {"all-reduce": 2 * share, "reduce-scatter": devices - 1, "collective-permute": 1.0}
+    return sum(
+        sent.get(found[2], share) * sum(_size(*array) for array in _ARRAY.findall(found[1]))
+        for found in _COLLECTIVE.finditer(hlo)
+    )

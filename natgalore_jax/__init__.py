@@ -73,6 +73,10 @@ from natgalore_jax._quantize_weights import (
     dequantize_weights as dequantize_weights,
     quantize_weights as quantize_weights,
 )
+from natgalore_jax._state_shardings import (
+    state_shardings as state_shardings,
+    with_shardings as with_shardings,
+)
 from natgalore_jax._step_memory import StepMemory as StepMemory
 from natgalore_jax._stochastic_round import (
     apply_updates_stochastic as apply_updates_stochastic,

@@ -25,11 +25,11 @@ GRANULARITIES = ("channel", "tensor")
 class ScaleByApolloState(NamedTuple):
     """State of :func:`scale_by_apollo`."""
 
-    # An optax.ScaleByAdamState. mu and nu are trees of parameters: batch + (rank, n) or (m, rank)
-    # where a matrix is projected, else its own shape; dtype of the parameter (mu: mu_dtype).
+    #: An optax.ScaleByAdamState. mu and nu are trees of parameters: batch + (rank, n) or (m, rank)
+    #: where a matrix is projected, else its own shape; dtype of the parameter (mu: mu_dtype).
     adam: Any
-    # The tree of parameters: batch, float32, the norm of each matrix's last scaled gradient,
-    # or MaskedNode where nothing is projected or there is no limit.
+    #: The tree of parameters: batch, float32, the norm of each matrix's last scaled gradient,
+    #: or MaskedNode where nothing is projected or there is no limit.
     update_norm: Any
 
 
@@ -108,7 +108,7 @@ def scale_by_apollo(
         leaves, treedef = jax.tree.flatten(params)
         low_rank = treedef.unflatten(
             # Any basis does: only shapes, dtypes and shardings are taken from it.
-            low_rank_leaf(plan, leaf, start_factors(plan, leaf.dtype) if plan else ())
+            low_rank_leaf(plan, leaf, start_factors(plan, leaf.dtype) if plan else (), project)
             for plan, leaf in zip(plans, leaves, strict=True)
         )
         with open_subspace({plan.path: plan for plan in plans if plan}):

@@ -10,6 +10,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from natgalore_jax._contract import contract
+from natgalore_jax._layout import replicated
+
 METHODS = ("power", "svd", "eigh", "randomized", "gaussian", "online")
 
 # Power steps of a refresh, from the previous basis and from none: benchmarks/refresh.py shows what
@@ -32,7 +35,8 @@ def new_basis(
 
     Args:
       method: one of ``METHODS``.
-      G: (m, n), any float dtype and scale.
+      G: (m, n), any float dtype and scale; its columns may be divided over devices, which then
+        exchange sums of the size of P or, for "eigh", of G Gᵀ. The exact SVD takes G whole.
       P: (m, r), the previous basis, or any orthonormal start at the first refresh.
       key: for the random methods.
       is_first: scalar boolean, whether P is only a start.
@@ -83,8 +87,18 @@ def _power(G, P, key, is_first):
 
 def _power_steps(G, P, steps):
     """``steps`` times ``P ← G Gᵀ P``, well conditioned in between, orthonormal at the end."""
-    Y = jax.lax.fori_loop(0, steps - 1, lambda _, Z: _conditioned(G @ (G.T @ Z)), P)
-    return _orthonormal(G @ (G.T @ Y))
+    Y = jax.lax.fori_loop(0, steps - 1, lambda _, Y: _conditioned(_times_gram(G, Y)), P)
+    return _orthonormal(_times_gram(G, Y))
+
+
+def _times_gram(G: jax.Array, Y: jax.Array) -> jax.Array:
+    """``G (Gᵀ Y)``, whole."""
+    return _times(G, contract("mn,mr->nr", G, Y))
+
+
+def _times(G: jax.Array, Z: jax.Array) -> jax.Array:
+    """``G Z``, whole."""
+    return contract("mn,nr->mr", G, Z)
 
 
 def _conditioned(Y: jax.Array) -> jax.Array:
@@ -104,7 +118,7 @@ def _conditioned(Y: jax.Array) -> jax.Array:
 
 def _svd(G, P, key, is_first):
     """The left singular vectors: exact, and many times slower than one power step."""
-    U, _, _ = jnp.linalg.svd(G, full_matrices=False)
+    U, _, _ = jnp.linalg.svd(replicated(G), full_matrices=False)
     return U[:, : P.shape[1]]
 
 
@@ -113,23 +127,23 @@ def _svd_right(G, P, key, is_first):
 
     GaLore keeps its moments when the vectors change, so that published numbers depend on signs.
     """
-    _, _, Vt = jnp.linalg.svd(G.T, full_matrices=False)
+    _, _, Vt = jnp.linalg.svd(replicated(G).T, full_matrices=False)
     return Vt[: P.shape[1]].T
 
 
 def _eigh(G, P, key, is_first):
     """The eigenvectors of ``G Gᵀ``: exact to the square root of float32's precision."""
-    _, V = jnp.linalg.eigh(G @ G.T)
+    _, V = jnp.linalg.eigh(contract("mn,kn->mk", G, G))
     return V[:, ::-1][:, : P.shape[1]]
 
 
 def _randomized(G, P, key, is_first):
     """Randomised SVD: a Gaussian sketch of the range, power steps, the SVD of a small matrix."""
     width = min(P.shape[1] + OVERSAMPLING, *G.shape)
-    Q = _orthonormal(G @ jax.random.normal(key, (G.shape[1], width)))
+    Q = _orthonormal(_times(G, jax.random.normal(key, (G.shape[1], width))))
     for _ in range(SKETCH_STEPS):
-        Q = _orthonormal(G @ (G.T @ Q))
-    U, _, _ = jnp.linalg.svd(Q.T @ G, full_matrices=False)
+        Q = _orthonormal(_times_gram(G, Q))
+    U, _, _ = jnp.linalg.svd(replicated(contract("mw,mn->wn", Q, G)), full_matrices=False)
     return (Q @ U)[:, : P.shape[1]]
 
 
@@ -141,10 +155,10 @@ def _gaussian(G, P, key, is_first):
 def _online(G, P, key, is_first):
     """Oja's rule ``P ← qr(P + η G Gᵀ P / λ̄)``, λ̄ the mean curvature ``tr(Pᵀ G Gᵀ P) / r``."""
     P = jax.lax.cond(is_first, lambda: _power_steps(G, P, COLD_STEPS), lambda: P)
-    Z = G.T @ P
+    Z = contract("mn,mr->nr", G, P)
     mean_curvature = jnp.sum(Z * Z) / P.shape[1]
     step = ONLINE_RATE / jnp.where(mean_curvature > 0, mean_curvature, 1.0)
-    return _orthonormal(P + step * (G @ Z))
+    return _orthonormal(P + step * _times(G, Z))
 
 
 _KERNELS: dict[str, Callable[..., jax.Array]] = {

@@ -8,8 +8,17 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
+from natgalore_jax._layout import (
+    explicit_axes_of,
+    has_explicit_sharding,
+    low_rank_names,
+    names_of,
+    place_factor,
+    placed,
+    spec_of,
+)
 from natgalore_jax._plan import LeafPlan
 
 
@@ -40,12 +49,6 @@ def contract(subscripts: str, *operands: jax.Array, dtype=None, precision=None) 
         default=einsum,
     )
     return out.astype(dtype)
-
-
-def has_explicit_sharding(x: jax.Array) -> bool:
-    """Whether x lives on a mesh whose axes are all explicit: its sharding is part of its type."""
-    mesh = jax.typeof(x).sharding.mesh
-    return not mesh.empty and all(t == AxisType.Explicit for t in mesh.axis_types)
 
 
 def _surviving_sharding(subscripts: str, operands: Sequence[jax.Array]) -> NamedSharding | None:
@@ -80,6 +83,43 @@ def project(plan: LeafPlan, G: jax.Array, factors: Sequence[jax.Array]) -> jax.A
         G = contract(f"{letters},{index.factor(mode)}->{out}", G, U, dtype=G.dtype)
         letters = out
     return G
+
+
+def project_to_stored(plan: LeafPlan, G: jax.Array, factors: Sequence[jax.Array]) -> jax.Array:
+    """:func:`project`, its result divided over devices as moments are stored.
+
+    Where a projected axis is divided, R is a sum over devices. It is summed in float32 and each
+    device receives the part that it stores, instead of all of it.
+    """
+    if not has_explicit_sharding(G):
+        return project(plan, G, factors)
+    local = low_rank_names(plan, G, spread=False)
+    stored = low_rank_names(plan, G, spread=True)
+    summed = [n for i in plan.projected_modes for a in plan.modes[i] for n in names_of(G)[a]]
+    if local == stored or len(plan.projected_modes) > 1:
+        return placed(project(plan, G, factors), stored)
+
+    def on_each_device(G, factors):
+        R = project(plan, G, factors).astype(jnp.promote_types(G.dtype, jnp.float32))
+        for name in summed:
+            at = next((a for a, names in enumerate(stored) if name in names), None)
+            if at is None:
+                R = jax.lax.psum(R, name)
+            else:
+                R = jax.lax.psum_scatter(R, name, scatter_dimension=at, tiled=True)
+        return R.astype(G.dtype)
+
+    factors = [
+        place_factor(plan, mode, U, G, spread=False)
+        for mode, U in zip(plan.projected_modes, factors, strict=True)
+    ]
+    specs = [spec_of(names_of(U)) for U in factors]
+    return jax.shard_map(
+        on_each_device,
+        in_specs=(spec_of(names_of(G)), specs),
+        out_specs=spec_of(stored),
+        axis_names=explicit_axes_of(G),
+    )(G, factors)
 
 
 def project_back(plan: LeafPlan, R: jax.Array, factors: Sequence[jax.Array]) -> jax.Array:

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from natgalore_jax._contract import contract, has_explicit_sharding
+from natgalore_jax._contract import contract
+from natgalore_jax._layout import has_explicit_sharding, in_auto_axes, place_like, zeros_on_axes
 from natgalore_jax._linear_codes import LinearCodes, Stored, coded_bits, encode_zeros, load, store
 from natgalore_jax._transition import rotate_linear
 
@@ -23,12 +24,12 @@ class History(NamedTuple):
     MaskedNode where a parameter has no history.
     """
 
-    # B + (s,) + K, history_dtype: the columns of H, zero where never filled. In 8 or 4 bits
-    # LinearCodes of two such trees, the blocks within each column.
+    #: B + (s,) + K, history_dtype: the columns of H, zero where never filled. In 8 or 4 bits
+    #: LinearCodes of two such trees, the blocks within each column.
     columns: Any
-    gram: Any  # B + (s, s), float32: HᵀH
-    checksum: Any  # B + (s,), float32: a linear functional that tells copies from near copies
-    filled: Any  # B, int32: the number of gradients seen since the start or a reset, up to s
+    gram: Any  #: B + (s, s), float32: HᵀH
+    checksum: Any  #: B + (s,), float32: a linear functional that tells copies from near copies
+    filled: Any  #: B, int32: the number of gradients seen since the start or a reset, up to s
 
 
 @jax.tree_util.register_dataclass
@@ -68,6 +69,14 @@ class PastGradients:
 def empty_history(length: int, batch_ndim: int, gradient: jax.Array, dtype: Any) -> History:
     """For gradients of this shape and sharding, B + K with ``batch_ndim`` batch axes."""
     batch_shape, bits = gradient.shape[:batch_ndim], coded_bits(dtype)
+
+    def zeros_of(shape: tuple[int, ...]) -> jax.Array:
+        first = jnp.expand_dims(
+            zeros_on_axes(gradient, batch_ndim, jnp.float32),
+            tuple(range(batch_ndim, batch_ndim + len(shape))),
+        )
+        return jnp.broadcast_to(first, (*batch_shape, *shape))
+
     zeros: Any = jnp.zeros_like(gradient, dtype=dtype if bits is None else jnp.float32)
     if bits is not None and gradient.ndim > batch_ndim:
         zeros = encode_zeros(zeros, bits, batch_ndim)
@@ -78,9 +87,9 @@ def empty_history(length: int, batch_ndim: int, gradient: jax.Array, dtype: Any)
             ),
             zeros,
         ),
-        gram=jnp.zeros((*batch_shape, length, length), jnp.float32),
-        checksum=jnp.zeros((*batch_shape, length), jnp.float32),
-        filled=jnp.zeros(batch_shape, jnp.int32),
+        gram=zeros_of((length, length)),
+        checksum=zeros_of((length,)),
+        filled=zeros_on_axes(gradient, batch_ndim, jnp.int32),
     )
 
 
@@ -121,12 +130,12 @@ def natural_gradient(
     filled = jnp.minimum(history.filled + 1, s)
 
     energy = jnp.diagonal(gram, axis1=-2, axis2=-1)
-    lam = jnp.broadcast_to(jnp.asarray(damping, jnp.float32), filled.shape)
+    lam = place_like(jnp.broadcast_to(jnp.asarray(damping, jnp.float32), filled.shape), filled)
     if relative:
         lam = lam * jnp.sum(energy, -1) / filled
     # With a relative λ an all-zero history has λ = 0; any positive λ gives its answer, zero.
     lam = jnp.maximum(lam, jnp.finfo(jnp.float32).tiny)
-    w = _solve(gram, energy, checksum, slot, lam)
+    w = in_auto_axes(_solve, energy)(gram, energy, checksum, slot, lam)
 
     # The write waits for w, hence for the read of the old columns, and the sum reads the new ones:
     # in this order XLA updates the buffer in place, in any other it copies it, the largest of all.

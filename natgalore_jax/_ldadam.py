@@ -21,14 +21,14 @@ from natgalore_jax._where import Where, hidden_matrices
 class ScaleByLDAdamState(NamedTuple):
     """State of :func:`scale_by_ldadam`."""
 
-    # An optax.ScaleByAdamState. mu and nu are trees of parameters: batch + (rank, n) or (m, rank)
-    # where a matrix is projected, else its own shape; dtype of the parameter (mu: mu_dtype).
+    #: An optax.ScaleByAdamState. mu and nu are trees of parameters: batch + (rank, n) or (m, rank)
+    #: where a matrix is projected, else its own shape; dtype of the parameter (mu: mu_dtype).
     adam: Any
-    # The tree of parameters: batch + the axes of the shorter side + (rank,), dtype of the
-    # parameter, or MaskedNode where nothing is projected.
+    #: The tree of parameters: batch + the axes of the shorter side + (rank,), dtype of the
+    #: parameter, or MaskedNode where nothing is projected.
     basis: Any
-    # The tree of parameters: shape and dtype of the parameter, or MaskedNode where nothing is
-    # projected or without error feedback.
+    #: The tree of parameters: shape and dtype of the parameter, or MaskedNode where nothing is
+    #: projected or without error feedback.
     error: Any
 
 
@@ -107,7 +107,8 @@ def scale_by_ldadam(
             for plan, leaf in zip(plans, leaves, strict=True)
         ]
         with open_subspace({plan.path: plan for plan in plans if plan}):
-            adam_state = adam.init(treedef.unflatten(map(low_rank_leaf, plans, leaves, factors)))
+            low = (low_rank_leaf(*x, project) for x in zip(plans, leaves, factors, strict=True))
+            adam_state = adam.init(treedef.unflatten(low))
         return ScaleByLDAdamState(
             adam_state,
             treedef.unflatten(factor[0] if factor else optax.MaskedNode() for factor in factors),

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from natgalore_jax._contract import contract, has_explicit_sharding, project, project_back
+from natgalore_jax._contract import contract, project, project_back
+from natgalore_jax._layout import has_explicit_sharding
 from natgalore_jax._plan import LeafPlan
 
 # Power steps from a start that is no basis of any gradient.

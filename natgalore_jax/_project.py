@@ -10,7 +10,7 @@ from natgalore_jax._axes import AxesLike
 from natgalore_jax._basis import METHODS, start_basis
 from natgalore_jax._linear_codes import coded_bits
 from natgalore_jax._plan import SIDES, LeafPlan, PlanSettings, check_rank
-from natgalore_jax._refresh import Factors, RefreshSettings
+from natgalore_jax._refresh_layer import Factors, RefreshSettings
 from natgalore_jax._transition import TRANSITIONS
 from natgalore_jax._validate import check_boolean, check_choice, check_integer, check_stored_dtype
 from natgalore_jax._where import Where, hidden_matrices
@@ -19,10 +19,10 @@ from natgalore_jax._where import Where, hidden_matrices
 class LowRankProjectState(NamedTuple):
     """State of :func:`low_rank_project`."""
 
-    count: jax.typing.ArrayLike  # shape (), int32: steps taken
-    # One tree of parameters per mode: (rows, columns) for matrices, one per axis for Tucker.
-    # Its leaves are batch + mode + (rank,), basis_dtype, or MaskedNode where nothing is projected.
-    # In 8 or 4 bits LinearCodes of two such tuples, codes and scales.
+    count: jax.typing.ArrayLike  #: shape (), int32: steps taken
+    #: One tree of parameters per mode: (rows, columns) for matrices, one per axis for Tucker.
+    #: Its leaves are batch + mode + (rank,), basis_dtype, or MaskedNode where nothing is projected.
+    #: In 8 or 4 bits LinearCodes of two such tuples, codes and scales.
     basis: Any
 
 

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from natgalore_jax._contract import project_back as back
+from natgalore_jax._layout import place_low_rank, zeros_on_axes
 from natgalore_jax._plan import LeafPlan
-from natgalore_jax._refresh import Factors
+from natgalore_jax._refresh_layer import Factors
 from natgalore_jax._residual import RESIDUALS, Residual, empty_fisher, with_residual
 from natgalore_jax._validate import check_choice, check_decay, check_number
 
@@ -17,16 +18,16 @@ from natgalore_jax._validate import check_choice, check_decay, check_number
 class ProjectBackState(NamedTuple):
     """State of :func:`project_back` with a residual."""
 
-    # The tree of parameters: batch, float32: +1 if the inner updates of a matrix point along its
-    # gradient, −1 if they already descend, 0 while no update told, or MaskedNode where nothing is
-    # projected. One for each matrix, so that no update waits for the gradients of all others.
+    #: The tree of parameters: batch, float32: +1 if the inner updates of a matrix point along its
+    #: gradient, −1 if they already descend, 0 while no update told, or MaskedNode where nothing is
+    #: projected. One for each matrix, so that no update waits for the gradients of all others.
     direction: Any
-    # The tree of parameters: batch, float32, the norm of each matrix's last residual update,
-    # or MaskedNode where nothing is projected or there is no limit.
+    #: The tree of parameters: batch, float32, the norm of each matrix's last residual update,
+    #: or MaskedNode where nothing is projected or there is no limit.
     residual_norm: Any
-    # The tree of parameters: batch + the side that is not projected, float32, the average of the
-    # mean square of each column (row) of the residual, or MaskedNode where nothing is projected or
-    # the residual is not "fisher".
+    #: The tree of parameters: batch + the side that is not projected, float32, the average of the
+    #: mean square of each column (row) of the residual, or MaskedNode where nothing is projected or
+    #: the residual is not "fisher".
     residual_fisher: Any
 
 
@@ -61,12 +62,13 @@ def project_back(
 
     ``"fisher"`` is a natural gradient outside the subspace: the Fisher matrix of E is approximated
     by one number per column, :math:`c_j = \mathrm{EMA}_\beta(\tfrac1m \sum_i E_{ij}^2)`, and the
-    residual is multiplied by the inverse of its root and by the size of the inner update,
+    residual is multiplied by the inverse of its root,
 
-    .. math:: \varphi_j = \mathrm{rms}(N) / \sqrt{c_j + \delta\,\tfrac1m \sum_i G_{ij}^2},
+    .. math:: \varphi_j = 1 / \sqrt{c_j + \delta\,\tfrac1m \sum_i G_{ij}^2},
        \qquad \delta = 10^{-4},
 
-    where δ keeps rounding errors small where the subspace holds all of a column. α does not act on
+    where δ keeps rounding errors small where the subspace holds all of a column: the entries of the
+    residual update have a root mean square of about σ. α does not act on
     the residual. If the inner updates already descend (a learning rate inside the subspace), the
     residual takes their sign, found at the first update that is not zero.
 
@@ -139,8 +141,10 @@ def init_back(
     has_fisher = settings.residual.rule == "fisher"
     directions, norms = (
         [
-            jnp.zeros(plan.batch_shape, jnp.float32) if plan and is_kept else optax.MaskedNode()
-            for plan in plans
+            zeros_on_axes(leaf, len(plan.batch), jnp.float32)
+            if plan and is_kept
+            else optax.MaskedNode()
+            for plan, leaf in zip(plans, low_rank, strict=True)
         ]
         for is_kept in (True, limited)
     )
@@ -159,7 +163,7 @@ def update_back(
     factors: Sequence[Factors],
     N: Sequence[jax.Array],
     R: Sequence[jax.Array],
-    G: Sequence[jax.Array] | None,
+    G: Sequence[jax.Array],
     basis_error: float = 0.0,
 ) -> tuple[list[jax.Array], ProjectBackState | optax.EmptyState]:
     """Full-shape updates from low-rank ones; every sequence has one entry per leaf.
@@ -167,17 +171,20 @@ def update_back(
     Args:
       N: what came out of the transformations inside the subspace.
       R: the low-rank gradient that went in.
-      G: the full gradient; needed for a residual only.
+      G: the full gradient; without a residual anything of its shapes and shardings.
       basis_error: the mean square of the errors that the bases are stored with, over their own.
     """
     if settings.residual is None:
         updates = [
-            back(plan, settings.scale * n, factor).astype(n.dtype) if plan else n
-            for plan, factor, n in zip(plans, factors, N, strict=True)
+            back(plan, place_low_rank(plan, settings.scale * n, g, spread=False), factor).astype(
+                n.dtype
+            )
+            if plan
+            else n
+            for plan, factor, n, g in zip(plans, factors, N, G, strict=True)
         ]
         return updates, state
     assert isinstance(state, ProjectBackState), "with a residual, init_back makes no other state"
-    assert G is not None, "the residual is a part of the full gradient"
     directions, norms, fishers = map(treedef.flatten_up_to, state)
     updates = list(N)
     for i, plan in enumerate(plans):

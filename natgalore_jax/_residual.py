@@ -13,8 +13,15 @@ import jax.numpy as jnp
 import optax
 
 from natgalore_jax._contract import project_back
+from natgalore_jax._layout import (
+    has_explicit_sharding,
+    names_of,
+    place_like,
+    place_low_rank,
+    placed,
+)
 from natgalore_jax._plan import LeafPlan
-from natgalore_jax._refresh import Factors
+from natgalore_jax._refresh_layer import Factors
 
 # Rules, and σ where none is given.
 RESIDUALS = {"gain": 1.0, "fisher": 0.2}
@@ -98,8 +105,10 @@ def with_residual(
     phi = phi * jnp.expand_dims(direction, tuple(range(axes.batch_ndim, phi.ndim)))
 
     phi_low = jnp.expand_dims(phi, axes.low)
-    U = project_back(plan, jnp.multiply(scale, N) - phi_low * R, factors)
-    U = U + on_axes_of_gradient(axes, phi) * G
+    low = place_low_rank(plan, jnp.multiply(scale, N) - phi_low * R, G, spread=False)
+    if has_explicit_sharding(G):
+        phi = placed(phi, [names_of(G)[a] for a in axes.owners])
+    U = project_back(plan, low, factors) + on_axes_of_gradient(axes, phi) * G
     return U.astype(dtype), last_norm, fisher
 
 
@@ -125,7 +134,8 @@ def phi_axes(plan: LeafPlan, *, by_channel: bool = True) -> PhiAxes:
 def energies(axes: PhiAxes, N: jax.Array, R: jax.Array, G: jax.Array) -> Energies:
     of_N, of_R = (jnp.sum(jnp.square(x), axes.low) for x in (N, R))
     in_order = [sorted(axes.owners).index(a) for a in axes.owners]
-    return Energies(of_N, of_R, jnp.sum(jnp.square(G), axes.full).transpose(in_order))
+    of_G = jnp.sum(jnp.square(G), axes.full).transpose(in_order)
+    return Energies(of_N, of_R, place_like(of_G, of_R))
 
 
 def on_axes_of_gradient(axes: PhiAxes, phi: jax.Array) -> jax.Array:

@@ -104,3 +104,8 @@ def matrices_of(plan: LeafPlan) -> tuple[int, jax.Array | int]:
             "keep the tree of the parameters"
         )
     return plan.layers * view.lengths[plan.path], layer_index() * plan.layers
+
+
+def is_layer_view() -> bool:
+    """Whether updates are of one layer."""
+    return _layer.get() is not None

@@ -16,7 +16,8 @@ from natgalore_jax._check_tree import (
     flatten_like,
 )
 from natgalore_jax._companions import companions_of_all, with_companions_of_all
-from natgalore_jax._contract import project
+from natgalore_jax._contract import project_to_stored
+from natgalore_jax._layout import place_factor
 from natgalore_jax._linear_codes import (
     LinearCodes,
     bits_of,
@@ -30,7 +31,8 @@ from natgalore_jax._linear_codes import (
 from natgalore_jax._plan import LeafPlan, plan_tree, require_projection
 from natgalore_jax._project import LowRankProject, LowRankProjectState, start_factors
 from natgalore_jax._project_back import ProjectBack, init_back, update_back
-from natgalore_jax._refresh import Factors, StoredFactors, refresh
+from natgalore_jax._refresh import refresh
+from natgalore_jax._refresh_layer import Factors, StoredFactors
 from natgalore_jax._scope import open_subspace
 
 
@@ -64,6 +66,10 @@ class Subspace:
                 tuple(encode(P, bits, len(plan.batch)) for P in f) if plan else ()
                 for plan, f in zip(plans, factors, strict=True)
             ]
+        stored = [
+            _placed(plan, f, leaf) if plan else ()
+            for plan, f, leaf in zip(plans, stored, leaves, strict=True)
+        ]
         opened = LowRankProjectState(
             jnp.zeros([], jnp.int32), self._basis_trees(treedef, plans, stored, bits is not None)
         )
@@ -158,7 +164,7 @@ class Subspace:
         leaves = treedef.flatten_up_to(tree)
         factors = self._factors(treedef, plans, states, leaves)
         return treedef.unflatten(
-            project(plan, x, f) if plan else x
+            project_to_stored(plan, x, f) if plan else x
             for plan, x, f in zip(plans, leaves, factors, strict=True)
         )
 
@@ -175,24 +181,35 @@ class Subspace:
             new_inner.append(state)
 
         N = treedef.flatten_up_to(updates)
-        G = None if full is None else treedef.flatten_up_to(full)
-        factors, basis = self._factors(treedef, plans, states, R), opened.basis
+        assert full is not None or self.closer.residual is None, "a residual is a part of full"
+        G = treedef.flatten_up_to(params if full is None else full)
+        factors, basis = self._factors(treedef, plans, states, G, R), opened.basis
         error = relative_error(bits_of(basis)) if isinstance(basis, LinearCodes) else 0.0
         out, closed = update_back(self.closer, closed, treedef, plans, factors, N, R, G, error)
         opened = opened._replace(count=optax.safe_increment(opened.count))
         return treedef.unflatten(out), [opened, *new_inner, closed]
 
-    def _factors(self, treedef, plans, states, leaves) -> list[Factors]:
-        """The bases of each leaf; those stored in codes in the dtype of the leaf."""
+    def _factors(self, treedef, plans, states, leaves, low=None) -> list[Factors]:
+        """The bases of each leaf, where it is; codes are decoded in the dtype of the gradient."""
         return [
             tuple(
-                load(P, plan.factor_shape(mode), leaf.dtype, len(plan.batch))
+                place_factor(
+                    plan,
+                    mode,
+                    load(P, plan.factor_shape(mode), R.dtype, len(plan.batch)),
+                    leaf,
+                    spread=False,
+                )
                 for mode, P in zip(plan.projected_modes, own, strict=True)
             )
             if plan
             else ()
-            for plan, leaf, own in zip(
-                plans, leaves, self._stored_factors(treedef, plans, states), strict=True
+            for plan, leaf, R, own in zip(
+                plans,
+                leaves,
+                leaves if low is None else low,
+                self._stored_factors(treedef, plans, states),
+                strict=True,
             )
         ]
 
@@ -230,10 +247,22 @@ def _holds_multi_steps(states: list[Any]) -> bool:
     return any(isinstance(node, optax.MultiStepsState) for node in nodes)
 
 
-def low_rank_leaf(plan: LeafPlan | None, leaf: Any, factors: Factors) -> Any:
-    """The leaf that the inner transformations are initialised with."""
+def low_rank_leaf(
+    plan: LeafPlan | None, leaf: Any, factors: Factors, project: Any = project_to_stored
+) -> Any:
+    """The leaf that the inner transformations are initialised with, as ``project`` divides it."""
     if plan is None:
         return leaf
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(plan.low_rank_shape, leaf.dtype)
     return project(plan, leaf, factors)
+
+
+def _placed(plan: LeafPlan, factors: StoredFactors, leaf: Any) -> StoredFactors:
+    """The bases of one parameter where they are stored."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return factors
+    return tuple(
+        jax.tree.map(lambda x, mode=mode: place_factor(plan, mode, x, leaf, spread=True), P)
+        for mode, P in zip(plan.projected_modes, factors, strict=True)
+    )

@@ -1,0 +1,255 @@
+"""The refresh of matrices that are divided over devices: each device factorises its share of them.
+
+The layers of a stack, or several parameters of one shape, are dealt out, as many at a time as there
+are devices and only if one of them is due: in one exchange each device receives a matrix whole,
+with what is stored for it, and in another what it found goes back to where it is stored. No device
+ever has more than the matrix that it factorises. Layers that lie whole on different devices already
+are not exchanged.
+"""
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from natgalore_jax._layout import (
+    Names,
+    explicit_axes_of,
+    has_explicit_sharding,
+    names_of,
+    spec_of,
+)
+from natgalore_jax._plan import LeafPlan
+from natgalore_jax._refresh_layer import (
+    RefreshSettings,
+    StoredFactors,
+    is_companion,
+    refresh_layer,
+)
+from natgalore_jax._scope import is_layer_view
+from natgalore_jax._shares import from_shares, to_shares
+
+Found = tuple[StoredFactors, Any]  # bases and companions of one parameter
+
+
+def groups_of(
+    plans: Sequence[LeafPlan],
+    gradients: Sequence[jax.Array],
+    bases: Sequence[StoredFactors],
+    companions: Sequence[Any],
+) -> list[tuple[int, ...]]:
+    """The parameters that are dealt out together: a stack alone, single matrices by shape.
+
+    A single matrix without another of its shape is not among them, nor is anything that lies whole
+    on every device, nor one layer of a stack in :func:`natgalore_jax.per_layer`.
+    """
+    if is_layer_view():
+        return []
+    groups: list[tuple[int, ...]] = []
+    singles: dict[Hashable, list[int]] = defaultdict(list)
+    for i, (plan, G) in enumerate(zip(plans, gradients, strict=True)):
+        if not has_explicit_sharding(G):
+            continue
+        devices, of = _devices(plan, G), names_of(G)
+        # JAX takes no single layer out of a divided axis, not even one of a single device.
+        if any(of[a] for a in plan.batch) or (devices > 1 and plan.layers > 1):
+            groups.append((i,))
+        elif devices > 1:
+            stored = jax.tree.leaves(companions[i], is_leaf=is_companion)
+            arrays, treedef = jax.tree.flatten((bases[i], stored))
+            kind = (dataclasses.replace(plan, path=""), jax.typeof(G))
+            singles[kind, treedef, *map(jax.typeof, arrays)].append(i)
+    for alike in singles.values():
+        devices = _devices(plans[alike[0]], gradients[alike[0]])
+        chunks = [alike[i : i + devices] for i in range(0, len(alike), devices)]
+        groups += [tuple(chunk) for chunk in chunks if len(chunk) > 1]
+    return groups
+
+
+def _names(plan: LeafPlan, G: jax.Array) -> Names:
+    """The mesh axes that divide G; those of its layers first, so that these stay where they are."""
+    of = names_of(G)
+    order = [*plan.batch, *(a for a in range(G.ndim) if a not in plan.batch)]
+    return tuple(name for a in order for name in of[a])
+
+
+def _devices(plan: LeafPlan, G: jax.Array) -> int:
+    """How many devices G is divided over."""
+    mesh = jax.typeof(G).sharding.mesh
+    return math.prod(mesh.shape[name] for name in _names(plan, G))
+
+
+class _Group(NamedTuple):
+    """What is exchanged of one parameter, or of several in a stack."""
+
+    G: jax.Array
+    basis: StoredFactors
+    companions: list[Any]
+
+
+def refresh_group(
+    settings: RefreshSettings,
+    plans: Sequence[LeafPlan],
+    gradients: Sequence[jax.Array],
+    bases: Sequence[StoredFactors],
+    companions: Sequence[Any],
+    *,
+    ranges: Sequence[tuple[Any, Any]],
+    keys: Sequence[jax.Array],
+    is_first: jax.Array,
+) -> list[Found]:
+    """Refreshes what is due of a group of :func:`groups_of`.
+
+    Args:
+      settings: how.
+      plans, gradients, bases, companions: as in :func:`natgalore_jax._refresh.refresh`, of the
+        parameters of the group.
+      ranges: of each parameter the layers that are due, first and end.
+      keys: of each parameter, for the random methods.
+      is_first: scalar boolean, whether the bases are only a start.
+
+    Returns:
+      The new bases and companions of each parameter, where they were.
+    """
+    numbers = [jnp.arange(plan.layers) for plan in plans]
+    is_due = jnp.concatenate(
+        [(i >= first) & (i < end) for i, (first, end) in zip(numbers, ranges, strict=True)]
+    )
+    matrix_keys = jnp.concatenate(
+        [jax.vmap(jax.random.fold_in, (None, 0))(*x) for x in zip(keys, numbers, strict=True)]
+    )
+    nodes = [jax.tree.flatten(own, is_leaf=is_companion) for own in companions]
+
+    def deal_out(stored):
+        groups = [_Group(G, *x) for G, x in zip(gradients, stored, strict=True)]
+        return _dealt(settings, plans, groups, is_due, matrix_keys, is_first)
+
+    stored = [(basis, leaves) for basis, (leaves, _) in zip(bases, nodes, strict=True)]
+    stored = jax.lax.cond(jnp.any(is_due), deal_out, lambda stored: stored, stored)
+    return [
+        (basis, treedef.unflatten(leaves))
+        for (basis, leaves), (_, treedef) in zip(stored, nodes, strict=True)
+    ]
+
+
+def _dealt(settings, plans, groups, is_due, matrix_keys, is_first):
+    """The matrices to the devices, the refresh of those that are due, and back."""
+    is_stack = len(plans) == 1
+    plan, names = plans[0] if is_stack else _stacked(plans), _names(plans[0], groups[0].G)
+    layer_axis, *other_batch = plan.batch
+    mesh = jax.typeof(groups[0].G).sharding.mesh
+    arrays, treedef = jax.tree.flatten(groups[0])
+    axes = [layer_axis] + [0] * (len(arrays) - 1)  # G, and what is stored
+    layouts = [[*([] if is_stack else [()]), *names_of(x)] for x in arrays]
+    of_layers = layouts[0][layer_axis]
+    for of in layouts[1:]:
+        if of[0] != of_layers:
+            raise ValueError(
+                f"{plan.path}: the layers of its state must be divided as its own, over "
+                f"{of_layers}, got {of[0]}: use natgalore_jax.state_shardings"
+            )
+
+    length = plan.shape[layer_axis] // math.prod(mesh.shape[n] for n in of_layers)
+    devices = math.prod(mesh.shape[n] for n in names[len(of_layers) :])
+    padding = max(devices - length, 0)
+    shape = tuple(1 if a == layer_axis else n for a, n in enumerate(plan.shape))
+    own_plan = dataclasses.replace(plan, shape=shape)
+    others = math.prod(plan.shape[a] for a in other_batch)
+    is_due_layer = is_due.reshape(-1, others)
+
+    def on_each_device(groups, is_due, matrix_keys, is_first):
+        parts = [*zip(*map(jax.tree.leaves, groups), strict=True)]
+        parts = [xs[0] if is_stack else jnp.stack(xs) for xs in parts]
+        G, *stored = [_padded(x, axis, padding) for x, axis in zip(parts, axes, strict=True)]
+        first = length * jax.lax.axis_index(of_layers) if of_layers else 0
+
+        def refresh_some(i, stored):
+            """So many layers as there are devices; the last ones may have been dealt before."""
+            start = jnp.minimum(i * devices, length + padding - devices)
+            here = start + jnp.arange(devices)
+            is_next = (here >= i * devices) & (here < length)
+            is_wanted = is_next & jnp.any(is_due[first + here], -1)
+
+            def exchange(stored):
+                some = [
+                    jax.lax.dynamic_slice_in_dim(x, start, devices, axis)
+                    for x, axis in zip([G, *stored], axes, strict=True)
+                ]
+                own = [
+                    to_shares(x, axis, of, names)
+                    for x, axis, of in zip(some, axes, layouts, strict=True)
+                ]
+                layer = to_shares(jnp.where(is_next, first + here, -1), 0, [of_layers], names)[0]
+                own = refresh_own(treedef.unflatten(own), layer)
+                back = [
+                    from_shares(x, 0, of, names) for x, of in zip(own, layouts[1:], strict=True)
+                ]
+                return [
+                    jax.lax.dynamic_update_slice_in_dim(x, y, start, 0)
+                    for x, y in zip(stored, back, strict=True)
+                ]
+
+            return jax.lax.cond(jnp.any(is_wanted), exchange, lambda stored: stored, stored)
+
+        def refresh_own(group, layer):
+            """The one layer that this device has now."""
+
+            def refresh_due(i, stored):
+                return jax.lax.cond(
+                    (layer >= 0) & is_due[layer, i],
+                    lambda s: refresh_layer(
+                        settings,
+                        own_plan,
+                        group.G,
+                        s[0],
+                        s[1],
+                        i,
+                        matrix_keys[layer * others + i],
+                        is_first,
+                    ),
+                    lambda s: s,
+                    stored,
+                )
+
+            stored = (group.basis, group.companions)
+            return jax.tree.leaves(jax.lax.fori_loop(0, others, refresh_due, stored))
+
+        stored = jax.lax.fori_loop(0, math.ceil(length / devices), refresh_some, stored)
+        stored = [x[:length] for x in stored]
+        structure = jax.tree.structure(tuple(groups[0][1:]))
+        if is_stack:
+            return [structure.unflatten(stored)]
+        return [structure.unflatten([x[i] for x in stored]) for i in range(len(plans))]
+
+    specs = [jax.tree.map(lambda x: spec_of(names_of(x)), group) for group in groups]
+    whole = PartitionSpec()
+    return jax.shard_map(
+        on_each_device,
+        in_specs=(specs, whole, whole, whole),
+        out_specs=[tuple(spec[1:]) for spec in specs],
+        axis_names=explicit_axes_of(groups[0].G),
+    )(list(groups), is_due_layer, matrix_keys, is_first)
+
+
+def _stacked(plans: Sequence[LeafPlan]) -> LeafPlan:
+    """The plan of single matrices of one shape as the layers of a stack."""
+    plan = plans[0]
+    return dataclasses.replace(
+        plan,
+        path=", ".join(p.path for p in plans),
+        shape=(len(plans), *plan.shape),
+        batch=(0, *(a + 1 for a in plan.batch)),
+        modes=tuple(tuple(a + 1 for a in mode) for mode in plan.modes),
+    )
+
+
+def _padded(x: jax.Array, axis: int, padding: int, value: int = 0) -> jax.Array:
+    if not padding:
+        return x
+    widths = [(0, padding if a == axis else 0) for a in range(x.ndim)]
+    return jnp.pad(x, widths, constant_values=value)

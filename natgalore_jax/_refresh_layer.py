@@ -1,0 +1,164 @@
+"""New bases for the due layers of one stacked parameter, in place, one layer at a time."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from natgalore_jax._basis import new_basis
+from natgalore_jax._layout import (
+    has_explicit_sharding,
+    names_of,
+    place_like,
+    placed,
+    replicated,
+)
+from natgalore_jax._linear_codes import Stored, load, store
+from natgalore_jax._plan import LeafPlan
+
+
+@dataclasses.dataclass(frozen=True)
+class RefreshSettings:
+    """The arguments of ``low_rank_project`` that decide when and how a basis changes."""
+
+    update_interval: int
+    method: str
+    transition: str
+    stagger: bool
+    seed: int
+
+
+class Companion(Protocol):
+    """Something stored in the coordinates of a basis: a moment, a history.
+
+    It is a pytree whose arrays have the batch axes of the parameter first.
+    """
+
+    def moved(self, transition: str, C_of_axis: Mapping[int, jax.Array]) -> "Companion":
+        """One matrix's companion, without batch axes, in the coordinates of the new basis."""
+        ...
+
+
+Factors = tuple[jax.Array, ...]
+StoredFactors = tuple[Stored, ...]
+
+
+def _index_of(plan: LeafPlan, layer: jax.Array) -> tuple[jax.Array, ...]:
+    return jnp.unravel_index(layer, plan.batch_shape) if plan.batch else ()
+
+
+def _layer_of(plan: LeafPlan, G: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
+    """One layer of a gradient, its axes in the order of the modes."""
+    kept = [a for a in range(G.ndim) if a not in plan.batch]
+    for axis, i in sorted(zip(plan.batch, index, strict=True), reverse=True, key=lambda x: x[0]):
+        G = jax.lax.dynamic_index_in_dim(G, i, axis, keepdims=False)
+    return G.transpose([kept.index(a) for mode in plan.modes for a in mode])
+
+
+def refresh_layer(
+    settings: RefreshSettings,
+    plan: LeafPlan,
+    G: jax.Array,
+    basis: StoredFactors,
+    companions: Any,
+    layer: jax.Array,
+    key: jax.Array,
+    is_first: jax.Array,
+    axis_name: str | None = None,
+) -> tuple[StoredFactors, Any]:
+    """Refreshes one matrix of a parameter.
+
+    Args:
+      settings: how.
+      plan, G, basis, companions: of the parameter, as :func:`natgalore_jax._refresh.refresh` has
+        them.
+      layer: which of its matrices, int32.
+      key: for the random methods.
+      is_first: scalar boolean, whether the basis is only a start.
+      axis_name: of devices of whose gradients the mean counts.
+
+    Returns:
+      The bases and companions of the parameter, changed in this layer alone.
+    """
+    index = _index_of(plan, layer)
+    tensor = _layer_of(plan, G, index)
+    if axis_name is not None:
+        tensor = jax.lax.pmean(tensor, axis_name)
+    new_factors, C_of_axis = [], {}
+    for number, (mode, stacked) in enumerate(zip(plan.projected_modes, basis, strict=True)):
+        U, shape = _take_tree(stacked, index), (*plan.mode_shape(mode), plan.rank_of(mode))
+        P = replicated(load(U, shape, jnp.float32)).reshape(plan.mode_sizes[mode], -1)
+        P_new = new_basis(
+            settings.method,
+            _unfold(plan, tensor, mode),
+            P,
+            jax.random.fold_in(key, number),
+            is_first,
+            is_right=len(plan.modes) == 2 and mode == 1,
+        )
+        # As it is stored, as all steps to come will read it.
+        U_new = store(P_new.reshape(shape), U)
+        P_new = load(U_new, shape, jnp.float32).reshape(P.shape)
+        C_of_axis[plan.low_rank_axes[mode]] = jnp.matmul(
+            P_new.T, P, precision="highest", preferred_element_type=jnp.float32
+        )
+        new_factors.append(_put_tree(stacked, jax.tree.map(place_like, U_new, U), index))
+    if settings.transition == "keep":
+        return tuple(new_factors), companions
+    moved = jax.tree.map(
+        lambda c: _put_tree(c, _take_tree(c, index).moved(settings.transition, C_of_axis), index),
+        companions,
+        is_leaf=is_companion,
+    )
+    return tuple(new_factors), moved
+
+
+def is_companion(x: Any) -> bool:
+    return hasattr(x, "moved")
+
+
+def _unfold(plan: LeafPlan, tensor: jax.Array, mode: int) -> jax.Array:
+    """The tensor as a matrix whose rows are one mode; the axes are in the order of the modes."""
+    start = sum(len(axes) for axes in plan.modes[:mode])
+    rows = range(start, start + len(plan.modes[mode]))
+    order = [*rows, *(a for a in range(tensor.ndim) if a not in rows)]
+    tensor = tensor.transpose(order)
+    if tensor.ndim == 2:
+        return _with_whole_rows(tensor)
+    tensor = replicated(tensor)
+    return tensor.reshape(plan.mode_sizes[mode], math.prod(tensor.shape[len(rows) :]))
+
+
+def _with_whole_rows(G: jax.Array) -> jax.Array:
+    """G divided over devices by columns alone, so that ``G Gᵀ`` is a sum over the devices."""
+    if not has_explicit_sharding(G):
+        return G
+    of_rows, of_columns = names_of(G)
+    mesh, names = jax.typeof(G).sharding.mesh, (*of_columns, *of_rows)
+    divides = G.shape[1] % math.prod(mesh.shape[name] for name in names) == 0
+    return placed(G, [(), names if divides else ()])
+
+
+def _take(array: jax.Array, index: tuple) -> jax.Array:
+    for i in index:
+        array = jax.lax.dynamic_index_in_dim(array, i, 0, keepdims=False)
+    return array
+
+
+def _put(array: jax.Array, value: jax.Array, index: tuple) -> jax.Array:
+    if not index:
+        return value
+    starts = (*index, *([0] * value.ndim))
+    value = value.reshape((1,) * len(index) + value.shape).astype(array.dtype)
+    return jax.lax.dynamic_update_slice(array, value, starts)
+
+
+def _take_tree(tree: Any, index: tuple) -> Any:
+    return jax.tree.map(lambda x: _take(x, index), tree)
+
+
+def _put_tree(tree: Any, value: Any, index: tuple) -> Any:
+    return jax.tree.map(lambda x, v: _put(x, v, index), tree, value)

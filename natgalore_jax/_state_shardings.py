@@ -1,0 +1,164 @@
+"""Where the state of an optimizer belongs, and how it is told, from where its parameters are."""
+
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from natgalore_jax._where import KeyPath
+
+
+def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: Any = None) -> Any:
+    r"""The shardings of ``tx.init(params)``, from shapes alone: for ``jax.jit`` and for Orbax.
+
+    Each array follows its parameter. A stack of matrices with the spec ``(l, a, b)``, of layers,
+    rows and columns, has, if its rows are projected,
+
+    =============================================== ================================
+    basis P, ``(L, m, r)``                          ``(l, a, None)``
+    moments and everything like R, ``(L, r, n)``    ``(l, None, b)``
+    a stored history, ``(L, s, r, n)``              ``(l, None, None, b)``
+    Fisher entries, ``(L, r)`` and ``(L, n)``       ``(l, None)`` and ``(l, b)``
+    =============================================== ================================
+
+    and likewise for the other sides. A mesh axis that would be left idle, that of b in P and that
+    of a in R, goes to an axis that is left, first m or n, then L, where it divides its length:
+    ``(l, (a, b), None)`` and ``(l, None, (b, a))``. So nothing large is held twice, at the price of
+    gathering P (m × r numbers for each matrix) in every step for which b is an axis. Numbers that
+    all parameters share are on every device. (:func:`ldadamw` and :func:`apollo_adamw` leave axes
+    that the projection frees idle.)
+
+    On a mesh with explicit axes, the default of ``jax.make_mesh``, ``jax.jit(tx.init)`` has these
+    shardings without being told, and an update keeps those that the state came with.
+
+    Args:
+      tx: any Optax transformation.
+      params: the parameters: arrays or ``jax.ShapeDtypeStruct``.
+      shardings: a ``jax.sharding.NamedSharding`` for each of them, or one for all; None: those
+        that ``params`` have.
+
+    Returns:
+      A ``NamedSharding`` for each array of the state, in the structure of the state.
+
+    Raises:
+      ValueError: for a parameter without a ``NamedSharding``, with its path, and for several
+        meshes.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, natgalore_jax as ng
+      >>> mesh = jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+      >>> columns = jax.NamedSharding(mesh, jax.P(None, "model"))
+      >>> tx = ng.galore_adamw(1e-2, rank=2)
+      >>> params = {"w": jax.ShapeDtypeStruct((6, 8), jnp.float32, sharding=columns)}
+      >>> shardings = ng.state_shardings(tx, params)
+      >>> optax.tree.get(shardings, "mu")["w"].spec
+      P(None, 'model')
+      >>> init = jax.jit(tx.init, out_shardings=shardings)
+    """
+    given = _shardings(params, shardings)
+    mesh = _mesh(given)
+    explicit = AbstractMesh(
+        mesh.axis_sizes, mesh.axis_names, axis_types=(AxisType.Explicit,) * len(mesh.axis_names)
+    )
+
+    def abstract(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=NamedSharding(explicit, sharding.spec)
+        )
+
+    with jax.sharding.use_abstract_mesh(explicit):
+        state = jax.eval_shape(tx.init, jax.tree.map(abstract, params, given))
+    return jax.tree.map(
+        lambda x: NamedSharding(mesh, PartitionSpec() if x.sharding is None else x.sharding.spec),
+        state,
+    )
+
+
+def with_shardings(
+    tx: optax.GradientTransformation, params: Any, shardings: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer that knows where its parameters are, for meshes with automatic axes.
+
+    On a mesh with explicit axes the type of a gradient says how it is divided, and the refresh of
+    bases is divided likewise: stacked layers on different devices are refreshed where they are. On
+    automatic axes XLA decides alone, which serves rows and columns well, but gathers a stack
+    whose layers lie on different devices whole. The result of this function has explicit axes
+    within its ``update``, and nothing else is changed: same numbers, same state.
+
+    Args:
+      tx: an Optax transformation that works on explicit axes, as those of this library do.
+      params, shardings: see :func:`state_shardings`.
+
+    Returns:
+      A transformation for these parameters on this mesh; ``tx`` itself if its axes are explicit.
+      :func:`low_rank_steps` and :func:`per_layer` take ``tx``, not this.
+
+    Raises:
+      ValueError: see :func:`state_shardings`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, natgalore_jax as ng
+      >>> mesh = jax.make_mesh((1,), ("layers",), axis_types=(jax.sharding.AxisType.Auto,))
+      >>> by_layer = jax.NamedSharding(mesh, jax.P("layers"))
+      >>> params = {"w": jax.device_put(jnp.ones((4, 6, 8)), by_layer)}
+      >>> tx = ng.with_shardings(ng.galore_adamw(1e-2, rank=2), params)
+      >>> updates, state = jax.jit(tx.update)(params, tx.init(params), params)
+      >>> updates["w"].shape
+      (4, 6, 8)
+    """
+    given = _shardings(params, shardings)
+    mesh = _mesh(given)
+    tx = optax.with_extra_args_support(tx)
+    if all(kind == AxisType.Explicit for kind in mesh.axis_types):
+        return tx
+    of_state = state_shardings(tx, params, shardings)
+    specs, state_specs = (jax.tree.map(lambda s: s.spec, x) for x in (given, of_state))
+
+    def init_fn(params):
+        state = tx.init(params)
+        if not all(isinstance(x, jax.Array) for x in jax.tree.leaves(params)):
+            return state  # of shapes, or of what Optax takes for parameters to find its fields
+        return jax.tree.map(jax.lax.with_sharding_constraint, state, of_state)
+
+    @jax.jit  # explicit_axes is for use within jit
+    def explicit_update(updates, state, params, extra_args):
+        everywhere = jax.tree.map(lambda _: PartitionSpec(), extra_args)
+        update: Any = jax.sharding.explicit_axes(
+            lambda updates, state, params, extra: tx.update(updates, state, params, **extra),
+            in_sharding=(specs, state_specs, None if params is None else specs, everywhere),
+        )
+        with jax.sharding.use_abstract_mesh(
+            mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh
+        ):
+            return update(updates, state, params, extra_args)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        return explicit_update(updates, state, params, extra_args)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _shardings(params: Any, shardings: Any) -> Any:
+    """One for each parameter."""
+    if shardings is None:
+        return jax.tree.map(lambda x: getattr(x, "sharding", None), params)
+    is_sharding = lambda x: isinstance(x, jax.sharding.Sharding)  # noqa: E731
+    return jax.tree.map(
+        lambda s, part: jax.tree.map(lambda _: s, part), shardings, params, is_leaf=is_sharding
+    )
+
+
+def _mesh(shardings: Any) -> Mesh | AbstractMesh:
+    entries = jax.tree_util.tree_leaves_with_path(shardings, is_leaf=lambda x: x is None)
+    meshes = set()
+    for path, sharding in entries:
+        if not isinstance(sharding, NamedSharding):
+            raise ValueError(
+                f"state_shardings needs a jax.sharding.NamedSharding for every parameter, got "
+                f"{sharding} for {KeyPath(path)}: put the parameters on a mesh, or give shardings"
+            )
+        meshes.add(sharding.mesh)
+    if len(meshes) != 1:
+        raise ValueError(f"state_shardings needs parameters on one mesh, got {len(meshes)} meshes")
+    return meshes.pop()
