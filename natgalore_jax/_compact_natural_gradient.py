@@ -33,11 +33,11 @@ STRUCTURES = ("diagonal", "full")
 class CompactFisherState(NamedTuple):
     """State of :func:`compact_natural_gradient`."""
 
-    count: jax.typing.ArrayLike  # shape (), int32: steps taken
-    # A tree of parameters per mode (rows, columns; one per axis for Tucker): float32, batch + (r,)
-    # or batch + (r, r), the factor of that mode; MaskedNode where it is not projected.
+    count: jax.typing.ArrayLike  #: shape (), int32: steps taken
+    #: A tree of parameters per mode (rows, columns; one per axis for Tucker): float32, batch + (r,)
+    #: or batch + (r, r), the factor of that mode; MaskedNode where it is not projected.
     fisher: tuple[Any, ...]
-    inner: Any  # the state of the inner optimizer
+    inner: Any  #: the state of the inner optimizer
 
 
 def compact_natural_gradient(

@@ -54,7 +54,7 @@ def _of_equation(equation: Any, inputs: list[int]) -> list[int]:
                     return carry
                 carry = new
         case "scan":
-            nc, nk = params["num_consts"], params["num_carry"]
+            nc, nk = _constants_and_carry(params)
             constants, carry, slices = inputs[:nc], inputs[nc : nc + nk], inputs[nc + nk :]
             while True:
                 out = _propagate(params["jaxpr"].jaxpr, constants + carry + slices)
@@ -69,6 +69,14 @@ def _of_equation(equation: Any, inputs: list[int]) -> list[int]:
         if arity == (len(inputs), len(equation.outvars)):
             return _propagate(inner, inputs)
     return [_union(inputs)] * len(equation.outvars)
+
+
+def _constants_and_carry(params: Any) -> tuple[int, int]:
+    """How many operands of a scan are constants, and how many are carried."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    constants, carry, _ = params["ft_in"].unpack()  # jax 0.12 has trees of them
+    return len(list(constants)), len(list(carry))
 
 
 def _union(sets: Sequence[int]) -> int:

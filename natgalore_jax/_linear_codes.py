@@ -43,11 +43,11 @@ class LinearCodes(NamedTuple):
     such trees.
     """
 
-    # int8, the shape of the numbers; or uint8, two numbers of four bits in a byte, number 2k in the
-    # lower half, plus 8: the last axis but one is half as long, rounded up.
+    #: int8, the shape of the numbers; or uint8, two numbers of four bits in a byte, number 2k in
+    #: the lower half, plus 8: the last axis but one is half as long, rounded up.
     codes: Any
-    # bfloat16, the shape of the numbers but for one axis, which has an entry for each block.
-    # MaskedNode where the codes are numbers themselves, of what has no axis.
+    #: bfloat16, the shape of the numbers but for one axis, which has an entry for each block.
+    #: MaskedNode where the codes are numbers themselves, of what has no axis.
     scales: Any
 
 

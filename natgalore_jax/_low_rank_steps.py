@@ -15,13 +15,14 @@ from natgalore_jax._subspace import Subspace
 class LowRankSteps(NamedTuple):
     """The parts of an update; what :func:`low_rank_steps` returns."""
 
-    # (grads, state, axis_name=None) -> state: new bases where they are due at this count.
+    #: ``(grads, state, axis_name=None) -> state``: new bases where they are due at this count.
     refresh: Callable[..., optax.OptState]
-    # (grads, state) -> low: R where a parameter is projected, the gradient itself elsewhere.
+    #: ``(grads, state) -> low``: R where a parameter is projected, elsewhere the gradient itself.
     project: Callable[[Any, optax.OptState], Any]
-    # (low, state, params, full=None, **extra_args) -> (updates, state): what is left of the update.
+    #: ``(low, state, params, full=None, **extra_args) -> (updates, state)``: what is left of the
+    #: update.
     update: Callable[..., tuple[Any, optax.OptState]]
-    # Whether update needs ``full``, the gradient that ``low`` is the projection of: a residual.
+    #: Whether update needs ``full``, the gradient that ``low`` is the projection of: a residual.
     needs_full: bool
 
     def exchange(

@@ -63,17 +63,19 @@ class MemoryReport:
     ``str(report)`` is a table, :meth:`to_dict` is ready for JSON.
     """
 
-    parameters: tuple[ParameterMemory, ...]
-    shared_bytes: int  # step counters and all else that belongs to no one parameter
-    adamw_state_bytes: int  # of optax.adamw on the same parameters, its counter included
-    step: StepMemory | None = None  # of the compiled step, if one was given
+    parameters: tuple[ParameterMemory, ...]  #: in the order of the tree
+    shared_bytes: int  #: step counters and all else that belongs to no one parameter
+    adamw_state_bytes: int  #: of optax.adamw on the same parameters, its counter included
+    step: StepMemory | None = None  #: of the compiled step, if one was given
 
     @property
     def weight_bytes(self) -> int:
+        """Of the parameters themselves."""
         return sum(p.weight_bytes for p in self.parameters)
 
     @property
     def total_state_bytes(self) -> int:
+        """Of all arrays that ``tx.init(params)`` makes."""
         return sum(p.state_bytes for p in self.parameters) + self.shared_bytes
 
     @property

@@ -11,7 +11,7 @@ _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 def format_report(report: "MemoryReport") -> str:
     """One row per group and a total, the same state with other sides projected, and the step."""
-    blocks = [_table(_group_rows(report)), *_alternative_block(report), *_step_block(report)]
+    blocks = [align(_group_rows(report)), *_alternative_block(report), *_step_block(report)]
     return "\n\n".join(blocks)
 
 
@@ -71,7 +71,7 @@ def _alternative_block(report: "MemoryReport") -> list[str]:
             sizes = (p.state_bytes, *(p.alternatives[side] for side in sides))
             rows.append([_label(group), *(_cell(group.count * x) for x in sizes)])
     total = (report.total_state_bytes, *(totals[side] for side in sides))
-    return [_table([*rows, ["total", *map(_cell, total)]])]
+    return [align([*rows, ["total", *map(_cell, total)]])]
 
 
 def _step_block(report: "MemoryReport") -> list[str]:
@@ -89,7 +89,7 @@ def _step_block(report: "MemoryReport") -> list[str]:
     ]
     if step.host_bytes:
         rows.append(["in the host's memory", _cell(step.host_bytes)])
-    return [_table(rows)]
+    return [align(rows)]
 
 
 def _cell(count: int) -> str:
@@ -104,7 +104,7 @@ def _label(group: "MemoryGroup") -> str:
     return "/".join(keys[0] if len(set(keys)) == 1 else "*" for keys in zip(*names, strict=True))
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def align(rows: Sequence[Sequence[str]]) -> str:
     """Columns as wide as their widest cell: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(

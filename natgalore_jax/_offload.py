@@ -23,6 +23,7 @@ def to_host(tree: Any, min_size: int = 4096) -> Any:
 
     Raises:
       TypeError, ValueError: if ``min_size`` is not a positive integer.
+      NotImplementedError: on a CPU before jax 0.10.2, which has no separate memory of the host.
 
     Example:
       >>> import jax, jax.numpy as jnp, natgalore_jax as ng
@@ -31,13 +32,31 @@ def to_host(tree: Any, min_size: int = 4096) -> Any:
       ('pinned_host', 'device')
     """
     check_integer("min_size", min_size, minimum=1)
+    # There device_put leaves arrays where they are, and says nothing.
+    if jax.default_backend() == "cpu" and jax.__version_info__ < (0, 10, 2):
+        raise NotImplementedError(
+            f"arrays in host memory need jax 0.10.2 or newer on a CPU, found jax {jax.__version__}"
+        )
     return jax.tree.map(
         lambda x: jax.device_put(x, jax.memory.Space.Host) if x.size >= min_size else x, tree
     )
 
 
 def to_device(tree: Any) -> Any:
-    """The tree in the memory of the devices. What is there already is not copied."""
+    """The tree in the memory of the devices. What is there already is not copied.
+
+    Args:
+      tree: arrays, of any dtype, in either memory.
+
+    Returns:
+      The same tree; :func:`to_host` is the inverse.
+
+    Example:
+      >>> import jax.numpy as jnp, natgalore_jax as ng
+      >>> tree = ng.to_device(ng.to_host({"w": jnp.ones((128, 64))}))
+      >>> tree["w"].sharding.memory_kind
+      'device'
+    """
     return jax.tree.map(
         lambda x: jax.device_put(x, jax.memory.Space.Device) if _is_on_host(x) else x, tree
     )

@@ -30,22 +30,22 @@ CLIP_MODES = ("previous", "layer")
 class PerLayerState(NamedTuple):
     """State of :func:`per_layer`."""
 
-    opt_state: Any  # what the optimizer's init makes of all parameters, the layers stacked
-    grad_norm: jax.Array  # shape (), float32: the norm of the last gradient, 0 before the first
+    opt_state: Any  #: what the optimizer's init makes of all parameters, the layers stacked
+    grad_norm: jax.Array  #: shape (), float32: the norm of the last gradient, 0 before the first
 
 
 class PerLayerMetrics(NamedTuple):
     """What a step of :func:`per_layer` measures, before it changes anything."""
 
-    loss: jax.Array  # shape (), what head returned
-    grad_norm: jax.Array  # shape (), float32: of the gradient of all parameters, unclipped
+    loss: jax.Array  #: shape (), what head returned
+    grad_norm: jax.Array  #: shape (), float32: of the gradient of all parameters, unclipped
 
 
 class PerLayer(NamedTuple):
     """What :func:`per_layer` returns."""
 
-    init: Callable[[Any], PerLayerState]  # params -> state
-    # (params, state, batch) -> (params, state, metrics); jitted, and takes over params and state.
+    init: Callable[[Any], PerLayerState]  #: ``params -> state``
+    #: ``(params, state, batch) -> (params, state, metrics)``; jitted, takes over params and state.
     step: Callable[[Any, PerLayerState, Any], tuple[Any, PerLayerState, PerLayerMetrics]]
 
 

@@ -24,11 +24,11 @@ from natgalore_jax._where import KeyPath, Where, selected
 class QuantizedState(NamedTuple):
     """State of :func:`quantize_state` and :func:`scale_by_adam_8bit`."""
 
-    count: jax.typing.ArrayLike  # shape (), int32: steps taken
-    # The state of the inner optimizer. Where scales has an array: uint8, shape of the parameter.
+    count: jax.typing.ArrayLike  #: shape (), int32: steps taken
+    #: The state of the inner optimizer. Where scales has an array: uint8, shape of the parameter.
     codes: Any
-    # A tree of the same structure: float32, a bound on the absolute values of each block, shape of
-    # the parameter but for the axis that is divided; MaskedNode where nothing is in 8 bits.
+    #: A tree of the same structure: float32, a bound on the absolute values of each block, shape of
+    #: the parameter but for the axis that is divided; MaskedNode where nothing is in 8 bits.
     scales: Any
 
 

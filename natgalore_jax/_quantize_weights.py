@@ -22,11 +22,11 @@ _TINY = np.float32(jnp.finfo(jnp.bfloat16).tiny)
 class QuantizedWeights(NamedTuple):
     """What :func:`quantize_weights` returns: parameters of which some are in 8 bits."""
 
-    count: jax.typing.ArrayLike  # shape (), int32: how often they were rounded
-    # The tree of parameters: int8 where scales has an array, elsewhere the parameter itself.
+    count: jax.typing.ArrayLike  #: shape (), int32: how often they were rounded
+    #: The tree of parameters: int8 where scales has an array, elsewhere the parameter itself.
     codes: Any
-    # The tree of parameters: bfloat16, the shape of the parameter but for one axis, which has an
-    # entry for each block; MaskedNode where the parameter is not in 8 bits.
+    #: The tree of parameters: bfloat16, the shape of the parameter but for one axis, which has an
+    #: entry for each block; MaskedNode where the parameter is not in 8 bits.
     scales: Any
 
 
@@ -90,6 +90,9 @@ def dequantize_weights(weights: QuantizedWeights, dtype: Any = jnp.float32) -> A
     Args:
       weights: what :func:`quantize_weights` or a step of :func:`per_layer` returned.
       dtype: of what was in 8 bits; float32 is exact.
+
+    Returns:
+      A tree of plain arrays; what was not in 8 bits is as it was.
 
     Example:
       >>> import jax.numpy as jnp, natgalore_jax as ng

@@ -16,11 +16,11 @@ class StepMemory:
     a convention. Workspaces of LAPACK or cuSOLVER and what an allocator rounds up are in neither.
     """
 
-    argument_bytes: int  # weights, optimizer state, batch
-    result_bytes: int  # that do not take the place of a donated argument
-    gradient_bytes: int  # of those that exist at the same time, of the temporaries
-    activation_bytes: int  # all other temporaries: activations, working memory of the update
-    host_bytes: int  # arguments in the memory of the host, in none of the others
+    argument_bytes: int  #: weights, optimizer state, batch
+    result_bytes: int  #: that do not take the place of a donated argument
+    gradient_bytes: int  #: of those that exist at the same time, of the temporaries
+    activation_bytes: int  #: all other temporaries: activations, working memory of the update
+    host_bytes: int  #: arguments in the memory of the host, in none of the others
 
     @property
     def total_bytes(self) -> int:
@@ -29,6 +29,7 @@ class StepMemory:
         return kept + self.gradient_bytes + self.activation_bytes
 
     def to_dict(self) -> dict[str, int]:
+        """All of it, ready for JSON."""
         return dataclasses.asdict(self) | {"total_bytes": self.total_bytes}
 
 

@@ -27,8 +27,8 @@ DAMPING_MODES = ("absolute", "relative")
 class WoodburyState(NamedTuple):
     """State of :func:`woodbury_natural_gradient`."""
 
-    count: jax.typing.ArrayLike  # shape (), int32: steps taken
-    history: History  # of trees of parameters; see there for shapes and dtypes
+    count: jax.typing.ArrayLike  #: shape (), int32: steps taken
+    history: History  #: of trees of parameters; see there for shapes and dtypes
 
 
 def woodbury_natural_gradient(
@@ -58,7 +58,8 @@ def woodbury_natural_gradient(
       history: s, the number of gradients kept. The state is ``history`` times the size of what is
         preconditioned, the largest part of the optimizer's memory by far.
       damping: λ in units of gradient² ("absolute"), or ρ without a unit ("relative"); a number
-        above zero or a schedule of the step count. The default is the paper's.
+        above zero or a schedule of the step count. The default is the published code's; the paper
+        states none.
       damping_mode: ``"absolute"``: λ = damping. ``"relative"``: λ = damping · tr(HᵀH) / s, with s
         the number of gradients seen so far, which makes the direction independent of the scale
         of the loss. An absolute λ does nothing to gradients with norms far below √λ.

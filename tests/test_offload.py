@@ -11,6 +11,9 @@ from per_layer_model import LOW, batches, embed, head, init_params, layer, loss,
 import natgalore_jax as ng
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
+needs_host_memory = pytest.mark.skipif(
+    jax.__version_info__ < (0, 10, 2), reason="a CPU has no separate memory of the host before"
+)
 
 STEPS = 6  # one refresh after the first
 
@@ -26,6 +29,7 @@ def natural(**settings):
     return ng.natural_galore_adamw(**LOW, **settings)
 
 
+@needs_host_memory
 def test_the_numbers_are_those_without():
     expected = ordinary(natural(), init_params(), batches(STEPS))
     tx = ng.offload_state(natural(), min_size=16)
@@ -36,6 +40,7 @@ def test_the_numbers_are_those_without():
     assert jax.tree.structure(state) == jax.tree.structure(expected[3])
 
 
+@needs_host_memory
 @pytest.mark.parametrize("what", ["state", "weights and state"])
 def test_per_layer_fetches_one_layer_at_a_time(what):
     expected = ordinary(natural(), init_params(), batches(STEPS))
@@ -60,6 +65,7 @@ def test_per_layer_fetches_one_layer_at_a_time(what):
     assert moved and not [line for line in moved for shape in stacks if f"f32{shape}" in line]
 
 
+@needs_host_memory
 def test_sharded_state_stays_sharded():
     mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
     with jax.set_mesh(mesh):
@@ -72,6 +78,7 @@ def test_sharded_state_stays_sharded():
     assert updates["w"].sharding.memory_kind == "device"
 
 
+@needs_host_memory
 def test_accumulated_and_restored(tmp_path):
     """``lax.cond`` around the update needs both branches in one memory."""
     params, tx = init_params(), optax.MultiSteps(ng.offload_state(natural(), min_size=16), 2)
@@ -96,3 +103,10 @@ def test_accumulated_and_restored(tmp_path):
 def test_min_size_is_checked():
     with pytest.raises(ValueError, match="min_size must be at least 1, got 0"):
         ng.offload_state(optax.adam(0.1), min_size=0)
+
+
+def test_before_a_cpu_has_host_memory_the_version_is_named(monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", (0, 10, 1))
+    tx = ng.offload_state(optax.adam(0.1), min_size=1)
+    with pytest.raises(NotImplementedError, match=r"need jax 0\.10\.2 or newer on a CPU"):
+        tx.init({"w": jnp.ones(4)})

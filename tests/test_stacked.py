@@ -23,7 +23,7 @@ def optimizer(axes=None, **settings):
         damping=0.3,
         residual=True,
         eps=1e-3,
-        where={name: True for name in settings.pop("names")},
+        where=dict.fromkeys(settings.pop("names"), True),
         axes=axes,
         **settings,
     )
@@ -77,7 +77,7 @@ def test_staggered_layers_are_refreshed_once_per_interval_each_in_its_own_step()
     _, bases = updates_and_bases(tx, STACKED)
     rows = np.asarray(bases[0]["layers"])
     changed = (rows[1:] != rows[:-1]).any(axis=(2, 3))  # (steps − 1, L)
-    for start in range(0, STEPS - INTERVAL):
+    for start in range(STEPS - INTERVAL):
         np.testing.assert_array_equal(changed[start : start + INTERVAL].sum(axis=0), 1)
     assert changed.sum(axis=1).max() == 1
 

@@ -24,7 +24,7 @@ _LINE = re.compile("^" + _ACTION, re.MULTILINE)
 
 
 def parse_plan(text: str) -> Plan | FailedPlan:
-    """Reads the actions `1. tool(arguments)` of a text, up to `join()` or the end mark.
+    r"""Reads the actions `1. tool(arguments)` of a text, up to `join()` or the end mark.
 
     Every action begins a line, or follows another; they are numbered from 1 without gaps. Lines
     that do not begin as an action (thoughts, fences, explanations) and what follows an action in
@@ -33,9 +33,9 @@ def parse_plan(text: str) -> Plan | FailedPlan:
 
     Never raises: a text that holds no plan gives a `FailedPlan` that says why.
 
-    >>> parse_plan('Thought: easy.\\n1. find("Ann")\\n2. call(number="$1")\\n3. join()').tools
+    >>> parse_plan('Thought: easy.\n1. find("Ann")\n2. call(number="$1")\n3. join()').tools
     ('find', 'call')
-    >>> parse_plan('1. call("$7")\\n2. join()')
+    >>> parse_plan('1. call("$7")\n2. join()')
     FailedPlan(reason='call 1: $7 is out of range, the plan has 2 calls')
     """
     try:

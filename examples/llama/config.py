@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from natgalore_jax._llama_sizes import LLAMA_SIZES
+
 DTYPES = ("float32", "bfloat16")
 
 
@@ -86,19 +88,6 @@ def parameter_count(config: ModelConfig) -> int:
     return tables + c.layers * (attention + mlp + norms) + c.hidden
 
 
-def _llama(hidden: int, intermediate: int, layers: int, heads: int) -> ModelConfig:
-    """A model of the GaLore papers: a vocabulary of 32,000, rows of 256 tokens."""
-    return ModelConfig(
-        vocab_size=32_000,
-        hidden=hidden,
-        intermediate=intermediate,
-        layers=layers,
-        heads=heads,
-        kv_heads=heads,
-        max_length=256,
-    )
-
-
 MODEL_PRESETS: dict[str, ModelConfig] = {
     # For two cores, with a vocabulary trained on the text itself.
     "nano": ModelConfig(
@@ -107,11 +96,8 @@ MODEL_PRESETS: dict[str, ModelConfig] = {
     "9m": ModelConfig(
         vocab_size=8192, hidden=256, intermediate=688, layers=6, heads=4, kv_heads=4, max_length=256
     ),
-    "60m": _llama(hidden=512, intermediate=1376, layers=8, heads=8),
-    "130m": _llama(hidden=768, intermediate=2048, layers=12, heads=12),
-    "350m": _llama(hidden=1024, intermediate=2736, layers=24, heads=16),
-    "1b": _llama(hidden=2048, intermediate=5461, layers=24, heads=32),
-    "7b": _llama(hidden=4096, intermediate=11008, layers=32, heads=32),
+    # The models of the GaLore papers, on rows of 256 tokens.
+    **{name: ModelConfig(**s._asdict(), max_length=256) for name, s in LLAMA_SIZES.items()},
     # The published SmolLM2-135M, for its weights.
     "smollm2-135m": ModelConfig(
         vocab_size=49_152,

@@ -3,6 +3,7 @@
 import os
 import sys
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 
@@ -27,6 +28,8 @@ class DistributedConfig:
     """How many there are; with the coordinator's address."""
     process_id: int | None = None
     """Which of them this is, from 0; with the coordinator's address."""
+    sharding: Literal["replicated", "full"] = "replicated"
+    """Weights and optimizer state whole on every device, or divided over all of them."""
     heartbeat_timeout: int = 30
     """Seconds without a sign of life after which a process counts as dead, and the others end."""
 
@@ -47,6 +50,11 @@ class DistributedConfig:
             raise ConfigError(
                 "--distributed.process-id counts from 0 and must be below "
                 f"--distributed.num-processes, got {self.process_id} of {self.num_processes}"
+            )
+        if self.sharding == "full" and not self.enabled:
+            raise ConfigError(
+                "--distributed.sharding full divides what is on several devices: use it with "
+                "--distributed.devices, --distributed.cluster or --distributed.coordinator-address"
             )
         if self.heartbeat_timeout < 1:
             raise ConfigError(

@@ -28,10 +28,11 @@ from examples.llama.peak import RunMemory, describe, observed_peak
 from examples.llama.relora import make_merge
 from examples.llama.report import Reporter, Silent
 from examples.llama.result import Result as Result
+from examples.llama.sharded_team import make_team
 from examples.llama.step_memory import StepMemory, of_compiled
-from examples.llama.team import Team, make_team
+from examples.llama.team import Team
 from examples.llama.train_config import ConfigError, RunConfig
-from examples.llama.train_step import Metrics, TrainState, make_model
+from examples.llama.train_step import Metrics, Params, TrainState, make_model
 
 
 def train(
@@ -139,23 +140,30 @@ class _Run:
         self.reporter, self.checkpoints = reporter, checkpoints
         adapter = config.adapter
         with on_the_host(config):
-            self.apply, weights = make_model(config.model, config.seed, make_linear(adapter))
+            self.apply, weights = make_model(
+                config.model, config.seed, make_linear(adapter), team.weights_at
+            )
         if initial is not None and (checkpoints is None or checkpoints.latest() is None):
             weights = overlay(weights, initial())
-        params, frozen = partition(team.replicate(weights))
+        params, frozen = partition(team.place(weights))
         optimization = make_optimization(config, params, tx)
         self.tx, schedule, _ = optimization
         self.schedule = None if schedule is None else jax.jit(schedule)
         self.merge = make_merge(adapter, self.tx, params, config.seed)
         step = make_step(config, self.apply, optimization, params)
-        self.step_fn = team.step(step)
         self.eval_step = make_eval_step(self.apply)
+
+        def initial_state(params: Params, frozen: Params) -> TrainState:
+            return first_state(config, optimization, params, frozen)
+
+        state_at = team.state_at(jax.eval_shape(initial_state, params, frozen), self.tx)
+        self.step_fn = team.step(step, state_at)
         # The weights are donated: there is no room for them twice.
         first = jax.jit(
-            lambda p, f: first_state(config, optimization, p, f),
+            initial_state,
             # Nor can a buffer of floats become one of codes.
             donate_argnums=(0, 1) if config.weight_bits is None else (),
-            out_shardings=team.replicated,
+            out_shardings=state_at,
         )
         with on_the_host(config):
             self.state: TrainState = first(params, frozen)
@@ -182,12 +190,13 @@ class _Run:
         self.reporter.start(self._micro_step // self.config.accumulate, self.config.steps)
         self._clock.start()
         try:
-            self._train(should_stop)
-            self._flush()
-            result = self._result()
-            tested = bool(of_kind(self.log.records, "test"))
-            if result.finished and not self.team.gather(tested)[0]:
-                self._evaluate("test", result.steps)
+            with self.team.context():
+                self._train(should_stop)
+                self._flush()
+                result = self._result()
+                tested = bool(of_kind(self.log.records, "test"))
+                if result.finished and not self.team.gather(tested)[0]:
+                    self._evaluate("test", result.steps)
         finally:
             self.reporter.stop()
         return result

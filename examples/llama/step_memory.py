@@ -7,6 +7,7 @@ bfloat16 on another device than the one it is compiled for, is an estimate; see 
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
@@ -202,15 +203,21 @@ def saved_bytes(config: RunConfig) -> int:
 
 
 def _divided(report: ng.MemoryReport, state: TrainState, kept: int) -> StepMemory:
-    """`kept` bytes divided into the weights, the optimizer's state, and the rest."""
-    parts = {**report.part_bytes, "accumulated": _nbytes(state.accumulated)}
+    """`kept` bytes of a device divided into the weights, the optimizer's state, and the rest."""
+    optimizer = _nbytes(state.opt_state)
+    # The report counts what is divided over devices whole.
+    is_whole = report.total_state_bytes == optimizer
+    parts = dict(report.part_bytes) if is_whole else {"state": optimizer}
+    parts["accumulated"] = _nbytes(state.accumulated)
     parts = {name: size for name, size in parts.items() if size}
     weights = _nbytes((state.params, state.frozen))
     return StepMemory(weights, parts, kept - weights - sum(parts.values()), {})
 
 
 def _float_params(state: TrainState) -> Params:
-    """The shapes of the trained parameters, as the optimizer sees them."""
+    """The trained parameters as the optimizer sees them, or their shapes."""
+    if not isinstance(state.params, ng.QuantizedWeights):
+        return state.params
     return jax.eval_shape(lambda state: state.float_params, state)
 
 
@@ -222,4 +229,11 @@ def _temporary(compiled: jax.stages.Compiled) -> int:
 
 
 def _nbytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    """On one device."""
+
+    def size(leaf: Any) -> int:
+        sharding = getattr(leaf, "sharding", None)
+        shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+        return math.prod(shape) * leaf.dtype.itemsize
+
+    return sum(map(size, jax.tree.leaves(tree)))

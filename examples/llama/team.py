@@ -1,18 +1,21 @@
 """The devices that train together, of one process or of several.
 
-Weights and optimizer state are the same on every device; each batch is shared among them. What
-`jax.jit` makes of that sums the gradients over the devices, and is the same step.
+Each batch is shared among them. Weights and optimizer state are the same on every device, or with
+`sharded_team` divided too. What `jax.jit` makes of that sums the gradients over the devices, and is
+the same step.
 """
 
+import contextlib
 import json
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import jax
 import numpy as np
+import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
-from examples.llama.distributed import DistributedConfig
 from examples.llama.errors import ConfigError
 from examples.llama.train_step import Metrics, TrainState
 
@@ -25,8 +28,20 @@ class Team:
     replicated: jax.sharding.Sharding | None = None
     """Where the state is; None: on the default device."""
 
-    def replicate(self, tree: Any) -> Any:
-        """Arrays that every process has, on all devices."""
+    def context(self) -> AbstractContextManager[Any]:
+        """What steps and evaluations are run in."""
+        return contextlib.nullcontext()
+
+    def weights_at(self, shapes: Any) -> Any:
+        """Where first weights are made; None: on the default device."""
+        return None
+
+    def state_at(self, shapes: TrainState, tx: optax.GradientTransformation) -> Any:
+        """Where the state of these shapes is, the weights of `place` in it."""
+        return self.replicated
+
+    def place(self, tree: Any) -> Any:
+        """Weights that every process has, where they are to be."""
         return tree
 
     def share(self, array: np.ndarray) -> Any:
@@ -34,11 +49,11 @@ class Team:
         return array
 
     def local(self, tree: Any) -> Any:
-        """Replicated arrays as arrays of this process alone."""
+        """A state as arrays of this process alone."""
         return tree
 
-    def step(self, step: Any) -> Any:
-        """A step for rows and a state that are shared."""
+    def step(self, step: Any, state_at: Any) -> Any:
+        """A step for rows that are shared and a state that is where `state_at` says."""
         return step
 
     def agree(self, stop: bool, metrics: Metrics) -> bool:
@@ -63,14 +78,14 @@ class SharedTeam(Team):
                 f"batch_size={batch_size} must be a multiple of the number of devices, "
                 f"{len(devices)} of {jax.process_count()} process(es)"
             )
-        mesh = Mesh(np.array(devices), ("data",))
-        self.replicated = NamedSharding(mesh, jax.P())
-        self._rows = NamedSharding(mesh, jax.P("data"))
+        self.mesh = Mesh(np.array(devices), ("data",))
+        self.replicated = NamedSharding(self.mesh, jax.P())
+        self._rows = NamedSharding(self.mesh, jax.P("data"))
         self.leads = jax.process_index() == 0
         self._stop = False
         self._agreed: jax.Array | None = None
 
-    def replicate(self, tree: Any) -> Any:
+    def place(self, tree: Any) -> Any:
         return jax.tree.map(
             lambda x: jax.make_array_from_process_local_data(self.replicated, x, x.shape), tree
         )
@@ -81,8 +96,8 @@ class SharedTeam(Team):
     def local(self, tree: Any) -> Any:
         return jax.tree.map(lambda x: x.addressable_data(0), tree)
 
-    def step(self, step: Any) -> "_SharedStep":
-        return _SharedStep(step, self)
+    def step(self, step: Any, state_at: Any) -> "_SharedStep":
+        return _SharedStep(step, self, state_at)
 
     def flags(self) -> jax.Array:
         """Whether each process wants to stop, as a row for each of its devices."""
@@ -111,7 +126,7 @@ class SharedTeam(Team):
 class _SharedStep:
     """A step, and with it what every process has to say: see `Team.agree`."""
 
-    def __init__(self, step: Any, team: SharedTeam):
+    def __init__(self, step: Any, team: SharedTeam, state_at: Any):
         def shared(state: TrainState, rows: jax.Array, flags: jax.Array):
             state, metrics = step(state, rows)
             # Never negative: only so that this sum comes after those of the gradients, in the same
@@ -119,8 +134,8 @@ class _SharedStep:
             return state, {**metrics, "stop": (flags | (metrics["grad_norm"] < 0)).any()}
 
         # Where nothing says so, XLA may leave a part of the state on one device only.
-        where = team.replicated
-        self._step = jax.jit(shared, donate_argnums=0, out_shardings=(where, where))
+        where = (state_at, team.replicated)
+        self._step = jax.jit(shared, donate_argnums=0, out_shardings=where)
         self._team = team
 
     def __call__(self, state: TrainState, rows: jax.Array) -> tuple[TrainState, Metrics]:
@@ -128,12 +143,3 @@ class _SharedStep:
 
     def lower(self, state: TrainState, rows: jax.Array) -> jax.stages.Lowered:
         return self._step.lower(state, rows, self._team.flags())
-
-
-def make_team(config: DistributedConfig, batch_size: int) -> Team:
-    """The devices that `config` names.
-
-    Raises:
-      ConfigError: if `batch_size` rows cannot be shared evenly among them.
-    """
-    return SharedTeam(batch_size) if config.enabled else Team()

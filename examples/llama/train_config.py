@@ -154,6 +154,11 @@ class RunConfig:
             raise ConfigError(
                 "--weight-bits keeps weights on the device: use --offload state, or none of the two"
             )
+        if self.distributed.sharding == "full":
+            raise ConfigError(
+                "--weight-bits makes first weights whole on one device: use it with "
+                "--distributed.sharding replicated"
+            )
 
     def _check_offload(self) -> None:
         if self.offload != "none" and self.distributed.enabled:

@@ -45,25 +45,32 @@ class TrainState(NamedTuple):
 
 
 def make_model(
-    config: ModelConfig, seed: int, make_linear: MakeLinear = dense
+    config: ModelConfig,
+    seed: int,
+    make_linear: MakeLinear = dense,
+    params_at: Callable[[Params], Any] | None = None,
 ) -> tuple[Apply, Params]:
-    """The model as a function `(params, tokens (B, T)) -> logits (B, T, V)`, and first params."""
+    """The model as a function `(params, tokens (B, T)) -> logits (B, T, V)`, and first params.
+
+    `params_at` says of their shapes which shardings they get. Without it they are on one device.
+    """
 
     def make(key):
         # The default stream counts up from 0 and never gets to this key.
         rngs = nnx.Rngs(key, adapter=jax.random.fold_in(key, 2**32 - 1))
         return Llama(config, rngs=rngs, make_linear=make_linear)
 
-    @jax.jit
     def initial(key):
         return nnx.to_pure_dict(nnx.state(make(key), nnx.Param))
 
-    graphdef = nnx.graphdef(nnx.eval_shape(make, jax.random.key(0)))
+    key = jax.random.key(seed)
+    graphdef = nnx.graphdef(nnx.eval_shape(make, key))
 
     def apply(params: Params, tokens: jax.Array) -> jax.Array:
         return nnx.merge(graphdef, params)(tokens)
 
-    return apply, initial(jax.random.key(seed))
+    where = None if params_at is None else params_at(jax.eval_shape(initial, key))
+    return apply, jax.jit(initial, out_shardings=where)(key)
 
 
 def token_nll(apply: Apply, params: Params, rows: jax.Array) -> jax.Array:

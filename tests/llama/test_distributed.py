@@ -64,11 +64,14 @@ def test_processes_share_a_run(finished, processes):
     assert_same_losses(finished(processes), finished(1))
 
 
-def test_a_run_goes_on_with_fewer_processes(finished, zygote, directory):
-    run = directory / "runs" / "of-4-then-2"
+@pytest.mark.parametrize("sharding", ["replicated", "full"])
+def test_a_run_goes_on_with_fewer_processes(finished, zygote, directory, sharding):
+    """What was whole on each of four is divided over two then."""
+    run = directory / "runs" / f"of-4-then-2-{sharding}"
     shutil.copytree(finished(4), run)
     shutil.rmtree(run / "checkpoints" / "6")
-    arguments = small.arguments(directory, name=run.name, resume=True, **STEPS)
+    options = {**STEPS, "distributed.sharding": sharding}
+    arguments = small.arguments(directory, name=run.name, resume=True, **options)
     runs = zygote.start_several(arguments, 2)
     assert [run.wait() for run in runs] == [0, 0], runs[0].log()
     assert "resuming after step 3" in runs[0].log()
@@ -112,6 +115,7 @@ def test_one_killed_ends_all_and_the_run_goes_on(zygote, directory):
             "must be below .* got 2 of 2",
         ),
         ({"heartbeat_timeout": 0}, "at least 1 s"),
+        ({"sharding": "full"}, "divides what is on several devices"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, message):

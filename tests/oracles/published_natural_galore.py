@@ -1,4 +1,6 @@
-"""Natural GaLore as its published code runs it, of one matrix. It differs from its paper:
+"""Natural GaLore as its published code runs it, of one matrix.
+
+It differs from its paper:
 
 * both sides are projected: a Tucker decomposition of rank (r, r), which is the truncated SVD when
   the tensor is a matrix, and the core CᵀG D (r, r) is what Adam sees;

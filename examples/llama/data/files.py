@@ -15,10 +15,10 @@ SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".json.gz")
 
 
 def read_path(path: Path, *, skip_bad_lines: bool = False) -> Iterator[str]:
-    """Yields the documents of a file, or of all text files below a directory in sorted order.
+    r"""Yields the documents of a file, or of all text files below a directory in sorted order.
 
     A text file is one document; a line of JSON is one document, its field "text". Line endings
-    become "\\n", a byte order mark is dropped, blank JSON lines and empty documents are skipped.
+    become "\n", a byte order mark is dropped, blank JSON lines and empty documents are skipped.
     With `skip_bad_lines` so are lines that are not UTF-8 or not such JSON: a warning for each file
     says how many, and what is wrong with the first.
     """

@@ -1,0 +1,1 @@
+"""Short programs to copy, one subject each. docs/recipes.md lists them."""

@@ -1,0 +1,44 @@
+"""What several optimizers keep for the same parameters, side by side."""
+
+from typing import Any
+
+import optax
+
+from natgalore_jax._memory_report import MemoryReport, memory_report
+from natgalore_jax._memory_table import align, format_bytes
+from natgalore_jax._natural_galore import galore_adamw, natural_galore_adamw
+
+_COLUMNS = ("basis", "Fisher", "moments", "state", "of AdamW's", "with weights")
+
+
+def compare_memory(params: Any, rank: int, side: str) -> dict[str, MemoryReport]:
+    """The report of each optimizer, from shapes alone."""
+    options: dict[str, Any] = {"rank": rank, "side": side}
+    optimizers = {
+        "AdamW": optax.adamw(1.0),
+        "GaLore": galore_adamw(1.0, **options),
+        "Natural GaLore": natural_galore_adamw(1.0, **options),
+        "Natural GaLore, history of 10": natural_galore_adamw(
+            1.0, history=10, residual=False, **options
+        ),
+        "Natural GaLore, 8 bits": natural_galore_adamw(1.0, moment_bits=8, **options),
+    }
+    return {name: memory_report(tx, params) for name, tx in optimizers.items()}
+
+
+def format_comparison(reports: dict[str, MemoryReport]) -> str:
+    """One row for each optimizer: its parts, its sum, the ratio to AdamW's."""
+    rows = [["optimizer", *_COLUMNS]]
+    for name, report in reports.items():
+        parts = report.part_bytes
+        sizes = (parts["basis"], parts["history"], parts["inner"] + parts["other"])
+        total = report.total_state_bytes
+        rows.append(
+            [
+                name,
+                *(format_bytes(size) if size else "-" for size in (*sizes, total)),
+                f"{100 * total / report.adamw_state_bytes:.1f} %",
+                format_bytes(total + report.weight_bytes),
+            ]
+        )
+    return align(rows)
