@@ -5,6 +5,7 @@ Nothing is flattened: a sharded axis that is merged with another would have to b
 
 import string
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,23 +65,26 @@ def _surviving_sharding(subscripts: str, operands: Sequence[jax.Array]) -> Named
     return NamedSharding(mesh, PartitionSpec(*(axis_of.get(letter) for letter in output)))
 
 
-def project(plan: LeafPlan, G: jax.Array, factors: Sequence[jax.Array]) -> jax.Array:
+def project(
+    plan: LeafPlan, G: jax.Array, factors: Sequence[jax.Array], dtype: Any = None
+) -> jax.Array:
     """``R = G ×₁ U⁽¹⁾ᵀ … ×_d U⁽ᵈ⁾ᵀ`` over the projected modes: ``PᵀG``, ``GQ`` or ``PᵀGQ``.
 
     Args:
       plan: how this parameter is projected.
       G: shape of the parameter.
       factors: one basis per projected mode, in the order of the modes.
+      dtype: of the result; None is that of G.
 
     Returns:
-      Shape ``plan.low_rank_shape``, dtype of G.
+      Shape ``plan.low_rank_shape``.
     """
-    index = _Index(plan)
+    index, dtype = _Index(plan), dtype or G.dtype
     letters, low_modes = index.full, ()
     for mode, U in zip(plan.projected_modes, factors, strict=True):
         low_modes = (*low_modes, mode)
         out = index.arranged(low_modes)
-        G = contract(f"{letters},{index.factor(mode)}->{out}", G, U, dtype=G.dtype)
+        G = contract(f"{letters},{index.factor(mode)}->{out}", G, U, dtype=dtype)
         letters = out
     return G
 
@@ -100,7 +104,7 @@ def project_to_stored(plan: LeafPlan, G: jax.Array, factors: Sequence[jax.Array]
         return placed(project(plan, G, factors), stored)
 
     def on_each_device(G, factors):
-        R = project(plan, G, factors).astype(jnp.promote_types(G.dtype, jnp.float32))
+        R = project(plan, G, factors, jnp.promote_types(G.dtype, jnp.float32))
         for name in summed:
             at = next((a for a, names in enumerate(stored) if name in names), None)
             if at is None:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec, reshard
 
 from natgalore_jax._plan import LeafPlan
@@ -135,5 +136,5 @@ def _divides(mesh: Any, names: Names, length: int) -> bool:
 
 def zeros_on_axes(x: jax.Array, ndim: int, dtype: Any) -> jax.Array:
     """Zeros of the first axes of x, divided as those are."""
-    zeros = jax.numpy.zeros(x.shape[:ndim], dtype)
+    zeros = jnp.zeros(x.shape[:ndim], dtype)
     return placed(zeros, names_of(x)[:ndim]) if has_explicit_sharding(x) else zeros
