@@ -19,11 +19,12 @@ from flax import nnx
 import natgalore_jax as ng
 from examples.llama.config import MODEL_PRESETS
 from examples.llama.model import Llama
+from natgalore_jax._llama_sizes import LLAMA_RANKS
 
 SIZES = ("60m", "130m", "350m", "1b")
 # Rank by size in the version of the paper whose table is below; a later version has 512 at 1b.
 RANKS = {"60m": 128, "130m": 256, "350m": 256, "1b": 1024}
-NATURAL_RANKS = {"60m": 128, "130m": 256, "350m": 256, "1b": 512, "7b": 1024}
+NATURAL_RANKS = LLAMA_RANKS
 METHODS = ("Full-Rank", "GaLore", "Low-Rank", "LoRA", "ReLoRA")
 
 # Zhao et al., GaLore (2024), table 5, in "G".

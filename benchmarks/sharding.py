@@ -92,15 +92,15 @@ def row(preset: str, rank: int, scheme: str, optimizer: str) -> dict[str, Any]:
         )
     memory = ordinary.memory_analysis()
     flops_floor, sent_floor = floors(tx, shapes, scheme, rank)
-    in_a_round = sent_bytes(whole.as_text(), DEVICES) - sent_bytes(ordinary.as_text(), DEVICES)
+    sent = sent_bytes(ordinary.as_text(), DEVICES)
     return {
         "scheme": scheme,
         "optimizer": optimizer,
         "flops": ordinary.cost_analysis()["flops"],
         "flops_floor": flops_floor,
-        "sent": sent_bytes(ordinary.as_text(), DEVICES),
+        "sent": sent,
         "sent_floor": sent_floor,
-        "sent_in_a_round": in_a_round,
+        "sent_in_a_round": sent_bytes(whole.as_text(), DEVICES) - sent,
         "arguments": memory.argument_size_in_bytes,
         "temporary": memory.temp_size_in_bytes,
     }

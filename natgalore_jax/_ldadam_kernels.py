@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from natgalore_jax._contract import contract, project, project_back
-from natgalore_jax._layout import has_explicit_sharding
+from natgalore_jax._layout import replicated
 from natgalore_jax._plan import LeafPlan
 
 # Power steps from a start that is no basis of any gradient.
@@ -50,9 +50,7 @@ def next_basis(
 
     def power_step(_, P):
         Z = project(plan, B, (P,))
-        Y = contract(f"{letters.full},{letters.low('x')}->{letters.factor('x')}", B, Z)
-        if has_explicit_sharding(Y):  # factorisations need whole matrices
-            Y = jax.sharding.reshard(Y, jax.sharding.PartitionSpec())
+        Y = replicated(contract(f"{letters.full},{letters.low('x')}->{letters.factor('x')}", B, Z))
         Y = Y.reshape(*plan.batch_shape, -1, Y.shape[-1])
         Q, _ = jnp.linalg.qr(Y)  # its signs do not matter: every moment is rotated
         usable = jnp.any(Y != 0, (-2, -1), keepdims=True)
