@@ -45,7 +45,7 @@ def make_optimization(
 def _make_optimizer(
     config: RunConfig, params: Params
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    optimizer = config.optimizer
+    optimizer = dataclasses.replace(config.optimizer, learning_rate=config.learning_rate)
     if config.per_layer:  # It clips by itself: no layer can wait for the norm of all gradients.
         optimizer = dataclasses.replace(optimizer, clip_norm=None)
     try:

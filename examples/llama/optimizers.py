@@ -75,7 +75,8 @@ class OptimizerConfig:
     name: Annotated[OptimizerName, tyro.conf.arg(name="optimizer")] = "natural-galore"
     """Which optimizer trains the model."""
     learning_rate: float | None = None
-    """Peak learning rate; each optimizer has its own default."""
+    """Peak learning rate; each optimizer has its own default, a hundredth of it where published
+    weights are trained further."""
     weight_decay: float = 0.0
     """Decoupled weight decay of the matrices; norm scales are never decayed."""
     clip_norm: float | None = None

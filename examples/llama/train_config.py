@@ -22,6 +22,10 @@ else:  # The names that the command line offers.
     PresetName = Literal[tuple(MODEL_PRESETS)]
 
 
+# What optimizers take by default, chosen for random weights, undoes trained ones in a few steps.
+_TRAINED_SHARE = 0.01
+
+
 @dataclass(frozen=True)
 class OutputConfig:
     """What is written and shown. All of this may change when a run is resumed."""
@@ -178,9 +182,12 @@ class RunConfig:
 
     @property
     def learning_rate(self) -> float:
-        """Peak learning rate: the one given, or the optimizer's own."""
+        """Peak learning rate: the one given, or the optimizer's own, less for trained weights."""
         given = self.optimizer.learning_rate
-        return given if given is not None else default_learning_rate(self.optimizer.name)
+        if given is not None:
+            return given
+        share = 1.0 if self.init_from is None else _TRAINED_SHARE
+        return share * default_learning_rate(self.optimizer.name)
 
     @property
     def run_dir(self) -> Path:

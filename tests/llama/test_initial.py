@@ -16,6 +16,8 @@ from examples.llama.adapters import AdapterConfig, make_linear
 from examples.llama.data import load_splits
 from examples.llama.initial import overlay, start_from
 from examples.llama.loop import train
+from examples.llama.optimization import make_optimization
+from examples.llama.optimizers import OPTIMIZERS
 from examples.llama.train_config import ConfigError
 from examples.llama.train_step import make_model
 from examples.llama.weights import load_llama
@@ -100,6 +102,16 @@ def test_from_the_command_line(files, capsys):
     error = capsys.readouterr().err
     assert error.startswith(f"error: {files / 'weights'}: no model.safetensors")
     assert error.count("\n") == 1
+
+
+def test_learning_rate_is_one_for_trained_weights(files):
+    """By default; the rate is seen in the schedule that the run follows."""
+    rate = OPTIMIZERS["adamw"].learning_rate / 100
+    for more, expected in (((), rate), (("--learning-rate=0.25",), 0.25)):
+        config = parse(options(files, "--warmup=0", *more))
+        params = given_params(files, stacked=True)
+        assert config.learning_rate == pytest.approx(expected)
+        assert make_optimization(config, params).schedule(0) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
