@@ -135,8 +135,8 @@ def natural_galore_adamw(
     r"""AdamW with natural gradients in a low-rank subspace and outside it: for ``optax.adamw``.
 
     .. math::
-      R = P^\top G, \quad N = F_R^{-1/2}\,\mathrm{Adam}(R), \quad
-      E = G - P P^\top G, \quad
+      R = P^\top G, \quad N = F_R^{-1/2}\,\mathrm{Adam}(R), \quad E = G - P P^\top G,
+
       W \leftarrow W - \eta\,\bigl(\alpha P N + \sigma E F_E^{-1/2} + \omega W\bigr)
 
     :math:`F_R` is the diagonal Fisher matrix of the directions of the subspace

@@ -105,6 +105,12 @@ def test_links_lead_somewhere(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_no_line_of_text_is_a_comment(page):
+    """MyST leaves out a line that begins with a percent sign, such as one wrapped after a number."""
+    assert re.findall(r"^ *%.*", FENCE.sub("", page.read_text()), re.M) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
 def test_tests_that_are_named_exist(page):
     for file, name in re.findall(r"(tests/[\w/]+\.py)(?:::(\w+))?", page.read_text()):
         assert ROOT.joinpath(file).exists(), file
