@@ -8,6 +8,7 @@ from pathlib import Path
 from benchmarks._environment import RESULTS, print_targets, target
 from benchmarks.glue.runs import Json
 from benchmarks.quality.files import read_results
+from benchmarks.quality.tables import PLUS_MINUS
 
 # Natural GaLore may be so many points below AdamW.
 MARGIN = 0.2
@@ -28,14 +29,20 @@ class Show:
 
 
 def show(options: Show) -> None:
-    records = [r for r in read_results(options.root, options.suite) if r["task"] == options.task]
-    groups: dict[tuple[str, float], list[Json]] = defaultdict(list)
-    for r in records:
-        groups[r["label"], r["learning_rate"]].append(r)
-    print(table(list(groups.values())))
-    targets = check(list(groups.values()))
+    groups = read_groups(options)
+    print(table(groups))
+    targets = check(groups)
     if targets:
         print_targets(targets)
+
+
+def read_groups(options: Show) -> list[list[Json]]:
+    """The runs of a suite, those of one method, rank and learning rate together."""
+    groups: dict[tuple[str, float], list[Json]] = defaultdict(list)
+    for r in read_results(options.root, options.suite):
+        if r["task"] == options.task:
+            groups[r["label"], r["learning_rate"]].append(r)
+    return list(groups.values())
 
 
 def table(groups: list[list[Json]]) -> str:
@@ -102,4 +109,4 @@ def _bytes(group: list[Json]) -> int:
 def _spread(group: list[Json], split: str, name: str) -> str:
     values = [100 * r["metrics"][split][name] for r in group]
     mean = f"{statistics.fmean(values):.1f}"
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.1f}"
+    return mean if len(values) < 2 else f"{mean}{PLUS_MINUS}{statistics.stdev(values):.1f}"

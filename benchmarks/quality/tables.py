@@ -9,7 +9,7 @@ from benchmarks.quality.summary import REFERENCE, Group, Row, best, separated
 from benchmarks.quality.tuning import Tuned
 
 NOT_RUN = "not run"
-_PLUS_MINUS = "\u00a0±\u00a0"  # Not to be broken into lines.
+PLUS_MINUS = "\u00a0±\u00a0"  # Not to be broken into lines.
 RECIPE = "natural-galore"
 COURSE = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)  # of a run
 
@@ -146,7 +146,7 @@ def _loss(row: Row | None, seeds: int) -> str:
         return NOT_RUN
     if row.diverged:
         return f"diverged ({row.diverged} of {len(row.seeds)})"
-    spread = "" if row.test_std is None else f"{_PLUS_MINUS}{row.test_std:.3f}"
+    spread = "" if row.test_std is None else f"{PLUS_MINUS}{row.test_std:.3f}"
     fewer = "" if len(row.seeds) == seeds else f" ({len(row.seeds)} of {seeds} seeds)"
     return f"{row.test:.3f}{spread}{fewer}"
 
