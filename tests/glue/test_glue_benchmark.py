@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import pathlib
 
 import pytest
 import tiny_encoder as tiny
 
 from benchmarks.glue.runs import Run, make
-from benchmarks.glue.show import check, table
+from benchmarks.glue.show import Show, check, read_groups, table
 from benchmarks.glue.sweep import Sweep, command, run_sweep, runs
 from benchmarks.quality.files import write
 from benchmarks.quality.tables import PLUS_MINUS
@@ -111,6 +112,11 @@ def result(method, rank, seed, accuracy, state):
         "seconds": 90.0,
         "baseline": {"validation": {"accuracy": 0.4}, "test": {"accuracy": 0.45}},
     }
+
+
+def test_the_page_has_the_table_of_the_committed_runs():
+    page = pathlib.Path(__file__).parents[2] / "docs/finetuning.md"
+    assert table(read_groups(Show())) in page.read_text()
 
 
 def test_the_table_and_what_is_asked():
