@@ -106,7 +106,7 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=relative)
 def test_no_line_of_text_is_a_comment(page):
-    """MyST leaves out a line that begins with a percent sign, such as one wrapped after a number."""
+    """MyST leaves out a line that begins with a percent sign, as one wrapped after a number may."""
     assert re.findall(r"^ *%.*", FENCE.sub("", page.read_text()), re.M) == []
 
 
