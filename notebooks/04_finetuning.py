@@ -62,7 +62,7 @@ from examples.glue.methods import LEARNING_RATES, MethodConfig, set_up
 from examples.glue.prepare import prepare
 from examples.glue.run_config import RunConfig
 from examples.glue.schedule import warmup_linear
-from examples.glue.train_step import make_predict, make_step, predictions
+from examples.glue.train_step import decisions, make_predict, make_step, predictions
 from examples.llama.train_step import init_state
 
 plt.rcParams.update({"figure.dpi": 80, "axes.grid": True, "grid.alpha": 0.3})
@@ -104,8 +104,8 @@ for row in prepared.rows.splits["validation"][:4]:
 #
 # - **AdamW** trains every weight and keeps two numbers for each.
 # - **LoRA** trains $W_0 + 2 A B$ with factors of rank 8 beside the matrices of the layers, and the head.
-# - **Natural GaLore** trains the matrices themselves, with gradients in subspaces of rank 8, and norms, biases and the
-#   classifier in full. Embeddings are frozen, as LoRA has them.
+# - **Natural GaLore** trains everything: the matrices and the tables of embeddings, which LoRA freezes, with gradients in
+#   subspaces of rank 8 and moments in 8 bits, norms, biases and the classifier in full.
 #
 # `set_up` splits the weights into trained and frozen ones, and makes the optimizer: for the last method
 # `ng.natural_galore_adamw(..., where=...)` with a rule that names the matrices. The learning rates are the defaults of
@@ -129,10 +129,11 @@ def fine_tune(method, rate):
     for _ in range(steps):
         state, loss = step(state, next(batches))
         losses.append(loss)
-    predict = make_predict(tuning.apply, regression=False)
+    predict = make_predict(tuning.apply)
 
     def accuracy(rows):
-        return float(np.mean(predictions(predict, state.weights, rows, layout) == rows.labels))
+        outputs = predictions(predict, state.weights, rows, layout)
+        return float(np.mean(decisions(outputs, regression=False) == rows.labels))
 
     return tuning, np.array(losses), accuracy
 

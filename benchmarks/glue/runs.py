@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks._environment import RESULTS, environment
 from benchmarks.quality.files import read, write
@@ -12,6 +12,7 @@ from examples.glue.loop import train
 from examples.glue.methods import MethodName
 from examples.glue.prepare import prepare
 from examples.glue.run_config import RunConfig, TaskName, preset_config
+from examples.llama.finetuning import is_low_rank
 from examples.llama.train_config import ConfigError, differences
 
 Json = dict[str, Any]
@@ -31,6 +32,10 @@ class Common:
     """How often each row is seen; by default as in examples.glue."""
     limit: int | None = None
     """Train on so many rows only."""
+    embeddings: Literal["frozen", "projected", "full"] = "projected"
+    """Of galore and natural-galore, as in examples.glue."""
+    moment_bits: Literal[8] | None = 8
+    """Of galore and natural-galore, as in examples.glue."""
     suite: str = "main"
     """Directory of runs that belong together."""
     root: Path = RESULTS / "glue"
@@ -69,7 +74,16 @@ class Run(Common):
     def config(self) -> RunConfig:
         """The configuration of the program."""
         config = preset_config("default", self.task)
-        method = replace(config.method, learning_rate=self.learning_rate)
+        # AdamW and LoRA ignore both; their runs are the same whatever is asked of the others.
+        embeddings, bits = (
+            (self.embeddings, self.moment_bits) if is_low_rank(self.method) else ("frozen", None)
+        )
+        method = replace(
+            config.method,
+            learning_rate=self.learning_rate,
+            embeddings=embeddings,
+            moment_bits=bits,
+        )
         return replace(
             config,
             data=self.data,

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
@@ -16,6 +17,9 @@ from examples.llama.train_config import ConfigError
 
 # The command that makes one run.
 command = functools.partial(command_of, program="benchmarks.glue")
+
+Pair = tuple[str, int]  # A method and its rank.
+Curves = dict[Pair, dict[float, float]]  # Loss by learning rate.
 
 GRID = (2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3)
 
@@ -38,6 +42,9 @@ class Sweep(Common):
     """Of the learning rates make every other one, then those beside the best, until it has both."""
     learning_rates: tuple[float, ...] = GRID
     """Peak learning rates of --tune; without it each method has its best one of the tuning."""
+    refine: bool = False
+    """Make the best one of --tune-suite, and the next lower one as long as it is better: for runs
+    that are longer than those of that tuning."""
     tune_suite: str = "tune"
     """Where the tuned learning rates come from."""
     workers: int = 1
@@ -53,9 +60,10 @@ def runs(sweep: Sweep) -> list[Run]:
         for method in sweep.methods
         for rank in ((0,) if method == "adamw" else sweep.ranks)
     ]
-    suite = sweep.suite if sweep.tune else sweep.tune_suite
-    found = curves(r for r in read_suite(sweep.root, suite) if r["task"] == sweep.task)
-    rates = {pair: _rates(sweep, found.get(pair, {}), pair) for pair in pairs}
+    if sweep.tune or sweep.refine:
+        rates = _tuning_rates(sweep, pairs)
+    else:
+        rates = {pair: (rate,) for pair, rate in _best_rates(sweep, pairs).items()}
     common = {field.name: getattr(sweep, field.name) for field in fields(Common)}
     return [
         Run(
@@ -83,11 +91,11 @@ def run_sweep(sweep: Sweep) -> int:
             return 0
         if run_all(todo, sweep.workers, command, describe):
             return 1
-        if not (sweep.tune and todo):
+        if not ((sweep.tune or sweep.refine) and todo):
             return 0
 
 
-def curves(records: Iterable[Json]) -> dict[tuple[str, int], dict[float, float]]:
+def curves(records: Iterable[Json]) -> Curves:
     """One minus the validation metric of each method and rank at each rate, mean over seeds."""
     found: dict = defaultdict(lambda: defaultdict(list))
     for r in records:
@@ -112,13 +120,40 @@ def describe(run: Run, error: str | None) -> str:
     return f"{what}: {metrics}, {record['wall_seconds']:.0f} s"
 
 
-def _rates(sweep: Sweep, done: dict[float, float], pair: tuple[str, int]) -> tuple[float, ...]:
-    if sweep.tune:
-        # Those that are done are of the plan too, so that they are counted.
-        return tuple(sorted({*next_rates(sweep.learning_rates, done), *done}))
-    if not done:
-        raise ConfigError(
-            f"{pair[0]} has no tuned learning rate at rank {pair[1]}: no run of it in the suite "
-            f"{sweep.tune_suite!r} of {sweep.root}; make them with sweep --tune"
-        )
-    return (min(done, key=done.__getitem__),)
+def _read_curves(sweep: Sweep, suite: str) -> Curves:
+    return curves(r for r in read_suite(sweep.root, suite) if r["task"] == sweep.task)
+
+
+def _tuning_rates(sweep: Sweep, pairs: list[Pair]) -> dict[Pair, tuple[float, ...]]:
+    """Rates that are known by now to be of the search, those that are done included."""
+    done = _read_curves(sweep, sweep.suite)
+    if sweep.refine:
+        first = _best_rates(sweep, pairs)
+        wanted = {
+            pair: _downwards(sweep.learning_rates, first[pair], done.get(pair, {}))
+            for pair in pairs
+        }
+    else:
+        wanted = {pair: next_rates(sweep.learning_rates, done.get(pair, {})) for pair in pairs}
+    return {pair: tuple(sorted({*wanted[pair], *done.get(pair, {})})) for pair in pairs}
+
+
+def _downwards(grid: tuple[float, ...], first: float, done: dict[float, float]) -> list[float]:
+    """The first rate and lower ones of the grid, down to one that is not better than that above."""
+    found = [first]
+    for rate in sorted((rate for rate in grid if rate < first), reverse=True):
+        found.append(rate)
+        if rate not in done or done[rate] >= done.get(found[-2], -math.inf):
+            break
+    return found
+
+
+def _best_rates(sweep: Sweep, pairs: list[Pair]) -> dict[Pair, float]:
+    found = _read_curves(sweep, sweep.tune_suite)
+    for method, rank in pairs:
+        if (method, rank) not in found:
+            raise ConfigError(
+                f"{method} has no tuned learning rate at rank {rank}: no run of it in the suite "
+                f"{sweep.tune_suite!r} of {sweep.root}; make them with sweep --tune"
+            )
+    return {pair: min(found[pair], key=found[pair].__getitem__) for pair in pairs}

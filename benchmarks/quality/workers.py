@@ -85,7 +85,7 @@ def command(run: Any, program: str = "benchmarks.quality") -> list[str]:
     options = [
         text
         for field in fields(run)
-        if (value := getattr(run, field.name)) is not None and value != field.default
+        if (value := getattr(run, field.name)) != field.default
         for text in (f"--{field.name.replace('_', '-')}", str(value))
     ]
     return [sys.executable, "-m", program, "run", *options]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import natgalore_jax as ng
@@ -19,7 +20,13 @@ from examples.glue.report import Reporter, Silent
 from examples.glue.run_config import RunConfig
 from examples.glue.schedule import warmup_linear
 from examples.glue.scores import scores
-from examples.glue.train_step import make_predict, make_step, predictions
+from examples.glue.train_step import (
+    decisions,
+    make_predict,
+    make_step,
+    predictions,
+    row_losses,
+)
 from examples.glue.weights import save_model
 from examples.llama.checkpoints import Checkpoints
 from examples.llama.clock import Clock
@@ -47,10 +54,8 @@ class Result:
         weights = jax.tree.leaves(self.state.weights)
         trained = jax.tree.leaves(self.state.params)
         train = of_kind(self.records, "train")
-        metrics = {}
-        for record in self.records:
-            if record["kind"] != "train":
-                metrics[record["kind"]] = record["metrics"]  # The last one.
+        # The last ones.
+        evaluations = {r["kind"]: r for r in self.records if r["kind"] != "train"}
         return {
             "method": self.method,
             "learning_rate": self.learning_rate,
@@ -60,7 +65,8 @@ class Result:
             "steps": self.steps,
             "seconds": train[-1]["seconds"],
             "train_loss": train[-1]["loss"],
-            "metrics": metrics,
+            "losses": {kind: record["loss"] for kind, record in evaluations.items()},
+            "metrics": {kind: record["metrics"] for kind, record in evaluations.items()},
         }
 
 
@@ -140,7 +146,7 @@ class _Run:
         trained, frozen, tx = self.tuning.trained, self.tuning.frozen, self.tuning.tx
         self.state = jax.jit(lambda p, f: init_state(p, tx, f))(trained, frozen)
         self.step = make_step(self.tuning.apply, tx, regression=task.regression, seed=config.seed)
-        self.predict = make_predict(self.tuning.apply, task.regression)
+        self.predict = make_predict(self.tuning.apply)
         if saving is not None and saving[0].latest() is not None:
             self.state, _ = saving[0].restore(self.state)
         self._losses: list[jax.Array] = []
@@ -191,11 +197,14 @@ class _Run:
         self._record("train", step, loss=loss, batches=count)
 
     def _evaluate(self, splits: tuple[str, ...], step: int) -> None:
+        task = self.prepared.task
         for name in splits:
             encoded = self.prepared.encoded[name]
-            found = predictions(self.predict, self.state.weights, encoded, self.prepared.layout)
-            metrics = scores(self.prepared.task.metrics, encoded.labels, found)
-            self._record(name, step, metrics=metrics)
+            outputs = predictions(self.predict, self.state.weights, encoded, self.prepared.layout)
+            losses = row_losses(jnp.asarray(outputs), encoded.labels, task.regression)
+            found = decisions(outputs, task.regression)
+            metrics = scores(task.metrics, encoded.labels, found)
+            self._record(name, step, metrics=metrics, loss=float(jnp.mean(losses)))
         self._clock.start()
 
     def _record(self, kind: str, step: int, **more: Any) -> None:

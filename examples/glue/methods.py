@@ -1,8 +1,8 @@
 """How a model is fine-tuned: what is trained, and by which optimizer.
 
 "adamw" trains everything. "lora" trains adapters and the head with AdamW. Every other method
-projects the gradients of the same matrices that LoRA adapts, and of the head's own matrix; it
-trains norms, biases and the classifier in full.
+projects the gradients of the same matrices that LoRA adapts, of the head's own matrix and of the
+tables of tokens and positions; it trains norms, biases and the classifier in full.
 """
 
 from collections.abc import Callable
@@ -22,12 +22,12 @@ from examples.llama.finetuning import is_low_rank, method_transformation
 
 Params = dict[str, Any]
 
-# Peak rates where none is given, for the batches and epochs of `make finetune`. Those of Natural
-# GaLore and AdamW were tried in short runs there, the others follow from the size of their updates;
-# `benchmarks.glue` tunes them.
+# Peak rates where none is given, for the batches and epochs of `make finetune`. Those of AdamW,
+# LoRA and Natural GaLore were tuned by `benchmarks.glue` at rank 8, the others follow from the size
+# of their updates.
 LEARNING_RATES = {
-    "adamw": 1e-4,
-    "lora": 5e-4,
+    "adamw": 5e-5,
+    "lora": 1e-3,
     "galore": 2e-4,
     "fira": 2e-4,
     "natural-galore": 2e-4,
@@ -64,15 +64,15 @@ class MethodConfig:
     rank 4 and the 2 at rank 8 of the GaLore paper. LoRA: alpha / rank; None is 2."""
     side: Literal["auto", "short", "long", "left", "right", "both"] | None = None
     """Low-rank: which side of a matrix is projected."""
-    moment_bits: Literal[8] | None = None
-    """Galore and natural-galore: store Adam's moments in 8 bits."""
+    moment_bits: Literal[8] | None = 8
+    """Galore and natural-galore: store Adam's moments in 8 bits; None is the weights' dtype."""
     targets: tuple[str, ...] = ("query", "key", "value", "intermediate.dense", "output.dense")
     """Matrices that are projected or adapted, by the end of their names in PyTorch."""
     project_head: bool = True
     """Low-rank: project the head's own matrix too, which LoRA trains in full."""
-    embeddings: Literal["frozen", "projected", "full"] = "frozen"
+    embeddings: Literal["frozen", "projected", "full"] = "projected"
     """Low-rank: what becomes of the tables of tokens and positions, which LoRA freezes. Moments of
-    the whole tables would be larger than everything else together."""
+    the whole tables, "full", would be larger than everything else together."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:

@@ -42,6 +42,7 @@ def _published(rank: int, rate: float) -> MethodConfig:
         scale=16 / rank,  # 4 and 2
         project_head=False,
         embeddings="full",
+        moment_bits=None,
     )
 
 

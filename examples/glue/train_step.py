@@ -47,20 +47,20 @@ def make_step(
     return jax.jit(step, donate_argnums=0)
 
 
-def make_predict(apply: Apply, regression: bool) -> Predict:
-    """A jitted function of weights and inputs to predicted classes, or numbers of a regression."""
-
-    @jax.jit
-    def predict(weights: Params, inputs: Inputs) -> jax.Array:
-        outputs = apply(weights, inputs, None)
-        return outputs[:, 0] if regression else jnp.argmax(outputs, axis=-1)
-
-    return predict
+def make_predict(apply: Apply) -> Predict:
+    """A jitted function of weights and inputs to outputs (B, C), with nothing dropped."""
+    return jax.jit(lambda weights, inputs: apply(weights, inputs, None))
 
 
 def predictions(predict: Predict, weights: Params, encoded: Encoded, layout: Layout) -> np.ndarray:
-    """What is predicted for each row, in the order of the rows."""
-    found = np.zeros_like(encoded.labels)
+    """Outputs of all rows, (rows, C), in the order of the rows."""
+    order, found = [], []
     for rows, batch in eval_batches(encoded, layout):
-        found[rows] = np.asarray(predict(weights, batch.inputs))[: len(rows)]
-    return found
+        order.append(rows)
+        found.append(np.asarray(predict(weights, batch.inputs))[: len(rows)])
+    return np.concatenate(found)[np.argsort(np.concatenate(order))]
+
+
+def decisions(outputs: np.ndarray, regression: bool) -> np.ndarray:
+    """Predicted classes, or numbers of a regression, (rows,)."""
+    return outputs[:, 0] if regression else np.argmax(outputs, axis=-1)

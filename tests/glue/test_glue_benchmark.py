@@ -80,6 +80,43 @@ def test_a_sweep_tunes_and_goes_on(common, monkeypatch):
         runs(Sweep(**common, methods=("galore",), ranks=(8,)))
 
 
+def test_a_sweep_refines_downwards(common, monkeypatch):
+    """In the longer runs AdamW is best where it was, LoRA two rates lower."""
+    made = []
+
+    def make_all(todo, *_):
+        for run in todo:
+            made.append((run.method, run.learning_rate))
+            write(record_of(run, 1e-4 if run.method == "adamw" else 2e-4), run.path)
+        return []
+
+    monkeypatch.setattr("benchmarks.glue.sweep.run_all", make_all)
+    for method, rank, rate in (("adamw", 0, 1e-4), ("lora", 8, 1e-3)):
+        run = Run(**common, suite="tune", method=method, rank=rank, learning_rate=rate)
+        write(record_of(run, rate), run.path)
+    options = {**common, "methods": ("adamw", "lora"), "ranks": (8,), "seeds": (100,)}
+    refine = Sweep(**options, refine=True, suite="refine")
+    assert run_sweep(refine) == 0
+    assert made[:4] == [("adamw", 5e-5), ("adamw", 1e-4), ("lora", 5e-4), ("lora", 1e-3)]
+    assert made[4:] == [("lora", 2e-4), ("lora", 1e-4)]
+    best = [run.learning_rate for run in runs(Sweep(**options, tune_suite="refine"))]
+    assert best == [1e-4, 2e-4]
+
+
+def test_what_adamw_and_lora_ignore_is_not_of_their_runs(common):
+    def asked(method, rank):
+        run = Run(**common, method=method, rank=rank, embeddings="full", moment_bits=None)
+        assert "--moment-bits None" in " ".join(command(run))
+        found = run.config().method
+        return found.embeddings, found.moment_bits
+
+    assert asked("galore", 8) == ("full", None)
+    for method, rank in (("adamw", 0), ("lora", 8)):
+        run = Run(**common, method=method, rank=rank)
+        found = run.config().method
+        assert asked(method, rank) == (found.embeddings, found.moment_bits)
+
+
 def record_of(run, best):
     accuracy = 0.9 - abs(run.learning_rate - best)
     return {

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.special
 import tiny_encoder as tiny
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -20,7 +21,7 @@ from examples.glue.methods import LEARNING_RATES, MethodConfig, set_up
 from examples.glue.model import make_model
 from examples.glue.prepare import prepare
 from examples.glue.run_config import OutputConfig, RunConfig
-from examples.glue.train_step import make_predict, make_step, predictions
+from examples.glue.train_step import decisions, make_predict, make_step, predictions
 from examples.glue.weights import load_model
 from examples.llama.frozen import union
 from examples.llama.metrics import of_kind
@@ -66,6 +67,10 @@ def test_it_learns(files, method, request):
     summary = result.summary()
     assert summary["train_loss"] < 0.4  # It begins at 0.69.
     assert summary["metrics"]["validation"]["accuracy"] == 1.0
+    encoded, predict = prepared.encoded["validation"], make_predict(result.tuning.apply)
+    outputs = predictions(predict, result.state.weights, encoded, prepared.layout)
+    loss = -np.mean(scipy.special.log_softmax(outputs, axis=1)[range(len(outputs)), encoded.labels])
+    assert summary["losses"]["validation"] == pytest.approx(loss, rel=1e-4)
     assert [r["step"] for r in of_kind(result.records, "validation")] == list(range(14, 99, 14))
     frozen = flatten_dict(result.tuning.frozen)
     for path, leaf in flatten_dict(result.state.frozen).items():
@@ -89,8 +94,8 @@ def test_what_each_method_trains(files):
         return flatten_dict(found.trained).keys()
 
     assert trained("adamw") == everything
-    assert trained("natural-galore") == everything - tables
-    assert trained("galore", embeddings="projected") == everything
+    assert trained("natural-galore") == everything
+    assert trained("galore", embeddings="frozen") == everything - tables
     lora = trained("lora", targets=("query",))
     names = {".".join(path) for path in lora if path[0] != "head"}
     assert names == {f"layers.attention.query.lora.lora_{x}" for x in "ab"}
@@ -102,7 +107,8 @@ def test_state_is_that_of_the_formulas_and_at_most_that_of_lora():
     config = EncoderConfig("bert", 100, 384, 1536, 6, 12, positions=50, token_types=2)
     params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), make_model(config)[1])
 
-    def numbers(method, rank, **options):
+    def numbers(method, rank, embeddings="frozen", bits=None, **options):
+        options |= {"embeddings": embeddings, "moment_bits": bits}
         options, rate = MethodConfig(rank=rank, **options), optax.constant_schedule(0.1)
         found = set_up(method, options, config, params, rate, seed=0)
         # Without the counters of steps.
@@ -218,8 +224,8 @@ def test_a_regression(files, tmp_path):
     step = make_step(counts, optax.sgd(0.1), regression=True, seed=0)
     _, loss = step(init_state(weights, optax.sgd(0.1)), batch)
     assert float(loss) == pytest.approx(np.mean((expected - encoded.labels)[:4] ** 2), rel=1e-5)
-    found = predictions(make_predict(counts, True), jnp.array(W), encoded, prepared.layout)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    found = predictions(make_predict(counts), jnp.array(W), encoded, prepared.layout)
+    np.testing.assert_allclose(decisions(found, True), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_what_cannot_be_trained(files, monkeypatch):
