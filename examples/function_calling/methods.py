@@ -6,10 +6,9 @@ Every other method projects the gradients of the same matrices, and trains the n
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import optax
-import tyro
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from examples.function_calling.adapters import (
@@ -19,14 +18,14 @@ from examples.function_calling.adapters import (
     add_adapters,
     merge_adapters,
 )
-from examples.function_calling.errors import ConfigError
+from examples.llama import finetuning
 from examples.llama.adapters import AdapterConfig
 from examples.llama.config import ModelConfig
 from examples.llama.finetuning import is_low_rank, method_transformation
 from examples.llama.optimizers import decayed
 
 # Peak rates where none is given. That of AdamW is the one of Natural GaLore's experiments with
-# TinyAgent; next to it the updates of the others are as large as in examples/glue. None is tuned.
+# TinyAgent; the others are five times that, as their updates have fewer dimensions. None is tuned.
 LEARNING_RATES = {
     "adamw": 7e-5,
     "lora": 3.5e-4,
@@ -45,47 +44,16 @@ else:  # The names that the command line offers.
 
 
 @dataclass(frozen=True)
-class MethodConfig:
+class MethodConfig(finetuning.MethodConfig):
     """The method. "None" leaves an argument to the method's own default."""
 
-    learning_rate: float | None = None
-    """Peak learning rate; each method has its own default."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay of matrices and tables."""
-    clip_norm: float | None = None
-    """Clip gradients to this global norm."""
+    learning_rates = LEARNING_RATES
+
     rank: int = 32
     """Dimension of the gradient subspace, and of LoRA's adapters."""
-    update_interval: Annotated[int | None, tyro.conf.arg(name="interval")] = None
-    """Low-rank: steps between two refreshes of the subspace."""
-    scale: float | None = None
-    """Low-rank: factor on the update of projected matrices; None is 16 / rank. LoRA: alpha / rank;
-    None is 2."""
-    side: Literal["auto", "short", "long", "left", "right", "both"] | None = None
-    """Low-rank: which side of a matrix is projected."""
-    moment_bits: Literal[8] | None = None
-    """Galore and natural-galore: store Adam's moments in 8 bits."""
     embeddings: Literal["frozen", "full"] = "frozen"
     """Low-rank: what becomes of the table of tokens and the output head, which LoRA freezes.
     Moments of the whole table would be larger than everything else together."""
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ConfigError(f"rank must be at least 1, got {self.rank}")
-        if self.learning_rate is not None and not self.learning_rate > 0:
-            raise ConfigError(f"learning_rate must be positive, got {self.learning_rate}")
-
-    def check(self, model: ModelConfig) -> None:
-        """Raises a ConfigError if the rank is that of a whole matrix."""
-        if self.rank >= model.smallest_side:
-            raise ConfigError(
-                f"rank must be below the smallest side of the matrices, {model.smallest_side}; "
-                f"got {self.rank}"
-            )
-
-    def peak(self, method: str) -> float:
-        """Peak learning rate of a method."""
-        return LEARNING_RATES[method] if self.learning_rate is None else self.learning_rate
 
 
 class Tuning(NamedTuple):

@@ -70,7 +70,7 @@ def prepare(config: RunConfig) -> Prepared:
     model = dataclasses.replace(
         file.config, stacked=True, remat=config.remat, dtype=config.dtype, param_dtype="float32"
     )
-    config.method.check(model)
+    config.method.check_rank(model.smallest_side)
     longest = config.max_length + config.new_tokens
     if longest > model.max_length:
         raise ConfigError(

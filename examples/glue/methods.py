@@ -7,10 +7,9 @@ tables of tokens and positions; it trains norms, biases and the classifier in fu
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import optax
-import tyro
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from examples.glue.adapters import add_adapters, is_adapter, merge_adapters
@@ -18,6 +17,7 @@ from examples.glue.encoder_config import EncoderConfig
 from examples.glue.errors import ConfigError
 from examples.glue.model import Apply, make_model
 from examples.glue.weights import MATRICES, module_name
+from examples.llama import finetuning
 from examples.llama.finetuning import is_low_rank, method_transformation
 
 Params = dict[str, Any]
@@ -46,24 +46,11 @@ TABLES = ("word", "position", "token_type")
 
 
 @dataclass(frozen=True)
-class MethodConfig:
+class MethodConfig(finetuning.MethodConfig):
     """The method. "None" leaves an argument to the method's own default."""
 
-    learning_rate: float | None = None
-    """Peak learning rate; each method has its own default."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay of matrices and tables."""
-    clip_norm: float | None = None
-    """Clip gradients to this global norm."""
-    rank: int = 8
-    """Dimension of the gradient subspace, and of LoRA's adapters."""
-    update_interval: Annotated[int | None, tyro.conf.arg(name="interval")] = None
-    """Low-rank: steps between two refreshes of the subspace."""
-    scale: float | None = None
-    """Low-rank: factor on the update of projected matrices; None is 16 / rank, which gives the 4 at
-    rank 4 and the 2 at rank 8 of the GaLore paper. LoRA: alpha / rank; None is 2."""
-    side: Literal["auto", "short", "long", "left", "right", "both"] | None = None
-    """Low-rank: which side of a matrix is projected."""
+    learning_rates = LEARNING_RATES
+
     moment_bits: Literal[8] | None = 8
     """Galore and natural-galore: store Adam's moments in 8 bits; None is the weights' dtype."""
     targets: tuple[str, ...] = ("query", "key", "value", "intermediate.dense", "output.dense")
@@ -75,16 +62,9 @@ class MethodConfig:
     the whole tables, "full", would be larger than everything else together."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ConfigError(f"rank must be at least 1, got {self.rank}")
-        if self.learning_rate is not None and not self.learning_rate > 0:
-            raise ConfigError(f"learning_rate must be positive, got {self.learning_rate}")
+        super().__post_init__()
         if not self.targets:
             raise ConfigError("targets must name at least one matrix")
-
-    def peak(self, method: str) -> float:
-        """Peak learning rate of a method."""
-        return LEARNING_RATES[method] if self.learning_rate is None else self.learning_rate
 
 
 class Tuning(NamedTuple):
@@ -110,11 +90,7 @@ def set_up(
     Raises:
       ConfigError: if a target names no matrix, or the rank is that of a whole matrix.
     """
-    side = min(encoder.hidden, encoder.intermediate)
-    if config.rank >= side:
-        raise ConfigError(
-            f"rank must be below the smallest side of the matrices, {side}; got {config.rank}"
-        )
+    config.check_rank(min(encoder.hidden, encoder.intermediate))
     modules = chosen_modules(config.targets, encoder)
     apply, plain = make_model(encoder)[0], lambda weights: weights
     if method == "lora":

@@ -4,31 +4,59 @@
 """
 
 import inspect
-from typing import Any, Literal, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
 
 import optax
+import tyro
 
 from examples.llama.errors import ConfigError
 from examples.llama.optimizers import OPTIMIZERS, OptimizerConfig, make_transformation
 
 
-class MethodOptions(Protocol):
-    """What the configurations of methods have in common."""
+@dataclass(frozen=True)
+class MethodConfig:
+    """The method. "None" leaves an argument to the method's own default."""
 
-    @property
-    def weight_decay(self) -> float: ...
-    @property
-    def clip_norm(self) -> float | None: ...
-    @property
-    def rank(self) -> int: ...
-    @property
-    def update_interval(self) -> int | None: ...
-    @property
-    def scale(self) -> float | None: ...
-    @property
-    def side(self) -> Literal["auto", "short", "long", "left", "right", "both"] | None: ...
-    @property
-    def moment_bits(self) -> Literal[8] | None: ...
+    learning_rates: ClassVar[Mapping[str, float]]  # The peak of each method where none is given.
+
+    learning_rate: float | None = None
+    """Peak learning rate; each method has its own default."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices and tables."""
+    clip_norm: float | None = None
+    """Clip gradients to this global norm."""
+    rank: int = 8
+    """Dimension of the gradient subspace, and of LoRA's adapters."""
+    update_interval: Annotated[int | None, tyro.conf.arg(name="interval")] = None
+    """Low-rank: steps between two refreshes of the subspace."""
+    scale: float | None = None
+    """Low-rank: factor on the update of projected matrices; None is 16 / rank, which gives the 4 at
+    rank 4 and the 2 at rank 8 of the GaLore paper. LoRA: alpha / rank; None is 2."""
+    side: Literal["auto", "short", "long", "left", "right", "both"] | None = None
+    """Low-rank: which side of a matrix is projected."""
+    moment_bits: Literal[8] | None = None
+    """Galore and natural-galore: store Adam's moments in 8 bits; None is the weights' dtype."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ConfigError(f"rank must be at least 1, got {self.rank}")
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            raise ConfigError(f"learning_rate must be positive, got {self.learning_rate}")
+
+    def check_rank(self, smallest_side: int) -> None:
+        """Raises a ConfigError if the rank is that of a whole matrix."""
+        if self.rank >= smallest_side:
+            raise ConfigError(
+                f"rank must be below the smallest side of the matrices, {smallest_side}; "
+                f"got {self.rank}"
+            )
+
+    def peak(self, method: str) -> float:
+        """Peak learning rate of a method."""
+        given = self.learning_rate
+        return self.learning_rates[method] if given is None else given
 
 
 def is_low_rank(method: str) -> bool:
@@ -37,7 +65,7 @@ def is_low_rank(method: str) -> bool:
 
 
 def method_transformation(
-    method: str, config: MethodOptions, learning_rate: optax.Schedule, seed: int, **arguments: Any
+    method: str, config: MethodConfig, learning_rate: optax.Schedule, seed: int, **arguments: Any
 ) -> optax.GradientTransformation:
     """The optimizer of a method; `arguments` go to `make_transformation`.
 
