@@ -57,7 +57,7 @@ setup: $(VENV)/.dev ## install the library, the examples and the development too
 pretrain: $(VENV)/.examples ## pre-train a small LLaMA on real text, about 5 minutes; ARGS="--help" for options
 	$(BIN)/python -m examples.llama $(ARGS)
 
-finetune: $(VENV)/.glue $(SNIPPETS) ## fine-tune a small BERT on movie reviews, about 14 minutes; ARGS="--help"
+finetune: $(VENV)/.glue $(SNIPPETS) ## fine-tune a small BERT on movie reviews, about 15 minutes; ARGS="--help"
 	$(BIN)/python -m examples.glue $(ARGS)
 
 # The smallest run in which something is learned; without these options it takes an accelerator.
