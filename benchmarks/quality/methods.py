@@ -35,14 +35,39 @@ class Method(NamedTuple):
     """One row of the comparison.
 
     ``factory(**arguments)`` makes the optimizer, where the arguments are those of the setting that
-    the factory knows, and then ``fixed``. Without a factory the program's own AdamW is used.
-    ``configure`` changes the run itself, for methods that change the model.
+    the factory knows, and then ``fixed``. ``configure`` changes the run itself, for methods that
+    change the model.
     """
 
     label: str
-    factory: Callable[..., optax.GradientTransformation] | None
+    factory: Callable[..., optax.GradientTransformation]
     fixed: Mapping[str, Any] = MappingProxyType({})
     configure: Callable[[RunConfig, Setting], RunConfig] | None = None
+    # α by which the factory multiplies the updates of hidden matrices, beside its learning rate.
+    scale: float = 1.0
+    # A ratio of the two rates that is part of the method, and not tuned.
+    ratio: float | None = None
+
+
+def with_ratio(
+    tx: optax.GradientTransformation, factor: float
+) -> optax.GradientTransformation:
+    """``tx`` with the updates of all but the hidden matrices multiplied by ``factor``.
+
+    With any optimizer whose updates are proportional to its learning rate, embedding, head and
+    norms get a rate of their own.
+    """
+    if factor == 1.0:
+        return tx
+    return optax.chain(
+        tx,
+        optax.masked(
+            optax.scale(factor),
+            lambda params: jax.tree.map_with_path(
+                lambda path, leaf: not ng.hidden_matrices(path, leaf), params
+            ),
+        ),
+    )
 
 
 def muon(
@@ -99,7 +124,7 @@ def optax_galore(
 def _adapter(
     kind: Literal["factorised", "lora", "relora"],
 ) -> Callable[[RunConfig, Setting], RunConfig]:
-    """The model's matrices replaced by low-rank ones; the program's own AdamW trains them."""
+    """The model's matrices replaced by low-rank ones, which AdamW trains."""
 
     def change(config: RunConfig, setting: Setting) -> RunConfig:
         adapter = AdapterConfig(
@@ -117,18 +142,25 @@ def _adapter(
 _ONLINE = {"method": "online", "transition": "rotate", "side": "short", "scale": PAPER_SCALE}
 _SVD = {"method": "svd", "transition": "keep", "stagger": False, "scale": PAPER_SCALE}
 
+_ADAMW = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
+
 METHODS: dict[str, Method] = {
-    "adamw": Method("AdamW", optax.adamw, {"b1": 0.9, "b2": 0.999, "eps": 1e-8}),
+    "adamw": Method("AdamW", optax.adamw, _ADAMW),
+    "adamw-one-rate": Method("AdamW, one rate", optax.adamw, _ADAMW, ratio=1.0),
     "adafactor": Method("Adafactor", OPTIMIZERS["adafactor"].factory),
     "muon": Method("Muon with AdamW", muon),
-    "optax-galore": Method("GaLore, optax.contrib", optax_galore),
-    "galore": Method("GaLore", ng.galore_adamw, _SVD),
-    "galore-8bit": Method("GaLore, 8-bit moments", ng.galore_adamw, {**_SVD, "moment_bits": 8}),
-    "natural-galore-paper": Method("Natural GaLore, paper", ng.paper_natural_galore_adamw),
-    "natural-galore-published": Method(
-        "Natural GaLore, published code", ng.published_natural_galore_adamw
+    "optax-galore": Method("GaLore, optax.contrib", optax_galore, scale=PAPER_SCALE),
+    "galore": Method("GaLore", ng.galore_adamw, _SVD, scale=PAPER_SCALE),
+    "galore-8bit": Method(
+        "GaLore, 8-bit moments", ng.galore_adamw, {**_SVD, "moment_bits": 8}, scale=PAPER_SCALE
     ),
-    "galore-online": Method("GaLore, online", ng.galore_adamw, _ONLINE),
+    "natural-galore-paper": Method(
+        "Natural GaLore, paper", ng.paper_natural_galore_adamw, scale=PAPER_SCALE
+    ),
+    "natural-galore-published": Method(
+        "Natural GaLore, published code", ng.published_natural_galore_adamw, scale=PAPER_SCALE
+    ),
+    "galore-online": Method("GaLore, online", ng.galore_adamw, _ONLINE, scale=PAPER_SCALE),
     # What the paper writes, spelled out: the defaults of this function are the recipe's.
     "natural-galore-online": Method(
         "Natural GaLore, paper, online",
@@ -140,6 +172,7 @@ METHODS: dict[str, Method] = {
             "damping_mode": "absolute",
             "residual": False,
         },
+        scale=PAPER_SCALE,
     ),
     "ldadam": Method("LDAdam", ng.ldadamw),
     "ldadam-error-feedback": Method(
@@ -147,15 +180,23 @@ METHODS: dict[str, Method] = {
     ),
     "apollo": Method("APOLLO", ng.apollo_adamw),
     "apollo-mini": Method("APOLLO-Mini", ng.apollo_mini_adamw),
-    "fira": Method("Fira", ng.galore_adamw, {"residual": True, "scale": PAPER_SCALE}),
-    "natural-galore": Method("Natural GaLore, default", ng.natural_galore_adamw),
-    "factorised": Method("Low-rank weights W = BA", None, configure=_adapter("factorised")),
-    "lora": Method("LoRA on frozen initial weights", None, configure=_adapter("lora")),
-    "relora": Method("ReLoRA", None, configure=_adapter("relora")),
+    "fira": Method(
+        "Fira", ng.galore_adamw, {"residual": True, "scale": PAPER_SCALE}, scale=PAPER_SCALE
+    ),
+    "natural-galore": Method(
+        "Natural GaLore, default", ng.natural_galore_adamw, scale=PAPER_SCALE
+    ),
+    "factorised": Method(
+        "Low-rank weights W = BA", optax.adamw, _ADAMW, configure=_adapter("factorised")
+    ),
+    "lora": Method(
+        "LoRA on frozen initial weights", optax.adamw, _ADAMW, configure=_adapter("lora")
+    ),
+    "relora": Method("ReLoRA", optax.adamw, _ADAMW, configure=_adapter("relora")),
 }
 
 # For questions about the default alone: in no sweep unless they are named.
-VARIANTS = {"recipe": Method("Natural GaLore, in parts", recipe)}
+VARIANTS = {"recipe": Method("Natural GaLore, in parts", recipe, scale=PAPER_SCALE)}
 
 # What the arguments of the tables' ablations mean.
 CHANGES = {
@@ -186,7 +227,9 @@ def choose(text: str) -> Chosen:
     if name not in known_methods:
         raise ConfigError(f"method must be one of {', '.join(known_methods)}; got {name!r}")
     method, chosen = known_methods[name], {}
-    known = inspect.signature(method.factory).parameters if method.factory else Setting._fields
+    known = inspect.signature(method.factory).parameters
+    if method.configure is not None:
+        known = {**known, **dict.fromkeys(Setting._fields)}
     for item in filter(None, changes.split(",")):
         key, _, value = item.partition("=")
         if key not in known or key == "learning_rate":
@@ -197,11 +240,9 @@ def choose(text: str) -> Chosen:
 
 def arguments(chosen: Chosen, setting: Setting) -> dict[str, Any]:
     """All arguments of the factory, its own defaults included."""
-    if chosen.method.factory is None:
-        return {}
     signature = inspect.signature(chosen.method.factory)
-    values = {k: v for k, v in setting._asdict().items() if k in signature.parameters}
-    bound = signature.bind(**{**values, **chosen.method.fixed, **chosen.changes})
+    values = {**setting._asdict(), **chosen.method.fixed, **chosen.changes}
+    bound = signature.bind(**{k: v for k, v in values.items() if k in signature.parameters})
     bound.apply_defaults()
     return dict(bound.arguments)
 

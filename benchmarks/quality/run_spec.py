@@ -9,7 +9,7 @@ import optax
 
 from benchmarks._environment import RESULTS
 from benchmarks.quality.corpora import resolve
-from benchmarks.quality.methods import Setting, arguments, choose, configure
+from benchmarks.quality.methods import Setting, arguments, choose, configure, with_ratio
 from benchmarks.quality.presets import PRESETS
 from examples.llama.config import DTYPES
 from examples.llama.data import DataConfig
@@ -69,7 +69,7 @@ class Common:
 
 @dataclass(frozen=True, kw_only=True)
 class Run(Common):
-    """Train one model and write ROOT/SUITE/CORPUS-PRESET/METHOD-lrRATE-seedSEED.json.
+    """Train one model and write ROOT/SUITE/CORPUS-PRESET/METHOD-lrRATE-xRATIO-seedSEED.json.
 
     Does nothing if that file is there already and was made with the same configuration.
     """
@@ -77,7 +77,10 @@ class Run(Common):
     method: str
     """A method, with other arguments after an @: galore@rank=16,transition=rotate."""
     learning_rate: float
-    """Peak: linear warm-up over the first tenth of the steps, then a cosine to a tenth."""
+    """Peak rate of the hidden matrices: linear warm-up over the first tenth of the steps, then a
+    cosine to a tenth. Of methods with a scale, this is the product of scale and learning rate."""
+    ratio: float = 1.0
+    """Rate of the unprojected parameters (embedding, head, norms) over that of hidden matrices."""
     corpus: str = "sotu"
     """sotu, shakespeare, c4, or other text as NAME=FILE[,FILE...]."""
     seed: int = 1
@@ -88,14 +91,15 @@ class Run(Common):
     @property
     def path(self) -> Path:
         directory = self.root / self.suite / f"{resolve(self.corpus)[0]}-{self.preset}"
-        return directory / f"{self.method}-lr{self.learning_rate:g}-seed{self.seed}.json"
+        rates = f"lr{self.learning_rate:g}-x{self.ratio:g}"
+        return directory / f"{self.method}-{rates}-seed{self.seed}.json"
 
 
 class Prepared(NamedTuple):
     """Everything that a run is made from."""
 
     config: RunConfig
-    tx: optax.GradientTransformation | None
+    tx: optax.GradientTransformation
     validation_tokens: int
     configuration: dict[str, Any]  # as JSON values; equal for equal runs
 
@@ -108,6 +112,9 @@ def prepare(run: Run) -> Prepared:
     """
     preset, chosen = PRESETS[run.preset], choose(run.method)
     steps = preset.steps if run.steps is None else run.steps
+    if chosen.method.ratio not in (None, run.ratio):
+        raise ConfigError(f"{run.method} has the ratio {chosen.method.ratio:g}, got {run.ratio:g}")
+    learning_rate = run.learning_rate / chosen.method.scale
     config = RunConfig(
         preset=run.preset,
         steps=steps,
@@ -115,7 +122,7 @@ def prepare(run: Run) -> Prepared:
         seq_len=preset.seq_len,
         accumulate=run.accumulate,
         seed=run.seed,
-        optimizer=OptimizerConfig(name="adamw", learning_rate=run.learning_rate, rank=preset.rank),
+        optimizer=OptimizerConfig(name="adamw", learning_rate=learning_rate, rank=preset.rank),
         data=DataConfig(
             data=resolve(run.corpus)[1],
             vocab_size=preset.model.vocab_size,
@@ -127,7 +134,7 @@ def prepare(run: Run) -> Prepared:
         output=OutputConfig(eval_every=-(-steps // preset.evaluations)),
     )
     setting = Setting(
-        learning_rate=warmup_cosine(config.schedule, run.learning_rate, steps),
+        learning_rate=warmup_cosine(config.schedule, learning_rate, steps),
         rank=preset.rank,
         update_interval=preset.update_interval,
         seed=run.seed,
@@ -136,27 +143,28 @@ def prepare(run: Run) -> Prepared:
     config = configure(chosen, config, setting)
     values = arguments(chosen, setting)
     try:
-        tx = chosen.method.factory(**values) if chosen.method.factory else None
+        tx = chosen.method.factory(**values)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{run.method}: {error}") from error
-    if tx is not None and run.accumulate > 1:
+    tx = with_ratio(tx, run.ratio * chosen.method.scale)
+    if run.accumulate > 1:
         tx = optax.MultiSteps(tx, run.accumulate).gradient_transformation()
     configuration = {
         "method": run.method,
-        "optimizer": _name(chosen.method.factory) if chosen.method.factory else "adamw",
+        "optimizer": _name(chosen.method.factory),
         "arguments": {k: _plain(v) for k, v in values.items() if k not in _OF_THE_RUN},
-        "run": _without_places(config, own_optimizer=tx is None),
+        "run": _without_places(config),
         "validation_tokens": preset.validation_tokens,
     }
     return Prepared(config, tx, preset.validation_tokens, configuration)
 
 
-def _without_places(config: RunConfig, own_optimizer: bool) -> dict[str, Any]:
+def _without_places(config: RunConfig) -> dict[str, Any]:
     plain = config.to_dict()
     plain["output"] = {"eval_every": plain["output"]["eval_every"]}
     del plain["data"]["cache_dir"]
-    if not own_optimizer:
-        plain["optimizer"] = {"learning_rate": config.optimizer.learning_rate}
+    # The rates of a run are recorded with it; its optimizer is not the program's.
+    del plain["optimizer"]
     return plain
 
 

@@ -9,9 +9,12 @@ from typing import NamedTuple
 from benchmarks.quality.files import Json
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.presets import PRESETS
+from benchmarks.quality.search import Rates
+from benchmarks.quality.tuning import rates_of
 from examples.llama.train_config import ConfigError
 
-REFERENCE = "adamw"
+REFERENCE = "adamw"  # with two rates, as every other method
+RECIPE = "natural-galore"
 
 Group = tuple[str, str]  # preset and corpus
 
@@ -25,10 +28,10 @@ class Point(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One method at one learning rate, preset and corpus."""
+    """One method at one pair of rates, preset and corpus."""
 
     method: str
-    rate: float
+    rates: Rates
     seeds: tuple[int, ...]
     diverged: int  # how many of the seeds; above 0 there are no losses and no curve
     test: float  # mean final test loss, nats per token
@@ -46,8 +49,8 @@ class Row(NamedTuple):
 
 def summarise(
     records: Iterable[Json], reference: Iterable[Json] = ()
-) -> dict[Group, dict[tuple[str, float], Row]]:
-    """Rows by preset and corpus, then by method and learning rate.
+) -> dict[Group, dict[tuple[str, Rates], Row]]:
+    """Rows by preset and corpus, then by method and rates.
 
     Args:
       records: The results of a suite.
@@ -55,7 +58,7 @@ def summarise(
         the protocol is the same.
 
     Raises:
-      ConfigError: if runs of a group differ in more than method, learning rate and seed.
+      ConfigError: if runs of a group differ in more than method, rates and seed.
     """
     groups: dict[Group, list[Json]] = defaultdict(list)
     for record in records:
@@ -100,13 +103,13 @@ def separated(low: Row, high: Row) -> bool:
 
 
 def best(rows: Iterable[Row], method: str) -> Row | None:
-    """The row of a method, at its best learning rate on the validation split."""
+    """The row of a method, at its best rates on the validation split."""
     rows = [r for r in rows if r.method == method]
     usable = [r for r in rows if not r.diverged] or rows
     return min(usable, key=lambda r: r.validation, default=None)
 
 
-def _rows(records: list[Json], others: list[Json]) -> dict[tuple[str, float], Row]:
+def _rows(records: list[Json], others: list[Json]) -> dict[tuple[str, Rates], Row]:
     common = protocol(records[0])
     for record in records[1:]:
         for key, value in protocol(record).items():
@@ -125,10 +128,10 @@ def _rows(records: list[Json], others: list[Json]) -> dict[tuple[str, float], Ro
     return {key: _row(runs[key], reference) for key in sorted(runs, key=_order)}
 
 
-def _by_method(records: list[Json]) -> dict[tuple[str, float], list[Json]]:
-    runs: dict[tuple[str, float], list[Json]] = defaultdict(list)
+def _by_method(records: list[Json]) -> dict[tuple[str, Rates], list[Json]]:
+    runs: dict[tuple[str, Rates], list[Json]] = defaultdict(list)
     for record in records:
-        runs[record["method"], record["learning_rate"]].append(record)
+        runs[record["method"], rates_of(record)].append(record)
     return runs
 
 
@@ -149,7 +152,7 @@ def _row(records: list[Json], reference: Row | None) -> Row:
     nan = float("nan")
     return Row(
         method=records[0]["method"],
-        rate=records[0]["learning_rate"],
+        rates=rates_of(records[0]),
         seeds=tuple(sorted(r["seed"] for r in records)),
         diverged=diverged,
         test=nan if diverged else statistics.fmean(tests),
@@ -182,13 +185,13 @@ def _size(group: Group) -> tuple[int, str, str]:
     return names.index(preset) if preset in names else len(names), preset, corpus
 
 
-def _order(key: tuple[str, float]) -> tuple[int, str, float]:
+def _order(key: tuple[str, Rates]) -> tuple[int, str, Rates]:
     """The order of the table of methods; methods that are not in it come last."""
-    method, rate = key
+    method, rates = key
     names = list(METHODS)
     base = method.partition("@")[0]
-    return names.index(base) if base in names else len(names), method, rate
+    return names.index(base) if base in names else len(names), method, rates
 
 
 def _name(record: Json) -> str:
-    return "{suite}/{corpus}-{preset} {method} lr {learning_rate:g} seed {seed}".format(**record)
+    return "{suite}/{corpus}-{preset} {method} lr {learning_rate:g} × {ratio:g} seed {seed}".format(**record)

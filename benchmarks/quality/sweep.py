@@ -8,7 +8,8 @@ from pathlib import Path
 from benchmarks.quality.files import is_done, read_suite
 from benchmarks.quality.methods import METHODS, choose
 from benchmarks.quality.run_spec import Common, Run, prepare
-from benchmarks.quality.search import next_rates
+from benchmarks.quality.search import Rates, next_points
+from benchmarks.quality.summary import RECIPE
 from benchmarks.quality.tuning import curves, tuned_rates
 from benchmarks.quality.workers import command, describe, run_all
 from examples.llama.train_config import ConfigError
@@ -32,9 +33,15 @@ class Sweep(Common):
     seeds: tuple[int, ...] = (1, 2, 3)
     """Seeds."""
     learning_rates: tuple[str, ...] = (TUNED,)
-    """Peak learning rates, or "tuned": each method's best of the tuning suite."""
+    """Peak rates of the hidden matrices, or "tuned": each method's best of the tuning suite."""
+    ratios: tuple[float, ...] = (1.0,)
+    """Rates of the unprojected parameters over them, where the learning rates are numbers."""
     search: bool = False
-    """Of the learning rates make every other one, then those beside the best, until it has both."""
+    """Search both rates of each method, from the same start and by the same rule; as if at first
+    learning_rates and ratios were not given."""
+    budget: int = 10
+    """Runs of a search at least: as many as it takes to bracket the best rates, and as many as the
+    default optimizer of the library had."""
     workers: int = 1
     """Runs at a time, each on one core where there is more than one."""
     tune_suite: str = "tune"
@@ -50,11 +57,13 @@ class Sweep(Common):
         super().__post_init__()
         if self.workers < 1:
             raise ConfigError(f"workers must be at least 1, got {self.workers}")
-        for name in ("methods", "corpora", "seeds", "learning_rates"):
+        if self.budget < 1:
+            raise ConfigError(f"budget must be at least 1, got {self.budget}")
+        for name in ("methods", "corpora", "seeds", "learning_rates", "ratios"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} must name at least one")
-        if self.search and TUNED in self.learning_rates:
-            raise ConfigError("search needs learning_rates to search in")
+        if self.search and (self.learning_rates != (TUNED,) or self.ratios != (1.0,)):
+            raise ConfigError("a search takes neither learning_rates nor ratios: it finds them")
 
 
 def runs(sweep: Sweep) -> list[Run]:
@@ -66,22 +75,20 @@ def runs(sweep: Sweep) -> list[Run]:
     """
     for method in sweep.methods:
         choose(method)
-    rates = {method: _rates(sweep, method) for method in sweep.methods}
-    if sweep.search:
-        done = curves(read_suite(sweep.root, sweep.suite), sweep.preset)
-        rates = {m: next_rates(grid, done.get(m, {})) for m, grid in rates.items()}
+    points = _searched(sweep) if sweep.search else {m: _given(sweep, m) for m in sweep.methods}
     common = {f.name: getattr(sweep, f.name) for f in fields(Common)}
     return [
         Run(
             **common,
             method=method,
-            learning_rate=rate,
+            learning_rate=rates.hidden,
+            ratio=rates.ratio,
             corpus=corpus,
             seed=seed,
             workers=sweep.workers,
         )
         for seed, corpus, method in itertools.product(sweep.seeds, sweep.corpora, sweep.methods)
-        for rate in rates[method]
+        for rates in points[method]
     ]
 
 
@@ -108,22 +115,41 @@ def run_sweep(sweep: Sweep) -> int:
             return 0
 
 
-def _rates(sweep: Sweep, method: str) -> tuple[float, ...]:
+def _searched(sweep: Sweep) -> dict[str, tuple[Rates, ...]]:
+    """What the search of each method needs next."""
+    done = curves(read_suite(sweep.root, sweep.suite), sweep.preset)
+    budget = max(sweep.budget, len(done.get(RECIPE, ())))
+    return {
+        method: next_points(
+            done.get(method, {}), budget, fixed_ratio=choose(method).method.ratio
+        )
+        for method in sweep.methods
+    }
+
+
+def _given(sweep: Sweep, method: str) -> tuple[Rates, ...]:
+    """The rates that the command line names, or the tuned ones."""
     if TUNED not in sweep.learning_rates:
+        fixed = choose(method).method.ratio
         try:
-            return tuple(float(rate) for rate in sweep.learning_rates)
+            hidden = [float(rate) for rate in sweep.learning_rates]
         except ValueError as error:
             raise ConfigError(f"a learning rate is a number or {TUNED!r}: {error}") from error
+        return tuple(itertools.starmap(
+            Rates, itertools.product(hidden, sweep.ratios if fixed is None else (fixed,))
+        ))
     if len(sweep.learning_rates) > 1:
         raise ConfigError(f"{TUNED!r} is the only learning rate where it is given")
+    if sweep.ratios != (1.0,):
+        raise ConfigError(f"with {TUNED!r} learning rates, ratios are tuned too; got {sweep.ratios}")
     preset = sweep.tune_preset or sweep.preset
     tuned = tuned_rates(read_suite(sweep.tune_root or sweep.root, sweep.tune_suite), preset)
-    # With other arguments a method keeps its rate, unless it was tuned with them as well.
+    # With other arguments a method keeps its rates, unless it was tuned with them as well.
     for name in (method, method.partition("@")[0]):
         if name in tuned:
-            return (tuned[name].rate,)
+            return (tuned[name].rates,)
     raise ConfigError(
-        f"{method} has no tuned learning rate at {preset}: no usable run of it in the suite "
+        f"{method} has no tuned rates at {preset}: no usable run of it in the suite "
         f"{sweep.tune_suite!r}"
     )
 

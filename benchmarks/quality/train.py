@@ -48,6 +48,7 @@ def run(spec: Run) -> dict[str, Any] | None:
         "method": spec.method,
         "label": choose(spec.method).method.label,
         "learning_rate": spec.learning_rate,
+        "ratio": spec.ratio,
         "seed": spec.seed,
         "environment": environment(spec.seed),
         "workers": spec.workers,

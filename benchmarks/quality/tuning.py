@@ -1,4 +1,4 @@
-"""The learning rate of each method: the best of the tuning suite."""
+"""The rates of each method: the best of the tuning suite."""
 
 import statistics
 from collections import defaultdict
@@ -6,42 +6,47 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from benchmarks.quality.files import Json
-
-Curve = dict[float, float | None]  # loss of every complete rate; None where a run diverged
+from benchmarks.quality.methods import choose
+from benchmarks.quality.search import Curve, Rates, best_point, is_bracketed
 
 
 class Tuned(NamedTuple):
-    """What tuning a method came to."""
+    """Result of tuning a method."""
 
-    rate: float  # the best one
-    loss: float  # its final validation loss, mean over corpora and seeds
-    curve: Curve
-    at_edge: bool  # whether a rate beyond the grid might be better still
+    rates: Rates  # the best ones
+    loss: float  # final validation loss at them, mean over corpora and seeds
+    curve: Curve  # loss at every complete point; None where a run diverged
+    at_edge: bool  # whether rates beyond those that were run might be better still
+
+
+def rates_of(record: Json) -> Rates:
+    """Both rates of a run."""
+    return Rates(record["learning_rate"], record["ratio"])
 
 
 def curves(records: Iterable[Json], preset: str) -> dict[str, Curve]:
-    """Final validation loss of each method at each rate, averaged over the corpora and seeds.
+    """Final validation loss of each method at each point, averaged over the corpora and seeds.
 
-    A rate at which any run diverged has None; a rate that lacks runs which the method's other rates
-    have is not judged yet, and left out.
+    A point at which any run diverged has None; a point that lacks runs which the method's other
+    points have is not judged yet, and left out.
     """
-    losses: dict[str, dict[float, dict[tuple[str, int], float | None]]] = defaultdict(
+    losses: dict[str, dict[Rates, dict[tuple[str, int], float | None]]] = defaultdict(
         lambda: defaultdict(dict)
     )
     for r in records:
         if r["preset"] == preset:
             loss = None if r["diverged"] else r["final_validation_loss"]
-            losses[r["method"]][r["learning_rate"]][r["corpus"], r["seed"]] = loss
-    return {name: _curve(by_rate) for name, by_rate in losses.items()}
+            losses[r["method"]][rates_of(r)][r["corpus"], r["seed"]] = loss
+    return {name: _curve(by_rates) for name, by_rates in losses.items()}
 
 
 def tuned_rates(records: Iterable[Json], preset: str) -> dict[str, Tuned]:
-    """The best learning rate of each method at a preset: the one with the lowest loss.
+    """The best rates of each method at a preset: those with the lowest loss.
 
-    A method without any usable rate is left out. The best rate is at the edge if it is the lowest
-    or the highest that was run. A higher one that diverged was run.
+    A method without any usable point is left out. The best point is at the edge unless lower and
+    higher values of each rate were run beside it; values that diverged were run.
     """
-    chosen = {name: _best(curve) for name, curve in curves(records, preset).items()}
+    chosen = {name: _best(name, curve) for name, curve in curves(records, preset).items()}
     return {name: tuned for name, tuned in chosen.items() if tuned is not None}
 
 
@@ -53,18 +58,19 @@ def tuned_by_preset(records: Iterable[Json]) -> dict[str, dict[str, Tuned]]:
     return {preset: found for preset, found in tuned.items() if found}
 
 
-def _curve(by_rate: dict[float, dict[tuple[str, int], float | None]]) -> Curve:
-    runs = set().union(*by_rate.values())
-    return {rate: _mean([*x.values()]) for rate, x in sorted(by_rate.items()) if x.keys() == runs}
+def _curve(by_rates: dict[Rates, dict[tuple[str, int], float | None]]) -> Curve:
+    runs = set().union(*by_rates.values())
+    return {r: _mean([*x.values()]) for r, x in sorted(by_rates.items()) if x.keys() == runs}
 
 
-def _best(curve: Curve) -> Tuned | None:
-    usable = {loss: rate for rate, loss in curve.items() if loss is not None}
-    if not usable:
+def _best(method: str, curve: Curve) -> Tuned | None:
+    rates = best_point(curve)
+    if rates is None:
         return None
-    loss = min(usable)
-    rate = usable[loss]
-    return Tuned(rate, loss, curve, at_edge=rate in (min(curve), max(curve)))
+    loss = curve[rates]
+    assert loss is not None, "best_point returns usable points alone"
+    fixed_ratio = choose(method).method.ratio is not None
+    return Tuned(rates, loss, curve, at_edge=not is_bracketed(curve, fixed_ratio))
 
 
 def _mean(losses: list[float | None]) -> float | None:
