@@ -3,10 +3,12 @@
 import dataclasses
 import inspect
 import json
+import math
 import random
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import jax
@@ -18,14 +20,22 @@ import pytest
 import natgalore_jax as ng
 from benchmarks.quality import workers
 from benchmarks.quality.__main__ import main
-from benchmarks.quality.files import read, write
+from benchmarks.quality.files import read, read_suite, write
 from benchmarks.quality.methods import METHODS, choose, muon
 from benchmarks.quality.presets import PRESETS
 from benchmarks.quality.record import diverged, thinned
 from benchmarks.quality.run_spec import Run, prepare
-from benchmarks.quality.search import next_rates
+from benchmarks.quality.search import (
+    START,
+    Rates,
+    best_point,
+    is_bracketed,
+    next_points,
+    next_rates,
+)
 from benchmarks.quality.sweep import Sweep, run_sweep, runs
 from benchmarks.quality.train import excerpt
+from benchmarks.quality.tuning import tuned_rates
 from examples.llama.config import MODEL_PRESETS
 from examples.llama.data import DataConfig, load_splits
 from examples.llama.loop import train
@@ -63,7 +73,7 @@ def arguments(spec):
 def test_a_run_writes_one_small_file(spec, capsys):
     assert main(arguments(spec)) == 0
     (path,) = spec.root.rglob("*.json")
-    assert path == spec.root / "main" / "words-tiny" / "adamw-lr0.01-seed1.json"
+    assert path == spec.root / "main" / "words-tiny" / "adamw-lr0.01-x1-seed1.json"
     assert path.stat().st_size < 6_000
     record = read(path)
     tiny = PRESETS["tiny"]
@@ -157,9 +167,9 @@ def test_a_sweep_goes_on_and_survives_failures(spec, tmp_path):
     first = subprocess.run([*command, *common, *grid], cwd=ROOT, capture_output=True, text=True)
     assert first.returncode == 1, first.stderr
     assert "2 runs, 0 done, time not known" in first.stdout
-    assert "galore@rank=99-lr0.01-seed1: FAILED: error: galore@rank=99: " in first.stdout
-    assert "adamw-lr0.01-seed1: validation" in first.stdout
-    assert [path.name for path in spec.root.rglob("*.*")] == ["adamw-lr0.01-seed1.json"]
+    assert "galore@rank=99-lr0.01-x1-seed1: FAILED: error: galore@rank=99: " in first.stdout
+    assert "adamw-lr0.01-x1-seed1: validation" in first.stdout
+    assert [path.name for path in spec.root.rglob("*.*")] == ["adamw-lr0.01-x1-seed1.json"]
     record = read(spec.path)
     assert record["workers"] == 2 and record["environment"]["usable_cores"] == 1
     assert record["environment"]["threads"]["XLA_FLAGS"].endswith("multi_thread_eigen=false")
@@ -170,7 +180,7 @@ def test_a_sweep_goes_on_and_survives_failures(spec, tmp_path):
     assert again.returncode == 0
     assert "2 runs, 1 done, about 0 min for the others with 2 at a time" in again.stdout
     assert again.stdout.splitlines()[1:] == [
-        str(spec.path.with_name("galore@rank=99-lr0.01-seed1.json"))
+        str(spec.path.with_name("galore@rank=99-lr0.01-x1-seed1.json"))
     ]
 
 
@@ -211,6 +221,8 @@ def test_runs_go_seed_by_seed():
     planned = runs(sweep)
     assert [run.seed for run in planned] == [3] * 8 + [1] * 8
     assert len({run.path for run in planned}) == 16
+    two = dataclasses.replace(sweep, ratios=(1.0, 4.0), methods=("adamw", "adamw-one-rate"))
+    assert [run.ratio for run in runs(two)[:6]] == [1.0, 4.0, 1.0, 4.0, 1.0, 1.0]
     assert {run.learning_rate for run in planned[:2]} == {0.01, 0.02}
 
 
@@ -238,30 +250,112 @@ def test_a_search_takes_a_diverged_rate_for_the_worst():
     assert set(searched({0.1: None})) == {0.1}
 
 
-def test_a_sweep_searches_where_it_was_interrupted(tmp_path, monkeypatch):
-    curve = {0.01: 3.0, 0.02: 2.0, 0.04: 1.0, 0.08: None}
-    made = []
+def loss_at(rates, best, ratio_matters=1.0):
+    """A bowl over the logarithms of both rates; None far above the best hidden rate."""
+    down, across = math.log2(rates.hidden / best.hidden), math.log2(rates.ratio / best.ratio)
+    return None if down > 3 else 3 + 0.1 * down**2 + 0.1 * ratio_matters * across**2
+
+
+@pytest.mark.parametrize(
+    "best", [Rates(0.005, 4), Rates(0.00125, 16), Rates(0.02, 1), Rates(0.6, 4)]
+)
+@pytest.mark.parametrize("budget", [1, 10])
+def test_a_search_of_two_rates_ends_bracketed(best, budget):
+    done = {}
+    while missing := next_points(done, budget):
+        assert not set(missing) & set(done)
+        done |= {point: loss_at(point, best) for point in missing}
+    found = best_point(done)
+    assert is_bracketed(done) and len(done) >= budget
+    assert found.hidden == pytest.approx(best.hidden, rel=0.25)
+    assert found.ratio == pytest.approx(best.ratio, rel=0.25)
+    # Only the way to the best rates costs more than the budget.
+    steps_away = abs(math.log2(best.hidden / START.hidden)) + abs(
+        math.log2(best.ratio / START.ratio)
+    )
+    assert len(done) <= max(budget + 2, 7 + 2 * steps_away)
+
+
+def test_a_search_begins_where_all_begin_and_goes_down_from_divergence():
+    assert next_points({}, 10) == (START,)
+    assert next_points({START: None}, 10) == (Rates(START.hidden / 2, START.ratio),)
+
+
+def test_a_search_with_a_fixed_ratio_has_one_axis():
+    done = {}
+    while missing := next_points(done, 7, fixed_ratio=1.0):
+        done |= {point: loss_at(point, Rates(0.002, 8)) for point in missing}
+    assert {point.ratio for point in done} == {1.0} and len(done) == 7
+    assert is_bracketed(done, fixed_ratio=True) and not is_bracketed(done)
+
+
+def test_a_point_at_the_end_of_what_was_run_is_not_bracketed():
+    inside = {Rates(1, 1): 1.0, Rates(2, 1): 2.0, Rates(0.5, 1): 2.0, Rates(1, 2): None}
+    assert not is_bracketed(inside)
+    assert is_bracketed(inside | {Rates(1, 0.5): 3.0})
+    assert not is_bracketed({Rates(1, 1): None})
+
+
+def test_a_sweep_searches_until_every_method_has_the_runs_of_the_default(tmp_path, monkeypatch):
+    # The default's best rates are further away, so that its search takes longer.
+    best = {"natural-galore": Rates(0.00125, 32.0), "adamw": START}
+    made = defaultdict(list)
 
     def make(todo, *_):
         for run in todo:
-            made.append(run.learning_rate)
-            loss = curve[run.learning_rate]
+            rates = Rates(run.learning_rate, run.ratio)
+            made[run.method].append(rates)
+            loss = loss_at(rates, best[run.method])
             record = {
-                key: getattr(run, key) for key in ("preset", "method", "learning_rate", "corpus")
+                key: getattr(run, key) for key in ("preset", "method", "learning_rate", "ratio")
             }
-            record |= {"seed": run.seed, "diverged": loss is None, "final_validation_loss": loss}
+            record |= {"corpus": run.corpus, "seed": run.seed, "diverged": loss is None}
+            record |= {"final_validation_loss": loss}
             record |= {"wall_seconds": 1.0, "configuration": prepare(run).configuration}
             write(record, run.path)
         return []
 
     monkeypatch.setattr("benchmarks.quality.sweep.run_all", make)
     sweep = Sweep(
-        methods=("adamw",), corpora=("sotu",), seeds=(1,), root=tmp_path, preset="tiny",
-        learning_rates=tuple(map(str, curve)), search=True,
+        methods=tuple(best), corpora=("sotu",), seeds=(1,), root=tmp_path, preset="tiny",
+        search=True, budget=5,
     )  # fmt: skip
-    make(runs(sweep)[:1], 1)
+    make(runs(sweep)[:1], 1)  # As after an interruption.
     assert run_sweep(sweep) == 0
-    assert made == [0.02, 0.08, 0.01, 0.04]
+    assert len(made["adamw"]) >= len(made["natural-galore"]) > 5
+    tuned = tuned_rates(read_suite(tmp_path, "main"), "tiny")
+    assert {name: t.rates for name, t in tuned.items()} == best
+    assert not any(t.at_edge for t in tuned.values())
+    with pytest.raises(ConfigError, match="a search takes neither"):
+        Sweep(search=True, ratios=(2.0,))
+
+
+def test_the_two_rates_of_a_run(tmp_path):
+    """Of a method with a scale, the learning rate is scale times what its factory is given."""
+    params = {"embed": {"embedding": jnp.ones((6, 8))}, "mlp": {"kernel": jnp.ones((8, 6))}}
+    grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(0), p.shape), params)
+
+    def first_update(method, **rates):
+        run = Run(method=method, preset="tiny", steps=1, root=tmp_path, **rates)
+        tx = prepare(run).tx
+        return tx.update(grads, tx.init(params), params)[0]
+
+    def expected(tx):
+        return tx.update(grads, tx.init(params), params)[0]
+
+    for method, scale, tx in [
+        ("adamw", 1.0, optax.adamw(0.02, weight_decay=0.0)),
+        ("galore@rank=4", 0.25, ng.galore_adamw(0.08, rank=4, method="svd", weight_decay=0.0)),
+    ]:
+        # One tenth of one step is no warm-up, and the first rate is the peak.
+        whole = expected(tx)
+        two = first_update(method, learning_rate=0.02, ratio=8.0)
+        np.testing.assert_allclose(two["mlp"]["kernel"], whole["mlp"]["kernel"], rtol=1e-5)
+        np.testing.assert_allclose(
+            two["embed"]["embedding"], 8 * scale * whole["embed"]["embedding"], rtol=1e-5
+        )
+    with pytest.raises(ConfigError, match="adamw-one-rate has the ratio 1, got 2"):
+        first_update("adamw-one-rate", learning_rate=0.02, ratio=2.0)
 
 
 def test_environment_keeps_what_the_user_set(monkeypatch):
@@ -277,8 +371,6 @@ def test_environment_keeps_what_the_user_set(monkeypatch):
 def test_every_method_updates_a_model(name, tmp_path):
     prepared = prepare(Run(method=name, learning_rate=0.01, preset="tiny", root=tmp_path))
     json.dumps(prepared.configuration, allow_nan=False)
-    if prepared.tx is None:
-        return
     params = jax.eval_shape(lambda: make_model(prepared.config.model, 0)[1])
     state = jax.eval_shape(prepared.tx.init, params)
     updates, new_state = jax.eval_shape(prepared.tx.update, params, state, params)
@@ -331,10 +423,12 @@ def test_errors_are_one_line(tmp_path, capsys, options, message):
 def test_a_sweep_names_what_it_cannot_do(tmp_path, capsys):
     start = ["sweep", "--root", str(tmp_path), "--methods", "adamw"]
     for more, message in [
-        ([], "adamw has no tuned learning rate at nano"),
+        ([], "adamw has no tuned rates at nano"),
         (["--learning-rates", "fast"], "a learning rate is a number or 'tuned'"),
         (["--learning-rates", "tuned", "0.1"], "'tuned' is the only learning rate"),
-        (["--search"], "search needs learning_rates to search in"),
+        (["--ratios", "2"], "with 'tuned' learning rates, ratios are tuned too"),
+        (["--search", "--learning-rates", "1"], "a search takes neither learning_rates nor ratios"),
+        (["--search", "--budget", "0"], "budget must be at least 1"),
         (["--learning-rates", "0.1", "--workers", "0"], "workers must be at least 1"),
         (["--learning-rates", "0.1", "--methods", "sgd"], "method must be one of"),
     ]:

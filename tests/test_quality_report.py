@@ -9,21 +9,30 @@ import pytest
 
 from benchmarks.quality import pages
 from benchmarks.quality.__main__ import main
+from benchmarks.quality.fairness import check_tuned
 from benchmarks.quality.files import write
-from benchmarks.quality.robustness import usable_range
 from benchmarks.quality.run_spec import Run, prepare
+from benchmarks.quality.search import Rates
 from benchmarks.quality.summary import Point, separated, steps_to, summarise
 from benchmarks.quality.sweep import Sweep, runs
-from benchmarks.quality.tables import course, label, losses, ranges, tuning, verdicts
+from benchmarks.quality.tables import course, label, losses, tuning, verdicts
 from benchmarks.quality.tuning import tuned_rates
 from examples.llama.train_config import ConfigError
 
 
 def result(
-    method, seed=1, curve=(6.0, 5.0, 4.0), test=4.0, rate=0.01, corpus="sotu", preset="nano", **more
+    method,
+    seed=1,
+    curve=(6.0, 5.0, 4.0),
+    test=4.0,
+    rate=0.01,
+    ratio=4.0,
+    corpus="sotu",
+    preset="nano",
+    **more,
 ):
     """A result file's content: 300 steps, evaluated every 100."""
-    run = Run(method=method, learning_rate=rate, seed=seed, preset=preset, steps=300)
+    run = Run(method=method, learning_rate=rate, ratio=ratio, seed=seed, preset=preset, steps=300)
     lost = curve[-1] is None
     return {
         "suite": "main",
@@ -32,6 +41,7 @@ def result(
         "method": method,
         "label": method,
         "learning_rate": rate,
+        "ratio": ratio,
         "seed": seed,
         "workers": 2,
         "configuration": prepare(run).configuration,
@@ -109,11 +119,11 @@ def test_table():
     ).splitlines()
     cells = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in lines}
     assert cells["AdamW"] == [
-        *("0.01", "1.50", "3.500 (1 of 2 seeds)", "4.300\u00a0±\u00a00.283"),
+        *("0.01 × 4", "1.50", "3.500 (1 of 2 seeds)", "4.300\u00a0±\u00a00.283"),
         *("100 %", "100 %", "250"),
     ]
     assert cells["GaLore"] == [
-        *("0.01", "1.50", "not run", "3.800 (1 of 2 seeds)", "not run", "79 %", "250"),
+        *("0.01 × 4", "1.50", "not run", "3.800 (1 of 2 seeds)", "not run", "79 %", "250"),
     ]
     assert cells["Fira"][3] == "diverged (1 of 2)" and cells["Fira"][5] == "diverged"
     assert cells["Muon with AdamW"] == ["not run"] * 7
@@ -123,9 +133,9 @@ def test_table():
 def test_losses_along_the_run():
     rows = summarise([*ADAMW, result("galore", curve=(6.0, 5.0, None))])["nano", "sotu"].values()
     lines = course(rows, shares=(0.1, 0.6, 1.0)).splitlines()
-    assert lines[0] == "| after | learning rate | 10 % | 60 % | 100 % |"
+    assert lines[0] == "| after | rate × ratio | 10 % | 60 % | 100 % |"
     # The points are at 100, 200 and 300 of 300 steps; what diverged has no curve.
-    assert lines[2:] == ["| AdamW | 0.01 | 6.100 | 5.100 | 4.200 |"]
+    assert lines[2:] == ["| AdamW | 0.01 × 4 | 6.100 | 5.100 | 4.200 |"]
 
 
 def test_runs_that_differ_are_not_put_into_one_table():
@@ -169,67 +179,86 @@ def test_verdicts():
     assert verdicts(summarise(ADAMW)["nano", "sotu"].values()) == []
 
 
-def tune(method, by_rate, corpus="sotu", seed=100, preset="nano"):
+def tune(method, by_rates, corpus="sotu", seed=100, preset="nano"):
     return [
-        result(method, seed, (6.0, 5.0, loss), rate=rate, corpus=corpus, preset=preset)
-        for rate, loss in by_rate.items()
+        result(method, seed, (6.0, 5.0, loss), rate=rate, ratio=r, corpus=corpus, preset=preset)
+        for (rate, r), loss in by_rates.items()
     ]
 
 
-def test_tuned_learning_rate_is_best_on_average():
+# The best point in the middle of a cross.
+CROSS = {(0.01, 4): 4.0, (0.02, 4): 4.1, (0.005, 4): 4.1, (0.01, 8): 4.1, (0.01, 2): 4.1}
+
+
+def test_tuned_rates_are_best_on_average():
     records = [
-        # 0.003 is best on one text, 0.01 on average.
-        *tune("adamw", {0.001: 4.5, 0.003: 4.0, 0.01: 4.1, 0.03: None}),
-        *tune("adamw", {0.001: 4.5, 0.003: 4.4, 0.01: 4.1, 0.03: 3.0}, corpus="shakespeare"),
-        # The highest rate is best; and best of all but incomplete is 0.1.
-        *tune("galore", {0.01: 4.2, 0.03: 4.0, 0.1: 1.0}),
-        *tune("galore", {0.01: 4.2, 0.03: 4.0}, corpus="shakespeare"),
-        # The highest rate that did not diverge, next to one that did.
-        *tune("fira", {0.01: 4.2, 0.03: 4.0, 0.1: None}),
-        *tune("muon", {0.01: None}),
-        *tune("muon", {0.01: 1.0}, preset="9m"),
+        # (0.02, 4) is best on one text, (0.01, 4) on average.
+        *tune("adamw", CROSS | {(0.02, 4): 3.9, (0.04, 4): None}),
+        *tune("adamw", CROSS | {(0.02, 4): 4.4, (0.04, 4): 3.0}, corpus="shakespeare"),
+        # The highest ratio is best; and best of all but incomplete is 8.
+        *tune("galore", {(0.01, 2): 4.2, (0.01, 4): 4.0, (0.01, 8): 1.0}),
+        *tune("galore", {(0.01, 2): 4.2, (0.01, 4): 4.0}, corpus="shakespeare"),
+        # The highest rate that did not diverge, beside one that did.
+        *tune("fira", {**CROSS, (0.02, 4): None}),
+        *tune("muon", {(0.01, 4): None}),
+        *tune("muon", {(0.01, 4): 1.0}, preset="9m"),
+        *tune("adamw-one-rate", {(0.01, 1): 4.2, (0.02, 1): 4.3, (0.005, 1): 4.4}),
     ]
     tuned = tuned_rates(records, "nano")
-    assert {name: (t.rate, t.at_edge) for name, t in tuned.items()} == {
-        "adamw": (0.01, False),
-        "galore": (0.03, True),
-        "fira": (0.03, False),
+    assert {name: (t.rates, t.at_edge) for name, t in tuned.items()} == {
+        "adamw": (Rates(0.01, 4), False),
+        "adamw-one-rate": (Rates(0.01, 1), False),
+        "galore": (Rates(0.01, 4), True),
+        "fira": (Rates(0.01, 4), False),
     }
-    assert tuned["adamw"].loss == pytest.approx(4.1)
-    assert tuned["adamw"].curve[0.03] is None and 0.1 not in tuned["galore"].curve
+    assert tuned["adamw"].loss == pytest.approx(4.0)
+    assert tuned["adamw"].curve[Rates(0.04, 4)] is None
+    assert Rates(0.01, 8) not in tuned["galore"].curve
     text = tuning(tuned)
     (galore,) = [line for line in text.splitlines() if "| GaLore" in line]
-    assert "**4.000**" in galore and "at the edge of the grid" in galore
-    (adamw,) = [line for line in text.splitlines() if "AdamW" in line]
-    assert "diverged" in adamw and "edge" not in adamw and "not run" in adamw
+    assert "| **0.01 × 4** (at the edge) | 4.000 | 2 |" in galore
+    (adamw,) = [line for line in text.splitlines() if "| AdamW |" in line]
+    assert "| **0.01 × 4** | 4.000 | 6 |" in adamw and "0.04 × 4: diverged" in adamw
 
 
-def test_a_sweep_takes_the_tuned_learning_rates(tmp_path):
-    records = [*tune("adamw", {0.001: 4.5, 0.003: 4.0}), *tune("galore", {0.01: 4.0, 0.03: 4.1})]
-    records += tune("galore@rank=16", {0.01: 4.0, 0.03: 3.9})
+def test_a_sweep_takes_the_tuned_rates(tmp_path):
+    records = [*tune("adamw", {(0.001, 8): 4.5, (0.003, 2): 4.0})]
+    records += tune("galore", {(0.01, 4): 4.0, (0.03, 4): 4.1})
+    records += tune("galore@rank=16", {(0.01, 4): 4.0, (0.03, 4): 3.9})
     for record in records:
         name = "{method}-lr{learning_rate:g}.json".format(**record)
         write(record, tmp_path / "tune" / "sotu-nano" / name)
     methods = ("adamw", "galore", "galore@rank=16", "galore@rank=8")
     sweep = Sweep(methods=methods, corpora=("sotu",), seeds=(1,), root=tmp_path)
-    assert [run.learning_rate for run in runs(sweep)] == [0.003, 0.01, 0.03, 0.01]
+    assert [(run.learning_rate, run.ratio) for run in runs(sweep)] == [
+        *((0.003, 2), (0.01, 4), (0.03, 4), (0.01, 4)),
+    ]
     elsewhere = Sweep(
         methods=("adamw",), seeds=(1,), preset="9m", tune_preset="nano", tune_root=tmp_path
     )
     assert {run.learning_rate for run in runs(elsewhere)} == {0.003}
 
 
-def test_usable_range():
-    # 4.05 half-way between 4.0 and 4.1 in the logarithm of the rate.
-    found = usable_range({0.001: 4.1, 0.01: 4.0, 0.1: 4.01, 1.0: None}, tolerance=0.05)
-    assert (found.low, found.high) == pytest.approx((0.01 / np.sqrt(10), 0.1))
-    assert not found.low_is_edge and not found.high_is_edge
-    assert found.decades == pytest.approx(1.5)
-    found = usable_range({0.001: 4.0, 0.01: 4.01}, tolerance=0.05)
-    assert found.low_is_edge and found.high_is_edge and found.decades == pytest.approx(1)
-    assert usable_range({0.1: None}) is None
-    tuned = tuned_rates(tune("adamw", {0.001: 4.3, 0.01: 4.0, 0.1: 4.05}), "nano")
-    assert ranges(tuned).splitlines()[-1] == "| AdamW | 4.000 at 0.01 | 0.0046 | ≥ 0.1 | ≥ 1.33 |"
+@pytest.mark.parametrize(
+    ("method", "points", "fault"),
+    [
+        ("adamw", CROSS, None),
+        ("adamw", {}, "adamw: not tuned"),
+        ("adamw", {**CROSS, (0.02, 4): 3.5}, r"adamw: the best rates, 0.02 × 4, are at the edge"),
+        ("adamw", {k: CROSS[k] for k in [*CROSS][:4]}, "adamw: the best rates, .* at the edge"),
+        ("natural-galore", {**CROSS, (0.04, 4): 5.0}, "adamw: 5 tuning runs, where natural-galore"),
+        ("adamw", {(2 * a, b): loss for (a, b), loss in CROSS.items()}, "adamw: run at 0.01 × 4"),
+    ],
+)
+def test_a_table_of_methods_tuned_with_less_care_is_refused(method, points, fault):
+    by_method = {"adamw": CROSS, "natural-galore": CROSS, method: points}
+    tuned = tuned_rates([r for m, p in by_method.items() for r in tune(m, p)], "nano")
+    rows = summarise([result("adamw"), result("natural-galore"), result("adamw@b2=0.9", rate=1)])
+    if fault is None:
+        check_tuned(rows["nano", "sotu"].values(), tuned)
+    else:
+        with pytest.raises(ConfigError, match=fault):
+            check_tuned(rows["nano", "sotu"].values(), tuned)
 
 
 def test_label_shows_what_was_changed():
@@ -257,10 +286,11 @@ def root(tmp_path):
     records = [*ADAMW, result("natural-galore", 1, (5.0, 4.0, 3.5), test=3.6)]
     records += [result("galore", 1, (5.0, 4.0, None))]
     records += [result("adafactor", 1, corpus="shakespeare")]
-    tuned = [*tune("adamw", {0.001: 4.5, 0.01: 4.0}), *tune("galore", {0.01: 4.0, 0.1: None})]
+    tuned = [r for m in ("adamw", "natural-galore", "galore", "adafactor") for r in tune(m, CROSS)]
+    tuned += tune("galore", {(0.04, 4): None})
     for suite, of_suite in (("main", records), ("tune", tuned)):
         for r in of_suite:
-            name = f"{r['method']}-lr{r['learning_rate']:g}-seed{r['seed']}.json"
+            name = "{method}-lr{learning_rate:g}-x{ratio:g}-seed{seed}.json".format(**r)
             write(r, tmp_path / "results" / suite / f"{r['corpus']}-{r['preset']}" / name)
     return tmp_path / "results"
 
@@ -274,7 +304,9 @@ def test_report_fills_the_documentation(root, tmp_path, capsys):
     assert main(command) == 0
     texts = [p.read_text() for p in (readme, docs / "experiments.md", docs / "quality.md")]
     for text in texts:
-        assert re.search(r"\| Natural GaLore, default \| 0\.01 \| 1\.50 \| not run \| 3\.600", text)
+        assert re.search(
+            r"\| Natural GaLore, default \| 0\.01 × 4 \| 1\.50 \| not run \| 3\.600", text
+        )
         assert "diverged (1 of 1)" in text and "not run." in text
     # Links work from where the page is.
     for page, text in zip((readme, docs / "x", docs / "x"), texts, strict=True):
@@ -284,7 +316,7 @@ def test_report_fills_the_documentation(root, tmp_path, capsys):
             if "benchmarks" not in target:
                 assert (page.parent / target).exists(), target
     assert "Adafactor" in texts[2] and "Adafactor" not in texts[0]
-    assert "one seed" in texts[2] and "at the edge of the grid" in texts[2]
+    assert "one seed" in texts[2] and "0.04 × 4: diverged" in texts[2]
     pictures = sorted(p.name for p in (docs / "figures").iterdir())
     assert pictures == [
         "quality-learning-rate-nano.png",
@@ -311,7 +343,7 @@ def test_report_makes_no_block_of_its_own(root, tmp_path):
 def test_show_prints_a_suite(root, capsys):
     assert main(["show", "--root", str(root), "--suite", "tune"]) == 0
     text = capsys.readouterr().out
-    assert "AdamW" in text and "at the edge of the grid" in text
+    assert "AdamW" in text and "**0.01 × 4**" in text
 
 
 def test_show_puts_runs_beside_others(root, tmp_path, capsys):
@@ -322,8 +354,8 @@ def test_show_puts_runs_beside_others(root, tmp_path, capsys):
     fresh = ["show", "--root", str(tmp_path / "fresh")]
     assert main([*fresh, "--against", str(root)]) == 0
     text = capsys.readouterr().out
-    assert "| nano | sotu | adamw | 0.01 | 1 | 4.1500 | 4.1000 | +0.0500 |" in text
-    assert "| nano | sotu | adamw | 0.01 | 7 | diverged |  |  |" in text
+    assert "| nano | sotu | adamw | 0.01 | 4.0 | 1 | 4.1500 | 4.1000 | +0.0500 |" in text
+    assert "| nano | sotu | adamw | 0.01 | 4.0 | 7 | diverged |  |  |" in text
 
 
 @pytest.mark.parametrize("command", ["report", "show"])
@@ -337,3 +369,13 @@ def test_a_file_that_is_no_result_is_named(root, capsys):
     (root / "main" / "sotu-nano" / "x.json").write_text("{")
     assert main(["show", "--root", str(root)]) == 1
     assert "x.json: not a result file" in capsys.readouterr().err
+
+
+def test_a_report_of_unfair_runs_writes_nothing(root, tmp_path, capsys):
+    for path in (root / "tune").glob("*/adamw-lr0.02*"):
+        path.unlink()
+    docs = tmp_path / "docs"
+    assert main(["report", "--root", str(root), "--docs", str(docs)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "adamw: the best rates, 0.01 × 4, are at the edge" in line
+    assert not docs.exists()

@@ -8,16 +8,18 @@ import matplotlib.figure
 import matplotlib.ticker
 
 from benchmarks.quality.methods import METHODS
+from benchmarks.quality.search import Rates
 from benchmarks.quality.summary import Group, Point, Row
 from benchmarks.quality.tables import label
 from benchmarks.quality.tuning import Tuned
 
-Groups = Mapping[Group, Mapping[tuple[str, float], Row]]
+Groups = Mapping[Group, Mapping[tuple[str, Rates], Row]]
 
 # The methods that the comparison is about have colours; the others are grey, told apart by dashes.
 COLOURS = {
     "natural-galore": "tab:red",
     "adamw": "black",
+    "muon": "tab:brown",
     "galore": "tab:blue",
     "fira": "tab:green",
     "apollo-mini": "tab:orange",
@@ -55,21 +57,31 @@ def size(groups: Groups, path: Path) -> None:
 
 
 def learning_rates(tuned: Mapping[str, Tuned], path: Path) -> None:
-    """Final validation loss over the peak learning rate; a cross at the top is a divergence."""
-    figure = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
+    """Final validation loss over each of the two rates, the other one at its best.
+
+    A cross at the top is a divergence.
+    """
+    figure = matplotlib.figure.Figure(figsize=(12, 5), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    names = ("rate of hidden matrices", "ratio of the other parameters' rate to it")
     top = min(t.loss for t in tuned.values()) + _CEILING
-    for number, method in enumerate(tuned):
-        curve = tuned[method].curve
-        style = _style(method, number)
-        usable = {rate: loss for rate, loss in curve.items() if loss is not None}
-        axes.plot(list(usable), list(usable.values()), marker="o", markersize=4, **style)
-        lost = [rate for rate, loss in curve.items() if loss is None]
-        axes.plot(lost, [top] * len(lost), "x", color=style["color"], clip_on=False)
-    axes.set(xlabel="peak learning rate", ylabel="final validation loss, nats per token")
-    axes.set(xscale="log", ylim=(None, top))
-    axes.grid(which="both", alpha=0.2)
-    axes.legend(fontsize=8)
+    for axes, field, xlabel in zip(panels, ("hidden", "ratio"), names, strict=True):
+        for number, (method, found) in enumerate(tuned.items()):
+            fixed = found.rates._replace(**{field: 0.0})
+            curve = {
+                getattr(rates, field): loss
+                for rates, loss in sorted(found.curve.items())
+                if rates._replace(**{field: 0.0}) == fixed
+            }
+            style = _style(method, number)
+            usable = {rate: loss for rate, loss in curve.items() if loss is not None}
+            axes.plot(list(usable), list(usable.values()), marker="o", markersize=4, **style)
+            lost = [rate for rate, loss in curve.items() if loss is None]
+            axes.plot(lost, [top] * len(lost), "x", color=style["color"], clip_on=False)
+        axes.set(xlabel=xlabel, xscale="log", ylim=(None, top))
+        axes.grid(which="both", alpha=0.2)
+    panels[0].set(ylabel="final validation loss, nats per token")
+    panels[1].legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
 

@@ -49,9 +49,7 @@ class Method(NamedTuple):
     ratio: float | None = None
 
 
-def with_ratio(
-    tx: optax.GradientTransformation, factor: float
-) -> optax.GradientTransformation:
+def with_ratio(tx: optax.GradientTransformation, factor: float) -> optax.GradientTransformation:
     """``tx`` with the updates of all but the hidden matrices multiplied by ``factor``.
 
     With any optimizer whose updates are proportional to its learning rate, embedding, head and
@@ -183,9 +181,7 @@ METHODS: dict[str, Method] = {
     "fira": Method(
         "Fira", ng.galore_adamw, {"residual": True, "scale": PAPER_SCALE}, scale=PAPER_SCALE
     ),
-    "natural-galore": Method(
-        "Natural GaLore, default", ng.natural_galore_adamw, scale=PAPER_SCALE
-    ),
+    "natural-galore": Method("Natural GaLore, default", ng.natural_galore_adamw, scale=PAPER_SCALE),
     "factorised": Method(
         "Low-rank weights W = BA", optax.adamw, _ADAMW, configure=_adapter("factorised")
     ),

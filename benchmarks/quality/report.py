@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.quality import figures
+from benchmarks.quality.fairness import check_tuned
 from benchmarks.quality.files import read_results, read_suite
 from benchmarks.quality.pages import fill_page
 from benchmarks.quality.run_spec import ROOT
@@ -24,8 +25,8 @@ class Report:
     """Suite of the tables."""
     tune_suite: str = "tune"
     """Suite of the learning rates."""
-    robustness_suite: str = "robustness"
-    """Suite of the plot over learning rates."""
+    tune_preset: str = "nano"
+    """Preset whose tuned rates the presets have that were not tuned themselves."""
     docs: Path = Path("docs")
     """Where quality.md, figures/ and, if it has a block for it, experiments.md are."""
     readme: Path = Path("README.md")
@@ -36,26 +37,25 @@ def make_report(report: Report) -> list[Path]:
     """Writes everything and returns what was written.
 
     Raises:
-      ConfigError: if there are no results, or runs that cannot be compared.
+      ConfigError: if there are no results, or runs that cannot be compared, or a method of the
+        tables was tuned with less care than the default.
     """
     groups = summarise(read_results(report.root, report.suite))
-    tune = read_suite(report.root, report.tune_suite)
-    wide = read_suite(report.root, report.robustness_suite)
+    tuned = tuned_by_preset(read_suite(report.root, report.tune_suite))
+    for preset, corpus in groups:
+        check_tuned(groups[preset, corpus].values(), tuned.get(preset) or tuned[report.tune_preset])
     pictures = report.docs / "figures"
     pictures.mkdir(parents=True, exist_ok=True)
     names = {name: pictures / f"quality-{name}.png" for name in ("steps", "time", "size")}
     figures.steps(groups, names["steps"])
     figures.time(groups, names["time"])
     figures.size(groups, names["size"])
-    # The suite for it has few methods and a wide grid; while it is missing, tuning's own grid.
-    for preset, tuned in tuned_by_preset(wide or tune).items():
+    for preset, of_preset in tuned.items():
         names[f"learning-rate-{preset}"] = pictures / f"quality-learning-rate-{preset}.png"
-        figures.learning_rates(tuned, names[f"learning-rate-{preset}"])
+        figures.learning_rates(of_preset, names[f"learning-rate-{preset}"])
 
     page = report.docs / "quality.md"
-    page.write_text(
-        long_page(groups, tuned_by_preset(tune), tuned_by_preset(wide), _links(names, report.docs))
-    )
+    page.write_text(long_page(groups, tuned, _links(names, report.docs)))
     written = [*names.values(), page]
     for path in (report.readme, report.docs / "experiments.md"):
         picture = _links({"steps": names["steps"]}, path.parent)
@@ -72,6 +72,6 @@ def _links(pictures: Mapping[str, Path], page: Path) -> dict[str, str]:
         "size": "Test loss over bytes of optimizer state",
     }
     return {
-        name: f"![{titles.get(name, 'Loss over learning rate')}]({os.path.relpath(path, page)})"
+        name: f"![{titles.get(name, 'Loss over both rates')}]({os.path.relpath(path, page)})"
         for name, path in pictures.items()
     }

@@ -1,5 +1,6 @@
 """Learning rates found with few runs: one rate on a grid, or two by coordinate descent."""
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -48,10 +49,10 @@ def next_points(
 ) -> tuple[Rates, ...]:
     """The points that a search of both rates needs next; none when it is done.
 
-    Coordinate descent: the best point so far is bracketed by twice and half its hidden rate, then by
-    twice and half its ratio. Once it is, what is left of ``budget`` goes to the points half a step
-    beside it, along the rate and then along the ratio, and each new best point is bracketed again.
-    So the search ends inside what it has run, after at least ``budget`` runs.
+    Coordinate descent: the best point so far is bracketed by twice and half its hidden rate, then
+    by twice and half its ratio. Once it is, what is left of ``budget`` goes to the nearest points
+    in half steps, two at a time, and each new best point is bracketed again. So the search ends
+    inside what it has run, after at least ``budget`` runs.
     """
     if fixed_ratio is not None:
         start = Rates(start.hidden, fixed_ratio)
@@ -65,15 +66,9 @@ def next_points(
         open_sides = [side for side in (-1, 1) if not _has_side(done, point, axis, side)]
         if open_sides:
             return tuple(_beside(point, axis, STEP**side) for side in open_sides)
-    left = budget - len(done)
-    if left > 0:
-        for factor in (HALF_STEP, STEP, STEP * HALF_STEP):
-            for axis in axes:
-                near = [_beside(point, axis, factor**side) for side in (-1, 1)]
-                missing = tuple(p for p in near if not _is_in(done, p))
-                if missing:
-                    return missing[:left]
-    return ()
+    left = max(budget - len(done), 0)
+    near = (p for p in _around(point, axes) if not _is_in(done, p))
+    return tuple(itertools.islice(near, min(left, 2)))
 
 
 def best_point(done: Curve) -> Rates | None:
@@ -100,6 +95,15 @@ def _line(done: Curve, point: Rates, axis: str) -> Iterator[float]:
     for other in done:
         if point._replace(**{axis: 0.0}) == other._replace(**{axis: 0.0}):
             yield getattr(other, axis)
+
+
+def _around(point: Rates, axes: Sequence[str]) -> Iterator[Rates]:
+    """Points in half steps around ``point``, the nearest first, of those along the rate first."""
+    for distance in itertools.count(1):
+        for along in range(distance, -1 if "ratio" in axes else distance - 1, -1):
+            across = distance - along
+            for i, j in itertools.product(sorted({-along, along}), sorted({-across, across})):
+                yield _beside(_beside(point, "hidden", HALF_STEP**i), "ratio", HALF_STEP**j)
 
 
 def _is_in(done: Curve, point: Rates) -> bool:

@@ -44,7 +44,7 @@ def show(request: Show) -> str:
 
 
 def _beside(records: Iterable[Json], others: Iterable[Json]) -> str:
-    keys = ("preset", "corpus", "method", "learning_rate", "seed")
+    keys = ("preset", "corpus", "method", "learning_rate", "ratio", "seed")
     theirs = {tuple(r[k] for k in keys): r["test_loss"] for r in others}
     lines = []
     for r in records:

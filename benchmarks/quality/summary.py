@@ -194,4 +194,6 @@ def _order(key: tuple[str, Rates]) -> tuple[int, str, Rates]:
 
 
 def _name(record: Json) -> str:
-    return "{suite}/{corpus}-{preset} {method} lr {learning_rate:g} × {ratio:g} seed {seed}".format(**record)
+    return "{suite}/{corpus}-{preset} {method} lr {learning_rate:g} × {ratio:g} seed {seed}".format(
+        **record
+    )

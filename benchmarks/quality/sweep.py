@@ -120,9 +120,7 @@ def _searched(sweep: Sweep) -> dict[str, tuple[Rates, ...]]:
     done = curves(read_suite(sweep.root, sweep.suite), sweep.preset)
     budget = max(sweep.budget, len(done.get(RECIPE, ())))
     return {
-        method: next_points(
-            done.get(method, {}), budget, fixed_ratio=choose(method).method.ratio
-        )
+        method: next_points(done.get(method, {}), budget, fixed_ratio=choose(method).method.ratio)
         for method in sweep.methods
     }
 
@@ -135,13 +133,17 @@ def _given(sweep: Sweep, method: str) -> tuple[Rates, ...]:
             hidden = [float(rate) for rate in sweep.learning_rates]
         except ValueError as error:
             raise ConfigError(f"a learning rate is a number or {TUNED!r}: {error}") from error
-        return tuple(itertools.starmap(
-            Rates, itertools.product(hidden, sweep.ratios if fixed is None else (fixed,))
-        ))
+        return tuple(
+            itertools.starmap(
+                Rates, itertools.product(hidden, sweep.ratios if fixed is None else (fixed,))
+            )
+        )
     if len(sweep.learning_rates) > 1:
         raise ConfigError(f"{TUNED!r} is the only learning rate where it is given")
     if sweep.ratios != (1.0,):
-        raise ConfigError(f"with {TUNED!r} learning rates, ratios are tuned too; got {sweep.ratios}")
+        raise ConfigError(
+            f"with {TUNED!r} learning rates, ratios are tuned too; got {sweep.ratios}"
+        )
     preset = sweep.tune_preset or sweep.preset
     tuned = tuned_rates(read_suite(sweep.tune_root or sweep.root, sweep.tune_suite), preset)
     # With other arguments a method keeps its rates, unless it was tuned with them as well.

@@ -4,31 +4,30 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from benchmarks.quality.methods import CHANGES, METHODS
-from benchmarks.quality.robustness import TOLERANCE, usable_range
-from benchmarks.quality.summary import REFERENCE, Group, Row, best, separated
+from benchmarks.quality.search import Rates
+from benchmarks.quality.summary import RECIPE, REFERENCE, Group, Row, best, separated
 from benchmarks.quality.tuning import Tuned
 
 NOT_RUN = "not run"
 PLUS_MINUS = "\u00a0±\u00a0"  # Not to be broken into lines.
-RECIPE = "natural-galore"
 COURSE = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)  # of a run
 
 
 def losses(
-    groups: Mapping[Group, Mapping[tuple[str, float], Row]], preset: str, methods: Iterable[str]
+    groups: Mapping[Group, Mapping[tuple[str, Rates], Row]], preset: str, methods: Iterable[str]
 ) -> str:
     """Final test losses of a preset, for ``methods`` and, in an unfinished table, "not run"."""
     corpora = sorted(corpus for p, corpus in groups if p == preset)
     rows = {corpus: list(groups[preset, corpus].values()) for corpus in corpora}
     seeds = max(len(r.seeds) for of_corpus in rows.values() for r in of_corpus)
-    header = ["", "learning rate", "state, MiB"]
+    header = ["", "rate × ratio", "state, MiB"]
     header += [f"test loss, {c}" for c in corpora]
     header += [f"steps to AdamW's loss, {c}" for c in corpora]
     header.append("ms a step")
     lines = []
-    for method, rate in _keys(rows.values(), methods):
+    for method, rates in _keys(rows.values(), methods):
         found = [
-            next((r for r in rows[c] if r.method == method and rate in (None, r.rate)), None)
+            next((r for r in rows[c] if r.method == method and rates in (None, r.rates)), None)
             for c in corpora
         ]
         present = [r for r in found if r is not None]
@@ -38,7 +37,7 @@ def losses(
         lines.append(
             [
                 label(method),
-                f"{rate:g}",
+                str(rates),
                 f"{present[0].state_bytes / 2**20:.2f}",
                 *(_loss(r, seeds) for r in found),
                 *(_steps(r) for r in found),
@@ -56,8 +55,8 @@ def course(rows: Iterable[Row], shares: Sequence[float] = COURSE) -> str:
             losses = {point.step: point.loss for point in row.curve}
             nearest = [min(losses, key=lambda s: abs(s - share * row.steps)) for share in shares]
             cells = (f"{losses[step]:.3f}" for step in nearest)
-            lines.append([label(row.method), f"{row.rate:g}", *cells])
-    return table(["after", "learning rate", *(f"{100 * s:.0f} %" for s in shares)], lines)
+            lines.append([label(row.method), str(row.rates), *cells])
+    return table(["after", "rate × ratio", *(f"{100 * s:.0f} %" for s in shares)], lines)
 
 
 def verdicts(rows: Iterable[Row], recipe: str = RECIPE) -> list[str]:
@@ -85,32 +84,25 @@ def verdicts(rows: Iterable[Row], recipe: str = RECIPE) -> list[str]:
 
 
 def tuning(tuned: Mapping[str, Tuned]) -> str:
-    """Final validation loss by learning rate, the best in bold, and what is at the grid's edge."""
-    rates = sorted({rate for t in tuned.values() for rate in t.curve})
-    lines = [
-        [
-            label(method),
-            *(_tuned_cell(tuned[method], rate) for rate in rates),
-            "at the edge of the grid" if tuned[method].at_edge else "",
-        ]
-        for method in _ordered(tuned)
-    ]
-    return table(["", *(f"{rate:g}" for rate in rates), ""], lines)
-
-
-def ranges(tuned: Mapping[str, Tuned]) -> str:
-    """Widths of the usable ranges of learning rates."""
+    """The tuned rates and their loss, how many runs found them, and all of these runs."""
     lines = []
     for method in _ordered(tuned):
-        found = usable_range(tuned[method].curve)
-        if found is not None:
-            low = f"{'≤ ' if found.low_is_edge else ''}{found.low:.2g}"
-            high = f"{'≥ ' if found.high_is_edge else ''}{found.high:.2g}"
-            more = "≥ " if found.low_is_edge or found.high_is_edge else ""
-            best_loss = f"{tuned[method].loss:.3f} at {tuned[method].rate:g}"
-            lines.append([label(method), best_loss, low, high, f"{more}{found.decades:.2f}"])
-    header = ["", "best", f"within {TOLERANCE:g} of it from", "to", "decades"]
-    return table(header, lines)
+        found = tuned[method]
+        cells = (
+            f"{rates}: {'diverged' if loss is None else f'{loss:.3f}'}"
+            for rates, loss in sorted(found.curve.items())
+        )
+        edge = " (at the edge)" if found.at_edge else ""
+        lines.append(
+            [
+                label(method),
+                f"**{found.rates}**{edge}",
+                f"{found.loss:.3f}",
+                str(len(found.curve)),
+                "; ".join(cells),
+            ]
+        )
+    return table(["", "best rate × ratio", "loss", "runs", "all runs"], lines)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -125,14 +117,14 @@ def label(method: str) -> str:
     return f"{text}, {CHANGES.get(method, changes.replace(',', ', '))}" if at else text
 
 
-def _keys(rows: Iterable[Iterable[Row]], methods: Iterable[str]) -> list[tuple[str, float | None]]:
-    """Method and learning rate of each line; those of a method that was not run have no rate."""
-    rates: dict[str, set[float]] = {}
+def _keys(rows: Iterable[Iterable[Row]], methods: Iterable[str]) -> list[tuple[str, Rates | None]]:
+    """Method and rates of each line; a method that was not run has none."""
+    rates: dict[str, set[Rates]] = {}
     for of_corpus in rows:
         for row in of_corpus:
-            rates.setdefault(row.method, set()).add(row.rate)
+            rates.setdefault(row.method, set()).add(row.rates)
     return [
-        (method, rate) for method in methods for rate in sorted(rates.get(method, ())) or (None,)
+        (method, pair) for method in methods for pair in sorted(rates.get(method, ())) or (None,)
     ]
 
 
@@ -161,11 +153,3 @@ def _steps(row: Row | None) -> str:
     if row.to_reference is None:
         return "not known"
     return "not reached" if math.isinf(row.to_reference) else f"{100 * row.to_reference:.0f} %"
-
-
-def _tuned_cell(tuned: Tuned, rate: float) -> str:
-    if rate not in tuned.curve:
-        return NOT_RUN
-    loss = tuned.curve[rate]
-    text = "diverged" if loss is None else f"{loss:.3f}"
-    return f"**{text}**" if rate == tuned.rate else text

@@ -4,12 +4,15 @@ from collections.abc import Iterable, Mapping
 
 from benchmarks.quality import tables
 from benchmarks.quality.methods import METHODS
-from benchmarks.quality.summary import Group, Row
+from benchmarks.quality.search import Rates
+from benchmarks.quality.summary import RECIPE, Group, Row
 from benchmarks.quality.tuning import Tuned
 
 # The comparison that the project is about; the other methods are in the long tables only.
 CORE = (
     "adamw",
+    "adamw-one-rate",
+    "muon",
     "galore",
     "natural-galore-paper",
     "natural-galore-published",
@@ -19,7 +22,7 @@ CORE = (
 )
 PLANNED = ("nano", "9m", "60m")
 
-Groups = Mapping[Group, Mapping[tuple[str, float], Row]]
+Groups = Mapping[Group, Mapping[tuple[str, Rates], Row]]
 
 
 def short(groups: Groups, picture: str, link: str) -> str:
@@ -28,14 +31,13 @@ def short(groups: Groups, picture: str, link: str) -> str:
     for preset in _presets(groups):
         parts += [f"**{preset}**: {protocol(groups, preset)}", *_losses(groups, preset, CORE)]
     parts.append(picture)
-    parts.append(f"All methods, learning rates and further plots: [{link}]({link}).")
+    parts.append(f"All methods, rates and further plots: [{link}]({link}).")
     return "\n\n".join(parts)
 
 
 def long_page(
     groups: Groups,
     tuned: Mapping[str, Mapping[str, Tuned]],
-    wide: Mapping[str, Mapping[str, Tuned]],
     pictures: Mapping[str, str],
 ) -> str:
     """Everything there is to see."""
@@ -53,16 +55,17 @@ def long_page(
             parts.append(tables.course(rows))
             lines = tables.verdicts(rows)
             if lines:
-                ours = tables.label(tables.RECIPE)
+                ours = tables.label(RECIPE)
                 parts.append(f"Test loss of {ours} on {corpus}, mean over seeds:")
                 parts.append("\n".join(f"- {line}" for line in lines))
     parts += ["## Curves", *(pictures[name] for name in ("steps", "time", "size"))]
     parts.append("## Learning rates")
     for preset, of_preset in tuned.items():
-        parts.append(f"Tuning at {preset}: final validation loss, mean over corpora and seeds.")
+        parts.append(
+            f"Tuning at {preset}: final validation loss, mean over corpora and seeds. The rate is "
+            "that of the hidden matrices, the ratio that of the other parameters' rate to it."
+        )
         parts.append(tables.tuning(of_preset))
-    for preset, of_preset in wide.items():
-        parts += [f"A wider grid at {preset}:", tables.tuning(of_preset), tables.ranges(of_preset)]
     parts += [text for name, text in pictures.items() if name.startswith("learning-rate")]
     return "\n\n".join(parts) + "\n"
 
