@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from natgalore_jax._adam_8bit import scale_by_adam_of
@@ -12,7 +13,8 @@ from natgalore_jax._chain import Composite, chain
 from natgalore_jax._compact_natural_gradient import compact_natural_gradient
 from natgalore_jax._project import low_rank_project
 from natgalore_jax._project_back import project_back
-from natgalore_jax._where import Where, hidden_matrices
+from natgalore_jax._validate import check_number
+from natgalore_jax._where import Where, hidden_matrices, selected
 from natgalore_jax._woodbury import woodbury_natural_gradient
 
 Schedule = Callable[[jax.Array], jax.Array]
@@ -122,7 +124,7 @@ def natural_galore_adamw(
     damping: float | Schedule | None = None,
     damping_mode: str | None = None,
     history_dtype: Any = None,
-    scale: float = 0.25,
+    scale: float = 1.0,
     residual: bool | str = "fisher",
     norm_growth_limit: float | None = 1.01,
     residual_scale: float | None = None,
@@ -131,8 +133,19 @@ def natural_galore_adamw(
     cautious: bool | None = None,
     nesterov: bool | None = None,
     moment_bits: int | None = None,
+    unprojected_ratio: float = 4.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdamW with natural gradients in a low-rank subspace and outside it: for ``optax.adamw``.
+
+    What differs for a user of ``optax.adamw``:
+
+    * ``learning_rate`` is the rate of the hidden matrices. Embeddings, head, norms and biases take
+      plain AdamW steps at ``unprojected_ratio`` times that rate. A single rate for all parameters,
+      as in ``optax.adamw``, has to be low enough for the hidden matrices and is then too low for
+      embedding and head (docs/experiments.md, "The ratio of the two rates").
+    * Hidden matrices (:func:`hidden_matrices`) keep their moments in a subspace of ``rank``
+      dimensions, so that the state is a fraction of AdamW's: :func:`memory_report`.
+    * Their update is
 
     .. math::
       R = P^\top G, \quad N = F_R^{-1/2}\,\mathrm{Adam}(R), \quad E = G - P P^\top G,
@@ -146,10 +159,10 @@ def natural_galore_adamw(
     gradient are dropped. docs/experiments.md has what each of them brings. With ``history`` the
     Fisher matrix of the subspace is that of Natural GaLore as published, made of stored gradients,
     :math:`N = \mathrm{Adam}(F^{-1} R)`, which takes ``history`` times the size of R.
-    Parameters that are not projected take plain AdamW steps with the same learning rate.
 
     Args:
-      learning_rate: η, a number or a schedule. 0.02 is a good start at the sizes that were tried.
+      learning_rate: η of the hidden matrices, a number or a schedule. 0.005 is a good start at the
+        sizes that were tried; coming from ``optax.adamw``, start with its rate or twice that.
       rank, update_interval, side, method, transition, stagger, where, axes, basis_dtype, seed:
         see :func:`low_rank_project`.
       b1, b2, eps, mu_dtype: Adam's, as in ``optax.adamw``. Adam runs on the low-rank gradient.
@@ -162,9 +175,12 @@ def natural_galore_adamw(
         stands before Adam in the place of the compact Fisher matrix.
       damping, damping_mode: None is 0.03 and "relative", with ``history`` 0.001 and "absolute"; see
         :func:`compact_natural_gradient` and :func:`woodbury_natural_gradient`.
-      scale, residual, norm_growth_limit, residual_scale, residual_decay: see
-        :func:`project_back`.
+      scale, residual, norm_growth_limit, residual_decay: see :func:`project_back`. Leave α at 1:
+        the rate of the hidden matrices is ``learning_rate``.
+      residual_scale: σ. None: 0.8 for "fisher", 1 for "gain".
       fisher_decay, cautious: of :func:`compact_natural_gradient`; ``cautious=None`` is True there.
+      unprojected_ratio: the rate of the parameters that are neither projected nor hidden matrices,
+        over ``learning_rate``. Hidden matrices that ``where`` leaves out keep ``learning_rate``.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``.
@@ -177,7 +193,7 @@ def natural_galore_adamw(
       >>> import jax, jax.numpy as jnp, optax, natgalore_jax as ng
       >>> target = jnp.outer(jnp.arange(8.0), jnp.arange(6.0))
       >>> loss = lambda p: jnp.mean((p["w"] - target) ** 2)
-      >>> tx = ng.natural_galore_adamw(optax.linear_schedule(2.0, 0.0, 100), rank=2, scale=1.0)
+      >>> tx = ng.natural_galore_adamw(optax.linear_schedule(2.0, 0.0, 100), rank=2)
       >>> @jax.jit
       ... def step(params, state):
       ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
@@ -227,13 +243,34 @@ def natural_galore_adamw(
             cautious=True if cautious is None else cautious,
         )
         inner = (natural,)
+    if residual == "fisher" and residual_scale is None:
+        residual_scale = 0.8
     return chain(
         opener,
         *inner,
         project_back(scale, residual, norm_growth_limit, residual_scale, residual_decay),
+        _scale_unprojected(unprojected_ratio, where),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
+
+
+def _scale_unprojected(ratio: float, where: Where) -> optax.GradientTransformationExtraArgs:
+    """Multiply the updates of all but hidden matrices and what ``where`` selects by ``ratio``."""
+    check_number("unprojected_ratio", ratio)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
+        leaves, treedef = jax.tree_util.tree_flatten_with_path(updates)
+        scaled = [
+            leaf
+            if is_selected or hidden_matrices(path, leaf)
+            else jnp.multiply(ratio, leaf).astype(leaf.dtype)
+            for (path, leaf), is_selected in zip(leaves, selected(where, updates), strict=True)
+        ]
+        return treedef.unflatten(scaled), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update_fn)
 
 
 def galore_adamw(
@@ -270,8 +307,9 @@ def galore_adamw(
     published (``galore-torch``; with ``side="long"`` it is ``optax.contrib.galore``).
 
     Args:
-      learning_rate, weight_decay, mask, b1, b2, eps, mu_dtype, moment_bits: see
-        :func:`natural_galore_adamw`.
+      learning_rate: η of the parameters that are not projected, a number or a schedule; α η is the
+        rate of the projected ones. This is the parametrisation of the GaLore papers.
+      weight_decay, mask, b1, b2, eps, mu_dtype, moment_bits: see :func:`natural_galore_adamw`.
       rank, update_interval, side, method, transition, stagger, where, axes, basis_dtype, seed:
         see :func:`low_rank_project`. The moments are kept as they are when the basis changes, as
         published; with method "power" this is nearly the same as rotating them.

@@ -51,11 +51,46 @@ def test_the_drop_in_is_the_chain_of_its_parts():
         project(),
         ng.woodbury_natural_gradient(history=2, damping=0.1),
         optax.scale_by_adam(),
-        ng.project_back(scale=0.25),
+        ng.project_back(),
+        optax.masked(optax.scale(4.0), lambda params: jax.tree.map(lambda p: p.ndim < 2, params)),
         optax.add_decayed_weights(0.1),
         optax.scale_by_learning_rate(0.1),
     )
     assert_same_trajectory(drop_in, parts)
+
+
+def test_the_rate_of_what_is_not_projected():
+    params = {
+        "embed": {"embedding": jnp.ones((9, 8))},
+        "mlp": {"up": jnp.ones((8, 12)), "down": jnp.ones((12, 8)), "bias": jnp.ones(8)},
+    }
+    grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(p.size), p.shape), params)
+
+    def first_update(**settings):
+        tx = ng.natural_galore_adamw(0.1, rank=2, weight_decay=0.0, **settings)
+        return tx.update(grads, tx.init(params), params)[0]
+
+    adam = optax.adam(0.1, nesterov=True)
+    adam, _ = adam.update(grads, adam.init(params))
+    only_up = {"embed": False, "mlp": {"up": True, "down": False, "bias": False}}
+    for where in (ng.hidden_matrices, only_up):
+        updates = first_update(where=where, unprojected_ratio=3.0)
+        for path in (("embed", "embedding"), ("mlp", "bias")):
+            np.testing.assert_allclose(
+                updates[path[0]][path[1]], 3 * adam[path[0]][path[1]], rtol=1e-5
+            )
+        one = first_update(where=where, unprojected_ratio=1.0)
+        np.testing.assert_array_equal(updates["mlp"]["up"], one["mlp"]["up"])
+        # A hidden matrix that is not projected keeps the rate of hidden matrices.
+        np.testing.assert_array_equal(updates["mlp"]["down"], one["mlp"]["down"])
+    # An embedding that is projected has it too.
+    everything = {"embed": True, "mlp": {"up": True, "down": True, "bias": False}}
+    projected, same = (
+        first_update(where=everything, unprojected_ratio=r)["embed"] for r in (1.0, 3.0)
+    )
+    jax.tree.map(np.testing.assert_array_equal, projected, same)
+    with pytest.raises(TypeError, match="unprojected_ratio must be a number"):
+        ng.natural_galore_adamw(0.1, unprojected_ratio="4")
 
 
 def test_natural_galore_opens_a_subspace_in_ng_chain_alone():

@@ -345,6 +345,11 @@ def test_the_two_rates_of_a_run(tmp_path):
 
     for method, scale, tx in [
         ("adamw", 1.0, optax.adamw(0.02, weight_decay=0.0)),
+        (
+            "natural-galore@rank=4",
+            1.0,
+            ng.natural_galore_adamw(0.02, rank=4, weight_decay=0.0, unprojected_ratio=1.0),
+        ),
         ("galore@rank=4", 0.25, ng.galore_adamw(0.08, rank=4, method="svd", weight_decay=0.0)),
     ]:
         # One tenth of one step is no warm-up, and the first rate is the peak.
@@ -393,6 +398,7 @@ def test_the_recipe_is_what_users_get(tmp_path):
     run = Run(method="natural-galore", learning_rate=0.01, root=tmp_path)
     used = prepare(run).configuration["arguments"]
     of_the_setting = {"learning_rate", "rank", "update_interval", "seed", "weight_decay", "mask"}
+    of_the_setting |= {"unprojected_ratio"}
     defaults = {
         name: parameter.default
         for name, parameter in inspect.signature(ng.natural_galore_adamw).parameters.items()

@@ -15,6 +15,7 @@ NUMERIC = {
     *(
         "damping",
         "scale",
+        "unprojected_ratio",
         "norm_growth_limit",
         "residual_scale",
         "residual_decay",

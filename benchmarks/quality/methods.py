@@ -13,7 +13,7 @@ import optax
 import natgalore_jax as ng
 from benchmarks.quality.variants import recipe
 from examples.llama.adapters import AdapterConfig
-from examples.llama.optimizers import OPTIMIZERS, decayed
+from examples.llama.optimizers import OPTIMIZERS, decayed, with_unprojected_ratio
 from examples.llama.train_config import ConfigError, RunConfig
 
 PAPER_SCALE = 0.25  # of GaLore
@@ -27,6 +27,7 @@ class Setting(NamedTuple):
     update_interval: int
     seed: int
     steps: int
+    unprojected_ratio: float = 1.0
     weight_decay: float = 0.0
     mask: Callable[[Any], Any] = decayed
 
@@ -47,25 +48,6 @@ class Method(NamedTuple):
     scale: float = 1.0
     # A ratio of the two rates that is part of the method, and not tuned.
     ratio: float | None = None
-
-
-def with_ratio(tx: optax.GradientTransformation, factor: float) -> optax.GradientTransformation:
-    """``tx`` with the updates of all but the hidden matrices multiplied by ``factor``.
-
-    With any optimizer whose updates are proportional to its learning rate, embedding, head and
-    norms get a rate of their own.
-    """
-    if factor == 1.0:
-        return tx
-    return optax.chain(
-        tx,
-        optax.masked(
-            optax.scale(factor),
-            lambda params: jax.tree.map_with_path(
-                lambda path, leaf: not ng.hidden_matrices(path, leaf), params
-            ),
-        ),
-    )
 
 
 def muon(
@@ -181,7 +163,7 @@ METHODS: dict[str, Method] = {
     "fira": Method(
         "Fira", ng.galore_adamw, {"residual": True, "scale": PAPER_SCALE}, scale=PAPER_SCALE
     ),
-    "natural-galore": Method("Natural GaLore, default", ng.natural_galore_adamw, scale=PAPER_SCALE),
+    "natural-galore": Method("Natural GaLore, default", ng.natural_galore_adamw),
     "factorised": Method(
         "Low-rank weights W = BA", optax.adamw, _ADAMW, configure=_adapter("factorised")
     ),
@@ -192,7 +174,7 @@ METHODS: dict[str, Method] = {
 }
 
 # For questions about the default alone: in no sweep unless they are named.
-VARIANTS = {"recipe": Method("Natural GaLore, in parts", recipe, scale=PAPER_SCALE)}
+VARIANTS = {"recipe": Method("Natural GaLore, in parts", recipe)}
 
 # What the arguments of the tables' ablations mean.
 CHANGES = {
@@ -241,6 +223,18 @@ def arguments(chosen: Chosen, setting: Setting) -> dict[str, Any]:
     bound = signature.bind(**{k: v for k, v in values.items() if k in signature.parameters})
     bound.apply_defaults()
     return dict(bound.arguments)
+
+
+def make(chosen: Chosen, setting: Setting, values: dict[str, Any]) -> optax.GradientTransformation:
+    """The optimizer of ``values``, with the two rates of the setting.
+
+    A factory without the argument ``unprojected_ratio`` is given it from outside.
+    """
+    method = chosen.method
+    tx = method.factory(**values)
+    if "unprojected_ratio" in values:
+        return tx
+    return with_unprojected_ratio(tx, setting.unprojected_ratio * method.scale)
 
 
 def configure(chosen: Chosen, config: RunConfig, setting: Setting) -> RunConfig:

@@ -9,7 +9,7 @@ import optax
 
 from benchmarks._environment import RESULTS
 from benchmarks.quality.corpora import resolve
-from benchmarks.quality.methods import Setting, arguments, choose, configure, with_ratio
+from benchmarks.quality.methods import Setting, arguments, choose, configure, make
 from benchmarks.quality.presets import PRESETS
 from examples.llama.config import DTYPES
 from examples.llama.data import DataConfig
@@ -19,7 +19,7 @@ from examples.llama.train_config import ConfigError, OutputConfig, RunConfig
 
 ROOT = RESULTS / "quality"
 
-_OF_THE_RUN = ("learning_rate", "seed")  # recorded with it
+_OF_THE_RUN = ("learning_rate", "unprojected_ratio", "seed")  # recorded with it
 
 if TYPE_CHECKING:
     PresetName = Dtype = str
@@ -139,14 +139,14 @@ def prepare(run: Run) -> Prepared:
         update_interval=preset.update_interval,
         seed=run.seed,
         steps=steps,
+        unprojected_ratio=run.ratio,
     )
     config = configure(chosen, config, setting)
     values = arguments(chosen, setting)
     try:
-        tx = chosen.method.factory(**values)
+        tx = make(chosen, setting, values)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{run.method}: {error}") from error
-    tx = with_ratio(tx, run.ratio * chosen.method.scale)
     if run.accumulate > 1:
         tx = optax.MultiSteps(tx, run.accumulate).gradient_transformation()
     configuration = {

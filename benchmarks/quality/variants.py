@@ -28,6 +28,8 @@ def recipe(
 ) -> optax.GradientTransformation:
     """Everything is as in ``natural_galore_adamw`` unless it is said.
 
+    ``unprojected_ratio`` is not among the parts.
+
     Args:
       learning_rate, rank, update_interval, seed, weight_decay, mask: see there.
       steps: of the run.
@@ -45,7 +47,7 @@ def recipe(
         ng.compact_natural_gradient(
             INNER[inner](), damping=schedule, exponent=exponent, structure=structure, cautious=True
         ),
-        ng.project_back(0.25, residual="fisher"),
+        ng.project_back(residual="fisher", residual_scale=0.8),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )

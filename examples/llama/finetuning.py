@@ -72,8 +72,12 @@ def method_transformation(
     Raises:
       ConfigError: if the optimizer refuses an argument.
     """
+    # One parametrisation for all methods, that of the GaLore papers: α η for projected matrices, η
+    # for all others, a residual at the root mean square of AdamW's updates.
+    given = {"unprojected_ratio": 1.0, "residual_scale": 0.2} if method == "natural-galore" else {}
     optimizer = OptimizerConfig(
         name="adamw" if method == "lora" else method,
+        **given,
         weight_decay=config.weight_decay,
         clip_norm=config.clip_norm,
         rank=config.rank,

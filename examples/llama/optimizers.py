@@ -52,7 +52,7 @@ OPTIMIZERS: dict[str, Entry] = {
     "adafactor": Entry(_adafactor, 3e-3),
     "galore": Entry(ng.galore_adamw, 2e-2),
     "fira": Entry(ng.galore_adamw, 1e-2, {"residual": "gain"}),
-    "natural-galore": Entry(ng.natural_galore_adamw, 2e-2),
+    "natural-galore": Entry(ng.natural_galore_adamw, 5e-3),
     "apollo": Entry(ng.apollo_adamw, 1e-2),
     "apollo-mini": Entry(ng.apollo_mini_adamw, 1e-2),
     "ldadam": Entry(ng.ldadamw, 3e-3),
@@ -93,6 +93,9 @@ class OptimizerConfig:
     """Low-rank: steps between two refreshes of the subspace."""
     moment_bits: Literal[8] | None = None
     """Galore and natural-galore: store Adam's moments in 8 bits instead of the weights' dtype."""
+    unprojected_ratio: float | None = None
+    """Learning rate of embeddings, head and norms over that of the hidden matrices; by default 4
+    for natural-galore and 1 for the others, the published parametrisation."""
     scale: float | None = None
     """Low-rank: factor on the update of projected matrices."""
     side: Literal["auto", "short", "long", "left", "right", "both"] | None = None
@@ -119,6 +122,27 @@ class OptimizerConfig:
     """Natural gradient: damping as it is, or times the mean squared norm of the history."""
     history_dtype: Literal["float32", "bfloat16", "int8", "int4"] | None = None
     """Natural gradient: number format of the stored gradients."""
+
+
+def with_unprojected_ratio(
+    tx: optax.GradientTransformation, ratio: float
+) -> optax.GradientTransformation:
+    """`tx` with the updates of all but the hidden matrices multiplied by `ratio`.
+
+    With any optimizer whose updates are proportional to its learning rate, embeddings, head and
+    norms get a rate of their own.
+    """
+    if ratio == 1.0:
+        return tx
+    return optax.chain(
+        tx,
+        optax.masked(
+            optax.scale(ratio),
+            lambda params: jax.tree.map_with_path(
+                lambda path, leaf: not ng.hidden_matrices(path, leaf), params
+            ),
+        ),
+    )
 
 
 def default_learning_rate(name: str) -> float:
@@ -165,6 +189,8 @@ def make_transformation(
     chosen |= given | {"learning_rate": learning_rate}
     known = inspect.signature(entry.factory).parameters
     tx = entry.factory(**{k: v for k, v in chosen.items() if k in known})
+    if config.unprojected_ratio is not None and "unprojected_ratio" not in known:
+        tx = with_unprojected_ratio(tx, config.unprojected_ratio)
     if config.clip_norm is not None:
         tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), tx)
     return tx
