@@ -23,7 +23,7 @@ class ProjectBackState(NamedTuple):
     #: projected. One for each matrix, so that no update waits for the gradients of all others.
     direction: Any
     #: The tree of parameters: batch, float32, the norm of each matrix's last residual update,
-    #: or MaskedNode where nothing is projected or there is no limit.
+    #: or MaskedNode where nothing is projected, without a limit, or if the residual is not "gain".
     residual_norm: Any
     #: The tree of parameters: batch + the side that is not projected, float32, the average of the
     #: mean square of each column (row) of the residual, or MaskedNode where nothing is projected or
@@ -76,9 +76,13 @@ def project_back(
       scale: α, a number or a traced scalar. GaLore uses 0.25 with a learning rate of 0.01.
       residual: False, True, ``"gain"`` or ``"fisher"``. "gain" needs no memory, "fisher" one number
         for each column; neither needs a product beyond those without residual.
-      norm_growth_limit: γ; the norm of a matrix's residual update may grow by at most this factor
-        from one step to the next, which tames spikes of the loss. None: no limit. Put the learning
-        rate after ``project_back``, or its warm-up is limited as well.
+      norm_growth_limit: γ, the limit on spikes, or None for no limit. The norm of a matrix's
+        residual update is at most γ times its level. For "fisher" the level is known, σ √(m n), so
+        that the limit has no memory: after a vanishing gradient the next update has its full size.
+        A spike, moreover, enters c as ten times c at most, and does not shrink the updates after
+        it. For "gain" the level is the norm at the last step, as published: an update that was
+        small once grows back by a factor of γ a step. Put the learning rate after ``project_back``,
+        or its warm-up is limited as well.
       residual_scale: σ, a number or a traced scalar. None: 1 for "gain", as published, and 0.2 for
         "fisher", the root mean square of AdamW's updates.
       residual_decay: β of "fisher". Short: c follows the size of the gradient within ten steps.
@@ -137,7 +141,6 @@ def init_back(
     """The state for parameters whose low-rank forms are ``low_rank``."""
     if settings.residual is None:
         return optax.EmptyState()
-    limited = settings.residual.norm_growth_limit is not None
     has_fisher = settings.residual.rule == "fisher"
     directions, norms = (
         [
@@ -146,7 +149,7 @@ def init_back(
             else optax.MaskedNode()
             for plan, leaf in zip(plans, low_rank, strict=True)
         ]
-        for is_kept in (True, limited)
+        for is_kept in (True, settings.residual.keeps_norm)
     )
     fishers = [
         empty_fisher(plan, leaf) if plan and has_fisher else optax.MaskedNode()

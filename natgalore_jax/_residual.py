@@ -30,6 +30,11 @@ RESIDUALS = {"gain": 1.0, "fisher": 0.2}
 # holds all of a column, rounding errors are not blown up to the size of an update.
 FISHER_DAMPING = 1e-4
 
+# κ: a gradient of more than this many times the average energy enters the average as if it had just
+# that. So one spike leaves the next updates near σ. A lasting change is still followed within a few
+# steps, because the average may nearly double in each.
+SPIKE = 10.0
+
 
 class Residual(NamedTuple):
     """The arguments of ``project_back`` about the residual."""
@@ -37,7 +42,12 @@ class Residual(NamedTuple):
     rule: str
     scale: jax.typing.ArrayLike  # σ
     decay: jax.typing.ArrayLike  # β
-    norm_growth_limit: float | None
+    norm_growth_limit: jax.typing.ArrayLike | None  # γ
+
+    @property
+    def keeps_norm(self) -> bool:
+        """Whether the limit compares with the norm of the last update, which is then stored."""
+        return self.norm_growth_limit is not None and self.rule == "gain"
 
 
 class PhiAxes(NamedTuple):
@@ -82,7 +92,7 @@ def with_residual(
       settings, plan, factors, scale: what is done, to what; scale is α.
       direction: batch, the sign that the residual takes.
       N, R, G: the inner update, the low-rank gradient, the gradient.
-      last_norm: the norm of the last residual update, or a hole if there is no limit.
+      last_norm: the norm of the last residual update, or a hole unless ``settings.keeps_norm``.
       fisher: c of the last step, or a hole if the rule is not "fisher".
       basis_error: the share of a column's energy that is in E because P is stored in few bits,
         and that ‖g‖² − ‖Pᵀ g‖² does not show; it is added to δ.
@@ -97,11 +107,19 @@ def with_residual(
         phi = gain(energy.N, energy.R)
     else:
         size = math.prod(plan.shape[a] for a in axes.full)
-        fisher = average(fisher, energy.E / size, settings.decay)
+        mean_square = energy.E / size
+        if settings.norm_growth_limit is not None:
+            mean_square = without_spike(axes, mean_square, fisher)
+        fisher = average(fisher, mean_square, settings.decay)
         phi = inverse_root(fisher + (FISHER_DAMPING + basis_error) * energy.G / size)
     phi = jnp.multiply(settings.scale, phi)
     if settings.norm_growth_limit is not None:
-        phi, last_norm = limited(axes, phi, energy, last_norm, settings.norm_growth_limit)
+        level = last_norm
+        if settings.rule == "fisher":
+            entries = math.prod(plan.shape[a] for mode in plan.modes for a in mode)
+            level = jnp.abs(settings.scale) * math.sqrt(entries)
+        phi, norm = limited(axes, phi, energy, level, settings.norm_growth_limit)
+        last_norm = norm if settings.keeps_norm else last_norm
     phi = phi * jnp.expand_dims(direction, tuple(range(axes.batch_ndim, phi.ndim)))
 
     phi_low = jnp.expand_dims(phi, axes.low)
@@ -161,17 +179,32 @@ def inverse_root(c: jax.Array) -> jax.Array:
     return jnp.where(c > 0, 1 / jnp.sqrt(jnp.where(c > 0, c, 1.0)), 0.0)
 
 
+def without_spike(axes: PhiAxes, new: jax.Array, c: jax.Array) -> jax.Array:
+    """``new``, scaled down so that its sum over a matrix is at most κ times that of ``c``."""
+    matrix = tuple(range(axes.batch_ndim, c.ndim))
+    allowed, total = SPIKE * jnp.sum(c, matrix, keepdims=True), jnp.sum(new, matrix, keepdims=True)
+    is_spike = (allowed > 0) & (total > allowed) & jnp.isfinite(total)
+    return new * jnp.where(is_spike, allowed / jnp.where(is_spike, total, 1.0), 1.0)
+
+
 def limited(
-    axes: PhiAxes, phi: jax.Array, energy: Energies, last_norm: jax.Array, limit: float
+    axes: PhiAxes,
+    phi: jax.Array,
+    energy: Energies,
+    level: jax.typing.ArrayLike,
+    limit: jax.typing.ArrayLike,
 ) -> tuple[jax.Array, jax.Array]:
-    """φ such that the residual update's norm is at most ``limit`` times the last one; the norm."""
+    """φ such that the residual update's norm is at most ``limit`` times ``level``; the norm."""
     squared = jnp.square(phi) * energy.E
     norm = jnp.sqrt(jnp.sum(squared, tuple(range(axes.batch_ndim, squared.ndim))))
-    shrink = growth_shrink(norm, last_norm, limit)
+    shrink = growth_shrink(norm, level, limit)
     return phi * jnp.expand_dims(shrink, tuple(range(axes.batch_ndim, phi.ndim))), norm * shrink
 
 
-def growth_shrink(norm: jax.Array, last_norm: jax.Array, limit: jax.typing.ArrayLike) -> jax.Array:
-    """``min(1, γ ‖U'‖ / ‖U‖)`` for an update U that follows U'; 1 after a zero."""
-    allowed = jnp.where(last_norm > 0, limit * last_norm, jnp.inf)
+def growth_shrink(
+    norm: jax.Array, level: jax.typing.ArrayLike, limit: jax.typing.ArrayLike
+) -> jax.Array:
+    """``min(1, γ ℓ / ‖U‖)`` for an update U and a level ℓ, such as the last norm; 1 if ℓ is 0."""
+    level = jnp.asarray(level)
+    allowed = jnp.where(level > 0, limit * level, jnp.inf)
     return jnp.where(norm > allowed, allowed / jnp.where(norm > 0, norm, 1.0), 1.0)

@@ -34,12 +34,15 @@ def oracle(grads, side, limit, rule="gain", sigma=1.0, beta=0.9):
             )
         else:
             now = np.mean(E**2, axis=axis, keepdims=True)
+            if limit is not None and c is not None:
+                now *= min(1.0, 10 * c.sum() / now.sum())
             c = now if c is None else beta * c + (1 - beta) * now
             phi = 1 / np.sqrt(c + 1e-4 * np.mean(G**2, axis=axis, keepdims=True))
         S = sigma * E * phi
         norm = np.linalg.norm(S)
-        if limit is not None and last is not None and norm > limit * last:
-            S *= limit * last / norm
+        level = last if rule == "gain" else sigma * np.sqrt(G.size)
+        if limit is not None and level is not None and norm > limit * level:
+            S *= limit * level / norm
         last = np.linalg.norm(S)
         updates.append(SCALE * P @ N @ Q.T + S)
     return np.stack(updates)
@@ -71,6 +74,46 @@ def test_against_numpy(side, limit, rule):
     np.testing.assert_allclose(updates, expected, rtol=1e-4, atol=1e-5)
     if limit is not None:
         assert not np.allclose(expected, oracle(grads, side, None, rule, **arguments), rtol=1e-2)
+
+
+def residual_sizes(norms, **arguments):
+    """Root mean squares of residual updates, σ = 1, for gradients of the given norms."""
+    rng = np.random.default_rng(0)
+    grads = rng.normal(size=(len(norms), 24, 32)) * np.reshape(norms, (-1, 1, 1))
+    tx = ng.chain(
+        ng.low_rank_project(rank=2, where=True),
+        ng.project_back(scale=0.0, residual="fisher", residual_scale=1.0, **arguments),
+    )
+
+    def step(state, g):
+        update, state = tx.update(g, state)
+        return state, jnp.sqrt(jnp.mean(jnp.square(update)))
+
+    grads = jnp.asarray(grads, jnp.float32)
+    return np.asarray(jax.jit(lambda g: jax.lax.scan(step, tx.init(g[0]), g)[1])(grads))
+
+
+def test_the_limit_tames_spikes_and_recovers():
+    norms = np.ones(120)
+    norms[30], norms[60], norms[90:] = 1e6, 1e-6, 50.0
+    sizes = residual_sizes(norms)
+    # Neither the spike nor a lasting rise is followed by more than γ σ.
+    assert np.all(sizes <= 1.011)
+    assert sizes[30] == pytest.approx(1.01, abs=0.01)
+    # The spike makes c 1.9 times as large, nine tenths of which are forgotten in 22 steps.
+    assert sizes[31] > 0.65 and np.all(sizes[54:60] > 0.9)
+    # The vanishing gradient has a vanishing update, and the next one its full size.
+    assert sizes[60] < 1e-4 and sizes[61] > 0.9
+    assert np.all(sizes[100:] > 0.9)
+    unlimited = residual_sizes(norms, norm_growth_limit=None)
+    assert unlimited[30] > 3 and unlimited[31] < 0.1
+
+
+@pytest.mark.parametrize("spread", [0.1, 0.5, 1.0])
+def test_the_limit_costs_little_where_gradient_norms_vary(spread):
+    norms = np.exp(spread * np.random.default_rng(1).normal(size=400))
+    limited, unlimited = (residual_sizes(norms, norm_growth_limit=g) for g in (1.01, None))
+    assert limited.mean() > 0.8 * unlimited.mean()
 
 
 def test_true_is_the_gain_of_the_inner_optimizer():
