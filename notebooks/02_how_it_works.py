@@ -88,7 +88,7 @@ config = ModelConfig(
 apply, params = make_model(config, seed=0)
 batches = make_train_iterator(splits.train, batch_size=16, seq_len=64, seed=0)
 INTERVAL = 40
-tx = ng.natural_galore_adamw(0.01, rank=RANK, update_interval=INTERVAL)
+tx = ng.natural_galore_adamw(0.0025, rank=RANK, update_interval=INTERVAL)
 
 
 def watched(tree):

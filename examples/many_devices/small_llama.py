@@ -16,7 +16,7 @@ from examples.llama.train_step import Params, token_nll
 
 MODEL = dataclasses.replace(MODEL_PRESETS["nano"], stacked=True)
 RANK = 32
-LEARNING_RATE = optax.linear_schedule(0.0, 0.02, 20)
+LEARNING_RATE = optax.linear_schedule(0.0, 0.005, 20)
 
 
 def initial(key: jax.Array, model: ModelConfig = MODEL) -> Params:

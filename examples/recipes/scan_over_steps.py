@@ -7,7 +7,7 @@ import optax
 import natgalore_jax as ng
 
 tx = ng.natural_galore_adamw(
-    optax.warmup_cosine_decay_schedule(0.0, 2e-2, 5, 40), rank=4, update_interval=10
+    optax.warmup_cosine_decay_schedule(0.0, 1e-2, 5, 40), rank=4, update_interval=10
 )
 
 
