@@ -16,7 +16,7 @@ from natgalore_jax._project import start_factors
 from natgalore_jax._residual import gain, growth_shrink, on_axes_of_gradient, phi_axes
 from natgalore_jax._scope import matrices_of, open_subspace
 from natgalore_jax._subspace import low_rank_leaf
-from natgalore_jax._validate import check_choice, check_integer, check_number
+from natgalore_jax._validate import check_choice, check_integer, check_interval, check_number
 from natgalore_jax._where import Where, hidden_matrices
 
 GRANULARITIES = ("channel", "tensor")
@@ -93,7 +93,7 @@ def scale_by_apollo(
       ((2, 8), (8,))
     """
     check_integer("rank", rank, minimum=1)
-    check_integer("update_interval", update_interval, minimum=1)
+    check_interval("update_interval", update_interval)
     check_number("scale", scale)
     check_choice("granularity", granularity, GRANULARITIES)
     if norm_growth_limit is not None:

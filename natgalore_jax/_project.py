@@ -12,7 +12,13 @@ from natgalore_jax._linear_codes import coded_bits
 from natgalore_jax._plan import SIDES, LeafPlan, PlanSettings, check_rank
 from natgalore_jax._refresh_layer import Factors, RefreshSettings
 from natgalore_jax._transition import TRANSITIONS
-from natgalore_jax._validate import check_boolean, check_choice, check_integer, check_stored_dtype
+from natgalore_jax._validate import (
+    check_boolean,
+    check_choice,
+    check_integer,
+    check_interval,
+    check_stored_dtype,
+)
 from natgalore_jax._where import Where, hidden_matrices
 
 
@@ -118,7 +124,7 @@ def low_rank_project(
       ((6, 2), (2, 8), (8,))
     """
     check_rank(rank)
-    check_integer("update_interval", update_interval, minimum=1)
+    check_interval("update_interval", update_interval)
     check_choice("side", side, SIDES)
     check_choice("method", method, METHODS)
     check_choice("transition", transition, TRANSITIONS)
