@@ -36,6 +36,30 @@ def _listed(paths: set[str]) -> str:
     return ", ".join(sorted(paths)) or "nothing"
 
 
+def with_dtypes_of(old: Any, new: Any) -> Any:
+    """A new state in the dtypes of the old one, where it has floating-point arrays.
+
+    Those of Optax take over the dtype of the gradients at the first step: a second compilation, and
+    an error in ``jax.lax.scan``.
+    """
+    if jax.tree.structure(old) != jax.tree.structure(new):
+        return new
+
+    def cast(x, y):
+        both = [jnp.result_type(z) for z in (x, y)]
+        is_cast = both[0] != both[1] and all(jnp.issubdtype(t, jnp.floating) for t in both)
+        return y.astype(both[0]) if is_cast else y
+
+    return jax.tree.map(cast, old, new)
+
+
+def update_dtypes(updates: Any, params: Any) -> list[Any]:
+    """The dtype of the update of each leaf, that of Optax: its moments are as the parameters."""
+    leaves, treedef = jax.tree.flatten(updates)
+    params = leaves if params is None else treedef.flatten_up_to(params)
+    return [jnp.result_type(g, w) for g, w in zip(leaves, params, strict=True)]
+
+
 def check_params(updates: Any, params: Any) -> None:
     """The updates have the structure and the shapes of the parameters."""
     params = flatten_like(updates, params, "the parameters")

@@ -31,6 +31,11 @@ class LeafPlan:
     ranks: tuple[int | None, ...]  # rank of each mode, None where the mode is kept whole
 
     @property
+    def unnamed(self) -> "LeafPlan":
+        """The same for all parameters of this shape."""
+        return dataclasses.replace(self, path="")
+
+    @property
     def batch_shape(self) -> tuple[int, ...]:
         return tuple(self.shape[a] for a in self.batch)
 

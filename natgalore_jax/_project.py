@@ -8,6 +8,7 @@ import optax
 
 from natgalore_jax._axes import AxesLike
 from natgalore_jax._basis import METHODS, start_basis
+from natgalore_jax._kernel import own_arithmetic
 from natgalore_jax._linear_codes import coded_bits
 from natgalore_jax._plan import SIDES, LeafPlan, PlanSettings, check_rank
 from natgalore_jax._refresh_layer import Factors, RefreshSettings
@@ -154,6 +155,7 @@ def _outside_of_chain(*args: Any, **kwargs: Any) -> Any:
     )
 
 
+@own_arithmetic
 def start_factors(plan: LeafPlan, dtype: Any) -> Factors:
     """An orthonormal start for each basis of one parameter."""
     factors = []

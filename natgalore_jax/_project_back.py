@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from natgalore_jax._contract import project_back as back
+from natgalore_jax._kernel import kernel, own_arithmetic
 from natgalore_jax._layout import place_low_rank, zeros_on_axes
 from natgalore_jax._plan import LeafPlan
 from natgalore_jax._refresh_layer import Factors
@@ -131,6 +132,7 @@ def _outside_of_chain(*args: Any, **kwargs: Any) -> Any:
     )
 
 
+@own_arithmetic
 def init_back(
     settings: ProjectBack, treedef: Any, plans: Sequence[LeafPlan | None], low_rank: Sequence[Any]
 ) -> ProjectBackState | optax.EmptyState:
@@ -176,11 +178,7 @@ def update_back(
     """
     if settings.residual is None:
         updates = [
-            back(plan, place_low_rank(plan, settings.scale * n, g, spread=False), factor).astype(
-                n.dtype
-            )
-            if plan
-            else n
+            _back(plan.unnamed, settings.scale, factor, n, g) if plan else n
             for plan, factor, n, g in zip(plans, factors, N, G, strict=True)
         ]
         return updates, state
@@ -189,19 +187,45 @@ def update_back(
     updates = list(N)
     for i, plan in enumerate(plans):
         if plan:
-            directions[i] = _direction(directions[i], N[i], R[i])
-            updates[i], norms[i], fishers[i] = with_residual(
-                settings.residual,
-                plan,
-                factors[i],
+            rule, *numbers = settings.residual
+            updates[i], directions[i], norms[i], fishers[i] = _back_with_residual(
+                plan.unnamed,
+                rule,
+                basis_error,
+                numbers,
                 settings.scale,
-                directions[i],
-                *(N[i], R[i], G[i]),
-                last_norm=norms[i],
-                fisher=fishers[i],
-                basis_error=basis_error,
+                factors[i],
+                (directions[i], norms[i], fishers[i]),
+                (N[i], R[i], G[i]),
             )
     return updates, ProjectBackState(*map(treedef.unflatten, (directions, norms, fishers)))
+
+
+@kernel("plan")
+def _back(plan, scale, factors, N, G):
+    """The update of one parameter without a residual, in the dtype of N."""
+    low = place_low_rank(plan, scale * N, G, spread=False)
+    return back(plan, low, factors).astype(N.dtype)
+
+
+@kernel("plan", "rule", "basis_error")
+def _back_with_residual(plan, rule, basis_error, numbers, scale, factors, state, arrays):
+    """The update of one parameter, and its direction, norm and Fisher entries."""
+    direction, norm, fisher = state
+    N, R, _ = arrays
+    direction = _direction(direction, N, R)
+    update, norm, fisher = with_residual(
+        Residual(rule, *numbers),
+        plan,
+        factors,
+        scale,
+        direction,
+        *arrays,
+        last_norm=norm,
+        fisher=fisher,
+        basis_error=basis_error,
+    )
+    return update, direction, norm, fisher
 
 
 def _direction(known: jax.Array, N: jax.Array, R: jax.Array) -> jax.Array:

@@ -1,10 +1,11 @@
 """Which matrices are due for a refresh at which step: arithmetic on the step count, no tables."""
 
-import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+
+from natgalore_jax._kernel import kernel
 
 # The layers of one leaf that are due: first and end.
 Range = tuple[jax.typing.ArrayLike, jax.typing.ArrayLike]
@@ -37,7 +38,7 @@ def due_layers(
     return _due_layers(tuple(layers), interval, accumulation, stagger, step)
 
 
-@functools.partial(jax.jit, static_argnums=range(4), inline=True)
+@kernel("layers", "interval", "accumulation", "stagger")
 def _due_layers(
     layers: tuple[int, ...], interval: int, accumulation: int, stagger: bool, step: jax.Array
 ) -> list[Range]:

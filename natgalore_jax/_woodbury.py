@@ -9,6 +9,7 @@ import optax
 
 from natgalore_jax._check_tree import flatten_like
 from natgalore_jax._history import History, empty_history, natural_gradient
+from natgalore_jax._kernel import kernel, own_arithmetic
 from natgalore_jax._linear_codes import (
     LinearCodes,
     bits_of,
@@ -101,6 +102,7 @@ def woodbury_natural_gradient(
     check_stored_dtype("history_dtype", history_dtype)
     is_coded = coded_bits(history_dtype) is not None
 
+    @own_arithmetic
     def init_fn(params):
         leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
         histories = [_init_leaf(path, leaf) for path, leaf in leaves]
@@ -120,7 +122,7 @@ def woodbury_natural_gradient(
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
-        slot = jnp.mod(state.count, history)
+        slot = state.count % history
         current = damping(state.count) if callable(damping) else damping
 
         leaves = jax.tree_util.tree_leaves_with_path(updates)
@@ -134,8 +136,7 @@ def woodbury_natural_gradient(
             H = None if isinstance(entries[0], optax.MaskedNode) else History(*entries)
             if H is not None:
                 _check_shape(KeyPath(path), h, H)
-                natural, H = natural_gradient(H, h, slot, current, relative=is_relative)
-                h = natural.astype(h.dtype)
+                h, H = _natural_gradient(is_relative, H, h, slot, current)
             out.append(h)
             histories.append(H)
         is_coded = isinstance(state.history.columns, LinearCodes)
@@ -145,6 +146,13 @@ def woodbury_natural_gradient(
         return treedef.unflatten(out), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+@kernel("is_relative")
+def _natural_gradient(is_relative, H, h, slot, damping):
+    """Of one parameter, in the dtype of h, and its new history."""
+    natural, H = natural_gradient(H, h, slot, damping, relative=is_relative)
+    return natural.astype(h.dtype), H
 
 
 def _transposed(treedef: Any, histories: Sequence[History | None], is_coded: bool) -> History:
