@@ -70,8 +70,8 @@ def scale_by_adam_8bit(
 
     @own_arithmetic
     def init_fn(params):
-        adam: Any = optax.scale_by_adam().init(params)
         batch = settings.batch_of_leaves(params)
+        adam: Any = optax.scale_by_adam().init(params)
         treedef = jax.tree.structure(params)
         codes, scales = [], []
         for is_second, tree in enumerate((adam.mu, adam.nu)):
@@ -95,10 +95,10 @@ def scale_by_adam_8bit(
         out: list[list[Any]] = [[], [], [], [], []]
         dtypes = update_dtypes(updates, params)
         for leaf, ((path, g), m, v, *scales) in enumerate(zip(leaves, *entries, strict=True)):
-            if g.shape != m.shape:
+            if jnp.shape(g) != m.shape:
                 raise ValueError(
-                    f"{KeyPath(path)}: the update has shape {g.shape}, but the moments made at "
-                    f"init have {m.shape}"
+                    f"{KeyPath(path)}: the update has shape {jnp.shape(g)}, but the moments made "
+                    f"at init have {m.shape}"
                 )
             new = _step(leaf, nesterov, dtypes[leaf], numbers, state.count, g, m, v, *scales)
             for column, value in zip(out, new, strict=True):
@@ -137,7 +137,7 @@ def _state(count, mu, nu, mu_scale, nu_scale) -> QuantizedState:
 def _step(leaf, nesterov, dtype, numbers, count, g, m, v, *scales):
     """Update, moments and bounds of one parameter after a step; ``count`` are those before it."""
     b1, b2, _, _ = numbers
-    G, in_8_bits = g.astype(jnp.float32), not isinstance(scales[0], optax.MaskedNode)
+    G, in_8_bits = jnp.asarray(g).astype(jnp.float32), not isinstance(scales[0], optax.MaskedNode)
     M, V = m.astype(jnp.float32), v.astype(jnp.float32)
     if in_8_bits:
         M, V = (decode(m, scales[0], is_second=False), decode(v, scales[1], is_second=True))

@@ -14,6 +14,7 @@ from natgalore_jax._contract import project
 from natgalore_jax._kernel import kernel, own_arithmetic
 from natgalore_jax._plan import LeafPlan, PlanSettings, plan_tree, require_projection
 from natgalore_jax._project import start_factors
+from natgalore_jax._random import normal
 from natgalore_jax._residual import gain, growth_shrink, on_axes_of_gradient, phi_axes
 from natgalore_jax._scope import matrices_of, open_subspace
 from natgalore_jax._subspace import low_rank_leaf
@@ -185,12 +186,12 @@ def random_projection(
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), window), leaf)
     shape = (*plan.mode_shape(mode), plan.rank_of(mode))
     if not plan.batch:
-        P = jax.random.normal(key, shape, jnp.float32)
+        P = normal(key, shape)
     else:
         _, first = matrices_of(plan)
         numbers = first + jnp.arange(plan.layers, dtype=jnp.int32)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
-        P = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
+        P = jax.vmap(lambda key: normal(key, shape))(keys)
     return (P.reshape(plan.factor_shape(mode)) / math.sqrt(plan.rank_of(mode))).astype(dtype)
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from natgalore_jax._contract import contract
 from natgalore_jax._layout import replicated
+from natgalore_jax._random import normal
 
 METHODS = ("power", "svd", "eigh", "randomized", "gaussian", "online")
 
@@ -141,7 +142,7 @@ def _eigh(G, P, key, is_first):
 def _randomized(G, P, key, is_first):
     """Randomised SVD: a Gaussian sketch of the range, power steps, the SVD of a small matrix."""
     width = min(P.shape[1] + OVERSAMPLING, *G.shape)
-    Q = _orthonormal(_times(G, jax.random.normal(key, (G.shape[1], width), G.dtype)))
+    Q = _orthonormal(_times(G, normal(key, (G.shape[1], width))))
     for _ in range(SKETCH_STEPS):
         Q = _orthonormal(_times_gram(G, Q))
     U, _, _ = jnp.linalg.svd(replicated(contract("mw,mn->wn", Q, G)), full_matrices=False)
@@ -150,7 +151,7 @@ def _randomized(G, P, key, is_first):
 
 def _gaussian(G, P, key, is_first):
     """A random subspace that does not look at the gradient."""
-    return _orthonormal(jax.random.normal(key, P.shape, P.dtype))
+    return _orthonormal(normal(key, P.shape))
 
 
 def _online(G, P, key, is_first):

@@ -10,7 +10,7 @@ import optax
 from natgalore_jax._linear_codes import LinearCodes, bits_of, codes_shape
 from natgalore_jax._plan import LeafPlan
 from natgalore_jax._scope import open_subspace
-from natgalore_jax._where import KeyPath
+from natgalore_jax._where import KeyPath, shape_and_dtype
 
 
 def flatten_like(updates: Any, tree: Any, what: str) -> list[Any]:
@@ -153,8 +153,8 @@ def check_inner_states(
     """
     leaves = jax.tree_util.tree_leaves_with_path(updates)
     low_rank = jax.tree.structure(updates).unflatten(
-        jax.ShapeDtypeStruct(plan.low_rank_shape if plan else g.shape, g.dtype)
-        for plan, (_, g) in zip(plans, leaves, strict=True)
+        jax.ShapeDtypeStruct(plan.low_rank_shape, g.dtype) if plan else shape_and_dtype(path, g)
+        for plan, (path, g) in zip(plans, leaves, strict=True)
     )
     with open_subspace({plan.path: plan for plan in plans if plan}):
         expected = jax.eval_shape(lambda tree: [tx.init(tree) for tx in inner], low_rank)

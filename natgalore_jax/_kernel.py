@@ -27,7 +27,6 @@ def own_arithmetic(function: Callable[..., Any]) -> Callable[..., Any]:
             jax.numpy_dtype_promotion("standard"),
             jax.numpy_rank_promotion("allow"),
             jax.default_prng_impl("threefry2x32"),
-            jax.threefry_partitionable(True),
         ):
             return function(*args, **kwargs)
 

@@ -1,5 +1,6 @@
 """Gradients into the subspace."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -139,7 +140,9 @@ def low_rank_project(
         )
     rank = int(rank) if not isinstance(rank, (tuple, list)) else tuple(int(r) for r in rank)
 
-    tx = LowRankProject(_outside_of_chain, _outside_of_chain)
+    # Two of them are equal if they are one object, as Optax's are: a tuple of functions is equal
+    # if its functions are, and jax.jit would take one for the other as a static argument.
+    tx = LowRankProject(*(functools.partial(_outside_of_chain) for _ in range(2)))
     tx.plan = PlanSettings(rank, side, where, axes)
     tx.refresh = RefreshSettings(int(update_interval), method, transition, stagger, int(seed))
     tx.basis_dtype = basis_dtype

@@ -1,5 +1,6 @@
 """Updates out of the subspace, with or without what the subspace missed."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -115,7 +116,9 @@ def project_back(
     if residual_scale is not None:
         check_number("residual_scale", residual_scale)
     check_decay("residual_decay", residual_decay)
-    tx = ProjectBack(_outside_of_chain, _outside_of_chain)
+    # Two of them are equal if they are one object, as Optax's are: a tuple of functions is equal
+    # if its functions are, and jax.jit would take one for the other as a static argument.
+    tx = ProjectBack(*(functools.partial(_outside_of_chain) for _ in range(2)))
     tx.scale, tx.residual = scale, None
     if residual:
         rule = residual if isinstance(residual, str) else "gain"

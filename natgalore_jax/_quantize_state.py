@@ -20,7 +20,7 @@ from natgalore_jax._quantize import (
 )
 from natgalore_jax._scope import current_subspace
 from natgalore_jax._validate import check_integer
-from natgalore_jax._where import KeyPath, Where, selected
+from natgalore_jax._where import KeyPath, Where, selected, shape_and_dtype
 
 
 class QuantizedState(NamedTuple):
@@ -51,6 +51,7 @@ class EightBits(NamedTuple):
         out: list[int | None] = []
         leaves = jax.tree_util.tree_leaves_with_path(params)
         for (path, leaf), chosen in zip(leaves, selected(self.where, params), strict=True):
+            leaf = shape_and_dtype(path, leaf)
             is_large = leaf.size >= self.min_size and jnp.issubdtype(leaf.dtype, jnp.floating)
             plan = plans.get(str(KeyPath(path)))
             out.append((len(plan.batch) if plan else 0) if chosen and is_large else None)
@@ -119,8 +120,8 @@ def quantize_state(
 
     def init_fn(params):
         state = inner.init(params)
-        shapes = [leaf.shape for leaf in jax.tree.leaves(params)]
         batch = settings.batch_of_leaves(params)
+        shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(params)]
         try:
             entries, treedef = entries_of(inner, state, params)
         except Exception as error:
@@ -213,4 +214,5 @@ def dithered(
 @own_arithmetic
 def at_least_float32(x: jax.Array) -> jax.Array:
     """What is kept between steps has few bits, what happens in a step has all."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = jnp.asarray(x)
+    return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x

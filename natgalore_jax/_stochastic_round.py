@@ -93,7 +93,7 @@ def apply_updates_stochastic(
     U = treedef.flatten_up_to(updates)
     new = [
         stochastic_round(w.astype(jnp.float32) + u.astype(jnp.float32), step, seed * len(W) + leaf)
-        if w.dtype == jnp.bfloat16
+        if jnp.result_type(w) == jnp.bfloat16
         else p
         for leaf, (w, u, p) in enumerate(zip(W, U, plain, strict=True))
     ]
