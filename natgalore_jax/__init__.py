@@ -1,6 +1,6 @@
 """Natural GaLore for JAX: low-rank, second-order, memory-efficient training with Optax."""
 
-import importlib.metadata
+from importlib import metadata as _metadata
 
 from natgalore_jax._accumulate import AccumulatedState as AccumulatedState
 from natgalore_jax._adam_8bit import scale_by_adam_8bit as scale_by_adam_8bit
@@ -89,4 +89,4 @@ from natgalore_jax._woodbury import (
     woodbury_natural_gradient as woodbury_natural_gradient,
 )
 
-__version__ = importlib.metadata.version("natgalore-jax")
+__version__ = _metadata.version("natgalore-jax")

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgalore_jax._check_tree import flatten_like
+from natgalore_jax._check_tree import flatten_like, update_dtypes
+from natgalore_jax._kernel import kernel, own_arithmetic
 from natgalore_jax._quantize import block_max, blocks_between, decode
 from natgalore_jax._quantize_state import EightBits, QuantizedState, dithered, start
 from natgalore_jax._validate import check_boolean, check_number
@@ -42,7 +43,7 @@ def scale_by_adam_8bit(
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with the state of
-      ``quantize_state(optax.scale_by_adam())``. Updates keep their shape and dtype.
+      ``quantize_state(optax.scale_by_adam())``, and updates of the same dtypes.
 
     Raises:
       TypeError, ValueError: at construction for an argument of a wrong type or value; at ``update``
@@ -65,9 +66,12 @@ def scale_by_adam_8bit(
     settings = EightBits(block_size, min_size, where)
     settings.check()
 
+    numbers = (b1, b2, eps, eps_root)
+
+    @own_arithmetic
     def init_fn(params):
-        adam: Any = optax.scale_by_adam().init(params)
         batch = settings.batch_of_leaves(params)
+        adam: Any = optax.scale_by_adam().init(params)
         treedef = jax.tree.structure(params)
         codes, scales = [], []
         for is_second, tree in enumerate((adam.mu, adam.nu)):
@@ -82,35 +86,22 @@ def scale_by_adam_8bit(
         return _state(adam.count, *codes, *scales)
 
     def update_fn(updates, state, params=None, **extra_args):
-        del params, extra_args
+        del extra_args
         count = optax.safe_increment(state.count)
         trees = (*state.codes[1:], *state.scales[1:])
         entries = [flatten_like(updates, tree, "the parameters at init") for tree in trees]
         leaves = jax.tree_util.tree_leaves_with_path(updates)
         treedef = jax.tree.structure(updates)
         out: list[list[Any]] = [[], [], [], [], []]
+        dtypes = update_dtypes(updates, params)
         for leaf, ((path, g), m, v, *scales) in enumerate(zip(leaves, *entries, strict=True)):
-            if g.shape != m.shape:
+            if jnp.shape(g) != m.shape:
                 raise ValueError(
-                    f"{KeyPath(path)}: the update has shape {g.shape}, but the moments made at "
-                    f"init have {m.shape}"
+                    f"{KeyPath(path)}: the update has shape {jnp.shape(g)}, but the moments made "
+                    f"at init have {m.shape}"
                 )
-            G, in_8_bits = g.astype(jnp.float32), not isinstance(scales[0], optax.MaskedNode)
-            M, V = m.astype(jnp.float32), v.astype(jnp.float32)
-            if in_8_bits:
-                M, V = (decode(m, scales[0], is_second=False), decode(v, scales[1], is_second=True))
-            M, V = b1 * M + (1 - b1) * G, b2 * V + (1 - b2) * (G * G)
-            U = _update(G, M, V, count, (b1, b2, eps, eps_root), nesterov=nesterov)
-            m, v = M.astype(m.dtype), V.astype(v.dtype)
-            if in_8_bits:
-                peak = block_max(G, blocks_between(g.shape, scales[0].shape))
-                scales = [
-                    b1 * scales[0] + (1 - b1) * peak,
-                    b2 * scales[1] + (1 - b2) * (peak * peak),
-                ]
-                m = dithered(M, scales[0], state.count, 2 * leaf, is_second=False)
-                v = dithered(V, scales[1], state.count, 2 * leaf + 1, is_second=True)
-            for column, value in zip(out, (U.astype(g.dtype), m, v, *scales), strict=True):
+            new = _step(leaf, nesterov, dtypes[leaf], numbers, state.count, g, m, v, *scales)
+            for column, value in zip(out, new, strict=True):
                 column.append(value)
         new, *moments = map(treedef.unflatten, out)
         return new, _state(count, *moments)
@@ -140,6 +131,25 @@ def _state(count, mu, nu, mu_scale, nu_scale) -> QuantizedState:
     codes = optax.ScaleByAdamState(count, mu, nu)
     scales = optax.ScaleByAdamState(optax.MaskedNode(), mu_scale, nu_scale)  # type: ignore[arg-type]
     return QuantizedState(count, codes, scales)
+
+
+@kernel("leaf", "nesterov", "dtype")
+def _step(leaf, nesterov, dtype, numbers, count, g, m, v, *scales):
+    """Update, moments and bounds of one parameter after a step; ``count`` are those before it."""
+    b1, b2, _, _ = numbers
+    G, in_8_bits = jnp.asarray(g).astype(jnp.float32), not isinstance(scales[0], optax.MaskedNode)
+    M, V = m.astype(jnp.float32), v.astype(jnp.float32)
+    if in_8_bits:
+        M, V = (decode(m, scales[0], is_second=False), decode(v, scales[1], is_second=True))
+    M, V = b1 * M + (1 - b1) * G, b2 * V + (1 - b2) * (G * G)
+    U = _update(G, M, V, optax.safe_increment(count), numbers, nesterov=nesterov)
+    m, v = M.astype(m.dtype), V.astype(v.dtype)
+    if in_8_bits:
+        peak = block_max(G, blocks_between(g.shape, scales[0].shape))
+        scales = (b1 * scales[0] + (1 - b1) * peak, b2 * scales[1] + (1 - b2) * (peak * peak))
+        m = dithered(M, scales[0], count, 2 * leaf, is_second=False)
+        v = dithered(V, scales[1], count, 2 * leaf + 1, is_second=True)
+    return U.astype(dtype), m, v, *scales
 
 
 def _update(G, M, V, count, constants, *, nesterov):

@@ -1,22 +1,24 @@
 """APOLLO: the gradient itself, scaled by what Adam makes of a random projection of it."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from natgalore_jax._axes import AxesLike
-from natgalore_jax._check_tree import check_moments, flatten_like
+from natgalore_jax._check_tree import check_moments, flatten_like, with_dtypes_of
 from natgalore_jax._contract import project
+from natgalore_jax._kernel import kernel, own_arithmetic
 from natgalore_jax._plan import LeafPlan, PlanSettings, plan_tree, require_projection
 from natgalore_jax._project import start_factors
+from natgalore_jax._random import normal
 from natgalore_jax._residual import gain, growth_shrink, on_axes_of_gradient, phi_axes
 from natgalore_jax._scope import matrices_of, open_subspace
 from natgalore_jax._subspace import low_rank_leaf
-from natgalore_jax._validate import check_choice, check_integer, check_number
+from natgalore_jax._validate import check_choice, check_integer, check_interval, check_number
 from natgalore_jax._where import Where, hidden_matrices
 
 GRANULARITIES = ("channel", "tensor")
@@ -93,7 +95,7 @@ def scale_by_apollo(
       ((2, 8), (8,))
     """
     check_integer("rank", rank, minimum=1)
-    check_integer("update_interval", update_interval, minimum=1)
+    check_interval("update_interval", update_interval)
     check_number("scale", scale)
     check_choice("granularity", granularity, GRANULARITIES)
     if norm_growth_limit is not None:
@@ -102,6 +104,7 @@ def scale_by_apollo(
     settings = PlanSettings(int(rank), "short", where, axes)
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)
 
+    @own_arithmetic
     def init_fn(params):
         plans = plan_tree(settings, params)
         require_projection(settings, plans, params)
@@ -122,6 +125,7 @@ def scale_by_apollo(
         ]
         return ScaleByApolloState(adam_state, treedef.unflatten(norms))
 
+    @own_arithmetic
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         plans = plan_tree(settings, updates)
@@ -130,7 +134,7 @@ def scale_by_apollo(
         check_moments(updates, plans, state.adam.mu)
         window = state.adam.count // update_interval
         R = [
-            project(plan, g, (random_projection(plan, seed, window, i, g.dtype),)) if plan else g
+            _projected(plan, seed, i, window, g) if plan else g
             for i, (plan, g) in enumerate(zip(plans, G, strict=True))
         ]
         N, adam_state = adam.update(treedef.unflatten(R), state.adam)
@@ -140,15 +144,29 @@ def scale_by_apollo(
             plans, G, R, treedef.flatten_up_to(N), last_norms, strict=True
         ):
             if plan:
-                U = scaling(plan, r, n, granularity) * g.astype(jnp.float32)
-                if norm_growth_limit is not None:
-                    U, norm = limit_growth(plan.batch, U, norm, norm_growth_limit)
-                n = (scale * U).astype(g.dtype)
+                numbers = (scale, norm_growth_limit)
+                n, norm = _scaled(plan.unnamed, granularity, numbers, g, r, n, norm)
             out.append(n)
             norms.append(norm)
+        adam_state = with_dtypes_of(state.adam, adam_state)
         return treedef.unflatten(out), ScaleByApolloState(adam_state, treedef.unflatten(norms))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+@kernel("plan", "seed", "leaf")
+def _projected(plan, seed, leaf, window, G):
+    return project(plan, G, (random_projection(plan, seed, window, leaf, G.dtype),))
+
+
+@kernel("plan", "granularity")
+def _scaled(plan, granularity, numbers, G, R, N, last_norm):
+    """The update of one matrix, and its norm."""
+    scale, limit = numbers
+    U = scaling(plan, R, N, granularity) * G.astype(jnp.float32)
+    if limit is not None:
+        U, last_norm = limit_growth(plan.batch, U, last_norm, limit)
+    return (scale * U).astype(N.dtype), last_norm
 
 
 def random_projection(
@@ -168,12 +186,13 @@ def random_projection(
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), window), leaf)
     shape = (*plan.mode_shape(mode), plan.rank_of(mode))
     if not plan.batch:
-        P = jax.random.normal(key, shape)
+        P = normal(key, shape)
     else:
         _, first = matrices_of(plan)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(plan.layers))
-        P = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
-    return (P.reshape(plan.factor_shape(mode)) / np.sqrt(plan.rank_of(mode))).astype(dtype)
+        numbers = first + jnp.arange(plan.layers, dtype=jnp.int32)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
+        P = jax.vmap(lambda key: normal(key, shape))(keys)
+    return (P.reshape(plan.factor_shape(mode)) / math.sqrt(plan.rank_of(mode))).astype(dtype)
 
 
 def scaling(plan: LeafPlan, R: jax.Array, N: jax.Array, granularity: str) -> jax.Array:

@@ -4,10 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, cast
 
-import jax
-
 from natgalore_jax._validate import check_integer
-from natgalore_jax._where import broadcast_prefix
+from natgalore_jax._where import entry_per_leaf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,13 +63,9 @@ def _is_axes(x: Any) -> bool:
 
 def axes_per_leaf(axes: AxesLike, tree: Any) -> list[MatrixAxes | None]:
     """``axes`` in any of its forms, as one entry per leaf of ``tree``; None is the default."""
-    if not jax.tree.leaves(tree):
-        return []
     if callable(axes):
         axes = axes(tree)
-    full = broadcast_prefix("axes", axes, tree, is_leaf=_is_axes)
-    # Not the leaves of ``full``: a None in ``tree`` is no parameter.
-    entries = jax.tree.structure(tree).flatten_up_to(full)
+    entries = entry_per_leaf("axes", axes, tree, _is_axes)
     for entry in entries:
         if not _is_axes(entry):
             raise TypeError(f"axes must be MatrixAxes or None at every parameter, got {entry!r}")

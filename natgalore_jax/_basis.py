@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from natgalore_jax._contract import contract
 from natgalore_jax._layout import replicated
+from natgalore_jax._random import normal
 
 METHODS = ("power", "svd", "eigh", "randomized", "gaussian", "online")
 
@@ -64,10 +65,11 @@ def start_basis(m: int, r: int) -> jax.Array:
     Returns:
       (m, r) float32. A closed form, so that ``init`` costs nothing and needs only a shape.
     """
-    i, j = jnp.arange(m)[:, None], jnp.arange(r)[None, :]
+    i, j = (jnp.arange(x, dtype=jnp.int32) for x in (m, r))
+    i, j = i[:, None], j[None, :]
     # The phase (2i + 1) j is reduced in integers: the cosine of a large float32 loses its digits.
-    phase = jnp.mod((2 * i + 1) * j, 4 * m) * (jnp.pi / (2 * m))
-    return jnp.cos(phase) * jnp.sqrt(jnp.where(j == 0, 1.0, 2.0) / m)
+    phase = jnp.mod((2 * i + 1) * j, 4 * m).astype(jnp.float32) * (jnp.pi / (2 * m))
+    return jnp.cos(phase) * jnp.sqrt(jnp.where(j == 0, jnp.float32(1), 2) / m)
 
 
 def _orthonormal(Y: jax.Array) -> jax.Array:
@@ -109,7 +111,7 @@ def _conditioned(Y: jax.Array) -> jax.Array:
     """
     Y = Y / jnp.max(jnp.abs(Y))
     S = Y.T @ Y
-    shift = 1e-6 * jnp.trace(S) * jnp.eye(S.shape[0])
+    shift = 1e-6 * jnp.trace(S) * jnp.eye(S.shape[0], dtype=S.dtype)
     Z = jax.lax.linalg.triangular_solve(
         jnp.linalg.cholesky(S + shift), Y, left_side=False, lower=True, transpose_a=True
     )
@@ -140,7 +142,7 @@ def _eigh(G, P, key, is_first):
 def _randomized(G, P, key, is_first):
     """Randomised SVD: a Gaussian sketch of the range, power steps, the SVD of a small matrix."""
     width = min(P.shape[1] + OVERSAMPLING, *G.shape)
-    Q = _orthonormal(_times(G, jax.random.normal(key, (G.shape[1], width))))
+    Q = _orthonormal(_times(G, normal(key, (G.shape[1], width))))
     for _ in range(SKETCH_STEPS):
         Q = _orthonormal(_times_gram(G, Q))
     U, _, _ = jnp.linalg.svd(replicated(contract("mw,mn->wn", Q, G)), full_matrices=False)
@@ -149,7 +151,7 @@ def _randomized(G, P, key, is_first):
 
 def _gaussian(G, P, key, is_first):
     """A random subspace that does not look at the gradient."""
-    return _orthonormal(jax.random.normal(key, P.shape))
+    return _orthonormal(normal(key, P.shape))
 
 
 def _online(G, P, key, is_first):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from natgalore_jax._check_tree import with_dtypes_of
 from natgalore_jax._project import LowRankProject
 from natgalore_jax._project_back import ProjectBack, project_back
 from natgalore_jax._subspace import Subspace
@@ -37,6 +38,13 @@ def chain(*transforms: Any) -> Chain:
     with the arguments of its ``natural_galore``, or with ``project_back()``.
 
     One subspace may follow another. Without a subspace it is ``optax.chain``.
+
+    A state keeps the dtypes that it has at ``init``, those of the parameters, whatever the dtype of
+    the gradients: bfloat16 moments for bfloat16 parameters, also if gradients are float32. (Those
+    of ``optax.adamw`` become float32 at the first step, which compiles a second program and is an
+    error in ``jax.lax.scan``.) For float32 moments of bfloat16 parameters initialise with their
+    float32 shapes, ``tx.init(optax.tree.cast(params, jnp.float32))``. Updates have the dtype that
+    they have with ``optax.chain``: the wider one of gradients and state.
 
     Args:
       *transforms: Optax transformations and the parts of this library. ``optax.MultiSteps``
@@ -106,7 +114,7 @@ def update_members(
             new_states += own
         else:
             updates, own = member.update(updates, states[at], params, **extra_args)
-            new_states.append(own)
+            new_states.append(with_dtypes_of(states[at], own))
     return updates, tuple(new_states)
 
 

@@ -10,7 +10,7 @@ import optax
 from natgalore_jax._linear_codes import LinearCodes, bits_of, codes_shape
 from natgalore_jax._plan import LeafPlan
 from natgalore_jax._scope import open_subspace
-from natgalore_jax._where import KeyPath
+from natgalore_jax._where import KeyPath, shape_and_dtype
 
 
 def flatten_like(updates: Any, tree: Any, what: str) -> list[Any]:
@@ -34,6 +34,30 @@ def _paths(tree: Any) -> set[str]:
 
 def _listed(paths: set[str]) -> str:
     return ", ".join(sorted(paths)) or "nothing"
+
+
+def with_dtypes_of(old: Any, new: Any) -> Any:
+    """A new state in the dtypes of the old one, where it has floating-point arrays.
+
+    Those of Optax take over the dtype of the gradients at the first step: a second compilation, and
+    an error in ``jax.lax.scan``.
+    """
+    if jax.tree.structure(old) != jax.tree.structure(new):
+        return new
+
+    def cast(x, y):
+        both = [jnp.result_type(z) for z in (x, y)]
+        is_cast = both[0] != both[1] and all(jnp.issubdtype(t, jnp.floating) for t in both)
+        return y.astype(both[0]) if is_cast else y
+
+    return jax.tree.map(cast, old, new)
+
+
+def update_dtypes(updates: Any, params: Any) -> list[Any]:
+    """The dtype of the update of each leaf, that of Optax: its moments are as the parameters."""
+    leaves, treedef = jax.tree.flatten(updates)
+    params = leaves if params is None else treedef.flatten_up_to(params)
+    return [jnp.result_type(g, w) for g, w in zip(leaves, params, strict=True)]
 
 
 def check_params(updates: Any, params: Any) -> None:
@@ -129,8 +153,8 @@ def check_inner_states(
     """
     leaves = jax.tree_util.tree_leaves_with_path(updates)
     low_rank = jax.tree.structure(updates).unflatten(
-        jax.ShapeDtypeStruct(plan.low_rank_shape if plan else g.shape, g.dtype)
-        for plan, (_, g) in zip(plans, leaves, strict=True)
+        jax.ShapeDtypeStruct(plan.low_rank_shape, g.dtype) if plan else shape_and_dtype(path, g)
+        for plan, (path, g) in zip(plans, leaves, strict=True)
     )
     with open_subspace({plan.path: plan for plan in plans if plan}):
         expected = jax.eval_shape(lambda tree: [tx.init(tree) for tx in inner], low_rank)

@@ -34,7 +34,7 @@ class FisherFactor:
         if A.ndim == 1:
             return dataclasses.replace(self, value=rotate_second_moment(A, {0: C}))
         r = A.shape[0]
-        unseen = jnp.eye(r) - jnp.matmul(C, C.T, precision="highest")
+        unseen = jnp.eye(r, dtype=C.dtype) - jnp.matmul(C, C.T, precision="highest")
         moved = jnp.matmul(C, jnp.matmul(A, C.T, precision="highest"), precision="highest")
         return dataclasses.replace(self, value=moved + unseen * (jnp.trace(A) / r))
 

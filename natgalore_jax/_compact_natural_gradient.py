@@ -16,6 +16,7 @@ from natgalore_jax._compact_fisher import (
     multiply,
     with_norm_of,
 )
+from natgalore_jax._kernel import kernel, own_arithmetic
 from natgalore_jax._scope import current_subspace
 from natgalore_jax._validate import (
     check_boolean,
@@ -129,6 +130,7 @@ def compact_natural_gradient(
     relative, diagonal = damping_mode == "relative", structure == "diagonal"
     # Where the low-rank axis of each mode stands in R. A mode of a matrix may have several axes.
     axes = (0, -1) if modes == 2 else tuple(range(modes))
+    settings = _Settings(axes, diagonal, relative, float(exponent), cautious)
     within = optax.with_extra_args_support(inner if inner is not None else optax.identity())
 
     def init_fn(params):
@@ -147,17 +149,9 @@ def compact_natural_gradient(
         out, factors = [], []
         for r, n, *entries in zip(R, treedef.flatten_up_to(updates), *columns, strict=True):
             own = {m: A for m, A in enumerate(entries) if not isinstance(A, optax.MaskedNode)}
-            nb = next((A.ndim for A in own.values()), 0) - (1 if diagonal else 2)
-            new = N = n.astype(jnp.float32)
-            for mode, A in own.items():
-                now = gram(r, axes[mode], nb, diagonal=diagonal)
-                A = own[mode] = averaged(A, now, decay, nb)
-                W = inverse_power(A, current, exponent / len(own), nb, relative=relative)
-                new = multiply(W, new, axes[mode], nb)
             if own:
-                new = with_norm_of(N, new, nb)
-                new = agreeing(new, r.astype(jnp.float32), nb) if cautious else new
-            out.append(new.astype(n.dtype) if own else n)
+                n, own = _preconditioned(settings, decay, current, r, n, own)
+            out.append(n)
             factors.append(own)
         new_state = CompactFisherState(
             optax.safe_increment(state.count), _trees(treedef, factors, modes), inner_state
@@ -167,6 +161,32 @@ def compact_natural_gradient(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+class _Settings(NamedTuple):
+    axes: tuple[int, ...]
+    diagonal: bool
+    relative: bool
+    exponent: float
+    cautious: bool
+
+
+@kernel("settings")
+def _preconditioned(settings, decay, damping, R, N, own):
+    """The update of one parameter, in the dtype of N, and its new factors by mode."""
+    axes, diagonal, relative, exponent, cautious = settings
+    nb = next(A.ndim for A in own.values()) - (1 if diagonal else 2)
+    dtype, N = N.dtype, N.astype(jnp.float32)
+    new, factors = N, {}
+    for mode, A in own.items():
+        now = gram(R, axes[mode], nb, diagonal=diagonal)
+        A = factors[mode] = averaged(A, now, decay, nb)
+        W = inverse_power(A, damping, exponent / len(own), nb, relative=relative)
+        new = multiply(W, new, axes[mode], nb)
+    new = with_norm_of(N, new, nb)
+    new = agreeing(new, R.astype(jnp.float32), nb) if cautious else new
+    return new.astype(dtype), factors
+
+
+@own_arithmetic
 def _start(path: KeyPath, leaf: Any, axes: Sequence[int], diagonal: bool) -> dict[int, jax.Array]:
     """Empty factors of one parameter by mode, sharded as those of its gradients will be."""
     plans = current_subspace()

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from natgalore_jax._kernel import kernel
 from natgalore_jax._layout import (
     explicit_axes_of,
     has_explicit_sharding,
@@ -89,6 +90,7 @@ def project(
     return G
 
 
+@kernel("plan")
 def project_to_stored(plan: LeafPlan, G: jax.Array, factors: Sequence[jax.Array]) -> jax.Array:
     """:func:`project`, its result divided over devices as moments are stored.
 

@@ -100,7 +100,8 @@ def data_parallel_step(
 
         parts = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
         nothing = optax.tree.zeros_like(steps.project(own, state))
-        total = jax.lax.pcast(jnp.zeros([]), axis_name, to="varying")
+        like = jax.eval_shape(loss, own, jax.tree.map(lambda x: x[0], parts))
+        total = jax.lax.pcast(jnp.zeros([], like.dtype), axis_name, to="varying")
         carry, _ = jax.lax.scan(take, (total, state, nothing), (jnp.arange(micro_batches), parts))
         total, state, mean = carry
         return total / micro_batches, state, mean

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from natgalore_jax._kernel import kernel
 from natgalore_jax._layout import (
     Names,
     explicit_axes_of,
@@ -92,9 +93,10 @@ class _Group(NamedTuple):
     companions: list[Any]
 
 
+@kernel("settings", "plans")
 def refresh_group(
     settings: RefreshSettings,
-    plans: Sequence[LeafPlan],
+    plans: tuple[LeafPlan, ...],
     gradients: Sequence[jax.Array],
     bases: Sequence[StoredFactors],
     companions: Sequence[Any],
@@ -116,7 +118,7 @@ def refresh_group(
     Returns:
       The new bases and companions of each parameter, where they were.
     """
-    numbers = [jnp.arange(plan.layers) for plan in plans]
+    numbers = [jnp.arange(plan.layers, dtype=jnp.int32) for plan in plans]
     is_due = jnp.concatenate(
         [(i >= first) & (i < end) for i, (first, end) in zip(numbers, ranges, strict=True)]
     )
@@ -171,7 +173,7 @@ def _dealt(settings, plans, groups, is_due, matrix_keys, is_first):
         def refresh_some(i, stored):
             """So many layers as there are devices; the last ones may have been dealt before."""
             start = jnp.minimum(i * devices, length + padding - devices)
-            here = start + jnp.arange(devices)
+            here = start + jnp.arange(devices, dtype=jnp.int32)
             is_next = (here >= i * devices) & (here < length)
             is_wanted = is_next & jnp.any(is_due[first + here], -1)
 

@@ -169,7 +169,7 @@ def _solve(gram, energy, checksum, slot, damping):
     copies = parallel & (checksum[..., :, None] == checksum[..., None, :])
     copies = copies | jnp.eye(s, dtype=bool)
     # Of equal columns the newest stays.
-    age = jnp.mod(slot - jnp.arange(s), s)
+    age = jnp.mod(slot - jnp.arange(s, dtype=jnp.int32), s)
     stays = ~jnp.any(copies & (age[None, :] < age[:, None]), axis=-1)
     weight = jnp.where(stays, jnp.sqrt(jnp.sum(copies, -1).astype(jnp.float32)), 0.0)
     K = gram * weight[..., :, None] * weight[..., None, :]
@@ -178,7 +178,7 @@ def _solve(gram, energy, checksum, slot, damping):
     rounding = 4 * eps * energy * weight**2
     diagonal = jnp.maximum(damping[..., None], rounding)
     e_t = jax.nn.one_hot(slot, s, dtype=jnp.float32)
-    L = jnp.linalg.cholesky(K + diagonal[..., None] * jnp.eye(s))
+    L = jnp.linalg.cholesky(K + diagonal[..., None] * jnp.eye(s, dtype=K.dtype))
     rhs = jnp.broadcast_to(e_t, energy.shape)[..., None]
     w = jax.scipy.linalg.cho_solve((L, True), rhs)[..., 0]
     newest_weight = jnp.take(weight, slot, axis=-1)[..., None]

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from natgalore_jax._axes import AxesLike
-from natgalore_jax._check_tree import check_moments, flatten_like
+from natgalore_jax._check_tree import check_moments, flatten_like, with_dtypes_of
 from natgalore_jax._contract import project, project_back
+from natgalore_jax._kernel import kernel, own_arithmetic
 from natgalore_jax._ldadam_kernels import next_basis, overlap, rotated_moments
 from natgalore_jax._plan import PlanSettings, plan_tree, require_projection
 from natgalore_jax._project import start_factors
@@ -98,6 +99,7 @@ def scale_by_ldadam(
     settings = PlanSettings(int(rank), "short", where, axes)
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)
 
+    @own_arithmetic
     def init_fn(params):
         plans = plan_tree(settings, params)
         require_projection(settings, plans, params)
@@ -118,6 +120,7 @@ def scale_by_ldadam(
             ),
         )
 
+    @own_arithmetic
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         plans = plan_tree(settings, updates)
@@ -130,39 +133,63 @@ def scale_by_ldadam(
         count = state.adam.count
 
         A = [
-            g + e if plan and error_feedback else g
+            _sum(g, e) if plan and error_feedback else g
             for plan, g, e in zip(plans, G, errors, strict=True)
         ]
-        new_bases, M_rotated, V_rotated = list(bases), list(M), list(V)
+        R, new_bases, M_rotated, V_rotated = list(A), list(bases), list(M), list(V)
         for i, plan in enumerate(plans):
             if plan:
-                new_bases[i] = next_basis(plan, A[i], bases[i], M[i], count, b1, rho)
-                C = overlap(plan, new_bases[i], bases[i])
-                M_rotated[i], V_rotated[i] = rotated_moments(plan, C, M[i], V[i], count, b1, b2)
-        R = [
-            project(plan, a, (P,)) if plan else a
-            for plan, a, P in zip(plans, A, new_bases, strict=True)
-        ]
+                R[i], new_bases[i], M_rotated[i], V_rotated[i] = _moved(
+                    plan.unnamed, (b1, b2, rho), count, A[i], bases[i], M[i], V[i]
+                )
         N, adam_state = adam.update(
             treedef.unflatten(R),
             state.adam._replace(mu=treedef.unflatten(M_rotated), nu=treedef.unflatten(V_rotated)),
         )
         out = [
-            project_back(plan, n, (P,)) if plan else n
+            _back(plan.unnamed, n, P) if plan else n
             for plan, n, P in zip(plans, treedef.flatten_up_to(N), new_bases, strict=True)
         ]
         if error_feedback:
-            past = b1 / (1 - b1)
             for i, plan in enumerate(plans):
                 if plan:
-                    kept = project_back(plan, R[i] + past * M_rotated[i], (new_bases[i],))
-                    momentum = past * project_back(plan, M[i], (bases[i],))
-                    errors[i] = (A[i] + momentum - kept).astype(G[i].dtype)
+                    then, now = (M[i], bases[i]), (M_rotated[i], new_bases[i])
+                    errors[i] = _error(plan.unnamed, b1, A[i], R[i], then, now, errors[i])
         return treedef.unflatten(out), ScaleByLDAdamState(
-            adam_state, treedef.unflatten(new_bases), treedef.unflatten(errors)
+            with_dtypes_of(state.adam, adam_state),
+            treedef.unflatten(new_bases),
+            treedef.unflatten(errors),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+@kernel()
+def _sum(G, E):
+    return G + E
+
+
+@kernel("plan")
+def _moved(plan, numbers, count, A, P, M, V):
+    """The gradient of one matrix in its next basis, that basis, and the moments in it."""
+    b1, b2, rho = numbers
+    P_new = next_basis(plan, A, P, M, count, b1, rho)
+    C = overlap(plan, P_new, P)
+    return project(plan, A, (P_new,)), P_new, *rotated_moments(plan, C, M, V, count, b1, b2)
+
+
+@kernel("plan")
+def _back(plan, N, P):
+    return project_back(plan, N, (P,))
+
+
+@kernel("plan")
+def _error(plan, b1, A, R, then, now, old):
+    """What the projections of gradient and momentum lost, in the dtype of ``old``."""
+    (M, P), (M_rotated, P_new) = then, now
+    past = b1 / (1 - b1)
+    kept = project_back(plan, R + past * M_rotated, (P_new,))
+    return (A + past * project_back(plan, M, (P,)) - kept).astype(old.dtype)
 
 
 def ldadamw(

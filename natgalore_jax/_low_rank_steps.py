@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from natgalore_jax._chain import Chain, check_states, update_members
+from natgalore_jax._kernel import own_arithmetic
 from natgalore_jax._subspace import Subspace
 
 
@@ -68,20 +69,26 @@ class LowRankSteps(NamedTuple):
           The new state and mean. After the last micro-batch ``update`` takes the mean, or with
           ``axis_name`` ``jax.lax.pmean`` of it.
         """
-        # The branch that changes nothing stands last: XLA does not copy what goes through it.
-        state = jax.lax.cond(
-            position == 0,
-            functools.partial(self.refresh, axis_name=axis_name),
-            lambda _, state: state,
-            grads,
-            state,
-        )
-        mean = jax.tree.map(
-            lambda m, low: jnp.where(position == 0, low, m + (low - m) / (position + 1)),
-            mean,
-            self.project(grads, state),
-        )
-        return state, mean
+        if isinstance(position, jax.core.Tracer):
+            # The branch that changes nothing stands last: XLA does not copy what goes through it.
+            state = jax.lax.cond(
+                position == 0,
+                functools.partial(self.refresh, axis_name=axis_name),
+                lambda _, state: state,
+                grads,
+                state,
+            )
+        elif position == 0:  # without a branch, which would be compiled at every call
+            state = self.refresh(grads, state, axis_name=axis_name)
+        return state, _mean(position, mean, self.project(grads, state))
+
+
+@own_arithmetic
+def _mean(position: jax.typing.ArrayLike, mean: Any, new: Any) -> Any:
+    """The mean of ``position`` trees with another one."""
+    return jax.tree.map(
+        lambda m, x: jnp.where(position == 0, x, m + (x - m) / (position + 1)), mean, new
+    )
 
 
 def low_rank_steps(tx: optax.GradientTransformation) -> LowRankSteps:

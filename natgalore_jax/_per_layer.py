@@ -177,11 +177,13 @@ def per_layer(
         weight_dtype,
     )
 
+    # Jitted, so that nothing is decoded where only shapes matter.
+    init_from_codes = jax.jit(lambda params: settings.tx.init(decoded(params, weight_dtype)))
+
     def init(params):
         state_layout(settings.tx, divide(params, layers, weight_dtype))  # for its errors
         if isinstance(params, QuantizedWeights):
-            # Jitted, so that nothing is decoded where only shapes matter.
-            opt_state = jax.jit(lambda p: settings.tx.init(decoded(p, weight_dtype)))(params)
+            opt_state = init_from_codes(params)
         else:
             opt_state = settings.tx.init(to_device(params))
         _, opt_state = _distinct((params, opt_state))
@@ -216,7 +218,9 @@ def _step(
     backward = start_backward(settings.model, parts, W, batch)
 
     def update(active, index, G, W, own):
-        squared = sum((jnp.sum(jnp.square(g.astype(jnp.float32))) for g in G), jnp.zeros([]))
+        squared = sum(
+            (jnp.sum(jnp.square(g.astype(jnp.float32))) for g in G), jnp.zeros([], jnp.float32)
+        )
         G = _clipped(settings, G, squared, state.grad_norm)
         exact = [read_weight(w, jnp.float32) for w in W]
         new = update_part(optimizer, active, index, G, exact, own, shared)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from natgalore_jax._axes import AxesLike, MatrixAxes, axes_per_leaf
 from natgalore_jax._validate import check_integer
-from natgalore_jax._where import KeyPath, Where, hidden_matrices, selected
+from natgalore_jax._where import KeyPath, Where, hidden_matrices, selected, shape_and_dtype
 
 SIDES = ("auto", "short", "long", "left", "right", "both")
 
@@ -29,6 +29,11 @@ class LeafPlan:
     batch: tuple[int, ...]  # axes of independent matrices
     modes: tuple[tuple[int, ...], ...]  # the axes of each mode
     ranks: tuple[int | None, ...]  # rank of each mode, None where the mode is kept whole
+
+    @property
+    def unnamed(self) -> "LeafPlan":
+        """The same for all parameters of this shape."""
+        return dataclasses.replace(self, path="")
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
@@ -88,8 +93,11 @@ class PlanSettings:
 
 def check_rank(rank: Any) -> None:
     if isinstance(rank, Sequence) and not isinstance(rank, str):
-        if len(rank) < 2:
-            raise ValueError(f"rank as a tuple needs one entry per mode, got {rank!r}")
+        if len(rank) < 3:
+            raise ValueError(
+                "rank as a tuple needs one entry per mode of a tensor with more than two modes, "
+                f"got {rank!r}; a matrix takes one integer rank"
+            )
         for entry in rank:
             check_integer("rank", entry, minimum=1)
     else:
@@ -101,7 +109,10 @@ def plan_tree(settings: PlanSettings, tree: Any) -> list[LeafPlan | None]:
 
     ``tree`` is the parameters or anything of their structure and shapes, such as the gradients.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    leaves = [
+        (path, shape_and_dtype(path, leaf))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
     chosen = selected(settings.where, tree)
     axes = axes_per_leaf(settings.axes, tree)
     return [
@@ -112,9 +123,13 @@ def plan_tree(settings: PlanSettings, tree: Any) -> list[LeafPlan | None]:
 
 def require_projection(settings: PlanSettings, plans: Sequence[LeafPlan | None], tree: Any) -> None:
     """An optimizer that projects nothing is a mistake in ``where`` or in the rank."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    leaves = [
+        (path, jnp.shape(x))
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+        if 0 not in jnp.shape(x)
+    ]
     if leaves and all(plan is None for plan in plans):
-        shapes = ", ".join(f"{KeyPath(p)} {tuple(x.shape)}" for p, x in leaves[:6])
+        shapes = ", ".join(f"{KeyPath(path)} {shape}" for path, shape in leaves[:6])
         raise ValueError(
             f"where selects no parameter to project at rank {settings.rank}. The default rule "
             "takes matrices with both sides larger than the rank that are not embeddings or the "
@@ -126,21 +141,20 @@ def _plan_leaf(
     settings: PlanSettings, path: KeyPath, leaf: Any, axes: MatrixAxes | None
 ) -> LeafPlan | None:
     shape, by_default = tuple(leaf.shape), settings.where is hidden_matrices
+    if 0 in shape:  # a stack of no layers: there is nothing to do
+        return None
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise TypeError(
             f"{path}: only real floating-point parameters can be projected, got {leaf.dtype} of "
             f"shape {shape}; leave it out through where"
         )
+    check_bits(path, leaf.dtype)
     if isinstance(settings.rank, Sequence):
         return _plan_tucker(settings, path, shape, by_default)
     batch, modes = _matrix_modes(path, shape, axes)
     m, n = (math.prod(shape[a] for a in mode) for mode in modes)
     if by_default and min(m, n) <= settings.rank:
         return None
-    if m * n == 0:
-        raise ValueError(
-            f"{path}: a matrix without elements cannot be projected, got shape {shape}"
-        )
     rank = min(settings.rank, m, n)
     left, right = _projected_sides(settings.side, m, n)
     return LeafPlan(
@@ -148,12 +162,21 @@ def _plan_leaf(
     )
 
 
+def check_bits(path: KeyPath, dtype: Any) -> None:
+    """Bases and histories in the dtype of a parameter need 16 bits; JAX promotes nothing less."""
+    if jnp.finfo(dtype).bits < 16:
+        raise TypeError(
+            f"{path}: only parameters of 16 bits or more can be projected or have a history, got "
+            f"{jnp.dtype(dtype).name}: optimize a bfloat16 or float32 copy, or leave it out"
+        )
+
+
 def _plan_tucker(
     settings: PlanSettings, path: KeyPath, shape: tuple[int, ...], by_default: bool
 ) -> LeafPlan | None:
     ranks = tuple(settings.rank)  # type: ignore[arg-type]
-    if len(shape) < len(ranks) or len(ranks) == 2:
-        if by_default and len(shape) < len(ranks):
+    if len(shape) < len(ranks):
+        if by_default:
             return None
         raise ValueError(
             f"{path}: rank={ranks} has one entry per mode of a tensor with more than two modes, "

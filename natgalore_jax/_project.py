@@ -1,5 +1,6 @@
 """Gradients into the subspace."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -8,11 +9,18 @@ import optax
 
 from natgalore_jax._axes import AxesLike
 from natgalore_jax._basis import METHODS, start_basis
+from natgalore_jax._kernel import own_arithmetic
 from natgalore_jax._linear_codes import coded_bits
 from natgalore_jax._plan import SIDES, LeafPlan, PlanSettings, check_rank
 from natgalore_jax._refresh_layer import Factors, RefreshSettings
 from natgalore_jax._transition import TRANSITIONS
-from natgalore_jax._validate import check_boolean, check_choice, check_integer, check_stored_dtype
+from natgalore_jax._validate import (
+    check_boolean,
+    check_choice,
+    check_integer,
+    check_interval,
+    check_stored_dtype,
+)
 from natgalore_jax._where import Where, hidden_matrices
 
 
@@ -118,7 +126,7 @@ def low_rank_project(
       ((6, 2), (2, 8), (8,))
     """
     check_rank(rank)
-    check_integer("update_interval", update_interval, minimum=1)
+    check_interval("update_interval", update_interval)
     check_choice("side", side, SIDES)
     check_choice("method", method, METHODS)
     check_choice("transition", transition, TRANSITIONS)
@@ -132,7 +140,9 @@ def low_rank_project(
         )
     rank = int(rank) if not isinstance(rank, (tuple, list)) else tuple(int(r) for r in rank)
 
-    tx = LowRankProject(_outside_of_chain, _outside_of_chain)
+    # Two of them are equal if they are one object, as Optax's are: a tuple of functions is equal
+    # if its functions are, and jax.jit would take one for the other as a static argument.
+    tx = LowRankProject(*(functools.partial(_outside_of_chain) for _ in range(2)))
     tx.plan = PlanSettings(rank, side, where, axes)
     tx.refresh = RefreshSettings(int(update_interval), method, transition, stagger, int(seed))
     tx.basis_dtype = basis_dtype
@@ -148,6 +158,7 @@ def _outside_of_chain(*args: Any, **kwargs: Any) -> Any:
     )
 
 
+@own_arithmetic
 def start_factors(plan: LeafPlan, dtype: Any) -> Factors:
     """An orthonormal start for each basis of one parameter."""
     factors = []

@@ -1,5 +1,6 @@
 """Updates out of the subspace, with or without what the subspace missed."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from natgalore_jax._contract import project_back as back
+from natgalore_jax._kernel import kernel, own_arithmetic
 from natgalore_jax._layout import place_low_rank, zeros_on_axes
 from natgalore_jax._plan import LeafPlan
 from natgalore_jax._refresh_layer import Factors
@@ -118,7 +120,9 @@ def project_back(
     if residual_scale is not None:
         check_number("residual_scale", residual_scale)
     check_decay("residual_decay", residual_decay)
-    tx = ProjectBack(_outside_of_chain, _outside_of_chain)
+    # Two of them are equal if they are one object, as Optax's are: a tuple of functions is equal
+    # if its functions are, and jax.jit would take one for the other as a static argument.
+    tx = ProjectBack(*(functools.partial(_outside_of_chain) for _ in range(2)))
     tx.scale, tx.residual = scale, None
     if residual:
         rule = residual if isinstance(residual, str) else "gain"
@@ -135,6 +139,7 @@ def _outside_of_chain(*args: Any, **kwargs: Any) -> Any:
     )
 
 
+@own_arithmetic
 def init_back(
     settings: ProjectBack, treedef: Any, plans: Sequence[LeafPlan | None], low_rank: Sequence[Any]
 ) -> ProjectBackState | optax.EmptyState:
@@ -179,11 +184,7 @@ def update_back(
     """
     if settings.residual is None:
         updates = [
-            back(plan, place_low_rank(plan, settings.scale * n, g, spread=False), factor).astype(
-                n.dtype
-            )
-            if plan
-            else n
+            _back(plan.unnamed, settings.scale, factor, n, g) if plan else n
             for plan, factor, n, g in zip(plans, factors, N, G, strict=True)
         ]
         return updates, state
@@ -192,19 +193,45 @@ def update_back(
     updates = list(N)
     for i, plan in enumerate(plans):
         if plan:
-            directions[i] = _direction(directions[i], N[i], R[i])
-            updates[i], norms[i], fishers[i] = with_residual(
-                settings.residual,
-                plan,
-                factors[i],
+            rule, *numbers = settings.residual
+            updates[i], directions[i], norms[i], fishers[i] = _back_with_residual(
+                plan.unnamed,
+                rule,
+                basis_error,
+                numbers,
                 settings.scale,
-                directions[i],
-                *(N[i], R[i], G[i]),
-                last_norm=norms[i],
-                fisher=fishers[i],
-                basis_error=basis_error,
+                factors[i],
+                (directions[i], norms[i], fishers[i]),
+                (N[i], R[i], G[i]),
             )
     return updates, ProjectBackState(*map(treedef.unflatten, (directions, norms, fishers)))
+
+
+@kernel("plan")
+def _back(plan, scale, factors, N, G):
+    """The update of one parameter without a residual, in the dtype of N."""
+    low = place_low_rank(plan, scale * N, G, spread=False)
+    return back(plan, low, factors).astype(N.dtype)
+
+
+@kernel("plan", "rule", "basis_error")
+def _back_with_residual(plan, rule, basis_error, numbers, scale, factors, state, arrays):
+    """The update of one parameter, and its direction, norm and Fisher entries."""
+    direction, norm, fisher = state
+    N, R, _ = arrays
+    direction = _direction(direction, N, R)
+    update, norm, fisher = with_residual(
+        Residual(rule, *numbers),
+        plan,
+        factors,
+        scale,
+        direction,
+        *arrays,
+        last_norm=norm,
+        fisher=fisher,
+        basis_error=basis_error,
+    )
+    return update, direction, norm, fisher
 
 
 def _direction(known: jax.Array, N: jax.Array, R: jax.Array) -> jax.Array:

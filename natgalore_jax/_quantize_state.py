@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from natgalore_jax._check_tree import update_dtypes
 from natgalore_jax._companions import SECOND_MOMENTS, entries_of
 from natgalore_jax._dither import STRIDES, dither
+from natgalore_jax._kernel import kernel, own_arithmetic
 from natgalore_jax._quantize import (
     block_max,
     block_sum,
@@ -18,7 +20,7 @@ from natgalore_jax._quantize import (
 )
 from natgalore_jax._scope import current_subspace
 from natgalore_jax._validate import check_integer
-from natgalore_jax._where import KeyPath, Where, selected
+from natgalore_jax._where import KeyPath, Where, selected, shape_and_dtype
 
 
 class QuantizedState(NamedTuple):
@@ -49,6 +51,7 @@ class EightBits(NamedTuple):
         out: list[int | None] = []
         leaves = jax.tree_util.tree_leaves_with_path(params)
         for (path, leaf), chosen in zip(leaves, selected(self.where, params), strict=True):
+            leaf = shape_and_dtype(path, leaf)
             is_large = leaf.size >= self.min_size and jnp.issubdtype(leaf.dtype, jnp.floating)
             plan = plans.get(str(KeyPath(path)))
             out.append((len(plan.batch) if plan else 0) if chosen and is_large else None)
@@ -93,8 +96,8 @@ def quantize_state(
         leave out because blocks across tokens of different frequency lose the rare ones, too.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs`` with a :class:`QuantizedState`. Updates keep
-      their shape and dtype; the inner optimizer computes in float32 at least.
+      An ``optax.GradientTransformationExtraArgs`` with a :class:`QuantizedState`. Updates have the
+      wider dtype of gradients and ``params``; the inner optimizer computes in float32 at least.
 
     Raises:
       TypeError, ValueError: for an argument of a wrong type or value; at ``init`` for an inner
@@ -117,8 +120,8 @@ def quantize_state(
 
     def init_fn(params):
         state = inner.init(params)
-        shapes = [leaf.shape for leaf in jax.tree.leaves(params)]
         batch = settings.batch_of_leaves(params)
+        shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(params)]
         try:
             entries, treedef = entries_of(inner, state, params)
         except Exception as error:
@@ -147,7 +150,7 @@ def quantize_state(
         decoded = [
             entry.value
             if isinstance(scale, optax.MaskedNode)
-            else decode(entry.value, scale, is_second=entry.name in SECOND_MOMENTS)
+            else _decode(entry.name in SECOND_MOMENTS, entry.value, scale)
             for entry, scale in zip(entries, scales, strict=True)
         ]
         new, inner_state = inner.update(
@@ -163,14 +166,12 @@ def quantize_state(
             if isinstance(scale, optax.MaskedNode):
                 value = value.astype(entry.value.dtype)
             else:
-                value = value.astype(jnp.float32)
-                scale = block_max(value, blocks_between(value.shape, scale.shape))
-                is_second = entry.name in SECOND_MOMENTS
-                value = dithered(value, scale, state.count, i, is_second)
+                value, scale = _stored(i, entry.name in SECOND_MOMENTS, value, scale, state.count)
             codes.append(value)
             new_scales.append(scale)
-        new = jax.tree.map(lambda u, g: u.astype(g.dtype), new, updates)
-        return new, QuantizedState(
+        new, new_treedef = jax.tree.flatten(new)
+        new = [u.astype(t) for u, t in zip(new, update_dtypes(updates, params), strict=True)]
+        return new_treedef.unflatten(new), QuantizedState(
             optax.safe_increment(state.count),
             treedef.unflatten(codes),
             treedef.unflatten(new_scales),
@@ -179,6 +180,20 @@ def quantize_state(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+@kernel("is_second")
+def _decode(is_second, codes, scale):
+    return decode(codes, scale, is_second=is_second)
+
+
+@kernel("salt", "is_second")
+def _stored(salt, is_second, value, scale, count):
+    """Codes and bounds of what a moment is after a step."""
+    value = value.astype(jnp.float32)
+    scale = block_max(value, blocks_between(value.shape, scale.shape))
+    return dithered(value, scale, count, salt, is_second), scale
+
+
+@own_arithmetic
 def start(
     value: jax.Array, block_size: int, batch: int, is_second: bool
 ) -> tuple[jax.Array, jax.Array]:
@@ -196,6 +211,8 @@ def dithered(
     return encode(value, bounds, noise, is_second=is_second)
 
 
+@own_arithmetic
 def at_least_float32(x: jax.Array) -> jax.Array:
     """What is kept between steps has few bits, what happens in a step has all."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = jnp.asarray(x)
+    return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 
 from natgalore_jax._dither import STRIDES, dither
+from natgalore_jax._kernel import own_arithmetic
 from natgalore_jax._linear_codes import LinearCodes, Stored, decode, leaves_of, tree_of
 from natgalore_jax._quantize import Blocks, block_max, blocks_between, blocks_of, spread
 from natgalore_jax._validate import check_float_dtype, check_integer
@@ -30,6 +31,7 @@ class QuantizedWeights(NamedTuple):
     scales: Any
 
 
+@own_arithmetic
 def quantize_weights(
     params: Any, where: Where = hidden_matrices, block_size: int = 256
 ) -> QuantizedWeights:
@@ -84,6 +86,7 @@ def quantize_weights(
     return QuantizedWeights(jnp.zeros([], jnp.int32), codes, scales)
 
 
+@own_arithmetic
 def dequantize_weights(weights: QuantizedWeights, dtype: Any = jnp.float32) -> Any:
     """The tree of parameters, those in 8 bits decoded in this dtype.
 
@@ -130,6 +133,7 @@ def with_weight_leaves(params: Any, leaves: list[Stored]) -> Any:
     return QuantizedWeights(optax.safe_increment(params.count), codes, scales)
 
 
+@own_arithmetic
 def read_weight(stored: Stored, dtype: Any) -> jax.Array:
     """A weight decoded in this dtype, or as it is."""
     if not isinstance(stored, LinearCodes):
@@ -137,6 +141,7 @@ def read_weight(stored: Stored, dtype: Any) -> jax.Array:
     return decode(stored, stored.codes.shape, dtype)
 
 
+@own_arithmetic
 def write_weight(
     x: jax.Array,
     old: Stored,

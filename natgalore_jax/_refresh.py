@@ -7,12 +7,19 @@ import jax
 import jax.numpy as jnp
 
 from natgalore_jax._divided_refresh import groups_of, refresh_group
+from natgalore_jax._kernel import kernel, own_arithmetic
 from natgalore_jax._plan import LeafPlan
-from natgalore_jax._refresh_layer import RefreshSettings, StoredFactors, refresh_layer
+from natgalore_jax._refresh_layer import (
+    RefreshSettings,
+    StoredFactors,
+    is_companion,
+    refresh_layer,
+)
 from natgalore_jax._schedule import due_layers
 from natgalore_jax._scope import is_active, matrices_of
 
 
+@own_arithmetic
 def refresh(
     settings: RefreshSettings,
     plans: Sequence[LeafPlan],
@@ -58,7 +65,7 @@ def refresh(
     for numbers in dealt:
         found = refresh_group(
             settings,
-            [plans[i] for i in numbers],
+            tuple(plans[i] for i in numbers),
             [gradients[i] for i in numbers],
             [bases[i] for i in numbers],
             [companions[i] for i in numbers],
@@ -74,26 +81,43 @@ def refresh(
     # The backward pass has the gradients of the last layers first: in their order a gradient can
     # be used and forgotten before the next one is made.
     for number in reversed(range(len(plans))):
-        plan, G, (_, start) = plans[number], gradients[number], windows[number]
+        plan, (_, start) = plans[number], windows[number]
         if not is_active(plan) or any(number in numbers for numbers in dealt):
             continue
-        leaf_key = jax.random.fold_in(step_key, number)
-        first, end = (jnp.clip(jnp.asarray(x) - start, 0, plan.layers) for x in ranges[number])
-
-        def body(layer, carry, plan=plan, G=G, leaf_key=leaf_key, start=start):
-            basis, own, turn = carry
-            key = jax.random.fold_in(leaf_key, start + layer)
-            basis, own = refresh_layer(
-                settings, plan, G, basis, own, layer, key, step == 0, axis_name
-            )
-            return basis, own, jnp.minimum(turn, layer)
-
-        def all_due(carry, body=body, first=first, end=end):
-            return jax.lax.fori_loop(first + carry[2], end + carry[2], body, carry)
-
-        # A loop of no iterations is not free on a CPU: a third of an ordinary step went there.
-        carry = (bases[number], companions[number], turn)
-        new_bases[number], new_companions[number], turn = jax.lax.cond(
-            end + turn > first, all_due, lambda carry: carry, carry
+        nodes, treedef = jax.tree.flatten(companions[number], is_leaf=is_companion)
+        new_bases[number], nodes, turn = _refresh_leaf(
+            settings,
+            plan.unnamed,
+            axis_name,
+            gradients[number],
+            (bases[number], nodes, turn),
+            ranges[number],
+            start,
+            jax.random.fold_in(step_key, number),
+            step == 0,
         )
+        new_companions[number] = treedef.unflatten(nodes)
     return new_bases, new_companions
+
+
+@kernel("settings", "plan", "axis_name", inline=False)
+def _refresh_leaf(settings, plan, axis_name, G, carry, due, start, key, is_first):
+    """The loop over the due layers of one parameter, whose first matrix has the number ``start``.
+
+    ``carry`` is its basis, its companions and the turn, and so is what is returned.
+    """
+    first, end = (jnp.clip(x - start, 0, plan.layers).astype(jnp.int32) for x in due)
+
+    def body(layer, carry):
+        basis, own, turn = carry
+        own_key = jax.random.fold_in(key, start + layer)
+        basis, own = refresh_layer(
+            settings, plan, G, basis, own, layer, own_key, is_first, axis_name
+        )
+        return basis, own, jnp.minimum(turn, layer)
+
+    def all_due(carry):
+        return jax.lax.fori_loop(first + carry[2], end + carry[2], body, carry)
+
+    # A loop of no iterations is not free on a CPU: a third of an ordinary step went there.
+    return jax.lax.cond(end + carry[2] > first, all_due, lambda carry: carry, carry)

@@ -47,7 +47,12 @@ StoredFactors = tuple[Stored, ...]
 
 
 def _index_of(plan: LeafPlan, layer: jax.Array) -> tuple[jax.Array, ...]:
-    return jnp.unravel_index(layer, plan.batch_shape) if plan.batch else ()
+    """``jnp.unravel_index``, in the dtype of the layer."""
+    index: list[jax.Array] = []
+    for size in reversed(plan.batch_shape):
+        index.insert(0, layer % size)
+        layer = layer // size
+    return tuple(index)
 
 
 def _layer_of(plan: LeafPlan, G: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
@@ -151,7 +156,7 @@ def _take(array: jax.Array, index: tuple) -> jax.Array:
 def _put(array: jax.Array, value: jax.Array, index: tuple) -> jax.Array:
     if not index:
         return value
-    starts = (*index, *([0] * value.ndim))
+    starts = (*index, *([jnp.zeros_like(index[0])] * value.ndim))
     value = value.reshape((1,) * len(index) + value.shape).astype(array.dtype)
     return jax.lax.dynamic_update_slice(array, value, starts)
 

@@ -8,9 +8,11 @@ import numpy as np
 import optax
 
 from natgalore_jax._dither import STRIDES, dither
+from natgalore_jax._kernel import own_arithmetic
 from natgalore_jax._validate import check_integer
 
 
+@own_arithmetic
 def stochastic_round(x: jax.Array, step: jax.typing.ArrayLike, seed: int = 0) -> jax.Array:
     r"""Rounds to bfloat16, up or down with the probabilities that make the mean exact.
 
@@ -49,6 +51,7 @@ def stochastic_round(x: jax.Array, step: jax.typing.ArrayLike, seed: int = 0) ->
     return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
 
 
+@own_arithmetic
 def apply_updates_stochastic(
     params: Any, updates: Any, step: jax.typing.ArrayLike, seed: int = 0
 ) -> Any:
@@ -57,7 +60,8 @@ def apply_updates_stochastic(
     A bfloat16 weight has eight bits: an update of less than 1/512 of it is lost by rounding to
     nearest, at every step. Here the sum is computed in float32, and a small update moves the weight
     now and then. An update that is bfloat16 itself has lost up to 0.4 percent before: optimizers
-    return float32 updates if they are given float32 gradients.
+    return float32 updates if they are given float32 gradients. Their moments are bfloat16 even
+    then, unless they were initialised with float32 parameters (:func:`chain`).
 
     Args:
       params: the parameters. Those that are not bfloat16 are updated as ``optax.apply_updates``
@@ -89,7 +93,7 @@ def apply_updates_stochastic(
     U = treedef.flatten_up_to(updates)
     new = [
         stochastic_round(w.astype(jnp.float32) + u.astype(jnp.float32), step, seed * len(W) + leaf)
-        if w.dtype == jnp.bfloat16
+        if jnp.result_type(w) == jnp.bfloat16
         else p
         for leaf, (w, u, p) in enumerate(zip(W, U, plain, strict=True))
     ]

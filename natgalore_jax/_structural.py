@@ -29,6 +29,13 @@ _STRUCTURAL = frozenset(
         "error_feedback",
         "cautious",
         "nesterov",
+        # Decays: with bfloat16 parameters optax.inject_hyperparams rounds 0.999 to 1.
+        "b1",
+        "b2",
+        "rho",
+        "decay",
+        "residual_decay",
+        "fisher_decay",
         "mu_dtype",
         "moment_bits",
         "block_size",
@@ -44,8 +51,12 @@ def structural_args(factory: Callable[..., Any]) -> tuple[str, ...]:
     ``optax.inject_hyperparams`` turns every number among the arguments into an array of the state
     and every callable into a schedule. A rank, an interval or a history length must stay a Python
     number, and ``where``, ``axes`` and ``mask`` are no schedules; the rest (``learning_rate``,
-    ``damping``, ``scale``, ``weight_decay``, ``b1``, ``norm_growth_limit``, ...) can be injected,
+    ``damping``, ``scale``, ``weight_decay``, ``eps``, ``norm_growth_limit``, ...) can be injected,
     as a number that is changed in the state or as a schedule.
+
+    Decays (``b1``, ``b2``, ``rho``, ``fisher_decay``, ...) are among the names, because the arrays
+    have the dtype of the parameters: in bfloat16 0.999 is 1, and a moment never changes. To inject
+    one take its name out of ``static_args`` and give ``hyperparam_dtype=jnp.float32``.
 
     Args:
       factory: :func:`natural_galore_adamw`, any other transformation of this library, or your own

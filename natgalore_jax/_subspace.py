@@ -14,10 +14,12 @@ from natgalore_jax._check_tree import (
     check_low_rank,
     check_params,
     flatten_like,
+    with_dtypes_of,
 )
 from natgalore_jax._companions import companions_of_all, with_companions_of_all
 from natgalore_jax._contract import project_to_stored
-from natgalore_jax._layout import place_factor
+from natgalore_jax._kernel import kernel, own_arithmetic
+from natgalore_jax._layout import has_explicit_sharding, place_factor
 from natgalore_jax._linear_codes import (
     LinearCodes,
     bits_of,
@@ -50,6 +52,21 @@ class Subspace:
         return len(self.inner) + 2
 
     def init(self, params: Any) -> list[Any]:
+        plans, opened, low_leaves = self._start(params)
+        low_rank = jax.tree.structure(params).unflatten(low_leaves)
+        with open_subspace({plan.path: plan for plan in plans if plan}):
+            inner = [tx.init(low_rank) for tx in self.inner]
+        if self.accumulation == 1 and _holds_multi_steps(inner):
+            raise ValueError(
+                "optax.MultiSteps inside a subspace must stand in natgalore_jax.chain itself, not "
+                "inside another transformation, so that refreshes wait for its steps"
+            )
+        treedef = jax.tree.structure(params)
+        return [opened, *inner, init_back(self.closer, treedef, plans, low_leaves)]
+
+    @own_arithmetic
+    def _start(self, params):
+        """How each leaf is projected, the bases, and the leaves in low-rank coordinates."""
         plans = plan_tree(self.opener.plan, params)
         require_projection(self.opener.plan, plans, params)
         leaves, treedef = jax.tree.flatten(params)
@@ -73,15 +90,7 @@ class Subspace:
         opened = LowRankProjectState(
             jnp.zeros([], jnp.int32), self._basis_trees(treedef, plans, stored, bits is not None)
         )
-        low_rank = treedef.unflatten(low_leaves)
-        with open_subspace({plan.path: plan for plan in plans if plan}):
-            inner = [tx.init(low_rank) for tx in self.inner]
-        if self.accumulation == 1 and _holds_multi_steps(inner):
-            raise ValueError(
-                "optax.MultiSteps inside a subspace must stand in natgalore_jax.chain itself, not "
-                "inside another transformation, so that refreshes wait for its steps"
-            )
-        return [opened, *inner, init_back(self.closer, treedef, plans, low_leaves)]
+        return plans, opened, low_leaves
 
     def update(
         self, updates: Any, states: Sequence[Any], params: Any, extra_args: dict[str, Any]
@@ -164,7 +173,7 @@ class Subspace:
         leaves = treedef.flatten_up_to(tree)
         factors = self._factors(treedef, plans, states, leaves)
         return treedef.unflatten(
-            project_to_stored(plan, x, f) if plan else x
+            project_to_stored(plan.unnamed, x, f) if plan else x
             for plan, x, f in zip(plans, leaves, factors, strict=True)
         )
 
@@ -177,8 +186,8 @@ class Subspace:
             low_params = self._project(plans, params, states, treedef)
         updates, new_inner = low, []
         for tx, state in zip(self.inner, inner_states, strict=True):
-            updates, state = tx.update(updates, state, low_params, **extra_args)
-            new_inner.append(state)
+            updates, new_state = tx.update(updates, state, low_params, **extra_args)
+            new_inner.append(with_dtypes_of(state, new_state))
 
         N = treedef.flatten_up_to(updates)
         assert full is not None or self.closer.residual is None, "a residual is a part of full"
@@ -192,18 +201,9 @@ class Subspace:
     def _factors(self, treedef, plans, states, leaves, low=None) -> list[Factors]:
         """The bases of each leaf, where it is; codes are decoded in the dtype of the gradient."""
         return [
-            tuple(
-                place_factor(
-                    plan,
-                    mode,
-                    load(P, plan.factor_shape(mode), R.dtype, len(plan.batch)),
-                    leaf,
-                    spread=False,
-                )
-                for mode, P in zip(plan.projected_modes, own, strict=True)
-            )
-            if plan
-            else ()
+            _loaded(plan.unnamed, R.dtype, own, leaf)
+            if plan and (has_explicit_sharding(leaf) or isinstance(own[0], LinearCodes))
+            else own
             for plan, leaf, R, own in zip(
                 plans,
                 leaves,
@@ -233,6 +233,16 @@ class Subspace:
             ]
             trees.append(tree_of(treedef, column, is_coded))
         return LinearCodes(*zip(*trees, strict=True)) if is_coded else tuple(trees)
+
+
+@kernel("plan", "dtype")
+def _loaded(plan: LeafPlan, dtype: Any, stored: StoredFactors, leaf: jax.Array) -> Factors:
+    """The bases of one parameter, decoded, where a product with the parameter wants them."""
+    modes, nb = plan.projected_modes, len(plan.batch)
+    return tuple(
+        place_factor(plan, i, load(P, plan.factor_shape(i), dtype, nb), leaf, spread=False)
+        for i, P in zip(modes, stored, strict=True)
+    )
 
 
 def _by_mode(opened: LowRankProjectState, flatten: Any) -> list[list[Any]]:

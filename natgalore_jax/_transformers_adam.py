@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from natgalore_jax._kernel import own_arithmetic
+
 
 def scale_by_transformers_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
     """``(m / (1 − β₁ᵗ)) · √(1 − β₂ᵗ) / (√v + ε)``."""
@@ -22,6 +24,7 @@ def scale_by_transformers_adam(b1: float, b2: float, eps: float) -> optax.Gradie
             nu=optax.tree.zeros_like(params),
         )
 
+    @own_arithmetic
     def update_fn(updates, state, params=None):
         del params
         count = optax.safe_increment(state.count)
@@ -38,6 +41,11 @@ def scale_by_transformers_adam(b1: float, b2: float, eps: float) -> optax.Gradie
     return optax.GradientTransformation(init_fn, update_fn)
 
 
+@own_arithmetic
+def _decayed(rate: jax.typing.ArrayLike, updates: Any, params: Any) -> Any:
+    return jax.tree.map(lambda u, w: u - (rate * (w + u)).astype(u.dtype), updates, params)
+
+
 def decay_after_step(
     learning_rate: optax.ScalarOrSchedule, weight_decay: float, mask: Any = None
 ) -> optax.GradientTransformation:
@@ -51,8 +59,7 @@ def decay_after_step(
         if params is None:
             raise ValueError("weight decay needs the parameters: call update(grads, state, params)")
         eta = learning_rate(state.count) if callable(learning_rate) else learning_rate
-        rate = eta * weight_decay
-        updates = jax.tree.map(lambda u, w: u - (rate * (w + u)).astype(u.dtype), updates, params)
+        updates = _decayed(eta * weight_decay, updates, params)
         return updates, optax.ScaleByScheduleState(optax.safe_increment(state.count))
 
     tx = optax.GradientTransformation(init_fn, update_fn)

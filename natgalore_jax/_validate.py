@@ -14,13 +14,20 @@ _INJECTED = (
 )
 
 
-def check_integer(name: str, value: Any, minimum: int) -> None:
+def check_integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> None:
     if isinstance(value, jax.Array):
         raise TypeError(f"{name} must be a Python integer, got the array {value}{_INJECTED}")
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    if maximum is not None and value > maximum:
+        raise ValueError(f"{name} must be at most {maximum}, got {value}")
+
+
+def check_interval(name: str, value: Any) -> None:
+    """A number of steps. Step counts are int32, and they stop at its largest number."""
+    check_integer(name, value, minimum=1, maximum=2**31 - 1)
 
 
 def check_boolean(name: str, value: Any) -> None:

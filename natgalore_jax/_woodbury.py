@@ -9,6 +9,7 @@ import optax
 
 from natgalore_jax._check_tree import flatten_like
 from natgalore_jax._history import History, empty_history, natural_gradient
+from natgalore_jax._kernel import kernel, own_arithmetic
 from natgalore_jax._linear_codes import (
     LinearCodes,
     bits_of,
@@ -17,9 +18,10 @@ from natgalore_jax._linear_codes import (
     leaves_of,
     tree_of,
 )
+from natgalore_jax._plan import check_bits
 from natgalore_jax._scope import current_subspace
 from natgalore_jax._validate import check_choice, check_integer, check_number, check_stored_dtype
-from natgalore_jax._where import KeyPath
+from natgalore_jax._where import KeyPath, shape_and_dtype
 
 DAMPING_MODES = ("absolute", "relative")
 
@@ -101,6 +103,7 @@ def woodbury_natural_gradient(
     check_stored_dtype("history_dtype", history_dtype)
     is_coded = coded_bits(history_dtype) is not None
 
+    @own_arithmetic
     def init_fn(params):
         leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
         histories = [_init_leaf(path, leaf) for path, leaf in leaves]
@@ -108,19 +111,22 @@ def woodbury_natural_gradient(
 
     def _init_leaf(path, leaf):
         plans = current_subspace()
+        kind = shape_and_dtype(path, leaf)
         if plans is None:
-            is_block = jnp.issubdtype(leaf.dtype, jnp.floating)
-            batch_ndim = max(len(leaf.shape) - 2, 0)
+            is_block = jnp.issubdtype(kind.dtype, jnp.floating)
+            batch_ndim = max(len(kind.shape) - 2, 0)
         else:
             plan = plans.get(str(KeyPath(path)))
             is_block, batch_ndim = plan is not None, len(plan.batch) if plan else 0
-        if not is_block:
+        if not is_block or 0 in kind.shape:
             return None
-        return empty_history(history, batch_ndim, leaf, history_dtype or leaf.dtype)
+        check_bits(KeyPath(path), kind.dtype)
+        leaf = leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)
+        return empty_history(history, batch_ndim, leaf, history_dtype or kind.dtype)
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
-        slot = jnp.mod(state.count, history)
+        slot = state.count % history
         current = damping(state.count) if callable(damping) else damping
 
         leaves = jax.tree_util.tree_leaves_with_path(updates)
@@ -134,8 +140,7 @@ def woodbury_natural_gradient(
             H = None if isinstance(entries[0], optax.MaskedNode) else History(*entries)
             if H is not None:
                 _check_shape(KeyPath(path), h, H)
-                natural, H = natural_gradient(H, h, slot, current, relative=is_relative)
-                h = natural.astype(h.dtype)
+                h, H = _natural_gradient(is_relative, H, h, slot, current)
             out.append(h)
             histories.append(H)
         is_coded = isinstance(state.history.columns, LinearCodes)
@@ -145,6 +150,14 @@ def woodbury_natural_gradient(
         return treedef.unflatten(out), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+@kernel("is_relative")
+def _natural_gradient(is_relative, H, h, slot, damping):
+    """Of one parameter, in the dtype of h, and its new history."""
+    h = jnp.asarray(h)
+    natural, H = natural_gradient(H, h, slot, damping, relative=is_relative)
+    return natural.astype(h.dtype), H
 
 
 def _transposed(treedef: Any, histories: Sequence[History | None], is_coded: bool) -> History:
@@ -160,7 +173,7 @@ def _transposed(treedef: Any, histories: Sequence[History | None], is_coded: boo
 
 
 def _check_shape(path: KeyPath, h: jax.Array, H: History) -> None:
-    nb, in_codes, shape = H.filled.ndim, "", h.shape
+    nb, in_codes, shape = H.filled.ndim, "", jnp.shape(h)
     columns = H.columns
     if isinstance(columns, LinearCodes):
         shape, in_codes = codes_shape(shape, bits_of(columns), nb), " in codes"

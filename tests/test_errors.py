@@ -30,6 +30,8 @@ def everything(path, leaf):
         ("low_rank_project", {"rank": True}, TypeError, "rank must be an integer"),
         ("low_rank_project", {"rank": "2"}, TypeError, "rank must be an integer"),
         ("low_rank_project", {"rank": (4,)}, ValueError, "one entry per mode"),
+        ("low_rank_project", {"rank": (2, 2)}, ValueError, "(2, 2); a matrix takes one integer"),
+        ("natural_galore_adamw", {"learning_rate": 0.1, "rank": [2, 2]}, ValueError, "one integer"),
         ("low_rank_project", {"rank": (4, 0, 2)}, ValueError, "rank must be at least 1"),
         ("low_rank_project", {"update_interval": 0}, ValueError, "update_interval must be at"),
         ("low_rank_project", {"update_interval": 1.5}, TypeError, "update_interval must be an"),
@@ -78,11 +80,6 @@ def test_wrong_arguments(factory, settings, error, message):
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        (
-            {"rank": (2, 2), "where": {"block": True, "b": False}},
-            ValueError,
-            "block/w: rank=(2, 2)",
-        ),
         ({"rank": (2, 2, 2), "where": {"block": True, "b": False}}, ValueError, "shape (6, 8)"),
         ({"where": everything}, ValueError, "b: a matrix needs at least two axes, got shape (8,)"),
         ({"where": lambda path, leaf: False}, ValueError, "block/w (6, 8)"),

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import natgalore_jax as ng
-from natgalore_jax._schedule import due_layers, stagger_bounds
+from natgalore_jax._schedule import due_layers
 
 
 def due_at(layers, interval, accumulation, stagger, step):
@@ -34,10 +34,63 @@ def test_every_matrix_once_per_interval_and_all_at_first(layers, interval, accum
         assert all(t % accumulation == 0 for t, matrices in due.items() if matrices)
 
 
-def test_stagger_is_even():
-    bounds = stagger_bounds([7, 1, 13, 3], 10)
-    per_slot = sum(np.diff(b) for b in bounds)
-    assert per_slot.sum() == 24 and per_slot.max() <= 3 and per_slot.min() >= 2
+def bounds_in_a_table(layers, slots):
+    """Matrix q of N is due in slot ⌊q T / N⌋: for each leaf the first layer of each slot."""
+    total, offset, bounds = sum(layers), 0, []
+    for count in layers:
+        slot_of_layer = (offset + np.arange(count)) * slots // total
+        bounds.append(np.searchsorted(slot_of_layer, np.arange(slots + 1), side="left"))
+        offset += count
+    return bounds
+
+
+@pytest.mark.parametrize(
+    "layers,interval,accumulation",
+    [
+        ([1], 5, 1),
+        ([7, 1, 13, 3], 10, 1),
+        ([7, 1, 13, 3], 24, 1),
+        ([32] * 7, 200, 1),
+        ([32] * 7, 223, 1),
+        ([3, 5, 0, 2], 60, 4),
+        ([1] * 40, 12, 3),
+    ],
+)
+def test_every_matrix_is_due_when_a_table_says(layers, interval, accumulation):
+    table, slots = bounds_in_a_table(layers, interval // accumulation), interval // accumulation
+    assert max(sum(np.diff(b) for b in table)) <= -(-sum(layers) // slots)  # evenly
+    steps = np.arange(interval, 3 * interval)
+    ranges = jax.jit(
+        jax.vmap(lambda t: due_layers(layers, interval, accumulation, stagger=True, step=t))
+    )(steps.astype(np.int32))
+    for (first, end), bounds in zip(ranges, table, strict=True):
+        slot = steps // accumulation % slots
+        due = steps % accumulation == 0
+        np.testing.assert_array_equal(np.where(due, first, 0), np.where(due, bounds[slot], 0))
+        np.testing.assert_array_equal(end - first, np.where(due, np.diff(bounds)[slot], 0))
+
+
+@pytest.mark.parametrize("interval", [10**7, 2**30 + 1, 2**31 - 1])
+@pytest.mark.parametrize("layers", [[1], [3, 1, 4], [90, 133, 1]])
+def test_the_longest_intervals_take_no_table_and_no_product_that_overflows(layers, interval):
+    """Python's integers decide which slots have a matrix."""
+    total, offset = sum(layers), 0
+    at = jax.jit(lambda t: due_layers(layers, interval, 1, stagger=True, step=t))
+    for leaf, count in enumerate(layers):
+        for layer in {0, count // 2, count - 1}:
+            slot = (offset + layer) * interval // total
+            for step in {max(slot - 1, 0), slot, slot + 1}:
+                first, end = at(jnp.int32(step))[leaf]
+                assert bool(first <= layer < end) == (step in (0, slot))
+        offset += count
+    text = jax.jit(at).lower(jax.ShapeDtypeStruct((), jnp.int32)).as_text()
+    assert len(text) < 100_000
+
+
+def test_an_interval_that_no_step_count_reaches_is_refused():
+    for factory in (ng.low_rank_project, ng.scale_by_apollo):
+        with pytest.raises(ValueError, match="update_interval must be at most 2147483647, got"):
+            factory(update_interval=2**31)
 
 
 def chain(**settings):

@@ -11,16 +11,13 @@ import pytest
 import natgalore_jax as ng
 
 NUMERIC = {
-    *("learning_rate", "b1", "b2", "eps", "weight_decay"),
+    *("learning_rate", "eps", "weight_decay"),
     *(
         "damping",
         "scale",
         "unprojected_ratio",
         "norm_growth_limit",
         "residual_scale",
-        "residual_decay",
-        "rho",
-        "fisher_decay",
     ),
 }
 FACTORIES = [
@@ -138,6 +135,18 @@ def test_injecting_a_structural_argument_names_the_remedy(name):
     tx = optax.inject_hyperparams(factory, static_args=static)(0.1, rank=2, history=3)
     with pytest.raises(TypeError, match=r"natgalore_jax\.structural_args"):
         tx.init(PARAMS)
+
+
+@pytest.mark.parametrize("factory", [ng.natural_galore_adamw, ng.apollo_adamw, ng.ldadamw])
+def test_bfloat16_parameters_do_not_round_decays_to_one(factory):
+    """Injected they would have the dtype of the parameters, in which 0.999 is 1."""
+    params = optax.tree.cast(PARAMS, jnp.bfloat16)
+    tx = injected(factory, learning_rate=0.1, rank=2, b2=0.999)
+    state = tx.init(params)
+    assert not {"b1", "b2", "rho", "fisher_decay", "residual_decay"} & set(state.hyperparams)
+    grads = optax.tree.cast(gradients(0), jnp.bfloat16)
+    _, state = jax.jit(tx.update)(grads, state, params)
+    assert bool((optax.tree.get(state, "nu")["b"] > 0).all())
 
 
 def test_injecting_everything_names_the_remedy():

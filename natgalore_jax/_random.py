@@ -1,0 +1,32 @@
+"""Normal numbers that do not depend on ``jax_threefry_partitionable``.
+
+JAX reads it when a program is lowered, far from the kernel that asks for random numbers.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.random import threefry_2x32
+
+
+def normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """``jax.random.normal`` as it is with ``jax_threefry_partitionable``, JAX's default.
+
+    Args:
+      key: of the implementation "threefry2x32".
+      shape: of the result, fewer than 2³² numbers.
+
+    Returns:
+      float32.
+    """
+    size = math.prod(shape)
+    low = jax.lax.iota(jnp.uint32, size)
+    words = threefry_2x32(jax.random.key_data(key), jnp.concatenate([jnp.zeros_like(low), low]))
+    bits = words[:size] ^ words[size:]
+    # 23 bits of mantissa below the exponent of one: from 1 to 2, excluded.
+    unit = jax.lax.bitcast_convert_type((bits >> 9) | np.uint32(0x3F800000), jnp.float32) - 1
+    least = np.nextafter(np.float32(-1), np.float32(0))
+    uniform = jnp.maximum(unit * (1 - least) + least, least)
+    return (np.float32(np.sqrt(2)) * jax.lax.erf_inv(uniform)).reshape(shape)
