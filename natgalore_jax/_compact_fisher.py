@@ -46,7 +46,8 @@ def gram(R: jax.Array, axis: int, batch_ndim: int, *, diagonal: bool) -> jax.Arr
     R = R.astype(jnp.float32)
     if diagonal:
         return contract(f"{letters},{letters}->{batch}{a}", R, R)
-    return contract(f"{letters},{letters.replace(a, a.upper())}->{batch}{a}{a.upper()}", R, R)
+    subscripts = f"{letters},{letters.replace(a, a.upper())}->{batch}{a}{a.upper()}"
+    return contract(subscripts, R, R, precision="highest")
 
 
 def averaged(
@@ -69,7 +70,8 @@ def inverse_power(
 ) -> jax.Array:
     """``(A + λ I)^p`` for p < 0, up to a factor for each matrix, with λ = ρ tr(A) / r if relative.
 
-    The identity, up to a factor, where A and λ are zero.
+    The identity, up to a factor, where A and λ are zero. Eigenvalues of a full A + λ I are raised
+    to 4 eps tr(A), the accuracy to which they are known.
     """
     diagonal = A.ndim == batch_ndim + 1
     trace = jnp.sum(A, -1) if diagonal else jnp.trace(A, axis1=-2, axis2=-1)
@@ -80,7 +82,10 @@ def inverse_power(
     if diagonal:
         return jnp.power(jnp.where(mean > 0, A / unit, 1.0) + shift, exponent)
     w, U = jnp.linalg.eigh(A / unit[..., None])
-    w = jnp.where(mean > 0, jnp.maximum(w, 0.0), 1.0) + shift
+    # The eigenvalues sum to r and are off by r eps. A smaller λ would let p amplify the differences
+    # between rounding errors: eigenvalues below a few r eps are taken to be equal.
+    rounding = 4 * A.shape[-1] * jnp.finfo(jnp.float32).eps
+    w = jnp.maximum(jnp.where(mean > 0, w, 1.0) + shift, rounding)
     return jnp.matmul(
         U * jnp.power(w, exponent)[..., None, :], jnp.swapaxes(U, -1, -2), precision="highest"
     )

@@ -1,5 +1,7 @@
 """Which parameters are projected."""
 
+import itertools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -35,13 +37,20 @@ def shape_and_dtype(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
     )
 
 
-# Parts of a name that mark a table of tokens or the output head in the model libraries of JAX
-# and in checkpoints converted from PyTorch.
-_EXCLUDED_NAMES = frozenset(
-    {"lm_head", "head", "output_head", "classifier", "logits", "wte", "wpe", "vocab"}
+# Rules about one part of a name, from the model libraries of JAX and from checkpoints converted
+# from PyTorch. "emb" and "ln" stand at the end of a word, or they would be in many other ones.
+_EMBEDDING = re.compile(r"embed|(^|_)emb$|^(wte|wpe|vocab)$|^rel.*(pos|bias)")
+_HEAD = re.compile(
+    r"^(head|classifier|logits|logits_dense|to_logits|qa_outputs|vocab_projector"
+    r"|seq_relationship)$|(?<!multi)_head$"
 )
+_ROUTER = re.compile(r"router|^shared_expert_gate$")
 # Vectors, which stacked layers turn into something of the shape of a matrix.
-_VECTOR_NAMES = frozenset({"scale", "bias"})
+_VECTOR = re.compile(r"norm|(^|_)ln(_|\d|$)|^(scale|bias|offset|gamma|beta)$")
+# Names that mean an embedding or a head where they stand, and something else elsewhere.
+_PAIRS = frozenset({("shared", "weight"), ("predictions", "decoder")})
+_AT_THE_ROOT = frozenset({"output", "proj_out", "score"})
+_WRAPPERS = frozenset({"params", "model", "module", "target"})
 
 Where = Callable[[Any, Any], bool] | Any
 
@@ -49,14 +58,27 @@ Where = Callable[[Any, Any], bool] | Any
 def hidden_matrices(path: Any, leaf: Any = None) -> bool:
     """The default rule for ``where``: the weight matrices inside a network.
 
-    True for floating-point parameters of at least two axes, unless a part of the path names an
-    embedding or the output head (contains ``embed`` or is one of ``lm_head``, ``head``,
-    ``output_head``, ``classifier``, ``logits``, ``wte``, ``wpe``, ``vocab``) or the vectors of
-    stacked layers (contains ``norm`` or is ``scale`` or ``bias``). Used as ``where``, it also
-    leaves out every matrix with a side that is not larger than the rank: nothing would be saved.
+    True for floating-point parameters of at least two axes, unless their name says that they are
+    something else. A name consists of the keys of the path, each split at ``.`` and ``/``
+    (``transformer.wte.weight``, ``vit/~/head``), and of the elements of keys that are tuples.
+    Left out are names with a part, in lower case, that marks
+
+    * a table of tokens or positions: contains ``embed``, is ``emb``, ``wte``, ``wpe`` or ``vocab``,
+      ends with ``_emb``, starts with ``rel`` and contains ``pos`` or ``bias``; ``shared.weight``;
+    * the output head: is ``head``, ``classifier``, ``logits``, ``logits_dense``, ``to_logits``,
+      ``qa_outputs``, ``vocab_projector`` or ``seq_relationship``, or ends with ``_head`` (not
+      ``multi_head``); ``predictions.decoder``; ``output``, ``proj_out`` or ``score`` at the root;
+    * a router of experts: contains ``router``, or is ``shared_expert_gate``; ``gate`` (not of
+      experts) below a part that contains ``moe``, or with one side less than an eighth of the
+      other one. The experts themselves are projected;
+    * the vectors of stacked layers: contains ``norm`` or the word ``ln``, is ``scale``, ``bias``,
+      ``offset``, ``gamma`` or ``beta``, or is the last part and ends with ``_bias``.
+
+    Used as ``where``, it also leaves out every matrix with a side that is not larger than the rank:
+    nothing would be saved.
 
     Args:
-      path: the key path of the parameter.
+      path: the key path of the parameter, or its name.
       leaf: the parameter, anything with a shape and a dtype.
 
     Returns:
@@ -68,22 +90,45 @@ def hidden_matrices(path: Any, leaf: Any = None) -> bool:
       True
       >>> ng.hidden_matrices(("embed", "embedding"), jnp.zeros((8, 4)))
       False
+      >>> ng.hidden_matrices(("model.lm_head.weight",), jnp.zeros((8, 4)))
+      False
     """
     if leaf is None:
         raise TypeError(
             "hidden_matrices needs a path and a parameter. If optax.inject_hyperparams called it "
             "as a schedule, pass static_args=natgalore_jax.structural_args(factory)"
         )
-    names = [
-        jax.tree_util.keystr((k,), simple=True) if not isinstance(k, str) else k
-        for k in tuple(path)
-    ]
-    named_otherwise = any(
-        "embed" in name or "norm" in name or name in _EXCLUDED_NAMES | _VECTOR_NAMES
-        for name in map(str.lower, names)
-    )
     leaf = shape_and_dtype(tuple(path), leaf)
-    return len(leaf.shape) >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating) and not named_otherwise
+    if len(leaf.shape) < 2 or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return False
+    return not _is_named_otherwise(_parts(path), leaf.shape)
+
+
+def _parts(key: Any) -> list[str]:
+    """The parts of a key path, a key or a name, in lower case."""
+    if isinstance(key, (tuple, list)):
+        return [part for inner in key for part in _parts(inner)]
+    for field in ("key", "name", "idx"):  # of JAX's kinds of keys; a dict's key may be a tuple
+        if hasattr(key, field):
+            return _parts(getattr(key, field))
+    return [part for part in re.split(r"[./]", str(key).lower()) if part]
+
+
+def _is_named_otherwise(parts: list[str], shape: tuple[int, ...]) -> bool:
+    rules = (_EMBEDDING, _HEAD, _ROUTER, _VECTOR)
+    if any(rule.search(part) for rule in rules for part in parts):
+        return True
+    if parts[-1:] and parts[-1].endswith("_bias"):
+        return True
+    if not _PAIRS.isdisjoint(itertools.pairwise(parts)):
+        return True
+    if next((part for part in parts if part not in _WRAPPERS), "") in _AT_THE_ROOT:
+        return True
+    if "gate" not in parts or any("expert" in part for part in parts):
+        return False
+    # Also the name of a matrix of gated MLPs, whose sides are of about the same size.
+    small, large = sorted(shape[-2:])
+    return any("moe" in part for part in parts) or 8 * small < large
 
 
 def selected(where: Where, tree: Any) -> list[bool]:

@@ -52,6 +52,13 @@ def woodbury_natural_gradient(
     solve and one product, with no cancellation in float32. The Gram matrix :math:`H^\top H` changes
     by one row and column a step. Until s gradients have been seen, those seen are used.
 
+    The result is always finite. Its relative error is :math:`10^{-5}` for weakly correlated
+    gradients and grows with 1/μ, μ the smallest eigenvalue of :math:`\lambda I_s + H^\top H` scaled
+    to a unit diagonal, to at most about :math:`2 s \varepsilon / \mu` with
+    :math:`\varepsilon = 2^{-23}`. Below :math:`\mu \approx s \varepsilon` (gradients that change by
+    less than a thousandth a step and a :math:`\lambda` below :math:`10^{-6} \lVert h \rVert^2`)
+    differences between gradients are rounding errors, and count less than in exact arithmetic.
+
     Inside a subspace (:func:`natgalore_jax.chain`) it acts on the projected matrices and leaves
     every other parameter alone. Outside of one it acts on every floating-point leaf at full size:
     each matrix (the last two axes) is one block of the Fisher matrix, each vector or scalar too.

@@ -8,6 +8,7 @@ import pytest
 from oracles.galore import Adam, svd_bases
 
 import natgalore_jax as ng
+from natgalore_jax._compact_fisher import inverse_power
 
 STEPS, RANK, SCALE, EPS = 5, 3, 0.5, 0.1
 
@@ -211,3 +212,14 @@ def test_outside_of_a_subspace_is_an_error():
 def test_arguments(arguments, error):
     with pytest.raises((TypeError, ValueError), match=error):
         ng.compact_natural_gradient(**arguments)
+
+
+def test_full_factor_without_damping_does_not_amplify_rounding_errors():
+    # A is of rank one: (A + λI)⁻¹ N is N outside of that direction, however small λ is.
+    rng = np.random.default_rng(0)
+    v, z = rng.standard_normal((8, 1)), rng.standard_normal((1, 40))
+    A = jnp.asarray((v @ z) @ (v @ z).T, jnp.float32)
+    W = np.asarray(inverse_power(A, 1e-12, -1.0, 0, relative=True), np.float64)
+    u = v / np.linalg.norm(v)
+    outside = np.eye(8) - u @ u.T
+    np.testing.assert_allclose(W / np.linalg.norm(W, 2), outside, atol=1e-4)

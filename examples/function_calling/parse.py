@@ -6,10 +6,15 @@ from examples.function_calling.literals import scan_arguments
 from examples.function_calling.plan import (
     JOIN,
     MAX_CALLS,
+    Argument,
     Call,
     FailedPlan,
     Plan,
     PlanError,
+    Ref,
+    Text,
+    Value,
+    text_of,
 )
 
 END_OF_PLAN = "<END_OF_PLAN>"
@@ -29,7 +34,8 @@ def parse_plan(text: str) -> Plan | FailedPlan:
     Every action begins a line, or follows another; they are numbered from 1 without gaps. Lines
     that do not begin as an action (thoughts, fences, explanations) and what follows an action in
     its line are passed over. Arguments are Python's literals with or without names, JSON's
-    constants, and references: `$1`, `${1}`, `$1.field`, in quotes or not.
+    constants, and references: `$1`, `${1}`, `$1.field`, in quotes or not. Within a longer text `$5`
+    is five dollars if the plan has fewer calls.
 
     Never raises: a text that holds no plan gives a `FailedPlan` that says why.
 
@@ -39,7 +45,8 @@ def parse_plan(text: str) -> Plan | FailedPlan:
     FailedPlan(reason='call 1: $7 is out of range, the plan has 2 calls')
     """
     try:
-        return Plan(tuple(_calls(text)))
+        calls = _calls(text)
+        return Plan(tuple(_with_amounts(call, len(calls)) for call in calls))
     except PlanError as error:
         return FailedPlan(str(error))
 
@@ -67,3 +74,23 @@ def _calls(text: str) -> list[Call]:
     if not calls:
         raise PlanError("the text has no line that begins as '1. tool('")
     return calls
+
+
+def _with_amounts(call: Call, count: int) -> Call:
+    """The call with `$n` inside texts as text where the plan has no call n."""
+
+    def read_part(part: str | Ref) -> str | Ref:
+        is_call = isinstance(part, str) or bool(part.path) or 1 <= part.call <= count
+        return part if is_call else f"${part.call}"
+
+    def read(value: Value) -> Value:
+        match value:
+            case Text(parts):
+                return text_of([read_part(part) for part in parts])
+            case list():
+                return [read(item) for item in value]
+            case dict():
+                return {key: read(item) for key, item in value.items()}
+        return value
+
+    return Call(call.tool, tuple(Argument(read(a.value), a.name) for a in call.arguments))

@@ -2,7 +2,8 @@
 
 In a string, `$2` is the result of call 2, `$2.name` and `$2[0]` are parts of it. The braces of
 `${2.name}` say where the reference ends, and allow names with blanks. Two dollars are one that is
-no reference: `"$$2"` is the text "$2". Elsewhere a dollar is a dollar.
+no reference: `"$$2"` is the text "$2". Elsewhere a dollar is a dollar, also that of an amount of
+money: "$1.50", "$1,500".
 """
 
 import re
@@ -11,7 +12,10 @@ from examples.function_calling.plan import Ref, Text, text_of
 
 _SIMPLE = r"(?:\.[A-Za-z_][A-Za-z0-9_]*|\[[0-9]+\])*+"
 
-REFERENCE = re.compile(rf"\$(?:\{{([0-9]++)([.\[][^{{}}$]*+)?\}}|([0-9]++)({_SIMPLE}))")
+AMOUNT = r"\.[0-9]|,[0-9]{3}(?![0-9])"
+"""The rest of a number that is an amount of money, after its first digits."""
+
+REFERENCE = re.compile(rf"\$(?:\{{([0-9]++)([.\[][^{{}}$]*+)?\}}|([0-9]++)(?!{AMOUNT})({_SIMPLE}))")
 
 _DOLLARS = re.compile(r"\$++(?=[0-9]|\{[0-9])")
 _DOLLARS_OR_END = re.compile(r"\$++(?=[0-9]|\{[0-9]|\Z)")

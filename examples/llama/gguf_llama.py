@@ -19,6 +19,18 @@ _KEYS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "max_length": ("context_length", int),
     "norm_eps": ("attention.layer_norm_rms_epsilon", lambda x: float(str(np.float32(x)))),
 }
+# What the model lacks, behind "llama.".
+_NOT_HERE = (
+    "expert_count",
+    "attention.sliding_window",
+    "attention.clamp_kqv",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "attention.scale",
+    "embedding_scale",
+    "residual_scale",
+    "logit_scale",
+)
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 
 
@@ -58,6 +70,9 @@ def config_of(file: Gguf) -> ModelConfig:
             f"{path}: llama.rope.scaling.type must be 'none', got {scaling!r}; "
             f"llama.rope.dimension_count must be {config.head_dim}, got {turned}"
         )
+    others = [f"llama.{key}" for key in _NOT_HERE if metadata.get(f"llama.{key}")]
+    if others:
+        raise WeightsError(f"{path}: {', '.join(others)} must be 0 or absent")
     return config
 
 

@@ -139,16 +139,20 @@ def _open_directory(path: Path) -> WeightsFile:
     raw = read_json(path / CONFIG)
     config = hf_config.config_of(raw, path / CONFIG)
     generation = path / "generation_config.json"
-    settings = raw | (read_json(generation) if generation.exists() else {})
-    end = settings.get("eos_token_id")
-    end_ids = tuple(end) if isinstance(end, list) else () if end is None else (end,)
+    settings = read_json(generation) if generation.exists() else {}
+    # Null, which transformers writes for what was not set, says nothing.
+    ends = [source.get("eos_token_id") for source in (settings, raw)]
+    end = next((end for end in ends if end not in (None, [])), ())
+    end_ids = tuple(end) if isinstance(end, list | tuple) else (end,)
+    # Left out of files where the embedding takes its place, but not always of their index.
+    absent = {weight_names.HUGGING_FACE["head"]} if config.tied_embeddings else set()
     return WeightsFile(
         path=path,
         config=config,
         tokenizer=read_tokenizer(path),
         chat_template=read_chat_template(path),
         end_ids=end_ids,
-        tensors=lambda: read_tensors(path),
+        tensors=lambda: read_tensors(path, absent),
         names=weight_names.HUGGING_FACE,
         types={},
     )

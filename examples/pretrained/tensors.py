@@ -1,7 +1,7 @@
 """Tensors by their names, in safetensors files of the Hugging Face layout."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,12 @@ INDEX = "model.safetensors.index.json"
 Tensors = dict[str, np.ndarray]
 
 
-def read_tensors(directory: Path) -> Tensors:
+def read_tensors(directory: Path, optional: Collection[str] = ()) -> Tensors:
     """All tensors of `model.safetensors`, or of the files that its index names.
+
+    Args:
+      directory: where they are.
+      optional: tensors that the index may name and no file hold.
 
     Raises:
       WeightsError: if a file is missing, cut off or damaged, or lacks a tensor of the index.
@@ -25,7 +29,7 @@ def read_tensors(directory: Path) -> Tensors:
     if (directory / SINGLE).exists():
         return _read_file(directory / SINGLE)
     if (directory / INDEX).exists():
-        return _read_shards(directory / INDEX)
+        return _read_shards(directory / INDEX, optional)
     others = sorted(p.name for p in directory.glob("*") if p.suffix in (".bin", ".pt", ".h5"))
     hint = f"; {', '.join(others)} is not read" if others else ""
     raise WeightsError(f"{directory}: no {SINGLE}{hint}")
@@ -60,18 +64,21 @@ def _cut_off(path: Path) -> list[str]:
         return []
 
 
-def _read_shards(index: Path) -> Tensors:
+def _read_shards(index: Path, optional: Collection[str]) -> Tensors:
     try:
         where = dict(json.loads(index.read_text())["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
         raise WeightsError(f"{index}: not an index of tensors ({error!r})") from error
     tensors: Tensors = {}
+    needed = {file for tensor, file in where.items() if tensor not in optional}
     for name in sorted(set(where.values())):
         path = index.parent / name
         if not path.exists():
+            if name not in needed:
+                continue
             raise WeightsError(f"{path}: no such file, which {index.name} names")
         tensors |= _read_file(path)
-    missing = sorted(where.keys() - tensors.keys())
+    missing = sorted(where.keys() - tensors.keys() - set(optional))
     if missing:
         raise WeightsError(f"{index.parent}: tensors of {index.name} are missing: {missing}")
     return tensors

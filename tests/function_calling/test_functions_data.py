@@ -100,6 +100,16 @@ _TINYAGENT_BAD = [
 ]
 
 
+@pytest.mark.parametrize("content", ["$1.50", "Lunch at $1.50 and $12,000", "$5.00 or $7"])
+def test_amounts_of_money_in_tinyagent_are_text(tmp_path, content):
+    data = json.loads((FIXTURES / "tinyagent.json").read_text())
+    _steps(data)[1]["tool_args"] = [content]
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(data))
+    changed = {record.id: record for record in load_tinyagent(path)}["7c1f0d4e-2"]
+    assert changed.plan.calls[1].arguments[0].value == content
+
+
 def _steps(data):
     return data["7c1f0d4e-2"]["output"][0]["parsed_output"]
 

@@ -75,6 +75,35 @@ def test_references_in_strings(content, value):
     assert parse_plan(f'1. a()\n2. f("{content}")').calls[1].arguments[0].value == value
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "$1.50",
+        "Lunch is $1.50, dinner $5.00.",
+        "$0.99",
+        "$1,500",
+        "$1,234,567.89 a year",
+        "It costs $5",
+        "between $3 and $300",
+        "$25 each",
+    ],
+)
+def test_amounts_of_money_are_text(content):
+    for argument in (f'"{content}"', f'["{content}"]', f'{{"note": "{content}"}}'):
+        plan = parse_plan(f"1. a()\n2. f({argument})")
+        assert isinstance(plan, Plan), plan
+        assert plan.dependencies() == {1: set(), 2: set()}
+    assert parse_plan(f'1. a()\n2. f("{content}")').calls[1].arguments[0].value == content
+
+
+def test_results_next_to_amounts():
+    plan = parse_plan('1. a()\n2. f("$1, ${1}.50 and $1.5 or $7.", "$1,$1")')
+    assert [argument.value for argument in plan.calls[1].arguments] == [
+        Text((Ref(1), ", ", Ref(1), ".50 and $1.5 or $7.")),
+        Text((Ref(1), ",", Ref(1))),
+    ]
+
+
 def test_later_results_are_allowed_where_no_calls_wait_for_each_other():
     assert parse_plan('1. b("$2")\n2. a()\n3. join()').dependencies() == {
         1: {2},
@@ -102,7 +131,8 @@ _HOSTILE = [
     ('1. f("$2")\n2. g("$1")\n3. join()', "calls wait for each other: "),
     ('1. f("$2")\n2. g("$3")\n3. h({"a": [$1]})\n4. join()', "calls wait for each other: "),
     ('1. f("$5")\n2. join()', "call 1: $5 is out of range, the plan has 2 calls"),
-    ('1. f("x $5 y")\n2. join()', "call 1: $5 is out of range"),
+    ('1. f("$5.name")\n2. join()', "call 1: $5 is out of range"),
+    ('1. f("x $5.name y")\n2. join()', "call 1: $5 is out of range"),
     ('1. f("$0")\n2. join()', "call 1: $0 is out of range"),
     (f'1. f("${"9" * 5000}")\n2. join()', "call 1: $999999999 is out of range"),
     ("1. f($2)\n2. join()", "call 1: $2 is join, which has no result"),

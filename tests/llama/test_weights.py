@@ -105,6 +105,48 @@ def test_parts_in_bfloat16(tmp_path):
     assert {x.dtype for x in jax.tree.leaves(nnx.state(kept))} == {jnp.dtype("bfloat16")}
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"partial_rotary_factor": 1.0, "attention_dropout": 0.0, "pretraining_tp": 1},
+        {"sliding_window": 4096, "use_sliding_window": False},
+        {"sliding_window": None, "layer_types": ["full_attention"] * 2},
+        {"rope_scaling": {"type": "default"}, "rope_interleaved": False, "logits_scaling": 1.0},
+    ],
+)
+def test_what_has_no_effect_is_accepted(tmp_path, changes):
+    plain = open_weights(str(tiny.write_directory(tmp_path / "plain")))
+    other = open_weights(str(tiny.write_directory(tmp_path / "model", **changes)))
+    assert other.config == plain.config
+
+
+@pytest.mark.parametrize(
+    ("in_config", "in_generation", "ends"),
+    [(3, None, (3,)), (3, 5, (5,)), (3, [5, 7], (5, 7)), ([3, 4], None, (3, 4)), (None, None, ())],
+)
+def test_null_is_no_end_of_answers(tmp_path, in_config, in_generation, ends):
+    directory = tiny.write_directory(tmp_path / "model", eos_token_id=in_config)
+    settings = {"eos_token_id": in_generation}
+    (directory / "generation_config.json").write_text(json.dumps(settings))
+    assert open_weights(str(directory)).end_ids == ends
+
+
+@pytest.mark.parametrize("file", ["model-1.safetensors", "model-2.safetensors"])
+def test_a_tied_head_in_the_index_alone(tmp_path, file):
+    directory = tiny.write_directory(tmp_path / "model", "tied")
+    before = load_llama(str(directory))
+    names = load_file(directory / "model.safetensors").keys()
+    (directory / "model.safetensors").rename(directory / "model-1.safetensors")
+    where = dict.fromkeys(names, "model-1.safetensors") | {"lm_head.weight": file}
+    index = directory / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": where}))
+    after = load_llama(str(directory))
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(after.model), nnx.state(before.model))
+    index.write_text(json.dumps({"weight_map": where | {"model.norm.bias": file}}))
+    with pytest.raises(WeightsError, match=r"no such file|model\.norm\.bias"):
+        load_llama(str(directory))
+
+
 @pytest.mark.parametrize("kind", ["gguf", "safetensors"])
 def test_tokenizer_template_and_end(tmp_path, kind):
     loaded = open_weights(str(written(kind, tmp_path)))
@@ -180,6 +222,29 @@ def test_files_that_are_cut_off(tmp_path, kind):
         ({"attention_bias": True}, "attention_bias must be False, got True"),
         ({"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "rope_type must be 'default', got 'llama3'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1, got 0.5"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor must be 1"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {}}},
+            "rope_parameters must be those of all layers, got some of full_attention, sliding_att",
+        ),
+        ({"rope_scaling": {"full_attention": {"rope_type": "default"}}}, "got some of full_att"),
+        (
+            {"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"type": "linear"}},
+            "rope_type must be 'default', got 'linear'",
+        ),
+        ({"rope_parameters": {"rope_theta": 5e5}, "rope_theta": 1e4}, "rope_theta must be one"),
+        ({"rope_scaling": "linear"}, "rope_scaling must be an object, got 'linear'"),
+        ({"rope_parameters": None, "rope_theta": "x"}, "rope_theta must be"),
+        ({"mlp_bias": True}, "mlp_bias must be False, got True"),
+        ({"sliding_window": 4096}, "sliding_window must be null, got 4096"),
+        ({"layer_types": ["sliding_attention"] * 2}, "layer_types must be 'full_attention'"),
+        ({"use_qk_norm": True}, "use_qk_norm must be False, got True"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping must be null, got 30.0"),
+        ({"logits_scaling": 8.0}, "logits_scaling must be 1, got 8.0"),
+        ({"attention_dropout": 0.1}, "attention_dropout must be 0, got 0.1"),
+        ({"num_local_experts": 8}, "num_local_experts must be 0, got 8"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config must be null"),
         ({"head_dim": 16}, "hidden_size / num_attention_heads = 32 / 4, got 16"),
         ({"num_key_value_heads": 3}, "heads=4 is not a multiple of kv_heads=3"),
         ({"hidden_size": "32"}, "config.json"),

@@ -23,8 +23,9 @@ from examples.function_calling.plan import (
     text_of,
 )
 from examples.function_calling.records import Record
+from examples.function_calling.references import AMOUNT
 
-_REFERENCE = re.compile(r"\$(?:\{([0-9]{1,9})\}|([0-9]{1,9}))")
+_REFERENCE = re.compile(rf"\$(?:\{{([0-9]{{1,9}})\}}|([0-9]{{1,9}}+)(?!{AMOUNT}))")
 
 
 def load_tinyagent(path: Path, rejected: list[str] | None = None) -> list[Record]:
