@@ -65,7 +65,7 @@ def natural_galore(
       TypeError, ValueError: as its parts.
 
     References:
-      Natural GaLore (2024), algorithm 1.
+      Natural GaLore (2024), sections 2.2 to 2.4, for the natural gradient in a subspace.
 
     Example:
       >>> import jax.numpy as jnp, optax, natgalore_jax as ng
@@ -323,7 +323,8 @@ def galore_adamw(
       TypeError, ValueError: as its parts.
 
     References:
-      Zhao et al., GaLore (2024), algorithm 2; Fira (2024).
+      Zhao et al., GaLore (2024), "Adam with GaLore" in appendix B; Chen et al., Fira (2024), arXiv
+      2410.01623.
 
     Example:
       >>> import jax.numpy as jnp, natgalore_jax as ng

@@ -115,8 +115,9 @@ def low_rank_project(
         A gradient that is zero or not finite at a refresh leaves the basis as it was.
 
     References:
-      Zhao et al., GaLore (2024), algorithm 2; Halko et al. (2011) for "randomized"; Oja (1982)
-      for "online"; LDAdam (2024) for power iteration from the previous basis.
+      Zhao et al., GaLore (2024), "Adam with GaLore" in appendix B; Halko et al. (2011)
+      for "randomized"; Oja (1982) for "online"; LDAdam (2024) for power iteration from the
+      previous basis.
 
     Example:
       >>> import jax.numpy as jnp, optax, natgalore_jax as ng

@@ -96,9 +96,10 @@ def project_back(
       TypeError, ValueError: for an argument of a wrong type or value, as ``norm_growth_limit`` ≤ 1.
 
     References:
-      GaLore (2024), algorithm 2, for α; Fira (2024), equations 7 to 9, for "gain" and the limit;
-      Gong et al., Towards efficient optimizer design for LLM via structured Fisher approximation
-      (2025), for the Fisher matrix of what a low-rank approximation leaves out.
+      Zhao et al., GaLore (2024), "Adam with GaLore" in appendix B, for α; Chen et al., Fira (2024),
+      arXiv 2410.01623, for "gain" (norm-based scaling) and the limit (norm-growth limiter); Gong
+      et al., Towards efficient optimizer design for LLM via structured Fisher approximation (2025),
+      for the Fisher matrix of what a low-rank approximation leaves out.
 
     Example:
       >>> import jax.numpy as jnp, optax, natgalore_jax as ng

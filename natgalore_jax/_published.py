@@ -134,8 +134,17 @@ def paper_natural_galore_adamw(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Natural GaLore as its paper writes it: one-sided, on the shorter side.
 
-    The paper states neither λ nor what happens to the history at a refresh; here they are the
-    published code's λ and "keep". Equation 12 has ε inside the root.
+    Equation 12 has ε inside the root. What the paper does not state, or states otherwise:
+
+    * it has no λ beyond "a small constant", no s, no ε and nothing about the history at a refresh;
+      here they are the published code's λ, the s = 10 of the paper's first version, Adam's ε and
+      "keep";
+    * equations 10 to 12 have no bias correction; here the moments are corrected as in Adam, to
+      which section 2.4 hands the natural gradient;
+    * equation 9 has no scale α, here that of GaLore: ``scale=1.0`` is the equation;
+    * section 2.2 always projects on the left, section 2.4 refers to GaLore, which projects the
+      shorter side, as here;
+    * the G of section 2.4 has the newest gradient and s before it; here s with the newest.
 
     Args:
       learning_rate, rank, update_interval, scale, history, damping, b1, b2, eps, where, axes: as in
@@ -148,7 +157,7 @@ def paper_natural_galore_adamw(
       TypeError, ValueError: as :func:`natural_galore`.
 
     References:
-      Natural GaLore (2024), algorithm 1 and equations 8 to 13.
+      Natural GaLore (2024), section 2.2, equations 9 to 12, and section 2.4, equations 14 to 17.
 
     Example:
       >>> import jax.numpy as jnp, natgalore_jax as ng

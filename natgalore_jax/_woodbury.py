@@ -88,7 +88,8 @@ def woodbury_natural_gradient(
       TypeError: if an argument has the wrong type.
 
     References:
-      Natural GaLore (2024), section 3.4; Woodbury, Inverting modified matrices (1950).
+      Natural GaLore (2024), section 2.4, equations 14 to 17, in two terms and with the newest
+      gradient beside the s before it; Woodbury, Inverting modified matrices (1950).
 
     Example:
       The second of two gradients, preconditioned, against the dense solve:

@@ -1,7 +1,8 @@
 """Settings of published fine-tuning runs, and that of `make finetune`.
 
-The GaLore paper trains 30 epochs of 16 rows (CoLA 32) of at most 512 tokens, without warm-up and
-weight decay, and refreshes every 500 steps; its learning rates are below. The Natural GaLore paper
+The GaLore paper trains 30 epochs of 16 rows (CoLA 32) of at most 512 tokens, with the learning
+rates below (table 6); its repository's command has no warm-up and no weight decay, and refreshes
+every 500 steps. The Natural GaLore paper (section 3.2)
 trains 3 epochs of 32 rows and takes the best of three learning rates on the validation split;
 the one in the middle is here, the others are NATURAL_GALORE_RATES. Both project the matrices of the
 layers at rank 4 or 8 and train everything else in full, embeddings included.

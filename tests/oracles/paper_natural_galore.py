@@ -1,4 +1,4 @@
-"""Natural GaLore as its paper writes it (sections 2.3 and 2.4), of one matrix.
+"""Natural GaLore as its paper writes it (sections 2.2 and 2.4), of one matrix.
 
 The empirical Fisher matrix of the last s low-rank gradients, the newest included, summed and not
 averaged, with an absolute damping: F = λI + Σ g gᵀ. One side is projected. The paper says nothing
