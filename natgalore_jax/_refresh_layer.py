@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from natgalore_jax._basis import new_basis
+from natgalore_jax._basis import _orthonormal, new_basis
 from natgalore_jax._layout import (
     has_explicit_sharding,
     names_of,
@@ -16,8 +16,16 @@ from natgalore_jax._layout import (
     placed,
     replicated,
 )
-from natgalore_jax._linear_codes import Stored, load, store
+from natgalore_jax._linear_codes import (
+    LinearCodes,
+    Stored,
+    bits_of,
+    load,
+    relative_error,
+    store,
+)
 from natgalore_jax._plan import LeafPlan
+from natgalore_jax._transition import change_of_basis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,12 +107,9 @@ def refresh_layer(
             is_first,
             is_right=len(plan.modes) == 2 and mode == 1,
         )
-        # As it is stored, as all steps to come will read it.
+        if settings.transition != "keep":
+            C_of_axis[plan.low_rank_axes[mode]] = _change_of_stored(P_new, P, U)
         U_new = store(P_new.reshape(shape), U)
-        P_new = load(U_new, shape, jnp.float32).reshape(P.shape)
-        C_of_axis[plan.low_rank_axes[mode]] = jnp.matmul(
-            P_new.T, P, precision="highest", preferred_element_type=jnp.float32
-        )
         new_factors.append(_put_tree(stacked, jax.tree.map(place_like, U_new, U), index))
     if settings.transition == "keep":
         return tuple(new_factors), companions
@@ -114,6 +119,19 @@ def refresh_layer(
         is_leaf=is_companion,
     )
     return tuple(new_factors), moved
+
+
+def _change_of_stored(P_new: jax.Array, P: jax.Array, stored: Stored) -> jax.Array:
+    """The change of coordinates, without what rounding to codes does to the bases.
+
+    Rounding moves a basis at every refresh, to and fro, and the coordinates of gradients with it.
+    Moments average over that; followed, it would add up instead. So C is that of the new basis
+    before it is rounded, and of the orthonormal basis next to the old one.
+    """
+    if not isinstance(stored, LinearCodes):
+        return change_of_basis(P_new, P)
+    rounding = relative_error(bits_of(stored))
+    return change_of_basis(_orthonormal(P_new), _orthonormal(P), rounding)
 
 
 def is_companion(x: Any) -> bool:

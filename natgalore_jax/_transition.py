@@ -1,7 +1,7 @@
 """What was stored in the coordinates of an old basis, in those of a new one.
 
 ``C = P'ᵀ P`` (r, r) takes coordinates in P to coordinates in P'. The arrays here are one matrix's:
-low-rank coordinates without batch axes.
+low-rank coordinates without batch axes. Rows of C have norms of at most one.
 """
 
 from collections.abc import Mapping
@@ -10,6 +10,30 @@ import jax
 import jax.numpy as jnp
 
 TRANSITIONS = ("rotate", "reset", "keep")
+
+
+def change_of_basis(
+    P_new: jax.Array, P: jax.Array, rounding: jax.typing.ArrayLike = 0.0
+) -> jax.Array:
+    """``C = P'ᵀ P`` with rows that are no longer than one, and not shorter because of rounding.
+
+    With rows of a norm of at most one the weights of second moments sum to one for every new
+    direction: a mean of old values, which any number of changes cannot make larger than the largest
+    of them. Rows that are longer by rounding errors alone would let them grow at every change.
+
+    Args:
+      P_new: (m, r'), orthonormal, before it is rounded.
+      P: (m, r), orthonormal up to rounding.
+      rounding: the share of P that is rounding error, in squares. So much is missing from a row of
+        C even if both bases span the same space, and is not taken as a new direction.
+
+    Returns:
+      (r', r), float32.
+    """
+    C = jnp.matmul(P_new.T, P, precision="highest", preferred_element_type=jnp.float32)
+    squared = jnp.sum(C * C, axis=1, keepdims=True)
+    kept = jnp.minimum(squared + rounding, 1.0)
+    return C * jnp.sqrt(kept / jnp.where(squared > 0, squared, 1.0))
 
 
 def rotate_linear(M: jax.Array, C_of_axis: Mapping[int, jax.Array]) -> jax.Array:
@@ -50,3 +74,34 @@ def rotate_second_moment(V: jax.Array, C_of_axis: Mapping[int, jax.Array]) -> ja
         W = W + unseen[:, None] / C.shape[1]
         out = jnp.moveaxis(jnp.tensordot(W, out, axes=(1, axis)), 0, axis)
     return out.astype(V.dtype)
+
+
+def rotate_centred(
+    V: jax.Array, mean: jax.Array, new_mean: jax.Array, C_of_axis: Mapping[int, jax.Array]
+) -> jax.Array:
+    """``v'_i = μ'_i² + Σ_j C_ij² (v_j − μ_j²) + (1 − Σ_j C_ij²) v̄``, at least ``μ'_i²``.
+
+    Variances follow the rule for second moments, and the square of the new mean is added: that of
+    ``C μ`` can be larger than what :func:`rotate_second_moment` makes of V.
+
+    Args:
+      V, mean: second and first moments in the old coordinates, ``V ≥ mean²``.
+      new_mean: first moments in the new coordinates, as they are stored.
+      C_of_axis: as in :func:`rotate_second_moment`.
+
+    Returns:
+      Shape and dtype of V.
+    """
+    mean, new_mean = mean.astype(jnp.float32), new_mean.astype(jnp.float32)
+    variance = jnp.maximum(V.astype(jnp.float32) - mean * mean, 0.0)
+    for axis, C in C_of_axis.items():
+        unseen = jnp.clip(1.0 - jnp.sum(C * C, axis=1), 0.0, 1.0)
+        average = jnp.mean(variance + mean * mean, axis=axis, keepdims=True)
+        shape = [-1 if a == axis else 1 for a in range(V.ndim)]
+        seen = jnp.moveaxis(jnp.tensordot(C * C, variance, axes=(1, axis)), 0, axis)
+        variance = seen + unseen.reshape(shape) * average
+        mean = rotate_linear(mean, {axis: C})
+    # A little more than the square, so that rounding to the dtype of V leaves it no less.
+    square = new_mean * new_mean
+    least = square * (1.0 + 2.0 * float(jnp.finfo(V.dtype).eps))
+    return jnp.maximum(square + variance, least).astype(V.dtype)
