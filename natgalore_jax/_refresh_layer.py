@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from natgalore_jax._basis import _orthonormal, new_basis
+from natgalore_jax._basis import new_basis
 from natgalore_jax._layout import (
     has_explicit_sharding,
     names_of,
@@ -99,6 +99,7 @@ def refresh_layer(
     for number, (mode, stacked) in enumerate(zip(plan.projected_modes, basis, strict=True)):
         U, shape = _take_tree(stacked, index), (*plan.mode_shape(mode), plan.rank_of(mode))
         P = replicated(load(U, shape, jnp.float32)).reshape(plan.mode_sizes[mode], -1)
+        P = P.astype(jnp.promote_types(P.dtype, jnp.float32))
         P_new = new_basis(
             settings.method,
             _unfold(plan, tensor, mode),
@@ -108,7 +109,10 @@ def refresh_layer(
             is_right=len(plan.modes) == 2 and mode == 1,
         )
         if settings.transition != "keep":
-            C_of_axis[plan.low_rank_axes[mode]] = _change_of_stored(P_new, P, U)
+            # Of the new basis before it is rounded: rounding moves it to and fro at every refresh.
+            # Moments average over that; followed, it would add up.
+            C = change_of_basis(P_new, P, _rounding_of(U))
+            C_of_axis[plan.low_rank_axes[mode]] = C
         U_new = store(P_new.reshape(shape), U)
         new_factors.append(_put_tree(stacked, jax.tree.map(place_like, U_new, U), index))
     if settings.transition == "keep":
@@ -121,17 +125,12 @@ def refresh_layer(
     return tuple(new_factors), moved
 
 
-def _change_of_stored(P_new: jax.Array, P: jax.Array, stored: Stored) -> jax.Array:
-    """The change of coordinates, without what rounding to codes does to the bases.
-
-    Rounding moves a basis at every refresh, to and fro, and the coordinates of gradients with it.
-    Moments average over that; followed, it would add up instead. So C is that of the new basis
-    before it is rounded, and of the orthonormal basis next to the old one.
-    """
-    if not isinstance(stored, LinearCodes):
-        return change_of_basis(P_new, P)
-    rounding = relative_error(bits_of(stored))
-    return change_of_basis(_orthonormal(P_new), _orthonormal(P), rounding)
+def _rounding_of(stored: Stored) -> float:
+    """The share of a stored basis that is rounding error, in squares; 0 for float32."""
+    if isinstance(stored, LinearCodes):
+        return relative_error(bits_of(stored))
+    eps = float(jnp.finfo(stored.dtype).eps)
+    return eps**2 / 12 if eps > jnp.finfo(jnp.float32).eps else 0.0
 
 
 def is_companion(x: Any) -> bool:

@@ -12,28 +12,44 @@ import jax.numpy as jnp
 TRANSITIONS = ("rotate", "reset", "keep")
 
 
-def change_of_basis(
-    P_new: jax.Array, P: jax.Array, rounding: jax.typing.ArrayLike = 0.0
-) -> jax.Array:
-    """``C = P'ᵀ P`` with rows that are no longer than one, and not shorter because of rounding.
+def change_of_basis(P_new: jax.Array, P: jax.Array, rounding: float = 0.0) -> jax.Array:
+    """``C = P'ᵀ P`` between orthonormal bases, with rows that are no longer than one.
 
-    With rows of a norm of at most one the weights of second moments sum to one for every new
-    direction: a mean of old values, which any number of changes cannot make larger than the largest
-    of them. Rows that are longer by rounding errors alone would let them grow at every change.
+    The weights of a second moment in :func:`rotate_second_moment` are then a mean of old values,
+    which no number of changes makes larger than the largest of them. Bases that were rounded are
+    orthonormal no more, and rows of their product are longer at every change: each basis is
+    replaced by the orthonormal one next to it.
 
     Args:
       P_new: (m, r'), orthonormal, before it is rounded.
-      P: (m, r), orthonormal up to rounding.
+      P: (m, r), orthonormal but for rounding.
       rounding: the share of P that is rounding error, in squares. So much is missing from a row of
         C even if both bases span the same space, and is not taken as a new direction.
 
     Returns:
       (r', r), float32.
     """
-    C = jnp.matmul(P_new.T, P, precision="highest", preferred_element_type=jnp.float32)
+    C = _gram(P_new, P)
+    if rounding:
+        C = _gram(_inverse_root(_gram(P_new, P_new)), _gram(C.T, _inverse_root(_gram(P, P))))
     squared = jnp.sum(C * C, axis=1, keepdims=True)
     kept = jnp.minimum(squared + rounding, 1.0)
     return C * jnp.sqrt(kept / jnp.where(squared > 0, squared, 1.0))
+
+
+def _gram(A: jax.Array, B: jax.Array) -> jax.Array:
+    """``Aᵀ B``."""
+    return jnp.matmul(A.T, B, precision="highest", preferred_element_type=jnp.float32)
+
+
+def _inverse_root(S: jax.Array) -> jax.Array:
+    """``S^(−1/2)`` of a symmetric matrix near the identity, by Newton's iteration."""
+
+    def step(_, Z):
+        return 1.5 * Z - 0.5 * _gram(Z, _gram(S, _gram(Z, Z)))
+
+    # From an eigenvalue of 0.1 to rounding errors; those of PᵀP are 1 ± 0.2 in four bits.
+    return jax.lax.fori_loop(0, 8, step, jnp.eye(S.shape[0], dtype=S.dtype))
 
 
 def rotate_linear(M: jax.Array, C_of_axis: Mapping[int, jax.Array]) -> jax.Array:
