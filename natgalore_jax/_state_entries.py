@@ -152,7 +152,8 @@ def register_state(state_type: type, /, **fields: FirstMoment | SecondMoment) ->
     optimizers inside the subspace: with :math:`C = P'^\top P`, a first moment becomes
     :math:`C M`; a second moment becomes
     :math:`v'_i = \sum_j C_{ij}^2 v_j + (1 - \sum_j C_{ij}^2)\, \bar v`; and a centred one
-    :math:`v'_i = \mu_i'^2 + \sum_j C_{ij}^2 (v_j - \mu_j^2) + (1 - \sum_j C_{ij}^2)\, \bar v`.
+    :math:`v'_i = \kappa \mu_i'^2 + \sum_j C_{ij}^2 (v_j - \kappa \mu_j^2)
+    + (1 - \sum_j C_{ij}^2)\, \bar v` with :math:`\kappa = \min v / \mu^2 \ge 1`.
     :func:`quantize_state` stores first moments in codes with a sign, second moments in codes
     without one, and centred pairs in full.
 

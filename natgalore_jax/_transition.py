@@ -95,10 +95,12 @@ def rotate_second_moment(V: jax.Array, C_of_axis: Mapping[int, jax.Array]) -> ja
 def rotate_centred(
     V: jax.Array, mean: jax.Array, new_mean: jax.Array, C_of_axis: Mapping[int, jax.Array]
 ) -> jax.Array:
-    """``v'_i = μ'_i² + Σ_j C_ij² (v_j − μ_j²) + (1 − Σ_j C_ij²) v̄``, at least ``μ'_i²``.
+    """``v'_i = κ μ'_i² + Σ_j C_ij² (v_j − κ μ_j²) + (1 − Σ_j C_ij²) v̄`` with ``κ = min v / μ²``.
 
     Variances follow the rule for second moments, and the square of the new mean is added: that of
-    ``C μ`` can be larger than what :func:`rotate_second_moment` makes of V.
+    ``C μ`` can be larger than what :func:`rotate_second_moment` makes of V. κ is 1 or more. Where
+    both moments are divided by 1 − βᵗ before they are used, a variance of zero is
+    ``v = μ² / (1 − βᵗ)``; what every entry has to spare follows the mean.
 
     Args:
       V, mean: second and first moments in the old coordinates, ``V ≥ mean²``.
@@ -108,16 +110,19 @@ def rotate_centred(
     Returns:
       Shape and dtype of V.
     """
-    mean, new_mean = mean.astype(jnp.float32), new_mean.astype(jnp.float32)
-    variance = jnp.maximum(V.astype(jnp.float32) - mean * mean, 0.0)
+    mean, new_mean, total = (x.astype(jnp.float32) for x in (mean, new_mean, V))
+    square = mean * mean
+    kappa = jnp.min(jnp.where(square > 0, total / jnp.where(square > 0, square, 1.0), jnp.inf))
+    kappa = jnp.where(jnp.isfinite(kappa), jnp.maximum(kappa, 1.0), 1.0)
+    variance = jnp.maximum(total - kappa * square, 0.0)
     for axis, C in C_of_axis.items():
         unseen = jnp.clip(1.0 - jnp.sum(C * C, axis=1), 0.0, 1.0)
-        average = jnp.mean(variance + mean * mean, axis=axis, keepdims=True)
+        average = jnp.mean(variance + kappa * mean * mean, axis=axis, keepdims=True)
         shape = [-1 if a == axis else 1 for a in range(V.ndim)]
         seen = jnp.moveaxis(jnp.tensordot(C * C, variance, axes=(1, axis)), 0, axis)
         variance = seen + unseen.reshape(shape) * average
         mean = rotate_linear(mean, {axis: C})
     # A little more than the square, so that rounding to the dtype of V leaves it no less.
-    square = new_mean * new_mean
+    square = kappa * new_mean * new_mean
     least = square * (1.0 + 2.0 * float(jnp.finfo(V.dtype).eps))
     return jnp.maximum(square + variance, least).astype(V.dtype)

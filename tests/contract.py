@@ -136,7 +136,9 @@ OPTAX_OPTIMIZERS: Mapping[str, Callable[[], optax.GradientTransformation]] = {
     "rmsprop": lambda: optax.rmsprop(5e-3),
     "rmsprop, momentum": lambda: optax.rmsprop(5e-3, momentum=0.9, bias_correction=True),
     "rmsprop, centred": lambda: optax.rmsprop(5e-3, centered=True),
-    "rmsprop, centred, corrected": lambda: optax.rmsprop(5e-3, centered=True, bias_correction=True),
+    "rmsprop, centred, corrected": lambda: optax.rmsprop(
+        5e-3, eps=1e-3, centered=True, bias_correction=True
+    ),
     "rprop": lambda: optax.rprop(0.1),
     "sgd": lambda: optax.sgd(0.1, momentum=0.9),
     "sign_sgd": lambda: optax.sign_sgd(1e-2),

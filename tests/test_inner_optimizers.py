@@ -225,11 +225,29 @@ def test_centred_moments_stay_above_the_square_of_the_mean(dtype):
         if size < 0.1:
             assert (squares(C, old_nu) < linear(C, old_mu) ** 2).any()
         W = np.asarray(C, np.float64) ** 2
-        expected = linear(C, old_mu) ** 2 + W @ (old_nu - old_mu**2)
+        kappa = (old_nu / old_mu**2).min()
+        expected = kappa * linear(C, old_mu) ** 2 + W @ (old_nu - kappa * old_mu**2)
         expected += (1 - W.sum(1, keepdims=True)) * old_nu.mean(0)
         tolerance = 4 * float(jnp.finfo(dtype).eps)
         # Both terms of a difference, ν − μ², are rounded.
         np.testing.assert_allclose(nu_new, expected, rtol=tolerance, atol=1e-6 * expected.max())
+
+
+def test_centred_moments_with_bias_correction_have_no_negative_variance():
+    """Equal gradients g: μ = (1 − βᵗ) g and ν = (1 − βᵗ) g², so that ν̂ = μ̂² in any basis."""
+    g, correction = tree_of(0), 1 - 0.9**3
+    state = optax.rmsprop(0.1, centered=True, bias_correction=True).init(g)[0]
+    state = state._replace(
+        mu=jax.tree.map(lambda x: correction * x, g),
+        nu=jax.tree.map(lambda x: correction * x * x, g),
+    )
+    new = transported(state, change(overlap=1.0) @ jnp.asarray(rotation(RANK), jnp.float32))
+    mean, square = (np.asarray(x["w"], np.float64) / correction for x in (new.mu, new.nu))
+    np.testing.assert_allclose(square, mean**2, rtol=1e-4, atol=1e-6)
+
+
+def rotation(n):
+    return np.linalg.qr(np.random.default_rng(9).standard_normal((n, n)))[0]
 
 
 def test_sm3_and_adafactor_rotate_the_statistics_of_the_projected_axis():
