@@ -73,6 +73,11 @@ from natgalore_jax._quantize_weights import (
     dequantize_weights as dequantize_weights,
     quantize_weights as quantize_weights,
 )
+from natgalore_jax._state_entries import (
+    FirstMoment as FirstMoment,
+    SecondMoment as SecondMoment,
+    register_state as register_state,
+)
 from natgalore_jax._state_shardings import (
     state_shardings as state_shardings,
     with_shardings as with_shardings,

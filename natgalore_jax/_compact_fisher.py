@@ -4,9 +4,7 @@ Shapes: B are the batch axes of the parameter, F those of a factor: (r,) if it i
 if it is full. Formulas are for one matrix projected on its left side, R (r, n).
 """
 
-import dataclasses
 import string
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -15,28 +13,17 @@ from natgalore_jax._contract import contract
 from natgalore_jax._transition import rotate_second_moment
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class FisherFactor:
-    """The factor A of one axis of R, as a companion of the basis of that axis."""
+def moved_factor(A: jax.Array, C: jax.Array) -> jax.Array:
+    """``A' = C A Cᵀ + (I − C Cᵀ) tr(A) / r``, or its diagonal for a diagonal A.
 
-    value: jax.Array
-    axis: int = dataclasses.field(metadata={"static": True})
-
-    def moved(self, transition: str, C_of_axis: Mapping[int, jax.Array]) -> "FisherFactor":
-        """``A' = C A Cᵀ + (I − C Cᵀ) tr(A) / r``, or its diagonal for a diagonal A.
-
-        What a new direction has outside the old basis was never seen and takes the mean.
-        """
-        A, C = self.value, C_of_axis[self.axis]
-        if transition == "reset":
-            return dataclasses.replace(self, value=jnp.zeros_like(A))
-        if A.ndim == 1:
-            return dataclasses.replace(self, value=rotate_second_moment(A, {0: C}))
-        r = A.shape[0]
-        unseen = jnp.eye(r, dtype=C.dtype) - jnp.matmul(C, C.T, precision="highest")
-        moved = jnp.matmul(C, jnp.matmul(A, C.T, precision="highest"), precision="highest")
-        return dataclasses.replace(self, value=moved + unseen * (jnp.trace(A) / r))
+    What a new direction has outside the old basis was never seen and takes the mean.
+    """
+    if A.ndim == 1:
+        return rotate_second_moment(A, {0: C})
+    r = A.shape[0]
+    unseen = jnp.eye(r, dtype=C.dtype) - jnp.matmul(C, C.T, precision="highest")
+    moved = jnp.matmul(C, jnp.matmul(A, C.T, precision="highest"), precision="highest")
+    return moved + unseen * (jnp.trace(A) / r)
 
 
 def gram(R: jax.Array, axis: int, batch_ndim: int, *, diagonal: bool) -> jax.Array:

@@ -13,11 +13,13 @@ from natgalore_jax._compact_fisher import (
     averaged,
     gram,
     inverse_power,
+    moved_factor,
     multiply,
     with_norm_of,
 )
 from natgalore_jax._kernel import kernel, own_arithmetic
 from natgalore_jax._scope import current_subspace
+from natgalore_jax._state_entries import StateType, register_type
 from natgalore_jax._validate import (
     check_boolean,
     check_choice,
@@ -39,6 +41,27 @@ class CompactFisherState(NamedTuple):
     #: or batch + (r, r), the factor of that mode; MaskedNode where it is not projected.
     fisher: tuple[Any, ...]
     inner: Any  #: the state of the inner optimizer
+
+
+class _FisherFactors(StateType):
+    def entries(self, state, flatten):
+        return {"fisher": list(zip(*map(flatten, state.fisher), strict=True))}
+
+    def inner(self, state):
+        return state.inner
+
+    def moved(self, fields, change):
+        factors, treedef = jax.tree.flatten(fields["fisher"])  # of the projected modes, in order
+        if change.transition == "reset":
+            return {"fisher": treedef.unflatten(map(jnp.zeros_like, factors))}
+        return {
+            "fisher": treedef.unflatten(
+                moved_factor(A, C) for A, C in zip(factors, change.C_of_axis.values(), strict=True)
+            )
+        }
+
+
+register_type(CompactFisherState, _FisherFactors())
 
 
 def compact_natural_gradient(

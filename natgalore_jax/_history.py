@@ -4,15 +4,22 @@ Shapes: B are the batch axes of the parameter, s the length of the history, K th
 gradient, k its number of elements. Formulas are for one matrix, with ``H`` (k, s).
 """
 
-import dataclasses
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from natgalore_jax._layout import has_explicit_sharding, in_auto_axes, place_like, zeros_on_axes
-from natgalore_jax._linear_codes import LinearCodes, Stored, coded_bits, encode_zeros, load, store
+from natgalore_jax._linear_codes import (
+    LinearCodes,
+    Stored,
+    coded_bits,
+    encode_zeros,
+    leaves_of,
+    load,
+    store,
+)
+from natgalore_jax._state_entries import StateType, register_type
 from natgalore_jax._transition import rotate_linear
 
 
@@ -31,38 +38,38 @@ class History(NamedTuple):
     filled: Any  #: B, int32: the number of gradients seen since the start or a reset, up to s
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class PastGradients:
-    """The history of one parameter, as a companion of its bases."""
+class _PastGradients(StateType):
+    def entries(self, state, flatten):
+        columns = leaves_of(flatten, state.columns)
+        return {**{name: flatten(x) for name, x in state._asdict().items()}, "columns": columns}
 
-    history: History  # of arrays
-    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # K
-
-    def moved(self, transition: str, C_of_axis: Mapping[int, jax.Array]) -> "PastGradients":
+    def moved(self, fields, change):
         """One matrix's history in the coordinates of a new basis: rotated, or emptied."""
-        if transition == "reset":
-            return jax.tree.map(jnp.zeros_like, self)
+        if change.transition == "reset":
+            return jax.tree.map(jnp.zeros_like, fields)
+        stored_columns, shape = fields["columns"], change.matrix_shape
 
         def rotate(i, columns):
             stored = _column(columns, i, 0)
-            h = rotate_linear(load(stored, self.shape, jnp.float32), C_of_axis)
+            h = rotate_linear(load(stored, shape, jnp.float32), change.C_of_axis)
             return _put_column(columns, store(h, stored), i, 0)
 
         # Column by column, in place: a product of all at once makes XLA lay out the whole buffer
         # with s innermost, and copy it there and back at every step.
-        length = self.history.gram.shape[-1]
-        columns = jax.lax.fori_loop(0, length, rotate, self.history.columns)
+        length = fields["gram"].shape[-1]
+        columns = jax.lax.fori_loop(0, length, rotate, stored_columns)
 
         def column(i):
-            return load(_column(columns, i, 0), self.shape, jnp.float32)
+            return load(_column(columns, i, 0), shape, jnp.float32)
 
         gram, checksum = jax.lax.map(
             lambda i: (_products(columns, column(i), 0), _checksum(column(i), 0)),
             jnp.arange(length),
         )
-        moved = self.history._replace(columns=columns, gram=gram, checksum=checksum)
-        return dataclasses.replace(self, history=moved)
+        return {**fields, "columns": columns, "gram": gram, "checksum": checksum}
+
+
+register_type(History, _PastGradients())
 
 
 def empty_history(length: int, batch_ndim: int, gradient: jax.Array, dtype: Any) -> History:

@@ -12,6 +12,7 @@ from natgalore_jax._compact_natural_gradient import CompactFisherState
 from natgalore_jax._plan import LeafPlan
 from natgalore_jax._project import LowRankProjectState
 from natgalore_jax._project_back import ProjectBackState
+from natgalore_jax._quantize_state import QuantizedState
 from natgalore_jax._woodbury import WoodburyState
 
 
@@ -19,9 +20,18 @@ class Piece(NamedTuple):
     """One array of the state that belongs to one parameter."""
 
     part: str  # "basis", "history", "inner" or "other"
-    field: str  # the field of the state that it stands in: "columns" of a history
+    field: str  # "fisher", "columns" or "scales" in the states that have them here, or ""
     shape: tuple[int, ...]
     bytes: int
+
+
+_OURS = (
+    LowRankProjectState,
+    WoodburyState,
+    CompactFisherState,
+    ProjectBackState,
+    QuantizedState,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,26 +83,29 @@ def _marked(tx: optax.GradientTransformation, state: Any) -> Any:
         return state
 
 
-def _parts(marked: Any) -> Iterator[tuple[str, str, Any]]:
-    """Each wrapped tree and each other leaf, with the part it belongs to and its field there."""
-    ours = (LowRankProjectState, WoodburyState, CompactFisherState, ProjectBackState)
-    for outer, node in jax.tree_util.tree_leaves_with_path(
-        marked, is_leaf=lambda x: isinstance(x, ours)
-    ):
-        if isinstance(node, LowRankProjectState):
-            part = "basis"
+def _parts(state: Any, part: str = "inner") -> Iterator[tuple[str, str, Any]]:
+    """Each wrapped tree and each other leaf, with its part and its field in a state of ours."""
+    for node in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, _OURS)):
+        if isinstance(node, QuantizedState):
+            yield from _parts((node.count, node.codes), part)
+            yield from _named(part, "scales", node.scales)
+        elif isinstance(node, CompactFisherState):
+            yield from _named("history", "fisher", node.fisher)
+            yield from _parts((node.count, node.inner), part)
         elif isinstance(node, WoodburyState):
-            part = "history"
+            yield from _named("history", "columns", node.history.columns)
+            yield from _parts((node.count, node.history._replace(columns=())), "history")
+        elif isinstance(node, LowRankProjectState):
+            yield from _named("basis", "basis", tuple(node))
+        elif isinstance(node, ProjectBackState):
+            yield from _parts(tuple(node), "other")
         else:
-            part = "other" if isinstance(node, ProjectBackState) else "inner"
-        for path, leaf in jax.tree_util.tree_leaves_with_path(node):
-            names = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
-            field = names[-1] if names else ""
-            if jax.tree_util.GetAttrKey("scales") in (*outer, *path):
-                field = "scales"
-            elif jax.tree_util.GetAttrKey("columns") in path:
-                field = "columns"
-            yield "history" if field == "fisher" else part, field, leaf
+            yield part, "", node
+
+
+def _named(part: str, field: str, tree: Any) -> Iterator[tuple[str, str, Any]]:
+    for leaf in jax.tree.leaves(tree):
+        yield part, field, leaf
 
 
 def alternatives(plan: LeafPlan, pieces: Sequence[Piece]) -> dict[str, int]:

@@ -88,7 +88,8 @@ def low_rank_project(
         every step of training.
       transition: what becomes of moments and history when P changes to P'. ``"rotate"``: linear
         ones by ``P'ᵀP``, second moments by its squares; ``"reset"``: zero; ``"keep"``: untouched,
-        as in the published code. Found by ``optax.tree.map_params`` in any inner optimizer.
+        as in the published code. The type of a state says which of its fields are moments:
+        :func:`register_state`. What is not registered is kept.
       stagger: spread the refreshes of all matrices evenly over the interval, so that no step does
         them all. The first step always does.
       where: the parameters to project: a callable ``(path, leaf) -> bool``, a pytree of booleans

@@ -151,6 +151,28 @@ def decode(codes: jax.Array, bounds: jax.Array, *, is_second: bool) -> jax.Array
     return _float(_bits(x) | ((code & jnp.uint32(_SIGN)) << 24))
 
 
+class MomentCodes(NamedTuple):
+    """One moment in 8 bits, beside its bounds; an array in floats stands for itself."""
+
+    codes: Any
+    bounds: Any
+
+
+def load_moment(stored: Any, *, is_second: bool) -> jax.Array:
+    """A moment as floats, from codes or as it is."""
+    if not isinstance(stored, MomentCodes):
+        return stored
+    return decode(stored.codes, stored.bounds, is_second=is_second)
+
+
+def store_moment(x: jax.Array, like: Any, *, is_second: bool) -> Any:
+    """In codes, rounded to nearest, or in floats, as ``like`` is."""
+    if not isinstance(like, MomentCodes):
+        return x.astype(like.dtype)
+    bounds = block_max(x, blocks_between(x.shape, like.bounds.shape))
+    return MomentCodes(encode(x, bounds, is_second=is_second), bounds)
+
+
 def _bits_of_c(bounds: jax.Array, is_second: bool) -> jax.Array:
     """c as the bits of a float32; not a number where the bound is none, and so is all it holds."""
     octaves = jnp.uint32(16 if is_second else 8)

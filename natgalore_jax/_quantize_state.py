@@ -1,16 +1,18 @@
 """Any optimizer with its large moments in eight bits."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+import natgalore_jax._optax_states  # noqa: F401  registers the states of Optax
 from natgalore_jax._check_tree import update_dtypes
-from natgalore_jax._companions import SECOND_MOMENTS, entries_of
 from natgalore_jax._dither import STRIDES, dither
 from natgalore_jax._kernel import kernel, own_arithmetic
 from natgalore_jax._quantize import (
+    MomentCodes,
     block_max,
     block_sum,
     blocks_between,
@@ -19,6 +21,12 @@ from natgalore_jax._quantize import (
     encode,
 )
 from natgalore_jax._scope import current_subspace
+from natgalore_jax._state_entries import (
+    SecondMoment,
+    StateType,
+    register_type,
+    registered_entries,
+)
 from natgalore_jax._validate import check_integer
 from natgalore_jax._where import KeyPath, Where, selected, shape_and_dtype
 
@@ -32,6 +40,20 @@ class QuantizedState(NamedTuple):
     #: A tree of the same structure: float32, a bound on the absolute values of each block, shape of
     #: the parameter but for the axis that is divided; MaskedNode where nothing is in 8 bits.
     scales: Any
+
+
+class _InnerState(StateType):
+    """The state of the inner optimizer, whose types say what the codes mean."""
+
+    def inner(self, state):
+        return jax.tree.map(
+            lambda codes, bounds: codes if _is_hole(bounds) else MomentCodes(codes, bounds),
+            state.codes,
+            state.scales,
+        )
+
+
+register_type(QuantizedState, _InnerState())
 
 
 class EightBits(NamedTuple):
@@ -66,27 +88,28 @@ def quantize_state(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Stores the moments of an optimizer in 8 bits, a quarter of their memory in float32.
 
-    Every floating-point array of the inner state that has the shape of its parameter is stored as
-    one byte a number and a float32 for each block; the inner optimizer works on float32 arrays
-    that exist only during its step. Everything else (counts, factored statistics, Fisher matrices,
-    gradient histories, moments of small parameters) stays as it is. With B the largest absolute
-    value of a block and :math:`c = 2^{-K}` times the power of two above it, x is stored as
+    Every moment of the inner state that has the shape of its parameter is stored as one byte a
+    number and a float32 for each block; the inner optimizer works on float32 arrays that exist
+    only during its step. The type of the inner state says what is a moment
+    (:func:`register_state`). Everything else (counts, step sizes, weights, factored and centred
+    statistics, Fisher matrices, gradient histories, moments of small parameters) stays as it is.
+    With B the largest absolute value of a block and :math:`c = 2^{-K}` times the power of two above
+    it, x is stored as
 
     .. math:: \operatorname{sign}(x) \cdot \mathrm{fl}_4(|x| + c),
 
     a float with four bits of mantissa: the error of a number is at most a sixteenth of
-    :math:`|x| + c`. First moments have a sign and K = 8; second moments, recognised by the names
-    of Optax's fields, none and K = 16, so that their roots cover the same range. A second moment
-    is never read as zero, so that no update blows up. Rounding is dithered: right on average over
-    the steps, or a second moment, which changes by a thousandth a step, would stand still.
+    :math:`|x| + c`. First moments have a sign and K = 8; second moments have none and K = 16, so
+    that their roots cover the same range. A second moment is never read as zero, so that no update
+    blows up. Rounding is dithered: right on average over the steps, or a second moment, which
+    changes by a thousandth a step, would stand still.
 
     Inside a subspace the moments follow the basis as float32 ones do, one layer at a time. For Adam
     :func:`scale_by_adam_8bit` is faster and needs no float32 moments even then: at the full size of
-    a model the wrapper's step has taken four times that of float32 Adam on a CPU. Do not wrap an
-    optimizer that keeps weights in its state (schedule-free, lookahead).
+    a model the wrapper's step has taken four times that of float32 Adam on a CPU.
 
     Args:
-      inner: any transformation that ``optax.tree.map_params`` understands.
+      inner: any transformation with a state of registered types: Optax's, and your own.
       block_size: the most numbers that share a bound, at least 32. Blocks run along the shorter of
         the last two axes (if it has 64 entries, else another), so that a token of an embedding has
         blocks of its own.
@@ -101,7 +124,7 @@ def quantize_state(
 
     Raises:
       TypeError, ValueError: for an argument of a wrong type or value; at ``init`` for an inner
-        transformation of which ``optax.tree.map_params`` cannot find the moments.
+        transformation of whose state no type is registered.
 
     References:
       Dettmers et al., 8-bit optimizers via block-wise quantization (2022), whose codes are decades
@@ -119,39 +142,27 @@ def quantize_state(
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params):
-        state = inner.init(params)
+        leaves, params_treedef = jax.tree.flatten(params)
+        values, treedef = jax.tree.flatten(inner.init(params))
+        moments = _moments(treedef, params_treedef)
         batch = settings.batch_of_leaves(params)
-        shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(params)]
-        try:
-            entries, treedef = entries_of(inner, state, params)
-        except Exception as error:
-            raise ValueError(
-                "quantize_state needs an inner transformation whose moments "
-                f"optax.tree.map_params can find, got {inner!r}"
-            ) from error
-        codes, scales = [], []
-        for entry in entries:
-            value, scale = entry.value, optax.MaskedNode()
-            nb, shape = (
-                (None, ()) if entry.leaf is None else (batch[entry.leaf], shapes[entry.leaf])
-            )
+        scales: list[Any] = [optax.MaskedNode()] * len(values)
+        for number, (leaf, is_second) in moments.items():
+            value, nb = values[number], batch[leaf]
             is_float = jnp.issubdtype(value.dtype, jnp.floating)
-            if nb is not None and is_float and value.shape == shape:
-                value, scale = start(value, block_size, nb, entry.name in SECOND_MOMENTS)
-            codes.append(value)
-            scales.append(scale)
+            if nb is not None and is_float and value.shape == jnp.shape(leaves[leaf]):
+                values[number], scales[number] = start(value, block_size, nb, is_second)
         return QuantizedState(
-            jnp.zeros([], jnp.int32), treedef.unflatten(codes), treedef.unflatten(scales)
+            jnp.zeros([], jnp.int32), treedef.unflatten(values), treedef.unflatten(scales)
         )
 
     def update_fn(updates, state, params=None, **extra_args):
-        entries, treedef = entries_of(inner, state.codes, updates)
+        stored, treedef = jax.tree.flatten(state.codes)
         scales = treedef.flatten_up_to(state.scales)
+        moments = _moments(treedef, jax.tree.structure(updates))
         decoded = [
-            entry.value
-            if isinstance(scale, optax.MaskedNode)
-            else _decode(entry.name in SECOND_MOMENTS, entry.value, scale)
-            for entry, scale in zip(entries, scales, strict=True)
+            x if _is_hole(scale) else _decode(moments[number][1], x, scale)
+            for number, (x, scale) in enumerate(zip(stored, scales, strict=True))
         ]
         new, inner_state = inner.update(
             jax.tree.map(at_least_float32, updates),
@@ -160,13 +171,14 @@ def quantize_state(
             **extra_args,
         )
         codes, new_scales = [], []
-        for i, (entry, scale, value) in enumerate(
-            zip(entries, scales, treedef.flatten_up_to(inner_state), strict=True)
+        for number, (x, scale, value) in enumerate(
+            zip(stored, scales, treedef.flatten_up_to(inner_state), strict=True)
         ):
-            if isinstance(scale, optax.MaskedNode):
-                value = value.astype(entry.value.dtype)
+            if _is_hole(scale):
+                value = value.astype(x.dtype)
             else:
-                value, scale = _stored(i, entry.name in SECOND_MOMENTS, value, scale, state.count)
+                is_second = moments[number][1]
+                value, scale = _stored(number, is_second, value, scale, state.count)
             codes.append(value)
             new_scales.append(scale)
         new, new_treedef = jax.tree.flatten(new)
@@ -191,6 +203,50 @@ def _stored(salt, is_second, value, scale, count):
     value = value.astype(jnp.float32)
     scale = block_max(value, blocks_between(value.shape, scale.shape))
     return dithered(value, scale, count, salt, is_second), scale
+
+
+def _moments(treedef: Any, params_treedef: Any) -> dict[int, tuple[int, bool]]:
+    """The moments that may be stored in 8 bits, by their numbers in the flat state.
+
+    The number of its parameter, and whether it is a second one. Centred pairs are left out: after
+    rounding, a variance could be negative.
+    """
+    state, found = treedef.unflatten(range(treedef.num_leaves)), {}
+    registered = registered_entries(state, params_treedef)
+    if treedef.num_leaves and not registered:
+        raise ValueError(
+            "quantize_state needs an inner transformation whose state has a registered type, got "
+            f"{_types_in(state)}: use natgalore_jax.register_state to say what its fields mean"
+        )
+    for meaning, fields in registered:
+        centred = {
+            name
+            for field, role in meaning.roles.items()
+            if isinstance(role, SecondMoment) and role.mean is not None
+            for name in (field, role.mean)
+        }
+        for name, role in meaning.roles.items():
+            for leaf, number in enumerate(fields[name]):
+                if isinstance(number, int) and name not in centred:
+                    found[number] = (leaf, isinstance(role, SecondMoment))
+    return found
+
+
+def _types_in(state: Any) -> str:
+    """The names of the types of a state and of what is in it."""
+    names = []
+
+    def visit(x):
+        if hasattr(x, "_fields") or dataclasses.is_dataclass(x):
+            names.append(type(x).__name__)
+        return False
+
+    jax.tree.leaves(state, is_leaf=visit)
+    return ", ".join(dict.fromkeys(names)) or type(state).__name__
+
+
+def _is_hole(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
 
 
 @own_arithmetic

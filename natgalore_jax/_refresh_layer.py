@@ -16,8 +16,16 @@ from natgalore_jax._layout import (
     placed,
     replicated,
 )
-from natgalore_jax._linear_codes import Stored, load, store
+from natgalore_jax._linear_codes import (
+    LinearCodes,
+    Stored,
+    bits_of,
+    load,
+    relative_error,
+    store,
+)
 from natgalore_jax._plan import LeafPlan
+from natgalore_jax._transition import change_of_basis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +104,7 @@ def refresh_layer(
     for number, (mode, stacked) in enumerate(zip(plan.projected_modes, basis, strict=True)):
         U, shape = _take_tree(stacked, index), (*plan.mode_shape(mode), plan.rank_of(mode))
         P = replicated(load(U, shape, jnp.float32)).reshape(plan.mode_sizes[mode], -1)
+        P = P.astype(jnp.promote_types(P.dtype, jnp.float32))
         P_new = new_basis(
             settings.method,
             _unfold(plan, tensor, mode),
@@ -104,12 +113,12 @@ def refresh_layer(
             is_first,
             is_right=len(plan.modes) == 2 and mode == 1,
         )
-        # As it is stored, as all steps to come will read it.
+        if settings.transition != "keep":
+            # Of the new basis before it is rounded: rounding moves it to and fro at every refresh.
+            # Moments average over that; followed, it would add up.
+            C = change_of_basis(P_new, P, _rounding_of(U))
+            C_of_axis[plan.low_rank_axes[mode]] = C
         U_new = store(P_new.reshape(shape), U)
-        P_new = load(U_new, shape, jnp.float32).reshape(P.shape)
-        C_of_axis[plan.low_rank_axes[mode]] = jnp.matmul(
-            P_new.T, P, precision="highest", preferred_element_type=jnp.float32
-        )
         new_factors.append(_put_tree(stacked, jax.tree.map(place_like, U_new, U), index))
     if settings.transition == "keep":
         return tuple(new_factors), companions
@@ -119,6 +128,14 @@ def refresh_layer(
         is_leaf=is_companion,
     )
     return tuple(new_factors), moved
+
+
+def _rounding_of(stored: Stored) -> float:
+    """The share of a stored basis that is rounding error, in squares; 0 for float32."""
+    if isinstance(stored, LinearCodes):
+        return relative_error(bits_of(stored))
+    eps = float(jnp.finfo(stored.dtype).eps)
+    return eps**2 / 12 if eps > jnp.finfo(jnp.float32).eps else 0.0
 
 
 def is_companion(x: Any) -> bool:

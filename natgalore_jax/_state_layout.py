@@ -10,6 +10,7 @@ import optax
 from natgalore_jax._layer_parts import Parts, with_length
 from natgalore_jax._plan import LeafPlan
 from natgalore_jax._scope import record_plans
+from natgalore_jax._state_entries import entries_of
 from natgalore_jax._where import KeyPath
 
 
@@ -86,16 +87,16 @@ def _init(
 
 def _owners(tx: optax.GradientTransformation, parts: Parts, state: Any) -> list[int | None]:
     """For each leaf of the state the number of its parameter, None for the others."""
-    hole = object()
-    marked = optax.tree.map_params(
-        tx.init,
-        lambda value, number: value if isinstance(value, optax.MaskedNode) else number,
-        state,
-        parts.treedef.unflatten(range(len(parts.paths))),
-        transform_non_params=lambda value: hole,
-        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
-    )
-    return [None if mark is hole else mark for mark in jax.tree.leaves(marked)]
+    owners: list[int | None] = [None] * len(jax.tree.leaves(state))
+
+    def mark(tree):
+        for owner, entry in enumerate(entries_of(tree, parts.treedef)):
+            for number in jax.tree.leaves(entry):
+                owners[number] = owner
+
+    numbered = jax.tree.unflatten(jax.tree.structure(state), range(len(owners)))
+    optax.tree.map_params(tx.init, mark, numbered, is_leaf=lambda _: True)
+    return owners
 
 
 def _layer_axis(path: str, here: tuple, there: tuple, length: int) -> int | None:

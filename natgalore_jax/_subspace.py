@@ -146,8 +146,7 @@ class Subspace:
         factors = self._stored_factors(treedef, plans, states)
         settings, of_leaf, skeletons = self.opener.refresh, [[] for _ in plans], None
         if settings.transition != "keep":
-            numbered = treedef.unflatten(range(len(plans)))
-            of_leaf, skeletons = companions_of_all(self.inner, inner_states, numbered, plans)
+            of_leaf, skeletons = companions_of_all(inner_states, treedef, plans)
         projected = [i for i, plan in enumerate(plans) if plan]
         new_factors, new_companions = refresh(
             settings,

@@ -1,7 +1,7 @@
 """What was stored in the coordinates of an old basis, in those of a new one.
 
 ``C = P'ᵀ P`` (r, r) takes coordinates in P to coordinates in P'. The arrays here are one matrix's:
-low-rank coordinates without batch axes.
+low-rank coordinates without batch axes. Rows of C have norms of at most one.
 """
 
 from collections.abc import Mapping
@@ -10,6 +10,46 @@ import jax
 import jax.numpy as jnp
 
 TRANSITIONS = ("rotate", "reset", "keep")
+
+
+def change_of_basis(P_new: jax.Array, P: jax.Array, rounding: float = 0.0) -> jax.Array:
+    """``C = P'ᵀ P`` between orthonormal bases, with rows that are no longer than one.
+
+    The weights of a second moment in :func:`rotate_second_moment` are then a mean of old values,
+    which no number of changes makes larger than the largest of them. Bases that were rounded are
+    orthonormal no more, and rows of their product are longer at every change: each basis is
+    replaced by the orthonormal one next to it.
+
+    Args:
+      P_new: (m, r'), orthonormal, before it is rounded.
+      P: (m, r), orthonormal but for rounding.
+      rounding: the share of P that is rounding error, in squares. So much is missing from a row of
+        C even if both bases span the same space, and is not taken as a new direction.
+
+    Returns:
+      (r', r), float32.
+    """
+    C = _gram(P_new, P)
+    if rounding:
+        C = _gram(_inverse_root(_gram(P_new, P_new)), _gram(C.T, _inverse_root(_gram(P, P))))
+    squared = jnp.sum(C * C, axis=1, keepdims=True)
+    kept = jnp.minimum(squared + rounding, 1.0)
+    return C * jnp.sqrt(kept / jnp.where(squared > 0, squared, 1.0))
+
+
+def _gram(A: jax.Array, B: jax.Array) -> jax.Array:
+    """``Aᵀ B``."""
+    return jnp.matmul(A.T, B, precision="highest", preferred_element_type=jnp.float32)
+
+
+def _inverse_root(S: jax.Array) -> jax.Array:
+    """``S^(−1/2)`` of a symmetric matrix near the identity, by Newton's iteration."""
+
+    def step(_, Z):
+        return 1.5 * Z - 0.5 * _gram(Z, _gram(S, _gram(Z, Z)))
+
+    # From an eigenvalue of 0.1 to rounding errors; those of PᵀP are 1 ± 0.2 in four bits.
+    return jax.lax.fori_loop(0, 8, step, jnp.eye(S.shape[0], dtype=S.dtype))
 
 
 def rotate_linear(M: jax.Array, C_of_axis: Mapping[int, jax.Array]) -> jax.Array:
@@ -50,3 +90,39 @@ def rotate_second_moment(V: jax.Array, C_of_axis: Mapping[int, jax.Array]) -> ja
         W = W + unseen[:, None] / C.shape[1]
         out = jnp.moveaxis(jnp.tensordot(W, out, axes=(1, axis)), 0, axis)
     return out.astype(V.dtype)
+
+
+def rotate_centred(
+    V: jax.Array, mean: jax.Array, new_mean: jax.Array, C_of_axis: Mapping[int, jax.Array]
+) -> jax.Array:
+    """``v'_i = κ μ'_i² + Σ_j C_ij² (v_j − κ μ_j²) + (1 − Σ_j C_ij²) v̄`` with ``κ = min v / μ²``.
+
+    Variances follow the rule for second moments, and the square of the new mean is added: that of
+    ``C μ`` can be larger than what :func:`rotate_second_moment` makes of V. κ is 1 or more. Where
+    both moments are divided by 1 − βᵗ before they are used, a variance of zero is
+    ``v = μ² / (1 − βᵗ)``; what every entry has to spare follows the mean.
+
+    Args:
+      V, mean: second and first moments in the old coordinates, ``V ≥ mean²``.
+      new_mean: first moments in the new coordinates, as they are stored.
+      C_of_axis: as in :func:`rotate_second_moment`.
+
+    Returns:
+      Shape and dtype of V.
+    """
+    mean, new_mean, total = (x.astype(jnp.float32) for x in (mean, new_mean, V))
+    square = mean * mean
+    kappa = jnp.min(jnp.where(square > 0, total / jnp.where(square > 0, square, 1.0), jnp.inf))
+    kappa = jnp.where(jnp.isfinite(kappa), jnp.maximum(kappa, 1.0), 1.0)
+    variance = jnp.maximum(total - kappa * square, 0.0)
+    for axis, C in C_of_axis.items():
+        unseen = jnp.clip(1.0 - jnp.sum(C * C, axis=1), 0.0, 1.0)
+        average = jnp.mean(variance + kappa * mean * mean, axis=axis, keepdims=True)
+        shape = [-1 if a == axis else 1 for a in range(V.ndim)]
+        seen = jnp.moveaxis(jnp.tensordot(C * C, variance, axes=(1, axis)), 0, axis)
+        variance = seen + unseen.reshape(shape) * average
+        mean = rotate_linear(mean, {axis: C})
+    # A little more than the square, so that rounding to the dtype of V leaves it no less.
+    square = kappa * new_mean * new_mean
+    least = square * (1.0 + 2.0 * float(jnp.finfo(V.dtype).eps))
+    return jnp.maximum(square + variance, least).astype(V.dtype)

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 import natgalore_jax as ng
 
@@ -103,6 +104,68 @@ FACTORIES: Mapping[str, Callable[[], optax.GradientTransformation]] = {
     "apollo_adamw": lambda: ng.apollo_adamw(0.01, **_project),
     "apollo_mini_adamw": lambda: ng.apollo_mini_adamw(0.01, update_interval=INTERVAL),
     "ldadamw": lambda: ng.ldadamw(0.01, rank=RANK, error_feedback=True),
+}
+
+
+# The optimizers of Optax's own contract tests that take a gradient a step, at their rates there or
+# near them.
+OPTAX_OPTIMIZERS: Mapping[str, Callable[[], optax.GradientTransformation]] = {
+    "adabelief": lambda: optax.adabelief(1e-2),
+    "adadelta": lambda: optax.adadelta(0.1),
+    "adafactor": lambda: optax.adafactor(5e-3),
+    "adafactor, factored": lambda: optax.adafactor(5e-3, min_dim_size_to_factor=3),
+    "adagrad": lambda: optax.adagrad(1.0),
+    "adam": lambda: optax.adam(0.1),
+    "adamax": lambda: optax.adamax(0.1),
+    "adamaxw": lambda: optax.adamaxw(0.1),
+    "adamw": lambda: optax.adamw(0.1),
+    "adan": lambda: optax.adan(0.1),
+    "amsgrad": lambda: optax.amsgrad(0.1),
+    "fromage": lambda: optax.fromage(5e-3),
+    "lamb": lambda: optax.lamb(1e-2),
+    "lars": lambda: optax.lars(1.0),
+    "lion": lambda: optax.lion(1e-2),
+    "nadam": lambda: optax.nadam(1e-2),
+    "nadamw": lambda: optax.nadamw(1e-2),
+    "noisy_sgd": lambda: optax.noisy_sgd(0.1, eta=1e-4, key=0),
+    "novograd": lambda: optax.novograd(1e-2),
+    "optimistic_adam_v2": lambda: optax.optimistic_adam_v2(2e-2),
+    "optimistic_gradient_descent": lambda: optax.optimistic_gradient_descent(0.1, 0.7, 0.1),
+    "polyak_sgd": lambda: optax.polyak_sgd(1.0),
+    "radam": lambda: optax.radam(5e-2),
+    "rmsprop": lambda: optax.rmsprop(5e-3),
+    "rmsprop, momentum": lambda: optax.rmsprop(5e-3, momentum=0.9, bias_correction=True),
+    "rmsprop, centred": lambda: optax.rmsprop(5e-3, centered=True),
+    "rmsprop, centred, corrected": lambda: optax.rmsprop(
+        5e-3, eps=1e-3, centered=True, bias_correction=True
+    ),
+    "rprop": lambda: optax.rprop(0.1),
+    "sgd": lambda: optax.sgd(0.1, momentum=0.9),
+    "sign_sgd": lambda: optax.sign_sgd(1e-2),
+    "signum": lambda: optax.signum(1e-2),
+    "sm3": lambda: optax.sm3(1.0),
+    "yogi": lambda: optax.yogi(0.1),
+    "contrib.acprop": lambda: optax.contrib.acprop(1e-3),
+    "contrib.ademamix": lambda: optax.contrib.ademamix(1e-3),
+    "contrib.adopt": lambda: optax.contrib.adopt(1e-2),
+    "contrib.cocob": lambda: optax.contrib.cocob(),
+    "contrib.dadapt_adamw": lambda: optax.contrib.dadapt_adamw(0.1),
+    "contrib.dog": lambda: optax.contrib.dog(1.0),
+    "contrib.dowg": lambda: optax.contrib.dowg(1.0),
+    "contrib.galore": lambda: optax.contrib.galore(1e-2, rank=2),
+    "contrib.madgrad": lambda: optax.contrib.madgrad(1e-2),
+    "contrib.mechanize": lambda: optax.contrib.mechanize(optax.adam(0.1), weight_decay=0.0),
+    "contrib.momo": lambda: optax.contrib.momo(0.1),
+    "contrib.momo_adam": lambda: optax.contrib.momo_adam(0.1),
+    "contrib.muon": lambda: optax.contrib.muon(1e-2),
+    "contrib.prodigy": lambda: optax.contrib.prodigy(0.1),
+    "contrib.reduce_on_plateau": lambda: optax.chain(
+        optax.sgd(0.1), optax.contrib.reduce_on_plateau()
+    ),
+    "contrib.schedule_free_adamw": lambda: optax.contrib.schedule_free_adamw(1e-2),
+    "contrib.schedule_free_sgd": lambda: optax.contrib.schedule_free_sgd(1e-2),
+    "contrib.simplified_ademamix": lambda: optax.contrib.simplified_ademamix(1e-3),
+    "contrib.sophia": lambda: optax.contrib.sophia(1e-2),
 }
 
 

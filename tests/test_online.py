@@ -1,7 +1,11 @@
 """GaLore and Natural GaLore with bases that follow the gradient by a small step at every step."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from oracles.galore import Adam, galore
 from oracles.published_natural_galore import published_natural_galore
@@ -97,3 +101,47 @@ def test_the_basis_moves_at_every_step_and_stays_orthonormal(factory):
             moved = np.linalg.norm(P @ P.T - last @ last.T)
             assert 1e-4 < moved < 1.0
         last = P
+
+
+LONG = 3000
+BASIS = np.linalg.qr(np.random.default_rng(3).standard_normal((64, 64)))[0][:, :12]
+
+
+@functools.cache
+def second_moments(method, basis_dtype):
+    """Row means of ν after 3,000 refreshes with gradients of one distribution, in decades."""
+    m, n, rank = 64, 16, 6
+    tx = ng.chain(
+        ng.low_rank_project(
+            rank=rank, method=method, update_interval=1, side="left", basis_dtype=basis_dtype
+        ),
+        optax.scale_by_adam(),
+        ng.project_back(),
+    )
+    A = jnp.asarray(BASIS * np.logspace(0, -1, 12), jnp.float32)
+    W = {"w": jnp.zeros((m, n))}
+
+    def step(state, key):
+        signal, noise = jax.random.split(key)
+        g = A @ jax.random.normal(signal, (12, n)) + 0.02 * jax.random.normal(noise, (m, n))
+        return tx.update({"w": g}, state, W)[1], None
+
+    keys = jax.random.split(jax.random.key(0), LONG)
+    state, _ = jax.jit(lambda s, keys: jax.lax.scan(step, s, keys))(tx.init(W), keys)
+    return np.sort(np.mean(np.asarray(state[1].nu["w"]), axis=1))
+
+
+@pytest.mark.parametrize(
+    "method,basis_dtype,of_sum,of_rows",
+    [
+        ("online", "int8", 0.01, 0.05),
+        ("online", "bfloat16", 0.01, 0.05),
+        ("power", "int8", 0.01, 0.03),
+        ("power", "int4", 0.03, 0.10),
+    ],
+)
+def test_rounded_bases_do_not_add_up_in_second_moments(method, basis_dtype, of_sum, of_rows):
+    """With C of the rounded bases ν grows by what rounding adds to PᵀP, at every step."""
+    exact, rounded = (second_moments(method, dtype) for dtype in (None, basis_dtype))
+    assert abs(rounded.sum() / exact.sum() - 1) < of_sum
+    assert np.abs(rounded / exact - 1).max() < of_rows, rounded / exact

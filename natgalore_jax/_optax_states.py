@@ -1,0 +1,78 @@
+"""What the fields of Optax's states mean; a field that is missing here is kept at a refresh."""
+
+import numpy as np
+import optax
+from optax import contrib
+from optax._src import transform  # three types of states that Optax does not export
+
+from natgalore_jax._state_entries import FirstMoment, Role, SecondMoment, register_state
+
+_FIRST, _SECOND = FirstMoment(), SecondMoment()
+# Gradients that wait for others, or are compared with the next one.
+_GRADIENT = FirstMoment(resets=False)
+
+
+def _all_but(position: int):
+    """Adafactor's factors lack one of the two largest axes, in NumPy's order of equal ones."""
+
+    def axes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+        if len(shape) < 2:
+            return [tuple(range(len(shape)))]
+        missing = np.argsort(shape)[position]
+        return [tuple(a for a in range(len(shape)) if a != missing)]
+
+    return axes
+
+
+_CENTRED: dict[str, Role] = {"mu": _FIRST, "nu": SecondMoment(mean="mu")}
+
+_MOMENTS: dict[type, dict[str, Role]] = {
+    # adam, adamw, nadam, radam, yogi, lamb, adopt. Adamax has a bound on sizes as its ν, which the
+    # rule for second moments averages as well.
+    optax.ScaleByAdamState: {"mu": _FIRST, "nu": _SECOND},
+    optax.ScaleByAmsgradState: {"mu": _FIRST, "nu": _SECOND, "nu_max": _SECOND},
+    # ν is the second moment of g − μ. contrib.acprop divides by that of the step before.
+    optax.ScaleByBeliefState: {"mu": _FIRST, "nu": SecondMoment(resets=False)},
+    # v averages differences of gradients, g is the last one.
+    optax.ScaleByAdanState: {"m": _FIRST, "v": _FIRST, "n": _SECOND, "g": _GRADIENT},
+    optax.ScaleByAdaDeltaState: {"e_g": _SECOND, "e_x": _SECOND},
+    optax.ScaleByRssState: {"sum_of_squares": _SECOND},
+    optax.ScaleByRmsState: {"nu": _SECOND},
+    transform.ScaleByRmsWithCountState: {"nu": _SECOND},
+    optax.ScaleByRStdDevState: _CENTRED,
+    transform.ScaleByRStdDevWithCountState: _CENTRED,
+    optax.ScaleByLionState: {"mu": _FIRST},
+    optax.ScaleByNovogradState: {"mu": _FIRST},  # its ν is the norm of a whole gradient
+    optax.ScaleByRpropState: {"prev_updates": _GRADIENT},
+    # μ are bounds on the squares along each axis, ν is a momentum.
+    optax.ScaleBySM3State: {
+        "mu": SecondMoment(axes=lambda shape: [(a,) for a in range(len(shape))]),
+        "nu": _FIRST,
+    },
+    optax.FactoredState: {
+        "v_row": SecondMoment(axes=_all_but(-1)),
+        "v_col": SecondMoment(axes=_all_but(-2)),
+        "v": _SECOND,
+    },
+    optax.TraceState: {"trace": _FIRST},
+    optax.EmaState: {"ema": _FIRST},
+    transform.ScaleByOptimisticGradientState: {"previous_gradient": _GRADIENT},
+    optax.MultiStepsState: {"acc_grads": _GRADIENT},
+    optax.ApplyEvery: {"grad_acc": _GRADIENT},
+    contrib.ScaleByAdemamixState: {"m1": _FIRST, "m2": _FIRST, "nu": _SECOND},
+    contrib.ScaleBySimplifiedAdEMAMixState: {"m": _FIRST, "n": _SECOND},
+    contrib.MuonState: {"mu": _FIRST},
+    contrib.SophiaState: {"mu": _FIRST},  # its ν is a diagonal of the Hessian, of either sign
+    contrib.MomoState: {"exp_avg": _FIRST},
+    contrib.MomoAdamState: {"exp_avg": _FIRST, "exp_avg_sq": _SECOND},
+    # The step size never falls and is a quotient of the sum of gradients and what goes with it.
+    contrib.ProdigyState: {"exp_avg": _FIRST, "exp_avg_sq": _SECOND, "grad_sum": _GRADIENT},
+    contrib.DAdaptAdamWState: {
+        "exp_avg": _FIRST,
+        "exp_avg_sq": SecondMoment(resets=False),
+        "grad_sum": _GRADIENT,
+    },
+}
+
+for _state_type, _roles in _MOMENTS.items():
+    register_state(_state_type, **_roles)
