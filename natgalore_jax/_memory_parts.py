@@ -92,7 +92,8 @@ def _parts(marked: Any) -> Iterator[tuple[str, str, Any]]:
                 field = "scales"
             elif jax.tree_util.GetAttrKey("columns") in path:
                 field = "columns"
-            yield "history" if field == "fisher" else part, field, leaf
+            own = {"fisher": "history", "started": "other"}.get(field, part)
+            yield own, field, leaf
 
 
 def alternatives(plan: LeafPlan, pieces: Sequence[Piece]) -> dict[str, int]:

@@ -24,6 +24,10 @@ class LowRankProjectState(NamedTuple):
     #: Its leaves are batch + mode + (rank,), basis_dtype, or MaskedNode where nothing is projected.
     #: In 8 or 4 bits LinearCodes of two such tuples, codes and scales.
     basis: Any
+    #: The tree of parameters: batch, bool: whether the bases of a matrix are of a gradient. Until
+    #: its first one that is finite and not zero they are an arbitrary start. MaskedNode where
+    #: nothing is projected.
+    started: Any
 
 
 class LowRankProject(optax.GradientTransformationExtraArgs):
@@ -74,15 +78,18 @@ def low_rank_project(
         ``"left"`` (rows), ``"right"`` (columns), ``"both"``; ``"auto"``: currently "short", which
         learns better than "long" at the same rank. Square matrices: rows.
       method: how a basis is found. ``"power"``: five block power steps ``P ← qr(G Gᵀ P)`` from
-        the previous basis, eight at the start: many times cheaper than an SVD, and the basis moves
+        the previous basis and a tenth of random directions, which find what G has outside of it;
+        eight where that basis has nothing of G. Many times cheaper than an SVD, and the basis moves
         continuously. ``"svd"``, ``"eigh"`` (of G Gᵀ): exact. ``"randomized"``: randomised SVD.
-        ``"gaussian"``: random, needs no gradient. ``"online"``: a small step of Oja's rule at
-        every step of training.
+        ``"gaussian"``: random, needs no gradient. ``"online"``: a small step of Oja's rule at every
+        step of training. A basis that has nothing of G starts anew at once; what dominates G where
+        P has something weaker is inside after some hundred steps (in eight bits it may never be:
+        its first small steps are rounded away).
       transition: what becomes of moments and history when P changes to P'. ``"rotate"``: linear
         ones by ``P'ᵀP``, second moments by its squares; ``"reset"``: zero; ``"keep"``: untouched,
         as in the published code. Found by ``optax.tree.map_params`` in any inner optimizer.
       stagger: spread the refreshes of all matrices evenly over the interval, so that no step does
-        them all. The first step always does.
+        them all. Apart from that, every matrix has its first refresh at its first gradient.
       where: the parameters to project: a callable ``(path, leaf) -> bool``, a pytree of booleans
         (a prefix of the parameters' tree is enough), or the default :func:`hidden_matrices`.
       axes: a :class:`MatrixAxes`, a pytree of them (None: the default), or a callable of the
@@ -94,7 +101,7 @@ def low_rank_project(
         number of its block, so that P is no longer quite orthonormal: ‖PᵀP − I‖₂ is 0.01 (0.2).
         Every refresh starts anew from an orthonormal basis, so that errors do not add up.
         docs/memory.md has numbers. Four bits are not for "online", whose small steps they lose.
-      seed: for the random methods.
+      seed: for the random methods, and the random directions of "power" and "online".
 
     Returns:
       A transformation for :func:`natgalore_jax.chain`, with a :class:`LowRankProjectState`.
@@ -104,7 +111,8 @@ def low_rank_project(
         "online" with four bits; at ``init``,
         with the path of the parameter, for a tuple rank on a matrix, axes that overlap or are out
         of range, an integer or complex parameter selected by ``where``, or no parameter selected.
-        A gradient that is zero or not finite at a refresh leaves the basis as it was.
+        A gradient that is zero or not finite at a refresh leaves the basis as it was; at the first
+        refresh of a matrix the next gradient that is neither takes its place.
 
     References:
       Zhao et al., GaLore (2024), algorithm 2; Halko et al. (2011) for "randomized"; Oja (1982)

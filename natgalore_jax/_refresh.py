@@ -1,5 +1,6 @@
 """New bases for the matrices that are due, and their companions carried over to them."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from natgalore_jax._divided_refresh import groups_of, refresh_group
+from natgalore_jax._layout import place_like, replicated
 from natgalore_jax._plan import LeafPlan
-from natgalore_jax._refresh_layer import RefreshSettings, StoredFactors, refresh_layer
+from natgalore_jax._refresh_layer import Due, RefreshSettings, StoredFactors, refresh_layer
 from natgalore_jax._schedule import due_layers
 from natgalore_jax._scope import is_active, matrices_of
 
@@ -19,11 +21,18 @@ def refresh(
     gradients: Sequence[jax.Array],
     bases: Sequence[StoredFactors],
     companions: Sequence[Any],
+    started: Sequence[jax.Array],
     step: jax.Array,
     accumulation: int = 1,
     axis_name: str | None = None,
-) -> tuple[list[StoredFactors], list[Any]]:
+    is_scheduled: jax.typing.ArrayLike = True,
+) -> tuple[list[StoredFactors], list[Any], list[jax.Array]]:
     """Refreshes what is due at this step, and nothing else.
+
+    A matrix is due at its first gradient that is finite and not zero, whenever that is, and from
+    then on when the schedule says so: an expert without tokens at step 0 does not train in an
+    arbitrary subspace for an interval. Its first refresh may also fall between the micro-batches
+    of an accumulation, because what was accumulated before is zero.
 
     Each leaf has one loop over its due layers: a ``cond`` per layer would become a ``select`` under
     ``vmap`` and run every factorisation at every step. The loop works in place, one layer at a
@@ -35,13 +44,15 @@ def refresh(
       plans, gradients, bases, companions: one entry for each projected leaf. A basis is one array
         per projected mode, or codes of one; companions are any pytree of
         :class:`natgalore_jax._refresh_layer.Companion`.
+      started: of each leaf, batch, bool: the matrices that have had a first refresh.
       step: scalar int32.
       accumulation: see :func:`due_layers`.
       axis_name: of devices that have gradients of their own, of which the mean counts. Those of the
         due layers alone are exchanged, one at a time.
+      is_scheduled: scalar boolean; where it is False only first refreshes are due.
 
     Returns:
-      The new bases and companions.
+      The new bases, companions and ``started``.
     """
     every_step = settings.method == "online"
     windows = [matrices_of(plan) for plan in plans]
@@ -52,7 +63,18 @@ def refresh(
         stagger=settings.stagger,
         step=step,
     )
-    step_key = jax.random.fold_in(jax.random.key(settings.seed), step)
+    first_due = [
+        first_gradients(G, own, batch=plan.batch, axis_name=axis_name) if is_active(plan) else own
+        for plan, G, own in zip(plans, gradients, started, strict=True)
+    ]
+    due = [
+        _due(own, first, plan, start, limits, is_scheduled)
+        for own, first, plan, (_, start), limits in zip(
+            started, first_due, plans, windows, ranges, strict=True
+        )
+    ]
+    # By the step of the optimizer: accumulated inside or outside of the subspace, the same bases.
+    step_key = jax.random.fold_in(jax.random.key(settings.seed), step // accumulation)
     new_bases, new_companions = list(bases), list(companions)
     dealt = groups_of(plans, gradients, bases, companions) if axis_name is None else []
     for numbers in dealt:
@@ -62,9 +84,8 @@ def refresh(
             [gradients[i] for i in numbers],
             [bases[i] for i in numbers],
             [companions[i] for i in numbers],
-            ranges=[ranges[i] for i in numbers],
+            due=[due[i] for i in numbers],
             keys=[jax.random.fold_in(step_key, i) for i in numbers],
-            is_first=step == 0,
         )
         for i, (basis, own) in zip(numbers, found, strict=True):
             new_bases[i], new_companions[i] = basis, own
@@ -77,23 +98,79 @@ def refresh(
         plan, G, (_, start) = plans[number], gradients[number], windows[number]
         if not is_active(plan) or any(number in numbers for numbers in dealt):
             continue
-        leaf_key = jax.random.fold_in(step_key, number)
-        first, end = (jnp.clip(jnp.asarray(x) - start, 0, plan.layers) for x in ranges[number])
+        leaf_key, is_first = jax.random.fold_in(step_key, number), due[number].is_first
+        # The layers that are due stand first.
+        order = jnp.argsort(~due[number].is_due, stable=True).astype(jnp.int32)
+        end = jnp.sum(due[number].is_due, dtype=jnp.int32)
 
-        def body(layer, carry, plan=plan, G=G, leaf_key=leaf_key, start=start):
+        def body(
+            i, carry, plan=plan, G=G, key=leaf_key, start=start, order=order, is_first=is_first
+        ):
             basis, own, turn = carry
-            key = jax.random.fold_in(leaf_key, start + layer)
+            layer = order[i]
             basis, own = refresh_layer(
-                settings, plan, G, basis, own, layer, key, step == 0, axis_name
+                settings,
+                plan,
+                G,
+                basis,
+                own,
+                layer,
+                jax.random.fold_in(key, start + layer),
+                is_first[layer],
+                axis_name,
             )
             return basis, own, jnp.minimum(turn, layer)
 
-        def all_due(carry, body=body, first=first, end=end):
-            return jax.lax.fori_loop(first + carry[2], end + carry[2], body, carry)
+        def all_due(carry, body=body, end=end):
+            return jax.lax.fori_loop(carry[2], end + carry[2], body, carry)
 
         # A loop of no iterations is not free on a CPU: a third of an ordinary step went there.
         carry = (bases[number], companions[number], turn)
         new_bases[number], new_companions[number], turn = jax.lax.cond(
-            end + turn > first, all_due, lambda carry: carry, carry
+            end + turn > 0, all_due, lambda carry: carry, carry
         )
-    return new_bases, new_companions
+    new_started = [own | first for own, first in zip(started, first_due, strict=True)]
+    return new_bases, new_companions, new_started
+
+
+def _due(
+    started: jax.Array,
+    first_due: jax.Array,
+    plan: LeafPlan,
+    start: jax.typing.ArrayLike,
+    limits: tuple[jax.typing.ArrayLike, jax.typing.ArrayLike],
+    is_scheduled: jax.typing.ArrayLike,
+) -> Due:
+    """What is due of a parameter whose first matrix has the number ``start``."""
+    first, end = limits
+    number = start + jnp.arange(plan.layers)
+    is_within = (number >= first) & (number < end) & is_scheduled
+    started, first_due = (replicated(x).reshape(-1) for x in (started, first_due))
+    return Due(jnp.where(started, is_within, first_due), ~started)
+
+
+@functools.partial(jax.jit, static_argnames=("batch", "axis_name"))
+def first_gradients(
+    G: jax.Array, started: jax.Array, *, batch: tuple[int, ...], axis_name: str | None
+) -> jax.Array:
+    """Which matrices have their first gradient that is finite and not zero.
+
+    Args:
+      G: of a parameter.
+      started: batch, bool; if all have, G is not read.
+      batch: the axes of independent matrices.
+      axis_name: of devices that have gradients of their own.
+
+    Returns:
+      As ``started``.
+    """
+    axes = tuple(a for a in range(G.ndim) if a not in batch)
+
+    def look(G):
+        is_bad, is_nonzero = ~jnp.all(jnp.isfinite(G), axes), jnp.any(G != 0, axes)
+        if axis_name is not None:
+            counts = (x.astype(jnp.int32) for x in (is_bad, is_nonzero))
+            is_bad, is_nonzero = (jax.lax.psum(x, axis_name) > 0 for x in counts)
+        return place_like(is_nonzero & ~is_bad, started) & ~started
+
+    return jax.lax.cond(jnp.all(started), lambda _: started & ~started, look, G)

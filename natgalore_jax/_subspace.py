@@ -17,7 +17,7 @@ from natgalore_jax._check_tree import (
 )
 from natgalore_jax._companions import companions_of_all, with_companions_of_all
 from natgalore_jax._contract import project_to_stored
-from natgalore_jax._layout import place_factor
+from natgalore_jax._layout import place_factor, zeros_on_axes
 from natgalore_jax._linear_codes import (
     LinearCodes,
     bits_of,
@@ -71,7 +71,12 @@ class Subspace:
             for plan, f, leaf in zip(plans, stored, leaves, strict=True)
         ]
         opened = LowRankProjectState(
-            jnp.zeros([], jnp.int32), self._basis_trees(treedef, plans, stored, bits is not None)
+            jnp.zeros([], jnp.int32),
+            self._basis_trees(treedef, plans, stored, bits is not None),
+            treedef.unflatten(
+                zeros_on_axes(low, len(plan.batch), bool) if plan else optax.MaskedNode()
+                for plan, low in zip(plans, low_leaves, strict=True)
+            ),
         )
         low_rank = treedef.unflatten(low_leaves)
         with open_subspace({plan.path: plan for plan in plans if plan}):
@@ -92,10 +97,19 @@ class Subspace:
         low = self._project(plans, updates, states)
         return self._update(plans, low, states, params, updates, extra_args)
 
-    def refresh(self, grads: Any, states: Sequence[Any], axis_name: str | None = None) -> list[Any]:
-        """New bases where they are due, and what is stored in their coordinates; no new count."""
+    def refresh(
+        self,
+        grads: Any,
+        states: Sequence[Any],
+        axis_name: str | None = None,
+        is_scheduled: jax.typing.ArrayLike = True,
+    ) -> list[Any]:
+        """New bases where they are due, and what is stored in their coordinates; no new count.
+
+        Where ``is_scheduled`` is False, only of matrices that had no gradient so far.
+        """
         plans = self._plans(grads, states)
-        return self._refresh(plans, grads, states, axis_name)
+        return self._refresh(plans, grads, states, axis_name, is_scheduled)
 
     def project(self, grads: Any, states: Sequence[Any]) -> Any:
         """The low-rank tree of the gradients, linear in them."""
@@ -130,7 +144,7 @@ class Subspace:
         check_inner_states(self.inner, inner_states, updates, plans)
         return plans
 
-    def _refresh(self, plans, grads, states, axis_name=None):
+    def _refresh(self, plans, grads, states, axis_name=None, is_scheduled=True):
         """New factors where they are due, and inner states carried over to them."""
         opened, *inner_states, closed = states
         G, treedef = jax.tree.flatten(grads)
@@ -140,22 +154,28 @@ class Subspace:
             numbered = treedef.unflatten(range(len(plans)))
             of_leaf, skeletons = companions_of_all(self.inner, inner_states, numbered, plans)
         projected = [i for i, plan in enumerate(plans) if plan]
-        new_factors, new_companions = refresh(
+        started = treedef.flatten_up_to(opened.started)
+        new_factors, new_companions, new_started = refresh(
             settings,
             [plans[i] for i in projected],
             [G[i] for i in projected],
             [factors[i] for i in projected],
             [of_leaf[i] for i in projected],
+            [started[i] for i in projected],
             step=opened.count,
             accumulation=self.accumulation,
             axis_name=axis_name,
+            is_scheduled=is_scheduled,
         )
-        for i, f, c in zip(projected, new_factors, new_companions, strict=True):
-            factors[i], of_leaf[i] = f, c
+        for i, *new in zip(projected, new_factors, new_companions, new_started, strict=True):
+            factors[i], of_leaf[i], started[i] = new
         if skeletons is not None:
             inner_states = with_companions_of_all(skeletons, of_leaf)
         is_coded = isinstance(opened.basis, LinearCodes)
-        opened = opened._replace(basis=self._basis_trees(treedef, plans, factors, is_coded))
+        opened = opened._replace(
+            basis=self._basis_trees(treedef, plans, factors, is_coded),
+            started=treedef.unflatten(started),
+        )
         return [opened, *inner_states, closed]
 
     def _project(self, plans, tree, states, treedef=None):
