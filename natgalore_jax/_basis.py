@@ -56,7 +56,8 @@ def new_basis(
     P32, G32 = P.astype(jnp.float32), G.astype(jnp.float32)
     # Squares of entries beyond 1e19 overflow float32, and those below 1e-19 vanish.
     scale = jnp.max(jnp.abs(G32))
-    usable = jnp.isfinite(scale) & (scale > 0)
+    # XLA's maximum on CPUs may pass over a NaN.
+    usable = jnp.all(jnp.isfinite(G32)) & (scale > 0)
     G32 = jnp.where(usable, G32 / jnp.where(usable, scale, 1.0), 0.0)
     with jax.default_matmul_precision("highest"):
         kernel = _svd_right if method == "svd" and is_right else _KERNELS[method]
