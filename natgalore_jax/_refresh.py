@@ -54,12 +54,11 @@ def refresh(
     Returns:
       The new bases, companions and ``started``.
     """
-    every_step = settings.method == "online"
     windows = [matrices_of(plan) for plan in plans]
     ranges = due_layers(
         [total for total, _ in windows],
-        1 if every_step else settings.update_interval,
-        1 if every_step else accumulation,
+        settings.update_interval,
+        accumulation,
         stagger=settings.stagger,
         step=step,
     )
@@ -143,7 +142,7 @@ def _due(
 ) -> Due:
     """What is due of a parameter whose first matrix has the number ``start``."""
     first, end = limits
-    number = start + jnp.arange(plan.layers)
+    number = start + jnp.arange(plan.layers, dtype=jnp.int32)
     is_within = (number >= first) & (number < end) & is_scheduled
     started, first_due = (replicated(x).reshape(-1) for x in (started, first_due))
     return Due(jnp.where(started, is_within, first_due), ~started)

@@ -81,11 +81,13 @@ class Subspace:
         low_rank = treedef.unflatten(low_leaves)
         with open_subspace({plan.path: plan for plan in plans if plan}):
             inner = [tx.init(low_rank) for tx in self.inner]
-        if self.accumulation == 1 and _holds_multi_steps(inner):
+        if self.accumulation == 1 and _holds(optax.MultiStepsState, inner):
             raise ValueError(
                 "optax.MultiSteps inside a subspace must stand in natgalore_jax.chain itself, not "
                 "inside another transformation, so that refreshes wait for its steps"
             )
+        if self.closer.residual is not None and _holds(optax.ApplyEvery, inner):
+            raise ValueError(with_residual_error("optax.apply_every", self.closer.residual.rule))
         return [opened, *inner, init_back(self.closer, treedef, plans, low_leaves)]
 
     def update(
@@ -167,8 +169,8 @@ class Subspace:
             axis_name=axis_name,
             is_scheduled=is_scheduled,
         )
-        for i, *new in zip(projected, new_factors, new_companions, new_started, strict=True):
-            factors[i], of_leaf[i], started[i] = new
+        for i, f, c, s in zip(projected, new_factors, new_companions, new_started, strict=True):
+            factors[i], of_leaf[i], started[i] = f, c, s
         if skeletons is not None:
             inner_states = with_companions_of_all(skeletons, of_leaf)
         is_coded = isinstance(opened.basis, LinearCodes)
@@ -262,9 +264,18 @@ def _by_mode(opened: LowRankProjectState, flatten: Any) -> list[list[Any]]:
     return [leaves_of(flatten, tree) for tree in trees]
 
 
-def _holds_multi_steps(states: list[Any]) -> bool:
-    nodes = jax.tree.leaves(states, is_leaf=lambda x: isinstance(x, optax.MultiStepsState))
-    return any(isinstance(node, optax.MultiStepsState) for node in nodes)
+def _holds(kind: type, states: list[Any]) -> bool:
+    nodes = jax.tree.leaves(states, is_leaf=lambda x: isinstance(x, kind))
+    return any(isinstance(node, kind) for node in nodes)
+
+
+def with_residual_error(what: str, rule: str) -> str:
+    return (
+        f"{what} inside a subspace updates with the sum of several gradients, and "
+        f"project_back(residual={rule!r}) would add the residual of each single one at once: put "
+        "optax.MultiSteps around the whole chain, take the chain apart with "
+        "natgalore_jax.low_rank_steps, or use residual=False"
+    )
 
 
 def low_rank_leaf(
