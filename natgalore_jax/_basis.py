@@ -22,6 +22,12 @@ WARM_STEPS, COLD_STEPS = 5, 8
 # Randomised SVD: columns beyond the rank, and power steps (Halko, Martinsson & Tropp 2011, §4.4).
 OVERSAMPLING, SKETCH_STEPS = 8, 2
 ONLINE_RATE = 0.1
+# Probes: random directions outside of the basis, relative to its own columns. Power steps damp what
+# is weak in them, so that even a tenth costs less than 1e-5 of the energy of the best basis.
+POWER_PROBE, ONLINE_PROBE = 0.1, 1e-4
+# A basis is lost if it has less of a gradient than so many random ones: it starts anew. Oja's rule
+# averages over gradients, and must not start anew at each that is mostly noise.
+POWER_LOST, ONLINE_LOST = 1.0, 0.01
 
 
 def new_basis(
@@ -39,7 +45,7 @@ def new_basis(
       G: (m, n), any float dtype and scale; its columns may be divided over devices, which then
         exchange sums of the size of P or, for "eigh", of G Gᵀ. The exact SVD takes G whole.
       P: (m, r), the previous basis, or any orthonormal start at the first refresh.
-      key: for the random methods.
+      key: for the random methods, and for the probes of "power" and "online".
       is_first: scalar boolean, whether P is only a start.
       is_right: whether G is the transpose of a gradient whose right basis is wanted. It matters
         to the signs of "svd" alone.
@@ -51,7 +57,8 @@ def new_basis(
     P32, G32 = P.astype(jnp.float32), G.astype(jnp.float32)
     # Squares of entries beyond 1e19 overflow float32, and those below 1e-19 vanish.
     scale = jnp.max(jnp.abs(G32))
-    usable = jnp.isfinite(scale) & (scale > 0)
+    # XLA's maximum on CPUs may pass over a NaN.
+    usable = jnp.all(jnp.isfinite(G32)) & (scale > 0)
     G32 = jnp.where(usable, G32 / jnp.where(usable, scale, 1.0), 0.0)
     with jax.default_matmul_precision("highest"):
         kernel = _svd_right if method == "svd" and is_right else _KERNELS[method]
@@ -83,8 +90,26 @@ def _orthonormal(Y: jax.Array) -> jax.Array:
 
 
 def _power(G, P, key, is_first):
-    """Block power iteration ``P ← qr(G Gᵀ P)`` from the previous basis."""
-    return _power_steps(G, P, jnp.where(is_first, COLD_STEPS, WARM_STEPS))
+    """Block power iteration ``P ← qr(G Gᵀ P)`` from the previous basis and a probe."""
+    is_cold = is_first | _is_lost(G, contract("mn,mr->nr", G, P), POWER_LOST)
+    steps = jnp.where(is_cold, COLD_STEPS, WARM_STEPS)
+    return _power_steps(G, P + POWER_PROBE * _probe(P, key), steps)
+
+
+def _probe(P: jax.Array, key: jax.Array) -> jax.Array:
+    """Random columns of about unit length, outside of P.
+
+    Products with ``G Gᵀ`` alone never leave an invariant subspace: the null space of Gᵀ, or weak
+    singular vectors of a G whose dominant ones are orthogonal to P. A warm start needs something of
+    every direction. What is inside of P is left out, because it would turn P's columns around.
+    """
+    W = jax.random.normal(key, P.shape, P.dtype) / P.shape[0] ** 0.5
+    return W - P @ (P.T @ W)
+
+
+def _is_lost(G: jax.Array, Z: jax.Array, limit: float) -> jax.Array:
+    """Whether ``‖GᵀP‖² / r < limit ‖G‖² / m`` for ``Z = GᵀP``: a random P has ``‖G‖² / m``."""
+    return jnp.sum(Z * Z) / Z.shape[1] < limit * jnp.sum(G * G) / G.shape[0]
 
 
 def _power_steps(G, P, steps):
@@ -155,12 +180,21 @@ def _gaussian(G, P, key, is_first):
 
 
 def _online(G, P, key, is_first):
-    """Oja's rule ``P ← qr(P + η G Gᵀ P / λ̄)``, λ̄ the mean curvature ``tr(Pᵀ G Gᵀ P) / r``."""
-    P = jax.lax.cond(is_first, lambda: _power_steps(G, P, COLD_STEPS), lambda: P)
-    Z = contract("mn,mr->nr", G, P)
-    mean_curvature = jnp.sum(Z * Z) / P.shape[1]
-    step = ONLINE_RATE / jnp.where(mean_curvature > 0, mean_curvature, 1.0)
-    return _orthonormal(P + step * _times(G, Z))
+    """Oja's rule ``P ← qr(P + η G Gᵀ (P + εΩ) / λ̄)``, λ̄ the mean curvature ``tr(Pᵀ G Gᵀ P) / r``.
+
+    The probe εΩ grows by the rule itself where G has more than P knows of: what dominates outside
+    of P is inside after some hundred steps. A basis that is lost starts anew by power steps.
+    """
+    Z = contract("mn,mr->nr", G, P + ONLINE_PROBE * _probe(P, key))
+
+    def oja():
+        mean_curvature = jnp.sum(Z * Z) / Z.shape[1]
+        step = ONLINE_RATE / jnp.where(mean_curvature > 0, mean_curvature, 1.0)
+        return _orthonormal(P + step * _times(G, Z))
+
+    return jax.lax.cond(
+        is_first | _is_lost(G, Z, ONLINE_LOST), lambda: _power(G, P, key, True), oja
+    )
 
 
 _KERNELS: dict[str, Callable[..., jax.Array]] = {

@@ -10,7 +10,7 @@ import optax
 from natgalore_jax._check_tree import with_dtypes_of
 from natgalore_jax._project import LowRankProject
 from natgalore_jax._project_back import ProjectBack, project_back
-from natgalore_jax._subspace import Subspace
+from natgalore_jax._subspace import Subspace, with_residual_error
 
 
 class Chain(optax.GradientTransformationExtraArgs):
@@ -49,15 +49,16 @@ def chain(*transforms: Any) -> Chain:
     Args:
       *transforms: Optax transformations and the parts of this library. ``optax.MultiSteps``
         inside a subspace accumulates low-rank gradients; the refresh interval must then be a
-        multiple of its number of steps, because the gradients that are summed must share a basis.
+        multiple of its number of steps, because the gradients that are summed must share a basis,
+        and there must be no residual, which would be that of single gradients.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` of full-shape updates. Its state is a tuple with
       one entry per transformation, in order, :func:`natural_galore` counting for its parts.
 
     Raises:
-      ValueError: for a subspace inside a subspace, a ``project_back`` without one, or an interval
-        that is no multiple of the accumulation.
+      ValueError: for a subspace inside a subspace, a ``project_back`` without one, an interval
+        that is no multiple of the accumulation, or an accumulation with a residual.
       TypeError: for anything that is not a transformation.
 
     Example:
@@ -158,7 +159,10 @@ def _members(transforms: tuple[Any, ...]) -> list[Any]:
 
 def _subspace(opener: LowRankProject, inner: list[Any], closer: ProjectBack) -> Subspace:
     inside = tuple(optax.with_extra_args_support(_transformation(tx)) for tx in inner)
-    return Subspace(opener, inside, closer, _accumulation(inner, opener))
+    accumulation = _accumulation(inner, opener)
+    if accumulation > 1 and closer.residual is not None:
+        raise ValueError(with_residual_error("optax.MultiSteps", closer.residual.rule))
+    return Subspace(opener, inside, closer, accumulation)
 
 
 def _transformation(tx: Any) -> optax.GradientTransformation:

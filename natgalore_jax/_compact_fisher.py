@@ -100,7 +100,10 @@ SMALLEST_SHARE = 0.05
 
 
 def agreeing(N: jax.Array, R: jax.Array, batch_ndim: int) -> jax.Array:
-    """The entries of N with the sign of the gradient R, over the share of them in each matrix."""
-    agrees = (N * R > 0).astype(N.dtype)
-    share = jnp.mean(agrees, tuple(range(batch_ndim, N.ndim)), keepdims=True)
-    return N * agrees / jnp.maximum(share, SMALLEST_SHARE)
+    """The entries of N with the sign of the gradient R, over the share of them in each matrix.
+
+    A NaN in either stays: times zero it would be a NaN or a zero, as the compiler likes.
+    """
+    opposes = N * R <= 0
+    share = jnp.mean((~opposes).astype(N.dtype), tuple(range(batch_ndim, N.ndim)), keepdims=True)
+    return jnp.where(opposes, 0.0, N) / jnp.maximum(share, SMALLEST_SHARE)

@@ -26,6 +26,7 @@ from natgalore_jax._validate import (
     check_decay,
     check_integer,
     check_number,
+    check_unused,
 )
 from natgalore_jax._where import KeyPath
 from natgalore_jax._woodbury import DAMPING_MODES
@@ -121,8 +122,9 @@ def compact_natural_gradient(
       their shape and dtype; factors are float32. A gradient that is not finite does not enter A.
 
     Raises:
-      TypeError, ValueError: for an argument of a wrong type or value; at ``init`` outside of a
-        subspace, and for a parameter with another number of modes.
+      TypeError, ValueError: for an argument of a wrong type or value, and for ``cautious`` where it
+        would have no effect; at ``init`` outside of a subspace, and for a parameter with another
+        number of modes.
 
     References:
       Natural GaLore (2024) for the natural gradient in the subspace; Gupta et al., Shampoo (2018),
@@ -150,6 +152,8 @@ def compact_natural_gradient(
     check_number("exponent", exponent)
     if not -1.0 <= exponent < 0.0:
         raise ValueError(f"exponent must be at least -1 and less than 0, got {exponent}")
+    if inner is None and structure == "diagonal":
+        check_unused("cautious", cautious, False, "on the low-rank gradient itself (inner=None)")
     relative, diagonal = damping_mode == "relative", structure == "diagonal"
     # Where the low-rank axis of each mode stands in R. A mode of a matrix may have several axes.
     axes = (0, -1) if modes == 2 else tuple(range(modes))

@@ -27,6 +27,7 @@ from natgalore_jax._layout import (
 )
 from natgalore_jax._plan import LeafPlan
 from natgalore_jax._refresh_layer import (
+    Due,
     RefreshSettings,
     StoredFactors,
     is_companion,
@@ -101,9 +102,8 @@ def refresh_group(
     bases: Sequence[StoredFactors],
     companions: Sequence[Any],
     *,
-    ranges: Sequence[tuple[Any, Any]],
+    due: Sequence[Due],
     keys: Sequence[jax.Array],
-    is_first: jax.Array,
 ) -> list[Found]:
     """Refreshes what is due of a group of :func:`groups_of`.
 
@@ -111,17 +111,14 @@ def refresh_group(
       settings: how.
       plans, gradients, bases, companions: as in :func:`natgalore_jax._refresh.refresh`, of the
         parameters of the group.
-      ranges: of each parameter the layers that are due, first and end.
-      keys: of each parameter, for the random methods.
-      is_first: scalar boolean, whether the bases are only a start.
+      due: of each parameter, the matrices that are due.
+      keys: of each parameter, for the random methods and the probes.
 
     Returns:
       The new bases and companions of each parameter, where they were.
     """
     numbers = [jnp.arange(plan.layers, dtype=jnp.int32) for plan in plans]
-    is_due = jnp.concatenate(
-        [(i >= first) & (i < end) for i, (first, end) in zip(numbers, ranges, strict=True)]
-    )
+    is_due, is_first = map(jnp.concatenate, zip(*due, strict=True))
     matrix_keys = jnp.concatenate(
         [jax.vmap(jax.random.fold_in, (None, 0))(*x) for x in zip(keys, numbers, strict=True)]
     )
@@ -212,7 +209,7 @@ def _dealt(settings, plans, groups, is_due, matrix_keys, is_first):
                         s[1],
                         i,
                         matrix_keys[layer * others + i],
-                        is_first,
+                        is_first[layer * others + i],
                     ),
                     lambda s: s,
                     stored,

@@ -4,6 +4,7 @@
 low-rank coordinates. ``count`` is the number of steps that they hold, t − 1 in the paper.
 """
 
+import math
 import string
 from typing import NamedTuple
 
@@ -11,11 +12,14 @@ import jax
 import jax.numpy as jnp
 
 from natgalore_jax._contract import contract, project, project_back
-from natgalore_jax._layout import replicated
+from natgalore_jax._layout import place_like, replicated
 from natgalore_jax._plan import LeafPlan
 
 # Power steps from a start that is no basis of any gradient.
 FIRST_STEPS = 8
+# Random directions in each power step, relative to the columns of P: without them a B whose image
+# is orthogonal to P would leave P where it is for ever.
+PROBE = 1e-4
 
 
 def next_basis(
@@ -27,7 +31,7 @@ def next_basis(
     b1: jax.typing.ArrayLike,
     rho: jax.typing.ArrayLike,
 ) -> jax.Array:
-    """``P' = qr(B Bᵀ P)`` with ``B = ρ P M̂ + (1 − ρ) A``; more power steps where P is no start yet.
+    """``P' = qr(B Bᵀ (P + εΩ))`` with ``B = ρ P M̂ + (1 − ρ) A``; more power steps at the first.
 
     Args:
       plan: of a matrix of which one side is projected.
@@ -55,11 +59,15 @@ def next_basis(
         Q, _ = jnp.linalg.qr(Y)  # its signs do not matter: every moment is rotated
         usable = jnp.any(Y != 0, (-2, -1), keepdims=True)
         usable &= jnp.all(jnp.isfinite(Q), (-2, -1), keepdims=True)
-        return jnp.where(usable, Q, P.reshape(Y.shape)).reshape(P.shape)
+        return jnp.where(usable, Q, P32.reshape(Y.shape)).reshape(P.shape)
 
+    size = math.prod(plan.mode_shape(plan.projected_modes[0]))
+    key = jax.random.fold_in(jax.random.key(0), count)
+    W = jax.random.normal(key, P.shape[len(plan.batch) :], jnp.float32) / size**0.5
+    start = P32 + PROBE * place_like(jnp.broadcast_to(W, P.shape), P32)
     with jax.default_matmul_precision("highest"):
         steps = jnp.where(count > 0, 1, FIRST_STEPS)
-        return jax.lax.fori_loop(0, steps, power_step, P32).astype(P.dtype)
+        return jax.lax.fori_loop(0, steps, power_step, start).astype(P.dtype)
 
 
 def overlap(plan: LeafPlan, P_new: jax.Array, P: jax.Array) -> jax.Array:

@@ -1,6 +1,5 @@
 """An update in three steps, for gradients that are summed or sent as low-rank ones."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,7 +15,9 @@ from natgalore_jax._subspace import Subspace
 class LowRankSteps(NamedTuple):
     """The parts of an update; what :func:`low_rank_steps` returns."""
 
-    #: ``(grads, state, axis_name=None) -> state``: new bases where they are due at this count.
+    #: ``(grads, state, axis_name=None, is_scheduled=True) -> state``: new bases where they are due
+    #: at this count; with ``is_scheduled=False`` only of matrices without a gradient so far, which
+    #: may follow at any micro-batch.
     refresh: Callable[..., optax.OptState]
     #: ``(grads, state) -> low``: R where a parameter is projected, elsewhere the gradient itself.
     project: Callable[[Any, optax.OptState], Any]
@@ -59,7 +60,8 @@ class LowRankSteps(NamedTuple):
 
         Args:
           grads: of this micro-batch.
-          state: of the optimizer. The first micro-batch of a step refreshes it.
+          state: of the optimizer. The first micro-batch of a step refreshes it; a matrix that has
+            had no gradient before has its first refresh at any.
           mean: of the low-rank gradients of this step so far; of the shapes that ``project`` gives.
           position: how many they are, int32; at 0 the old mean does not matter.
           axis_name: of devices that have gradients of their own. Their bases are due to the mean of
@@ -69,17 +71,7 @@ class LowRankSteps(NamedTuple):
           The new state and mean. After the last micro-batch ``update`` takes the mean, or with
           ``axis_name`` ``jax.lax.pmean`` of it.
         """
-        if isinstance(position, jax.core.Tracer):
-            # The branch that changes nothing stands last: XLA does not copy what goes through it.
-            state = jax.lax.cond(
-                position == 0,
-                functools.partial(self.refresh, axis_name=axis_name),
-                lambda _, state: state,
-                grads,
-                state,
-            )
-        elif position == 0:  # without a branch, which would be compiled at every call
-            state = self.refresh(grads, state, axis_name=axis_name)
+        state = self.refresh(grads, state, axis_name=axis_name, is_scheduled=position == 0)
         return state, _mean(position, mean, self.project(grads, state))
 
 
@@ -161,9 +153,10 @@ def low_rank_steps(tx: optax.GradientTransformation) -> LowRankSteps:
     members, inside = (subspace, *after), subspace.number_of_states
     residual = subspace.closer.residual
 
-    def refresh(grads, state, axis_name=None):
+    def refresh(grads, state, axis_name=None, is_scheduled=True):
         check_states(members, state)
-        return (*subspace.refresh(grads, state[:inside], axis_name), *state[inside:])
+        own = subspace.refresh(grads, state[:inside], axis_name, is_scheduled)
+        return (*own, *state[inside:])
 
     def project(grads, state):
         check_states(members, state)

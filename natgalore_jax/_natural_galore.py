@@ -13,14 +13,14 @@ from natgalore_jax._chain import Composite, chain
 from natgalore_jax._compact_natural_gradient import compact_natural_gradient
 from natgalore_jax._project import low_rank_project
 from natgalore_jax._project_back import project_back
-from natgalore_jax._validate import check_number
+from natgalore_jax._validate import check_number, check_unused
 from natgalore_jax._where import Where, hidden_matrices, selected
 from natgalore_jax._woodbury import woodbury_natural_gradient
 
 Schedule = Callable[[jax.Array], jax.Array]
 
 # Of scale, residual, norm_growth_limit, residual_scale and residual_decay.
-_CLOSER_DEFAULTS = (1.0, False, 1.01, None, 0.9)
+_CLOSER_DEFAULTS = (1.0, False, 1.01, None, None)
 
 
 def natural_galore(
@@ -29,7 +29,7 @@ def natural_galore(
     side: str = "auto",
     method: str = "power",
     transition: str = "rotate",
-    stagger: bool = True,
+    stagger: bool | None = None,
     where: Where = hidden_matrices,
     axes: AxesLike = None,
     basis_dtype: Any = None,
@@ -42,7 +42,7 @@ def natural_galore(
     residual: bool | str = False,
     norm_growth_limit: float | None = 1.01,
     residual_scale: float | None = None,
-    residual_decay: float = 0.9,
+    residual_decay: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Projection, natural gradient and the way back in one transformation.
 
@@ -115,7 +115,7 @@ def natural_galore_adamw(
     side: str = "auto",
     method: str = "power",
     transition: str = "rotate",
-    stagger: bool = True,
+    stagger: bool | None = None,
     where: Where = hidden_matrices,
     axes: AxesLike = None,
     basis_dtype: Any = None,
@@ -128,8 +128,8 @@ def natural_galore_adamw(
     residual: bool | str = "fisher",
     norm_growth_limit: float | None = 1.01,
     residual_scale: float | None = None,
-    residual_decay: float = 0.9,
-    fisher_decay: float = 0.97,
+    residual_decay: float | None = None,
+    fisher_decay: float | None = None,
     cautious: bool | None = None,
     nesterov: bool | None = None,
     moment_bits: int | None = None,
@@ -178,7 +178,7 @@ def natural_galore_adamw(
       scale, residual, norm_growth_limit, residual_decay: see :func:`project_back`. Leave α at 1:
         the rate of the hidden matrices is ``learning_rate``.
       residual_scale: σ. None: 0.6 for "fisher", 1 for "gain".
-      fisher_decay, cautious: of :func:`compact_natural_gradient`; ``cautious=None`` is True there.
+      fisher_decay, cautious: of :func:`compact_natural_gradient`; None: 0.97 and True.
       unprojected_ratio: the rate of the parameters that are neither projected nor hidden matrices,
         over ``learning_rate``. Hidden matrices that ``where`` leaves out keep ``learning_rate``.
 
@@ -186,8 +186,8 @@ def natural_galore_adamw(
       An ``optax.GradientTransformationExtraArgs``.
 
     Raises:
-      TypeError, ValueError: as its parts; for a ``history_dtype`` without a ``history``
-        and ``cautious`` with one.
+      TypeError, ValueError: as its parts; for a ``history_dtype`` without a ``history``,
+        ``fisher_decay`` and ``cautious`` with one.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, natgalore_jax as ng
@@ -222,21 +222,18 @@ def natural_galore_adamw(
     adam = scale_by_adam_of(moment_bits, b1, b2, eps, mu_dtype, nesterov)
     inner: tuple[optax.GradientTransformation, ...]
     if not compact:
-        if cautious:
-            raise ValueError(
-                f"cautious belongs to the compact Fisher matrix, got {history=} and {cautious=}"
-            )
+        for name, value in (("cautious", cautious or None), ("fisher_decay", fisher_decay)):
+            check_unused(name, value, None, f"without a compact Fisher matrix ({history=})")
         damping = 1e-3 if damping is None else damping
         woodbury = woodbury_natural_gradient(
             history, damping, damping_mode or "absolute", history_dtype
         )
         inner = (woodbury, adam)
-    elif history_dtype is not None:
-        raise ValueError(f"history_dtype needs a history, got {history=} and {history_dtype=}")
     else:
+        check_unused("history_dtype", history_dtype, None, "without a history")
         natural = compact_natural_gradient(
             adam,
-            fisher_decay,
+            0.97 if fisher_decay is None else fisher_decay,
             0.03 if damping is None else damping,
             damping_mode or "relative",
             modes=opener.number_of_modes,
@@ -286,7 +283,7 @@ def galore_adamw(
     side: str = "auto",
     method: str = "power",
     transition: str = "keep",
-    stagger: bool = True,
+    stagger: bool | None = None,
     where: Where = hidden_matrices,
     axes: AxesLike = None,
     basis_dtype: Any = None,
@@ -295,7 +292,7 @@ def galore_adamw(
     residual: bool | str = False,
     norm_growth_limit: float | None = 1.01,
     residual_scale: float | None = None,
-    residual_decay: float = 0.9,
+    residual_decay: float | None = None,
     moment_bits: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdamW in a low-rank subspace (GaLore), without the natural gradient.

@@ -22,7 +22,13 @@ from natgalore_jax._quantize_weights import (
     write_weight,
 )
 from natgalore_jax._state_layout import StateLayout, state_layout
-from natgalore_jax._validate import check_choice, check_float_dtype, check_integer, check_number
+from natgalore_jax._validate import (
+    check_choice,
+    check_float_dtype,
+    check_integer,
+    check_number,
+    check_unused,
+)
 
 CLIP_MODES = ("previous", "layer")
 
@@ -165,6 +171,8 @@ def per_layer(
     if clip_norm is not None:
         check_number("clip_norm", clip_norm, above=0.0)
     check_choice("clip_mode", clip_mode, CLIP_MODES)
+    if clip_norm is None:
+        check_unused("clip_mode", clip_mode, "previous", "without clip_norm")
     check_integer("accumulate", accumulate, minimum=1)
     check_float_dtype("weight_dtype", weight_dtype)
     settings = _Settings(

@@ -20,8 +20,13 @@ from natgalore_jax._validate import (
     check_integer,
     check_interval,
     check_stored_dtype,
+    check_unused,
 )
 from natgalore_jax._where import Where, hidden_matrices
+
+UPDATE_INTERVAL = 200
+# They find the same basis whatever the seed.
+DETERMINISTIC = ("svd", "eigh")
 
 
 class LowRankProjectState(NamedTuple):
@@ -32,6 +37,10 @@ class LowRankProjectState(NamedTuple):
     #: Its leaves are batch + mode + (rank,), basis_dtype, or MaskedNode where nothing is projected.
     #: In 8 or 4 bits LinearCodes of two such tuples, codes and scales.
     basis: Any
+    #: The tree of parameters: batch, bool: whether the bases of a matrix are of a gradient. Until
+    #: its first one that is finite and not zero they are an arbitrary start. MaskedNode where
+    #: nothing is projected.
+    started: Any
 
 
 class LowRankProject(optax.GradientTransformationExtraArgs):
@@ -48,11 +57,11 @@ class LowRankProject(optax.GradientTransformationExtraArgs):
 
 def low_rank_project(
     rank: int | tuple[int, ...] = 128,
-    update_interval: int = 200,
+    update_interval: int = UPDATE_INTERVAL,
     side: str = "auto",
     method: str = "power",
     transition: str = "rotate",
-    stagger: bool = True,
+    stagger: bool | None = None,
     where: Where = hidden_matrices,
     axes: AxesLike = None,
     basis_dtype: Any = None,
@@ -76,22 +85,26 @@ def low_rank_project(
     Args:
       rank: r, clipped per matrix to its smaller side. A tuple has one entry for each of the last
         ``len(rank)`` axes of the selected parameters, which then have more than two modes.
-      update_interval: T, steps between two refreshes of a basis; 1 refreshes at every step.
+      update_interval: T, steps between two refreshes of a basis; 1 refreshes at every step, as
+        "online" always does.
       side: which side is projected. ``"short"``: the shorter, as in the paper and ``galore-torch``
         "std"; ``"long"``: the longer, as in ``optax.contrib.galore``, with the smallest moments;
         ``"left"`` (rows), ``"right"`` (columns), ``"both"``; ``"auto"``: currently "short", which
         learns better than "long" at the same rank. Square matrices: rows.
       method: how a basis is found. ``"power"``: five block power steps ``P ← qr(G Gᵀ P)`` from
-        the previous basis, eight at the start: many times cheaper than an SVD, and the basis moves
+        the previous basis and a tenth of random directions, which find what G has outside of it;
+        eight where that basis has nothing of G. Many times cheaper than an SVD, and the basis moves
         continuously. ``"svd"``, ``"eigh"`` (of G Gᵀ): exact. ``"randomized"``: randomised SVD.
-        ``"gaussian"``: random, needs no gradient. ``"online"``: a small step of Oja's rule at
-        every step of training.
+        ``"gaussian"``: random, needs no gradient. ``"online"``: a small step of Oja's rule at every
+        step of training. A basis that has nothing of G starts anew at once; what dominates G where
+        P has something weaker is inside after some hundred steps (in eight bits it may never be:
+        its first small steps are rounded away).
       transition: what becomes of moments and history when P changes to P'. ``"rotate"``: linear
         ones by ``P'ᵀP``, second moments by its squares; ``"reset"``: zero; ``"keep"``: untouched,
         as in the published code. The type of a state says which of its fields are moments:
         :func:`register_state`. What is not registered is kept.
       stagger: spread the refreshes of all matrices evenly over the interval, so that no step does
-        them all. The first step always does.
+        them all. None: True. Apart from that every matrix is refreshed at its first gradient.
       where: the parameters to project: a callable ``(path, leaf) -> bool``, a pytree of booleans
         (a prefix of the parameters' tree is enough), or the default :func:`hidden_matrices`.
       axes: a :class:`MatrixAxes`, a pytree of them (None: the default), or a callable of the
@@ -103,17 +116,20 @@ def low_rank_project(
         number of its block, so that P is no longer quite orthonormal: ‖PᵀP − I‖₂ is 0.01 (0.2).
         Every refresh starts anew from an orthonormal basis, so that errors do not add up.
         docs/memory.md has numbers. Four bits are not for "online", whose small steps they lose.
-      seed: for the random methods.
+      seed: for the random methods, and the random directions of "power" and "online". 0 for "svd"
+        and "eigh", which have no use for it.
 
     Returns:
       A transformation for :func:`natgalore_jax.chain`, with a :class:`LowRankProjectState`.
 
     Raises:
-      TypeError, ValueError: at construction for an argument of a wrong type or value, and for
-        "online" with four bits; at ``init``,
+      TypeError, ValueError: at construction for an argument of a wrong type or value, for "online"
+        with four bits, and for arguments without an effect: an interval or ``stagger`` with
+        "online", a seed with "svd" and "eigh", ``side`` or ``axes`` with Tucker; at ``init``,
         with the path of the parameter, for a tuple rank on a matrix, axes that overlap or are out
         of range, an integer or complex parameter selected by ``where``, or no parameter selected.
-        A gradient that is zero or not finite at a refresh leaves the basis as it was.
+        A gradient that is zero or not finite at a refresh leaves the basis as it was; at the first
+        refresh of a matrix the next gradient that is neither takes its place.
 
     References:
       Zhao et al., GaLore (2024), "Adam with GaLore" in appendix B; Halko et al. (2011)
@@ -132,8 +148,21 @@ def low_rank_project(
     check_choice("side", side, SIDES)
     check_choice("method", method, METHODS)
     check_choice("transition", transition, TRANSITIONS)
-    check_boolean("stagger", stagger)
+    if stagger is not None:
+        check_boolean("stagger", stagger)
     check_integer("seed", seed, minimum=0)
+    if method == "online":
+        every_step = 'with method="online", which moves every basis at every step'
+        if update_interval != 1:
+            check_unused("update_interval", update_interval, UPDATE_INTERVAL, every_step)
+        check_unused("stagger", stagger, None, every_step)
+        update_interval = 1
+    if method in DETERMINISTIC:
+        check_unused("seed", seed, 0, f"with method={method!r}, which is deterministic")
+    if isinstance(rank, (tuple, list)):
+        tucker = "with a tuple for rank, which projects each of the last axes"
+        check_unused("side", side, "auto", tucker)
+        check_unused("axes", axes, None, tucker)
     check_stored_dtype("basis_dtype", basis_dtype)
     if method == "online" and coded_bits(basis_dtype) == 4:
         raise ValueError(
@@ -146,7 +175,9 @@ def low_rank_project(
     # if its functions are, and jax.jit would take one for the other as a static argument.
     tx = LowRankProject(*(functools.partial(_outside_of_chain) for _ in range(2)))
     tx.plan = PlanSettings(rank, side, where, axes)
-    tx.refresh = RefreshSettings(int(update_interval), method, transition, stagger, int(seed))
+    tx.refresh = RefreshSettings(
+        int(update_interval), method, transition, stagger is not False, int(seed)
+    )
     tx.basis_dtype = basis_dtype
     return tx
 

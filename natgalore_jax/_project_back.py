@@ -14,7 +14,9 @@ from natgalore_jax._layout import place_low_rank, zeros_on_axes
 from natgalore_jax._plan import LeafPlan
 from natgalore_jax._refresh_layer import Factors
 from natgalore_jax._residual import RESIDUALS, Residual, empty_fisher, with_residual
-from natgalore_jax._validate import check_choice, check_decay, check_number
+from natgalore_jax._validate import check_choice, check_decay, check_number, check_unused
+
+NORM_GROWTH_LIMIT, RESIDUAL_DECAY = 1.01, 0.9
 
 
 class ProjectBackState(NamedTuple):
@@ -43,9 +45,9 @@ class ProjectBack(optax.GradientTransformationExtraArgs):
 def project_back(
     scale: float = 1.0,
     residual: bool | str = False,
-    norm_growth_limit: float | None = 1.01,
+    norm_growth_limit: float | None = NORM_GROWTH_LIMIT,
     residual_scale: float | None = None,
-    residual_decay: float = 0.9,
+    residual_decay: float | None = None,
 ) -> ProjectBack:
     r"""Takes low-rank updates back to the shapes of the parameters.
 
@@ -87,13 +89,16 @@ def project_back(
         or its warm-up is limited as well.
       residual_scale: σ, a number or a traced scalar. None: 1 for "gain", as published, and 0.2 for
         "fisher", the root mean square of AdamW's updates.
-      residual_decay: β of "fisher". Short: c follows the size of the gradient within ten steps.
+      residual_decay: β of "fisher"; None: 0.9. Short: c follows the size of the gradient within
+        ten steps.
 
     Returns:
       A transformation for :func:`natgalore_jax.chain`; its state is empty without a residual.
 
     Raises:
-      TypeError, ValueError: for an argument of a wrong type or value, as ``norm_growth_limit`` ≤ 1.
+      TypeError, ValueError: for an argument of a wrong type or value, as ``norm_growth_limit`` ≤ 1,
+        and for arguments without an effect: those of the residual without one, ``residual_decay``
+        with "gain".
 
     References:
       Zhao et al., GaLore (2024), "Adam with GaLore" in appendix B, for α; Chen et al., Fira (2024),
@@ -120,7 +125,16 @@ def project_back(
         check_number("norm_growth_limit", norm_growth_limit, above=1.0)
     if residual_scale is not None:
         check_number("residual_scale", residual_scale)
-    check_decay("residual_decay", residual_decay)
+    if residual_decay is not None:
+        check_decay("residual_decay", residual_decay)
+    if not residual:
+        if norm_growth_limit is not None:
+            check_unused(
+                "norm_growth_limit", norm_growth_limit, NORM_GROWTH_LIMIT, "without a residual"
+            )
+        check_unused("residual_scale", residual_scale, None, "without a residual")
+    if residual != "fisher":
+        check_unused("residual_decay", residual_decay, None, 'without residual="fisher"')
     # Two of them are equal if they are one object, as Optax's are: a tuple of functions is equal
     # if its functions are, and jax.jit would take one for the other as a static argument.
     tx = ProjectBack(*(functools.partial(_outside_of_chain) for _ in range(2)))
@@ -128,7 +142,8 @@ def project_back(
     if residual:
         rule = residual if isinstance(residual, str) else "gain"
         sigma = RESIDUALS[rule] if residual_scale is None else residual_scale
-        tx.residual = Residual(rule, sigma, residual_decay, norm_growth_limit)
+        decay = RESIDUAL_DECAY if residual_decay is None else residual_decay
+        tx.residual = Residual(rule, sigma, decay, norm_growth_limit)
     return tx
 
 

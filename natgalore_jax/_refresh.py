@@ -8,8 +8,10 @@ import jax.numpy as jnp
 
 from natgalore_jax._divided_refresh import groups_of, refresh_group
 from natgalore_jax._kernel import kernel, own_arithmetic
+from natgalore_jax._layout import place_like, replicated
 from natgalore_jax._plan import LeafPlan
 from natgalore_jax._refresh_layer import (
+    Due,
     RefreshSettings,
     StoredFactors,
     is_companion,
@@ -26,11 +28,18 @@ def refresh(
     gradients: Sequence[jax.Array],
     bases: Sequence[StoredFactors],
     companions: Sequence[Any],
+    started: Sequence[jax.Array],
     step: jax.Array,
     accumulation: int = 1,
     axis_name: str | None = None,
-) -> tuple[list[StoredFactors], list[Any]]:
+    is_scheduled: jax.typing.ArrayLike = True,
+) -> tuple[list[StoredFactors], list[Any], list[jax.Array]]:
     """Refreshes what is due at this step, and nothing else.
+
+    A matrix is due at its first gradient that is finite and not zero, whenever that is, and from
+    then on when the schedule says so: an expert without tokens at step 0 does not train in an
+    arbitrary subspace for an interval. Its first refresh may also fall between the micro-batches
+    of an accumulation, because what was accumulated before is zero.
 
     Each leaf has one loop over its due layers: a ``cond`` per layer would become a ``select`` under
     ``vmap`` and run every factorisation at every step. The loop works in place, one layer at a
@@ -42,24 +51,36 @@ def refresh(
       plans, gradients, bases, companions: one entry for each projected leaf. A basis is one array
         per projected mode, or codes of one; companions are any pytree of
         :class:`natgalore_jax._refresh_layer.Companion`.
+      started: of each leaf, batch, bool: the matrices that have had a first refresh.
       step: scalar int32.
       accumulation: see :func:`due_layers`.
       axis_name: of devices that have gradients of their own, of which the mean counts. Those of the
         due layers alone are exchanged, one at a time.
+      is_scheduled: scalar boolean; where it is False only first refreshes are due.
 
     Returns:
-      The new bases and companions.
+      The new bases, companions and ``started``.
     """
-    every_step = settings.method == "online"
     windows = [matrices_of(plan) for plan in plans]
     ranges = due_layers(
         [total for total, _ in windows],
-        1 if every_step else settings.update_interval,
-        1 if every_step else accumulation,
+        settings.update_interval,
+        accumulation,
         stagger=settings.stagger,
         step=step,
     )
-    step_key = jax.random.fold_in(jax.random.key(settings.seed), step)
+    first_due = [
+        first_gradients(G, own, batch=plan.batch, axis_name=axis_name) if is_active(plan) else own
+        for plan, G, own in zip(plans, gradients, started, strict=True)
+    ]
+    due = [
+        _due(own, first, plan, start, limits, is_scheduled)
+        for own, first, plan, (_, start), limits in zip(
+            started, first_due, plans, windows, ranges, strict=True
+        )
+    ]
+    # By the step of the optimizer: accumulated inside or outside of the subspace, the same bases.
+    step_key = jax.random.fold_in(jax.random.key(settings.seed), step // accumulation)
     new_bases, new_companions = list(bases), list(companions)
     dealt = groups_of(plans, gradients, bases, companions) if axis_name is None else []
     for numbers in dealt:
@@ -69,9 +90,8 @@ def refresh(
             [gradients[i] for i in numbers],
             [bases[i] for i in numbers],
             [companions[i] for i in numbers],
-            ranges=[ranges[i] for i in numbers],
+            due=[due[i] for i in numbers],
             keys=[jax.random.fold_in(step_key, i) for i in numbers],
-            is_first=step == 0,
         )
         for i, (basis, own) in zip(numbers, found, strict=True):
             new_bases[i], new_companions[i] = basis, own
@@ -91,33 +111,79 @@ def refresh(
             axis_name,
             gradients[number],
             (bases[number], nodes, turn),
-            ranges[number],
+            due[number],
             start,
             jax.random.fold_in(step_key, number),
-            step == 0,
         )
         new_companions[number] = treedef.unflatten(nodes)
-    return new_bases, new_companions
+    new_started = [own | first for own, first in zip(started, first_due, strict=True)]
+    return new_bases, new_companions, new_started
 
 
 @kernel("settings", "plan", "axis_name", inline=False)
-def _refresh_leaf(settings, plan, axis_name, G, carry, due, start, key, is_first):
+def _refresh_leaf(settings, plan, axis_name, G, carry, due, start, key):
     """The loop over the due layers of one parameter, whose first matrix has the number ``start``.
 
     ``carry`` is its basis, its companions and the turn, and so is what is returned.
     """
-    first, end = (jnp.clip(x - start, 0, plan.layers).astype(jnp.int32) for x in due)
+    # The layers that are due stand first.
+    order = jnp.argsort(~due.is_due, stable=True).astype(jnp.int32)
+    end = jnp.sum(due.is_due, dtype=jnp.int32)
 
-    def body(layer, carry):
+    def body(i, carry):
         basis, own, turn = carry
+        layer = order[i]
         own_key = jax.random.fold_in(key, start + layer)
         basis, own = refresh_layer(
-            settings, plan, G, basis, own, layer, own_key, is_first, axis_name
+            settings, plan, G, basis, own, layer, own_key, due.is_first[layer], axis_name
         )
         return basis, own, jnp.minimum(turn, layer)
 
     def all_due(carry):
-        return jax.lax.fori_loop(first + carry[2], end + carry[2], body, carry)
+        return jax.lax.fori_loop(carry[2], end + carry[2], body, carry)
 
     # A loop of no iterations is not free on a CPU: a third of an ordinary step went there.
-    return jax.lax.cond(end + carry[2] > first, all_due, lambda carry: carry, carry)
+    return jax.lax.cond(end + carry[2] > 0, all_due, lambda carry: carry, carry)
+
+
+def _due(
+    started: jax.Array,
+    first_due: jax.Array,
+    plan: LeafPlan,
+    start: jax.typing.ArrayLike,
+    limits: tuple[jax.typing.ArrayLike, jax.typing.ArrayLike],
+    is_scheduled: jax.typing.ArrayLike,
+) -> Due:
+    """What is due of a parameter whose first matrix has the number ``start``."""
+    first, end = limits
+    number = start + jnp.arange(plan.layers, dtype=jnp.int32)
+    is_within = (number >= first) & (number < end) & is_scheduled
+    started, first_due = (replicated(x).reshape(-1) for x in (started, first_due))
+    return Due(jnp.where(started, is_within, first_due), ~started)
+
+
+@kernel("batch", "axis_name")
+def first_gradients(
+    G: jax.Array, started: jax.Array, *, batch: tuple[int, ...], axis_name: str | None
+) -> jax.Array:
+    """Which matrices have their first gradient that is finite and not zero.
+
+    Args:
+      G: of a parameter.
+      started: batch, bool; if all have, G is not read.
+      batch: the axes of independent matrices.
+      axis_name: of devices that have gradients of their own.
+
+    Returns:
+      As ``started``.
+    """
+    axes = tuple(a for a in range(G.ndim) if a not in batch)
+
+    def look(G):
+        is_bad, is_nonzero = ~jnp.all(jnp.isfinite(G), axes), jnp.any(G != 0, axes)
+        if axis_name is not None:
+            counts = (x.astype(jnp.int32) for x in (is_bad, is_nonzero))
+            is_bad, is_nonzero = (jax.lax.psum(x, axis_name) > 0 for x in counts)
+        return place_like(is_nonzero & ~is_bad, started) & ~started
+
+    return jax.lax.cond(jnp.all(started), lambda _: started & ~started, look, G)

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,13 @@ class RefreshSettings:
     transition: str
     stagger: bool
     seed: int
+
+
+class Due(NamedTuple):
+    """Of a parameter's matrices, in the order of its batch axes: bool, (layers,)."""
+
+    is_due: jax.Array
+    is_first: jax.Array  # whether the basis is only a start
 
 
 class Companion(Protocol):
@@ -89,7 +96,7 @@ def refresh_layer(
       plan, G, basis, companions: of the parameter, as :func:`natgalore_jax._refresh.refresh` has
         them.
       layer: which of its matrices, int32.
-      key: for the random methods.
+      key: for the random methods and the probes.
       is_first: scalar boolean, whether the basis is only a start.
       axis_name: of devices of whose gradients the mean counts.
 

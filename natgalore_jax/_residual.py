@@ -69,7 +69,9 @@ class Energies(NamedTuple):
     @property
     def E(self) -> jax.Array:
         """``‖g − P Pᵀ g‖² = ‖g‖² − ‖Pᵀ g‖²``, because P is orthonormal: it needs no product."""
-        return jnp.maximum(self.G - self.R, 0.0)
+        difference = self.G - self.R
+        # XLA's maximum on CPUs may pass over a NaN, which has to show in the update.
+        return jnp.where(difference < 0, 0.0, difference)
 
 
 def with_residual(
@@ -163,9 +165,9 @@ def on_axes_of_gradient(axes: PhiAxes, phi: jax.Array) -> jax.Array:
 
 
 def gain(energy_N: jax.Array, energy_R: jax.Array) -> jax.Array:
-    """``‖N_:j‖ / ‖R_:j‖``, what the inner optimizer made of the projected part, or 0."""
-    seen = energy_R > 0
-    return jnp.sqrt(jnp.where(seen, energy_N / jnp.where(seen, energy_R, 1.0), 0.0))
+    """``‖N_:j‖ / ‖R_:j‖``, what the inner optimizer made of the projected part; 0 where R is 0."""
+    unseen = energy_R == 0
+    return jnp.sqrt(jnp.where(unseen, 0.0, energy_N / jnp.where(unseen, 1.0, energy_R)))
 
 
 def average(c: jax.Array, new: jax.Array, decay: jax.typing.ArrayLike) -> jax.Array:
@@ -176,7 +178,8 @@ def average(c: jax.Array, new: jax.Array, decay: jax.typing.ArrayLike) -> jax.Ar
 
 def inverse_root(c: jax.Array) -> jax.Array:
     """``c^(−1/2)``, and 0 of 0."""
-    return jnp.where(c > 0, 1 / jnp.sqrt(jnp.where(c > 0, c, 1.0)), 0.0)
+    is_zero = c == 0
+    return jnp.where(is_zero, 0.0, 1 / jnp.sqrt(jnp.where(is_zero, 1.0, c)))
 
 
 def without_spike(axes: PhiAxes, new: jax.Array, c: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ from natgalore_jax._check_tree import (
 from natgalore_jax._companions import companions_of_all, with_companions_of_all
 from natgalore_jax._contract import project_to_stored
 from natgalore_jax._kernel import kernel, own_arithmetic
-from natgalore_jax._layout import has_explicit_sharding, place_factor
+from natgalore_jax._layout import has_explicit_sharding, place_factor, zeros_on_axes
 from natgalore_jax._linear_codes import (
     LinearCodes,
     bits_of,
@@ -56,11 +56,13 @@ class Subspace:
         low_rank = jax.tree.structure(params).unflatten(low_leaves)
         with open_subspace({plan.path: plan for plan in plans if plan}):
             inner = [tx.init(low_rank) for tx in self.inner]
-        if self.accumulation == 1 and _holds_multi_steps(inner):
+        if self.accumulation == 1 and _holds(optax.MultiStepsState, inner):
             raise ValueError(
                 "optax.MultiSteps inside a subspace must stand in natgalore_jax.chain itself, not "
                 "inside another transformation, so that refreshes wait for its steps"
             )
+        if self.closer.residual is not None and _holds(optax.ApplyEvery, inner):
+            raise ValueError(with_residual_error("optax.apply_every", self.closer.residual.rule))
         treedef = jax.tree.structure(params)
         return [opened, *inner, init_back(self.closer, treedef, plans, low_leaves)]
 
@@ -88,7 +90,12 @@ class Subspace:
             for plan, f, leaf in zip(plans, stored, leaves, strict=True)
         ]
         opened = LowRankProjectState(
-            jnp.zeros([], jnp.int32), self._basis_trees(treedef, plans, stored, bits is not None)
+            jnp.zeros([], jnp.int32),
+            self._basis_trees(treedef, plans, stored, bits is not None),
+            treedef.unflatten(
+                zeros_on_axes(low, len(plan.batch), bool) if plan else optax.MaskedNode()
+                for plan, low in zip(plans, low_leaves, strict=True)
+            ),
         )
         return plans, opened, low_leaves
 
@@ -101,10 +108,19 @@ class Subspace:
         low = self._project(plans, updates, states)
         return self._update(plans, low, states, params, updates, extra_args)
 
-    def refresh(self, grads: Any, states: Sequence[Any], axis_name: str | None = None) -> list[Any]:
-        """New bases where they are due, and what is stored in their coordinates; no new count."""
+    def refresh(
+        self,
+        grads: Any,
+        states: Sequence[Any],
+        axis_name: str | None = None,
+        is_scheduled: jax.typing.ArrayLike = True,
+    ) -> list[Any]:
+        """New bases where they are due, and what is stored in their coordinates; no new count.
+
+        Where ``is_scheduled`` is False, only of matrices that had no gradient so far.
+        """
         plans = self._plans(grads, states)
-        return self._refresh(plans, grads, states, axis_name)
+        return self._refresh(plans, grads, states, axis_name, is_scheduled)
 
     def project(self, grads: Any, states: Sequence[Any]) -> Any:
         """The low-rank tree of the gradients, linear in them."""
@@ -139,7 +155,7 @@ class Subspace:
         check_inner_states(self.inner, inner_states, updates, plans)
         return plans
 
-    def _refresh(self, plans, grads, states, axis_name=None):
+    def _refresh(self, plans, grads, states, axis_name=None, is_scheduled=True):
         """New factors where they are due, and inner states carried over to them."""
         opened, *inner_states, closed = states
         G, treedef = jax.tree.flatten(grads)
@@ -148,22 +164,28 @@ class Subspace:
         if settings.transition != "keep":
             of_leaf, skeletons = companions_of_all(inner_states, treedef, plans)
         projected = [i for i, plan in enumerate(plans) if plan]
-        new_factors, new_companions = refresh(
+        started = treedef.flatten_up_to(opened.started)
+        new_factors, new_companions, new_started = refresh(
             settings,
             [plans[i] for i in projected],
             [G[i] for i in projected],
             [factors[i] for i in projected],
             [of_leaf[i] for i in projected],
+            [started[i] for i in projected],
             step=opened.count,
             accumulation=self.accumulation,
             axis_name=axis_name,
+            is_scheduled=is_scheduled,
         )
-        for i, f, c in zip(projected, new_factors, new_companions, strict=True):
-            factors[i], of_leaf[i] = f, c
+        for i, f, c, s in zip(projected, new_factors, new_companions, new_started, strict=True):
+            factors[i], of_leaf[i], started[i] = f, c, s
         if skeletons is not None:
             inner_states = with_companions_of_all(skeletons, of_leaf)
         is_coded = isinstance(opened.basis, LinearCodes)
-        opened = opened._replace(basis=self._basis_trees(treedef, plans, factors, is_coded))
+        opened = opened._replace(
+            basis=self._basis_trees(treedef, plans, factors, is_coded),
+            started=treedef.unflatten(started),
+        )
         return [opened, *inner_states, closed]
 
     def _project(self, plans, tree, states, treedef=None):
@@ -251,9 +273,18 @@ def _by_mode(opened: LowRankProjectState, flatten: Any) -> list[list[Any]]:
     return [leaves_of(flatten, tree) for tree in trees]
 
 
-def _holds_multi_steps(states: list[Any]) -> bool:
-    nodes = jax.tree.leaves(states, is_leaf=lambda x: isinstance(x, optax.MultiStepsState))
-    return any(isinstance(node, optax.MultiStepsState) for node in nodes)
+def _holds(kind: type, states: list[Any]) -> bool:
+    nodes = jax.tree.leaves(states, is_leaf=lambda x: isinstance(x, kind))
+    return any(isinstance(node, kind) for node in nodes)
+
+
+def with_residual_error(what: str, rule: str) -> str:
+    return (
+        f"{what} inside a subspace updates with the sum of several gradients, and "
+        f"project_back(residual={rule!r}) would add the residual of each single one at once: put "
+        "optax.MultiSteps around the whole chain, take the chain apart with "
+        "natgalore_jax.low_rank_steps, or use residual=False"
+    )
 
 
 def low_rank_leaf(

@@ -77,3 +77,14 @@ def check_decay(name: str, value: Any) -> None:
     check_number(name, value)
     if not isinstance(value, jax.core.Tracer) and not 0.0 <= float(value) < 1.0:
         raise ValueError(f"{name} must be at least 0 and less than 1, got {value}")
+
+
+def check_unused(name: str, value: Any, default: Any, where: str) -> None:
+    """An argument that would be ignored is at its default.
+
+    A number that ``optax.inject_hyperparams`` has made an array may be the default.
+    """
+    if value is default or (default is not None and isinstance(value, jax.Array)):
+        return
+    if default is None or value != default:
+        raise ValueError(f"{name} has no effect {where}: leave it at {default!r}, got {value!r}")

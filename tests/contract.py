@@ -57,7 +57,7 @@ FACTORIES: Mapping[str, Callable[[], optax.GradientTransformation]] = {
     ),
     "svd": lambda: _adam_inside(method="svd"),
     "gaussian": lambda: _adam_inside(method="gaussian"),
-    "online": lambda: _adam_inside(method="online"),
+    "online": lambda: _adam_inside(method="online", update_interval=1),
     "bfloat16 basis": lambda: _adam_inside(basis_dtype=jnp.bfloat16),
     "all parts": _parts,
     "woodbury alone": lambda: ng.woodbury_natural_gradient(history=HISTORY, damping=0.1),

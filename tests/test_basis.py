@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from natgalore_jax._basis import METHODS, new_basis, start_basis
+from natgalore_jax._basis import METHODS, WARM_STEPS, new_basis, start_basis
 
 KEY = jax.random.key(0)
 refresh = jax.jit(new_basis, static_argnums=0)
@@ -129,3 +129,80 @@ def test_bfloat16_gradients_and_bases():
 def test_start_basis_is_orthonormal(m, r):
     P = np.asarray(start_basis(m, r), np.float64)
     np.testing.assert_allclose(P.T @ P, np.eye(r), atol=2e-5)
+
+
+def in_block(A, row, column, shape=(64, 96)):
+    out = np.zeros(shape)
+    out[row : row + A.shape[0], column : column + A.shape[1]] = A
+    return out
+
+
+def left_vectors(G, r):
+    return jnp.asarray(np.linalg.svd(G)[0][:, :r], jnp.float32)
+
+
+NOISE = np.random.default_rng(7).standard_normal((32, 48))
+TRAPS = {
+    # Other rows are active than before: GᵀP is zero.
+    "other rows": (in_block(spectrum(32, 48, 0.5, 1), 0, 0), in_block(NOISE, 32, 0)),
+    "few rows": (in_block(spectrum(32, 48, 0.5, 1), 0, 0), in_block(NOISE[:5], 50, 0)),
+    "one row": (in_block(spectrum(32, 48, 0.5, 1), 0, 0), in_block(NOISE[:1], 63, 0)),
+    # What is inside of P is weak and invariant, what dominates is outside.
+    **{
+        f"a block {ratio} times as strong": (
+            in_block(spectrum(32, 48, 0.5, 1), 0, 0),
+            in_block(spectrum(32, 48, 0.5, 1), 0, 0)
+            + ratio * in_block(spectrum(32, 48, 0.5, 2), 32, 48),
+        )
+        for ratio in (1.2, 2.0, 10.0)
+    },
+}
+
+
+@pytest.mark.parametrize("rounding", [0.0, 1e-7])
+@pytest.mark.parametrize("trap", TRAPS)
+def test_no_subspace_is_a_trap_for_power(trap, rounding):
+    """Products with G Gᵀ alone stay in these subspaces for ever, or for hundreds of refreshes."""
+    before, G = TRAPS[trap]
+    P = left_vectors(before, 8)
+    P = P + rounding * jax.random.normal(KEY, P.shape)
+    for i in range(2):
+        P = refresh("power", jnp.asarray(G, jnp.float32), P, jax.random.fold_in(KEY, i), False)
+    np.testing.assert_allclose(P.T @ P, np.eye(8), atol=2e-6)
+    assert energy(G, P) > 0.99
+
+
+@pytest.mark.parametrize(
+    "trap,steps,share",
+    [
+        ("few rows", 1, 0.999),
+        ("one row", 1, 0.999),
+        ("other rows", 1, 0.95),  # what power steps from a random start find in white noise
+        ("a block 10.0 times as strong", 100, 0.9),
+        ("a block 2.0 times as strong", 200, 0.9),
+    ],
+)
+def test_no_subspace_is_a_trap_for_online(trap, steps, share):
+    before, G = TRAPS[trap]
+    P = left_vectors(before, 8)
+    for i in range(steps):
+        P = refresh("online", jnp.asarray(G, jnp.float32), P, jax.random.fold_in(KEY, i), False)
+    assert energy(G, P) > share
+
+
+@pytest.mark.parametrize("decay", [0.5, 1.0, 2.0])
+def test_the_probe_costs_no_energy_and_turns_no_column(decay):
+    """Against the power steps without a probe, in float64, warm from the same spectrum."""
+    G, N = spectrum(64, 96, decay, 3), spectrum(64, 96, decay, 4)
+    P = np.linalg.svd(G)[0][:, :16]
+    drifted = np.cos(0.1) * G + np.sin(0.1) * N
+    expected = P
+    for _ in range(WARM_STEPS):
+        Q, R = np.linalg.qr(drifted @ (drifted.T @ expected))
+        expected = Q * np.sign(np.diag(R))
+    found = refresh("power", jnp.asarray(drifted, jnp.float32), jnp.asarray(P), KEY, False)
+    assert energy(drifted, found) > energy(drifted, expected) - 1e-4
+    kept = refresh("power", jnp.asarray(G, jnp.float32), jnp.asarray(P, jnp.float32), KEY, False)
+    # Vectors with less than 1e-5 of the energy of the first are lost in rounding.
+    seen = np.arange(1, 17.0) ** (-2 * decay) > 1e-4
+    assert np.all(np.diagonal(np.asarray(kept).T @ P)[seen] > 0.98)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract import FACTORIES, HISTORY, RANK, random_like, signature, specs, zeros
+from contract import FACTORIES, HISTORY, INTERVAL, RANK, random_like, signature, specs, zeros
 
 import natgalore_jax as ng
 
@@ -183,3 +183,78 @@ def test_partition_gives_each_group_its_own_rank():
     assert signature(updates) == signature(params)
     assert signature(new_state) == signature(state)
     assert optax.tree.map_params(tx, lambda x: x, state) is not None
+
+
+# Transformations in which one matrix may depend on others: a norm of the whole tree, a stack that
+# is one matrix.
+COUPLED = {"all parts", "tucker", "axes", "8-bit Tucker bases, 4-bit history"}
+
+
+def run_with(tx, update, bad, step, steps):
+    """Updates and states of a run in which one entry of one layer is ``bad`` at one step."""
+    params = random_like(zeros(), 0)
+    state, runs = tx.init(params), []
+    for t in range(steps):
+        grads = random_like(params, t + 1)
+        if t == step:
+            kernel = grads["layers"]["kernel"]
+            grads["layers"]["kernel"] = kernel.at[1, 2, 3].set(bad)
+        updates, state = update(grads, state, params)
+        runs.append((updates, state))
+    return runs
+
+
+def without_the_layer(tree):
+    return {**tree, "layers": {**tree["layers"], "kernel": tree["layers"]["kernel"][::2]}}
+
+
+def _bases(state):
+    """Every basis in a state, decoded scales of codes among them."""
+    return [
+        leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+        if any(getattr(key, "name", "") == "basis" for key in path)
+    ]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@every_factory
+def test_a_non_finite_gradient_shows_in_the_update_of_its_matrix_alone(name, bad):
+    """At a step at which bases are refreshed, and at another one."""
+    tx = FACTORIES[name]()
+    update = jax.jit(tx.update)
+    clean = run_with(tx, update, bad, None, INTERVAL + 2)
+    for step in (INTERVAL, 1):
+        runs = run_with(tx, update, bad, step, INTERVAL + 2)
+        assert not np.all(np.isfinite(runs[step][0]["layers"]["kernel"][1])), step
+        assert all(np.all(np.isfinite(x)) for _, state in runs for x in _bases(state))
+        for (updates, _), (expected, _) in zip(runs, clean, strict=True):
+            if name not in COUPLED:
+                assert_close(*map(without_the_layer, (updates, expected)), rtol=0, atol=0)
+
+
+@every_factory
+def test_apply_if_finite_goes_on_as_if_the_step_had_not_been(name):
+    params = random_like(zeros(), 0)
+    tx = optax.apply_if_finite(FACTORIES[name](), max_consecutive_errors=3)
+    update, state = jax.jit(tx.update), tx.init(params)
+    expected = tx.init(params)
+    for t in range(INTERVAL + 2):
+        grads = random_like(params, t + 1)
+        if t in (0, INTERVAL):
+            bad = jax.tree.map(lambda g: g, grads)
+            bad["layers"]["kernel"] = bad["layers"]["kernel"].at[1, 2, 3].set(np.nan)
+            updates, state = update(bad, state, params)
+            assert not any(np.any(u) for u in jax.tree.leaves(updates))
+        _, state = update(grads, state, params)
+        _, expected = update(grads, expected, params)
+    assert int(state.total_notfinite) == 2
+    assert_close(state.inner_state, expected.inner_state, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["natural_galore_adamw", "galore_adamw with residual", "ldadamw"])
+def test_a_non_finite_gradient_shows_without_a_compiler_too(name, bad):
+    tx = FACTORIES[name]()
+    updates, _ = run_with(tx, tx.update, bad, 1, 2)[1]
+    assert not np.all(np.isfinite(updates["layers"]["kernel"][1]))

@@ -77,6 +77,64 @@ def test_wrong_arguments(factory, settings, error, message):
         getattr(ng, factory)(**settings)
 
 
+# Arguments that would be ignored, by what they are given with.
+WITHOUT_EFFECT = [
+    ("project_back", {}, {"norm_growth_limit": 1.5, "residual_scale": 0.2, "residual_decay": 0.5}),
+    ("project_back", {"residual": True}, {"residual_decay": 0.9}),
+    ("project_back", {"residual": "gain"}, {"residual_decay": 0.9}),
+    ("natural_galore", {}, {"norm_growth_limit": 2.0, "residual_scale": 1.0}),
+    ("galore_adamw", {"learning_rate": 0.1}, {"norm_growth_limit": 1.1, "residual_decay": 0.9}),
+    (
+        "natural_galore_adamw",
+        {"learning_rate": 0.1, "residual": False},
+        {"norm_growth_limit": 1.1, "residual_scale": 0.8, "residual_decay": 0.9},
+    ),
+    (
+        "natural_galore_adamw",
+        {"learning_rate": 0.1, "history": 5},
+        {"fisher_decay": 0.97, "cautious": True},
+    ),
+    ("natural_galore_adamw", {"learning_rate": 0.1}, {"history_dtype": "int8"}),
+    *(
+        (name, {**given, "method": "online"}, {"update_interval": 50, "stagger": True})
+        for name, given in [
+            ("low_rank_project", {}),
+            ("natural_galore", {}),
+            ("galore_adamw", {"learning_rate": 0.1}),
+            ("natural_galore_adamw", {"learning_rate": 0.1}),
+        ]
+    ),
+    ("low_rank_project", {"method": "online"}, {"stagger": False}),
+    ("low_rank_project", {"method": "svd"}, {"seed": 1}),
+    ("galore_adamw", {"learning_rate": 0.1, "method": "eigh"}, {"seed": 3}),
+    ("low_rank_project", {"rank": (2, 2, 2)}, {"side": "left", "axes": ng.MatrixAxes(0, 1)}),
+    ("compact_natural_gradient", {}, {"cautious": True}),
+]
+
+
+@pytest.mark.parametrize(
+    ("factory", "settings", "name", "value"),
+    [(f, settings, *item) for f, settings, unused in WITHOUT_EFFECT for item in unused.items()],
+)
+def test_an_argument_without_an_effect_is_refused(factory, settings, name, value):
+    getattr(ng, factory)(**settings)
+    with pytest.raises(ValueError, match=f"{name} has no effect"):
+        getattr(ng, factory)(**settings, **{name: value})
+
+
+def test_clip_mode_needs_a_norm():
+    parts = [lambda *x: x] * 3
+    with pytest.raises(ValueError, match="clip_mode has no effect without clip_norm"):
+        ng.per_layer(optax.sgd(0.1), *parts, clip_mode="layer")
+
+
+def test_what_is_said_though_it_holds_anyway_is_accepted():
+    ng.low_rank_project(method="online", update_interval=1)
+    ng.project_back(norm_growth_limit=None)
+    ng.natural_galore_adamw(0.1, history=5, cautious=False)
+    ng.low_rank_project(method="power", seed=7)  # of the random directions of its probe
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
@@ -174,7 +232,10 @@ def gradients(t, bad=None):
 @pytest.mark.parametrize("method", ["power", "svd", "gaussian", "online", "randomized"])
 def test_a_gradient_that_is_not_finite_keeps_the_basis(method, bad):
     # sgd has no memory: whatever is not finite after the bad step comes from the basis.
-    tx = ng.chain(ng.low_rank_project(rank=2, update_interval=2, method=method), optax.sgd(0.1))
+    interval = 1 if method == "online" else 2
+    tx = ng.chain(
+        ng.low_rank_project(rank=2, update_interval=interval, method=method), optax.sgd(0.1)
+    )
     update, state = jax.jit(tx.update), tx.init(PARAMS)
     for t in range(2):
         _, state = update(gradients(t), state)

@@ -67,7 +67,7 @@ PROJECTION = {
     "side": st.sampled_from(["auto", "short", "long", "left", "right", "both"]),
     "method": st.sampled_from(["power", "svd", "eigh", "randomized", "gaussian", "online"]),
     "transition": st.sampled_from(["rotate", "reset", "keep"]),
-    "stagger": st.booleans(),
+    "stagger": st.sampled_from([None, True, False]),
     "basis_dtype": st.sampled_from([None, jnp.float32, jnp.bfloat16]),
     "where": st.sampled_from([ng.hidden_matrices, lambda path, leaf: leaf.ndim > 1, True]),
     "residual": st.sampled_from([False, True, "fisher"]),
@@ -98,6 +98,7 @@ def is_documented(error: Exception, case: Case) -> bool:
     """Whether the settings or the shapes are such that the docstrings promise this error."""
     chosen, text = case.settings, str(error)
     rank, where = chosen.get("rank", 128), chosen.get("where", ng.hidden_matrices)
+    is_online = chosen.get("method") == "online"
     shapes = [x.shape for x in jax.tree.leaves(case.params)]
     if where is ng.hidden_matrices and isinstance(rank, tuple):
         shapes = [s for s in shapes if len(s) > 2 and min(s[-3:]) > max(rank)]
@@ -109,7 +110,10 @@ def is_documented(error: Exception, case: Case) -> bool:
         "where selects no parameter": not shapes,
         "axes": any(len(s) < 2 for s in shapes),
         "rank": isinstance(rank, tuple) and any(len(s) < 3 for s in shapes),
-        "cautious": bool(chosen.get("cautious")) and bool(chosen.get("history")),
+        "cautious has no effect": chosen.get("cautious") and chosen.get("history"),
+        "update_interval has no effect": is_online and chosen.get("update_interval", 1) != 1,
+        "stagger has no effect": is_online and chosen.get("stagger") is not None,
+        "side has no effect": isinstance(rank, tuple) and chosen.get("side", "auto") != "auto",
         "damping_mode": chosen.get("damping_mode") == "absolute" and not chosen.get("history"),
     }
     return any(applies for word, applies in reasons.items() if word in text)

@@ -77,6 +77,19 @@ def test_a_first_gradient_that_is_zero_or_not_finite_leaves_the_basis(bad):
     assert not np.allclose(after.basis["w"][1], state.basis["w"][1], atol=1e-2)
 
 
+def test_no_subspace_is_a_trap():
+    """Gradients in other rows and other columns than all before: (P + M)ᵀ A is zero."""
+    tx = ng.scale_by_ldadam(rank=RANK)
+    update, state = jax.jit(tx.update), tx.init({"w": jnp.zeros((8, 12))})
+    A = jnp.asarray(np.random.default_rng(0).standard_normal((RANK, 6)), jnp.float32)
+    for t in range(40):
+        rows, columns = (slice(0, RANK), slice(0, 6)) if t < 5 else (slice(4, 7), slice(6, 12))
+        gradient = jnp.zeros((8, 12)).at[rows, columns].set(A)
+        _, state = update({"w": gradient}, state)
+    P = np.asarray(state.basis["w"], np.float64)
+    assert np.sum((P.T @ gradient) ** 2) > 0.99 * np.sum(np.square(gradient))
+
+
 @pytest.mark.parametrize("factor", [1e-20, 1e15])
 def test_the_basis_does_not_depend_on_the_size_of_the_gradient(factor):
     tx = ng.scale_by_ldadam(rank=RANK)

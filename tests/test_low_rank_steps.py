@@ -37,7 +37,7 @@ OPTIMIZERS = {
     "gain": lambda: ng.galore_adamw(0.05, **DECAYED, residual="gain", side="right"),
     "fisher": lambda: ng.natural_galore_adamw(0.05, **DECAYED),
     "tucker, svd": lambda: inside(optax.scale_by_adam(), rank=(2, 3, 2), method="svd"),
-    "online, lion": lambda: inside(optax.scale_by_lion(), method="online"),
+    "online, lion": lambda: inside(optax.scale_by_lion(), method="online", update_interval=1),
     "decay inside, momentum": lambda: inside(
         optax.add_decayed_weights(0.1), optax.trace(0.9), optax.clip_by_global_norm(1.0)
     ),

@@ -133,3 +133,34 @@ def test_multisteps_with_a_schedule_is_an_error_inside():
     growing = optax.MultiSteps(optax.sgd(0.1), lambda step: jnp.where(step < 10, 1, 2))
     with pytest.raises(ValueError, match="constant number of steps, got a schedule from 1 to 2"):
         ng.chain(ng.low_rank_project(rank=2, update_interval=4), growing)
+
+
+@pytest.mark.parametrize("residual", [True, "gain", "fisher"])
+def test_accumulation_inside_with_a_residual_is_an_error(residual):
+    """It would be the residual of single micro-batches, and added before the step is taken."""
+    right_way = r"MultiSteps around the whole chain.*low_rank_steps.*residual=False"
+    accumulate = optax.MultiSteps(optax.sgd(0.1), K)
+    for inner in (accumulate, accumulate.gradient_transformation()):
+        with pytest.raises(ValueError, match=right_way):
+            ng.chain(project(), inner, ng.project_back(residual=residual))
+        natural = ng.natural_galore(rank=2, update_interval=4, residual=residual)
+        with pytest.raises(ValueError, match=right_way):
+            ng.chain(natural, inner)
+    hidden = ng.chain(
+        project(), optax.chain(optax.apply_every(K), optax.sgd(0.1)), ng.project_back(1.0, residual)
+    )
+    with pytest.raises(ValueError, match=right_way):
+        hidden.init(PARAMS)
+
+
+@pytest.mark.parametrize("residual", [True, "fisher"])
+def test_accumulation_around_with_a_residual_is_that_of_the_mean_gradient(residual):
+    tx = ng.chain(project(), optax.sgd(0.1), ng.project_back(residual=residual))
+    grads = gradients(2 * K)
+    around = run(optax.MultiSteps(tx, K), grads)
+    means = [
+        jax.tree.map(lambda *g: sum(g) / K, *grads[i : i + K]) for i in range(0, len(grads), K)
+    ]
+    for i, (expected, _) in enumerate(run(tx, means)):
+        assert_close(around[K * i + K - 1][0], expected, rtol=1e-4, atol=1e-5)
+        assert not any(np.any(u) for u in jax.tree.leaves(around[K * i][0]))

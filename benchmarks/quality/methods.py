@@ -219,7 +219,12 @@ def choose(text: str) -> Chosen:
 def arguments(chosen: Chosen, setting: Setting) -> dict[str, Any]:
     """All arguments of the factory, its own defaults included."""
     signature = inspect.signature(chosen.method.factory)
-    values = {**setting._asdict(), **chosen.method.fixed, **chosen.changes}
+    values = {**chosen.method.fixed, **chosen.changes}
+    # What has no effect with a way of finding bases is refused.
+    unused = {"online": {"update_interval"}, "svd": {"seed"}, "eigh": {"seed"}}
+    dropped = unused.get(values.get("method", ""), set())
+    offered = {k: v for k, v in setting._asdict().items() if k not in dropped}
+    values = {**offered, **values}
     bound = signature.bind(**{k: v for k, v in values.items() if k in signature.parameters})
     bound.apply_defaults()
     return dict(bound.arguments)

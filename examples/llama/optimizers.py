@@ -186,6 +186,8 @@ def make_transformation(
     for name, value in entry.fixed.items():
         if chosen.setdefault(name, value) != value:
             raise ValueError(f"{name} is always {value}, got {chosen[name]}")
+    if chosen.get("method") in ("svd", "eigh"):  # They have no use for a seed, and refuse one.
+        given = {k: v for k, v in given.items() if k != "seed"}
     chosen |= given | {"learning_rate": learning_rate}
     known = inspect.signature(entry.factory).parameters
     tx = entry.factory(**{k: v for k, v in chosen.items() if k in known})
