@@ -15,6 +15,8 @@ from natgalore_jax._layout import replicated
 from natgalore_jax._random import normal
 
 METHODS = ("power", "svd", "eigh", "randomized", "gaussian", "online")
+# Those that draw anew at every refresh; the probes of others are always the same.
+RANDOM = ("randomized", "gaussian")
 
 # Power steps of a refresh, from the previous basis and from none: benchmarks/refresh.py shows what
 # share of the energy of the best basis they capture on gradients of a real model.
@@ -97,14 +99,27 @@ def _power(G, P, key, is_first):
 
 
 def _probe(P: jax.Array, key: jax.Array) -> jax.Array:
-    """Random columns of about unit length, outside of P.
+    """Columns of about unit length, outside of P, with something of every direction.
 
     Products with ``G Gᵀ`` alone never leave an invariant subspace: the null space of Gᵀ, or weak
     singular vectors of a G whose dominant ones are orthogonal to P. A warm start needs something of
     every direction. What is inside of P is left out, because it would turn P's columns around.
     """
-    W = jax.random.normal(key, P.shape, P.dtype) / P.shape[0] ** 0.5
+    W = _hashed(P.shape, jax.random.key_data(key)[-1]) / P.shape[0] ** 0.5
     return W - P @ (P.T @ W)
+
+
+def _hashed(shape: tuple[int, int], seed: jax.Array) -> jax.Array:
+    """Entries like random ones, uniform with mean square 1: an integer hash of their places.
+
+    A probe needs no better ones, and a counter-based generator in the program of each parameter
+    takes half of the time that the whole update compiles in.
+    """
+    i, j = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in (0, 1))
+    x = i * jnp.uint32(0x9E3779B9) + j * jnp.uint32(0x85EBCA6B) + seed.astype(jnp.uint32)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
+        x = (x ^ (x >> jnp.uint32(shift))) * jnp.uint32(factor)
+    return x.astype(jnp.float32) * (2 * 3**0.5 / 2**32) - 3**0.5
 
 
 def _is_lost(G: jax.Array, Z: jax.Array, limit: float) -> jax.Array:

@@ -126,24 +126,25 @@ def _refresh_leaf(settings, plan, axis_name, G, carry, due, start, key):
 
     ``carry`` is its basis, its companions and the turn, and so is what is returned.
     """
-    # The layers that are due stand first.
-    order = jnp.argsort(~due.is_due, stable=True).astype(jnp.int32)
-    end = jnp.sum(due.is_due, dtype=jnp.int32)
+    layers = jnp.arange(plan.layers, dtype=jnp.int32)
 
-    def body(i, carry):
-        basis, own, turn = carry
-        layer = order[i]
+    def next_due(after):
+        return jnp.argmax(due.is_due & (layers > after)).astype(jnp.int32)
+
+    def body(_, carry):
+        basis, own, turn, layer = carry
         own_key = jax.random.fold_in(key, start + layer)
         basis, own = refresh_layer(
             settings, plan, G, basis, own, layer, own_key, due.is_first[layer], axis_name
         )
-        return basis, own, jnp.minimum(turn, layer)
+        return basis, own, jnp.minimum(turn, layer), next_due(layer)
 
     def all_due(carry):
-        return jax.lax.fori_loop(carry[2], end + carry[2], body, carry)
+        return jax.lax.fori_loop(turn, end + turn, body, (*carry, next_due(-1)))[:3]
 
+    turn, end = carry[2], jnp.sum(due.is_due, dtype=jnp.int32)
     # A loop of no iterations is not free on a CPU: a third of an ordinary step went there.
-    return jax.lax.cond(end + carry[2] > 0, all_due, lambda carry: carry, carry)
+    return jax.lax.cond(end + turn > 0, all_due, lambda carry: carry, carry)
 
 
 def _due(
