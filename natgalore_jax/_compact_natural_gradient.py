@@ -45,7 +45,7 @@ class CompactFisherState(NamedTuple):
 
 
 class _FisherFactors(StateType):
-    def entries(self, state, flatten):
+    def entries(self, state: Any, flatten: Callable[[Any], list[Any]]) -> dict[str, Any]:
         return {"fisher": list(zip(*map(flatten, state.fisher), strict=True))}
 
     def inner(self, state):

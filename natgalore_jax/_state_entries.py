@@ -145,7 +145,7 @@ def register_type(state_type: type, meaning: StateType) -> None:
     _REGISTERED[state_type] = meaning
 
 
-def register_state(state_type: type, /, **fields: FirstMoment | SecondMoment) -> None:
+def register_state(state_type: type, /, **fields: FirstMoment | SecondMoment) -> type:
     r"""Registers what the fields of an optimizer's state mean.
 
     When a basis changes from P to P', :func:`low_rank_project` transports the state of the
@@ -167,8 +167,11 @@ def register_state(state_type: type, /, **fields: FirstMoment | SecondMoment) ->
       state_type: the type of the state, a NamedTuple or a dataclass that is a pytree. Its
         subclasses have the same meaning unless they are registered themselves. A second call
         replaces the first.
-      **fields: for each field that is a tree of parameters a :class:`FirstMoment` or a
+      fields: for each field that is a tree of parameters a :class:`FirstMoment` or a
         :class:`SecondMoment`. None at all: every field is kept.
+
+    Returns:
+      ``state_type``.
 
     Raises:
       TypeError: if ``state_type`` is not a type, or a field is given something else.
@@ -181,7 +184,8 @@ def register_state(state_type: type, /, **fields: FirstMoment | SecondMoment) ->
       ...     average: typing.Any
       ...     squares: typing.Any
       ...     step_sizes: typing.Any
-      >>> ng.register_state(MyState, average=ng.FirstMoment(), squares=ng.SecondMoment())
+      >>> ng.register_state(MyState, average=ng.FirstMoment(), squares=ng.SecondMoment()).__name__
+      'MyState'
     """
     if not inspect.isclass(state_type):
         raise TypeError(f"state_type must be a type, got {state_type!r}")
@@ -197,6 +201,7 @@ def register_state(state_type: type, /, **fields: FirstMoment | SecondMoment) ->
         if mean is not None and not isinstance(fields.get(mean), FirstMoment):
             raise ValueError(f"the mean of {name} must be a FirstMoment of the state, got {mean!r}")
     register_type(state_type, Moments(fields))
+    return state_type
 
 
 def meaning_of(state: Any) -> StateType | None:
