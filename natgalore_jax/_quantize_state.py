@@ -148,7 +148,7 @@ def quantize_state(
         entries, treedef = entries_of(inner, state.codes, updates)
         scales = treedef.flatten_up_to(state.scales)
         decoded = [
-            entry.value
+            (entry.value if entry.leaf is None else at_least_float32(entry.value))
             if isinstance(scale, optax.MaskedNode)
             else _decode(entry.name in SECOND_MOMENTS, entry.value, scale)
             for entry, scale in zip(entries, scales, strict=True)
@@ -215,4 +215,5 @@ def dithered(
 def at_least_float32(x: jax.Array) -> jax.Array:
     """What is kept between steps has few bits, what happens in a step has all."""
     x = jnp.asarray(x)
-    return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
+    is_narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+    return x.astype(jnp.float32) if is_narrow else x

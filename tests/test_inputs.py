@@ -23,7 +23,7 @@ NOTHING = {
     "no leaves": {},
     "None": {"dense": None},
     "a stack of no layers": {"kernel": jnp.zeros((0, 8, 10)), "scale": jnp.zeros((0, 8))},
-    "no rows": {"kernel": jnp.zeros((0, 8)), "scale": jnp.zeros(())},
+    "no rows": {"kernel": jnp.zeros((0, 8))},
 }
 
 
