@@ -5,18 +5,18 @@ Every function takes ``G`` (m, n), scaled so that its largest entry is one, and 
 G, up to the method's accuracy. The right basis of G is the left basis of Gᵀ.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from natgalore_jax._contract import contract
-from natgalore_jax._layout import replicated
+from natgalore_jax._layout import place_like, replicated
 from natgalore_jax._random import normal
 
 METHODS = ("power", "svd", "eigh", "randomized", "gaussian", "online")
-# Those that draw anew at every refresh; the probes of others are always the same.
-RANDOM = ("randomized", "gaussian")
 
 # Power steps of a refresh, from the previous basis and from none: benchmarks/refresh.py shows what
 # share of the energy of the best basis they capture on gradients of a real model.
@@ -27,9 +27,14 @@ ONLINE_RATE = 0.1
 # Probes: random directions outside of the basis, relative to its own columns. Power steps damp what
 # is weak in them, so that even a tenth costs less than 1e-5 of the energy of the best basis.
 POWER_PROBE, ONLINE_PROBE = 0.1, 1e-4
+# Methods that only start with something random. It is the same for all matrices of a step, so that
+# a stack has the bases that its matrices have alone.
+PROBED = ("power", "online")
 # A basis is lost if it has less of a gradient than so many random ones: it starts anew. Oja's rule
 # averages over gradients, and must not start anew at each that is mostly noise.
 POWER_LOST, ONLINE_LOST = 1.0, 0.01
+# Four bits round the first column of the start by a tenth.
+START_TOLERANCE = 0.15
 
 
 def new_basis(
@@ -69,16 +74,44 @@ def new_basis(
 
 
 def start_basis(m: int, r: int) -> jax.Array:
-    """The first r vectors of the discrete cosine transform: orthonormal, dense, no random key.
+    """The first r vectors of the discrete cosine transform, their rows with signs of a hash.
+
+    The first column is the signs over √m: no gradient has such a basis, so that :func:`is_start`
+    recognises the start, without a flag in the state, also in few bits.
 
     Returns:
-      (m, r) float32. A closed form, so that ``init`` costs nothing and needs only a shape.
+      (m, r) float32, orthonormal. A closed form, so that ``init`` costs nothing and needs only a
+      shape.
     """
     i, j = (jnp.arange(x, dtype=jnp.int32) for x in (m, r))
     i, j = i[:, None], j[None, :]
     # The phase (2i + 1) j is reduced in integers: the cosine of a large float32 loses its digits.
     phase = jnp.mod((2 * i + 1) * j, 4 * m).astype(jnp.float32) * (jnp.pi / (2 * m))
-    return jnp.cos(phase) * jnp.sqrt(jnp.where(j == 0, jnp.float32(1), 2) / m)
+    vectors = jnp.cos(phase) * jnp.sqrt(jnp.where(j == 0, jnp.float32(1), 2) / m)
+    return vectors * _signs(m)[:, None]
+
+
+def _signs(m: int) -> jax.Array:
+    """1 and −1 without a pattern: a bit of a hash of the index."""
+    return jnp.where(_hash(jnp.arange(m, dtype=jnp.uint32)) >> 31 == 1, jnp.float32(1), -1)
+
+
+def is_start(first_column: jax.Array, batch_ndim: int = 0) -> jax.Array:
+    """Whether bases are those of :func:`start_basis`, by their first columns, up to rounding.
+
+    Args:
+      first_column: batch + the axes of the mode.
+      batch_ndim: the number of batch axes.
+
+    Returns:
+      Batch, bool. False for a mode of one row: its basis is ±1 from the start.
+    """
+    mode_shape = first_column.shape[batch_ndim:]
+    m = math.prod(mode_shape)
+    expected = jnp.broadcast_to((_signs(m) / m**0.5).reshape(mode_shape), first_column.shape)
+    deviation = first_column.astype(jnp.float32) - place_like(expected, first_column)
+    is_near = jnp.abs(deviation) < START_TOLERANCE / m**0.5
+    return jnp.all(is_near, tuple(range(batch_ndim, first_column.ndim))) & (m > 1)
 
 
 def _orthonormal(Y: jax.Array) -> jax.Array:
@@ -110,16 +143,22 @@ def _probe(P: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def _hashed(shape: tuple[int, int], seed: jax.Array) -> jax.Array:
-    """Entries like random ones, uniform with mean square 1: an integer hash of their places.
+    """Entries like random ones, uniform with mean square 1: a hash of their places.
 
     A probe needs no better ones, and a counter-based generator in the program of each parameter
     takes half of the time that the whole update compiles in.
     """
     i, j = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in (0, 1))
-    x = i * jnp.uint32(0x9E3779B9) + j * jnp.uint32(0x85EBCA6B) + seed.astype(jnp.uint32)
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
-        x = (x ^ (x >> jnp.uint32(shift))) * jnp.uint32(factor)
+    x = _hash(_hash(i + seed.astype(jnp.uint32)) + j)
     return x.astype(jnp.float32) * (2 * 3**0.5 / 2**32) - 3**0.5
+
+
+def _hash(x: jax.Array) -> jax.Array:
+    """A well-mixed permutation of the 32-bit integers, of multiplications and shifts."""
+    x = x * np.uint32(0x9E3779B9)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = (x ^ (x >> shift)) * np.uint32(factor)
+    return x ^ (x >> 16)
 
 
 def _is_lost(G: jax.Array, Z: jax.Array, limit: float) -> jax.Array:

@@ -112,16 +112,13 @@ def refresh_group(
       plans, gradients, bases, companions: as in :func:`natgalore_jax._refresh.refresh`, of the
         parameters of the group.
       due: of each parameter, the matrices that are due.
-      keys: of each parameter, for the random methods and the probes.
+      keys: of each parameter those of its matrices, for the random methods and the probes.
 
     Returns:
       The new bases and companions of each parameter, where they were.
     """
-    numbers = [jnp.arange(plan.layers, dtype=jnp.int32) for plan in plans]
     is_due, is_first = map(jnp.concatenate, zip(*due, strict=True))
-    matrix_keys = jnp.concatenate(
-        [jax.vmap(jax.random.fold_in, (None, 0))(*x) for x in zip(keys, numbers, strict=True)]
-    )
+    matrix_keys = jnp.concatenate(keys)
     nodes = [jax.tree.flatten(own, is_leaf=is_companion) for own in companions]
 
     def deal_out(stored):

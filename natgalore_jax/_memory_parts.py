@@ -96,8 +96,7 @@ def _parts(state: Any, part: str = "inner") -> Iterator[tuple[str, str, Any]]:
             yield from _named("history", "columns", node.history.columns)
             yield from _parts((node.count, node.history._replace(columns=())), "history")
         elif isinstance(node, LowRankProjectState):
-            yield from _named("basis", "basis", node.basis)
-            yield from _parts((node.count, node.started), "other")
+            yield from _named("basis", "basis", tuple(node))
         elif isinstance(node, ProjectBackState):
             yield from _parts(tuple(node), "other")
         else:

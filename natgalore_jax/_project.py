@@ -37,10 +37,6 @@ class LowRankProjectState(NamedTuple):
     #: Its leaves are batch + mode + (rank,), basis_dtype, or MaskedNode where nothing is projected.
     #: In 8 or 4 bits LinearCodes of two such tuples, codes and scales.
     basis: Any
-    #: The tree of parameters: batch, bool: whether the bases of a matrix are of a gradient. Until
-    #: its first one that is finite and not zero they are an arbitrary start. MaskedNode where
-    #: nothing is projected.
-    started: Any
 
 
 class LowRankProject(optax.GradientTransformationExtraArgs):

@@ -161,7 +161,9 @@ def quantize_state(
         scales = treedef.flatten_up_to(state.scales)
         moments = _moments(treedef, jax.tree.structure(updates))
         decoded = [
-            x if _is_hole(scale) else _decode(moments[number][1], x, scale)
+            (at_least_float32(x) if number in moments else x)
+            if _is_hole(scale)
+            else _decode(moments[number][1], x, scale)
             for number, (x, scale) in enumerate(zip(stored, scales, strict=True))
         ]
         new, inner_state = inner.update(
@@ -271,4 +273,5 @@ def dithered(
 def at_least_float32(x: jax.Array) -> jax.Array:
     """What is kept between steps has few bits, what happens in a step has all."""
     x = jnp.asarray(x)
-    return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
+    is_narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+    return x.astype(jnp.float32) if is_narrow else x

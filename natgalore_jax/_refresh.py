@@ -1,14 +1,17 @@
 """New bases for the matrices that are due, and their companions carried over to them."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from natgalore_jax._basis import PROBED, is_start
 from natgalore_jax._divided_refresh import groups_of, refresh_group
 from natgalore_jax._kernel import kernel, own_arithmetic
 from natgalore_jax._layout import place_like, replicated
+from natgalore_jax._linear_codes import load
 from natgalore_jax._plan import LeafPlan
 from natgalore_jax._refresh_layer import (
     Due,
@@ -28,12 +31,11 @@ def refresh(
     gradients: Sequence[jax.Array],
     bases: Sequence[StoredFactors],
     companions: Sequence[Any],
-    started: Sequence[jax.Array],
     step: jax.Array,
     accumulation: int = 1,
     axis_name: str | None = None,
     is_scheduled: jax.typing.ArrayLike = True,
-) -> tuple[list[StoredFactors], list[Any], list[jax.Array]]:
+) -> tuple[list[StoredFactors], list[Any]]:
     """Refreshes what is due at this step, and nothing else.
 
     A matrix is due at its first gradient that is finite and not zero, whenever that is, and from
@@ -51,7 +53,6 @@ def refresh(
       plans, gradients, bases, companions: one entry for each projected leaf. A basis is one array
         per projected mode, or codes of one; companions are any pytree of
         :class:`natgalore_jax._refresh_layer.Companion`.
-      started: of each leaf, batch, bool: the matrices that have had a first refresh.
       step: scalar int32.
       accumulation: see :func:`due_layers`.
       axis_name: of devices that have gradients of their own, of which the mean counts. Those of the
@@ -59,7 +60,7 @@ def refresh(
       is_scheduled: scalar boolean; where it is False only first refreshes are due.
 
     Returns:
-      The new bases, companions and ``started``.
+      The new bases and companions.
     """
     windows = [matrices_of(plan) for plan in plans]
     ranges = due_layers(
@@ -69,14 +70,10 @@ def refresh(
         stagger=settings.stagger,
         step=step,
     )
-    first_due = [
-        first_gradients(G, own, batch=plan.batch, axis_name=axis_name) if is_active(plan) else own
-        for plan, G, own in zip(plans, gradients, started, strict=True)
-    ]
     due = [
-        _due(own, first, plan, start, limits, is_scheduled)
-        for own, first, plan, (_, start), limits in zip(
-            started, first_due, plans, windows, ranges, strict=True
+        _due(plan, G, basis, start, limits, is_scheduled, axis_name)
+        for plan, G, basis, (_, start), limits in zip(
+            plans, gradients, bases, windows, ranges, strict=True
         )
     ]
     # By the step of the optimizer: accumulated inside or outside of the subspace, the same bases.
@@ -91,7 +88,12 @@ def refresh(
             [bases[i] for i in numbers],
             [companions[i] for i in numbers],
             due=[due[i] for i in numbers],
-            keys=[jax.random.fold_in(step_key, i) for i in numbers],
+            keys=[
+                jax.vmap(functools.partial(matrix_key, settings.method, step_key, i))(
+                    jnp.arange(plans[i].layers, dtype=jnp.int32)
+                )
+                for i in numbers
+            ],
         )
         for i, (basis, own) in zip(numbers, found, strict=True):
             new_bases[i], new_companions[i] = basis, own
@@ -113,15 +115,15 @@ def refresh(
             (bases[number], nodes, turn),
             due[number],
             start,
-            jax.random.fold_in(step_key, number),
+            number,
+            step_key,
         )
         new_companions[number] = treedef.unflatten(nodes)
-    new_started = [own | first for own, first in zip(started, first_due, strict=True)]
-    return new_bases, new_companions, new_started
+    return new_bases, new_companions
 
 
 @kernel("settings", "plan", "axis_name", inline=False)
-def _refresh_leaf(settings, plan, axis_name, G, carry, due, start, key):
+def _refresh_leaf(settings, plan, axis_name, G, carry, due, start, number, step_key):
     """The loop over the due layers of one parameter, whose first matrix has the number ``start``.
 
     ``carry`` is its basis, its companions and the turn, and so is what is returned.
@@ -133,7 +135,7 @@ def _refresh_leaf(settings, plan, axis_name, G, carry, due, start, key):
 
     def body(_, carry):
         basis, own, turn, layer = carry
-        own_key = jax.random.fold_in(key, start + layer)
+        own_key = matrix_key(settings.method, step_key, number, start + layer)
         basis, own = refresh_layer(
             settings, plan, G, basis, own, layer, own_key, due.is_first[layer], axis_name
         )
@@ -147,15 +149,29 @@ def _refresh_leaf(settings, plan, axis_name, G, carry, due, start, key):
     return jax.lax.cond(end + turn > 0, all_due, lambda carry: carry, carry)
 
 
+def matrix_key(
+    method: str, step_key: jax.Array, leaf: jax.typing.ArrayLike, number: jax.typing.ArrayLike
+) -> jax.Array:
+    """The key of one matrix of a leaf at a step."""
+    if method in PROBED:
+        return step_key
+    return jax.random.fold_in(jax.random.fold_in(step_key, leaf), number)
+
+
 def _due(
-    started: jax.Array,
-    first_due: jax.Array,
     plan: LeafPlan,
+    G: jax.Array,
+    basis: StoredFactors,
     start: jax.typing.ArrayLike,
     limits: tuple[jax.typing.ArrayLike, jax.typing.ArrayLike],
     is_scheduled: jax.typing.ArrayLike,
+    axis_name: str | None,
 ) -> Due:
     """What is due of a parameter whose first matrix has the number ``start``."""
+    mode, nb = plan.projected_modes[0], len(plan.batch)
+    P = load(basis[0], plan.factor_shape(mode), jnp.float32, nb)
+    started = ~is_start(jax.lax.index_in_dim(P, 0, -1, keepdims=False), nb)
+    first_due = first_gradients(G, started, batch=plan.batch, axis_name=axis_name)
     first, end = limits
     number = start + jnp.arange(plan.layers, dtype=jnp.int32)
     is_within = (number >= first) & (number < end) & is_scheduled

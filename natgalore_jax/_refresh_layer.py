@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from natgalore_jax._basis import RANDOM, new_basis
+from natgalore_jax._basis import PROBED, new_basis
 from natgalore_jax._layout import (
     has_explicit_sharding,
     names_of,
@@ -96,7 +96,7 @@ def refresh_layer(
       plan, G, basis, companions: of the parameter, as :func:`natgalore_jax._refresh.refresh` has
         them.
       layer: which of its matrices, int32.
-      key: for the random methods.
+      key: for the random methods and the probes.
       is_first: scalar boolean, whether the basis is only a start.
       axis_name: of devices of whose gradients the mean counts.
 
@@ -108,8 +108,6 @@ def refresh_layer(
     if axis_name is not None:
         tensor = jax.lax.pmean(tensor, axis_name)
     new_factors, C_of_axis = [], {}
-    # Keys of every matrix and step are a generator in the program of each parameter.
-    is_random = settings.method in RANDOM
     for number, (mode, stacked) in enumerate(zip(plan.projected_modes, basis, strict=True)):
         U, shape = _take_tree(stacked, index), (*plan.mode_shape(mode), plan.rank_of(mode))
         P = replicated(load(U, shape, jnp.float32)).reshape(plan.mode_sizes[mode], -1)
@@ -118,7 +116,7 @@ def refresh_layer(
             settings.method,
             _unfold(plan, tensor, mode),
             P,
-            jax.random.fold_in(key, number) if is_random else jax.random.key(settings.seed),
+            key if settings.method in PROBED else jax.random.fold_in(key, number),
             is_first,
             is_right=len(plan.modes) == 2 and mode == 1,
         )

@@ -19,7 +19,7 @@ from natgalore_jax._check_tree import (
 from natgalore_jax._companions import companions_of_all, with_companions_of_all
 from natgalore_jax._contract import project_to_stored
 from natgalore_jax._kernel import kernel, own_arithmetic
-from natgalore_jax._layout import has_explicit_sharding, place_factor, zeros_on_axes
+from natgalore_jax._layout import has_explicit_sharding, place_factor
 from natgalore_jax._linear_codes import (
     LinearCodes,
     bits_of,
@@ -90,12 +90,7 @@ class Subspace:
             for plan, f, leaf in zip(plans, stored, leaves, strict=True)
         ]
         opened = LowRankProjectState(
-            jnp.zeros([], jnp.int32),
-            self._basis_trees(treedef, plans, stored, bits is not None),
-            treedef.unflatten(
-                zeros_on_axes(low, len(plan.batch), bool) if plan else optax.MaskedNode()
-                for plan, low in zip(plans, low_leaves, strict=True)
-            ),
+            jnp.zeros([], jnp.int32), self._basis_trees(treedef, plans, stored, bits is not None)
         )
         return plans, opened, low_leaves
 
@@ -164,28 +159,23 @@ class Subspace:
         if settings.transition != "keep":
             of_leaf, skeletons = companions_of_all(inner_states, treedef, plans)
         projected = [i for i, plan in enumerate(plans) if plan]
-        started = treedef.flatten_up_to(opened.started)
-        new_factors, new_companions, new_started = refresh(
+        new_factors, new_companions = refresh(
             settings,
             [plans[i] for i in projected],
             [G[i] for i in projected],
             [factors[i] for i in projected],
             [of_leaf[i] for i in projected],
-            [started[i] for i in projected],
             step=opened.count,
             accumulation=self.accumulation,
             axis_name=axis_name,
             is_scheduled=is_scheduled,
         )
-        for i, f, c, s in zip(projected, new_factors, new_companions, new_started, strict=True):
-            factors[i], of_leaf[i], started[i] = f, c, s
+        for i, f, c in zip(projected, new_factors, new_companions, strict=True):
+            factors[i], of_leaf[i] = f, c
         if skeletons is not None:
             inner_states = with_companions_of_all(skeletons, of_leaf)
         is_coded = isinstance(opened.basis, LinearCodes)
-        opened = opened._replace(
-            basis=self._basis_trees(treedef, plans, factors, is_coded),
-            started=treedef.unflatten(started),
-        )
+        opened = opened._replace(basis=self._basis_trees(treedef, plans, factors, is_coded))
         return [opened, *inner_states, closed]
 
     def _project(self, plans, tree, states, treedef=None):

@@ -68,7 +68,7 @@ def test_x64_leaves_dtypes_as_they_are(dtype):
         with configured(jax_enable_x64=True):
             wide = check_signatures(factory(), dtype)
         if dtype != jnp.float64:
-            assert check_signatures(factory(), dtype) == wide, name
+            assert signature(jax.eval_shape(factory().init, specs(dtype))) == wide, name
 
 
 def test_ranks_may_not_be_promoted_outside():
@@ -116,7 +116,7 @@ def test_random_numbers_are_the_same(method, settings, fast_compile):
 
 def covering():
     return ng.chain(
-        ng.low_rank_project(rank=RANK, update_interval=2),
+        ng.low_rank_project(rank=RANK, update_interval=1),
         ng.woodbury_natural_gradient(history=2, damping=0.1),
         ng.compact_natural_gradient(optax.scale_by_adam(), cautious=True),
         ng.project_back(0.5, residual="fisher"),
@@ -124,10 +124,10 @@ def covering():
     )
 
 
-def three_steps(tx, dtype=jnp.float32, jit=jax.jit):
+def two_steps(tx, dtype=jnp.float32, jit=jax.jit):
     params = {"w": jnp.ones((8, 6), dtype), "b": jnp.ones(6, dtype)}
     rng, state, update = np.random.default_rng(0), tx.init(params), jit(tx.update)
-    for _ in range(3):
+    for _ in range(2):
         grads = jax.tree.map(lambda w: jnp.asarray(rng.standard_normal(w.shape), dtype), params)
         updates, state = update(grads, state, params)
     return [np.asarray(u, np.float64) for u in jax.tree.leaves(updates)]
@@ -144,16 +144,17 @@ def three_steps(tx, dtype=jnp.float32, jit=jax.jit):
     ids=lambda s: next(iter(s)),
 )
 def test_numbers_are_the_same(settings, fast_compile):
-    expected = three_steps(covering())
+    expected = two_steps(covering())
     with configured(**settings):
-        actual = three_steps(covering())
+        actual = two_steps(covering())
+    # Updates are of size one; sums in another order, through power steps and a Cholesky solve.
     for a, e in zip(actual, expected, strict=True):
-        np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(a, e, rtol=0, atol=5e-5)
 
 
 def test_float64_numbers_are_those_of_float32(fast_compile):
-    expected = three_steps(covering())
+    expected = two_steps(covering())
     with configured(jax_enable_x64=True):
-        actual = three_steps(covering(), jnp.float64)
+        actual = two_steps(covering(), jnp.float64)
     for a, e in zip(actual, expected, strict=True):
-        np.testing.assert_allclose(a, e, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(a, e, rtol=0, atol=5e-5)

@@ -51,7 +51,6 @@ def assert_started_at_the_first_gradient(tx, update, projected, empty=0.0, exact
         low = projected(G, state)
         for name, begins in BEGINS.items():
             begins = np.asarray(begins)
-            np.testing.assert_array_equal(np.ravel(state[0].started[name]), begins <= step)
             # Later gradients have other subspaces, and are not looked at for an interval.
             assert np.all(kept(G[name], low[name])[begins == step] > exact)
             for old, new in zip(
@@ -95,14 +94,15 @@ def test_tucker_starts_at_its_first_gradient():
     tx = ng.chain(ng.low_rank_project(rank=(2, 3, 2), update_interval=INTERVAL), optax.trace(0.9))
     steps, params = ng.low_rank_steps(tx), {"w": jnp.zeros((6, 8, 7))}
     _, state = tx.update(params, tx.init(params))
-    assert not bool(state[0].started["w"])
+    first = state[0].basis
+    for start, kept_start in zip(tx.init(params)[0].basis, first, strict=True):
+        np.testing.assert_array_equal(start["w"], kept_start["w"])
     rng = np.random.default_rng(0)
     G = np.einsum(
         "abc,ia,jb,kc->ijk", *(rng.standard_normal(s) for s in [(2, 3, 2), (6, 2), (8, 3), (7, 2)])
     )
     G = {"w": jnp.asarray(G, jnp.float32)}
     _, state = tx.update(G, state)
-    assert bool(state[0].started["w"])
     low = steps.project(G, state)["w"]
     assert float(jnp.sum(low**2)) > 0.99 * float(jnp.sum(G["w"] ** 2))
 
@@ -164,8 +164,6 @@ def test_first_gradients_in_per_layer():
         _, state, _ = per_layer.step(params_at(step), state, batch)
         after = np.asarray(state.opt_state[0].basis[0]["layers"]["w"])
         np.testing.assert_array_equal(np.any(before != after, (1, 2)), begins == step)
-        started = state.opt_state[0].started["layers"]["w"]
-        np.testing.assert_array_equal(started, begins <= step)
 
 
 def test_first_gradients_of_single_devices():
@@ -184,6 +182,31 @@ def test_first_gradients_of_single_devices():
     seen = []
     for experts in ([0, 0], [0, 0], [0, 1], [1, 1]):
         x = jax.random.normal(jax.random.key(len(seen)), (2, 8))
+        before = np.asarray(state[0].basis[0]["w"])
         params, state, _ = step(params, state, (x, jnp.asarray(experts)))
-        seen.append(np.asarray(state[0].started["w"]).tolist())
-    assert seen == [[True, False], [True, False], [True, True], [True, True]]
+        seen.append(np.any(before != state[0].basis[0]["w"], (1, 2)).tolist())
+    assert seen == [[True, False], [False, False], [False, True], [False, False]]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("shape,axis", [((16, 24), 0), ((600, 20), 0), ((3, 7, 500), 1)])
+def test_a_start_is_known_in_every_format_and_no_basis_is_taken_for_one(dtype, shape, axis):
+    """Until the first gradient the start stays; after it a refresh waits for the interval."""
+    side = "left" if axis == 0 else "short"
+    tx = ng.chain(
+        ng.low_rank_project(
+            rank=5, side=side, update_interval=INTERVAL, basis_dtype=dtype, where=lambda p, x: True
+        )
+    )
+    update, params = jax.jit(tx.update), {"w": jnp.zeros(shape)}
+    rng = np.random.default_rng(0)
+    states = [tx.init(params)]
+    for step in range(4):
+        # A constant gradient has a constant first vector.
+        G = [np.zeros(shape), np.ones(shape), rng.standard_normal(shape), np.ones(shape)][step]
+        states.append(update({"w": jnp.asarray(G, jnp.float32)}, states[-1])[1])
+    moved = [
+        any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, pair), strict=True))
+        for pair in zip(*([s[0].basis for s in x] for x in (states, states[1:])), strict=False)
+    ]
+    assert moved == [False, True, False, False]

@@ -23,7 +23,7 @@ NOTHING = {
     "no leaves": {},
     "None": {"dense": None},
     "a stack of no layers": {"kernel": jnp.zeros((0, 8, 10)), "scale": jnp.zeros((0, 8))},
-    "no rows": {"kernel": jnp.zeros((0, 8)), "scale": jnp.zeros(())},
+    "no rows": {"kernel": jnp.zeros((0, 8))},
 }
 
 
@@ -56,15 +56,13 @@ def test_masks_and_groups_that_select_nothing(name):
         assert signature(new_state) == signature(state)
 
 
-@every_optimizer
-def test_a_stack_of_no_layers_is_not_in_the_way_of_others(name, fast_compile):
-    tx, params = OPTIMIZERS[name](), random_like(zeros(), 0)
+def test_a_stack_of_no_layers_is_not_in_the_way_of_others(fast_compile):
+    tx, params = ng.galore_adamw(0.01, rank=RANK), random_like(zeros(), 0)
     expected, _ = jax.jit(tx.update)(params, tx.init(params), params)
     params["empty"] = {"kernel": jnp.zeros((0, 8, 10))}
     actual, _ = jax.jit(tx.update)(params, tx.init(params), params)
     assert actual.pop("empty")["kernel"].shape == (0, 8, 10)
-    if name != "apollo_adamw":  # whose random numbers depend on a matrix's place in the tree
-        jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, 1e-4, 1e-6), actual, expected)
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, 1e-4, 1e-6), actual, expected)
 
 
 @pytest.mark.parametrize(
@@ -84,20 +82,19 @@ def test_gradients_of_another_dtype_leave_states_as_they_are(name, dtypes):
 
 
 @every_optimizer
-def test_scan_over_float32_gradients_of_bfloat16_parameters(name, fast_compile):
-    tx, params = OPTIMIZERS[name](), random_like(zeros(jnp.bfloat16), 0)
-    grads = random_like(zeros(), 1)
+def test_scan_over_float32_gradients_of_bfloat16_parameters(name):
+    """The carry of a scan has the same types at the end of a step, or it is an error."""
+    tx, grads = OPTIMIZERS[name](), random_like(zeros(), 1)
 
-    def step(carry, _):
+    def step(carry, t):
         params, state = carry
         updates, state = tx.update(grads, state, params)
-        return (ng.apply_updates_stochastic(params, updates, optax.tree.get(state, "count")), state)
+        return (ng.apply_updates_stochastic(params, updates, t), state), None
 
-    state = tx.init(params)
-    (new, new_state), _ = jax.jit(
-        lambda carry: jax.lax.scan(lambda c, x: (step(c, x), None), carry, None, 3)
-    )((params, state))
-    assert signature((new, new_state)) == signature((params, state))
+    params = specs(jnp.bfloat16)
+    carry = (params, jax.eval_shape(tx.init, params))
+    new, _ = jax.eval_shape(lambda carry: jax.lax.scan(step, carry, jnp.arange(3)), carry)
+    assert signature(new) == signature(carry)
 
 
 @every_optimizer
@@ -117,31 +114,30 @@ AXES = {
 
 @every_optimizer
 @pytest.mark.parametrize("around", ["masked", "partition", "partition of leaves", "None"])
-def test_whole_trees_as_arguments_inside_masks_and_groups(name, around, fast_compile):
+def test_whole_trees_as_arguments_inside_masks_and_groups(name, around):
     """They have entries for what is hidden there; only those of the others matter."""
-    tx = OPTIMIZERS[name](where=WHERE, axes=AXES)
-    params = random_like(zeros(), 0)
+    tx, params = OPTIMIZERS[name](where=WHERE, axes=AXES), specs()
+    seen = {"layers": params["layers"]}
     if around == "masked":
         tx = optax.masked(tx, MASK)
     elif around == "partition":
         labels = {"dense": "rest", "layers": "ours"}
         tx = optax.partition({"ours": tx, "rest": optax.set_to_zero()}, labels)
     elif around == "partition of leaves":
-        labels = jax.tree.map(lambda w: "ours" if w.ndim == 3 else "rest", params)
+        labels = jax.tree.map(lambda w: "ours" if len(w.shape) == 3 else "rest", params)
         tx = optax.partition({"ours": tx, "rest": optax.set_to_zero()}, labels)
+        seen = {"layers": {"kernel": params["layers"]["kernel"]}}
     else:  # as eqx.filter leaves it
         params = {**params, "dense": {"kernel": None, "bias": None}}
-    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    updates, state, new_state = abstract_step(tx, params)
+    assert signature(updates) == signature(params)
+    assert signature(new_state) == signature(state)
 
-    alone = {"layers": {"kernel": random_like(zeros(), 0)["layers"]["kernel"]}}
-    inner = OPTIMIZERS[name](axes={"layers": {"kernel": ng.MatrixAxes(rows=2, cols=1)}})
-    expected, _ = jax.jit(inner.update)(alone, inner.init(alone), alone)
-    if name == "apollo_adamw":
-        assert bool(jnp.any(updates["layers"]["kernel"] != 0))
-    else:
-        np.testing.assert_allclose(
-            updates["layers"]["kernel"], expected["layers"]["kernel"], rtol=1e-4, atol=1e-6
-        )
+    axes = {"layers": {k: AXES["layers"][k] for k in seen["layers"]}}
+    expected = jax.eval_shape(OPTIMIZERS[name](axes=axes).init, seen)
+    assert [x.shape for x in jax.tree.leaves(state)] == [x.shape for x in jax.tree.leaves(expected)]
+    default = jax.eval_shape(OPTIMIZERS[name]().init, seen)  # the axes matter
+    assert [x.shape for x in jax.tree.leaves(state)] != [x.shape for x in jax.tree.leaves(default)]
 
 
 def test_where_of_moments_inside_a_mask():
