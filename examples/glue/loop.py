@@ -87,7 +87,8 @@ def train(
       prepared: What `prepare(config)` returned.
       run_dir: Where metrics, checkpoints and the model go. Without it nothing is written.
       reporter: Is told about progress. Without it nothing is printed.
-      should_stop: Asked after each step; once true, the run is saved and ends.
+      should_stop: Asked after each step and before each batch of an evaluation; once true, the run
+        is saved and ends. A run that is resumed begins with the evaluation that was due.
 
     Raises:
       ConfigError: if `run_dir` holds a run that is not to be resumed, or one with another
@@ -157,27 +158,30 @@ class _Run:
         batches = train_batches(
             self.prepared.encoded["train"], self.prepared.layout, self.config.seed, start
         )
+        task = self.prepared.task
         self.reporter.start(self.method, start, self.steps)
         self._clock.start()
         try:
-            step = start
-            for step in range(start + 1, self.steps + 1):
+            step, ends_epoch = start, start > 0 and start % self.per_epoch == 0
+            stop = ends_epoch and not self._evaluate(task.validation, step, should_stop)
+            while step < self.steps and not stop:
                 self.state, loss = self.step(self.state, next(batches))
+                step += 1
                 self._losses.append(loss)
                 stop = should_stop()
                 ends_epoch = step % self.per_epoch == 0
                 if stop or ends_epoch or step % self.config.output.log_every == 0:
                     self._log_losses(step)
-                if ends_epoch:
-                    self._evaluate(self.prepared.task.validation, step)
                 if stop or ends_epoch:
+                    # Saved before it is evaluated, which may take longer.
                     self._save()
-                if stop:
-                    break
-            finished = step == self.steps
-            held_out = self.prepared.task.test
-            if finished and held_out and not of_kind(self.log.records, held_out[0]):
-                self._evaluate(held_out, step)
+                if ends_epoch and not stop:
+                    stop = not self._evaluate(task.validation, step, should_stop)
+            finished = (
+                step == self.steps
+                and not stop
+                and (not task.test or self._evaluate(task.test, step, should_stop))
+            )
         finally:
             self.reporter.stop()
         return Result(
@@ -196,16 +200,27 @@ class _Run:
             )
         self._record("train", step, loss=loss, batches=count)
 
-    def _evaluate(self, splits: tuple[str, ...], step: int) -> None:
+    def _evaluate(
+        self, splits: tuple[str, ...], step: int, should_stop: Callable[[], bool]
+    ) -> bool:
+        """Records the scores of splits that have none of this step.
+
+        Returns whether that is done; it is not if it was told to stop.
+        """
         task = self.prepared.task
         for name in splits:
-            encoded = self.prepared.encoded[name]
-            outputs = predictions(self.predict, self.state.weights, encoded, self.prepared.layout)
+            if any(record["step"] == step for record in of_kind(self.log.records, name)):
+                continue
+            encoded, layout = self.prepared.encoded[name], self.prepared.layout
+            outputs = predictions(self.predict, self.state.weights, encoded, layout, should_stop)
+            if outputs is None:
+                return False
             losses = row_losses(jnp.asarray(outputs), encoded.labels, task.regression)
             found = decisions(outputs, task.regression)
             metrics = scores(task.metrics, encoded.labels, found)
             self._record(name, step, metrics=metrics, loss=float(jnp.mean(losses)))
         self._clock.start()
+        return True
 
     def _record(self, kind: str, step: int, **more: Any) -> None:
         epoch = round(step / self.per_epoch, 3)

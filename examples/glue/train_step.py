@@ -52,10 +52,21 @@ def make_predict(apply: Apply) -> Predict:
     return jax.jit(lambda weights, inputs: apply(weights, inputs, None))
 
 
-def predictions(predict: Predict, weights: Params, encoded: Encoded, layout: Layout) -> np.ndarray:
-    """Outputs of all rows, (rows, C), in the order of the rows."""
+def predictions(
+    predict: Predict,
+    weights: Params,
+    encoded: Encoded,
+    layout: Layout,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> np.ndarray | None:
+    """Outputs of all rows, (rows, C), in the order of the rows.
+
+    None if `should_stop`, asked before each batch, says so.
+    """
     order, found = [], []
     for rows, batch in eval_batches(encoded, layout):
+        if should_stop():
+            return None
         order.append(rows)
         found.append(np.asarray(predict(weights, batch.inputs))[: len(rows)])
     return np.concatenate(found)[np.argsort(np.concatenate(order))]

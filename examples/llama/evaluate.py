@@ -25,11 +25,23 @@ def make_eval_step(apply: Apply) -> Callable[..., tuple[jax.Array, jax.Array]]:
     return step
 
 
-def mean_nll(eval_step: Callable, params: Any, batches: Iterable[dict[str, np.ndarray]]) -> float:
+def mean_nll(
+    eval_step: Callable,
+    params: Any,
+    batches: Iterable[dict[str, np.ndarray]],
+    should_stop: Callable[[], bool] = lambda: False,
+) -> float | None:
     """Negative log-likelihood per token in nats: the sum over all batches by their tokens.
 
-    The mean of the batches' means would weigh tokens of a short last batch too much.
+    The mean of the batches' means would weigh tokens of a short last batch too much. None if
+    `should_stop`, asked before each batch, once the one before is computed, says so.
     """
-    sums = [eval_step(params, batch["tokens"], batch["mask"]) for batch in batches]
+    sums: list[tuple[jax.Array, jax.Array]] = []
+    for batch in batches:
+        # Steps are dispatched at once: only waiting for them lets a signal act before the last one.
+        jax.block_until_ready(sums[-1:])
+        if should_stop():
+            return None
+        sums.append(eval_step(params, batch["tokens"], batch["mask"]))
     nll, tokens = np.sum(np.array(sums, np.float64), axis=0)
     return float(nll / tokens)

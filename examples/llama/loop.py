@@ -1,5 +1,6 @@
 """The training loop, as a function from a configuration to a result."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -56,7 +57,8 @@ def train(
         ReLoRA's restarts multiply its updates.
       run_dir: Where metrics and checkpoints go. Without it nothing is written.
       reporter: Is told about progress. Without it nothing is printed.
-      should_stop: Asked after each micro-batch; once true, the run is saved and ends.
+      should_stop: Asked after each micro-batch and before each batch of an evaluation; once true,
+        the run is saved and ends. A run that is resumed begins with the evaluation that was due.
       initial: Gives the weights to start from, of a model without adapters, in the place of random
         ones. Not called by a run that is resumed.
 
@@ -180,7 +182,7 @@ class _Run:
         self._micro_step = 0
         if checkpoints is not None and checkpoints.latest() is not None:
             self._resume()
-        self.diverged = False
+        self.diverged = self.interrupted = False
         self.memory: StepMemory | None = None
         self._pending: tuple[int, Metrics] | None = None
         self._validation: tuple[int, float] | None = None  # Step and loss of the last one.
@@ -194,9 +196,9 @@ class _Run:
                 self._train(should_stop)
                 self._flush()
                 result = self._result()
-                tested = bool(of_kind(self.log.records, "test"))
-                if result.finished and not self.team.gather(tested)[0]:
-                    self._evaluate("test", result.steps)
+                if result.finished:
+                    self._evaluate("test", result.steps, should_stop)
+                    result = dataclasses.replace(result, interrupted=self.interrupted)
         finally:
             self.reporter.stop()
         return result
@@ -205,21 +207,25 @@ class _Run:
         config = self.config
         if config.faults.rollback_on_spike is not None and self._micro_step == 0:
             self._save()  # There is always something to go back to.
-        while self._micro_step < config.steps * config.accumulate:
+        step, unfinished = divmod(self._micro_step, config.accumulate)
+        if step and not unfinished and self._is_due(step, config.output.eval_every):
+            self._evaluate("validation", step, should_stop)
+        while not self.interrupted and self._micro_step < config.steps * config.accumulate:
             rows = self.batches.next()
             if self.memory is None:
                 self._account(rows)
             self.state, metrics = self.step_fn(self.state, rows)
             stop = self.team.agree(should_stop(), metrics)
-            save = stop
+            save = False
             if not self._skips(metrics):
                 self._micro_step += 1
                 step, unfinished = divmod(self._micro_step, config.accumulate)
                 if not unfinished:
                     if config.adapter.merges_after(step) and step < config.steps:
                         self.state = self.merge(self.state)
-                    save |= self._after_step(step, metrics)
-            if save:
+                    save |= self._after_step(step, metrics, should_stop)
+            stop |= self.interrupted
+            if save or stop:
                 self._save()
             if stop or self.diverged:
                 break
@@ -246,7 +252,7 @@ class _Run:
             self.diverged |= self.guard.gives_up
         return skipped
 
-    def _after_step(self, step: int, metrics: Metrics) -> bool:
+    def _after_step(self, step: int, metrics: Metrics, should_stop: Callable[[], bool]) -> bool:
         """Evaluates when it is time to; returns whether it is time for a checkpoint."""
         # Now that this step has been dispatched, fetch the metrics of the one before: the device
         # is never idle while the host waits for numbers.
@@ -261,7 +267,7 @@ class _Run:
         if self._is_due(step, self.config.output.eval_every):
             self._flush()
             if not self.diverged:
-                self._evaluate("validation", step)
+                self._evaluate("validation", step, should_stop)
         return self._is_due(step, self.config.output.save_every)
 
     def _flush(self) -> None:
@@ -298,7 +304,11 @@ class _Run:
         self.reporter.note(f"step {step}: loss {loss:.4g}, back to step {back}, rollback {count}")
         self._clock.start()
 
-    def _evaluate(self, split: str, step: int) -> None:
+    def _evaluate(self, split: str, step: int, should_stop: Callable[[], bool]) -> None:
+        """Records the loss of a split, unless that is done, or it is told to stop before."""
+        done = any(record["step"] == step for record in of_kind(self.log.records, split))
+        if self.team.gather(done)[0]:
+            return
         batches = eval_batches(
             getattr(self.splits, split),
             self.config.batch_size,
@@ -307,7 +317,15 @@ class _Run:
             process_count=jax.process_count(),
         )
         shared = (jax.tree.map(self.team.share, batch) for batch in batches)
-        loss = mean_nll(self.eval_step, self.state.weights, shared)
+        loss = mean_nll(
+            self.eval_step,
+            self.state.weights,
+            shared,
+            lambda: any(self.team.gather(should_stop())),
+        )
+        if loss is None:
+            self.interrupted = True
+            return
         if split == "validation":
             self._validation = (step, loss)
         self._record(split, step, loss=loss)
@@ -365,4 +383,5 @@ class _Run:
             steps=steps,
             diverged=self.diverged,
             memory=RunMemory(self.memory, observed_peak(self.memory)),
+            interrupted=self.interrupted,
         )

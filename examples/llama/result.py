@@ -31,6 +31,8 @@ class Result:
     """Whether the loss became infinite or not a number."""
     memory: RunMemory
     """What a step takes, and the peak that was seen."""
+    interrupted: bool = False
+    """Whether the run was stopped in an evaluation, which a resumed run makes up for."""
 
     @property
     def params(self) -> Any:
@@ -44,4 +46,4 @@ class Result:
 
     @property
     def finished(self) -> bool:
-        return self.steps == self.config.steps and not self.diverged
+        return self.steps == self.config.steps and not (self.diverged or self.interrupted)

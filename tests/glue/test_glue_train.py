@@ -166,12 +166,26 @@ def test_lora_starts_as_the_model_and_merges_into_it(files):
 def test_a_run_goes_on_as_if_it_had_not_been_stopped(files, finished, tmp_path):
     run, expected = config(files), finished
     prepared = prepare(run)
-    count = iter(range(100))
-    stopped = train(
-        run, "natural-galore", prepared, run_dir=tmp_path, should_stop=lambda: next(count) == 32
-    )
-    assert (stopped.steps, stopped.finished) == (33, False)
     again = dataclasses.replace(run, output=OutputConfig(resume=True, log_every=7))
+
+    def stop_at(call, config):
+        count = iter(range(100))
+        return train(
+            config,
+            "natural-galore",
+            prepared,
+            run_dir=tmp_path,
+            should_stop=lambda: next(count) == call,
+        )
+
+    # An epoch is 14 steps, and an evaluation two batches: stopped before the second of them.
+    stopped = stop_at(15, run)
+    assert (stopped.steps, stopped.finished) == (14, False)
+    assert not of_kind(stopped.records, "validation")
+    # It begins with that evaluation, and is stopped after a step.
+    stopped = stop_at(2 + 14 + 2 + 4, again)
+    assert (stopped.steps, stopped.finished) == (33, False)
+    assert [r["step"] for r in of_kind(stopped.records, "validation")] == [14, 28]
     resumed = train(again, "natural-galore", prepared, run_dir=tmp_path)
     assert resumed.finished
     jax.tree.map(np.testing.assert_array_equal, resumed.state.weights, expected.state.weights)

@@ -97,7 +97,8 @@ def test_nothing_moves_within_a_step():
 
 @pytest.mark.parametrize("stops", [[5], [3, 1, 7]])
 def test_resume_within_an_accumulation_is_exact(tmp_path, whole, stops):
-    config = run_config(output={"save_every": 100, "resume": True})
+    # Without an evaluation in between, of whose batches `should_stop` is asked too.
+    config = run_config(output={"save_every": 100, "eval_every": 8, "resume": True})
     done = 0
     for batches in stops:
         counter = itertools.count(1)

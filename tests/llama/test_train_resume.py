@@ -20,7 +20,7 @@ TIMES = {"seconds", "tokens_per_second"}
 
 
 def after(batches):
-    """A `should_stop` that asks for a stop after so many batches."""
+    """A `should_stop` that asks for a stop after so many batches, those of evaluations included."""
     counter = itertools.count(1)
     return lambda: next(counter) >= batches
 
@@ -63,7 +63,8 @@ def whole(fast_compile):
     ],
 )
 def test_resume_continues_bit_for_bit(tmp_path, whole, accumulate, stops):
-    config = tiny.run_config(accumulate=accumulate)
+    # Without an evaluation in between, of which the batches count too.
+    config = tiny.run_config(accumulate=accumulate, output={"eval_every": 8})
     done = 0
     for batches in stops:
         part = train(
@@ -79,6 +80,37 @@ def test_resume_continues_bit_for_bit(tmp_path, whole, accumulate, stops):
     assert_same_bits(result.state, whole(config).state)
     assert untimed(result.records) == untimed(whole(config).records)
     assert read_metrics(tmp_path / "metrics.jsonl") == result.records
+
+
+def test_a_stop_in_an_evaluation_is_made_up_for(tmp_path, whole):
+    """Within the validation after step 4, where a checkpoint is due, and within the test."""
+    config = tiny.run_config(output={"save_every": 4})
+    asked = []
+
+    def stop_at(call):
+        asked.clear()
+
+        def should_stop():
+            asked.append(None)
+            return len(asked) >= call
+
+        return should_stop
+
+    # Six batches of two rows of eight tokens: the validation split has 101, the test split 90.
+    for call, step, known in ((6, 4, 0), (6 + 4 + 6 + 3, 8, 2)):
+        part = train(
+            resumed(config), splits=tiny.splits(), run_dir=tmp_path, should_stop=stop_at(call)
+        )
+        # It does not wait for the end of the evaluation, whose loss is not known.
+        assert (part.steps, part.finished, len(asked)) == (step, False, call)
+        kinds = [record["kind"] for record in part.records]
+        assert kinds.count("validation") == known and "test" not in kinds
+        assert (tmp_path / "checkpoints" / str(step)).is_dir()
+
+    result = train(resumed(config), splits=tiny.splits(), run_dir=tmp_path)
+    assert result.finished
+    assert_same_bits(result.state, whole(tiny.run_config()).state)
+    assert untimed(result.records) == untimed(whole(tiny.run_config()).records)
 
 
 def test_writing_checkpoints_does_not_change_the_run(tmp_path, whole):
