@@ -14,11 +14,11 @@ STACKED = {"layers": GRADS}
 SEPARATE = {f"layer_{i}": GRADS[:, i] for i in range(L)}
 
 
-def optimizer(axes=None, **settings):
+def optimizer(axes=None, update_interval=INTERVAL, **settings):
     return ng.natural_galore_adamw(
         0.1,
         rank=2,
-        update_interval=INTERVAL,
+        update_interval=update_interval,
         history=3,
         damping=0.3,
         residual=True,
