@@ -17,11 +17,12 @@ import tyro
 from benchmarks._environment import RESULTS
 
 FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "overview.png"
-# Method, learning rate in file names, and colour: AdamW at the better of its rates.
+# Method, its two tuned rates in file names, and colour.
 CURVES = (
-    ("adamw", "0.003", "black"),
-    ("galore", "0.04", "tab:blue"),
-    ("natural-galore", "0.02", "tab:red"),
+    ("adamw-one-rate", "lr0.003-x1", "lightgray"),
+    ("adamw", "lr0.0025-x4", "black"),
+    ("fira", "lr0.005-x4", "tab:green"),
+    ("natural-galore", "lr0.005-x4", "tab:red"),
 )
 BARS = (
     ("AdamW", "adamw", "ordinary"),
@@ -44,8 +45,8 @@ def main(output: Path = FIGURE) -> None:
     """
     figure = matplotlib.figure.Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
-    for method, rate, colour in CURVES:
-        name, points = curve(method, rate)
+    for method, rates, colour in CURVES:
+        name, points = curve(method, rates)
         left.plot(*zip(*points, strict=True), color=colour, label=name)
     left.set(xlabel="step", ylabel="validation loss", ylim=(None, 5.2))
     left.set_title("1.07 M parameters, 3 seeds", fontsize=9)
@@ -69,11 +70,11 @@ def main(output: Path = FIGURE) -> None:
     print(f"written to {output.name}")
 
 
-def curve(method: str, rate: str) -> tuple[str, list[tuple[int, float]]]:
+def curve(method: str, rates: str) -> tuple[str, list[tuple[int, float]]]:
     """The method's name, and the mean validation loss after each number of steps."""
     losses: dict[int, list[float]] = defaultdict(list)
     directory = RESULTS / "quality" / "main" / "sotu-nano"
-    runs = [_read(path) for path in sorted(directory.glob(f"{method}-lr{rate}-seed?.json"))]
+    runs = [_read(path) for path in sorted(directory.glob(f"{method}-{rates}-seed?.json"))]
     for run in runs:
         for step, _, loss, _ in run["validation"]:
             losses[step].append(loss)

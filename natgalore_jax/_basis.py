@@ -142,7 +142,7 @@ def _probe(P: jax.Array, key: jax.Array) -> jax.Array:
     return W - P @ (P.T @ W)
 
 
-def _hashed(shape: tuple[int, int], seed: jax.Array) -> jax.Array:
+def _hashed(shape: tuple[int, ...], seed: jax.Array) -> jax.Array:
     """Entries like random ones, uniform with mean square 1: a hash of their places.
 
     A probe needs no better ones, and a counter-based generator in the program of each parameter

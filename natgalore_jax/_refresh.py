@@ -173,8 +173,8 @@ def _due(
     started = ~is_start(jax.lax.index_in_dim(P, 0, -1, keepdims=False), nb)
     first_due = first_gradients(G, started, batch=plan.batch, axis_name=axis_name)
     first, end = limits
-    number = start + jnp.arange(plan.layers, dtype=jnp.int32)
-    is_within = (number >= first) & (number < end) & is_scheduled
+    number = jnp.arange(plan.layers, dtype=jnp.int32) + start
+    is_within = jnp.logical_and((number >= first) & (number < end), is_scheduled)
     started, first_due = (replicated(x).reshape(-1) for x in (started, first_due))
     return Due(jnp.where(started, is_within, first_due), ~started)
 

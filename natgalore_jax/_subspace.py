@@ -209,7 +209,7 @@ class Subspace:
         opened = opened._replace(count=optax.safe_increment(opened.count))
         return treedef.unflatten(out), [opened, *new_inner, closed]
 
-    def _factors(self, treedef, plans, states, leaves, low=None) -> list[Factors]:
+    def _factors(self, treedef, plans, states, leaves, low=None) -> list[Any]:
         """The bases of each leaf, where it is; codes are decoded in the dtype of the gradient."""
         return [
             _loaded(plan.unnamed, R.dtype, own, leaf)

@@ -140,7 +140,7 @@ evaluate = jax.jit(loss)
 schedule = optax.cosine_decay_schedule(1.0, STEPS, alpha=0.1)
 
 
-def label(params):
+def group(params):
     return jax.tree.map_with_path(
         lambda path, leaf: "hidden" if ng.hidden_matrices(path, leaf) else "unprojected", params
     )
@@ -153,7 +153,7 @@ def adamw(peak):
             name: optax.adamw(lambda t, rate=rate: rate * schedule(t), weight_decay=0.0)
             for name, rate in rates.items()
         },
-        label,
+        group,
     )
 
 

@@ -80,8 +80,9 @@ def _with_amounts(call: Call, count: int) -> Call:
     """The call with `$n` inside texts as text where the plan has no call n."""
 
     def read_part(part: str | Ref) -> str | Ref:
-        is_call = isinstance(part, str) or bool(part.path) or 1 <= part.call <= count
-        return part if is_call else f"${part.call}"
+        if isinstance(part, str) or part.path or 1 <= part.call <= count:
+            return part
+        return f"${part.call}"
 
     def read(value: Value) -> Value:
         match value:

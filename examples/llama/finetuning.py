@@ -74,10 +74,11 @@ def method_transformation(
     """
     # One parametrisation for all methods, that of the GaLore papers: α η for projected matrices, η
     # for all others, a residual at the root mean square of AdamW's updates.
-    given = {"unprojected_ratio": 1.0, "residual_scale": 0.2} if method == "natural-galore" else {}
+    is_ours = method == "natural-galore"
     optimizer = OptimizerConfig(
         name="adamw" if method == "lora" else method,
-        **given,
+        unprojected_ratio=1.0 if is_ours else None,
+        residual_scale=0.2 if is_ours else None,
         weight_decay=config.weight_decay,
         clip_norm=config.clip_norm,
         rank=config.rank,

@@ -143,7 +143,7 @@ def _open_directory(path: Path) -> WeightsFile:
     # Null, which transformers writes for what was not set, says nothing.
     ends = [source.get("eos_token_id") for source in (settings, raw)]
     end = next((end for end in ends if end not in (None, [])), ())
-    end_ids = tuple(end) if isinstance(end, list | tuple) else (end,)
+    end_ids: tuple[int, ...] = tuple(end) if isinstance(end, list | tuple) else (end,)  # type: ignore[bad-assignment]
     # Left out of files where the embedding takes its place, but not always of their index.
     absent = {weight_names.HUGGING_FACE["head"]} if config.tied_embeddings else set()
     return WeightsFile(
