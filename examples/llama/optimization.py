@@ -45,7 +45,11 @@ def make_optimization(
 def _make_optimizer(
     config: RunConfig, params: Params
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    optimizer = dataclasses.replace(config.optimizer, learning_rate=config.learning_rate)
+    optimizer = dataclasses.replace(
+        config.optimizer,
+        learning_rate=config.learning_rate,
+        unprojected_ratio=config.unprojected_ratio,
+    )
     if config.per_layer:  # It clips by itself: no layer can wait for the norm of all gradients.
         optimizer = dataclasses.replace(optimizer, clip_norm=None)
     try:

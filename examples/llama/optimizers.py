@@ -19,6 +19,7 @@ class Entry(NamedTuple):
     factory: Callable[..., optax.GradientTransformation]
     learning_rate: float  # Peak, where --learning-rate is not given; chosen at the nano size.
     fixed: dict[str, Any] = {}  # noqa: RUF012  (never changed)
+    unprojected_ratio: float | None = None  # Likewise, of random weights; None: the factory's own.
 
 
 def _adafactor(learning_rate, weight_decay: float = 0.0, mask=None):
@@ -47,8 +48,8 @@ def _adamw_8bit(
 
 
 OPTIMIZERS: dict[str, Entry] = {
-    "adamw": Entry(optax.adamw, 3e-3),
-    "adamw-8bit": Entry(_adamw_8bit, 3e-3),
+    "adamw": Entry(optax.adamw, 2.5e-3, unprojected_ratio=4.0),
+    "adamw-8bit": Entry(_adamw_8bit, 2.5e-3, unprojected_ratio=4.0),
     "adafactor": Entry(_adafactor, 3e-3),
     "galore": Entry(ng.galore_adamw, 2e-2),
     "fira": Entry(ng.galore_adamw, 1e-2, {"residual": "gain"}),
@@ -95,7 +96,8 @@ class OptimizerConfig:
     """Galore and natural-galore: store Adam's moments in 8 bits instead of the weights' dtype."""
     unprojected_ratio: float | None = None
     """Learning rate of embeddings, head and norms over that of the hidden matrices; by default 4
-    for natural-galore and 1 for the others, the published parametrisation."""
+    for natural-galore and, on random weights, for adamw, else 1. Galore and its relatives have it
+    in their scale."""
     scale: float | None = None
     """Low-rank: factor on the update of projected matrices."""
     side: Literal["auto", "short", "long", "left", "right", "both"] | None = None
@@ -148,6 +150,11 @@ def with_unprojected_ratio(
 def default_learning_rate(name: str) -> float:
     """Peak learning rate of the optimizer called `name`."""
     return OPTIMIZERS[name].learning_rate
+
+
+def default_unprojected_ratio(name: str) -> float | None:
+    """Its ratio of the two rates on random weights, None where the factory's own holds."""
+    return OPTIMIZERS[name].unprojected_ratio
 
 
 def decayed(params: Any) -> Any:

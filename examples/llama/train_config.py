@@ -13,7 +13,11 @@ from examples.llama.data import DataConfig
 from examples.llama.distributed import DistributedConfig
 from examples.llama.errors import ConfigError as ConfigError
 from examples.llama.faults import FaultConfig
-from examples.llama.optimizers import OptimizerConfig, default_learning_rate
+from examples.llama.optimizers import (
+    OptimizerConfig,
+    default_learning_rate,
+    default_unprojected_ratio,
+)
 from examples.llama.schedule import ScheduleConfig
 
 if TYPE_CHECKING:
@@ -188,6 +192,15 @@ class RunConfig:
             return given
         share = 1.0 if self.init_from is None else _TRAINED_SHARE
         return share * default_learning_rate(self.optimizer.name)
+
+    @property
+    def unprojected_ratio(self) -> float | None:
+        """Ratio of the two rates: the one given, or the optimizer's own. On trained weights None:
+        what embeddings need there was not measured."""
+        given = self.optimizer.unprojected_ratio
+        if given is not None or self.init_from is not None:
+            return given
+        return default_unprojected_ratio(self.optimizer.name)
 
     @property
     def run_dir(self) -> Path:

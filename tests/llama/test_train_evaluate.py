@@ -3,12 +3,14 @@
 import itertools
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import tiny_run as tiny
 
+import natgalore_jax as ng
 from examples.llama.data import eval_batches
 from examples.llama.evaluate import make_eval_step, mean_nll, perplexity
 from examples.llama.loop import train
@@ -101,7 +103,15 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
 def test_an_optimizer_of_ones_own(result):
     """The same transformation by hand: the same losses, and no learning rate to record."""
     schedule = warmup_cosine(ScheduleConfig(), OPTIMIZERS["adamw"].learning_rate, 40)
-    tx = optax.adamw(schedule, weight_decay=0.0)
+    ratio = OPTIMIZERS["adamw"].unprojected_ratio
+    assert ratio is not None
+    tx = optax.partition(
+        {
+            True: optax.adamw(schedule, weight_decay=0.0),
+            False: optax.adamw(lambda count: ratio * schedule(count), weight_decay=0.0),
+        },
+        jax.tree.map_with_path(ng.hidden_matrices, result.params),
+    )
     own = train(result.config, splits=result.splits, tx=tx)
     assert [r["loss"] for r in own.records] == pytest.approx(
         [r["loss"] for r in result.records], rel=1e-5
