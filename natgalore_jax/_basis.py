@@ -93,7 +93,9 @@ def start_basis(m: int, r: int) -> jax.Array:
 
 def _signs(m: int) -> jax.Array:
     """1 and −1 without a pattern: a bit of a hash of the index."""
-    return jnp.where(_hash(jnp.arange(m, dtype=jnp.uint32)) >> 31 == 1, jnp.float32(1), -1)
+    # A bit whose first signs differ: a constant gradient has a constant first vector.
+    bit = (_hash(jnp.arange(m, dtype=jnp.uint32)) >> 1) & 1
+    return jnp.where(bit == 1, jnp.float32(1), -1)
 
 
 def is_start(first_column: jax.Array, batch_ndim: int = 0) -> jax.Array:

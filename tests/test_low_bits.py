@@ -36,7 +36,7 @@ def loss(params, rows):
 def trained(basis_dtype):
     """Loss on all rows by step, training on half of them."""
     tx = ng.natural_galore_adamw(
-        optax.cosine_decay_schedule(0.1, STEPS), 8, update_interval=7, basis_dtype=basis_dtype
+        optax.cosine_decay_schedule(0.025, STEPS), 8, update_interval=7, basis_dtype=basis_dtype
     )
 
     def step(carry, t):

@@ -1,0 +1,123 @@
+"""The searches for learning rates: one on a grid, two by coordinate descent."""
+
+import math
+from collections import defaultdict
+
+import pytest
+
+from benchmarks.quality.files import read_suite, write
+from benchmarks.quality.run_spec import prepare
+from benchmarks.quality.search import (
+    START,
+    Rates,
+    best_point,
+    is_bracketed,
+    next_points,
+    next_rates,
+)
+from benchmarks.quality.sweep import Sweep, run_sweep, runs
+from benchmarks.quality.tuning import tuned_rates
+from examples.llama.train_config import ConfigError
+
+GRID = (0.001, 0.002, 0.005, 0.01, 0.02, 0.04, 0.08)
+
+
+def searched(curve):
+    """The rates that are run of a grid, where ``curve`` has the loss of each."""
+    done = {}
+    while missing := next_rates(tuple(curve), done):
+        assert not set(missing) & set(done)
+        done |= {rate: curve[rate] for rate in missing}
+    return done
+
+
+@pytest.mark.parametrize("best", range(len(GRID)))
+def test_a_search_finds_the_one_minimum(best):
+    done = searched({rate: float(abs(i - best)) for i, rate in enumerate(GRID)})
+    assert min(done, key=done.get) == GRID[best] and len(done) <= 5
+
+
+def test_a_search_takes_a_diverged_rate_for_the_worst():
+    assert set(searched({0.1: 2.0, 0.2: 3.0, 0.3: None})) == {0.1, 0.2, 0.3}
+    assert set(searched({0.1: None, 0.2: None, 0.3: 1.0})) == {0.1, 0.2, 0.3}
+    assert set(searched({0.1: None})) == {0.1}
+
+
+def loss_at(rates, best, ratio_matters=1.0):
+    """A bowl over the logarithms of both rates; None far above the best hidden rate."""
+    down, across = math.log2(rates.hidden / best.hidden), math.log2(rates.ratio / best.ratio)
+    return None if down > 3 else 3 + 0.1 * down**2 + 0.1 * ratio_matters * across**2
+
+
+@pytest.mark.parametrize(
+    "best", [Rates(0.005, 4), Rates(0.00125, 16), Rates(0.02, 1), Rates(0.6, 4)]
+)
+@pytest.mark.parametrize("budget", [1, 10])
+def test_a_search_of_two_rates_ends_bracketed(best, budget):
+    done = {}
+    while missing := next_points(done, budget):
+        assert not set(missing) & set(done)
+        done |= {point: loss_at(point, best) for point in missing}
+    found = best_point(done)
+    assert is_bracketed(done) and len(done) >= budget
+    assert found.hidden == pytest.approx(best.hidden, rel=0.25)
+    assert found.ratio == pytest.approx(best.ratio, rel=0.25)
+    # Only the way to the best rates costs more than the budget.
+    steps_away = abs(math.log2(best.hidden / START.hidden)) + abs(
+        math.log2(best.ratio / START.ratio)
+    )
+    assert len(done) <= max(budget + 2, 7 + 2 * steps_away)
+
+
+def test_a_search_begins_where_all_begin_and_goes_down_from_divergence():
+    assert next_points({}, 10) == (START,)
+    assert next_points({START: None}, 10) == (Rates(START.hidden / 2, START.ratio),)
+
+
+def test_a_search_with_a_fixed_ratio_has_one_axis():
+    done = {}
+    while missing := next_points(done, 7, fixed_ratio=1.0):
+        done |= {point: loss_at(point, Rates(0.002, 8)) for point in missing}
+    assert {point.ratio for point in done} == {1.0} and len(done) == 7
+    assert is_bracketed(done, fixed_ratio=True) and not is_bracketed(done)
+
+
+def test_a_point_at_the_end_of_what_was_run_is_not_bracketed():
+    inside = {Rates(1, 1): 1.0, Rates(2, 1): 2.0, Rates(0.5, 1): 2.0, Rates(1, 2): None}
+    assert not is_bracketed(inside)
+    assert is_bracketed(inside | {Rates(1, 0.5): 3.0})
+    assert not is_bracketed({Rates(1, 1): None})
+
+
+def test_a_sweep_searches_until_every_method_has_the_runs_of_the_default(tmp_path, monkeypatch):
+    # The default's best rates are further away, so that its search takes longer.
+    best = {"natural-galore": Rates(0.00125, 32.0), "adamw": START}
+    made = defaultdict(list)
+
+    def make(todo, *_):
+        for run in todo:
+            rates = Rates(run.learning_rate, run.ratio)
+            made[run.method].append(rates)
+            loss = loss_at(rates, best[run.method])
+            record = {
+                key: getattr(run, key) for key in ("preset", "method", "learning_rate", "ratio")
+            }
+            record |= {"corpus": run.corpus, "seed": run.seed, "diverged": loss is None}
+            record |= {"final_validation_loss": loss}
+            record |= {"wall_seconds": 1.0, "configuration": prepare(run).configuration}
+            write(record, run.path)
+        return []
+
+    monkeypatch.setattr("benchmarks.quality.sweep.run_all", make)
+    sweep = Sweep(
+        methods=tuple(best), corpora=("sotu",), seeds=(1,), root=tmp_path, preset="tiny",
+        search=True, budget=5,
+    )  # fmt: skip
+    make(runs(sweep)[:1], 1)  # As after an interruption.
+    assert run_sweep(sweep) == 0
+    assert len(made["adamw"]) >= len(made["natural-galore"]) > 5
+    tuned = tuned_rates(read_suite(tmp_path, "main"), "tiny")
+    assert {name: t.rates for name, t in tuned.items()} == best
+    assert not any(t.at_edge for t in tuned.values())
+    with pytest.raises(ConfigError, match="a search takes neither"):
+        Sweep(search=True, ratios=(2.0,))
