@@ -66,7 +66,8 @@ def scale_by_adam_8bit(
     settings = EightBits(block_size, min_size, where)
     settings.check()
 
-    numbers = (b1, b2, eps, eps_root)
+    # The complements in Python's precision: in float32, 1 − 0.999 is off by a hundred-thousandth.
+    numbers = (b1, 1 - b1, b2, 1 - b2, eps, eps_root)
 
     @own_arithmetic
     def init_fn(params):
@@ -136,17 +137,17 @@ def _state(count, mu, nu, mu_scale, nu_scale) -> QuantizedState:
 @kernel("leaf", "nesterov", "dtype")
 def _step(leaf, nesterov, dtype, numbers, count, g, m, v, *scales):
     """Update, moments and bounds of one parameter after a step; ``count`` are those before it."""
-    b1, b2, _, _ = numbers
+    b1, new1, b2, new2, *_ = numbers
     G, in_8_bits = jnp.asarray(g).astype(jnp.float32), not isinstance(scales[0], optax.MaskedNode)
     M, V = m.astype(jnp.float32), v.astype(jnp.float32)
     if in_8_bits:
         M, V = (decode(m, scales[0], is_second=False), decode(v, scales[1], is_second=True))
-    M, V = b1 * M + (1 - b1) * G, b2 * V + (1 - b2) * (G * G)
+    M, V = b1 * M + new1 * G, b2 * V + new2 * (G * G)
     U = _update(G, M, V, optax.safe_increment(count), numbers, nesterov=nesterov)
     m, v = M.astype(m.dtype), V.astype(v.dtype)
     if in_8_bits:
         peak = block_max(G, blocks_between(g.shape, scales[0].shape))
-        scales = (b1 * scales[0] + (1 - b1) * peak, b2 * scales[1] + (1 - b2) * (peak * peak))
+        scales = (b1 * scales[0] + new1 * peak, b2 * scales[1] + new2 * (peak * peak))
         m = dithered(M, scales[0], count, 2 * leaf, is_second=False)
         v = dithered(V, scales[1], count, 2 * leaf + 1, is_second=True)
     return U.astype(dtype), m, v, *scales
@@ -154,8 +155,8 @@ def _step(leaf, nesterov, dtype, numbers, count, g, m, v, *scales):
 
 def _update(G, M, V, count, constants, *, nesterov):
     """Adam's step from its new moments; ``count`` is the number of steps, this one included."""
-    b1, b2, eps, eps_root = constants
+    b1, new1, b2, _, eps, eps_root = constants
     M = M / (1 - b1 ** (count + 1)) if nesterov else M / (1 - b1**count)
     if nesterov:
-        M = b1 * M + (1 - b1) * G / (1 - b1**count)
+        M = b1 * M + new1 * G / (1 - b1**count)
     return M / (jnp.sqrt(V / (1 - b2**count) + eps_root) + eps)

@@ -16,7 +16,7 @@ def optimizer():
     return ng.chain(
         ng.low_rank_project(rank=2, update_interval=4),
         optax.MultiSteps(inner, 2),
-        ng.project_back(residual=True),
+        ng.project_back(),
         optax.scale(-0.1),
     )
 

@@ -233,7 +233,7 @@ def test_the_two_rates_of_a_run(tmp_path):
         (
             "natural-galore@rank=4",
             1.0,
-            ng.natural_galore_adamw(0.02, rank=4, weight_decay=0.0, unprojected_ratio=1.0),
+            ng.natural_galore_adamw(0.02, rank=4, weight_decay=0.0, unprojected_ratio=1.0, seed=1),
         ),
         ("galore@rank=4", 0.25, ng.galore_adamw(0.08, rank=4, method="svd", weight_decay=0.0)),
     ]:
