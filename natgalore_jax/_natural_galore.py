@@ -177,7 +177,7 @@ def natural_galore_adamw(
         :func:`compact_natural_gradient` and :func:`woodbury_natural_gradient`.
       scale, residual, norm_growth_limit, residual_decay: see :func:`project_back`. Leave α at 1:
         the rate of the hidden matrices is ``learning_rate``.
-      residual_scale: σ. None: 0.6 for "fisher", 1 for "gain".
+      residual_scale: σ. None: 0.4 for "fisher", 1 for "gain".
       fisher_decay, cautious: of :func:`compact_natural_gradient`; None: 0.97 and True.
       unprojected_ratio: the rate of the parameters that are neither projected nor hidden matrices,
         over ``learning_rate``. Hidden matrices that ``where`` leaves out keep ``learning_rate``.
@@ -241,7 +241,7 @@ def natural_galore_adamw(
         )
         inner = (natural,)
     if residual == "fisher" and residual_scale is None:
-        residual_scale = 0.6
+        residual_scale = 0.4
     return chain(
         opener,
         *inner,

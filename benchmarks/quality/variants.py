@@ -47,7 +47,7 @@ def recipe(
         ng.compact_natural_gradient(
             INNER[inner](), damping=schedule, exponent=exponent, structure=structure, cautious=True
         ),
-        ng.project_back(residual="fisher", residual_scale=0.6),
+        ng.project_back(residual="fisher", residual_scale=0.4),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
