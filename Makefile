@@ -66,8 +66,11 @@ SMALL := --name small --methods natural-galore --learning-rate 2e-3 --limit 12 -
 functions: $(VENV)/.pretrained $(VENV)/.functions ## fine-tune SmolLM2 on 12 plans of tool calls, some minutes; ARGS="--help"
 	$(BIN)/python -m examples.function_calling $(or $(ARGS),$(SMALL))
 
+# Many tests compile the same programs: what one has compiled, all workers and later runs have.
+TESTING := NPROC=32 JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax-tests JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3
+
 test: $(VENV)/.dev $(VENV)/.glue $(SNIPPETS) ## run the tests; ARGS="tests/test_basis.py -k power" for some of them
-	NPROC=32 $(BIN)/python -m pytest -n 2 $(ARGS)
+	$(TESTING) $(BIN)/python -m pytest -n 2 $(ARGS)
 
 # Environments of their own, for both ends of the range of versions.
 .venv-lowest/.tests: pyproject.toml constraints-lowest.txt
@@ -89,10 +92,10 @@ LIBRARY_TESTS := tests natgalore_jax $(addprefix --ignore=tests/,function_callin
 NOT_LOWEST := --ignore=natgalore_jax/_offload.py --ignore=natgalore_jax/_in_place.py
 
 test-lowest: .venv-lowest/.tests ## run the library's tests on the lowest versions that it allows
-	NPROC=32 .venv-lowest/bin/python -m pytest -n 2 $(or $(ARGS),$(LIBRARY_TESTS) $(NOT_LOWEST))
+	$(TESTING) .venv-lowest/bin/python -m pytest -n 2 $(or $(ARGS),$(LIBRARY_TESTS) $(NOT_LOWEST))
 
 test-newest: .venv-newest/.tests ## run them on the newest versions that install
-	NPROC=32 .venv-newest/bin/python -m pytest -n 2 $(or $(ARGS),$(LIBRARY_TESTS))
+	$(TESTING) .venv-newest/bin/python -m pytest -n 2 $(or $(ARGS),$(LIBRARY_TESTS))
 
 lint: $(VENV)/.dev ## check style and types
 	$(BIN)/ruff check .
