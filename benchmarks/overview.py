@@ -1,7 +1,7 @@
 """The picture of the README: loss and memory beside AdamW's, from committed results.
 
-``python -m benchmarks.overview`` draws docs/figures/overview.png from ``results/quality/main`` (the
-mean validation loss of three seeds, presidential addresses, nano) and
+``python -m benchmarks.overview`` draws docs/figures/overview.png from ``results/quality/tune`` (the
+validation loss of the tuning runs at the best rates, one seed, presidential addresses, nano) and
 ``results/gpu_memory_estimates.json`` (a whole step of LLaMA 7B on 256 tokens, estimated).
 """
 
@@ -49,7 +49,7 @@ def main(output: Path = FIGURE) -> None:
         name, points = curve(method, rates)
         left.plot(*zip(*points, strict=True), color=colour, label=name)
     left.set(xlabel="step", ylabel="validation loss", ylim=(None, 5.2))
-    left.set_title("1.07 M parameters, 3 seeds", fontsize=9)
+    left.set_title("1.07 M parameters, tuned rates, one seed", fontsize=9)
     left.legend(fontsize=8)
     left.grid(alpha=0.2)
 
@@ -71,10 +71,10 @@ def main(output: Path = FIGURE) -> None:
 
 
 def curve(method: str, rates: str) -> tuple[str, list[tuple[int, float]]]:
-    """The method's name, and the mean validation loss after each number of steps."""
+    """The method's name, and its validation loss after each number of steps."""
     losses: dict[int, list[float]] = defaultdict(list)
-    directory = RESULTS / "quality" / "main" / "sotu-nano"
-    runs = [_read(path) for path in sorted(directory.glob(f"{method}-{rates}-seed?.json"))]
+    directory = RESULTS / "quality" / "tune" / "sotu-nano"
+    runs = [_read(path) for path in sorted(directory.glob(f"{method}-{rates}-seed*.json"))]
     for run in runs:
         for step, _, loss, _ in run["validation"]:
             losses[step].append(loss)
