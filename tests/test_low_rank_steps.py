@@ -30,12 +30,12 @@ def inside(*inner, **settings):
 
 
 OPTIMIZERS = {
-    "natural": lambda: ng.natural_galore_adamw(0.05, **DECAYED, residual=False),
+    "natural": lambda: ng.natural_galore_adamw(0.0125, **DECAYED, residual=False),
     "galore, both, rotate, all at once": lambda: ng.galore_adamw(
         0.05, **DECAYED, side="both", transition="rotate", stagger=False
     ),
     "gain": lambda: ng.galore_adamw(0.05, **DECAYED, residual="gain", side="right"),
-    "fisher": lambda: ng.natural_galore_adamw(0.05, **DECAYED),
+    "fisher": lambda: ng.natural_galore_adamw(0.0125, **DECAYED),
     "tucker, svd": lambda: inside(optax.scale_by_adam(), rank=(2, 3, 2), method="svd"),
     "online, lion": lambda: inside(optax.scale_by_lion(), method="online", update_interval=1),
     "decay inside, momentum": lambda: inside(

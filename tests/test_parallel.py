@@ -17,9 +17,9 @@ SHAPES = {"up": (16, 32), "down": (32, 16), "bias": (16,)}
 
 SETTINGS = {"rank": 4, "update_interval": 3}
 OPTIMIZERS = {
-    "compact": lambda: ng.natural_galore_adamw(0.05, **SETTINGS),
+    "compact": lambda: ng.natural_galore_adamw(0.0125, **SETTINGS),
     "history": lambda: ng.natural_galore_adamw(
-        0.05, **SETTINGS, history=2, damping=0.1, residual=True
+        0.0125, **SETTINGS, history=2, damping=0.1, residual=True
     ),
 }
 CURRENT = {}

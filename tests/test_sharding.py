@@ -48,7 +48,7 @@ SCHEMES = {
 }
 SETTINGS = {"rank": RANK, "update_interval": 6}
 OPTIMIZERS = {
-    "default": lambda: ng.natural_galore_adamw(LEARNING_RATE, **SETTINGS),
+    "default": lambda: ng.natural_galore_adamw(LEARNING_RATE / 4, **SETTINGS),
     "galore": lambda: ng.galore_adamw(LEARNING_RATE, **SETTINGS),
     "exact": lambda: ng.galore_adamw(
         LEARNING_RATE, **SETTINGS, side="left", method="eigh", stagger=False, transition="rotate"
@@ -61,13 +61,13 @@ OPTIMIZERS = {
         optax.scale_by_learning_rate(LEARNING_RATE),
     ),
     "history": lambda: ng.natural_galore_adamw(
-        LEARNING_RATE, **SETTINGS, history=3, damping=0.1, residual=True
+        LEARNING_RATE / 4, **SETTINGS, history=3, damping=0.1, residual=True
     ),
     "eight bits": lambda: ng.natural_galore_adamw(
-        LEARNING_RATE, **SETTINGS, moment_bits=8, basis_dtype="int8"
+        LEARNING_RATE / 4, **SETTINGS, moment_bits=8, basis_dtype="int8"
     ),
     "reset": lambda: ng.natural_galore_adamw(
-        LEARNING_RATE, **SETTINGS, side="right", transition="reset", method="randomized"
+        LEARNING_RATE / 4, **SETTINGS, side="right", transition="reset", method="randomized"
     ),
 }
 EVERY_SCHEME = [("default", scheme) for scheme in SCHEMES]
