@@ -11,7 +11,7 @@ from benchmarks.quality.methods import METHODS
 from benchmarks.quality.presets import PRESETS
 from benchmarks.quality.search import Rates
 from benchmarks.quality.tuning import rates_of
-from examples.llama.train_config import ConfigError
+from examples.llama.train_config import ConfigError, RunConfig
 
 REFERENCE = "adamw"  # with two rates, as every other method
 RECIPE = "natural-galore"
@@ -70,9 +70,11 @@ def summarise(
 def protocol(record: Json) -> Json:
     """What all runs of a group must have in common."""
     run = record["configuration"]["run"]
-    keys = ("steps", "seq_len", "schedule", "data")
+    # An option of the text that the training program has got since then was at its default.
+    data = {k: v for k, v in RunConfig().to_dict()["data"].items() if k != "cache_dir"}
     return {
-        **{key: run[key] for key in keys},
+        **{key: run[key] for key in ("steps", "seq_len", "schedule")},
+        "data": {**data, **run["data"]},
         "rows": run["batch_size"] * run["accumulate"],
         "dtype": run["model"]["dtype"],
         "param_dtype": run["model"]["param_dtype"],
