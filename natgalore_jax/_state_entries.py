@@ -17,7 +17,6 @@ from natgalore_jax._quantize import MomentCodes, load_moment, store_moment
 from natgalore_jax._transition import rotate_centred, rotate_linear, rotate_second_moment
 
 Fields = dict[str, Any]
-Axes = Callable[[tuple[int, ...]], Sequence[tuple[int, ...]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +46,7 @@ class SecondMoment:
 
     mean: str | None = None
     resets: bool = True
-    axes: Axes | None = None
+    axes: Any = None
 
 
 Role = FirstMoment | SecondMoment
