@@ -1,4 +1,4 @@
-"""What a method must have had before its row may stand beside others."""
+"""Requirements on the tuning of every method in a comparison."""
 
 from collections.abc import Iterable, Mapping
 
@@ -9,7 +9,7 @@ from examples.llama.train_config import ConfigError
 
 
 def check_tuned(rows: Iterable[Row], tuned: Mapping[str, Tuned]) -> None:
-    """Checks that every method was tuned as carefully as the default, and ran at its tuned rates.
+    """Check that every method was tuned as carefully as the default, and ran at its tuned rates.
 
     Methods with other arguments, ``name@argument=value``, are ablations at the rates of the method
     itself, and are not checked.

@@ -20,7 +20,7 @@ PAPER_SCALE = 0.25  # of GaLore
 
 
 class Setting(NamedTuple):
-    """What a method is given. Its factory gets those values that it has a parameter for."""
+    """Arguments for a method; its factory gets those that it has a parameter for."""
 
     learning_rate: optax.Schedule
     rank: int

@@ -30,7 +30,7 @@ else:  # The names that the command line offers.
 
 @dataclass(frozen=True, kw_only=True)
 class Common:
-    """What is the same for all runs of a sweep."""
+    """Options common to all runs of a sweep."""
 
     suite: str = "main"
     """Directory of the runs, below the root."""
