@@ -9,6 +9,7 @@ from oracles.ldadam import ldadam
 from replay import replay
 
 import natgalore_jax as ng
+from natgalore_jax._basis import start_basis
 
 STEPS, RANK = 8, 3
 RNG = np.random.default_rng(0)
@@ -32,7 +33,9 @@ def test_every_step(error_feedback):
         {"bias": bias[0], "tall": flip(W), "wide": W},
         {"bias": bias, "tall": flip(G), "wide": G},
     )
-    expected = ldadam(W, G, **SETTINGS, lr=0.1, error_feedback=error_feedback)
+    start = start_basis(6, RANK)
+    oracle = {k: v for k, v in SETTINGS.items() if k != "rank"}
+    expected = ldadam(W, G, start, **oracle, lr=0.1, error_feedback=error_feedback)
     np.testing.assert_allclose(trajectory["wide"], expected, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(flip(trajectory["tall"]), expected, rtol=1e-3, atol=1e-4)
     plain = replay(optax.adam(0.1, b1=0.8, b2=0.9, eps=1e-3), {"b": bias[0]}, {"b": bias})

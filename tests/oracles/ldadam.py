@@ -5,18 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def cosines(m: int, r: int) -> np.ndarray:
-    """The first r vectors of the orthonormal discrete cosine transform."""
-    i, j = np.arange(m)[:, None], np.arange(r)[None, :]
-    P = np.cos(np.pi * (2 * i + 1) * j / (2 * m))
-    return P / np.linalg.norm(P, axis=0)
-
-
 def ldadam(
     W: np.ndarray,
     grads: Sequence[np.ndarray],
+    start: np.ndarray,
     *,
-    rank: int,
     lr: float,
     b1: float,
     b2: float,
@@ -25,11 +18,11 @@ def ldadam(
     error_feedback: bool,
     first_steps: int = 8,
 ) -> np.ndarray:
-    """W after each step, (steps, m, n)."""
+    """W after each step, (steps, m, n), from the basis ``start``, (m, r)."""
     W = np.array(W, np.float64)
-    m, n = W.shape
-    U, M, V = cosines(m, rank), np.zeros((rank, n)), np.zeros((rank, n))
-    error, trajectory = np.zeros((m, n)), []
+    n = W.shape[1]
+    U, M, V = start, np.zeros((start.shape[1], n)), np.zeros((start.shape[1], n))
+    error, trajectory = np.zeros_like(W), []
     for t, G in enumerate(np.asarray(grads, np.float64), start=1):
         a = G + error
         if t == 1:
