@@ -14,6 +14,7 @@ import numpy as np
 
 from natgalore_jax._contract import contract
 from natgalore_jax._layout import place_like, replicated
+from natgalore_jax._orthonormal import conditioned, ordered_polar_factor, polar_factor, shifted
 from natgalore_jax._random import normal
 
 METHODS = ("power", "svd", "eigh", "randomized", "gaussian", "online")
@@ -116,21 +117,21 @@ def is_start(first_column: jax.Array, batch_ndim: int = 0) -> jax.Array:
     return jnp.all(is_near, tuple(range(batch_ndim, first_column.ndim))) & (m > 1)
 
 
-def _orthonormal(Y: jax.Array) -> jax.Array:
-    """``Y = QR`` with ``diag(R) > 0``.
-
-    Without the sign rule the columns flip at random from refresh to refresh; with it a warm
-    refresh moves them continuously, so that moments kept in the old coordinates stay meaningful.
-    """
-    Q, R = jnp.linalg.qr(Y)
-    return Q * jnp.where(jnp.diagonal(R) < 0, -1.0, 1.0)
-
-
 def _power(G, P, key, is_first):
-    """Block power iteration ``P ← qr(G Gᵀ P)`` from the previous basis and a probe."""
-    is_cold = is_first | _is_lost(G, contract("mn,mr->nr", G, P), POWER_LOST)
-    steps = jnp.where(is_cold, COLD_STEPS, WARM_STEPS)
-    return _power_steps(G, P + POWER_PROBE * _probe(P, key), steps)
+    """Block power iteration ``P ← polar(G Gᵀ P)`` from the previous basis and a probe.
+
+    The last step weighs the columns, ``P ← polar(G Gᵀ P D)``, which turns them towards the single
+    singular vectors.
+    """
+    P = P + POWER_PROBE * _probe(P, key)
+    Z = contract("mn,mr->nr", G, P)
+    steps = jnp.where(is_first | _is_lost(G, Z, POWER_LOST), COLD_STEPS, WARM_STEPS)
+
+    def step(_, Y):
+        P = conditioned(Y)
+        return shifted(_times_gram(G, P), P)
+
+    return ordered_polar_factor(jax.lax.fori_loop(1, steps, step, shifted(_times(G, Z), P)))
 
 
 def _probe(P: jax.Array, key: jax.Array) -> jax.Array:
@@ -168,12 +169,6 @@ def _is_lost(G: jax.Array, Z: jax.Array, limit: float) -> jax.Array:
     return jnp.sum(Z * Z) / Z.shape[1] < limit * jnp.sum(G * G) / G.shape[0]
 
 
-def _power_steps(G, P, steps):
-    """``steps`` times ``P ← G Gᵀ P``, well conditioned in between, orthonormal at the end."""
-    Y = jax.lax.fori_loop(0, steps - 1, lambda _, Y: _conditioned(_times_gram(G, Y)), P)
-    return _orthonormal(_times_gram(G, Y))
-
-
 def _times_gram(G: jax.Array, Y: jax.Array) -> jax.Array:
     """``G (Gᵀ Y)``, whole."""
     return _times(G, contract("mn,mr->nr", G, Y))
@@ -182,21 +177,6 @@ def _times_gram(G: jax.Array, Y: jax.Array) -> jax.Array:
 def _times(G: jax.Array, Z: jax.Array) -> jax.Array:
     """``G Z``, whole."""
     return contract("mn,nr->mr", G, Z)
-
-
-def _conditioned(Y: jax.Array) -> jax.Array:
-    """``Y R⁻¹`` with ``RᵀR = YᵀY + δI``, by Cholesky: nearly orthonormal at a tenth of QR's time.
-
-    The shift keeps the Gram matrix of nearly dependent columns positive definite in float32. What
-    it leaves of their condition is far less than the next product can lose.
-    """
-    Y = Y / jnp.max(jnp.abs(Y))
-    S = Y.T @ Y
-    shift = 1e-6 * jnp.trace(S) * jnp.eye(S.shape[0], dtype=S.dtype)
-    Z = jax.lax.linalg.triangular_solve(
-        jnp.linalg.cholesky(S + shift), Y, left_side=False, lower=True, transpose_a=True
-    )
-    return jnp.where(jnp.all(jnp.isfinite(Z)), Z, Y)
 
 
 def _svd(G, P, key, is_first):
@@ -220,6 +200,16 @@ def _eigh(G, P, key, is_first):
     return V[:, ::-1][:, : P.shape[1]]
 
 
+def _orthonormal(Y: jax.Array) -> jax.Array:
+    """``Y = QR`` with ``diag(R) > 0``.
+
+    Without the sign rule the columns flip at random from refresh to refresh; with it a warm
+    refresh moves them continuously, so that moments kept in the old coordinates stay meaningful.
+    """
+    Q, R = jnp.linalg.qr(Y)
+    return Q * jnp.where(jnp.diagonal(R) < 0, -1.0, 1.0)
+
+
 def _randomized(G, P, key, is_first):
     """Randomised SVD: a Gaussian sketch of the range, power steps, the SVD of a small matrix."""
     width = min(P.shape[1] + OVERSAMPLING, *G.shape)
@@ -232,11 +222,11 @@ def _randomized(G, P, key, is_first):
 
 def _gaussian(G, P, key, is_first):
     """A random subspace that does not look at the gradient."""
-    return _orthonormal(normal(key, P.shape))
+    return polar_factor(normal(key, P.shape))
 
 
 def _online(G, P, key, is_first):
-    """Oja's rule ``P ← qr(P + η G Gᵀ (P + εΩ) / λ̄)``, λ̄ the mean curvature ``tr(Pᵀ G Gᵀ P) / r``.
+    """Oja's rule ``P ← polar((P + η G Gᵀ (P + εΩ) / λ̄) D)``, λ̄ the mean of ``diag(Pᵀ G Gᵀ P)``.
 
     The probe εΩ grows by the rule itself where G has more than P knows of: what dominates outside
     of P is inside after some hundred steps. A basis that is lost starts anew by power steps.
@@ -246,7 +236,7 @@ def _online(G, P, key, is_first):
     def oja():
         mean_curvature = jnp.sum(Z * Z) / Z.shape[1]
         step = ONLINE_RATE / jnp.where(mean_curvature > 0, mean_curvature, 1.0)
-        return _orthonormal(P + step * _times(G, Z))
+        return ordered_polar_factor(P + step * _times(G, Z))
 
     return jax.lax.cond(
         is_first | _is_lost(G, Z, ONLINE_LOST), lambda: _power(G, P, key, True), oja

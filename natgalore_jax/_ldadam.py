@@ -52,7 +52,7 @@ def scale_by_ldadam(
 
     .. math::
       \begin{align*}
-      B &= \rho\, P \hat M + (1 - \rho) A, \qquad P' = \mathrm{qr}(B B^\top P), \qquad
+      B &= \rho\, P \hat M + (1 - \rho) A, \qquad P' = \mathrm{orth}(B B^\top P), \qquad
         C = P'^\top P \\
       \tilde M &= C M, \qquad
       \tilde V = (1 - \beta_2^{t-1})\,
@@ -61,7 +61,8 @@ def scale_by_ldadam(
       E &= A - P' P'^\top A + \tfrac{\beta_1}{1 - \beta_1} (P M - P' \tilde M)
       \end{align*}
 
-    One power step a time suffices because most of B lies in the old subspace. The rule for V
+    One power step a time suffices because most of B lies in the old subspace; orth makes its
+    columns orthonormal by products of matrices alone, in the order of their size. The rule for V
     rotates the variances and the squared means of the projected gradient separately.
     Parameters that are not projected take Adam's step.
 
@@ -85,7 +86,7 @@ def scale_by_ldadam(
     References:
       Robert et al., LDAdam: adaptive optimization from low-dimensional gradient statistics (2024),
       arXiv 2410.16103. There the first basis is an SVD of the first gradient, here it
-      is found by eight power steps; there error feedback is part of the method, here an option.
+      is found by eight power steps; there orth is a QR factorisation; there error feedback is part of the method, here an option.
 
     Example:
       >>> import jax.numpy as jnp, natgalore_jax as ng

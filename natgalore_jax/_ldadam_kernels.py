@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from natgalore_jax._contract import contract, project, project_back
 from natgalore_jax._layout import place_like, replicated
+from natgalore_jax._orthonormal import ordered_polar_factor, shifted
 from natgalore_jax._plan import LeafPlan
 
 # Power steps from a start that is no basis of any gradient.
@@ -31,7 +32,10 @@ def next_basis(
     b1: jax.typing.ArrayLike,
     rho: jax.typing.ArrayLike,
 ) -> jax.Array:
-    """``P' = qr(B Bᵀ (P + εΩ))`` with ``B = ρ P M̂ + (1 − ρ) A``; more power steps at the first.
+    """``P' = polar(B Bᵀ (P + εΩ) D)`` with ``B = ρ P M̂ + (1 − ρ) A``; more steps at the first.
+
+    The columns are ordered as by a QR factorisation, which the paper has, with weights D:
+    :func:`natgalore_jax._orthonormal.ordered_polar_factor`.
 
     Args:
       plan: of a matrix of which one side is projected.
@@ -55,11 +59,11 @@ def next_basis(
     def power_step(_, P):
         Z = project(plan, B, (P,))
         Y = replicated(contract(f"{letters.full},{letters.low('x')}->{letters.factor('x')}", B, Z))
-        Y = Y.reshape(*plan.batch_shape, -1, Y.shape[-1])
-        Q, _ = jnp.linalg.qr(Y)  # its signs do not matter: every moment is rotated
+        last, Y = (x.reshape(plan.layers, -1, P.shape[-1]) for x in (replicated(P), Y))
+        Q = jax.vmap(lambda Y, P: ordered_polar_factor(shifted(Y, P)))(Y, last)
         usable = jnp.any(Y != 0, (-2, -1), keepdims=True)
         usable &= jnp.all(jnp.isfinite(Q), (-2, -1), keepdims=True)
-        return jnp.where(usable, Q, P32.reshape(Y.shape)).reshape(P.shape)
+        return jnp.where(usable, Q, replicated(P32).reshape(Y.shape)).reshape(P.shape)
 
     size = math.prod(plan.mode_shape(plan.projected_modes[0]))
     key = jax.random.fold_in(jax.random.key(0), count)

@@ -87,10 +87,12 @@ def low_rank_project(
         "std"; ``"long"``: the longer, as in ``optax.contrib.galore``, with the smallest moments;
         ``"left"`` (rows), ``"right"`` (columns), ``"both"``; ``"auto"``: currently "short", which
         learns better than "long" at the same rank. Square matrices: rows.
-      method: how a basis is found. ``"power"``: five block power steps ``P ← qr(G Gᵀ P)`` from
+      method: how a basis is found. ``"power"``: five block power steps ``P ← polar(G Gᵀ P)`` from
         the previous basis and a tenth of random directions, which find what G has outside of it;
-        eight where that basis has nothing of G. Many times cheaper than an SVD, and the basis moves
-        continuously. ``"svd"``, ``"eigh"`` (of G Gᵀ): exact. ``"randomized"``: randomised SVD.
+        eight where that basis has nothing of G. Products of matrices alone, with the polar factor
+        ``Y (YᵀY)^(−1/2)`` by Newton–Schulz iteration: many times cheaper than an SVD, without
+        LAPACK, and the basis moves continuously. Weights in the last step turn the columns towards
+        single singular vectors, in which Adam learns better. ``"svd"``, ``"eigh"`` (of G Gᵀ): exact. ``"randomized"``: randomised SVD.
         ``"gaussian"``: random, needs no gradient. ``"online"``: a small step of Oja's rule at every
         step of training. A basis that has nothing of G starts anew at once; what dominates G where
         P has something weaker is inside after some hundred steps (in eight bits it may never be:

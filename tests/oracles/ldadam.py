@@ -5,6 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 
 
+def ordered_polar_factor(Y: np.ndarray) -> np.ndarray:
+    """``polar(Y D)`` with weights D from 1 to 1e-4."""
+    U, _, Vt = np.linalg.svd(Y * np.geomspace(1, 1e-4, Y.shape[1]), full_matrices=False)
+    return U @ Vt
+
+
 def ldadam(
     W: np.ndarray,
     grads: Sequence[np.ndarray],
@@ -32,7 +38,7 @@ def ldadam(
             b = rho * U @ M_hat + (1 - rho) * a
         U_new = U
         for _ in range(first_steps if t == 1 else 1):
-            U_new = np.linalg.qr(b @ (b.T @ U_new))[0]
+            U_new = ordered_polar_factor(b @ (b.T @ U_new))
         C = U_new.T @ U
         M_half = C @ M
         V_half = (1 - b2 ** (t - 1)) * np.abs(C**2 @ (V_hat - M_hat**2) + (C @ M_hat) ** 2)
