@@ -85,8 +85,9 @@ def scale_by_ldadam(
 
     References:
       Robert et al., LDAdam: adaptive optimization from low-dimensional gradient statistics (2024),
-      arXiv 2410.16103. There the first basis is an SVD of the first gradient, here it
-      is found by eight power steps; there orth is a QR factorisation; there error feedback is part of the method, here an option.
+      arXiv 2410.16103. There the first basis is an SVD of the first gradient, here it is found by
+      eight power steps; there orth is a QR factorisation; there error feedback is part of the
+      method, here an option.
 
     Example:
       >>> import jax.numpy as jnp, natgalore_jax as ng

@@ -1,10 +1,10 @@
 """Orthonormal columns from products of matrices: no LAPACK, nothing that a mesh cannot shard.
 
 The polar factor ``Y (YᵀY)^(−1/2)`` is the orthonormal matrix nearest to Y. A Newton–Schulz
-iteration finds it: with ``R = YᵀY / ‖YᵀY‖``, polynomials Z of R bring ``Z R Z`` to the identity, and
-their product is the inverse square root. In float32 one such pass brings singular values between
-1e-3 and 1 to one, and smaller ones nearer by a factor of a thousand, so that passes are repeated
-until the columns are orthonormal.
+iteration finds it: with ``R = YᵀY / ‖YᵀY‖``, polynomials Z of R bring ``Z R Z`` to the identity,
+and their product is the inverse square root. In float32 one such pass brings singular values
+between 1e-3 and 1 to one, and smaller ones nearer by a factor of a thousand, so that passes are
+repeated until the columns are orthonormal.
 """
 
 import functools
@@ -36,7 +36,7 @@ def polar_factor(Y: jax.Array) -> jax.Array:
 
 
 def conditioned(Y: jax.Array) -> jax.Array:
-    """A matrix with the columns' space and the polar factor of Y, singular values from 0.7 to 1.3."""
+    """X with the polar factor of Y, and singular values from 0.7 to 1.3."""
     return _passes(Y, CONDITIONED)[0]
 
 
