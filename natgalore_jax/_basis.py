@@ -63,15 +63,20 @@ def new_basis(
       gradient must not spoil the next ``update_interval`` steps.
     """
     P32, G32 = P.astype(jnp.float32), G.astype(jnp.float32)
+    usable = is_usable(G32)
     # Squares of entries beyond 1e19 overflow float32, and those below 1e-19 vanish.
     scale = jnp.max(jnp.abs(G32))
-    # XLA's maximum on CPUs may pass over a NaN.
-    usable = jnp.all(jnp.isfinite(G32)) & (scale > 0)
     G32 = jnp.where(usable, G32 / jnp.where(usable, scale, 1.0), 0.0)
     with jax.default_matmul_precision("highest"):
         kernel = _svd_right if method == "svd" and is_right else _KERNELS[method]
         Q = kernel(G32, P32, key, is_first)
     return jnp.where(usable & jnp.all(jnp.isfinite(Q)), Q, P32).astype(P.dtype)
+
+
+def is_usable(G: jax.Array) -> jax.Array:
+    """Whether a gradient is finite and not zero, so that it has dominant directions."""
+    # Not by the maximum: XLA's on CPUs may pass over a NaN.
+    return jnp.all(jnp.isfinite(G)) & jnp.any(G != 0)
 
 
 def start_basis(m: int, r: int) -> jax.Array:

@@ -31,7 +31,9 @@ from natgalore_jax._refresh_layer import (
     RefreshSettings,
     StoredFactors,
     is_companion,
-    refresh_layer,
+    put_matrix,
+    refresh_matrix,
+    take_matrix,
 )
 from natgalore_jax._scope import is_layer_view
 from natgalore_jax._shares import from_shares, to_shares
@@ -119,18 +121,13 @@ def refresh_group(
     """
     is_due, is_first = map(jnp.concatenate, zip(*due, strict=True))
     matrix_keys = jnp.concatenate(keys)
-    nodes = [jax.tree.flatten(own, is_leaf=is_companion) for own in companions]
 
     def deal_out(stored):
         groups = [_Group(G, *x) for G, x in zip(gradients, stored, strict=True)]
         return _dealt(settings, plans, groups, is_due, matrix_keys, is_first)
 
-    stored = [(basis, leaves) for basis, (leaves, _) in zip(bases, nodes, strict=True)]
-    stored = jax.lax.cond(jnp.any(is_due), deal_out, lambda stored: stored, stored)
-    return [
-        (basis, treedef.unflatten(leaves))
-        for (basis, leaves), (_, treedef) in zip(stored, nodes, strict=True)
-    ]
+    stored = list(zip(bases, companions, strict=True))
+    return jax.lax.cond(jnp.any(is_due), deal_out, lambda stored: stored, stored)
 
 
 def _dealt(settings, plans, groups, is_due, matrix_keys, is_first):
@@ -196,21 +193,17 @@ def _dealt(settings, plans, groups, is_due, matrix_keys, is_first):
             """The one layer that this device has now."""
 
             def refresh_due(i, stored):
-                return jax.lax.cond(
-                    (layer >= 0) & is_due[layer, i],
-                    lambda s: refresh_layer(
-                        settings,
-                        own_plan,
-                        group.G,
-                        s[0],
-                        s[1],
-                        i,
-                        matrix_keys[layer * others + i],
-                        is_first[layer * others + i],
-                    ),
-                    lambda s: s,
-                    stored,
-                )
+                number = layer * others + i
+
+                def renew(stored):
+                    matrix = take_matrix(own_plan, group.G, *stored, i)
+                    new = refresh_matrix(
+                        settings, own_plan, matrix, matrix_keys[number], is_first[number]
+                    )
+                    return put_matrix(own_plan, stored, new, i)
+
+                is_own = (layer >= 0) & is_due[layer, i]
+                return jax.lax.cond(is_own, renew, lambda stored: stored, stored)
 
             stored = (group.basis, group.companions)
             return jax.tree.leaves(jax.lax.fori_loop(0, others, refresh_due, stored))

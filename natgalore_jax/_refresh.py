@@ -1,11 +1,19 @@
-"""New bases for the matrices that are due, and their companions carried over to them."""
+"""New bases for the matrices that are due, and their companions carried over to them.
+
+Parameters of one kind share one program: a loop over the matrices that are due, which picks one,
+refreshes it and puts it back. A program for each parameter would take the compiler as many times as
+long, and so would one that differs between parameters by a constant, such as their number: XLA
+compiles equal kernels once, so that here all numbers are data.
+"""
 
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from natgalore_jax._basis import PROBED, is_start
 from natgalore_jax._divided_refresh import groups_of, refresh_group
@@ -18,9 +26,11 @@ from natgalore_jax._refresh_layer import (
     RefreshSettings,
     StoredFactors,
     is_companion,
-    refresh_layer,
+    put_matrix,
+    refresh_matrix,
+    take_matrix,
 )
-from natgalore_jax._schedule import due_layers
+from natgalore_jax._schedule import due_matrices
 from natgalore_jax._scope import is_active, matrices_of
 
 
@@ -43,10 +53,10 @@ def refresh(
     arbitrary subspace for an interval. Its first refresh may also fall between the micro-batches
     of an accumulation, because what was accumulated before is zero.
 
-    Each leaf has one loop over its due layers: a ``cond`` per layer would become a ``select`` under
-    ``vmap`` and run every factorisation at every step. The loop works in place, one layer at a
-    time, so its workspace is that of one layer. Matrices that are divided over the devices of a
-    mesh with explicit axes are dealt out, each whole to one device (:func:`refresh_group`).
+    Matrices are refreshed one at a time, in place: a ``cond`` for each would become a ``select``
+    under ``vmap`` and run every refresh at every step, and the workspace is that of one matrix.
+    Matrices that are divided over the devices of a mesh with explicit axes are dealt out, each
+    whole to one device (:func:`refresh_group`).
 
     Args:
       settings: when and how.
@@ -54,99 +64,188 @@ def refresh(
         per projected mode, or codes of one; companions are any pytree of
         :class:`natgalore_jax._refresh_layer.Companion`.
       step: scalar int32.
-      accumulation: see :func:`due_layers`.
+      accumulation: see :func:`due_matrices`.
       axis_name: of devices that have gradients of their own, of which the mean counts. Those of the
-        due layers alone are exchanged, one at a time.
+        due matrices alone are exchanged, one at a time.
       is_scheduled: scalar boolean; where it is False only first refreshes are due.
 
     Returns:
       The new bases and companions.
     """
-    windows = [matrices_of(plan) for plan in plans]
-    ranges = due_layers(
-        [total for total, _ in windows],
-        settings.update_interval,
-        accumulation,
-        stagger=settings.stagger,
-        step=step,
+    totals, starts = zip(*map(matrices_of, plans), strict=True)
+    begin, end = due_matrices(
+        sum(totals), settings.update_interval, accumulation, stagger=settings.stagger, step=step
     )
-    due = [
-        _due(plan, G, basis, start, limits, is_scheduled, axis_name)
-        for plan, G, basis, (_, start), limits in zip(
-            plans, gradients, bases, windows, ranges, strict=True
-        )
-    ]
+    end = jnp.where(is_scheduled, end, begin)
+    # The numbers of the first matrices of all parameters in the row of the schedule.
+    offsets = np.cumsum((0, *totals[:-1]))
     # By the step of the optimizer: accumulated inside or outside of the subspace, the same bases.
     step_key = jax.random.fold_in(jax.random.key(settings.seed), step // accumulation)
+    schedule = _Schedule(begin, end, step_key)
+
     new_bases, new_companions = list(bases), list(companions)
-    dealt = groups_of(plans, gradients, bases, companions) if axis_name is None else []
-    for numbers in dealt:
-        found = refresh_group(
-            settings,
-            tuple(plans[i] for i in numbers),
-            [gradients[i] for i in numbers],
-            [bases[i] for i in numbers],
-            [companions[i] for i in numbers],
-            due=[due[i] for i in numbers],
-            keys=[
-                jax.vmap(functools.partial(matrix_key, settings.method, step_key, i))(
-                    jnp.arange(plans[i].layers, dtype=jnp.int32)
-                )
-                for i in numbers
-            ],
-        )
-        for i, (basis, own) in zip(numbers, found, strict=True):
-            new_bases[i], new_companions[i] = basis, own
-    # Zero always, but XLA cannot know: each loop waits for the one before. Otherwise the scheduler
-    # of the CPU runs them at the same time, which takes the workspace of all of them together.
+    nodes, treedefs = zip(
+        *(jax.tree.flatten(own, is_leaf=is_companion) for own in companions), strict=True
+    )
+    # Always 0, but opaque to XLA: serialises the loops, which bounds peak memory.
     turn = jnp.zeros([], jnp.int32)
-    # The backward pass has the gradients of the last layers first: in their order a gradient can
-    # be used and forgotten before the next one is made.
-    for number in reversed(range(len(plans))):
-        plan, (_, start) = plans[number], windows[number]
-        if not is_active(plan) or any(number in numbers for numbers in dealt):
-            continue
-        nodes, treedef = jax.tree.flatten(companions[number], is_leaf=is_companion)
-        new_bases[number], nodes, turn = _refresh_leaf(
-            settings,
-            plan.unnamed,
-            axis_name,
-            gradients[number],
-            (bases[number], nodes, turn),
-            due[number],
-            start,
-            number,
-            step_key,
+    dealt = groups_of(plans, gradients, bases, companions) if axis_name is None else []
+    for is_dealt, numbers in [(True, x) for x in dealt] + [
+        (False, x) for x in _kinds(plans, gradients, bases, nodes, {i for x in dealt for i in x})
+    ]:
+        own_plans = tuple(plans[i] for i in numbers)
+        place = _Place(
+            leaf=jnp.asarray(numbers, jnp.int32),
+            start=jnp.stack([jnp.asarray(starts[i], jnp.int32) for i in numbers]),
+            offset=jnp.asarray(offsets[list(numbers)], jnp.int32),
         )
-        new_companions[number] = treedef.unflatten(nodes)
+        own = [[x[i] for i in numbers] for x in (gradients, bases, nodes)]
+        if is_dealt:
+            found = _refresh_dealt(settings, own_plans, schedule, place, *own)
+        else:
+            *found, turn = _refresh_kind(
+                settings, own_plans[0].unnamed, axis_name, schedule, place, *own, turn
+            )
+        for i, basis, leaves in zip(numbers, *found, strict=True):
+            new_bases[i], new_companions[i] = basis, treedefs[i].unflatten(leaves)
     return new_bases, new_companions
 
 
-@kernel("settings", "plan", "axis_name", inline=False)
-def _refresh_leaf(settings, plan, axis_name, G, carry, due, start, number, step_key):
-    """The loop over the due layers of one parameter, whose first matrix has the number ``start``.
+class _Schedule(NamedTuple):
+    """What is due at a step: matrices from ``begin`` to before ``end``, in the row of all."""
 
-    ``carry`` is its basis, its companions and the turn, and so is what is returned.
+    begin: jax.Array
+    end: jax.Array
+    key: jax.Array
+
+
+class _Place(NamedTuple):
+    """Where parameters stand among all; int32, (parameters,)."""
+
+    leaf: jax.Array  # the number of the parameter
+    start: jax.Array  # the first of its matrices that is here, in per_layer
+    offset: jax.Array  # of its matrices in the row of all
+
+
+def _kinds(plans, gradients, bases, nodes, done) -> list[list[int]]:
+    """The parameters whose refresh is one program, but for those that are done."""
+    kinds: dict[Hashable, list[int]] = defaultdict(list)
+    for i, plan in enumerate(plans):
+        if is_active(plan) and i not in done:
+            arrays, treedef = jax.tree.flatten((gradients[i], bases[i], nodes[i]))
+            kinds[plan.unnamed, treedef, *map(jax.typeof, arrays)].append(i)
+    return list(kinds.values())
+
+
+@kernel("settings", "plan", "axis_name")
+def _refresh_kind(
+    settings, plan, axis_name, schedule, place, gradients, bases, companions, turn
+):
+    """The loop over the due matrices of parameters of one kind.
+
+    Returns:
+      The new bases and companions of each parameter, and the turn.
     """
-    layers = jnp.arange(plan.layers, dtype=jnp.int32)
+    layers = plan.layers
+    due = _due(plan, schedule, place, bases)
+    keys = _keys(settings, plan, schedule, place)
 
-    def next_due(after):
-        return jnp.argmax(due.is_due & (layers > after)).astype(jnp.int32)
+    def is_left(carry):
+        return jnp.any(carry[0])
 
-    def body(_, carry):
-        basis, own, turn, layer = carry
-        own_key = matrix_key(settings.method, step_key, number, start + layer)
-        basis, own = refresh_layer(
-            settings, plan, G, basis, own, layer, own_key, due.is_first[layer], axis_name
-        )
-        return basis, own, jnp.minimum(turn, layer), next_due(layer)
+    def refresh_next(carry):
+        left, bases, companions, turn = carry
+        number = jnp.argmax(left).astype(jnp.int32) + turn
+        leaf, layer = number // layers, number % layers
+        take = [functools.partial(_take_one, plan, i) for i in range(len(gradients))]
+        matrix = jax.lax.switch(leaf, take, layer, gradients, bases, companions)
+        if axis_name is not None:
+            matrix = matrix._replace(tensor=jax.lax.pmean(matrix.tensor, axis_name))
+        new = refresh_matrix(settings, plan, matrix, keys[number], due.is_first[number])
+        bases, companions = _put_one(plan, (bases, companions), new, leaf, layer)
+        return left.at[number].set(False), bases, companions, jnp.minimum(turn, number)
 
-    def all_due(carry):
-        return jax.lax.fori_loop(turn, end + turn, body, (*carry, next_due(-1)))[:3]
+    def refresh_all(carry):
+        return jax.lax.while_loop(is_left, refresh_next, carry)
 
-    turn, end = carry[2], jnp.sum(due.is_due, dtype=jnp.int32)
+    carry = (due.is_due, list(bases), list(companions), turn)
     # A loop of no iterations is not free on a CPU: a third of an ordinary step went there.
-    return jax.lax.cond(end + turn > 0, all_due, lambda carry: carry, carry)
+    _, bases, companions, turn = jax.lax.cond(
+        jnp.any(due.is_due) | (turn > 0), refresh_all, lambda carry: carry, carry
+    )
+    return bases, companions, turn
+
+
+def _take_one(plan, i, layer, gradients, bases, companions):
+    return take_matrix(plan, gradients[i], bases[i], companions[i], layer)
+
+
+def _put_one(plan, stored, new, leaf, layer):
+    """Bases and companions with those of one matrix of the parameter number ``leaf`` replaced.
+
+    The number counts down on the way through the parameters, so that what each one compiles to is
+    the same.
+    """
+    bases, companions = list(stored[0]), list(stored[1])
+    if len(bases) == 1:
+        own = put_matrix(plan, (bases[0], companions[0]), new, layer)
+        return [own[0]], [own[1]]
+
+    def put(left, own, new):
+        return left - 1, put_matrix(plan, own, new, layer)
+
+    def keep(left, own, new):
+        return left - 1, own
+
+    left = leaf
+    for i, own in enumerate(zip(bases, companions, strict=True)):
+        left, (bases[i], companions[i]) = jax.lax.cond(left == 0, put, keep, left, own, new)
+    return bases, companions
+
+
+def _refresh_dealt(settings, plans, schedule, place, gradients, bases, companions):
+    """The same of parameters that are divided over devices."""
+    plan = plans[0]
+    is_due, is_first = (x.reshape(len(plans), -1) for x in _due(plan, schedule, place, bases))
+    first = [
+        first_gradients(G, ~x.reshape(plan.batch_shape), batch=plan.batch)
+        for G, x in zip(gradients, is_first, strict=True)
+    ]
+    first = jnp.stack([replicated(x).reshape(-1) for x in first])
+    due = Due(jnp.where(is_first, first, is_due), is_first)
+    keys = _keys(settings, plan, schedule, place).reshape(len(plans), -1)
+    found = refresh_group(
+        settings,
+        plans,
+        gradients,
+        bases,
+        companions,
+        due=[Due(*x) for x in zip(*due, strict=True)],
+        keys=list(keys),
+    )
+    return zip(*found, strict=True)
+
+
+def _due(plan: LeafPlan, schedule: _Schedule, place: _Place, bases: Sequence[Any]) -> Due:
+    """What is due of parameters of one kind: (parameters · layers,). First ones always are."""
+    mode, nb = plan.projected_modes[0], len(plan.batch)
+    columns = [
+        jax.lax.slice_in_dim(load(P[0], plan.factor_shape(mode), jnp.float32, nb), 0, 1, axis=-1)
+        for P in bases
+    ]
+    column = jnp.moveaxis(jnp.concatenate(columns, axis=-1), -1, 0)
+    is_first = replicated(is_start(column, nb + 1)).reshape(-1)
+    number = (place.offset + place.start)[:, None] + jnp.arange(plan.layers, dtype=jnp.int32)
+    is_within = (number >= schedule.begin) & (number < schedule.end)
+    return Due(is_within.reshape(-1) | is_first, is_first)
+
+
+def _keys(settings, plan, schedule, place):
+    """The keys of all matrices of parameters of one kind, (parameters · layers,)."""
+    number = place.start[:, None] + jnp.arange(plan.layers, dtype=jnp.int32)
+    leaf = jnp.broadcast_to(place.leaf[:, None], number.shape)
+    of_matrix = functools.partial(matrix_key, settings.method, schedule.key)
+    return jax.vmap(of_matrix)(leaf.reshape(-1), number.reshape(-1))
 
 
 def matrix_key(
@@ -158,38 +257,14 @@ def matrix_key(
     return jax.random.fold_in(jax.random.fold_in(step_key, leaf), number)
 
 
-def _due(
-    plan: LeafPlan,
-    G: jax.Array,
-    basis: StoredFactors,
-    start: jax.typing.ArrayLike,
-    limits: tuple[jax.typing.ArrayLike, jax.typing.ArrayLike],
-    is_scheduled: jax.typing.ArrayLike,
-    axis_name: str | None,
-) -> Due:
-    """What is due of a parameter whose first matrix has the number ``start``."""
-    mode, nb = plan.projected_modes[0], len(plan.batch)
-    P = load(basis[0], plan.factor_shape(mode), jnp.float32, nb)
-    started = ~is_start(jax.lax.index_in_dim(P, 0, -1, keepdims=False), nb)
-    first_due = first_gradients(G, started, batch=plan.batch, axis_name=axis_name)
-    first, end = limits
-    number = jnp.arange(plan.layers, dtype=jnp.int32) + start
-    is_within = jnp.logical_and((number >= first) & (number < end), is_scheduled)
-    started, first_due = (replicated(x).reshape(-1) for x in (started, first_due))
-    return Due(jnp.where(started, is_within, first_due), ~started)
-
-
-@kernel("batch", "axis_name")
-def first_gradients(
-    G: jax.Array, started: jax.Array, *, batch: tuple[int, ...], axis_name: str | None
-) -> jax.Array:
+@kernel("batch")
+def first_gradients(G: jax.Array, started: jax.Array, *, batch: tuple[int, ...]) -> jax.Array:
     """Which matrices have their first gradient that is finite and not zero.
 
     Args:
       G: of a parameter.
       started: batch, bool; if all have, G is not read.
       batch: the axes of independent matrices.
-      axis_name: of devices that have gradients of their own.
 
     Returns:
       As ``started``.
@@ -198,9 +273,6 @@ def first_gradients(
 
     def look(G):
         is_bad, is_nonzero = ~jnp.all(jnp.isfinite(G), axes), jnp.any(G != 0, axes)
-        if axis_name is not None:
-            counts = (x.astype(jnp.int32) for x in (is_bad, is_nonzero))
-            is_bad, is_nonzero = (jax.lax.psum(x, axis_name) > 0 for x in counts)
         return place_like(is_nonzero & ~is_bad, started) & ~started
 
     return jax.lax.cond(jnp.all(started), lambda _: started & ~started, look, G)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from natgalore_jax._basis import PROBED, new_basis
+from natgalore_jax._basis import PROBED, is_usable, new_basis
 from natgalore_jax._layout import (
     has_explicit_sharding,
     names_of,
@@ -78,38 +78,60 @@ def _layer_of(plan: LeafPlan, G: jax.Array, index: tuple[jax.Array, ...]) -> jax
     return G.transpose([kept.index(a) for mode in plan.modes for a in mode])
 
 
-def refresh_layer(
+class Matrix(NamedTuple):
+    """One matrix of a parameter, without batch axes: its gradient, bases and companions."""
+
+    tensor: jax.Array  # its axes in the order of the modes
+    basis: StoredFactors
+    companions: list[Any]
+
+
+def take_matrix(
+    plan: LeafPlan, G: jax.Array, basis: StoredFactors, companions: Any, layer: jax.Array
+) -> Matrix:
+    """One matrix of a parameter by its number, int32."""
+    index = _index_of(plan, layer)
+    return Matrix(_layer_of(plan, G, index), *_take_tree((basis, companions), index))
+
+
+def put_matrix(
+    plan: LeafPlan, stored: tuple[StoredFactors, Any], new: tuple[StoredFactors, Any], layer: Any
+) -> tuple[StoredFactors, Any]:
+    """The bases and companions of a parameter with those of one matrix replaced."""
+    return _put_tree(stored, new, _index_of(plan, layer))
+
+
+def refresh_matrix(
     settings: RefreshSettings,
     plan: LeafPlan,
-    G: jax.Array,
-    basis: StoredFactors,
-    companions: Any,
-    layer: jax.Array,
+    matrix: Matrix,
     key: jax.Array,
     is_first: jax.Array,
-    axis_name: str | None = None,
 ) -> tuple[StoredFactors, Any]:
-    """Refreshes one matrix of a parameter.
+    """New bases of one matrix, and its companions in their coordinates.
 
     Args:
       settings: how.
-      plan, G, basis, companions: of the parameter, as :func:`natgalore_jax._refresh.refresh` has
-        them.
-      layer: which of its matrices, int32.
+      plan: of the parameter.
+      matrix: what there is.
       key: for the random methods and the probes.
       is_first: scalar boolean, whether the basis is only a start.
-      axis_name: of devices of whose gradients the mean counts.
 
     Returns:
-      The bases and companions of the parameter, changed in this layer alone.
+      Bases and companions as they are stored; unchanged for a gradient that is zero or not finite.
     """
-    index = _index_of(plan, layer)
-    tensor = _layer_of(plan, G, index)
-    if axis_name is not None:
-        tensor = jax.lax.pmean(tensor, axis_name)
+
+    def renew(stored):
+        return _refreshed(settings, plan, matrix.tensor, *stored, key, is_first)
+
+    stored = (matrix.basis, matrix.companions)
+    return jax.lax.cond(is_usable(matrix.tensor), renew, lambda stored: stored, stored)
+
+
+def _refreshed(settings, plan, tensor, basis, companions, key, is_first):
     new_factors, C_of_axis = [], {}
-    for number, (mode, stacked) in enumerate(zip(plan.projected_modes, basis, strict=True)):
-        U, shape = _take_tree(stacked, index), (*plan.mode_shape(mode), plan.rank_of(mode))
+    for number, (mode, U) in enumerate(zip(plan.projected_modes, basis, strict=True)):
+        shape = (*plan.mode_shape(mode), plan.rank_of(mode))
         P = replicated(load(U, shape, jnp.float32)).reshape(plan.mode_sizes[mode], -1)
         P = P.astype(jnp.promote_types(P.dtype, jnp.float32))
         P_new = new_basis(
@@ -126,15 +148,10 @@ def refresh_layer(
             C = change_of_basis(P_new, P, _rounding_of(U))
             C_of_axis[plan.low_rank_axes[mode]] = C
         U_new = store(P_new.reshape(shape), U)
-        new_factors.append(_put_tree(stacked, jax.tree.map(place_like, U_new, U), index))
-    if settings.transition == "keep":
-        return tuple(new_factors), companions
-    moved = jax.tree.map(
-        lambda c: _put_tree(c, _take_tree(c, index).moved(settings.transition, C_of_axis), index),
-        companions,
-        is_leaf=is_companion,
-    )
-    return tuple(new_factors), moved
+        new_factors.append(jax.tree.map(place_like, U_new, U))
+    if settings.transition != "keep":
+        companions = [c.moved(settings.transition, C_of_axis) for c in companions]
+    return tuple(new_factors), companions
 
 
 def _rounding_of(stored: Stored) -> float:

@@ -1,29 +1,25 @@
 """Which matrices are due for a refresh at which step: arithmetic on the step count, no tables."""
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 
 from natgalore_jax._kernel import kernel
 
-# The layers of one leaf that are due: first and end.
-Range = tuple[jax.typing.ArrayLike, jax.typing.ArrayLike]
 
-
-def due_layers(
-    layers: Sequence[int], interval: int, accumulation: int, *, stagger: bool, step: jax.Array
-) -> list[Range]:
-    """The range of layers of each leaf that is refreshed at this step.
+@kernel("total", "interval", "accumulation", "stagger")
+def due_matrices(
+    total: int, interval: int, accumulation: int, *, stagger: bool, step: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The range of matrices that are refreshed at this step, of all that stand in one row.
 
     At step 0 every matrix is due, so that every matrix has a basis of its gradient from then on.
 
-    With ``stagger`` the refreshes are spread evenly: the N matrices of all leaves stand in one row,
-    and matrix q is due in slot ``⌊q T / N⌋`` of the T slots of an interval. So the matrices from
-    ``⌈t N / T⌉`` to ``⌈(t + 1) N / T⌉ − 1`` are due in slot t, and those of one leaf are a range.
+    With ``stagger`` the refreshes are spread evenly: matrix q of N is due in slot ``⌊q T / N⌋`` of
+    the T slots of an interval. So the matrices from ``⌈t N / T⌉`` to ``⌈(t + 1) N / T⌉ − 1`` are
+    due in slot t.
 
     Args:
-      layers: number of independent matrices in each projected leaf.
+      total: N, the matrices of all projected leaves.
       interval: steps between two refreshes of a matrix, a multiple of ``accumulation``.
       accumulation: refreshes happen only at multiples of it, so that the gradients that are summed
         inside the subspace share one basis.
@@ -31,30 +27,16 @@ def due_layers(
       step: scalar int32.
 
     Returns:
-      ``(first, end)`` for each leaf; empty ranges have ``first == end``.
+      ``(begin, end)``, int32; equal if none is due.
     """
-    if interval == 1:
-        return [(0, count) for count in layers]
-    return _due_layers(tuple(layers), interval, accumulation, stagger, step)
-
-
-@kernel("layers", "interval", "accumulation", "stagger")
-def _due_layers(
-    layers: tuple[int, ...], interval: int, accumulation: int, stagger: bool, step: jax.Array
-) -> list[Range]:
-    slots, total = interval // accumulation, sum(layers)
+    slots = interval // accumulation
     slot, is_boundary = (step // accumulation) % slots, step % accumulation == 0
     if stagger:
         begin, end = (_ceil_of_quotient(slot + k, total, slots) for k in (0, 1))
         begin, end = jnp.where(step == 0, 0, begin), jnp.where(step == 0, total, end)
     else:
         begin, end = jnp.int32(0), jnp.where(slot == 0, jnp.int32(total), 0)
-    end = jnp.where(is_boundary, end, begin)
-    ranges, offset = [], 0
-    for count in layers:
-        ranges.append(tuple(jnp.clip(x - offset, 0, count) for x in (begin, end)))
-        offset += count
-    return ranges
+    return begin, jnp.where(is_boundary, end, begin)
 
 
 def _ceil_of_quotient(a: jax.Array, n: int, d: int) -> jax.Array:
