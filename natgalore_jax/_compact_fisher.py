@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from natgalore_jax._contract import contract
 from natgalore_jax._transition import rotate_second_moment
 
+_TINY = float(jnp.finfo(jnp.float32).tiny)
+
 
 def moved_factor(A: jax.Array, C: jax.Array) -> jax.Array:
     """``A' = C A Cᵀ + (I − C Cᵀ) tr(A) / r``, or its diagonal for a diagonal A.
@@ -42,9 +44,9 @@ def averaged(
 ) -> jax.Array:
     """``β A + (1 − β) A'``, starting at the first A'; one that is not finite is dropped."""
     own = tuple(range(batch_ndim, A.ndim))
-    is_empty = jnp.all(A == 0, own, keepdims=True)
-    is_sound = jnp.all(jnp.isfinite(new), own, keepdims=True)
-    return jnp.where(is_sound, jnp.where(is_empty, new, decay * A + (1 - decay) * new), A)
+    is_empty = jnp.sum(jnp.abs(A), own, keepdims=True) == 0
+    is_sound = jnp.isfinite(jnp.sum(new, own, keepdims=True))
+    return jnp.where(is_sound, new + jnp.where(is_empty, 0.0, decay) * (A - new), A)
 
 
 def inverse_power(
@@ -65,9 +67,12 @@ def inverse_power(
     mean = (trace / A.shape[-1])[..., None]
     # Powers of numbers near one: squares of gradients can be too small for float32 otherwise.
     unit = jnp.where(mean > 0, mean, 1.0)
-    shift = jnp.asarray(damping, jnp.float32) / (1.0 if relative else unit)
+    shift = jnp.asarray(damping, jnp.float32)
+    if not relative:
+        shift = shift / unit
     if diagonal:
-        return jnp.power(jnp.where(mean > 0, A / unit, 1.0) + shift, exponent)
+        # Of an empty A with λ = 0 any multiple of the identity will do.
+        return jnp.power(jnp.maximum(A / unit + shift, _TINY), exponent)
     w, U = jnp.linalg.eigh(A / unit[..., None])
     # The eigenvalues sum to r and are off by r eps. A smaller λ would let p amplify the differences
     # between rounding errors: eigenvalues below a few r eps are taken to be equal.
@@ -87,11 +92,11 @@ def multiply(W: jax.Array, N: jax.Array, axis: int, batch_ndim: int) -> jax.Arra
     return contract(f"{batch}{a.upper()}{a},{letters}->{letters.replace(a, a.upper())}", W, N)
 
 
-def with_norm_of(target: jax.Array, N: jax.Array, batch_ndim: int) -> jax.Array:
-    """N with the norm that each matrix of ``target`` has."""
+def norm_ratio(target: jax.Array, N: jax.Array, batch_ndim: int) -> jax.Array:
+    """``‖target‖ / ‖N‖`` of each matrix, and 0 of a matrix N that is zero."""
     axes = tuple(range(batch_ndim, N.ndim))
-    size, wanted = (jnp.sqrt(jnp.sum(jnp.square(x), axes, keepdims=True)) for x in (N, target))
-    return N * (wanted / jnp.where(size > 0, size, 1.0))
+    wanted, size = (jnp.sum(jnp.square(x), axes, keepdims=True) for x in (target, N))
+    return jnp.sqrt(wanted / jnp.where(size > 0, size, jnp.inf))
 
 
 # The smallest share of entries that :func:`agreeing` makes up for: a matrix whose momentum points
@@ -99,11 +104,11 @@ def with_norm_of(target: jax.Array, N: jax.Array, batch_ndim: int) -> jax.Array:
 SMALLEST_SHARE = 0.05
 
 
-def agreeing(N: jax.Array, R: jax.Array, batch_ndim: int) -> jax.Array:
-    """The entries of N with the sign of the gradient R, over the share of them in each matrix.
+def agreeing(N: jax.Array, R: jax.Array, batch_ndim: int) -> tuple[jax.Array, jax.Array]:
+    """The entries of N with the sign of the gradient R, and the share of them in each matrix.
 
     A NaN in either stays: times zero it would be a NaN or a zero, as the compiler likes.
     """
     opposes = N * R <= 0
-    share = jnp.mean((~opposes).astype(N.dtype), tuple(range(batch_ndim, N.ndim)), keepdims=True)
-    return jnp.where(opposes, 0.0, N) / jnp.maximum(share, SMALLEST_SHARE)
+    share = jnp.mean(opposes, tuple(range(batch_ndim, N.ndim)), jnp.float32, keepdims=True)
+    return jnp.where(opposes, 0.0, N), jnp.maximum(1 - share, SMALLEST_SHARE)

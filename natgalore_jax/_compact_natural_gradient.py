@@ -15,7 +15,7 @@ from natgalore_jax._compact_fisher import (
     inverse_power,
     moved_factor,
     multiply,
-    with_norm_of,
+    norm_ratio,
 )
 from natgalore_jax._kernel import kernel, own_arithmetic
 from natgalore_jax._scope import current_subspace
@@ -208,9 +208,11 @@ def _preconditioned(settings, decay, damping, R, N, own):
         A = factors[mode] = averaged(A, now, decay, nb)
         W = inverse_power(A, damping, exponent / len(own), nb, relative=relative)
         new = multiply(W, new, axes[mode], nb)
-    new = with_norm_of(N, new, nb)
-    new = agreeing(new, R.astype(jnp.float32), nb) if cautious else new
-    return new.astype(dtype), factors
+    ratio = norm_ratio(N, new, nb)
+    if cautious:
+        new, share = agreeing(new, R.astype(jnp.float32), nb)
+        ratio = ratio / share
+    return (new * ratio).astype(dtype), factors
 
 
 @own_arithmetic

@@ -88,8 +88,10 @@ def _inverse_root(S: jax.Array) -> jax.Array:
         Z = _quintic(polynomials[k], R)
         return _times(root, Z), _times(_times(R, Z), Z)
 
-    start = (_identity(S), S / norm + DAMPING * _identity(S))
-    return jax.lax.fori_loop(0, QUINTICS, step, start)[0] / jnp.sqrt(norm)
+    R = S / norm + DAMPING * _identity(S)
+    Z = _quintic(polynomials[0], R)  # the first step, from the identity
+    start = (Z, _times(_times(R, Z), Z))
+    return jax.lax.fori_loop(1, QUINTICS, step, start)[0] / jnp.sqrt(norm)
 
 
 def _quintic(coefficients: jax.Array, R: jax.Array) -> jax.Array:

@@ -33,6 +33,10 @@ from natgalore_jax._refresh_layer import (
 from natgalore_jax._schedule import due_matrices
 from natgalore_jax._scope import is_active, matrices_of
 
+# How many parameters share one program at most: to pick one of N, a program has N branches of N
+# arguments, and a further program costs the compiler a quarter of a second.
+KIND = 32
+
 
 @own_arithmetic
 def refresh(
@@ -128,19 +132,21 @@ class _Place(NamedTuple):
 
 
 def _kinds(plans, gradients, bases, nodes, done) -> list[list[int]]:
-    """The parameters whose refresh is one program, but for those that are done."""
+    """The parameters whose refresh is one program, at most ``KIND``, but for those done."""
     kinds: dict[Hashable, list[int]] = defaultdict(list)
     for i, plan in enumerate(plans):
         if is_active(plan) and i not in done:
             arrays, treedef = jax.tree.flatten((gradients[i], bases[i], nodes[i]))
             kinds[plan.unnamed, treedef, *map(jax.typeof, arrays)].append(i)
-    return list(kinds.values())
+    return [
+        numbers[start : start + KIND]
+        for numbers in kinds.values()
+        for start in range(0, len(numbers), KIND)
+    ]
 
 
-@kernel("settings", "plan", "axis_name")
-def _refresh_kind(
-    settings, plan, axis_name, schedule, place, gradients, bases, companions, turn
-):
+@kernel("settings", "plan", "axis_name", inline=False)
+def _refresh_kind(settings, plan, axis_name, schedule, place, gradients, bases, companions, turn):
     """The loop over the due matrices of parameters of one kind.
 
     Returns:

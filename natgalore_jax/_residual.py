@@ -62,16 +62,10 @@ class PhiAxes(NamedTuple):
 class Energies(NamedTuple):
     """Sums of squares over the axes that φ lacks, float32, in the shape of φ."""
 
-    N: jax.Array
     R: jax.Array
     G: jax.Array
-
-    @property
-    def E(self) -> jax.Array:
-        """``‖g − P Pᵀ g‖² = ‖g‖² − ‖Pᵀ g‖²``, because P is orthonormal: it needs no product."""
-        difference = self.G - self.R
-        # XLA's maximum on CPUs may pass over a NaN, which has to show in the update.
-        return jnp.where(difference < 0, 0.0, difference)
+    #: ``‖g − P Pᵀ g‖² = ‖g‖² − ‖Pᵀ g‖²``, because P is orthonormal: it needs no product.
+    E: jax.Array
 
 
 def with_residual(
@@ -104,16 +98,16 @@ def with_residual(
     """
     dtype, axes = N.dtype, phi_axes(plan)
     N, R, G = (x.astype(jnp.float32) for x in (N, R, G))
-    energy = energies(axes, N, R, G)
+    energy = energies(axes, R, G)
     if settings.rule == "gain":
-        phi = gain(energy.N, energy.R)
+        phi = gain(jnp.sum(jnp.square(N), axes.low), energy.R)
     else:
         size = math.prod(plan.shape[a] for a in axes.full)
         mean_square = energy.E / size
         if settings.norm_growth_limit is not None:
             mean_square = without_spike(axes, mean_square, fisher)
         fisher = average(fisher, mean_square, settings.decay)
-        phi = inverse_root(fisher + (FISHER_DAMPING + basis_error) * energy.G / size)
+        phi = inverse_root(fisher + (FISHER_DAMPING + basis_error) / size * energy.G)
     phi = jnp.multiply(settings.scale, phi)
     if settings.norm_growth_limit is not None:
         level = last_norm
@@ -151,11 +145,13 @@ def phi_axes(plan: LeafPlan, *, by_channel: bool = True) -> PhiAxes:
     return PhiAxes(owners, low, full, nb)
 
 
-def energies(axes: PhiAxes, N: jax.Array, R: jax.Array, G: jax.Array) -> Energies:
-    of_N, of_R = (jnp.sum(jnp.square(x), axes.low) for x in (N, R))
+def energies(axes: PhiAxes, R: jax.Array, G: jax.Array) -> Energies:
+    of_R = jnp.sum(jnp.square(R), axes.low)
     in_order = [sorted(axes.owners).index(a) for a in axes.owners]
-    of_G = jnp.sum(jnp.square(G), axes.full).transpose(in_order)
-    return Energies(of_N, of_R, place_like(of_G, of_R))
+    of_G = place_like(jnp.sum(jnp.square(G), axes.full).transpose(in_order), of_R)
+    difference = of_G - of_R
+    # XLA's maximum on CPUs may pass over a NaN, which has to show in the update.
+    return Energies(of_R, of_G, jnp.where(difference < 0, 0.0, difference))
 
 
 def on_axes_of_gradient(axes: PhiAxes, phi: jax.Array) -> jax.Array:
@@ -172,22 +168,21 @@ def gain(energy_N: jax.Array, energy_R: jax.Array) -> jax.Array:
 
 def average(c: jax.Array, new: jax.Array, decay: jax.typing.ArrayLike) -> jax.Array:
     """``β c + (1 − β) c'``, starting at the first c' that is not zero, past those not finite."""
-    mixed = jnp.where(c > 0, decay * c + (1 - decay) * new, new)
+    mixed = new + jnp.where(c > 0, decay, 0.0) * (c - new)
     return jnp.where(jnp.isfinite(new), mixed, c)
 
 
 def inverse_root(c: jax.Array) -> jax.Array:
     """``c^(−1/2)``, and 0 of 0."""
-    is_zero = c == 0
-    return jnp.where(is_zero, 0.0, 1 / jnp.sqrt(jnp.where(is_zero, 1.0, c)))
+    return jnp.where(c == 0, 0.0, jax.lax.rsqrt(c))
 
 
 def without_spike(axes: PhiAxes, new: jax.Array, c: jax.Array) -> jax.Array:
     """``new``, scaled down so that its sum over a matrix is at most κ times that of ``c``."""
     matrix = tuple(range(axes.batch_ndim, c.ndim))
-    allowed, total = SPIKE * jnp.sum(c, matrix, keepdims=True), jnp.sum(new, matrix, keepdims=True)
-    is_spike = (allowed > 0) & (total > allowed) & jnp.isfinite(total)
-    return new * jnp.where(is_spike, allowed / jnp.where(is_spike, total, 1.0), 1.0)
+    known, total = (jnp.sum(x, matrix, keepdims=True) for x in (c, new))
+    is_spike = (known > 0) & (total > SPIKE * known) & jnp.isfinite(total)
+    return new * jnp.where(is_spike, SPIKE * known / total, 1.0)
 
 
 def limited(
@@ -210,4 +205,4 @@ def growth_shrink(
     """``min(1, γ ℓ / ‖U‖)`` for an update U and a level ℓ, such as the last norm; 1 if ℓ is 0."""
     level = jnp.asarray(level)
     allowed = jnp.where(level > 0, limit * level, jnp.inf)
-    return jnp.where(norm > allowed, allowed / jnp.where(norm > 0, norm, 1.0), 1.0)
+    return jnp.where(norm > allowed, allowed / norm, 1.0)

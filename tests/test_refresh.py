@@ -9,80 +9,55 @@ import optax
 import pytest
 
 import natgalore_jax as ng
-from natgalore_jax._schedule import due_layers
+from natgalore_jax._schedule import due_matrices
 
 
-def due_at(layers, interval, accumulation, stagger, step):
-    ranges = due_layers(layers, interval, accumulation, stagger=stagger, step=jnp.asarray(step))
-    return [(i, layer) for i, (a, b) in enumerate(ranges) for layer in range(int(a), int(b))]
+def due_at(total, interval, accumulation, stagger, step):
+    return range(*map(int, due_matrices(total, interval, accumulation, stagger=stagger, step=step)))
 
 
 @pytest.mark.parametrize("stagger", [True, False])
 @pytest.mark.parametrize(
-    "layers,interval,accumulation",
-    [([1], 5, 1), ([3, 1, 4], 20, 1), ([3, 1, 4], 4, 1), ([2, 2], 1, 1), ([3, 5], 12, 3)],
+    "total,interval,accumulation", [(1, 5, 1), (8, 20, 1), (8, 4, 1), (4, 1, 1), (8, 12, 3)]
 )
-def test_every_matrix_once_per_interval_and_all_at_first(layers, interval, accumulation, stagger):
-    everything = [(i, l) for i, count in enumerate(layers) for l in range(count)]
-    assert due_at(layers, interval, accumulation, stagger, 0) == everything
+def test_every_matrix_once_per_interval_and_all_at_first(total, interval, accumulation, stagger):
+    assert due_at(total, interval, accumulation, stagger, 0) == range(total)
     for start in (interval, 3 * interval):
         due = {
-            t: due_at(layers, interval, accumulation, stagger, t)
+            t: due_at(total, interval, accumulation, stagger, t)
             for t in range(start, start + interval)
         }
-        assert sorted(matrix for matrices in due.values() for matrix in matrices) == everything
+        assert sorted(q for matrices in due.values() for q in matrices) == list(range(total))
         assert all(t % accumulation == 0 for t, matrices in due.items() if matrices)
 
 
-def bounds_in_a_table(layers, slots):
-    """Matrix q of N is due in slot ⌊q T / N⌋: for each leaf the first layer of each slot."""
-    total, offset, bounds = sum(layers), 0, []
-    for count in layers:
-        slot_of_layer = (offset + np.arange(count)) * slots // total
-        bounds.append(np.searchsorted(slot_of_layer, np.arange(slots + 1), side="left"))
-        offset += count
-    return bounds
-
-
 @pytest.mark.parametrize(
-    "layers,interval,accumulation",
-    [
-        ([1], 5, 1),
-        ([7, 1, 13, 3], 10, 1),
-        ([7, 1, 13, 3], 24, 1),
-        ([32] * 7, 200, 1),
-        ([32] * 7, 223, 1),
-        ([3, 5, 0, 2], 60, 4),
-        ([1] * 40, 12, 3),
-    ],
+    "total,interval,accumulation",
+    [(1, 5, 1), (24, 10, 1), (24, 24, 1), (224, 200, 1), (224, 223, 1), (10, 60, 4), (40, 12, 3)],
 )
-def test_every_matrix_is_due_when_a_table_says(layers, interval, accumulation):
-    table, slots = bounds_in_a_table(layers, interval // accumulation), interval // accumulation
-    assert max(sum(np.diff(b) for b in table)) <= -(-sum(layers) // slots)  # evenly
+def test_every_matrix_is_due_when_a_table_says(total, interval, accumulation):
+    """Matrix q of N is due in slot ⌊q T / N⌋."""
+    slots = interval // accumulation
+    slot_of_matrix = np.arange(total) * slots // total
     steps = np.arange(interval, 3 * interval)
-    ranges = jax.jit(
-        jax.vmap(lambda t: due_layers(layers, interval, accumulation, stagger=True, step=t))
+    begin, end = jax.jit(
+        jax.vmap(lambda t: due_matrices(total, interval, accumulation, stagger=True, step=t))
     )(steps.astype(np.int32))
-    for (first, end), bounds in zip(ranges, table, strict=True):
-        slot = steps // accumulation % slots
-        due = steps % accumulation == 0
-        np.testing.assert_array_equal(np.where(due, first, 0), np.where(due, bounds[slot], 0))
-        np.testing.assert_array_equal(end - first, np.where(due, np.diff(bounds)[slot], 0))
+    for step, *limits in zip(steps, begin, end, strict=True):
+        due = np.flatnonzero(slot_of_matrix == step // accumulation % slots)
+        assert list(range(*map(int, limits))) == ([] if step % accumulation else list(due))
 
 
 @pytest.mark.parametrize("interval", [10**7, 2**30 + 1, 2**31 - 1])
-@pytest.mark.parametrize("layers", [[1], [3, 1, 4], [90, 133, 1]])
-def test_the_longest_intervals_take_no_table_and_no_product_that_overflows(layers, interval):
+@pytest.mark.parametrize("total", [1, 8, 224])
+def test_the_longest_intervals_take_no_table_and_no_product_that_overflows(total, interval):
     """Python's integers decide which slots have a matrix."""
-    total, offset = sum(layers), 0
-    at = jax.jit(lambda t: due_layers(layers, interval, 1, stagger=True, step=t))
-    for leaf, count in enumerate(layers):
-        for layer in {0, count // 2, count - 1}:
-            slot = (offset + layer) * interval // total
-            for step in {max(slot - 1, 0), slot, slot + 1}:
-                first, end = at(jnp.int32(step))[leaf]
-                assert bool(first <= layer < end) == (step in (0, slot))
-        offset += count
+    at = jax.jit(lambda t: due_matrices(total, interval, 1, stagger=True, step=t))
+    for number in {0, total // 2, total - 1}:
+        slot = number * interval // total
+        for step in {max(slot - 1, 0), slot, slot + 1}:
+            begin, end = at(jnp.int32(step))
+            assert bool(begin <= number < end) == (step in (0, slot))
     text = jax.jit(at).lower(jax.ShapeDtypeStruct((), jnp.int32)).as_text()
     assert len(text) < 100_000
 
@@ -132,15 +107,59 @@ def compiled_update(tx, params):
 
 
 @pytest.mark.parametrize("stagger", [True, False])
-def test_factorisation_stands_in_a_loop_over_what_is_due(stagger):
-    """No QR in the entry computation, where it would run at every step, and no select over one."""
+def test_a_refresh_stands_in_a_loop_over_what_is_due(stagger):
+    """No power step in the entry computation, where it would run at every step."""
     shapes = jax.eval_shape(stacked_params)
     tx = chain(update_interval=10, stagger=stagger, where=lambda p, x: True)
     text = compiled_update(tx, shapes).as_text()
     entry = text[text.index("ENTRY") :]
-    assert "geqrf" in text
-    assert "geqrf" not in entry
+    assert " while(" in text
+    assert " while(" not in entry
     assert len(re.findall(r"conditional\(", entry)) >= 3
+
+
+DEFAULTS = {
+    "natural_galore_adamw": lambda: ng.natural_galore_adamw(1e-3, rank=4),
+    "both sides": lambda: ng.natural_galore_adamw(1e-3, rank=4, side="both"),
+    "eight bits": lambda: ng.natural_galore_adamw(1e-3, rank=4, moment_bits=8, basis_dtype="int8"),
+    "online": lambda: ng.natural_galore_adamw(1e-3, rank=4, method="online"),
+    "galore_adamw": lambda: ng.galore_adamw(1e-3, rank=4),
+    "fira": lambda: ng.galore_adamw(1e-3, rank=4, residual=True),
+    "apollo_adamw": lambda: ng.apollo_adamw(1e-3, rank=4),
+    "ldadamw": lambda: ng.ldadamw(1e-3, rank=4),
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_no_default_optimizer_calls_a_solver(name):
+    """Products of matrices alone: no LAPACK on CPUs, no solver on accelerators."""
+    params = {"w": jnp.zeros((3, 16, 24)), "v": jnp.zeros((16, 24)), "b": jnp.zeros(24)}
+    tx = DEFAULTS[name]()
+    state = jax.eval_shape(tx.init, params)
+    lowered = jax.jit(tx.update).lower(params, state, params)
+    text = lowered.as_text() + lowered.compile().as_text()
+    calls = re.findall(r'custom_call(?:_target=| @)"?(\w+)', text)
+    assert not [c for c in calls if re.search("lapack|blas|solver|Qr|Cholesky|Svd|Eigh", c, re.I)]
+    assert not re.search("cholesky|triangular.solve|householder", text)
+
+
+def test_the_program_of_many_equal_matrices_grows_by_little_for_each():
+    """What differs between matrices of one kind is a copy in and a copy out."""
+
+    def equations(number):
+        params = {f"{i}": jnp.zeros((16, 24)) for i in range(number)}
+        tx = ng.chain(ng.low_rank_project(rank=4), optax.scale_by_adam(), ng.project_back())
+        jaxpr = jax.make_jaxpr(tx.update)(params, jax.eval_shape(tx.init, params))
+        return count(jaxpr.jaxpr)
+
+    def count(jaxpr):
+        below = jax.tree.leaves(
+            [list(e.params.values()) for e in jaxpr.eqns], is_leaf=lambda x: hasattr(x, "jaxpr")
+        )
+        return len(jaxpr.eqns) + sum(count(x.jaxpr) for x in below if hasattr(x, "jaxpr"))
+
+    few, many = equations(2), equations(22)
+    assert (many - few) / 20 < 60 < few / 2
 
 
 def test_refresh_needs_no_more_memory_than_one_layer():
