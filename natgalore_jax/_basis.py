@@ -14,10 +14,21 @@ import numpy as np
 
 from natgalore_jax._contract import contract
 from natgalore_jax._layout import place_like, replicated
-from natgalore_jax._orthonormal import conditioned, ordered_polar_factor, polar_factor, shifted
+from natgalore_jax._orthonormal import (
+    CONDITIONED,
+    NEARLY,
+    nearly_polar,
+    order_weights,
+    ordered_polar_factor,
+    polar_factor,
+    polished,
+    shifted,
+)
 from natgalore_jax._random import normal
 
 METHODS = ("power", "svd", "eigh", "randomized", "gaussian", "online")
+# Those that call LAPACK, which may fail.
+FACTORISING = ("svd", "eigh", "randomized")
 
 # Power steps of a refresh, from the previous basis and from none: benchmarks/refresh.py shows what
 # share of the energy of the best basis they capture on gradients of a real model.
@@ -46,12 +57,13 @@ def new_basis(
     is_first: jax.Array,
     is_right: bool = False,
 ) -> jax.Array:
-    """The basis after a refresh, or the previous one if G gives none.
+    """The basis after a refresh.
 
     Args:
       method: one of ``METHODS``.
-      G: (m, n), any float dtype and scale; its columns may be divided over devices, which then
-        exchange sums of the size of P or, for "eigh", of G Gᵀ. The exact SVD takes G whole.
+      G: (m, n), :func:`is_usable`, any float dtype and scale; its columns may be divided over
+        devices, which then exchange sums of the size of P or, for "eigh", of G Gᵀ. The exact SVD
+        takes G whole.
       P: (m, r), the previous basis, or any orthonormal start at the first refresh.
       key: for the random methods, and for the probes of "power" and "online".
       is_first: scalar boolean, whether P is only a start.
@@ -59,22 +71,24 @@ def new_basis(
         to the signs of "svd" alone.
 
     Returns:
-      (m, r) in the dtype of P. It is P itself if G is zero or has a NaN or an infinity: one bad
-      gradient must not spoil the next ``update_interval`` steps.
+      (m, r) in the dtype of P. It is P itself where a factorisation fails.
     """
     P32, G32 = P.astype(jnp.float32), G.astype(jnp.float32)
-    usable = is_usable(G32)
     # Squares of entries beyond 1e19 overflow float32, and those below 1e-19 vanish.
-    scale = jnp.max(jnp.abs(G32))
-    G32 = jnp.where(usable, G32 / jnp.where(usable, scale, 1.0), 0.0)
+    G32 = G32 / jnp.max(jnp.abs(G32))
     with jax.default_matmul_precision("highest"):
         kernel = _svd_right if method == "svd" and is_right else _KERNELS[method]
         Q = kernel(G32, P32, key, is_first)
-    return jnp.where(usable & jnp.all(jnp.isfinite(Q)), Q, P32).astype(P.dtype)
+    if method in FACTORISING:
+        Q = jnp.where(jnp.all(jnp.isfinite(Q)), Q, P32)
+    return Q.astype(P.dtype)
 
 
 def is_usable(G: jax.Array) -> jax.Array:
-    """Whether a gradient is finite and not zero, so that it has dominant directions."""
+    """Whether a gradient is finite and not zero, so that it has dominant directions.
+
+    One bad gradient must not spoil the next ``update_interval`` steps.
+    """
     # Not by the maximum: XLA's on CPUs may pass over a NaN.
     return jnp.all(jnp.isfinite(G)) & jnp.any(G != 0)
 
@@ -132,11 +146,16 @@ def _power(G, P, key, is_first):
     Z = contract("mn,mr->nr", G, P)
     steps = jnp.where(is_first | _is_lost(G, Z, POWER_LOST), COLD_STEPS, WARM_STEPS)
 
-    def step(_, Y):
-        P = conditioned(Y)
-        return shifted(_times_gram(G, P), P)
+    def step(i, Y):
+        # One program for all steps: the compiler takes most of its time for the iteration in it.
+        is_last = i == steps - 1
+        X, S = nearly_polar(
+            Y * jnp.where(is_last, order_weights(Y.shape[1]), 1.0),
+            jnp.where(is_last, NEARLY, CONDITIONED),
+        )
+        return jax.lax.cond(is_last, polished, lambda X, _: shifted(_times_gram(G, X), X), X, S)
 
-    return ordered_polar_factor(jax.lax.fori_loop(1, steps, step, shifted(_times(G, Z), P)))
+    return jax.lax.fori_loop(0, steps, step, shifted(_times(G, Z), P))
 
 
 def _probe(P: jax.Array, key: jax.Array) -> jax.Array:

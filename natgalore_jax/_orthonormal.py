@@ -31,26 +31,23 @@ SMALLEST_WEIGHT = 1e-4
 
 def polar_factor(Y: jax.Array) -> jax.Array:
     """``Y (YᵀY)^(−1/2)``: (m, r) float32 of full rank, to an error of about 1e-6 in ``XᵀX − I``."""
-    X, S = _passes(Y, NEARLY)
-    return _times(X, _quintic(jnp.asarray((15 / 8, -10 / 8, 3 / 8), jnp.float32), S))
-
-
-def conditioned(Y: jax.Array) -> jax.Array:
-    """X with the polar factor of Y, and singular values from 0.7 to 1.3."""
-    return _passes(Y, CONDITIONED)[0]
+    return polished(*nearly_polar(Y, NEARLY))
 
 
 def ordered_polar_factor(Y: jax.Array) -> jax.Array:
-    """``polar(Y D)`` with weights D that fall geometrically from 1, for ``Y = A P``.
+    """``polar(Y D)`` with the weights of :func:`order_weights`, for ``Y = A P``.
 
     ``P ← polar(A P D)`` ascends ``tr(Pᵀ A P D)`` for a positive semidefinite A, and the maximum is
     the eigenvectors in the order of their eigenvalues (Brockett 1991). Without weights the columns
     are any rotation of them. Adam scales each coordinate of a gradient, and learns better where the
     coordinates are close to single eigenvectors.
     """
-    r = Y.shape[1]
-    weights = SMALLEST_WEIGHT ** (np.arange(r) / max(r - 1, 1))
-    return polar_factor(Y * jnp.asarray(weights, jnp.float32))
+    return polar_factor(Y * order_weights(Y.shape[1]))
+
+
+def order_weights(r: int) -> jax.Array:
+    """The diagonal of D: r weights that fall geometrically from 1."""
+    return jnp.asarray(SMALLEST_WEIGHT ** (np.arange(r) / max(r - 1, 1)), jnp.float32)
 
 
 def shifted(Y: jax.Array, P: jax.Array) -> jax.Array:
@@ -59,8 +56,12 @@ def shifted(Y: jax.Array, P: jax.Array) -> jax.Array:
     return Y / jnp.where(norm > 0, norm, 1.0) + SHIFT * P
 
 
-def _passes(Y: jax.Array, tolerance: float) -> tuple[jax.Array, jax.Array]:
-    """X with the polar factor of Y and ``‖XᵀX − I‖ ≤ tolerance``, and XᵀX."""
+def nearly_polar(Y: jax.Array, tolerance: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
+    """X with the polar factor of Y and ``‖XᵀX − I‖ ≤ tolerance``, and XᵀX.
+
+    A tolerance of ``CONDITIONED`` leaves singular values between 0.7 and 1.3, which do to multiply
+    X by a matrix; ``NEARLY`` is for :func:`polished`.
+    """
 
     def is_far(carry):
         _, S, count = carry
@@ -76,6 +77,11 @@ def _passes(Y: jax.Array, tolerance: float) -> tuple[jax.Array, jax.Array]:
     Y = Y / jnp.where(largest > 0, largest, 1.0)
     X, S, _ = jax.lax.while_loop(is_far, one_pass, (Y, _gram(Y), jnp.int32(0)))
     return X, S
+
+
+def polished(X: jax.Array, S: jax.Array) -> jax.Array:
+    """The polar factor of X with ``S = XᵀX``, if ``‖S − I‖ ≤ NEARLY``."""
+    return _times(X, _quintic(jnp.asarray((15 / 8, -10 / 8, 3 / 8), jnp.float32), S))
 
 
 def _inverse_root(S: jax.Array) -> jax.Array:

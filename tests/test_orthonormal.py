@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from natgalore_jax._basis import new_basis, start_basis
-from natgalore_jax._orthonormal import conditioned, minimax_quintics, polar_factor
+from natgalore_jax._orthonormal import CONDITIONED, minimax_quintics, nearly_polar, polar_factor
 
 RNG = np.random.default_rng(0)
 
@@ -42,7 +42,8 @@ def test_columns_that_are_nearly_dependent_become_orthonormal():
 
 def test_conditioned_columns_keep_their_space():
     Y = jnp.asarray(orthogonal(60, 5) * np.geomspace(1, 1e-3, 5) @ orthogonal(5, 5), jnp.float32)
-    X = np.asarray(conditioned(Y), np.float64)
+    X, S = (np.asarray(x, np.float64) for x in nearly_polar(Y, CONDITIONED))
+    np.testing.assert_allclose(S, X.T @ X, atol=1e-6)
     values = np.linalg.svd(X, compute_uv=False)
     assert values.min() > 0.7 and values.max() < 1.3
     Q, P = np.linalg.qr(X)[0], np.linalg.qr(np.asarray(Y, np.float64))[0]
