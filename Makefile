@@ -6,9 +6,6 @@ ARGS ?=
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-# LAPACK's own threads fight with XLA's: a factorisation then takes up to a hundred times longer.
-export OPENBLAS_NUM_THREADS ?= 1
-
 .DEFAULT_GOAL := help
 .PHONY: help setup pretrain finetune functions test lint format docs notebooks test-lowest test-newest release bench reproduce-quality clean
 

@@ -1,5 +1,6 @@
 """The trees at update must be those of init: found here, and not deep inside Adam."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -149,15 +150,14 @@ def check_inner_states(
 ) -> None:
     """The states of the inner transformations are those of the updates' shapes.
 
-    Only they know about the axes that are not projected. Costs a trace of ``init``, no array.
+    Only they know about the axes that are not projected. Costs a trace of ``init`` the first time.
     """
     leaves = jax.tree_util.tree_leaves_with_path(updates)
-    low_rank = jax.tree.structure(updates).unflatten(
+    low_rank = tuple(
         jax.ShapeDtypeStruct(plan.low_rank_shape, g.dtype) if plan else shape_and_dtype(path, g)
         for plan, (path, g) in zip(plans, leaves, strict=True)
     )
-    with open_subspace({plan.path: plan for plan in plans if plan}):
-        expected = jax.eval_shape(lambda tree: [tx.init(tree) for tx in inner], low_rank)
+    expected = _states_of(tuple(inner), jax.tree.structure(updates), low_rank, tuple(plans))
     if jax.tree.structure(expected) != jax.tree.structure(list(states)):
         return
     for (path, have), want in zip(
@@ -170,6 +170,14 @@ def check_inner_states(
                 f"{KeyPath(path[1:])} in the state of an inner transformation would have shape "
                 f"{want.shape}, but has {jnp.shape(have)}"
             )
+
+
+@functools.lru_cache(maxsize=64)
+def _states_of(inner: Any, treedef: Any, low_rank: Any, plans: Any) -> list[Any]:
+    """Shapes of the states of the inner transformations."""
+    with open_subspace({plan.path: plan for plan in plans if plan}):
+        tree = treedef.unflatten(low_rank)
+        return jax.eval_shape(lambda tree: [tx.init(tree) for tx in inner], tree)
 
 
 def _contains(path: Sequence[Any], part: Sequence[Any]) -> bool:

@@ -93,10 +93,12 @@ def low_rank_project(
         ``Y (YᵀY)^(−1/2)`` by Newton–Schulz iteration: many times cheaper than an SVD, without
         LAPACK, and the basis moves continuously. Weights in the last step turn the columns towards
         single singular vectors, in which Adam learns better. ``"svd"``, ``"eigh"`` (of G Gᵀ):
-        exact. ``"randomized"``: randomised SVD. ``"gaussian"``: random, needs no gradient.
-        ``"online"``: a small step of Oja's rule at every step of training. A basis that has nothing
-        of G starts anew at once; what dominates G where P has something weaker is inside after some
-        hundred steps (in eight bits it may never be: its first small steps are rounded away).
+        exact; ``"randomized"``: randomised SVD; these call LAPACK on a CPU, where
+        ``OPENBLAS_NUM_THREADS=1`` keeps it from taking the cores from XLA. ``"gaussian"``: random,
+        needs no gradient. ``"online"``: a small step of Oja's rule at every step of training. A
+        basis that has nothing of G starts anew at once; what dominates G where P has something
+        weaker is inside after some hundred steps (in eight bits it may never be: its first small
+        steps are rounded away).
       transition: what becomes of moments and history when P changes to P'. ``"rotate"``: linear
         ones by ``P'ᵀP``, second moments by its squares; ``"reset"``: zero; ``"keep"``: untouched,
         as in the published code. The type of a state says which of its fields are moments:

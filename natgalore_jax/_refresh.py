@@ -35,7 +35,7 @@ from natgalore_jax._scope import is_active, matrices_of
 
 # How many parameters share one program at most: to pick one of N, a program has N branches of N
 # arguments, and a further program costs the compiler a quarter of a second.
-KIND = 32
+KIND = 64
 
 
 @own_arithmetic

@@ -98,10 +98,19 @@ class Subspace:
         self, updates: Any, states: Sequence[Any], params: Any, extra_args: dict[str, Any]
     ) -> tuple[Any, list[Any]]:
         """The three steps below, in one."""
-        plans = self._plans(updates, states, params)
-        states = self._refresh(plans, updates, states)
-        low = self._project(plans, updates, states)
-        return self._update(plans, low, states, params, updates, extra_args)
+        opened = self._open(updates, states, params)
+        inner_states = self._refresh(opened, updates, states)
+        factors = opened.factors(updates)
+        low = opened.project(updates, factors)
+        return self._update(
+            opened,
+            factors,
+            low,
+            [states[0], *inner_states, states[-1]],
+            params,
+            updates,
+            extra_args,
+        )
 
     def refresh(
         self,
@@ -114,13 +123,14 @@ class Subspace:
 
         Where ``is_scheduled`` is False, only of matrices that had no gradient so far.
         """
-        plans = self._plans(grads, states)
-        return self._refresh(plans, grads, states, axis_name, is_scheduled)
+        opened = self._open(grads, states)
+        inner_states = self._refresh(opened, grads, states, axis_name, is_scheduled)
+        return [self._closed(opened, states[0]), *inner_states, states[-1]]
 
     def project(self, grads: Any, states: Sequence[Any]) -> Any:
         """The low-rank tree of the gradients, linear in them."""
-        plans = self._plans(grads, states)
-        return self._project(plans, grads, states)
+        opened = self._open(grads, states)
+        return opened.project(grads, opened.factors(grads))
 
     def update_from_low_rank(
         self, low: Any, states: Sequence[Any], params: Any, full: Any, extra_args: dict[str, Any]
@@ -129,108 +139,82 @@ class Subspace:
 
         Without a residual ``full``, the gradient that ``low`` is the projection of, may be None.
         """
-        plans = self._plans(params, states)
-        check_low_rank(low, params, plans)
+        opened = self._open(params, states)
+        check_low_rank(low, params, opened.plans)
         if full is not None:
             check_params(full, params)
-        return self._update(plans, low, states, params, full, extra_args)
+        factors = opened.factors(params if full is None else full, low)
+        return self._update(opened, factors, low, states, params, full, extra_args)
 
-    def _plans(
-        self, updates: Any, states: Sequence[Any], params: Any = None
-    ) -> list[LeafPlan | None]:
-        """How each leaf of a full-shape tree is projected: as when the states were made."""
-        opened, *inner_states, _ = states
+    def _open(self, updates: Any, states: Sequence[Any], params: Any = None) -> "_Opened":
+        """The bases of a full-shape tree, which is projected as when the states were made."""
+        opener, *inner_states, _ = states
         columns = _by_mode(
-            opened, lambda tree: flatten_like(updates, tree, "the parameters at init")
+            opener, lambda tree: flatten_like(updates, tree, "the parameters at init")
         )
         if params is not None:
             check_params(updates, params)
         plans = plan_tree(self.opener.plan, updates)
         check_bases(updates, plans, list(zip(*columns, strict=True)))
         check_inner_states(self.inner, inner_states, updates, plans)
-        return plans
+        stored: list[StoredFactors] = [
+            tuple(columns[mode][i] for mode in plan.projected_modes) if plan else ()
+            for i, plan in enumerate(plans)
+        ]
+        return _Opened(jax.tree.structure(updates), plans, stored)
 
-    def _refresh(self, plans, grads, states, axis_name=None, is_scheduled=True):
-        """New factors where they are due, and inner states carried over to them."""
-        opened, *inner_states, closed = states
-        G, treedef = jax.tree.flatten(grads)
-        factors = self._stored_factors(treedef, plans, states)
+    def _refresh(self, opened, grads, states, axis_name=None, is_scheduled=True):
+        """New bases in ``opened`` where they are due; returns the inner states carried over."""
+        opener, *inner_states, _ = states
+        plans, G = opened.plans, jax.tree.leaves(grads)
         settings, of_leaf, skeletons = self.opener.refresh, [[] for _ in plans], None
         if settings.transition != "keep":
-            of_leaf, skeletons = companions_of_all(inner_states, treedef, plans)
+            of_leaf, skeletons = companions_of_all(inner_states, opened.treedef, plans)
         projected = [i for i, plan in enumerate(plans) if plan]
         new_factors, new_companions = refresh(
             settings,
             [plans[i] for i in projected],
             [G[i] for i in projected],
-            [factors[i] for i in projected],
+            [opened.stored[i] for i in projected],
             [of_leaf[i] for i in projected],
-            step=opened.count,
+            step=opener.count,
             accumulation=self.accumulation,
             axis_name=axis_name,
             is_scheduled=is_scheduled,
         )
         for i, f, c in zip(projected, new_factors, new_companions, strict=True):
-            factors[i], of_leaf[i] = f, c
+            opened.stored[i], of_leaf[i] = f, c
         if skeletons is not None:
             inner_states = with_companions_of_all(skeletons, of_leaf)
-        is_coded = isinstance(opened.basis, LinearCodes)
-        opened = opened._replace(basis=self._basis_trees(treedef, plans, factors, is_coded))
-        return [opened, *inner_states, closed]
+        return inner_states
 
-    def _project(self, plans, tree, states, treedef=None):
-        """A full-shape tree in the coordinates of the bases."""
-        treedef = treedef or jax.tree.structure(tree)
-        leaves = treedef.flatten_up_to(tree)
-        factors = self._factors(treedef, plans, states, leaves)
-        return treedef.unflatten(
-            project_to_stored(plan.unnamed, x, f) if plan else x
-            for plan, x, f in zip(plans, leaves, factors, strict=True)
-        )
-
-    def _update(self, plans, low, states, params, full, extra_args):
+    def _update(self, opened, factors, low, states, params, full, extra_args):
         """What the inner transformations make of the low-rank tree, and the way back."""
-        opened, *inner_states, closed = states
-        R, treedef = jax.tree.flatten(low)
-        low_params = None
-        if params is not None:
-            low_params = self._project(plans, params, states, treedef)
+        opener, *inner_states, closed = states
+        low_params = None if params is None else opened.project(params, factors)
         updates, new_inner = low, []
         for tx, state in zip(self.inner, inner_states, strict=True):
             updates, new_state = tx.update(updates, state, low_params, **extra_args)
             new_inner.append(with_dtypes_of(state, new_state))
 
-        N = treedef.flatten_up_to(updates)
         assert full is not None or self.closer.residual is None, "a residual is a part of full"
-        G = treedef.flatten_up_to(params if full is None else full)
-        factors, basis = self._factors(treedef, plans, states, G, R), opened.basis
+        N, R, G = map(
+            opened.treedef.flatten_up_to, (updates, low, params if full is None else full)
+        )
+        basis = opener.basis
         error = relative_error(bits_of(basis)) if isinstance(basis, LinearCodes) else 0.0
-        out, closed = update_back(self.closer, closed, treedef, plans, factors, N, R, G, error)
-        opened = opened._replace(count=optax.safe_increment(opened.count))
-        return treedef.unflatten(out), [opened, *new_inner, closed]
+        out, closed = update_back(
+            self.closer, closed, opened.treedef, opened.plans, factors, N, R, G, error
+        )
+        opener = self._closed(opened, opener)
+        opener = opener._replace(count=optax.safe_increment(opener.count))
+        return opened.treedef.unflatten(out), [opener, *new_inner, closed]
 
-    def _factors(self, treedef, plans, states, leaves, low=None) -> list[Any]:
-        """The bases of each leaf, where it is; codes are decoded in the dtype of the gradient."""
-        return [
-            _loaded(plan.unnamed, R.dtype, own, leaf)
-            if plan and (has_explicit_sharding(leaf) or isinstance(own[0], LinearCodes))
-            else own
-            for plan, leaf, R, own in zip(
-                plans,
-                leaves,
-                leaves if low is None else low,
-                self._stored_factors(treedef, plans, states),
-                strict=True,
-            )
-        ]
-
-    def _stored_factors(self, treedef, plans, states) -> list[StoredFactors]:
-        """The bases of each leaf as they are stored, from the state's form of them."""
-        columns = _by_mode(states[0], treedef.flatten_up_to)
-        return [
-            tuple(columns[mode][i] for mode in plan.projected_modes) if plan else ()
-            for i, plan in enumerate(plans)
-        ]
+    def _closed(self, opened: "_Opened", opener: LowRankProjectState) -> LowRankProjectState:
+        """The state with the bases of ``opened``."""
+        is_coded = isinstance(opener.basis, LinearCodes)
+        trees = self._basis_trees(opened.treedef, opened.plans, opened.stored, is_coded)
+        return opener._replace(basis=trees)
 
     def _basis_trees(self, treedef, plans, factors, is_coded) -> Any:
         """The state's form of the factors: one tree for each mode."""
@@ -244,6 +228,38 @@ class Subspace:
             ]
             trees.append(tree_of(treedef, column, is_coded))
         return LinearCodes(*zip(*trees, strict=True)) if is_coded else tuple(trees)
+
+
+@dataclasses.dataclass
+class _Opened:
+    """The bases of a tree of parameters, taken out of the state once in an update."""
+
+    treedef: Any
+    plans: list[LeafPlan | None]
+    stored: list[StoredFactors]  # of each leaf; arrays or codes
+
+    def factors(self, tree: Any, low: Any = None) -> list[Factors]:
+        """The bases of each leaf as arrays, placed for a product with the leaf of ``tree``.
+
+        Codes are decoded in the dtype of the gradient, ``low`` or ``tree``.
+        """
+        leaves = self.treedef.flatten_up_to(tree)
+        gradients = leaves if low is None else self.treedef.flatten_up_to(low)
+        return [
+            _loaded(plan.unnamed, R.dtype, own, leaf)
+            if plan and (has_explicit_sharding(leaf) or isinstance(own[0], LinearCodes))
+            else own
+            for plan, leaf, R, own in zip(self.plans, leaves, gradients, self.stored, strict=True)
+        ]
+
+    def project(self, tree: Any, factors: Sequence[Factors]) -> Any:
+        """A full-shape tree in the coordinates of the bases."""
+        return self.treedef.unflatten(
+            project_to_stored(plan.unnamed, x, f) if plan else x
+            for plan, x, f in zip(
+                self.plans, self.treedef.flatten_up_to(tree), factors, strict=True
+            )
+        )
 
 
 @kernel("plan", "dtype")
