@@ -33,9 +33,10 @@ from natgalore_jax._refresh_layer import (
 from natgalore_jax._schedule import due_matrices
 from natgalore_jax._scope import is_active, matrices_of
 
-# How many parameters share one program at most: to pick one of N, a program has N branches of N
-# arguments, and a further program costs the compiler a quarter of a second.
-KIND = 64
+# A program for parameters of one kind takes at most so many of them, because to pick one of N it
+# has N branches of N arguments, and at most so many bytes of gradients: they all have to be there
+# when it runs, where a gradient alone can be used and freed before the next one is made.
+MOST_PARAMETERS, MOST_BYTES = 64, 2**22
 
 
 @own_arithmetic
@@ -76,6 +77,8 @@ def refresh(
     Returns:
       The new bases and companions.
     """
+    if not plans:
+        return [], []
     totals, starts = zip(*map(matrices_of, plans), strict=True)
     begin, end = due_matrices(
         sum(totals), settings.update_interval, accumulation, stagger=settings.stagger, step=step
@@ -132,17 +135,22 @@ class _Place(NamedTuple):
 
 
 def _kinds(plans, gradients, bases, nodes, done) -> list[list[int]]:
-    """The parameters whose refresh is one program, at most ``KIND``, but for those done."""
+    """The parameters that share a program, but for those that are done.
+
+    The backward pass has the gradients of the last layers first, and so the last are refreshed
+    first.
+    """
     kinds: dict[Hashable, list[int]] = defaultdict(list)
     for i, plan in enumerate(plans):
         if is_active(plan) and i not in done:
             arrays, treedef = jax.tree.flatten((gradients[i], bases[i], nodes[i]))
             kinds[plan.unnamed, treedef, *map(jax.typeof, arrays)].append(i)
-    return [
-        numbers[start : start + KIND]
-        for numbers in kinds.values()
-        for start in range(0, len(numbers), KIND)
-    ]
+    shared = []
+    for numbers in kinds.values():
+        G = gradients[numbers[0]]
+        most = max(1, min(MOST_PARAMETERS, MOST_BYTES // (G.size * G.dtype.itemsize)))
+        shared += [numbers[max(end - most, 0) : end] for end in range(len(numbers), 0, -most)]
+    return sorted(shared, key=max, reverse=True)
 
 
 @kernel("settings", "plan", "axis_name", inline=False)

@@ -82,7 +82,9 @@ def per_layer(tx, params, batch_list, **settings):
 
 def assert_same(actual, expected):
     losses, norms, params, state = actual
-    np.testing.assert_allclose(losses, expected[0], rtol=1e-5)
+    # The columns of a basis turn by up to a hundred times the rounding errors of a gradient where
+    # singular values are close, and Adam passes that on.
+    np.testing.assert_allclose(losses, expected[0], rtol=1e-4)
     np.testing.assert_allclose(norms, expected[1], rtol=1e-4)
     assert jax.tree.structure(state.opt_state) == jax.tree.structure(expected[3])
     jax.tree.map(

@@ -13,6 +13,7 @@ import pytest
 import natgalore_jax as ng
 
 L, D, F, ROWS = 12, 128, 384, 8
+SCALE = 4  # of the matrices that are not stacked
 ONE_LAYER = 2 * D * F * 4  # bytes
 FLAGS = (
     "--xla_cpu_enable_concurrency_optimized_scheduler=false "
@@ -40,9 +41,11 @@ def shapes(stacked):
 
     if stacked:
         layers = {"up": of(L, D, F), "down": of(L, F, D)}
-    else:
-        layers = [{"up": of(D, F), "down": of(F, D)} for _ in range(L)]
-    return {"embed": of(D, D), "layers": layers, "head": of(D, D)}
+        return {"embed": of(D, D), "layers": layers, "head": of(D, D)}
+    # So large that each has a refresh of its own.
+    d, f = SCALE * D, SCALE * F
+    layers = [{"up": of(d, f), "down": of(f, d)} for _ in range(L)]
+    return {"embed": of(d, d), "layers": layers, "head": of(d, d)}
 
 
 def embed(params, batch):
@@ -70,7 +73,7 @@ def loss(params, batch):
 def measure(name, route):
     """Bytes of temporary memory, of what is changed in place, and of parameters and state."""
     tx, params = OPTIMIZERS[name](), shapes(stacked=route != "unstacked")
-    batch = jax.ShapeDtypeStruct((ROWS, D), jnp.float32)
+    batch = jax.ShapeDtypeStruct((ROWS, SCALE * D if route == "unstacked" else D), jnp.float32)
     state = jax.eval_shape(tx.init, params)
     if route == "8-bit weights":
         params = jax.eval_shape(ng.quantize_weights, params)
@@ -119,7 +122,7 @@ def test_weights_in_8_bits_are_decoded_one_layer_at_a_time(measured):
 @pytest.mark.parametrize("name", ["adam", "galore"])
 def test_unstacked_layers_have_that_from_xla(measured, name):
     temp, aliased, donated = measured[name, "unstacked"]
-    assert temp < 0.6 * L * ONE_LAYER
+    assert temp < 0.6 * L * SCALE**2 * ONE_LAYER
     assert aliased >= donated
 
 
