@@ -196,7 +196,8 @@ def _dealt(settings, plans, groups, is_due, matrix_keys, is_first):
                 number = layer * others + i
 
                 def renew(stored):
-                    matrix = take_matrix(own_plan, group.G, *stored, i)
+                    basis, companions = stored
+                    matrix = take_matrix(own_plan, group.G, basis, companions, i)
                     new = refresh_matrix(
                         settings, own_plan, matrix, matrix_keys[number], is_first[number]
                     )

@@ -122,7 +122,8 @@ def refresh_matrix(
     """
 
     def renew(stored):
-        return _refreshed(settings, plan, matrix.tensor, *stored, key, is_first)
+        basis, companions = stored
+        return _refreshed(settings, plan, matrix.tensor, basis, companions, key, is_first)
 
     stored = (matrix.basis, matrix.companions)
     return jax.lax.cond(is_usable(matrix.tensor), renew, lambda stored: stored, stored)

@@ -238,7 +238,7 @@ class _Opened:
     plans: list[LeafPlan | None]
     stored: list[StoredFactors]  # of each leaf; arrays or codes
 
-    def factors(self, tree: Any, low: Any = None) -> list[Factors]:
+    def factors(self, tree: Any, low: Any = None) -> list[Any]:
         """The bases of each leaf as arrays, placed for a product with the leaf of ``tree``.
 
         Codes are decoded in the dtype of the gradient, ``low`` or ``tree``.
