@@ -112,9 +112,15 @@ def _changed(grads, before, after) -> list[dict[str, Any]]:
                     "kind": str(path[-2].key),
                     "before": _energy(P_old, G) / best,
                     "after": _energy(P, G) / best,
+                    "orthonormality": _loss_of_orthonormality(P),
                 }
             )
     return rows
+
+
+def _loss_of_orthonormality(P) -> float:
+    P = np.asarray(P, np.float64)
+    return float(np.max(np.abs(P.T @ P - np.eye(P.shape[1]))))
 
 
 def _energy(P, G) -> float:

@@ -346,6 +346,13 @@ def test_show_prints_a_suite(root, capsys):
     assert "AdamW" in text and "**0.01 × 4**" in text
 
 
+def test_overlay_draws_two_suites(root, tmp_path):
+    picture = tmp_path / "pictures" / "overlay.png"
+    command = ["overlay", "--root", str(root), "--before", "tune", "--method", "adamw"]
+    assert main([*command, "--output", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
 def test_show_puts_runs_beside_others(root, tmp_path, capsys):
     ours = result("adamw", 1, test=4.15)
     write(ours, tmp_path / "fresh" / "main" / "sotu-nano" / "a.json")

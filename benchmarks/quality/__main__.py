@@ -5,6 +5,7 @@ import sys
 
 import tyro
 
+from benchmarks.quality.overlay import Overlay, draw_overlay
 from benchmarks.quality.report import Report, make_report
 from benchmarks.quality.run_spec import Run
 from benchmarks.quality.show import Show, show
@@ -13,7 +14,7 @@ from benchmarks.quality.train import run as train
 from examples.llama.data import DataError
 from examples.llama.train_config import ConfigError
 
-Command = Run | Sweep | Show | Report
+Command = Run | Sweep | Show | Report | Overlay
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,6 +40,8 @@ def run(command: Command) -> int:
             return run_sweep(command)
         case Show():
             print(show(command))
+        case Overlay():
+            print(f"{draw_overlay(command)} written")
         case Report():
             for path in make_report(command):
                 print(f"{path} written")
