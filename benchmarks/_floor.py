@@ -27,6 +27,11 @@ import jax.numpy as jnp
 
 from benchmarks._timing import median, seconds
 
+# Published bandwidth of the memory, bytes/s, and rate of products of float32 in the precision that
+# is native there (TF32, and one pass of bfloat16), operations/s: NVIDIA's data sheet of the H100
+# SXM, without sparsity, and Google Cloud's page of the TPU v5e.
+ACCELERATORS = {"H100": (3.35e12, 494.7e12), "TPU v5e": (0.819e12, 197e12)}
+
 _ITEM = 4  # bytes of a float32
 METHODS = ("adamw", "contrib", "galore", "natural")
 
@@ -58,6 +63,14 @@ def operations(method: str, matrices: Iterable[tuple[int, int]], rank: int) -> i
 def floor_seconds(n_bytes: int, n_operations: int, bandwidth: float, rate: float) -> float:
     """Seconds, from bytes, bytes/s, operations and operations/s: first one, then the other."""
     return n_bytes / bandwidth + n_operations / rate
+
+
+def accelerator_bounds(n_bytes: int, n_operations: int) -> dict[str, float]:
+    """Seconds that an update takes at least on each accelerator, products overlapping memory."""
+    return {
+        name: max(n_bytes / bandwidth, n_operations / rate)
+        for name, (bandwidth, rate) in ACCELERATORS.items()
+    }
 
 
 class Machine:

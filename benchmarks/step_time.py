@@ -28,7 +28,13 @@ import tyro
 
 import natgalore_jax as ng
 from benchmarks._environment import RESULTS, environment, print_targets, target, write
-from benchmarks._floor import Machine, bytes_moved, floor_seconds, operations
+from benchmarks._floor import (
+    Machine,
+    accelerator_bounds,
+    bytes_moved,
+    floor_seconds,
+    operations,
+)
 from benchmarks._shapes import hidden_shapes, matrices, random_tree
 from benchmarks._timing import Updater, median
 from benchmarks._training_share import print_share, training_share
@@ -108,6 +114,7 @@ def main(
             "bytes": bytes_moved(name, sides, rank, history),
             "operations": operations(name, sides, rank),
         }
+        row["accelerator_bounds_s"] = accelerator_bounds(row["bytes"], row["operations"])
         for kind in ("", "fresh_"):
             bandwidth = figures[f"{kind}copy_bytes_per_s"]
             rate = figures["product_operations_per_s"]
@@ -223,6 +230,10 @@ def _print(results: dict[str, Any]) -> None:
         line += f"{row['amortised_to_fresh_floor']:10.2f}"
         line += f"{row.get('amortised_to_contrib', float('nan')):10.2f}"
         print(f"{name:10}{line}")
+    print("\nLower bounds from published figures, ms")
+    for name, row in results["methods"].items():
+        bounds = (f"{k} {1e3 * v:.3f}" for k, v in row["accelerator_bounds_s"].items())
+        print(f"{name:10}{'   '.join(bounds)}")
     if results["training_step"]:
         print_share(results["training_step"])
     print_targets(results["targets"])

@@ -10,6 +10,7 @@ import pytest
 from benchmarks import (
     _gpu_run,
     accumulation,
+    compile_time,
     curvature,
     gpu_memory,
     memory_breakdown,
@@ -19,7 +20,7 @@ from benchmarks import (
     step_time,
 )
 from benchmarks._environment import target
-from benchmarks._floor import bytes_moved, floor_seconds, operations
+from benchmarks._floor import accelerator_bounds, bytes_moved, floor_seconds, operations
 from benchmarks._shapes import hidden_shapes, matrices
 from benchmarks._step_bytes import step_bytes
 from benchmarks._training_share import training_operations
@@ -35,6 +36,7 @@ METHOD = {
     *("computed", "cold_start_s", "median_s", "amortised_s", "worst_s", "worst_to_median"),
     *("worst_repeated_s", "worst_repeated_to_median", "bytes", "operations"),
     *("floor_s", "fresh_floor_s", "amortised_to_floor", "amortised_to_fresh_floor"),
+    "accelerator_bounds_s",
 }
 
 
@@ -53,6 +55,23 @@ def test_floor_of_one_matrix_by_hand():
     assert operations("natural", [(4, 6)], rank=9) == 4 * 4 * 6 * 4
     # 10 bytes at 5 bytes/s, then 12 operations at 3 operations/s.
     assert floor_seconds(10, 12, bandwidth=5.0, rate=3.0) == 6.0
+    # On an accelerator the longer of the two: memory, then products.
+    assert accelerator_bounds(335, 1)["H100"] == pytest.approx(1e-10)
+    assert accelerator_bounds(1, 197)["TPU v5e"] == pytest.approx(1 / 0.819e12)
+    assert accelerator_bounds(1, 197_000)["TPU v5e"] == pytest.approx(1e-9)
+
+
+OPTIMIZERS = ("optax.adamw", "galore_adamw")
+
+
+def test_compile_time(tmp_path):
+    path = tmp_path / "compile_time.json"
+    results = compile_time.main((2,), OPTIMIZERS, path)
+    runs = json.loads(path.read_text())["runs"]
+    assert runs == results["runs"] and len(runs) == 4
+    adamw, galore = ({r["equations"] for r in runs if r["optimizer"] == o} for o in OPTIMIZERS)
+    assert 20 < max(adamw) < min(galore)
+    assert all(r["trace_s"] > 0 and r["compile_s"] > 0 for r in runs)
 
 
 def test_hidden_matrices_of_60m():
@@ -284,6 +303,8 @@ def test_refresh(tmp_path):
         assert row["without_refresh_bytes"] > 0
     assert [t["name"].split(",")[0] for t in results["targets"]] == [
         "warm refresh",
+        "warm refresh",
+        "largest entry of PᵀP − I",
         "energy / exact SVD",
         "galore",
         "natural",
