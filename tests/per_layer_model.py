@@ -88,7 +88,7 @@ def assert_same(actual, expected):
     np.testing.assert_allclose(norms, expected[1], rtol=1e-4)
     assert jax.tree.structure(state.opt_state) == jax.tree.structure(expected[3])
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3),
         (params, state.opt_state),
         (expected[2], expected[3]),
     )

@@ -24,6 +24,8 @@ COVERING = [
 @pytest.fixture
 def compilations():
     found = []
+    # What other tests of this process have compiled would not be compiled here.
+    jax.clear_caches()
 
     def listen(event, duration, **kwargs):
         if event == "/jax/core/compile/backend_compile_duration":
