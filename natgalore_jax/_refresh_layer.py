@@ -1,4 +1,4 @@
-"""New bases for the due layers of one stacked parameter, in place, one layer at a time."""
+"""Refresh of one matrix: new bases, and its basis-dependent state in their coordinates."""
 
 import dataclasses
 import math
