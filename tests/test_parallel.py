@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
+from tolerances import PARAMETERS
 
 import natgalore_jax as ng
 
@@ -65,7 +66,7 @@ def on_one_device(kind):
 
 def assert_same_as_on_one_device(params):
     jax.tree.map(
-        lambda a, e: np.testing.assert_allclose(np.asarray(a), e, rtol=1e-5, atol=1e-5),
+        lambda a, e: np.testing.assert_allclose(np.asarray(a), e, **PARAMETERS),
         params,
         on_one_device(CURRENT["kind"]),
     )
