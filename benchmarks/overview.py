@@ -21,6 +21,7 @@ FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "overview.png"
 CURVES = (
     ("adamw-one-rate", "lr0.003-x1", "lightgray"),
     ("adamw", "lr0.0025-x4", "black"),
+    ("muon", "lr0.01-x2", "tab:brown"),
     ("fira", "lr0.005-x4", "tab:green"),
     ("natural-galore", "lr0.005-x4", "tab:red"),
 )
