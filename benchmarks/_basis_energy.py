@@ -1,4 +1,4 @@
-"""What a warm refresh captures of real gradients, relative to an exact SVD of the same gradient."""
+"""Energy of real gradients that a warm refresh captures, relative to an exact SVD of the same."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ def basis_energy(
       steps: of training.
       intervals: steps between two refreshes of a matrix.
       seed: of parameters and data.
-      data, batch: in the place of the preset's.
+      data, batch: instead of the preset's.
     """
     config = run_preset(preset)
     splits = load_splits(data or config.data)

@@ -18,7 +18,7 @@ def basis_time(shape: tuple[int, int], rank: int, rounds: int, seed: int) -> dic
 
     The gradient has singular values ~ 1/√k, and has turned by ``DRIFT`` since the previous basis
     was found. "power" is a warm refresh, some steps from the previous basis, and so is "power by
-    factorisations", with QR and Cholesky in the place of products; the others start anew.
+    factorisations", with QR and Cholesky instead of products; the others start anew.
     """
     rng = np.random.default_rng(seed)
     last, other = (_power_law(rng, shape) for _ in range(2))

@@ -1,4 +1,4 @@
-"""How fast an update could be: bytes that must move and operations that must be done.
+"""Analytic lower bound of an update: bytes that must move, operations that must be done.
 
 Counted for one float32 matrix with sides a ≤ b, k = ab, at rank r; what is read twice in practice
 counts once, and scalars, Gram matrices and refreshes not at all.

@@ -82,7 +82,7 @@ def measure(optimizer: str, number: int, shapes: str) -> dict[str, Any]:
         "shapes": shapes,
         "trace_s": between - start,
         "compile_s": end - between,
-        "equations": _equations(traced.jaxpr.jaxpr),
+        "equations": equations(traced.jaxpr.jaxpr),
     }
 
 
@@ -94,10 +94,11 @@ def _in_own_process(*arguments: Any) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _equations(jaxpr: Any) -> int:
+def equations(jaxpr: Any) -> int:
+    """Equations of a jaxpr, those of inner ones counted at every call."""
     values = [list(eqn.params.values()) for eqn in jaxpr.eqns]
     inner = jax.tree.leaves(values, is_leaf=lambda x: hasattr(x, "jaxpr"))
-    return len(jaxpr.eqns) + sum(_equations(x.jaxpr) for x in inner if hasattr(x, "jaxpr"))
+    return len(jaxpr.eqns) + sum(equations(x.jaxpr) for x in inner if hasattr(x, "jaxpr"))
 
 
 def _targets(runs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

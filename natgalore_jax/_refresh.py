@@ -162,7 +162,6 @@ def _refresh_kind(settings, plan, axis_name, schedule, place, gradients, bases, 
     """
     layers = plan.layers
     due = _due(plan, schedule, place, bases)
-    keys = _keys(settings, plan, schedule, place)
 
     def is_left(carry):
         return jnp.any(carry[0])
@@ -175,7 +174,10 @@ def _refresh_kind(settings, plan, axis_name, schedule, place, gradients, bases, 
         matrix = jax.lax.switch(leaf, take, layer, gradients, bases, companions)
         if axis_name is not None:
             matrix = matrix._replace(tensor=jax.lax.pmean(matrix.tensor, axis_name))
-        new = refresh_matrix(settings, plan, matrix, keys[number], due.is_first[number])
+        own_key = matrix_key(
+            settings.method, schedule.key, place.leaf[leaf], place.start[leaf] + layer
+        )
+        new = refresh_matrix(settings, plan, matrix, own_key, due.is_first[number])
         bases, companions = _put_one(plan, (bases, companions), new, leaf, layer)
         return left.at[number].set(False), bases, companions, jnp.minimum(turn, number)
 

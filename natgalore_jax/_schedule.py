@@ -1,4 +1,4 @@
-"""Which matrices are due for a refresh at which step: arithmetic on the step count, no tables."""
+"""Schedule of refreshes: which matrices are due, by arithmetic on the step count, no tables."""
 
 import jax
 import jax.numpy as jnp

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import natgalore_jax as ng
+from benchmarks.compile_time import equations
 from natgalore_jax._schedule import due_matrices
 
 
@@ -146,19 +147,13 @@ def test_no_default_optimizer_calls_a_solver(name):
 def test_the_program_of_many_equal_matrices_grows_by_little_for_each():
     """What differs between matrices of one kind is a copy in and a copy out."""
 
-    def equations(number):
+    def of(number):
         params = {f"{i}": jnp.zeros((16, 24)) for i in range(number)}
         tx = ng.chain(ng.low_rank_project(rank=4), optax.scale_by_adam(), ng.project_back())
         jaxpr = jax.make_jaxpr(tx.update)(params, jax.eval_shape(tx.init, params))
-        return count(jaxpr.jaxpr)
+        return equations(jaxpr.jaxpr)
 
-    def count(jaxpr):
-        below = jax.tree.leaves(
-            [list(e.params.values()) for e in jaxpr.eqns], is_leaf=lambda x: hasattr(x, "jaxpr")
-        )
-        return len(jaxpr.eqns) + sum(count(x.jaxpr) for x in below if hasattr(x, "jaxpr"))
-
-    few, many = equations(2), equations(22)
+    few, many = of(2), of(22)
     assert (many - few) / 20 < 60 < few / 2
 
 

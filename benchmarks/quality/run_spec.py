@@ -37,7 +37,7 @@ class Common:
     preset: PresetName = "nano"
     """Model, batch, steps, rank and interval."""
     steps: int | None = None
-    """Optimizer steps, in the place of the preset's."""
+    """Optimizer steps, instead of the preset's."""
     rows: int | None = None
     """Rows of the batch of a step, in the place of the preset's."""
     dtype: Dtype = "float32"
