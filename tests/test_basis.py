@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import natgalore_jax as ng
-from natgalore_jax._basis import METHODS, WARM_STEPS, new_basis, start_basis
+from natgalore_jax._basis import METHODS, WARM_STEPS, _phase, new_basis, start_basis
 
 KEY = jax.random.key(0)
 refresh = jax.jit(new_basis, static_argnums=0)
@@ -127,6 +127,14 @@ def test_bfloat16_gradients_and_bases():
     )
     assert P.dtype == jnp.bfloat16
     assert energy(G, P.astype(jnp.float32)) > 0.99
+
+
+@pytest.mark.parametrize(("m", "r"), [(7, 3), (262_144, 8192), (1_000_003, 5000)])
+def test_start_basis_of_long_axes_has_the_phases_of_whole_numbers(m, r):
+    i, j = np.array([0, 1, m // 3, m - 1])[:, None], np.array([0, 1, r // 2, r - 1])[None]
+    exact = ((2 * i + 1) * j % (4 * m)) * (np.pi / (2 * m))
+    ours = _phase(jnp.asarray(i, jnp.uint32), jnp.asarray(j, jnp.uint32), m)
+    np.testing.assert_allclose(ours, exact, atol=1e-6)
 
 
 @pytest.mark.parametrize("m,r", [(5, 5), (64, 16), (1000, 7), (11008, 3)])
