@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 import natgalore_jax as ng
-from natgalore_jax import _subspace
+import natgalore_jax._subspace as _subspace
 from natgalore_jax._basis import new_basis
 
 

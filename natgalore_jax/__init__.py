@@ -12,7 +12,6 @@ from natgalore_jax._apollo_adamw import (
     apollo_adamw as apollo_adamw,
     apollo_mini_adamw as apollo_mini_adamw,
 )
-from natgalore_jax._axes import MatrixAxes as MatrixAxes
 from natgalore_jax._chain import chain as chain
 from natgalore_jax._compact_natural_gradient import (
     CompactFisherState as CompactFisherState,
@@ -73,6 +72,9 @@ from natgalore_jax._quantize_weights import (
     dequantize_weights as dequantize_weights,
     quantize_weights as quantize_weights,
 )
+from natgalore_jax._src.params.axes import MatrixAxes as MatrixAxes
+from natgalore_jax._src.params.static_args import structural_args as structural_args
+from natgalore_jax._src.params.where import hidden_matrices as hidden_matrices
 from natgalore_jax._state_entries import (
     FirstMoment as FirstMoment,
     SecondMoment as SecondMoment,
@@ -87,8 +89,6 @@ from natgalore_jax._stochastic_round import (
     apply_updates_stochastic as apply_updates_stochastic,
     stochastic_round as stochastic_round,
 )
-from natgalore_jax._structural import structural_args as structural_args
-from natgalore_jax._where import hidden_matrices as hidden_matrices
 from natgalore_jax._woodbury import (
     WoodburyState as WoodburyState,
     woodbury_natural_gradient as woodbury_natural_gradient,

@@ -13,8 +13,8 @@ import optax
 import natgalore_jax as ng
 from natgalore_jax._compare_memory import compare_memory, format_comparison
 from natgalore_jax._llama_sizes import LLAMA_RANKS, LLAMA_SIZES, llama_shapes
-from natgalore_jax._plan import SIDES
 from natgalore_jax._shapes_file import DTYPES, read_shapes
+from natgalore_jax._src.params.plan import SIDES
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -10,8 +10,8 @@ from natgalore_jax._check_tree import flatten_like, update_dtypes
 from natgalore_jax._kernel import kernel, own_arithmetic
 from natgalore_jax._quantize import block_max, blocks_between, decode
 from natgalore_jax._quantize_state import EightBits, QuantizedState, dithered, start
-from natgalore_jax._validate import check_boolean, check_number
-from natgalore_jax._where import KeyPath, Where
+from natgalore_jax._src.params.checks import check_boolean, check_number
+from natgalore_jax._src.params.where import KeyPath, Where
 
 
 def scale_by_adam_8bit(

@@ -8,18 +8,23 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgalore_jax._axes import AxesLike
 from natgalore_jax._check_tree import check_moments, flatten_like, with_dtypes_of
 from natgalore_jax._contract import project
 from natgalore_jax._kernel import kernel, own_arithmetic
-from natgalore_jax._plan import LeafPlan, PlanSettings, plan_tree, require_projection
 from natgalore_jax._project import start_factors
 from natgalore_jax._random import normal
 from natgalore_jax._residual import gain, growth_shrink, on_axes_of_gradient, phi_axes
-from natgalore_jax._scope import matrices_of, open_subspace
+from natgalore_jax._src.params.axes import AxesLike
+from natgalore_jax._src.params.checks import (
+    check_choice,
+    check_integer,
+    check_interval,
+    check_number,
+)
+from natgalore_jax._src.params.context import matrices_of, open_subspace
+from natgalore_jax._src.params.plan import LeafPlan, PlanSettings, plan_tree, require_projection
+from natgalore_jax._src.params.where import Where, hidden_matrices
 from natgalore_jax._subspace import low_rank_leaf
-from natgalore_jax._validate import check_choice, check_integer, check_interval, check_number
-from natgalore_jax._where import Where, hidden_matrices
 
 GRANULARITIES = ("channel", "tensor")
 

@@ -6,8 +6,8 @@ from typing import Any
 import optax
 
 from natgalore_jax._apollo import scale_by_apollo
-from natgalore_jax._axes import AxesLike
-from natgalore_jax._where import Where, hidden_matrices
+from natgalore_jax._src.params.axes import AxesLike
+from natgalore_jax._src.params.where import Where, hidden_matrices
 
 
 def apollo_adamw(

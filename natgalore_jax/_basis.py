@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from natgalore_jax._contract import contract
-from natgalore_jax._layout import place_like, replicated
 from natgalore_jax._orthonormal import (
     CONDITIONED,
     NEARLY,
@@ -25,6 +24,7 @@ from natgalore_jax._orthonormal import (
     shifted,
 )
 from natgalore_jax._random import normal
+from natgalore_jax._src.params.placement import place_like, replicated
 
 METHODS = ("power", "svd", "eigh", "randomized", "gaussian", "online")
 # Those that call LAPACK, which may fail.

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from natgalore_jax._linear_codes import LinearCodes, bits_of, codes_shape
-from natgalore_jax._plan import LeafPlan
-from natgalore_jax._scope import open_subspace
-from natgalore_jax._where import KeyPath, shape_and_dtype
+from natgalore_jax._src.params.context import open_subspace
+from natgalore_jax._src.params.plan import LeafPlan
+from natgalore_jax._src.params.where import KeyPath, shape_and_dtype
 
 
 def flatten_like(updates: Any, tree: Any, what: str) -> list[Any]:

@@ -18,9 +18,7 @@ from natgalore_jax._compact_fisher import (
     norm_ratio,
 )
 from natgalore_jax._kernel import kernel, own_arithmetic
-from natgalore_jax._scope import current_subspace
-from natgalore_jax._state_entries import StateType, register_type
-from natgalore_jax._validate import (
+from natgalore_jax._src.params.checks import (
     check_boolean,
     check_choice,
     check_decay,
@@ -28,7 +26,9 @@ from natgalore_jax._validate import (
     check_number,
     check_unused,
 )
-from natgalore_jax._where import KeyPath
+from natgalore_jax._src.params.context import current_subspace
+from natgalore_jax._src.params.where import KeyPath
+from natgalore_jax._state_entries import StateType, register_type
 from natgalore_jax._woodbury import DAMPING_MODES
 
 STRUCTURES = ("diagonal", "full")

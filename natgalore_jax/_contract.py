@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from natgalore_jax._kernel import kernel
-from natgalore_jax._layout import (
+from natgalore_jax._src.params.placement import (
     explicit_axes_of,
     has_explicit_sharding,
     low_rank_names,
@@ -21,7 +21,7 @@ from natgalore_jax._layout import (
     placed,
     spec_of,
 )
-from natgalore_jax._plan import LeafPlan
+from natgalore_jax._src.params.plan import LeafPlan
 
 
 def contract(subscripts: str, *operands: jax.Array, dtype=None, precision=None) -> jax.Array:

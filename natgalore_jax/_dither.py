@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from natgalore_jax._scope import layer_index
+from natgalore_jax._src.params.context import layer_index
 
 # Steps from one dither to the next, as fractions of 2³²: the golden ratio, which spreads the
 # dithers of one element over time as evenly as can be, and one that runs out of step with it.

@@ -18,14 +18,6 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from natgalore_jax._kernel import kernel
-from natgalore_jax._layout import (
-    Names,
-    explicit_axes_of,
-    has_explicit_sharding,
-    names_of,
-    spec_of,
-)
-from natgalore_jax._plan import LeafPlan
 from natgalore_jax._refresh_layer import (
     Due,
     RefreshSettings,
@@ -35,8 +27,16 @@ from natgalore_jax._refresh_layer import (
     refresh_matrix,
     take_matrix,
 )
-from natgalore_jax._scope import is_layer_view
 from natgalore_jax._shares import from_shares, to_shares
+from natgalore_jax._src.params.context import is_layer_view
+from natgalore_jax._src.params.placement import (
+    Names,
+    explicit_axes_of,
+    has_explicit_sharding,
+    names_of,
+    spec_of,
+)
+from natgalore_jax._src.params.plan import LeafPlan
 
 Found = tuple[StoredFactors, Any]  # bases and companions of one parameter
 

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from natgalore_jax._layout import has_explicit_sharding, in_auto_axes, place_like, zeros_on_axes
 from natgalore_jax._linear_codes import (
     LinearCodes,
     Stored,
@@ -18,6 +17,12 @@ from natgalore_jax._linear_codes import (
     leaves_of,
     load,
     store,
+)
+from natgalore_jax._src.params.placement import (
+    has_explicit_sharding,
+    in_auto_axes,
+    place_like,
+    zeros_on_axes,
 )
 from natgalore_jax._state_entries import StateType, register_type
 from natgalore_jax._transition import rotate_linear

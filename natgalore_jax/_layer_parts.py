@@ -9,7 +9,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from natgalore_jax._offload import stored_like, to_device
 from natgalore_jax._quantize_weights import QuantizedWeights, decoded
-from natgalore_jax._where import KeyPath
+from natgalore_jax._src.params.where import KeyPath
 
 Selector = str | Callable[[Any], Any]
 

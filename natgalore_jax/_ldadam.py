@@ -6,17 +6,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgalore_jax._axes import AxesLike
 from natgalore_jax._check_tree import check_moments, flatten_like, with_dtypes_of
 from natgalore_jax._contract import project, project_back
 from natgalore_jax._kernel import kernel, own_arithmetic
 from natgalore_jax._ldadam_kernels import next_basis, overlap, rotated_moments
-from natgalore_jax._plan import PlanSettings, plan_tree, require_projection
 from natgalore_jax._project import start_factors
-from natgalore_jax._scope import open_subspace
+from natgalore_jax._src.params.axes import AxesLike
+from natgalore_jax._src.params.checks import check_boolean, check_integer, check_number
+from natgalore_jax._src.params.context import open_subspace
+from natgalore_jax._src.params.plan import PlanSettings, plan_tree, require_projection
+from natgalore_jax._src.params.where import Where, hidden_matrices
 from natgalore_jax._subspace import low_rank_leaf
-from natgalore_jax._validate import check_boolean, check_integer, check_number
-from natgalore_jax._where import Where, hidden_matrices
 
 
 class ScaleByLDAdamState(NamedTuple):

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from natgalore_jax._contract import contract, project, project_back
-from natgalore_jax._layout import place_like, replicated
 from natgalore_jax._orthonormal import ordered_polar_factor, shifted
-from natgalore_jax._plan import LeafPlan
+from natgalore_jax._src.params.placement import place_like, replicated
+from natgalore_jax._src.params.plan import LeafPlan
 
 # Power steps from a start that is no basis of any gradient.
 FIRST_STEPS = 8

@@ -9,10 +9,10 @@ import jax
 import optax
 
 from natgalore_jax._compact_natural_gradient import CompactFisherState
-from natgalore_jax._plan import LeafPlan
 from natgalore_jax._project import LowRankProjectState
 from natgalore_jax._project_back import ProjectBackState
 from natgalore_jax._quantize_state import QuantizedState
+from natgalore_jax._src.params.plan import LeafPlan
 from natgalore_jax._woodbury import WoodburyState
 
 

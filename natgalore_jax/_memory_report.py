@@ -9,10 +9,10 @@ import optax
 
 from natgalore_jax._memory_parts import alternatives, attribute, nbytes
 from natgalore_jax._memory_table import format_report
-from natgalore_jax._plan import LeafPlan
-from natgalore_jax._scope import record_plans
+from natgalore_jax._src.params.context import record_plans
+from natgalore_jax._src.params.plan import LeafPlan
+from natgalore_jax._src.params.where import KeyPath
 from natgalore_jax._step_memory import StepMemory, bytes_per_device, step_memory
-from natgalore_jax._where import KeyPath
 
 _PARTS = ("basis", "history", "inner", "other")
 

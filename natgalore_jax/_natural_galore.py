@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import optax
 
 from natgalore_jax._adam_8bit import scale_by_adam_of
-from natgalore_jax._axes import AxesLike
 from natgalore_jax._chain import Composite, chain
 from natgalore_jax._compact_natural_gradient import compact_natural_gradient
 from natgalore_jax._project import low_rank_project
 from natgalore_jax._project_back import project_back
-from natgalore_jax._validate import check_number, check_unused
-from natgalore_jax._where import Where, hidden_matrices, selected
+from natgalore_jax._src.params.axes import AxesLike
+from natgalore_jax._src.params.checks import check_number, check_unused
+from natgalore_jax._src.params.where import Where, hidden_matrices, selected
 from natgalore_jax._woodbury import woodbury_natural_gradient
 
 Schedule = Callable[[jax.Array], jax.Array]

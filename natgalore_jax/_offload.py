@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import optax
 
-from natgalore_jax._validate import check_integer
+from natgalore_jax._src.params.checks import check_integer
 
 
 def to_host(tree: Any, min_size: int = 4096) -> Any:

@@ -10,7 +10,7 @@ from jax.extend import core
 
 from natgalore_jax._dependence import sources_of_outputs
 from natgalore_jax._layer_parts import Parts
-from natgalore_jax._scope import LayerView, layer_view
+from natgalore_jax._src.params.context import LayerView, layer_view
 from natgalore_jax._state_layout import StateLayout
 
 

@@ -21,14 +21,14 @@ from natgalore_jax._quantize_weights import (
     with_weight_leaves,
     write_weight,
 )
-from natgalore_jax._state_layout import StateLayout, state_layout
-from natgalore_jax._validate import (
+from natgalore_jax._src.params.checks import (
     check_choice,
     check_float_dtype,
     check_integer,
     check_number,
     check_unused,
 )
+from natgalore_jax._state_layout import StateLayout, state_layout
 
 CLIP_MODES = ("previous", "layer")
 

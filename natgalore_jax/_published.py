@@ -4,12 +4,12 @@ from typing import Any
 
 import optax
 
-from natgalore_jax._axes import AxesLike
 from natgalore_jax._chain import chain
 from natgalore_jax._project import low_rank_project
 from natgalore_jax._project_back import project_back
+from natgalore_jax._src.params.axes import AxesLike
+from natgalore_jax._src.params.where import Where, hidden_matrices
 from natgalore_jax._transformers_adam import decay_after_step, scale_by_transformers_adam
-from natgalore_jax._where import Where, hidden_matrices
 from natgalore_jax._woodbury import woodbury_natural_gradient
 
 

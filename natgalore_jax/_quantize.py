@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from natgalore_jax._layout import has_explicit_sharding
+from natgalore_jax._src.params.placement import has_explicit_sharding
 
 _MANTISSA = 4
 _SHIFT = 23 - _MANTISSA  # bits of a float32 that are cut off

@@ -20,15 +20,15 @@ from natgalore_jax._quantize import (
     decode,
     encode,
 )
-from natgalore_jax._scope import current_subspace
+from natgalore_jax._src.params.checks import check_integer
+from natgalore_jax._src.params.context import current_subspace
+from natgalore_jax._src.params.where import KeyPath, Where, selected, shape_and_dtype
 from natgalore_jax._state_entries import (
     SecondMoment,
     StateType,
     register_type,
     registered_entries,
 )
-from natgalore_jax._validate import check_integer
-from natgalore_jax._where import KeyPath, Where, selected, shape_and_dtype
 
 
 class QuantizedState(NamedTuple):

@@ -11,8 +11,8 @@ from natgalore_jax._dither import STRIDES, dither
 from natgalore_jax._kernel import own_arithmetic
 from natgalore_jax._linear_codes import LinearCodes, Stored, decode, leaves_of, tree_of
 from natgalore_jax._quantize import Blocks, block_max, blocks_between, blocks_of, spread
-from natgalore_jax._validate import check_float_dtype, check_integer
-from natgalore_jax._where import KeyPath, Where, hidden_matrices, selected
+from natgalore_jax._src.params.checks import check_float_dtype, check_integer
+from natgalore_jax._src.params.where import KeyPath, Where, hidden_matrices, selected
 
 _LARGEST = np.float32(127)
 # A new scale leaves the largest weight of its block a sixteenth to grow.

@@ -18,9 +18,7 @@ import numpy as np
 from natgalore_jax._basis import PROBED, is_start
 from natgalore_jax._divided_refresh import groups_of, refresh_group
 from natgalore_jax._kernel import kernel, own_arithmetic
-from natgalore_jax._layout import place_like, replicated
 from natgalore_jax._linear_codes import load
-from natgalore_jax._plan import LeafPlan
 from natgalore_jax._refresh_layer import (
     Due,
     RefreshSettings,
@@ -31,7 +29,9 @@ from natgalore_jax._refresh_layer import (
     take_matrix,
 )
 from natgalore_jax._schedule import due_matrices
-from natgalore_jax._scope import is_active, matrices_of
+from natgalore_jax._src.params.context import is_active, matrices_of
+from natgalore_jax._src.params.placement import place_like, replicated
+from natgalore_jax._src.params.plan import LeafPlan
 
 # A program for parameters of one kind takes at most so many of them, because to pick one of N it
 # has N branches of N arguments, and at most so many bytes of gradients: they all have to be there

@@ -9,13 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from natgalore_jax._basis import PROBED, is_usable, new_basis
-from natgalore_jax._layout import (
-    has_explicit_sharding,
-    names_of,
-    place_like,
-    placed,
-    replicated,
-)
 from natgalore_jax._linear_codes import (
     LinearCodes,
     Stored,
@@ -24,7 +17,14 @@ from natgalore_jax._linear_codes import (
     relative_error,
     store,
 )
-from natgalore_jax._plan import LeafPlan
+from natgalore_jax._src.params.placement import (
+    has_explicit_sharding,
+    names_of,
+    place_like,
+    placed,
+    replicated,
+)
+from natgalore_jax._src.params.plan import LeafPlan
 from natgalore_jax._transition import change_of_basis
 
 

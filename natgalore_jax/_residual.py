@@ -13,15 +13,15 @@ import jax.numpy as jnp
 import optax
 
 from natgalore_jax._contract import project_back
-from natgalore_jax._layout import (
+from natgalore_jax._refresh_layer import Factors
+from natgalore_jax._src.params.placement import (
     has_explicit_sharding,
     names_of,
     place_like,
     place_low_rank,
     placed,
 )
-from natgalore_jax._plan import LeafPlan
-from natgalore_jax._refresh_layer import Factors
+from natgalore_jax._src.params.plan import LeafPlan
 
 # Rules, and σ where none is given.
 RESIDUALS = {"gain": 1.0, "fisher": 0.2}

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import jax
 
-from natgalore_jax._layout import Names
+from natgalore_jax._src.params.placement import Names
 
 
 def to_shares(x: jax.Array, axis: int, of: Sequence[Names], names: Names) -> jax.Array:

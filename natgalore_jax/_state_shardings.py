@@ -6,7 +6,7 @@ import jax
 import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from natgalore_jax._where import KeyPath
+from natgalore_jax._src.params.where import KeyPath
 
 
 def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: Any = None) -> Any:

@@ -9,7 +9,7 @@ import optax
 
 from natgalore_jax._dither import STRIDES, dither
 from natgalore_jax._kernel import own_arithmetic
-from natgalore_jax._validate import check_integer
+from natgalore_jax._src.params.checks import check_integer
 
 
 @own_arithmetic

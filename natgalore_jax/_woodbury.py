@@ -18,10 +18,15 @@ from natgalore_jax._linear_codes import (
     leaves_of,
     tree_of,
 )
-from natgalore_jax._plan import check_bits
-from natgalore_jax._scope import current_subspace
-from natgalore_jax._validate import check_choice, check_integer, check_number, check_stored_dtype
-from natgalore_jax._where import KeyPath, shape_and_dtype
+from natgalore_jax._src.params.checks import (
+    check_choice,
+    check_integer,
+    check_number,
+    check_stored_dtype,
+)
+from natgalore_jax._src.params.context import current_subspace
+from natgalore_jax._src.params.plan import check_bits
+from natgalore_jax._src.params.where import KeyPath, shape_and_dtype
 
 DAMPING_MODES = ("absolute", "relative")
 

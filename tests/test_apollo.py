@@ -10,9 +10,9 @@ from oracles.galore import Adam
 from replay import replay
 
 import natgalore_jax as ng
-from natgalore_jax import _apollo
+import natgalore_jax._apollo as _apollo
 from natgalore_jax._apollo import random_projection
-from natgalore_jax._plan import PlanSettings, plan_tree
+from natgalore_jax._src.params.plan import PlanSettings, plan_tree
 
 STEPS, INTERVAL, RANK, SEED = 7, 3, 2, 5
 RNG = np.random.default_rng(0)

@@ -12,7 +12,7 @@ from contract import OPTAX_OPTIMIZERS, signature
 
 import natgalore_jax as ng
 from natgalore_jax._companions import find_companions, with_companions
-from natgalore_jax._plan import LeafPlan
+from natgalore_jax._src.params.plan import LeafPlan
 from natgalore_jax._state_entries import SecondMoment, registered_entries
 
 ROWS, COLS, RANK, STEPS, INTERVAL = 8, 10, 3, 13, 4

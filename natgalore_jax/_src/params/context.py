@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import jax
 
-from natgalore_jax._plan import LeafPlan
+from natgalore_jax._src.params.plan import LeafPlan
 
 _open: contextvars.ContextVar[Mapping[str, LeafPlan] | None] = contextvars.ContextVar(
     "open_subspace", default=None

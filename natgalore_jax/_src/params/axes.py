@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, cast
 
-from natgalore_jax._validate import check_integer
-from natgalore_jax._where import entry_per_leaf
+from natgalore_jax._src.params.checks import check_integer
+from natgalore_jax._src.params.where import entry_per_leaf
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec, reshard
 
-from natgalore_jax._plan import LeafPlan
+from natgalore_jax._src.params.plan import LeafPlan
 
 Names = tuple[str, ...]  # the mesh axes that divide one axis of an array
 

@@ -8,9 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from natgalore_jax._axes import AxesLike, MatrixAxes, axes_per_leaf
-from natgalore_jax._validate import check_integer
-from natgalore_jax._where import KeyPath, Where, hidden_matrices, selected, shape_and_dtype
+from natgalore_jax._src.params.axes import AxesLike, MatrixAxes, axes_per_leaf
+from natgalore_jax._src.params.checks import check_integer
+from natgalore_jax._src.params.where import (
+    KeyPath,
+    Where,
+    hidden_matrices,
+    selected,
+    shape_and_dtype,
+)
 
 SIDES = ("auto", "short", "long", "left", "right", "both")
 
