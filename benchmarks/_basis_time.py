@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks._timing import median, seconds
-from natgalore_jax._basis import WARM_STEPS, new_basis
+from natgalore_jax._src.kernels.basis import WARM_STEPS, new_basis
 
 METHODS = ("power", "power by factorisations", "randomized", "eigh", "svd")
 DRIFT = 0.2  # radians between the gradient of the last refresh and this one

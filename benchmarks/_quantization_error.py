@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from natgalore_jax._dither import STRIDES, dither
-from natgalore_jax._quantize import Blocks, block_max, decode, encode
+from natgalore_jax._src.kernels.dither import STRIDES, dither
+from natgalore_jax._src.kernels.float8_blocks import Blocks, block_max, decode, encode
 
 B1, B2, EPS = 0.9, 0.999, 1e-8
 BLOCK, ROWS = 256, 16

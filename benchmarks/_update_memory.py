@@ -10,7 +10,7 @@ import optax
 
 import natgalore_jax as ng
 import natgalore_jax._subspace as _subspace
-from natgalore_jax._basis import new_basis
+from natgalore_jax._src.kernels.basis import new_basis
 
 
 def update_memory(shape: tuple[int, int, int], rank: int, history: int) -> dict[str, Any]:

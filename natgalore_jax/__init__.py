@@ -25,7 +25,6 @@ from natgalore_jax._ldadam import (
     ldadamw as ldadamw,
     scale_by_ldadam as scale_by_ldadam,
 )
-from natgalore_jax._linear_codes import LinearCodes as LinearCodes
 from natgalore_jax._low_rank_steps import (
     LowRankSteps as LowRankSteps,
     low_rank_steps as low_rank_steps,
@@ -72,6 +71,7 @@ from natgalore_jax._quantize_weights import (
     dequantize_weights as dequantize_weights,
     quantize_weights as quantize_weights,
 )
+from natgalore_jax._src.kernels.linear_codes import LinearCodes as LinearCodes
 from natgalore_jax._src.params.axes import MatrixAxes as MatrixAxes
 from natgalore_jax._src.params.static_args import structural_args as structural_args
 from natgalore_jax._src.params.where import hidden_matrices as hidden_matrices

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import optax
 
 from natgalore_jax._check_tree import check_moments, flatten_like, with_dtypes_of
-from natgalore_jax._contract import project
-from natgalore_jax._kernel import kernel, own_arithmetic
 from natgalore_jax._project import start_factors
-from natgalore_jax._random import normal
-from natgalore_jax._residual import gain, growth_shrink, on_axes_of_gradient, phi_axes
+from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
+from natgalore_jax._src.kernels.projection import project
+from natgalore_jax._src.kernels.random import normal
+from natgalore_jax._src.kernels.residual import gain, growth_shrink, on_axes_of_gradient, phi_axes
 from natgalore_jax._src.params.axes import AxesLike
 from natgalore_jax._src.params.checks import (
     check_choice,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgalore_jax._linear_codes import LinearCodes, bits_of, codes_shape
+from natgalore_jax._src.kernels.linear_codes import LinearCodes, bits_of, codes_shape
 from natgalore_jax._src.params.context import open_subspace
 from natgalore_jax._src.params.plan import LeafPlan
 from natgalore_jax._src.params.where import KeyPath, shape_and_dtype

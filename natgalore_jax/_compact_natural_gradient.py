@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from natgalore_jax._check_tree import flatten_like
-from natgalore_jax._compact_fisher import (
+from natgalore_jax._src.kernels.fisher_factors import (
     agreeing,
     averaged,
     gram,
@@ -17,7 +17,7 @@ from natgalore_jax._compact_fisher import (
     multiply,
     norm_ratio,
 )
-from natgalore_jax._kernel import kernel, own_arithmetic
+from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
 from natgalore_jax._src.params.checks import (
     check_boolean,
     check_choice,

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from natgalore_jax._kernel import kernel
 from natgalore_jax._refresh_layer import (
     Due,
     RefreshSettings,
@@ -28,6 +27,7 @@ from natgalore_jax._refresh_layer import (
     take_matrix,
 )
 from natgalore_jax._shares import from_shares, to_shares
+from natgalore_jax._src.kernels.kernel import kernel
 from natgalore_jax._src.params.context import is_layer_view
 from natgalore_jax._src.params.placement import (
     Names,

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from natgalore_jax._linear_codes import (
+from natgalore_jax._src.kernels.linear_codes import (
     LinearCodes,
     Stored,
     coded_bits,
@@ -18,6 +18,7 @@ from natgalore_jax._linear_codes import (
     load,
     store,
 )
+from natgalore_jax._src.kernels.rotation import rotate_linear
 from natgalore_jax._src.params.placement import (
     has_explicit_sharding,
     in_auto_axes,
@@ -25,7 +26,6 @@ from natgalore_jax._src.params.placement import (
     zeros_on_axes,
 )
 from natgalore_jax._state_entries import StateType, register_type
-from natgalore_jax._transition import rotate_linear
 
 
 class History(NamedTuple):

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import optax
 
 from natgalore_jax._check_tree import check_moments, flatten_like, with_dtypes_of
-from natgalore_jax._contract import project, project_back
-from natgalore_jax._kernel import kernel, own_arithmetic
 from natgalore_jax._ldadam_kernels import next_basis, overlap, rotated_moments
 from natgalore_jax._project import start_factors
+from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
+from natgalore_jax._src.kernels.projection import project, project_back
 from natgalore_jax._src.params.axes import AxesLike
 from natgalore_jax._src.params.checks import check_boolean, check_integer, check_number
 from natgalore_jax._src.params.context import open_subspace

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from natgalore_jax._contract import contract, project, project_back
-from natgalore_jax._orthonormal import ordered_polar_factor, shifted
+from natgalore_jax._src.kernels.orthonormal import ordered_polar_factor, shifted
+from natgalore_jax._src.kernels.projection import contract, project, project_back
 from natgalore_jax._src.params.placement import place_like, replicated
 from natgalore_jax._src.params.plan import LeafPlan
 
@@ -35,7 +35,7 @@ def next_basis(
     """``P' = polar(B Bᵀ (P + εΩ) D)`` with ``B = ρ P M̂ + (1 − ρ) A``; more steps at the first.
 
     The columns are ordered as by a QR factorisation, which the paper has, with weights D:
-    :func:`natgalore_jax._orthonormal.ordered_polar_factor`.
+    :func:`natgalore_jax._src.kernels.orthonormal.ordered_polar_factor`.
 
     Args:
       plan: of a matrix of which one side is projected.

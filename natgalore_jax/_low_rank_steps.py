@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from natgalore_jax._chain import Chain, check_states, update_members
-from natgalore_jax._kernel import own_arithmetic
+from natgalore_jax._src.kernels.kernel import own_arithmetic
 from natgalore_jax._subspace import Subspace
 
 

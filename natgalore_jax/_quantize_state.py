@@ -9,9 +9,8 @@ import optax
 
 import natgalore_jax._optax_states  # noqa: F401  registers the states of Optax
 from natgalore_jax._check_tree import update_dtypes
-from natgalore_jax._dither import STRIDES, dither
-from natgalore_jax._kernel import kernel, own_arithmetic
-from natgalore_jax._quantize import (
+from natgalore_jax._src.kernels.dither import STRIDES, dither
+from natgalore_jax._src.kernels.float8_blocks import (
     MomentCodes,
     block_max,
     block_sum,
@@ -20,6 +19,7 @@ from natgalore_jax._quantize import (
     decode,
     encode,
 )
+from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
 from natgalore_jax._src.params.checks import check_integer
 from natgalore_jax._src.params.context import current_subspace
 from natgalore_jax._src.params.where import KeyPath, Where, selected, shape_and_dtype

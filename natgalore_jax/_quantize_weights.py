@@ -7,10 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from natgalore_jax._dither import STRIDES, dither
-from natgalore_jax._kernel import own_arithmetic
-from natgalore_jax._linear_codes import LinearCodes, Stored, decode, leaves_of, tree_of
-from natgalore_jax._quantize import Blocks, block_max, blocks_between, blocks_of, spread
+from natgalore_jax._src.kernels.dither import STRIDES, dither
+from natgalore_jax._src.kernels.float8_blocks import (
+    Blocks,
+    block_max,
+    blocks_between,
+    blocks_of,
+    spread,
+)
+from natgalore_jax._src.kernels.kernel import own_arithmetic
+from natgalore_jax._src.kernels.linear_codes import LinearCodes, Stored, decode, leaves_of, tree_of
 from natgalore_jax._src.params.checks import check_float_dtype, check_integer
 from natgalore_jax._src.params.where import KeyPath, Where, hidden_matrices, selected
 

@@ -15,10 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from natgalore_jax._basis import PROBED, is_start
 from natgalore_jax._divided_refresh import groups_of, refresh_group
-from natgalore_jax._kernel import kernel, own_arithmetic
-from natgalore_jax._linear_codes import load
 from natgalore_jax._refresh_layer import (
     Due,
     RefreshSettings,
@@ -29,6 +26,9 @@ from natgalore_jax._refresh_layer import (
     take_matrix,
 )
 from natgalore_jax._schedule import due_matrices
+from natgalore_jax._src.kernels.basis import PROBED, is_start
+from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
+from natgalore_jax._src.kernels.linear_codes import load
 from natgalore_jax._src.params.context import is_active, matrices_of
 from natgalore_jax._src.params.placement import place_like, replicated
 from natgalore_jax._src.params.plan import LeafPlan

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from natgalore_jax._basis import PROBED, is_usable, new_basis
-from natgalore_jax._linear_codes import (
+from natgalore_jax._src.kernels.basis import PROBED, is_usable, new_basis
+from natgalore_jax._src.kernels.linear_codes import (
     LinearCodes,
     Stored,
     bits_of,
@@ -17,6 +17,7 @@ from natgalore_jax._linear_codes import (
     relative_error,
     store,
 )
+from natgalore_jax._src.kernels.rotation import change_of_basis
 from natgalore_jax._src.params.placement import (
     has_explicit_sharding,
     names_of,
@@ -25,7 +26,6 @@ from natgalore_jax._src.params.placement import (
     replicated,
 )
 from natgalore_jax._src.params.plan import LeafPlan
-from natgalore_jax._transition import change_of_basis
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from natgalore_jax._kernel import kernel
+from natgalore_jax._src.kernels.kernel import kernel
 
 
 @kernel("total", "interval", "accumulation", "stagger")

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgalore_jax._quantize import MomentCodes, load_moment, store_moment
-from natgalore_jax._transition import rotate_centred, rotate_linear, rotate_second_moment
+from natgalore_jax._src.kernels.float8_blocks import MomentCodes, load_moment, store_moment
+from natgalore_jax._src.kernels.rotation import rotate_centred, rotate_linear, rotate_second_moment
 
 Fields = dict[str, Any]
 

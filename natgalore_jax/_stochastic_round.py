@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from natgalore_jax._dither import STRIDES, dither
-from natgalore_jax._kernel import own_arithmetic
+from natgalore_jax._src.kernels.dither import STRIDES, dither
+from natgalore_jax._src.kernels.kernel import own_arithmetic
 from natgalore_jax._src.params.checks import check_integer
 
 

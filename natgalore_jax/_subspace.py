@@ -17,9 +17,12 @@ from natgalore_jax._check_tree import (
     with_dtypes_of,
 )
 from natgalore_jax._companions import companions_of_all, with_companions_of_all
-from natgalore_jax._contract import project_to_stored
-from natgalore_jax._kernel import kernel, own_arithmetic
-from natgalore_jax._linear_codes import (
+from natgalore_jax._project import LowRankProject, LowRankProjectState, start_factors
+from natgalore_jax._project_back import ProjectBack, init_back, update_back
+from natgalore_jax._refresh import refresh
+from natgalore_jax._refresh_layer import Factors, StoredFactors
+from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
+from natgalore_jax._src.kernels.linear_codes import (
     LinearCodes,
     bits_of,
     coded_bits,
@@ -29,10 +32,7 @@ from natgalore_jax._linear_codes import (
     relative_error,
     tree_of,
 )
-from natgalore_jax._project import LowRankProject, LowRankProjectState, start_factors
-from natgalore_jax._project_back import ProjectBack, init_back, update_back
-from natgalore_jax._refresh import refresh
-from natgalore_jax._refresh_layer import Factors, StoredFactors
+from natgalore_jax._src.kernels.projection import project_to_stored
 from natgalore_jax._src.params.context import open_subspace
 from natgalore_jax._src.params.placement import has_explicit_sharding, place_factor
 from natgalore_jax._src.params.plan import LeafPlan, plan_tree, require_projection

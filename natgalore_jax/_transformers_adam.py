@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgalore_jax._kernel import own_arithmetic
+from natgalore_jax._src.kernels.kernel import own_arithmetic
 
 
 def scale_by_transformers_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:

@@ -9,8 +9,8 @@ import optax
 
 from natgalore_jax._check_tree import flatten_like
 from natgalore_jax._history import History, empty_history, natural_gradient
-from natgalore_jax._kernel import kernel, own_arithmetic
-from natgalore_jax._linear_codes import (
+from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
+from natgalore_jax._src.kernels.linear_codes import (
     LinearCodes,
     bits_of,
     coded_bits,

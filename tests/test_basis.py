@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import natgalore_jax as ng
-from natgalore_jax._basis import METHODS, WARM_STEPS, _phase, new_basis, start_basis
+from natgalore_jax._src.kernels.basis import METHODS, WARM_STEPS, _phase, new_basis, start_basis
 
 KEY = jax.random.key(0)
 refresh = jax.jit(new_basis, static_argnums=0)

@@ -8,7 +8,7 @@ import pytest
 from oracles.galore import Adam, svd_bases
 
 import natgalore_jax as ng
-from natgalore_jax._compact_fisher import inverse_power
+from natgalore_jax._src.kernels.fisher_factors import inverse_power
 
 STEPS, RANK, SCALE, EPS = 5, 3, 0.5, 0.1
 

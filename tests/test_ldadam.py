@@ -9,7 +9,7 @@ from oracles.ldadam import ldadam
 from replay import replay
 
 import natgalore_jax as ng
-from natgalore_jax._basis import start_basis
+from natgalore_jax._src.kernels.basis import start_basis
 
 STEPS, RANK = 8, 3
 RNG = np.random.default_rng(0)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from oracles import linear_codes as oracle
 
-from natgalore_jax._linear_codes import codes_shape, decode, encode
+from natgalore_jax._src.kernels.linear_codes import codes_shape, decode, encode
 
 # Shape, batch axes, the axis and size of the blocks, the axis of the pairs.
 CASES = [

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from oracles import linear_codes as oracle
 
 import natgalore_jax as ng
-from natgalore_jax._linear_codes import LinearCodes, decode
+from natgalore_jax._src.kernels.linear_codes import LinearCodes, decode
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

@@ -5,8 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from natgalore_jax._basis import new_basis, start_basis
-from natgalore_jax._orthonormal import CONDITIONED, minimax_quintics, nearly_polar, polar_factor
+from natgalore_jax._src.kernels.basis import new_basis, start_basis
+from natgalore_jax._src.kernels.orthonormal import (
+    CONDITIONED,
+    minimax_quintics,
+    nearly_polar,
+    polar_factor,
+)
 
 RNG = np.random.default_rng(0)
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from oracles import eight_bits as oracle
 
-from natgalore_jax._dither import STRIDES, dither
-from natgalore_jax._quantize import (
+from natgalore_jax._src.kernels.dither import STRIDES, dither
+from natgalore_jax._src.kernels.float8_blocks import (
     block_max,
     block_sum,
     blocks_between,

@@ -11,8 +11,8 @@ from jax.sharding import AxisType, NamedSharding
 from oracles import eight_bits as oracle
 
 import natgalore_jax as ng
-from natgalore_jax._dither import STRIDES
-from natgalore_jax._quantize import decode
+from natgalore_jax._src.kernels.dither import STRIDES
+from natgalore_jax._src.kernels.float8_blocks import decode
 
 SHAPE = (96, 64)
 

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import natgalore_jax as ng
-from natgalore_jax._transition import rotate_linear, rotate_second_moment
+from natgalore_jax._src.kernels.rotation import rotate_linear, rotate_second_moment
 
 
 def orthogonal(n, seed=0):

@@ -40,7 +40,7 @@ def number(code: int, c: float, is_second: bool) -> float:
 
 
 def dithers(shape: tuple[int, ...], step: int, salt: int, stride: int) -> np.ndarray:
-    """The hash of indices of ``natgalore_jax._dither``, in Python's integers."""
+    """The hash of indices of ``natgalore_jax._src.kernels.dither``, in Python's integers."""
     mask, out = 2**32 - 1, np.zeros(shape, np.uint32)
     for index in np.ndindex(*shape):
         row = (salt * 0x632BE59B + 0x2545F491) & mask

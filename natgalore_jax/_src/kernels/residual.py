@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgalore_jax._contract import project_back
 from natgalore_jax._refresh_layer import Factors
+from natgalore_jax._src.kernels.projection import project_back
 from natgalore_jax._src.params.placement import (
     has_explicit_sharding,
     names_of,

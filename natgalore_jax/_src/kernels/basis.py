@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from natgalore_jax._contract import contract
-from natgalore_jax._orthonormal import (
+from natgalore_jax._src.kernels.orthonormal import (
     CONDITIONED,
     NEARLY,
     nearly_polar,
@@ -23,7 +22,8 @@ from natgalore_jax._orthonormal import (
     polished,
     shifted,
 )
-from natgalore_jax._random import normal
+from natgalore_jax._src.kernels.projection import contract
+from natgalore_jax._src.kernels.random import normal
 from natgalore_jax._src.params.placement import place_like, replicated
 
 METHODS = ("power", "svd", "eigh", "randomized", "gaussian", "online")

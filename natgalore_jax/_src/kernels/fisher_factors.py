@@ -9,8 +9,8 @@ import string
 import jax
 import jax.numpy as jnp
 
-from natgalore_jax._contract import contract
-from natgalore_jax._transition import rotate_second_moment
+from natgalore_jax._src.kernels.projection import contract
+from natgalore_jax._src.kernels.rotation import rotate_second_moment
 
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 

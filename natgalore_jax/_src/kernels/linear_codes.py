@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from natgalore_jax._quantize import (
+from natgalore_jax._src.kernels.float8_blocks import (
     Blocks,
     block_max,
     block_sum,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from natgalore_jax._kernel import kernel
+from natgalore_jax._src.kernels.kernel import kernel
 from natgalore_jax._src.params.placement import (
     explicit_axes_of,
     has_explicit_sharding,
