@@ -75,7 +75,7 @@ from natgalore_jax._src.kernels.linear_codes import LinearCodes as LinearCodes
 from natgalore_jax._src.params.axes import MatrixAxes as MatrixAxes
 from natgalore_jax._src.params.static_args import structural_args as structural_args
 from natgalore_jax._src.params.where import hidden_matrices as hidden_matrices
-from natgalore_jax._state_entries import (
+from natgalore_jax._src.states.entries import (
     FirstMoment as FirstMoment,
     SecondMoment as SecondMoment,
     register_state as register_state,

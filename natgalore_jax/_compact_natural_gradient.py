@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgalore_jax._check_tree import flatten_like
 from natgalore_jax._src.kernels.fisher_factors import (
     agreeing,
     averaged,
@@ -28,7 +27,8 @@ from natgalore_jax._src.params.checks import (
 )
 from natgalore_jax._src.params.context import current_subspace
 from natgalore_jax._src.params.where import KeyPath
-from natgalore_jax._state_entries import StateType, register_type
+from natgalore_jax._src.states.entries import StateType, register_type
+from natgalore_jax._src.states.tree_checks import flatten_like
 from natgalore_jax._woodbury import DAMPING_MODES
 
 STRUCTURES = ("diagonal", "full")

@@ -25,7 +25,7 @@ from natgalore_jax._src.params.placement import (
     place_like,
     zeros_on_axes,
 )
-from natgalore_jax._state_entries import StateType, register_type
+from natgalore_jax._src.states.entries import StateType, register_type
 
 
 class History(NamedTuple):

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgalore_jax._check_tree import check_moments, flatten_like, with_dtypes_of
 from natgalore_jax._ldadam_kernels import next_basis, overlap, rotated_moments
 from natgalore_jax._project import start_factors
 from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
@@ -16,6 +15,7 @@ from natgalore_jax._src.params.checks import check_boolean, check_integer, check
 from natgalore_jax._src.params.context import open_subspace
 from natgalore_jax._src.params.plan import PlanSettings, plan_tree, require_projection
 from natgalore_jax._src.params.where import Where, hidden_matrices
+from natgalore_jax._src.states.tree_checks import check_moments, flatten_like, with_dtypes_of
 from natgalore_jax._subspace import low_rank_leaf
 
 

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-import natgalore_jax._optax_states  # noqa: F401  registers the states of Optax
-from natgalore_jax._check_tree import update_dtypes
+import natgalore_jax._src.states.optax_types  # noqa: F401  registers the states of Optax
 from natgalore_jax._src.kernels.dither import STRIDES, dither
 from natgalore_jax._src.kernels.float8_blocks import (
     MomentCodes,
@@ -23,12 +22,13 @@ from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
 from natgalore_jax._src.params.checks import check_integer
 from natgalore_jax._src.params.context import current_subspace
 from natgalore_jax._src.params.where import KeyPath, Where, selected, shape_and_dtype
-from natgalore_jax._state_entries import (
+from natgalore_jax._src.states.entries import (
     SecondMoment,
     StateType,
     register_type,
     registered_entries,
 )
+from natgalore_jax._src.states.tree_checks import update_dtypes
 
 
 class QuantizedState(NamedTuple):

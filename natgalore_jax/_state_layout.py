@@ -11,7 +11,7 @@ from natgalore_jax._layer_parts import Parts, with_length
 from natgalore_jax._src.params.context import record_plans
 from natgalore_jax._src.params.plan import LeafPlan
 from natgalore_jax._src.params.where import KeyPath
-from natgalore_jax._state_entries import entries_of
+from natgalore_jax._src.states.entries import entries_of
 
 
 @dataclasses.dataclass(frozen=True)

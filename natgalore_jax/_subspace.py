@@ -8,15 +8,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgalore_jax._check_tree import (
-    check_bases,
-    check_inner_states,
-    check_low_rank,
-    check_params,
-    flatten_like,
-    with_dtypes_of,
-)
-from natgalore_jax._companions import companions_of_all, with_companions_of_all
 from natgalore_jax._project import LowRankProject, LowRankProjectState, start_factors
 from natgalore_jax._project_back import ProjectBack, init_back, update_back
 from natgalore_jax._refresh import refresh
@@ -36,6 +27,15 @@ from natgalore_jax._src.kernels.projection import project_to_stored
 from natgalore_jax._src.params.context import open_subspace
 from natgalore_jax._src.params.placement import has_explicit_sharding, place_factor
 from natgalore_jax._src.params.plan import LeafPlan, plan_tree, require_projection
+from natgalore_jax._src.states.transport import companions_of_all, with_companions_of_all
+from natgalore_jax._src.states.tree_checks import (
+    check_bases,
+    check_inner_states,
+    check_low_rank,
+    check_params,
+    flatten_like,
+    with_dtypes_of,
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,9 +11,9 @@ import pytest
 from contract import OPTAX_OPTIMIZERS, signature
 
 import natgalore_jax as ng
-from natgalore_jax._companions import find_companions, with_companions
 from natgalore_jax._src.params.plan import LeafPlan
-from natgalore_jax._state_entries import SecondMoment, registered_entries
+from natgalore_jax._src.states.entries import SecondMoment, registered_entries
+from natgalore_jax._src.states.transport import find_companions, with_companions
 
 ROWS, COLS, RANK, STEPS, INTERVAL = 8, 10, 3, 13, 4
 RNG = np.random.default_rng(0)

@@ -5,7 +5,7 @@ import optax
 from optax import contrib
 from optax._src import transform  # three types of states that Optax does not export
 
-from natgalore_jax._state_entries import FirstMoment, Role, SecondMoment, register_state
+from natgalore_jax._src.states.entries import FirstMoment, Role, SecondMoment, register_state
 
 _FIRST, _SECOND = FirstMoment(), SecondMoment()
 # Gradients that wait for others, or are compared with the next one.

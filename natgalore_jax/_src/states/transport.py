@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 
-import natgalore_jax._optax_states  # noqa: F401  registers the states of Optax
+import natgalore_jax._src.states.optax_types  # noqa: F401  registers the states of Optax
 from natgalore_jax._src.params.plan import LeafPlan
-from natgalore_jax._state_entries import Change, Fields, StateType, registered_entries
+from natgalore_jax._src.states.entries import Change, Fields, StateType, registered_entries
 
 
 @jax.tree_util.register_dataclass
