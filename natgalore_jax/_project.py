@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgalore_jax._refresh_layer import Factors, RefreshSettings
 from natgalore_jax._src.kernels.basis import METHODS, start_basis
 from natgalore_jax._src.kernels.kernel import own_arithmetic
 from natgalore_jax._src.kernels.linear_codes import coded_bits
@@ -23,6 +22,7 @@ from natgalore_jax._src.params.checks import (
 )
 from natgalore_jax._src.params.plan import SIDES, LeafPlan, PlanSettings, check_rank
 from natgalore_jax._src.params.where import Where, hidden_matrices
+from natgalore_jax._src.refresh.matrix import Factors, RefreshSettings
 
 UPDATE_INTERVAL = 200
 # They find the same basis whatever the seed.

@@ -10,8 +10,6 @@ import optax
 
 from natgalore_jax._project import LowRankProject, LowRankProjectState, start_factors
 from natgalore_jax._project_back import ProjectBack, init_back, update_back
-from natgalore_jax._refresh import refresh
-from natgalore_jax._refresh_layer import Factors, StoredFactors
 from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
 from natgalore_jax._src.kernels.linear_codes import (
     LinearCodes,
@@ -27,6 +25,8 @@ from natgalore_jax._src.kernels.projection import project_to_stored
 from natgalore_jax._src.params.context import open_subspace
 from natgalore_jax._src.params.placement import has_explicit_sharding, place_factor
 from natgalore_jax._src.params.plan import LeafPlan, plan_tree, require_projection
+from natgalore_jax._src.refresh.matrix import Factors, StoredFactors
+from natgalore_jax._src.refresh.refresh import refresh
 from natgalore_jax._src.states.transport import companions_of_all, with_companions_of_all
 from natgalore_jax._src.states.tree_checks import (
     check_bases,

@@ -10,7 +10,7 @@ import pytest
 
 import natgalore_jax as ng
 from benchmarks.compile_time import equations
-from natgalore_jax._schedule import due_matrices
+from natgalore_jax._src.refresh.schedule import due_matrices
 
 
 def due_at(total, interval, accumulation, stagger, step):

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from natgalore_jax._shares import from_shares, to_shares
 from natgalore_jax._src.params.placement import spec_of
+from natgalore_jax._src.refresh.all_to_all import from_shares, to_shares
 
 MESH_SHAPE, MESH_AXES = (2, 2, 2), ("a", "b", "c")
 LAYERS, ROWS, COLUMNS = 8, 8, 12

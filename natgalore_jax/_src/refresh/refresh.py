@@ -15,8 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from natgalore_jax._divided_refresh import groups_of, refresh_group
-from natgalore_jax._refresh_layer import (
+from natgalore_jax._src.kernels.basis import PROBED, is_start
+from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
+from natgalore_jax._src.kernels.linear_codes import load
+from natgalore_jax._src.params.context import is_active, matrices_of
+from natgalore_jax._src.params.placement import place_like, replicated
+from natgalore_jax._src.params.plan import LeafPlan
+from natgalore_jax._src.refresh.matrix import (
     Due,
     RefreshSettings,
     StoredFactors,
@@ -25,13 +30,8 @@ from natgalore_jax._refresh_layer import (
     refresh_matrix,
     take_matrix,
 )
-from natgalore_jax._schedule import due_matrices
-from natgalore_jax._src.kernels.basis import PROBED, is_start
-from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
-from natgalore_jax._src.kernels.linear_codes import load
-from natgalore_jax._src.params.context import is_active, matrices_of
-from natgalore_jax._src.params.placement import place_like, replicated
-from natgalore_jax._src.params.plan import LeafPlan
+from natgalore_jax._src.refresh.schedule import due_matrices
+from natgalore_jax._src.refresh.sharded import groups_of, refresh_group
 
 # A program for parameters of one kind takes at most so many of them, because to pick one of N it
 # has N branches of N arguments, and at most so many bytes of gradients: they all have to be there
@@ -67,7 +67,7 @@ def refresh(
       settings: when and how.
       plans, gradients, bases, companions: one entry for each projected leaf. A basis is one array
         per projected mode, or codes of one; companions are any pytree of
-        :class:`natgalore_jax._refresh_layer.Companion`.
+        :class:`natgalore_jax._src.refresh.matrix.Companion`.
       step: scalar int32.
       accumulation: see :func:`due_matrices`.
       axis_name: of devices that have gradients of their own, of which the mean counts. Those of the

@@ -17,16 +17,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from natgalore_jax._refresh_layer import (
-    Due,
-    RefreshSettings,
-    StoredFactors,
-    is_companion,
-    put_matrix,
-    refresh_matrix,
-    take_matrix,
-)
-from natgalore_jax._shares import from_shares, to_shares
 from natgalore_jax._src.kernels.kernel import kernel
 from natgalore_jax._src.params.context import is_layer_view
 from natgalore_jax._src.params.placement import (
@@ -37,6 +27,16 @@ from natgalore_jax._src.params.placement import (
     spec_of,
 )
 from natgalore_jax._src.params.plan import LeafPlan
+from natgalore_jax._src.refresh.all_to_all import from_shares, to_shares
+from natgalore_jax._src.refresh.matrix import (
+    Due,
+    RefreshSettings,
+    StoredFactors,
+    is_companion,
+    put_matrix,
+    refresh_matrix,
+    take_matrix,
+)
 
 Found = tuple[StoredFactors, Any]  # bases and companions of one parameter
 
@@ -111,7 +111,7 @@ def refresh_group(
 
     Args:
       settings: how.
-      plans, gradients, bases, companions: as in :func:`natgalore_jax._refresh.refresh`, of the
+      plans, gradients, bases, companions: as in :func:`natgalore_jax._src.refresh.refresh.refresh`, of the
         parameters of the group.
       due: of each parameter, the matrices that are due.
       keys: of each parameter those of its matrices, for the random methods and the probes.
