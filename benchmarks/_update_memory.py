@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 import natgalore_jax as ng
-import natgalore_jax._subspace as _subspace
+import natgalore_jax._src.subspace.subspace as _subspace
 from natgalore_jax._src.kernels.basis import new_basis
 
 

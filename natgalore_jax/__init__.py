@@ -12,13 +12,7 @@ from natgalore_jax._apollo_adamw import (
     apollo_adamw as apollo_adamw,
     apollo_mini_adamw as apollo_mini_adamw,
 )
-from natgalore_jax._chain import chain as chain
-from natgalore_jax._compact_natural_gradient import (
-    CompactFisherState as CompactFisherState,
-    compact_natural_gradient as compact_natural_gradient,
-)
 from natgalore_jax._data_parallel import data_parallel_step as data_parallel_step
-from natgalore_jax._history import History as History
 from natgalore_jax._in_place import in_place as in_place
 from natgalore_jax._ldadam import (
     ScaleByLDAdamState as ScaleByLDAdamState,
@@ -49,14 +43,6 @@ from natgalore_jax._per_layer import (
     PerLayerState as PerLayerState,
     per_layer as per_layer,
 )
-from natgalore_jax._project import (
-    LowRankProjectState as LowRankProjectState,
-    low_rank_project as low_rank_project,
-)
-from natgalore_jax._project_back import (
-    ProjectBackState as ProjectBackState,
-    project_back as project_back,
-)
 from natgalore_jax._published import (
     paper_natural_galore_adamw as paper_natural_galore_adamw,
     published_galore_adamw as published_galore_adamw,
@@ -80,6 +66,24 @@ from natgalore_jax._src.states.entries import (
     SecondMoment as SecondMoment,
     register_state as register_state,
 )
+from natgalore_jax._src.subspace.chain import chain as chain
+from natgalore_jax._src.subspace.compact_fisher import (
+    CompactFisherState as CompactFisherState,
+    compact_natural_gradient as compact_natural_gradient,
+)
+from natgalore_jax._src.subspace.gradient_history import History as History
+from natgalore_jax._src.subspace.project import (
+    LowRankProjectState as LowRankProjectState,
+    low_rank_project as low_rank_project,
+)
+from natgalore_jax._src.subspace.project_back import (
+    ProjectBackState as ProjectBackState,
+    project_back as project_back,
+)
+from natgalore_jax._src.subspace.woodbury import (
+    WoodburyState as WoodburyState,
+    woodbury_natural_gradient as woodbury_natural_gradient,
+)
 from natgalore_jax._state_shardings import (
     state_shardings as state_shardings,
     with_shardings as with_shardings,
@@ -88,10 +92,6 @@ from natgalore_jax._step_memory import StepMemory as StepMemory
 from natgalore_jax._stochastic_round import (
     apply_updates_stochastic as apply_updates_stochastic,
     stochastic_round as stochastic_round,
-)
-from natgalore_jax._woodbury import (
-    WoodburyState as WoodburyState,
-    woodbury_natural_gradient as woodbury_natural_gradient,
 )
 
 __version__ = _metadata.version("natgalore-jax")

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgalore_jax._project import start_factors
 from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
 from natgalore_jax._src.kernels.projection import project
 from natgalore_jax._src.kernels.random import normal
@@ -24,7 +23,8 @@ from natgalore_jax._src.params.context import matrices_of, open_subspace
 from natgalore_jax._src.params.plan import LeafPlan, PlanSettings, plan_tree, require_projection
 from natgalore_jax._src.params.where import Where, hidden_matrices
 from natgalore_jax._src.states.tree_checks import check_moments, flatten_like, with_dtypes_of
-from natgalore_jax._subspace import low_rank_leaf
+from natgalore_jax._src.subspace.project import start_factors
+from natgalore_jax._src.subspace.subspace import low_rank_leaf
 
 GRANULARITIES = ("channel", "tensor")
 

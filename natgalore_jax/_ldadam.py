@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import optax
 
 from natgalore_jax._ldadam_kernels import next_basis, overlap, rotated_moments
-from natgalore_jax._project import start_factors
 from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
 from natgalore_jax._src.kernels.projection import project, project_back
 from natgalore_jax._src.params.axes import AxesLike
@@ -16,7 +15,8 @@ from natgalore_jax._src.params.context import open_subspace
 from natgalore_jax._src.params.plan import PlanSettings, plan_tree, require_projection
 from natgalore_jax._src.params.where import Where, hidden_matrices
 from natgalore_jax._src.states.tree_checks import check_moments, flatten_like, with_dtypes_of
-from natgalore_jax._subspace import low_rank_leaf
+from natgalore_jax._src.subspace.project import start_factors
+from natgalore_jax._src.subspace.subspace import low_rank_leaf
 
 
 class ScaleByLDAdamState(NamedTuple):

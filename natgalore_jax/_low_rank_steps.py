@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgalore_jax._chain import Chain, check_states, update_members
 from natgalore_jax._src.kernels.kernel import own_arithmetic
-from natgalore_jax._subspace import Subspace
+from natgalore_jax._src.subspace.chain import Chain, check_states, update_members
+from natgalore_jax._src.subspace.subspace import Subspace
 
 
 class LowRankSteps(NamedTuple):

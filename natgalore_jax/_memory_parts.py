@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from natgalore_jax._compact_natural_gradient import CompactFisherState
-from natgalore_jax._project import LowRankProjectState
-from natgalore_jax._project_back import ProjectBackState
 from natgalore_jax._quantize_state import QuantizedState
 from natgalore_jax._src.params.plan import LeafPlan
-from natgalore_jax._woodbury import WoodburyState
+from natgalore_jax._src.subspace.compact_fisher import CompactFisherState
+from natgalore_jax._src.subspace.project import LowRankProjectState
+from natgalore_jax._src.subspace.project_back import ProjectBackState
+from natgalore_jax._src.subspace.woodbury import WoodburyState
 
 
 class Piece(NamedTuple):

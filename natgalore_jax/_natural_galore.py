@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import optax
 
 from natgalore_jax._adam_8bit import scale_by_adam_of
-from natgalore_jax._chain import Composite, chain
-from natgalore_jax._compact_natural_gradient import compact_natural_gradient
-from natgalore_jax._project import low_rank_project
-from natgalore_jax._project_back import project_back
 from natgalore_jax._src.params.axes import AxesLike
 from natgalore_jax._src.params.checks import check_number, check_unused
 from natgalore_jax._src.params.where import Where, hidden_matrices, selected
-from natgalore_jax._woodbury import woodbury_natural_gradient
+from natgalore_jax._src.subspace.chain import Composite, chain
+from natgalore_jax._src.subspace.compact_fisher import compact_natural_gradient
+from natgalore_jax._src.subspace.project import low_rank_project
+from natgalore_jax._src.subspace.project_back import project_back
+from natgalore_jax._src.subspace.woodbury import woodbury_natural_gradient
 
 Schedule = Callable[[jax.Array], jax.Array]
 

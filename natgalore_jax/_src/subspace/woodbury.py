@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgalore_jax._history import History, empty_history, natural_gradient
 from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
 from natgalore_jax._src.kernels.linear_codes import (
     LinearCodes,
@@ -27,6 +26,7 @@ from natgalore_jax._src.params.context import current_subspace
 from natgalore_jax._src.params.plan import check_bits
 from natgalore_jax._src.params.where import KeyPath, shape_and_dtype
 from natgalore_jax._src.states.tree_checks import flatten_like
+from natgalore_jax._src.subspace.gradient_history import History, empty_history, natural_gradient
 
 DAMPING_MODES = ("absolute", "relative")
 

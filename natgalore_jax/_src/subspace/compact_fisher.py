@@ -29,7 +29,7 @@ from natgalore_jax._src.params.context import current_subspace
 from natgalore_jax._src.params.where import KeyPath
 from natgalore_jax._src.states.entries import StateType, register_type
 from natgalore_jax._src.states.tree_checks import flatten_like
-from natgalore_jax._woodbury import DAMPING_MODES
+from natgalore_jax._src.subspace.woodbury import DAMPING_MODES
 
 STRUCTURES = ("diagonal", "full")
 

@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgalore_jax._project import LowRankProject, LowRankProjectState, start_factors
-from natgalore_jax._project_back import ProjectBack, init_back, update_back
 from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
 from natgalore_jax._src.kernels.linear_codes import (
     LinearCodes,
@@ -36,6 +34,8 @@ from natgalore_jax._src.states.tree_checks import (
     flatten_like,
     with_dtypes_of,
 )
+from natgalore_jax._src.subspace.project import LowRankProject, LowRankProjectState, start_factors
+from natgalore_jax._src.subspace.project_back import ProjectBack, init_back, update_back
 
 
 @dataclasses.dataclass(frozen=True)

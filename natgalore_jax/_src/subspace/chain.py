@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgalore_jax._project import LowRankProject
-from natgalore_jax._project_back import ProjectBack, project_back
 from natgalore_jax._src.states.tree_checks import with_dtypes_of
-from natgalore_jax._subspace import Subspace, with_residual_error
+from natgalore_jax._src.subspace.project import LowRankProject
+from natgalore_jax._src.subspace.project_back import ProjectBack, project_back
+from natgalore_jax._src.subspace.subspace import Subspace, with_residual_error
 
 
 class Chain(optax.GradientTransformationExtraArgs):

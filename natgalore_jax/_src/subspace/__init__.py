@@ -1,0 +1,1 @@
+"""The transformations: into a subspace, the natural gradient inside, and back."""
