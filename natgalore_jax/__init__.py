@@ -3,7 +3,6 @@
 from importlib import metadata as _metadata
 
 from natgalore_jax._accumulate import AccumulatedState as AccumulatedState
-from natgalore_jax._adam_8bit import scale_by_adam_8bit as scale_by_adam_8bit
 from natgalore_jax._apollo import (
     ScaleByApolloState as ScaleByApolloState,
     scale_by_apollo as scale_by_apollo,
@@ -48,16 +47,21 @@ from natgalore_jax._published import (
     published_galore_adamw as published_galore_adamw,
     published_natural_galore_adamw as published_natural_galore_adamw,
 )
-from natgalore_jax._quantize_state import (
+from natgalore_jax._src.kernels.linear_codes import LinearCodes as LinearCodes
+from natgalore_jax._src.low_bits.adam import scale_by_adam_8bit as scale_by_adam_8bit
+from natgalore_jax._src.low_bits.moments import (
     QuantizedState as QuantizedState,
     quantize_state as quantize_state,
 )
-from natgalore_jax._quantize_weights import (
+from natgalore_jax._src.low_bits.stochastic_round import (
+    apply_updates_stochastic as apply_updates_stochastic,
+    stochastic_round as stochastic_round,
+)
+from natgalore_jax._src.low_bits.weights import (
     QuantizedWeights as QuantizedWeights,
     dequantize_weights as dequantize_weights,
     quantize_weights as quantize_weights,
 )
-from natgalore_jax._src.kernels.linear_codes import LinearCodes as LinearCodes
 from natgalore_jax._src.params.axes import MatrixAxes as MatrixAxes
 from natgalore_jax._src.params.static_args import structural_args as structural_args
 from natgalore_jax._src.params.where import hidden_matrices as hidden_matrices
@@ -89,9 +93,5 @@ from natgalore_jax._state_shardings import (
     with_shardings as with_shardings,
 )
 from natgalore_jax._step_memory import StepMemory as StepMemory
-from natgalore_jax._stochastic_round import (
-    apply_updates_stochastic as apply_updates_stochastic,
-    stochastic_round as stochastic_round,
-)
 
 __version__ = _metadata.version("natgalore-jax")

@@ -8,7 +8,7 @@ import jax
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from natgalore_jax._offload import stored_like, to_device
-from natgalore_jax._quantize_weights import QuantizedWeights, decoded
+from natgalore_jax._src.low_bits.weights import QuantizedWeights, decoded
 from natgalore_jax._src.params.where import KeyPath
 
 Selector = str | Callable[[Any], Any]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from natgalore_jax._quantize_state import QuantizedState
+from natgalore_jax._src.low_bits.moments import QuantizedState
 from natgalore_jax._src.params.plan import LeafPlan
 from natgalore_jax._src.subspace.compact_fisher import CompactFisherState
 from natgalore_jax._src.subspace.project import LowRankProjectState

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgalore_jax._adam_8bit import scale_by_adam_of
+from natgalore_jax._src.low_bits.adam import scale_by_adam_of
 from natgalore_jax._src.params.axes import AxesLike
 from natgalore_jax._src.params.checks import check_number, check_unused
 from natgalore_jax._src.params.where import Where, hidden_matrices, selected

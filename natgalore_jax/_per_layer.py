@@ -13,7 +13,7 @@ from natgalore_jax._in_place import in_place
 from natgalore_jax._layer_parts import Selector, divide, put_layer, take_layer
 from natgalore_jax._offload import stored_like, to_device
 from natgalore_jax._part_update import SplitOptimizer, update_part
-from natgalore_jax._quantize_weights import (
+from natgalore_jax._src.low_bits.weights import (
     QuantizedWeights,
     decoded,
     read_weight,

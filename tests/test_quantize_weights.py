@@ -7,8 +7,8 @@ import pytest
 from oracles import weight_codes as oracle
 
 import natgalore_jax as ng
-from natgalore_jax._quantize_weights import read_weight, write_weight
 from natgalore_jax._src.kernels.linear_codes import LinearCodes
+from natgalore_jax._src.low_bits.weights import read_weight, write_weight
 
 write = jax.jit(write_weight, static_argnums=3)
 

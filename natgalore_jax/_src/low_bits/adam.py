@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgalore_jax._quantize_state import EightBits, QuantizedState, dithered, start
 from natgalore_jax._src.kernels.float8_blocks import block_max, blocks_between, decode
 from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
+from natgalore_jax._src.low_bits.moments import EightBits, QuantizedState, dithered, start
 from natgalore_jax._src.params.checks import check_boolean, check_number
 from natgalore_jax._src.params.where import KeyPath, Where
 from natgalore_jax._src.states.tree_checks import flatten_like, update_dtypes

@@ -1,0 +1,1 @@
+"""Moments and weights in 8 bits, and stochastic rounding."""
