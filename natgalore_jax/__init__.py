@@ -26,11 +26,6 @@ from natgalore_jax._memory_report import (
     MemoryReport as MemoryReport,
     memory_report as memory_report,
 )
-from natgalore_jax._natural_galore import (
-    galore_adamw as galore_adamw,
-    natural_galore as natural_galore,
-    natural_galore_adamw as natural_galore_adamw,
-)
 from natgalore_jax._offload import (
     offload_state as offload_state,
     to_device as to_device,
@@ -41,11 +36,6 @@ from natgalore_jax._per_layer import (
     PerLayerMetrics as PerLayerMetrics,
     PerLayerState as PerLayerState,
     per_layer as per_layer,
-)
-from natgalore_jax._published import (
-    paper_natural_galore_adamw as paper_natural_galore_adamw,
-    published_galore_adamw as published_galore_adamw,
-    published_natural_galore_adamw as published_natural_galore_adamw,
 )
 from natgalore_jax._src.kernels.linear_codes import LinearCodes as LinearCodes
 from natgalore_jax._src.low_bits.adam import scale_by_adam_8bit as scale_by_adam_8bit
@@ -61,6 +51,16 @@ from natgalore_jax._src.low_bits.weights import (
     QuantizedWeights as QuantizedWeights,
     dequantize_weights as dequantize_weights,
     quantize_weights as quantize_weights,
+)
+from natgalore_jax._src.optimizers.natural_galore import (
+    galore_adamw as galore_adamw,
+    natural_galore as natural_galore,
+    natural_galore_adamw as natural_galore_adamw,
+)
+from natgalore_jax._src.optimizers.published import (
+    paper_natural_galore_adamw as paper_natural_galore_adamw,
+    published_galore_adamw as published_galore_adamw,
+    published_natural_galore_adamw as published_natural_galore_adamw,
 )
 from natgalore_jax._src.params.axes import MatrixAxes as MatrixAxes
 from natgalore_jax._src.params.static_args import structural_args as structural_args

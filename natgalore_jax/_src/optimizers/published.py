@@ -4,13 +4,13 @@ from typing import Any
 
 import optax
 
+from natgalore_jax._src.optimizers.torch_adam import decay_after_step, scale_by_transformers_adam
 from natgalore_jax._src.params.axes import AxesLike
 from natgalore_jax._src.params.where import Where, hidden_matrices
 from natgalore_jax._src.subspace.chain import chain
 from natgalore_jax._src.subspace.project import low_rank_project
 from natgalore_jax._src.subspace.project_back import project_back
 from natgalore_jax._src.subspace.woodbury import woodbury_natural_gradient
-from natgalore_jax._transformers_adam import decay_after_step, scale_by_transformers_adam
 
 
 def published_galore_adamw(

@@ -1,0 +1,1 @@
+"""Ready-made optimizers: chains of the parts."""
