@@ -3,21 +3,8 @@
 from importlib import metadata as _metadata
 
 from natgalore_jax._accumulate import AccumulatedState as AccumulatedState
-from natgalore_jax._apollo import (
-    ScaleByApolloState as ScaleByApolloState,
-    scale_by_apollo as scale_by_apollo,
-)
-from natgalore_jax._apollo_adamw import (
-    apollo_adamw as apollo_adamw,
-    apollo_mini_adamw as apollo_mini_adamw,
-)
 from natgalore_jax._data_parallel import data_parallel_step as data_parallel_step
 from natgalore_jax._in_place import in_place as in_place
-from natgalore_jax._ldadam import (
-    ScaleByLDAdamState as ScaleByLDAdamState,
-    ldadamw as ldadamw,
-    scale_by_ldadam as scale_by_ldadam,
-)
 from natgalore_jax._low_rank_steps import (
     LowRankSteps as LowRankSteps,
     low_rank_steps as low_rank_steps,
@@ -36,6 +23,19 @@ from natgalore_jax._per_layer import (
     PerLayerMetrics as PerLayerMetrics,
     PerLayerState as PerLayerState,
     per_layer as per_layer,
+)
+from natgalore_jax._src.contrib.apollo import (
+    ScaleByApolloState as ScaleByApolloState,
+    scale_by_apollo as scale_by_apollo,
+)
+from natgalore_jax._src.contrib.apollo_adamw import (
+    apollo_adamw as apollo_adamw,
+    apollo_mini_adamw as apollo_mini_adamw,
+)
+from natgalore_jax._src.contrib.ldadam import (
+    ScaleByLDAdamState as ScaleByLDAdamState,
+    ldadamw as ldadamw,
+    scale_by_ldadam as scale_by_ldadam,
 )
 from natgalore_jax._src.kernels.linear_codes import LinearCodes as LinearCodes
 from natgalore_jax._src.low_bits.adam import scale_by_adam_8bit as scale_by_adam_8bit

@@ -10,8 +10,8 @@ from oracles.galore import Adam
 from replay import replay
 
 import natgalore_jax as ng
-import natgalore_jax._apollo as _apollo
-from natgalore_jax._apollo import random_projection
+import natgalore_jax._src.contrib.apollo as _apollo
+from natgalore_jax._src.contrib.apollo import random_projection
 from natgalore_jax._src.params.plan import PlanSettings, plan_tree
 
 STEPS, INTERVAL, RANK, SEED = 7, 3, 2, 5

@@ -5,7 +5,7 @@ from typing import Any
 
 import optax
 
-from natgalore_jax._apollo import scale_by_apollo
+from natgalore_jax._src.contrib.apollo import scale_by_apollo
 from natgalore_jax._src.params.axes import AxesLike
 from natgalore_jax._src.params.where import Where, hidden_matrices
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgalore_jax._ldadam_kernels import next_basis, overlap, rotated_moments
+from natgalore_jax._src.contrib.ldadam_kernels import next_basis, overlap, rotated_moments
 from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
 from natgalore_jax._src.kernels.projection import project, project_back
 from natgalore_jax._src.params.axes import AxesLike

@@ -1,0 +1,1 @@
+"""Methods of other publications with the same memory."""
