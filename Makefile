@@ -86,7 +86,7 @@ test: $(VENV)/.dev $(VENV)/.glue $(SNIPPETS) ## run the tests; ARGS="tests/test_
 LIBRARY_TESTS := tests natgalore_jax $(addprefix --ignore=tests/,function_calling glue llama test_notebooks.py)
 
 # The examples of these two docstrings keep arrays in host memory, which a CPU has from jax 0.10.2 on.
-NOT_LOWEST := --ignore=natgalore_jax/_offload.py --ignore=natgalore_jax/_in_place.py
+NOT_LOWEST := --ignore=natgalore_jax/_src/training/offload.py --ignore=natgalore_jax/_src/training/in_place.py
 
 test-lowest: .venv-lowest/.tests ## run the library's tests on the lowest versions that it allows
 	$(TESTING) .venv-lowest/bin/python -m pytest -n 2 $(or $(ARGS),$(LIBRARY_TESTS) $(NOT_LOWEST))

@@ -3,20 +3,9 @@
 from importlib import metadata as _metadata
 
 from natgalore_jax._accumulate import AccumulatedState as AccumulatedState
-from natgalore_jax._data_parallel import data_parallel_step as data_parallel_step
-from natgalore_jax._in_place import in_place as in_place
-from natgalore_jax._low_rank_steps import (
-    LowRankSteps as LowRankSteps,
-    low_rank_steps as low_rank_steps,
-)
 from natgalore_jax._memory_report import (
     MemoryReport as MemoryReport,
     memory_report as memory_report,
-)
-from natgalore_jax._offload import (
-    offload_state as offload_state,
-    to_device as to_device,
-    to_host as to_host,
 )
 from natgalore_jax._per_layer import (
     PerLayer as PerLayer,
@@ -88,7 +77,18 @@ from natgalore_jax._src.subspace.woodbury import (
     WoodburyState as WoodburyState,
     woodbury_natural_gradient as woodbury_natural_gradient,
 )
-from natgalore_jax._state_shardings import (
+from natgalore_jax._src.training.data_parallel import data_parallel_step as data_parallel_step
+from natgalore_jax._src.training.in_place import in_place as in_place
+from natgalore_jax._src.training.low_rank_steps import (
+    LowRankSteps as LowRankSteps,
+    low_rank_steps as low_rank_steps,
+)
+from natgalore_jax._src.training.offload import (
+    offload_state as offload_state,
+    to_device as to_device,
+    to_host as to_host,
+)
+from natgalore_jax._src.training.state_shardings import (
     state_shardings as state_shardings,
     with_shardings as with_shardings,
 )

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgalore_jax._low_rank_steps import low_rank_steps
+from natgalore_jax._src.training.low_rank_steps import low_rank_steps
 
 
 class AccumulatedState(NamedTuple):

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from natgalore_jax._offload import stored_like, to_device
 from natgalore_jax._src.low_bits.weights import QuantizedWeights, decoded
 from natgalore_jax._src.params.where import KeyPath
+from natgalore_jax._src.training.offload import stored_like, to_device
 
 Selector = str | Callable[[Any], Any]
 

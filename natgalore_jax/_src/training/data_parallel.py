@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from natgalore_jax._low_rank_steps import low_rank_steps
 from natgalore_jax._src.params.checks import check_integer
+from natgalore_jax._src.training.low_rank_steps import low_rank_steps
 
 Step = Callable[[Any, optax.OptState, Any], tuple[Any, optax.OptState, jax.Array]]
 
