@@ -2,16 +2,9 @@
 
 from importlib import metadata as _metadata
 
-from natgalore_jax._accumulate import AccumulatedState as AccumulatedState
 from natgalore_jax._memory_report import (
     MemoryReport as MemoryReport,
     memory_report as memory_report,
-)
-from natgalore_jax._per_layer import (
-    PerLayer as PerLayer,
-    PerLayerMetrics as PerLayerMetrics,
-    PerLayerState as PerLayerState,
-    per_layer as per_layer,
 )
 from natgalore_jax._src.contrib.apollo import (
     ScaleByApolloState as ScaleByApolloState,
@@ -54,6 +47,13 @@ from natgalore_jax._src.optimizers.published import (
 from natgalore_jax._src.params.axes import MatrixAxes as MatrixAxes
 from natgalore_jax._src.params.static_args import structural_args as structural_args
 from natgalore_jax._src.params.where import hidden_matrices as hidden_matrices
+from natgalore_jax._src.per_layer.accumulate import AccumulatedState as AccumulatedState
+from natgalore_jax._src.per_layer.per_layer import (
+    PerLayer as PerLayer,
+    PerLayerMetrics as PerLayerMetrics,
+    PerLayerState as PerLayerState,
+    per_layer as per_layer,
+)
 from natgalore_jax._src.states.entries import (
     FirstMoment as FirstMoment,
     SecondMoment as SecondMoment,

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import optax
 
-from natgalore_jax._layer_parts import Parts, with_length
 from natgalore_jax._src.params.context import record_plans
 from natgalore_jax._src.params.plan import LeafPlan
 from natgalore_jax._src.params.where import KeyPath
+from natgalore_jax._src.per_layer.layer_parts import Parts, with_length
 from natgalore_jax._src.states.entries import entries_of
 
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from natgalore_jax._dependence import sources_of_outputs
-from natgalore_jax._layer_parts import Parts
 from natgalore_jax._src.low_bits.weights import read_weight
+from natgalore_jax._src.per_layer.dependence import sources_of_outputs
+from natgalore_jax._src.per_layer.layer_parts import Parts
 from natgalore_jax._src.training.offload import to_device
 
 Leaves = list[jax.Array]

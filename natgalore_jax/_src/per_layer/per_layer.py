@@ -7,10 +7,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgalore_jax._accumulate import accumulated
-from natgalore_jax._backward import Functions, start_backward
-from natgalore_jax._layer_parts import Selector, divide, put_layer, take_layer
-from natgalore_jax._part_update import SplitOptimizer, update_part
 from natgalore_jax._src.low_bits.weights import (
     QuantizedWeights,
     decoded,
@@ -26,9 +22,13 @@ from natgalore_jax._src.params.checks import (
     check_number,
     check_unused,
 )
+from natgalore_jax._src.per_layer.accumulate import accumulated
+from natgalore_jax._src.per_layer.backward import Functions, start_backward
+from natgalore_jax._src.per_layer.layer_parts import Selector, divide, put_layer, take_layer
+from natgalore_jax._src.per_layer.part_update import SplitOptimizer, update_part
+from natgalore_jax._src.per_layer.state_layout import StateLayout, state_layout
 from natgalore_jax._src.training.in_place import in_place
 from natgalore_jax._src.training.offload import stored_like, to_device
-from natgalore_jax._state_layout import StateLayout, state_layout
 
 CLIP_MODES = ("previous", "layer")
 

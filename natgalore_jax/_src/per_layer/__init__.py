@@ -1,0 +1,1 @@
+"""A training step that updates each layer within the backward pass."""
