@@ -19,7 +19,7 @@ from flax import nnx
 import natgalore_jax as ng
 from examples.llama.config import MODEL_PRESETS
 from examples.llama.model import Llama
-from natgalore_jax._llama_sizes import LLAMA_RANKS
+from natgalore_jax._src.memory.llama_sizes import LLAMA_RANKS
 
 SIZES = ("60m", "130m", "350m", "1b")
 # Rank by size in the version of the paper whose table is below; a later version has 512 at 1b.

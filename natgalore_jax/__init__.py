@@ -2,10 +2,6 @@
 
 from importlib import metadata as _metadata
 
-from natgalore_jax._memory_report import (
-    MemoryReport as MemoryReport,
-    memory_report as memory_report,
-)
 from natgalore_jax._src.contrib.apollo import (
     ScaleByApolloState as ScaleByApolloState,
     scale_by_apollo as scale_by_apollo,
@@ -33,6 +29,11 @@ from natgalore_jax._src.low_bits.weights import (
     QuantizedWeights as QuantizedWeights,
     dequantize_weights as dequantize_weights,
     quantize_weights as quantize_weights,
+)
+from natgalore_jax._src.memory.compiled_step import StepMemory as StepMemory
+from natgalore_jax._src.memory.report import (
+    MemoryReport as MemoryReport,
+    memory_report as memory_report,
 )
 from natgalore_jax._src.optimizers.natural_galore import (
     galore_adamw as galore_adamw,
@@ -92,6 +93,5 @@ from natgalore_jax._src.training.state_shardings import (
     state_shardings as state_shardings,
     with_shardings as with_shardings,
 )
-from natgalore_jax._step_memory import StepMemory as StepMemory
 
 __version__ = _metadata.version("natgalore-jax")

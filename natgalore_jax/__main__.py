@@ -11,9 +11,9 @@ import jaxlib
 import optax
 
 import natgalore_jax as ng
-from natgalore_jax._compare_memory import compare_memory, format_comparison
-from natgalore_jax._llama_sizes import LLAMA_RANKS, LLAMA_SIZES, llama_shapes
-from natgalore_jax._shapes_file import DTYPES, read_shapes
+from natgalore_jax._src.memory.compare import compare_memory, format_comparison
+from natgalore_jax._src.memory.llama_sizes import LLAMA_RANKS, LLAMA_SIZES, llama_shapes
+from natgalore_jax._src.memory.shapes_file import DTYPES, read_shapes
 from natgalore_jax._src.params.plan import SIDES
 
 

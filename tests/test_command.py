@@ -14,8 +14,8 @@ from examples.llama.config import MODEL_PRESETS, ModelConfig
 from examples.llama.model import Llama
 from examples.llama.train_config import RUN_PRESETS
 from natgalore_jax.__main__ import main
-from natgalore_jax._llama_sizes import LLAMA_RANKS, LLAMA_SIZES, LlamaSizes, llama_shapes
-from natgalore_jax._shapes_file import read_shapes
+from natgalore_jax._src.memory.llama_sizes import LLAMA_RANKS, LLAMA_SIZES, LlamaSizes, llama_shapes
+from natgalore_jax._src.memory.shapes_file import read_shapes
 
 METHODS = (
     "AdamW",

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from natgalore_jax._llama_sizes import LLAMA_SIZES
+from natgalore_jax._src.memory.llama_sizes import LLAMA_SIZES
 
 DTYPES = ("float32", "bfloat16")
 

@@ -7,12 +7,12 @@ from typing import Any
 import jax
 import optax
 
-from natgalore_jax._memory_parts import alternatives, attribute, nbytes
-from natgalore_jax._memory_table import format_report
+from natgalore_jax._src.memory.attribution import alternatives, attribute, nbytes
+from natgalore_jax._src.memory.compiled_step import StepMemory, bytes_per_device, step_memory
+from natgalore_jax._src.memory.table import format_report
 from natgalore_jax._src.params.context import record_plans
 from natgalore_jax._src.params.plan import LeafPlan
 from natgalore_jax._src.params.where import KeyPath
-from natgalore_jax._step_memory import StepMemory, bytes_per_device, step_memory
 
 _PARTS = ("basis", "history", "inner", "other")
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from natgalore_jax._memory_report import MemoryGroup, MemoryReport
+    from natgalore_jax._src.memory.report import MemoryGroup, MemoryReport
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 

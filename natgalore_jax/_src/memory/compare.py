@@ -4,8 +4,8 @@ from typing import Any
 
 import optax
 
-from natgalore_jax._memory_report import MemoryReport, memory_report
-from natgalore_jax._memory_table import align, format_bytes
+from natgalore_jax._src.memory.report import MemoryReport, memory_report
+from natgalore_jax._src.memory.table import align, format_bytes
 from natgalore_jax._src.optimizers.natural_galore import galore_adamw, natural_galore_adamw
 
 _COLUMNS = ("basis", "Fisher", "moments", "state", "of AdamW's", "with weights")

@@ -1,0 +1,1 @@
+"""Bytes of an optimizer's state and of a training step."""
