@@ -3,7 +3,7 @@
 ``python -m benchmarks.accumulation`` compares ``optax.MultiSteps`` around an optimizer, whose
 accumulator has the size of the gradient; ``optax.MultiSteps`` inside its subspace, whose
 accumulator is low-rank but which projects, updates and projects back for each micro-batch; and the
-accumulation in the subspace of ``examples/llama``, with ``natgalore_jax.low_rank_steps``.
+accumulation in the subspace of ``examples/llama``, with ``natgalore_jax.training.low_rank_steps``.
 
 (a) Bytes of the accumulator for whole models, from shapes alone. (b) What taking one gradient costs
 the optimizer, forward and backward pass not counted, for the hidden matrices of a few layers; all
@@ -82,7 +82,9 @@ def accumulator_bytes(preset: str) -> dict[str, Any]:
     """Of a whole model with its embedding and head, all in bfloat16, at the preset's rank."""
     params, rank = llama_shapes(preset), run_preset(preset).optimizer.rank
     tx = ng.galore_adamw(RATE, rank=rank)
-    low = jax.eval_shape(ng.low_rank_steps(tx).project, params, jax.eval_shape(tx.init, params))
+    low = jax.eval_shape(
+        ng.training.low_rank_steps(tx).project, params, jax.eval_shape(tx.init, params)
+    )
     full_bytes, low_bytes = _nbytes(params), _nbytes(low)
     return {
         "rank": rank,
@@ -139,7 +141,7 @@ def _inside(rank: int, number: int, params: Any) -> tuple[Callable[..., Any], An
 
 def _subspace(rank: int, number: int, params: Any) -> tuple[Callable[..., Any], Any]:
     tx = _optimizer(rank, number)
-    steps, opt_state = ng.low_rank_steps(tx), tx.init(params)
+    steps, opt_state = ng.training.low_rank_steps(tx), tx.init(params)
 
     def step(grads, carry):
         params, opt_state, mean, position = carry

@@ -1,7 +1,7 @@
 """What data-parallel devices exchange: whole gradients, or low-rank ones.
 
 ``python -m benchmarks.exchange`` (a) compiles a training step of a LLaMA preset for eight simulated
-devices, once with the means of whole gradients and once with ``ng.data_parallel_step``, and
+devices, once with means of whole gradients and once with ``ng.training.data_parallel_step``, and
 reads the bytes of all collectives from the compiled programs; (b) computes from shapes what that is
 in bfloat16 at 1b and 7b, and how long an exchange between hosts takes: in a ring each of h
 hosts sends and receives 2 (h − 1) / h times the bytes. Beside it stands the time of the forward and
@@ -115,7 +115,7 @@ def compiled_bytes(loss: Any, params: Any, batch: Any, rank: int, interval: int)
                 whole, mesh=mesh, in_specs=(same, same, jax.P("data")), out_specs=(same,) * 3
             )
         ),
-        "low-rank gradients": ng.data_parallel_step(loss, tx, mesh),
+        "low-rank gradients": ng.training.data_parallel_step(loss, tx, mesh),
     }
     shapes = jax.eval_shape(lambda p: (p, tx.init(p), batch), params)
     found: dict[str, Any] = {}
@@ -147,7 +147,7 @@ def modelled(size: str, interval: int, hosts: int, tokens: int, rate: float) -> 
     rank = NATURAL_RANKS[size]
     tx = ng.galore_adamw(1e-2, rank=rank)
     low = jax.eval_shape(
-        lambda p: ng.low_rank_steps(tx).project(p, tx.init(p)),
+        lambda p: ng.training.low_rank_steps(tx).project(p, tx.init(p)),
         jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params),
     )
     whole = sum(x.size * 2 for x in jax.tree.leaves(params))

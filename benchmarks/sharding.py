@@ -78,9 +78,9 @@ def row(preset: str, rank: int, scheme: str, optimizer: str) -> dict[str, Any]:
     state = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         jax.eval_shape(tx.init, jax.tree.map(lambda x: _on(None, x.shape, None), shapes)),
-        ng.state_shardings(tx, params),
+        ng.training.state_shardings(tx, params),
     )
-    steps = ng.low_rank_steps(tx)
+    steps = ng.training.low_rank_steps(tx)
 
     def without_refresh(grads, state, params):
         full = grads if steps.needs_full else None

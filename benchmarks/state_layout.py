@@ -1,7 +1,7 @@
 """What each device holds and sends when weights are divided over devices, from shapes alone.
 
 ``python -m benchmarks.state_layout`` prints the tables of docs/sharding.md and draws its figure.
-Memory is that of the shardings that ``ng.state_shardings`` gives. What is sent follows from the
+Memory is that of the shardings of ``ng.training.state_shardings``. What is sent follows from the
 formulas of that page: in a ring of k devices each of them sends (k − 1) / k of an array that is
 gathered, or summed and divided, and twice that of one that is summed. All numbers have two bytes.
 """
@@ -30,7 +30,7 @@ class Scheme(NamedTuple):
     layers: int = 1
     shorter: int = 1
     longer: int = 1
-    low_rank_gradients: bool = False  # as ng.data_parallel_step exchanges them
+    low_rank_gradients: bool = False  # as ng.training.data_parallel_step exchanges them
 
 
 SCHEMES = (
@@ -83,7 +83,7 @@ def per_device(params: Any, scheme: Scheme, size: str) -> PerDevice:
         (scheme.layers, scheme.shorter, scheme.longer), ("layers", "shorter", "longer")
     )
     at = jax.tree.map(lambda x: NamedSharding(mesh, spec(x.shape)), params)
-    state_at = ng.state_shardings(tx, params, at)
+    state_at = ng.training.state_shardings(tx, params, at)
     state = jax.eval_shape(tx.init, params)
     sizes = jax.tree.map(_bytes, state, state_at)
     paths = jax.tree_util.tree_leaves_with_path(sizes)

@@ -2,35 +2,17 @@
 
 from importlib import metadata as _metadata
 
-from natgalore_jax._src.contrib.apollo import (
-    ScaleByApolloState as ScaleByApolloState,
-    scale_by_apollo as scale_by_apollo,
+from natgalore_jax import contrib as contrib, training as training
+from natgalore_jax._src.kernels.linear_codes import (
+    LinearCodes as LinearCodes,
 )
-from natgalore_jax._src.contrib.apollo_adamw import (
-    apollo_adamw as apollo_adamw,
-    apollo_mini_adamw as apollo_mini_adamw,
+from natgalore_jax._src.low_bits.adam import (
+    scale_by_adam_8bit as scale_by_adam_8bit,
 )
-from natgalore_jax._src.contrib.ldadam import (
-    ScaleByLDAdamState as ScaleByLDAdamState,
-    ldadamw as ldadamw,
-    scale_by_ldadam as scale_by_ldadam,
-)
-from natgalore_jax._src.kernels.linear_codes import LinearCodes as LinearCodes
-from natgalore_jax._src.low_bits.adam import scale_by_adam_8bit as scale_by_adam_8bit
 from natgalore_jax._src.low_bits.moments import (
     QuantizedState as QuantizedState,
     quantize_state as quantize_state,
 )
-from natgalore_jax._src.low_bits.stochastic_round import (
-    apply_updates_stochastic as apply_updates_stochastic,
-    stochastic_round as stochastic_round,
-)
-from natgalore_jax._src.low_bits.weights import (
-    QuantizedWeights as QuantizedWeights,
-    dequantize_weights as dequantize_weights,
-    quantize_weights as quantize_weights,
-)
-from natgalore_jax._src.memory.compiled_step import StepMemory as StepMemory
 from natgalore_jax._src.memory.report import (
     MemoryReport as MemoryReport,
     memory_report as memory_report,
@@ -45,27 +27,30 @@ from natgalore_jax._src.optimizers.published import (
     published_galore_adamw as published_galore_adamw,
     published_natural_galore_adamw as published_natural_galore_adamw,
 )
-from natgalore_jax._src.params.axes import MatrixAxes as MatrixAxes
-from natgalore_jax._src.params.static_args import structural_args as structural_args
-from natgalore_jax._src.params.where import hidden_matrices as hidden_matrices
-from natgalore_jax._src.per_layer.accumulate import AccumulatedState as AccumulatedState
-from natgalore_jax._src.per_layer.per_layer import (
-    PerLayer as PerLayer,
-    PerLayerMetrics as PerLayerMetrics,
-    PerLayerState as PerLayerState,
-    per_layer as per_layer,
+from natgalore_jax._src.params.axes import (
+    MatrixAxes as MatrixAxes,
+)
+from natgalore_jax._src.params.static_args import (
+    structural_args as structural_args,
+)
+from natgalore_jax._src.params.where import (
+    hidden_matrices as hidden_matrices,
 )
 from natgalore_jax._src.states.entries import (
     FirstMoment as FirstMoment,
     SecondMoment as SecondMoment,
     register_state as register_state,
 )
-from natgalore_jax._src.subspace.chain import chain as chain
+from natgalore_jax._src.subspace.chain import (
+    chain as chain,
+)
 from natgalore_jax._src.subspace.compact_fisher import (
     CompactFisherState as CompactFisherState,
     compact_natural_gradient as compact_natural_gradient,
 )
-from natgalore_jax._src.subspace.gradient_history import History as History
+from natgalore_jax._src.subspace.gradient_history import (
+    History as History,
+)
 from natgalore_jax._src.subspace.project import (
     LowRankProjectState as LowRankProjectState,
     low_rank_project as low_rank_project,
@@ -77,21 +62,6 @@ from natgalore_jax._src.subspace.project_back import (
 from natgalore_jax._src.subspace.woodbury import (
     WoodburyState as WoodburyState,
     woodbury_natural_gradient as woodbury_natural_gradient,
-)
-from natgalore_jax._src.training.data_parallel import data_parallel_step as data_parallel_step
-from natgalore_jax._src.training.in_place import in_place as in_place
-from natgalore_jax._src.training.low_rank_steps import (
-    LowRankSteps as LowRankSteps,
-    low_rank_steps as low_rank_steps,
-)
-from natgalore_jax._src.training.offload import (
-    offload_state as offload_state,
-    to_device as to_device,
-    to_host as to_host,
-)
-from natgalore_jax._src.training.state_shardings import (
-    state_shardings as state_shardings,
-    with_shardings as with_shardings,
 )
 
 __version__ = _metadata.version("natgalore-jax")

@@ -134,11 +134,11 @@ params = jax.device_put(start, shardings)
 jax.debug.visualize_array_sharding(params["up"])
 
 # %% [markdown]
-# `ng.state_shardings` says where the state belongs, from shapes alone. Moments follow the side that was not projected, the
+# `ng.training.state_shardings` says where the state belongs, from shapes alone. Moments follow the side that was not projected, the
 # basis follows the other one, and a mesh axis that would be left idle is used as well.
 
 # %%
-state_shardings = ng.state_shardings(tx, params)
+state_shardings = ng.training.state_shardings(tx, params)
 state = jax.jit(tx.init, out_shardings=state_shardings)(params)
 P, mu = optax.tree.get(state, "basis")[0]["up"], optax.tree.get(state, "mu")["up"]
 for name, array in {"weight": params["up"], "basis P": P, "first moment": mu}.items():
@@ -186,7 +186,7 @@ print(f"largest relative difference to one device: {difference:.1e}")
 #
 # $$P^\top \Bigl(\tfrac1D \sum_d G_d\Bigr) = \tfrac1D \sum_d P^\top G_d :$$
 #
-# $r \times n$ numbers are summed in the place of $m \times n$. `ng.data_parallel_step` does that; a matrix whose basis is due is
+# $r \times n$ numbers are summed in the place of $m \times n$. `ng.training.data_parallel_step` does that; a matrix whose basis is due is
 # exchanged whole, once in `update_interval` steps. It needs an optimizer without a residual, which would need the whole
 # gradient.
 
@@ -195,7 +195,7 @@ flat = jax.make_mesh((8,), ("data",), axis_types=auto[:1])
 low_tx = ng.natural_galore_adamw(
     0.01, rank=RANK, update_interval=10, weight_decay=0.0, residual=False
 )
-step = ng.data_parallel_step(loss, low_tx, flat)
+step = ng.training.data_parallel_step(loss, low_tx, flat)
 everywhere = jax.NamedSharding(flat, jax.P())
 
 
@@ -243,7 +243,7 @@ plt.show()
 # ## A checkpoint, onto another mesh
 #
 # Orbax saves the arrays as they lie on the 4 × 2 mesh. They are restored onto a mesh of 2 × 4, whose shardings
-# `ng.state_shardings` gives, and training goes on.
+# `ng.training.state_shardings` gives, and training goes on.
 
 # %%
 other = jax.make_mesh((2, 4), ("data", "model"), axis_types=auto)
@@ -252,7 +252,7 @@ abstract = jax.eval_shape(lambda p: (p, tx.init(p)), start)
 target = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     abstract,
-    (new_shardings, ng.state_shardings(tx, start, new_shardings)),
+    (new_shardings, ng.training.state_shardings(tx, start, new_shardings)),
 )
 with tempfile.TemporaryDirectory() as directory, ocp.CheckpointManager(directory) as manager:
     manager.save(STEPS, args=ocp.args.StandardSave((mesh_params, mesh_state)))

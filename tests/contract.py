@@ -101,9 +101,9 @@ FACTORIES: Mapping[str, Callable[[], optax.GradientTransformation]] = {
     "8-bit history alone": lambda: ng.woodbury_natural_gradient(
         history=HISTORY, damping=0.1, history_dtype="int8"
     ),
-    "apollo_adamw": lambda: ng.apollo_adamw(0.01, **_project),
-    "apollo_mini_adamw": lambda: ng.apollo_mini_adamw(0.01, update_interval=INTERVAL),
-    "ldadamw": lambda: ng.ldadamw(0.01, rank=RANK, error_feedback=True),
+    "apollo_adamw": lambda: ng.contrib.apollo_adamw(0.01, **_project),
+    "apollo_mini_adamw": lambda: ng.contrib.apollo_mini_adamw(0.01, update_interval=INTERVAL),
+    "ldadamw": lambda: ng.contrib.ldadamw(0.01, rank=RANK, error_feedback=True),
 }
 
 

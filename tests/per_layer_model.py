@@ -71,7 +71,7 @@ def ordinary(tx, params, batch_list):
 
 
 def per_layer(tx, params, batch_list, **settings):
-    train = ng.per_layer(tx, embed, layer, head, **settings)
+    train = ng.training.per_layer(tx, embed, layer, head, **settings)
     params = jax.tree.map(jnp.copy, params)  # The step takes them over.
     state, losses, norms = train.init(params), [], []
     for batch in batch_list:

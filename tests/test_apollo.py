@@ -42,7 +42,7 @@ def projections(params, rank, axes=None):
 @pytest.mark.parametrize("granularity", ["channel", "tensor"])
 @pytest.mark.parametrize("limit", [1.01, None])
 def test_every_step_across_new_projections(granularity, limit):
-    tx = ng.apollo_adamw(
+    tx = ng.contrib.apollo_adamw(
         0.1,
         rank=RANK,
         update_interval=INTERVAL,
@@ -72,7 +72,9 @@ def test_every_step_across_new_projections(granularity, limit):
 
 
 def test_mini_is_rank_one_by_tensor_with_its_scale():
-    tx = ng.apollo_mini_adamw(0.1, update_interval=INTERVAL, eps=1e-6, weight_decay=0.0, seed=SEED)
+    tx = ng.contrib.apollo_mini_adamw(
+        0.1, update_interval=INTERVAL, eps=1e-6, weight_decay=0.0, seed=SEED
+    )
     trajectory = replay(tx, PARAMS, GRADS)
     for name, P in projections(PARAMS, 1).items():
         expected = apollo(
@@ -107,7 +109,7 @@ def test_scales_estimate_those_of_adam_in_full():
     m, n, rank = 400, 500, 128
     column_sizes = 3.0 ** np.linspace(-2, 2, n)
     grads = [{"w": jnp.asarray(g * column_sizes)} for g in RNG.standard_normal((4, m, n))]
-    tx = ng.scale_by_apollo(rank=rank, norm_growth_limit=None, where=True)
+    tx = ng.contrib.scale_by_apollo(rank=rank, norm_growth_limit=None, where=True)
     adam = optax.scale_by_adam()
     state, full = tx.init(grads[0]), adam.init(grads[0])
     for g in grads:
@@ -132,8 +134,8 @@ def test_stacked_equals_separate_under_the_same_projections(granularity, monkeyp
 
     monkeypatch.setattr(_apollo, "random_projection", known_projection)
     settings = {"rank": RANK, "granularity": granularity, "where": True}
-    stacked = ng.apollo_adamw(0.1, **settings, axes=ng.MatrixAxes(rows=0, cols=(2, 3)))
-    separate = ng.apollo_adamw(0.1, **settings)
+    stacked = ng.contrib.apollo_adamw(0.1, **settings, axes=ng.MatrixAxes(rows=0, cols=(2, 3)))
+    separate = ng.contrib.apollo_adamw(0.1, **settings)
     of_stack = replay(stacked, {"w": np.zeros_like(G[0])}, {"w": G})["w"]
     flat = {f"{i}": G[:, :, i].reshape(STEPS, m, a * b) for i in range(layers)}
     of_layers = replay(separate, jax.tree.map(lambda g: np.zeros_like(g[0]), flat), flat)
@@ -145,7 +147,7 @@ def test_stacked_equals_separate_under_the_same_projections(granularity, monkeyp
 
 def test_update_norms_grow_by_no_more_than_the_limit():
     def growth(limit):
-        tx = ng.scale_by_apollo(rank=RANK, norm_growth_limit=limit)
+        tx = ng.contrib.scale_by_apollo(rank=RANK, norm_growth_limit=limit)
         state, norms = tx.init(PARAMS), []
         for t in range(STEPS):
             updates, state = tx.update(jax.tree.map(lambda g, t=t: g[t], GRADS), state)
@@ -157,7 +159,7 @@ def test_update_norms_grow_by_no_more_than_the_limit():
 
 
 def test_zero_gradients_give_zero_updates_and_leave_no_trace():
-    tx = ng.scale_by_apollo(rank=RANK)
+    tx = ng.contrib.scale_by_apollo(rank=RANK)
     zero = jax.tree.map(jnp.zeros_like, PARAMS)
     updates, state = tx.update(zero, tx.init(PARAMS))
     assert jax.tree.all(jax.tree.map(lambda u: bool(jnp.all(u == 0)), updates))
@@ -168,7 +170,7 @@ def test_zero_gradients_give_zero_updates_and_leave_no_trace():
 
 def test_state_is_moments_and_norms_alone_and_the_report_shows_it():
     params = {"w": jax.ShapeDtypeStruct((3, 64, 256), jnp.bfloat16)}
-    report = ng.memory_report(ng.apollo_adamw(1e-2, rank=8), params)
+    report = ng.memory_report(ng.contrib.apollo_adamw(1e-2, rank=8), params)
     (w,) = report.parameters
     assert (w.side, w.rank, w.layers) == ("left", 8, 3)
     assert (w.basis_bytes, w.inner_bytes) == (0, 3 * (2 * 8 * 256 * 2 + 4))
@@ -189,11 +191,11 @@ def test_state_is_moments_and_norms_alone_and_the_report_shows_it():
 )
 def test_wrong_arguments(settings, error, message):
     with pytest.raises(error, match=message):
-        ng.scale_by_apollo(**settings)
+        ng.contrib.scale_by_apollo(**settings)
 
 
 def test_wrong_trees():
-    tx = ng.apollo_adamw(0.1, rank=RANK)
+    tx = ng.contrib.apollo_adamw(0.1, rank=RANK)
     with pytest.raises(ValueError, match="where selects no parameter"):
         tx.init({"bias": jnp.zeros(4)})
     state = tx.init(PARAMS)

@@ -26,8 +26,8 @@ OWN = {
     "8 bits": lambda: ng.scale_by_adam_8bit(min_size=16, nesterov=True),
     "quantized": lambda: ng.quantize_state(optax.scale_by_lion(), min_size=16),
     "published Adam": lambda: ng.published_galore_adamw(0.01, rank=RANK),
-    "apollo": lambda: ng.scale_by_apollo(rank=RANK),
-    "ldadam": lambda: ng.scale_by_ldadam(rank=RANK, error_feedback=True),
+    "apollo": lambda: ng.contrib.scale_by_apollo(rank=RANK),
+    "ldadam": lambda: ng.contrib.scale_by_ldadam(rank=RANK, error_feedback=True),
 }
 PRECISIONS = ["bfloat16", "tensorfloat32", "float32", "highest", "BF16_BF16_F32"]
 

@@ -73,7 +73,7 @@ def ordinary(tx):
 
 
 def exchanging(tx, mesh, **options):
-    step = ng.data_parallel_step(loss, tx, mesh, **options)
+    step = ng.training.data_parallel_step(loss, tx, mesh, **options)
     params, batches = start()
     state, losses = tx.init(params), []
     for batch in batches:
@@ -92,7 +92,7 @@ def test_the_numbers_are_those_of_one_device(name, mesh):
 
 
 def test_micro_batches_are_exchanged_once(mesh):
-    tx = ng.low_rank_steps(OPTIMIZERS["galore"]())
+    tx = ng.training.low_rank_steps(OPTIMIZERS["galore"]())
 
     # Two micro-batches of 2 rows on each of 8 devices: the first ones of all decide the bases.
     def in_steps():
@@ -122,7 +122,7 @@ def test_micro_batches_are_exchanged_once(mesh):
 
 def compiled_bytes(mesh, micro_batches):
     tx = OPTIMIZERS["galore"]()
-    step = ng.data_parallel_step(loss, tx, mesh, micro_batches=micro_batches)
+    step = ng.training.data_parallel_step(loss, tx, mesh, micro_batches=micro_batches)
     params, batches = jax.eval_shape(start)
     rows = jax.ShapeDtypeStruct(batches.shape[1:], batches.dtype)
     compiled = step.lower(params, jax.eval_shape(tx.init, params), rows).compile()
@@ -140,9 +140,9 @@ def test_bytes_of_the_compiled_program(mesh):
 def test_errors(mesh):
     residual = ng.natural_galore_adamw(0.1, rank=2)
     with pytest.raises(ValueError, match=r"residual=False"):
-        ng.data_parallel_step(loss, residual, mesh)
+        ng.training.data_parallel_step(loss, residual, mesh)
     galore = OPTIMIZERS["galore"]()
     with pytest.raises(ValueError, match=r"axis_name='rows' is no axis of the mesh, \('data',\)"):
-        ng.data_parallel_step(loss, galore, mesh, axis_name="rows")
+        ng.training.data_parallel_step(loss, galore, mesh, axis_name="rows")
     with pytest.raises(ValueError, match="micro_batches"):
-        ng.data_parallel_step(loss, galore, mesh, micro_batches=0)
+        ng.training.data_parallel_step(loss, galore, mesh, micro_batches=0)

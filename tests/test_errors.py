@@ -125,7 +125,7 @@ def test_an_argument_without_an_effect_is_refused(factory, settings, name, value
 def test_clip_mode_needs_a_norm():
     parts = [lambda *x: x] * 3
     with pytest.raises(ValueError, match="clip_mode has no effect without clip_norm"):
-        ng.per_layer(optax.sgd(0.1), *parts, clip_mode="layer")
+        ng.training.per_layer(optax.sgd(0.1), *parts, clip_mode="layer")
 
 
 def test_what_is_said_though_it_holds_anyway_is_accepted():

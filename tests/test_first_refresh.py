@@ -74,7 +74,7 @@ def _factor(state, name):
 @pytest.mark.parametrize("method,stagger", [("power", True), ("power", False), ("svd", True)])
 def test_each_matrix_of_a_stack_starts_at_its_own_first_gradient(method, stagger, empty):
     tx = transformation(method=method, stagger=stagger)
-    steps = ng.low_rank_steps(tx)
+    steps = ng.training.low_rank_steps(tx)
     assert_started_at_the_first_gradient(tx, jax.jit(tx.update), steps.project, empty)
 
 
@@ -84,7 +84,7 @@ def test_other_sides(side, transition):
     state, update = tx.init(PARAMS), jax.jit(tx.update)
     for step in range(7):
         _, state = update(gradients(step), state)
-        low = ng.low_rank_steps(tx).project(gradients(step), state)
+        low = ng.training.low_rank_steps(tx).project(gradients(step), state)
         for name, begins in BEGINS.items():
             now = np.asarray(begins) == step
             assert np.all(kept(gradients(step)[name], low[name])[now] > 0.99)
@@ -92,7 +92,7 @@ def test_other_sides(side, transition):
 
 def test_tucker_starts_at_its_first_gradient():
     tx = ng.chain(ng.low_rank_project(rank=(2, 3, 2), update_interval=INTERVAL), optax.trace(0.9))
-    steps, params = ng.low_rank_steps(tx), {"w": jnp.zeros((6, 8, 7))}
+    steps, params = ng.training.low_rank_steps(tx), {"w": jnp.zeros((6, 8, 7))}
     _, state = tx.update(params, tx.init(params))
     first = state[0].basis
     for start, kept_start in zip(tx.init(params)[0].basis, first, strict=True):
@@ -110,7 +110,7 @@ def test_tucker_starts_at_its_first_gradient():
 def test_first_gradients_in_any_micro_batch():
     """An expert whose first token comes in the second micro-batch of a step."""
     tx = transformation()
-    steps = ng.low_rank_steps(tx)
+    steps = ng.training.low_rank_steps(tx)
     accumulate = jax.jit(steps.accumulate)
     state = tx.init(PARAMS)
     mean = optax.tree.zeros_like(steps.project(PARAMS, state))
@@ -145,7 +145,7 @@ def test_first_gradients_in_per_layer():
         return x + W["gate"] * (x @ W["w"])
 
     tx = ng.chain(ng.low_rank_project(rank=2, update_interval=INTERVAL), optax.sgd(0.0))
-    per_layer = ng.per_layer(
+    per_layer = ng.training.per_layer(
         tx,
         lambda params, batch: batch,
         layer,
@@ -177,7 +177,7 @@ def test_first_gradients_of_single_devices():
         y = jnp.einsum("bi,bij->bj", x, params["w"][expert])
         return jnp.mean(jnp.sum(jnp.sin(y + 0.3), -1))
 
-    step = ng.data_parallel_step(loss, tx, mesh)
+    step = ng.training.data_parallel_step(loss, tx, mesh)
     state = tx.init(params)
     seen = []
     for experts in ([0, 0], [0, 0], [0, 1], [1, 1]):

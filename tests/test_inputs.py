@@ -13,8 +13,8 @@ import natgalore_jax as ng
 every_factory = pytest.mark.parametrize("name", FACTORIES)
 OPTIMIZERS = {
     "natural_galore_adamw": lambda **k: ng.natural_galore_adamw(0.01, rank=RANK, **k),
-    "apollo_adamw": lambda **k: ng.apollo_adamw(0.01, rank=RANK, **k),
-    "ldadamw": lambda **k: ng.ldadamw(0.01, rank=RANK, **k),
+    "apollo_adamw": lambda **k: ng.contrib.apollo_adamw(0.01, rank=RANK, **k),
+    "ldadamw": lambda **k: ng.contrib.ldadamw(0.01, rank=RANK, **k),
 }
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
@@ -89,7 +89,7 @@ def test_scan_over_float32_gradients_of_bfloat16_parameters(name):
     def step(carry, t):
         params, state = carry
         updates, state = tx.update(grads, state, params)
-        return (ng.apply_updates_stochastic(params, updates, t), state), None
+        return (ng.training.apply_updates_stochastic(params, updates, t), state), None
 
     params = specs(jnp.bfloat16)
     carry = (params, jax.eval_shape(tx.init, params))
@@ -161,8 +161,8 @@ IDENTITIES = {
     "natural_galore": lambda rank: ng.natural_galore(rank=rank),
     "natural_galore_adamw": lambda rank: ng.natural_galore_adamw(0.1, rank=rank),
     "woodbury": lambda rank: ng.woodbury_natural_gradient(history=rank),
-    "scale_by_apollo": lambda rank: ng.scale_by_apollo(rank=rank),
-    "scale_by_ldadam": lambda rank: ng.scale_by_ldadam(rank=rank),
+    "scale_by_apollo": lambda rank: ng.contrib.scale_by_apollo(rank=rank),
+    "scale_by_ldadam": lambda rank: ng.contrib.scale_by_ldadam(rank=rank),
     "scale_by_adam_8bit": lambda rank: ng.scale_by_adam_8bit(min_size=rank),
 }
 

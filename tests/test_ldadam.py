@@ -26,7 +26,7 @@ def flip(x):
 
 @pytest.mark.parametrize("error_feedback", [False, True])
 def test_every_step(error_feedback):
-    tx = ng.ldadamw(0.1, **SETTINGS, weight_decay=0.0, error_feedback=error_feedback)
+    tx = ng.contrib.ldadamw(0.1, **SETTINGS, weight_decay=0.0, error_feedback=error_feedback)
     bias = RNG.standard_normal((STEPS, 6)).astype(np.float32)
     trajectory = replay(
         tx,
@@ -47,10 +47,10 @@ def test_stacked_equals_separate():
     stack = RNG.standard_normal((STEPS, 4, 2, 3, 5)).astype(np.float32)
     flat = {f"{i}": stack[:, :, i].reshape(STEPS, 4, 15) for i in range(2)}
     settings = {**SETTINGS, "error_feedback": True, "where": True}
-    tx = ng.ldadamw(0.1, **settings, axes=ng.MatrixAxes(rows=0, cols=(2, 3)))
+    tx = ng.contrib.ldadamw(0.1, **settings, axes=ng.MatrixAxes(rows=0, cols=(2, 3)))
     stacked = replay(tx, {"w": np.zeros_like(stack[0])}, {"w": stack})["w"]
     separate = replay(
-        ng.ldadamw(0.1, **settings), jax.tree.map(lambda g: np.zeros_like(g[0]), flat), flat
+        ng.contrib.ldadamw(0.1, **settings), jax.tree.map(lambda g: np.zeros_like(g[0]), flat), flat
     )
     for i in range(2):
         np.testing.assert_allclose(
@@ -59,7 +59,7 @@ def test_stacked_equals_separate():
 
 
 def test_the_basis_is_orthonormal_and_comes_to_span_a_constant_gradient_of_its_rank():
-    tx = ng.scale_by_ldadam(rank=RANK)
+    tx = ng.contrib.scale_by_ldadam(rank=RANK)
     grads = {"w": jnp.asarray(SIGNAL, jnp.float32)}
     state = tx.init(grads)
     for _ in range(3):
@@ -71,7 +71,7 @@ def test_the_basis_is_orthonormal_and_comes_to_span_a_constant_gradient_of_its_r
 
 @pytest.mark.parametrize("bad", [0.0, np.nan, np.inf])
 def test_a_first_gradient_that_is_zero_or_not_finite_leaves_the_basis(bad):
-    tx = ng.scale_by_ldadam(rank=RANK)
+    tx = ng.contrib.scale_by_ldadam(rank=RANK)
     state = tx.init({"w": jnp.zeros((2, 6, 9))})
     layers = jnp.stack([jnp.full((6, 9), bad), jnp.asarray(G[0])])
     _, after = tx.update({"w": layers}, state)
@@ -82,7 +82,7 @@ def test_a_first_gradient_that_is_zero_or_not_finite_leaves_the_basis(bad):
 
 def test_no_subspace_is_a_trap():
     """Gradients in other rows and other columns than all before: (P + M)ᵀ A is zero."""
-    tx = ng.scale_by_ldadam(rank=RANK)
+    tx = ng.contrib.scale_by_ldadam(rank=RANK)
     update, state = jax.jit(tx.update), tx.init({"w": jnp.zeros((8, 12))})
     A = jnp.asarray(np.random.default_rng(0).standard_normal((RANK, 6)), jnp.float32)
     for t in range(40):
@@ -95,7 +95,7 @@ def test_no_subspace_is_a_trap():
 
 @pytest.mark.parametrize("factor", [1e-20, 1e15])
 def test_the_basis_does_not_depend_on_the_size_of_the_gradient(factor):
-    tx = ng.scale_by_ldadam(rank=RANK)
+    tx = ng.contrib.scale_by_ldadam(rank=RANK)
     plain, scaled = (
         tx.update({"w": f * jnp.asarray(G[0])}, tx.init({"w": jnp.zeros((6, 9))}))[1].basis["w"]
         for f in (1.0, factor)
@@ -106,7 +106,7 @@ def test_the_basis_does_not_depend_on_the_size_of_the_gradient(factor):
 def test_error_feedback_costs_a_buffer_of_the_size_of_the_parameter():
     params = {"w": jax.ShapeDtypeStruct((64, 256), jnp.bfloat16)}
     without, with_buffer = (
-        ng.memory_report(ng.ldadamw(1e-2, rank=8, error_feedback=flag), params)
+        ng.memory_report(ng.contrib.ldadamw(1e-2, rank=8, error_feedback=flag), params)
         for flag in (False, True)
     )
     assert without.parameters[0].state_bytes == 2 * (64 * 8 + 2 * 8 * 256)
@@ -124,11 +124,11 @@ def test_error_feedback_costs_a_buffer_of_the_size_of_the_parameter():
 )
 def test_wrong_arguments(settings, error, message):
     with pytest.raises(error, match=message):
-        ng.ldadamw(0.1, **settings)
+        ng.contrib.ldadamw(0.1, **settings)
 
 
 def test_wrong_trees():
-    tx = ng.ldadamw(0.1, rank=RANK)
+    tx = ng.contrib.ldadamw(0.1, rank=RANK)
     with pytest.raises(ValueError, match="where selects no parameter"):
         tx.init({"bias": jnp.zeros(4)})
     with pytest.raises(ValueError, match=r"w: the update has shape \(6, 10\)"):

@@ -64,7 +64,7 @@ def assert_close(actual, expected, **tolerance):
 
 
 def in_steps(tx):
-    steps = ng.low_rank_steps(tx)
+    steps = ng.training.low_rank_steps(tx)
 
     def update(grads, state, params):
         state = steps.refresh(grads, state)
@@ -105,7 +105,7 @@ def test_the_steps_are_the_update(name):
 def test_project_is_the_product_with_the_bases_and_linear():
     tx = inside(optax.scale_by_adam(), side="right")
     params = random_like(zeros(), 0)
-    _, project, *_ = steps = ng.low_rank_steps(tx)
+    _, project, *_ = steps = ng.training.low_rank_steps(tx)
     state = jax.jit(steps.refresh)(params, tx.init(params))
     g, h = random_like(params, 1), random_like(params, 2)
     low = project(g, state)
@@ -126,7 +126,7 @@ def test_project_is_the_product_with_the_bases_and_linear():
 def test_refresh_spans_the_gradient_that_it_is_given_and_does_not_count():
     tx = inside(optax.scale_by_adam(), method="svd", side="left", stagger=False)
     params, g = random_like(zeros(), 0), random_like(zeros(), 1)
-    steps, state = ng.low_rank_steps(tx), tx.init(params)
+    steps, state = ng.training.low_rank_steps(tx), tx.init(params)
     refresh = jax.jit(steps.refresh)
     refreshed = refresh(g, state)
     assert signature(refreshed) == signature(state)
@@ -147,7 +147,7 @@ def test_mean_of_low_rank_gradients_is_what_multisteps_inside_the_subspace_takes
     twice = ng.low_rank_project(2, 2 * INTERVAL)
     multi = ng.chain(twice, optax.MultiSteps(optax.scale_by_adam(), 2), *parts)
     tx = ng.chain(ng.low_rank_project(2, INTERVAL), optax.scale_by_adam(), *parts)
-    steps, params = ng.low_rank_steps(tx), random_like(zeros(), 0)
+    steps, params = ng.training.low_rank_steps(tx), random_like(zeros(), 0)
     expected_state, state = multi.init(params), tx.init(params)
 
     @jax.jit
@@ -172,7 +172,7 @@ def test_mean_of_low_rank_gradients_is_what_multisteps_inside_the_subspace_takes
 def test_devices_exchange_low_rank_gradients_only():
     devices = 4
     tx = ng.galore_adamw(0.05, **SETTINGS, side="left")
-    steps = ng.low_rank_steps(tx)
+    steps = ng.training.low_rank_steps(tx)
     params = {"w": random_like(jnp.zeros((6, 40)), 0), "b": jnp.zeros(40)}
     batch = jax.random.normal(jax.random.key(1), (8, 6))
     state = tx.init(params)
@@ -230,14 +230,16 @@ PARAMS = {"w": jnp.ones((6, 8)), "b": jnp.ones(8)}
 )
 def test_what_cannot_be_taken_apart(tx, error, message):
     with pytest.raises(error, match=re.escape(message)):
-        ng.low_rank_steps(tx)
+        ng.training.low_rank_steps(tx)
 
 
 @pytest.mark.parametrize("residual", ["gain", "fisher"])
 def test_a_residual_needs_the_full_gradient(residual):
     tx = ng.galore_adamw(0.1, rank=2, residual=residual)
-    steps, state = ng.low_rank_steps(tx), tx.init(PARAMS)
-    assert steps.needs_full and not ng.low_rank_steps(ng.galore_adamw(0.1, rank=2)).needs_full
+    steps, state = ng.training.low_rank_steps(tx), tx.init(PARAMS)
+    assert (
+        steps.needs_full and not ng.training.low_rank_steps(ng.galore_adamw(0.1, rank=2)).needs_full
+    )
     low = steps.project(PARAMS, state)
     with pytest.raises(ValueError, match=rf"residual='{residual}'.*full=.*residual=False"):
         steps.update(low, state, PARAMS)
@@ -245,7 +247,7 @@ def test_a_residual_needs_the_full_gradient(residual):
 
 def test_shapes_are_checked():
     tx = ng.galore_adamw(0.1, rank=2)
-    steps, state = ng.low_rank_steps(tx), tx.init(PARAMS)
+    steps, state = ng.training.low_rank_steps(tx), tx.init(PARAMS)
     low = steps.project(PARAMS, state)
     with pytest.raises(ValueError, match=r"w: the low-rank.*\(6, 8\) has shape \(2, 8\).*\(6, 8\)"):
         steps.update(PARAMS, state, PARAMS)

@@ -78,7 +78,7 @@ def test_each_device_has_an_eighth():
     tx = ng.natural_galore_adamw(1e-2, rank=small_llama.RANK)
     at = jax.tree.map(lambda x: longer_side(mesh, x.shape), shapes)
     arrays = jax.tree.leaves((shapes, jax.eval_shape(tx.init, shapes)))
-    shardings = jax.tree.leaves((at, ng.state_shardings(tx, shapes, at)))
+    shardings = jax.tree.leaves((at, ng.training.state_shardings(tx, shapes, at)))
     whole = sum(math.prod(x.shape) for x in arrays)
     own = sum(math.prod(s.shard_shape(x.shape)) for x, s in zip(arrays, shardings, strict=True))
     assert whole / 8 <= own < 1.01 * whole / 8

@@ -32,7 +32,7 @@ def natural(**settings):
 @needs_host_memory
 def test_the_numbers_are_those_without():
     expected = ordinary(natural(), init_params(), batches(STEPS))
-    tx = ng.offload_state(natural(), min_size=16)
+    tx = ng.training.offload_state(natural(), min_size=16)
     losses, _, params, state = ordinary(tx, init_params(), batches(STEPS))
     np.testing.assert_allclose(losses, expected[0], rtol=1e-5)
     assert memories(state) == ({"pinned_host"}, {"device"})
@@ -44,10 +44,12 @@ def test_the_numbers_are_those_without():
 @pytest.mark.parametrize("what", ["state", "weights and state"])
 def test_per_layer_fetches_one_layer_at_a_time(what):
     expected = ordinary(natural(), init_params(), batches(STEPS))
-    train = ng.per_layer(ng.offload_state(natural(), min_size=16), embed, layer, head)
+    train = ng.training.per_layer(
+        ng.training.offload_state(natural(), min_size=16), embed, layer, head
+    )
     params = init_params()
     if what != "state":
-        params = ng.to_host(params, min_size=16)
+        params = ng.training.to_host(params, min_size=16)
     state, losses = train.init(params), []
     for batch in batches(STEPS):
         params, state, metrics = train.step(params, state, batch)
@@ -70,7 +72,7 @@ def test_sharded_state_stays_sharded():
     mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
     with jax.set_mesh(mesh):
         params = {"w": jax.device_put(jnp.ones((8, 16)), jax.NamedSharding(mesh, jax.P("data")))}
-        tx = ng.offload_state(optax.adam(0.1), min_size=16)
+        tx = ng.training.offload_state(optax.adam(0.1), min_size=16)
         state = jax.jit(tx.init)(params)
         updates, state = jax.jit(tx.update)(params, state, params)
     mu = state[0].mu["w"].sharding
@@ -81,7 +83,10 @@ def test_sharded_state_stays_sharded():
 @needs_host_memory
 def test_accumulated_and_restored(tmp_path):
     """``lax.cond`` around the update needs both branches in one memory."""
-    params, tx = init_params(), optax.MultiSteps(ng.offload_state(natural(), min_size=16), 2)
+    params, tx = (
+        init_params(),
+        optax.MultiSteps(ng.training.offload_state(natural(), min_size=16), 2),
+    )
 
     @jax.jit
     def step(params, state, batch):
@@ -102,11 +107,11 @@ def test_accumulated_and_restored(tmp_path):
 
 def test_min_size_is_checked():
     with pytest.raises(ValueError, match="min_size must be at least 1, got 0"):
-        ng.offload_state(optax.adam(0.1), min_size=0)
+        ng.training.offload_state(optax.adam(0.1), min_size=0)
 
 
 def test_before_a_cpu_has_host_memory_the_version_is_named(monkeypatch):
     monkeypatch.setattr(jax, "__version_info__", (0, 10, 1))
-    tx = ng.offload_state(optax.adam(0.1), min_size=1)
+    tx = ng.training.offload_state(optax.adam(0.1), min_size=1)
     with pytest.raises(NotImplementedError, match=r"need jax 0\.10\.2 or newer on a CPU"):
         tx.init({"w": jnp.ones(4)})

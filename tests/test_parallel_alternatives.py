@@ -10,8 +10,8 @@ import natgalore_jax as ng
 
 SHAPES = {"down": (32, 16), "layers": (8, 16, 24), "up": (16, 32)}
 OPTIMIZERS = {
-    "apollo": lambda: ng.apollo_adamw(0.05, rank=4, update_interval=2),
-    "ldadamw": lambda: ng.ldadamw(0.05, rank=4, error_feedback=True, eps=1e-4),
+    "apollo": lambda: ng.contrib.apollo_adamw(0.05, rank=4, update_interval=2),
+    "ldadamw": lambda: ng.contrib.ldadamw(0.05, rank=4, error_feedback=True, eps=1e-4),
 }
 
 

@@ -50,8 +50,8 @@ OPTIMIZERS = {
         ),
     ),
     "apollo, ldadam, adamw": lambda: by_name(
-        ng.apollo_adamw(**LOW),
-        ng.ldadamw(SCHEDULE, rank=4, eps=1e-3, error_feedback=True),
+        ng.contrib.apollo_adamw(**LOW),
+        ng.contrib.ldadamw(SCHEDULE, rank=4, eps=1e-3, error_feedback=True),
         optax.adamw(SCHEDULE, eps=1e-3, weight_decay=0.1, mask=decayed),
     ),
     "all at once, injected, accumulated": lambda: optax.MultiSteps(
@@ -72,7 +72,7 @@ def test_same_numbers_as_the_ordinary_step_over_refreshes(name):
 def test_either_step_goes_on_from_the_others_state():
     tx, params, steps = OPTIMIZERS["default"](), init_params(), batches(9)
     *_, halfway, opt_state = ordinary(tx, params, steps[:5])
-    train = ng.per_layer(tx, embed, layer, head)
+    train = ng.training.per_layer(tx, embed, layer, head)
     state = train.init(params)._replace(opt_state=opt_state)
     for batch in steps[5:]:
         halfway, state, _ = train.step(halfway, state, batch)
@@ -87,7 +87,7 @@ def test_micro_batches_are_accumulated_in_the_subspace():
     losses, _, actual, state = per_layer(tx, params, micro, accumulate=3)
     assert state.opt_state.mean["layers"]["up"].shape == (3, 4, 20)
 
-    steps, opt_state = ng.low_rank_steps(tx), tx.init(params)
+    steps, opt_state = ng.training.low_rank_steps(tx), tx.init(params)
 
     @jax.jit
     def step(params, opt_state, batches):

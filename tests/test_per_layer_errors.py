@@ -25,7 +25,7 @@ def test_an_optimizer_that_mixes_parameters_is_refused():
         (optax.apply_if_finite(optax.sgd(0.1), 3), r"depends on"),
         (norm_in_state(), r"optimizer's state depends on embed/table"),
     ]:
-        train = ng.per_layer(tx, embed, layer, head)
+        train = ng.training.per_layer(tx, embed, layer, head)
         with pytest.raises(ValueError, match=culprit):
             train.step(params, train.init(params), batches(1)[0])
 
@@ -45,7 +45,7 @@ def test_an_optimizer_that_mixes_parameters_is_refused():
     ],
 )
 def test_a_stack_that_cannot_be_taken_apart_is_refused(change, settings, message):
-    train = ng.per_layer(ng.galore_adamw(0.1, rank=4), embed, layer, head, **settings)
+    train = ng.training.per_layer(ng.galore_adamw(0.1, rank=4), embed, layer, head, **settings)
     with pytest.raises(ValueError, match=message):
         train.init(init_params() | change)
 
@@ -56,7 +56,7 @@ def test_an_optimizer_that_treats_one_layer_otherwise_is_refused():
 
     tx = ng.galore_adamw(0.1, rank=4, where=where)
     with pytest.raises(ValueError, match=r"differently about one layer than .*layers/up"):
-        ng.per_layer(tx, embed, layer, head).init(init_params())
+        ng.training.per_layer(tx, embed, layer, head).init(init_params())
 
 
 @pytest.mark.parametrize(
@@ -75,15 +75,15 @@ def test_an_optimizer_that_treats_one_layer_otherwise_is_refused():
 def test_arguments_are_checked(error, settings):
     arguments = {"tx": optax.sgd(0.1), "embed": embed, "layer": layer, "head": head} | settings
     with pytest.raises(error):
-        ng.per_layer(**arguments)
+        ng.training.per_layer(**arguments)
 
 
 def test_a_wrong_state_and_a_loss_that_is_no_scalar_are_refused():
     params, batch = init_params(), batches(1)[0]
-    train = ng.per_layer(optax.adam(0.1), embed, layer, head)
-    other = ng.per_layer(optax.sgd(0.1), embed, layer, head)
+    train = ng.training.per_layer(optax.adam(0.1), embed, layer, head)
+    other = ng.training.per_layer(optax.sgd(0.1), embed, layer, head)
     with pytest.raises(ValueError, match="from init of the same per_layer"):
         train.step(params, other.init(params), batch)
-    vector = ng.per_layer(optax.sgd(0.1), embed, layer, lambda params, x, batch: x)
+    vector = ng.training.per_layer(optax.sgd(0.1), embed, layer, lambda params, x, batch: x)
     with pytest.raises(ValueError, match=r"scalar loss, got float32 of shape \(4, 6, 12\)"):
         vector.step(params, vector.init(params), batch)

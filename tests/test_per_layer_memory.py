@@ -76,7 +76,7 @@ def measure(name, route):
     batch = jax.ShapeDtypeStruct((ROWS, SCALE * D if route == "unstacked" else D), jnp.float32)
     state = jax.eval_shape(tx.init, params)
     if route == "8-bit weights":
-        params = jax.eval_shape(ng.quantize_weights, params)
+        params = jax.eval_shape(ng.training.quantize_weights, params)
     donated = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((params, state)))
 
     def ordinary(params, state, batch):
@@ -85,8 +85,8 @@ def measure(name, route):
 
     step = jax.jit(ordinary, donate_argnums=(0, 1))
     if route in ("per layer", "8-bit weights"):
-        step = ng.per_layer(tx, embed, layer, head).step
-        state = ng.PerLayerState(state, jax.ShapeDtypeStruct((), jnp.float32))
+        step = ng.training.per_layer(tx, embed, layer, head).step
+        state = ng.training.PerLayerState(state, jax.ShapeDtypeStruct((), jnp.float32))
     memory = step.lower(params, state, batch).compile().memory_analysis()
     return memory.temp_size_in_bytes, memory.alias_size_in_bytes, donated
 

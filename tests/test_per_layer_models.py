@@ -58,7 +58,7 @@ def test_anything_may_pass_through_the_layers():
         return end(params, h, batch)
 
     params, batch, tx = init_params(), batches(1)[0], optax.sgd(0.1)
-    train = ng.per_layer(tx, start, noisy, end)
+    train = ng.training.per_layer(tx, start, noisy, end)
     value, grads = jax.value_and_grad(whole)(params, batch)
     expected = jax.tree.map(lambda w, g: w - 0.1 * g, params, grads)
     new, _, metrics = train.step(params, train.init(params), batch)
@@ -75,7 +75,7 @@ def test_the_stack_may_be_anywhere_in_any_pytree():
     params = init_params()
     layers = params.pop("layers")
     model, tx, steps = Model(params, {"blocks": layers}), optax.adam(0.01, eps=1e-3), batches(3)
-    train = ng.per_layer(
+    train = ng.training.per_layer(
         tx,
         lambda model, batch: embed(model.outer, batch),
         layer,
@@ -131,12 +131,12 @@ def test_clipping(mode):
 
 def test_bfloat16_parameters_rounded_at_random_as_in_the_ordinary_step():
     def apply_updates(params, updates, state):
-        return ng.apply_updates_stochastic(params, updates, optax.tree.get(state, "count"))
+        return ng.training.apply_updates_stochastic(params, updates, optax.tree.get(state, "count"))
 
     tx = optax.scale_by_schedule(lambda count: -0.1)
     params = optax.tree.cast(init_params(), jnp.bfloat16)
     batch = batches(1)[0]
-    train = ng.per_layer(tx, embed, layer, head, apply_updates=apply_updates)
+    train = ng.training.per_layer(tx, embed, layer, head, apply_updates=apply_updates)
     grads = jax.jit(jax.grad(loss))(params, batch)
     updates, _ = tx.update(grads, tx.init(params))
     expected = apply_updates(params, updates, tx.init(params))

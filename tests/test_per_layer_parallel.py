@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("fast_compile")
 @functools.cache
 def on_one_device(weight_bits):
     if weight_bits == 8:
-        return per_layer(OPTIMIZER, ng.quantize_weights(init_params()), batches(STEPS))[0]
+        return per_layer(OPTIMIZER, ng.training.quantize_weights(init_params()), batches(STEPS))[0]
     return ordinary(OPTIMIZER, init_params(), batches(STEPS))[0]
 
 
@@ -44,8 +44,8 @@ def test_sharded_parameters(axis_type, weight_bits):
             sharding = jax.NamedSharding(mesh, spec)
             params["layers"][name] = jax.device_put(params["layers"][name], sharding)
         if weight_bits == 8:
-            params = jax.jit(ng.quantize_weights)(params)
-        train = ng.per_layer(OPTIMIZER, embed, gathered, head)
+            params = jax.jit(ng.training.quantize_weights)(params)
+        train = ng.training.per_layer(OPTIMIZER, embed, gathered, head)
         state = jax.jit(train.init)(params)
         for batch, expected in zip(batches(STEPS), on_one_device(weight_bits), strict=True):
             params, state, metrics = train.step(params, state, batch)

@@ -42,13 +42,13 @@ def run(train, weights, state, batch_list):
 
 @functools.cache
 def trained():
-    train = ng.per_layer(TX, embed, layer, head)
-    weights = ng.quantize_weights(init_params(), WHERE)
+    train = ng.training.per_layer(TX, embed, layer, head)
+    weights = ng.training.quantize_weights(init_params(), WHERE)
     return run(train, weights, train.init(weights), batches(STEPS))
 
 
 def test_equals_a_loop_that_decodes_updates_and_rounds():
-    weights = jax.tree.map(np.asarray, ng.quantize_weights(init_params(), WHERE))
+    weights = jax.tree.map(np.asarray, ng.training.quantize_weights(init_params(), WHERE))
     codes, scales = weights.codes, weights.scales
     state = TX.init(init_params())
 
@@ -65,7 +65,7 @@ def test_equals_a_loop_that_decodes_updates_and_rounds():
         BLOCKS
     )
     for count, batch in enumerate(batches(STEPS)):
-        params = ng.dequantize_weights(ng.QuantizedWeights(count, codes, scales))
+        params = ng.training.dequantize_weights(ng.training.QuantizedWeights(count, codes, scales))
         params, state, value = step(params, state, batch)
         losses.append(float(value))
         new = list(map(np.asarray, treedef.flatten_up_to(params)))
@@ -79,9 +79,12 @@ def test_equals_a_loop_that_decodes_updates_and_rounds():
     actual, _, actual_losses = trained()
     assert int(actual.count) == STEPS
     np.testing.assert_allclose(actual_losses, losses, rtol=1e-4)
-    decoded = ng.dequantize_weights(ng.QuantizedWeights(STEPS, codes, scales))
+    decoded = ng.training.dequantize_weights(ng.training.QuantizedWeights(STEPS, codes, scales))
     for name, a, b in zip(
-        names, jax.tree.leaves(ng.dequantize_weights(actual)), jax.tree.leaves(decoded), strict=True
+        names,
+        jax.tree.leaves(ng.training.dequantize_weights(actual)),
+        jax.tree.leaves(decoded),
+        strict=True,
     ):
         # Sums in another order fall on another side of a threshold now and then.
         same = np.abs(a - b) < 1e-4
@@ -96,8 +99,8 @@ def test_the_loss_falls_as_with_floats():
 
 
 def test_a_restored_run_goes_on_bit_by_bit(tmp_path):
-    train = ng.per_layer(TX, embed, layer, head)
-    weights = ng.quantize_weights(init_params(), WHERE)
+    train = ng.training.per_layer(TX, embed, layer, head)
+    weights = ng.training.quantize_weights(init_params(), WHERE)
     weights, state, _ = run(train, weights, train.init(weights), batches(STEPS)[:3])
     with ocp.CheckpointManager(tmp_path) as manager:
         manager.save(3, args=ocp.args.StandardSave((weights, state)))
@@ -114,10 +117,10 @@ def test_a_restored_run_goes_on_bit_by_bit(tmp_path):
 
 def test_bfloat16_gradients_and_states_of_exact_weights():
     """Types are stable, and what is too small for bfloat16 still moves weights."""
-    train = ng.per_layer(
+    train = ng.training.per_layer(
         optax.sgd(1e-3), embed, layer, head, weight_dtype=jnp.bfloat16, accumulate=1
     )
-    weights = ng.quantize_weights(
+    weights = ng.training.quantize_weights(
         jax.tree.map(lambda x: x.astype(jnp.bfloat16), init_params()), WHERE
     )
     state = train.init(weights)
@@ -132,8 +135,8 @@ def test_bfloat16_gradients_and_states_of_exact_weights():
 
 def test_an_accumulation_leaves_weights_alone_until_its_step():
     tx = ng.galore_adamw(**LOW)
-    train = ng.per_layer(tx, embed, layer, head, accumulate=2)
-    weights = ng.quantize_weights(init_params(), WHERE)
+    train = ng.training.per_layer(tx, embed, layer, head, accumulate=2)
+    weights = ng.training.quantize_weights(init_params(), WHERE)
     codes = jax.tree.map(np.asarray, weights.codes)
     state = train.init(weights)
     for number, batch in enumerate(batches(2)):

@@ -28,14 +28,14 @@ def leaf(weights, name):
 def test_codes_and_scales_bit_by_bit_and_half_a_scale_of_error(shape, axis, size):
     params = {"w": normal(*shape), "norm": normal(8)}
     where = {"w": True, "norm": False}
-    weights = ng.quantize_weights(params, where)
+    weights = ng.training.quantize_weights(params, where)
     scales = oracle.new_scales(np.asarray(params["w"]), axis, size)
     np.testing.assert_array_equal(np.asarray(weights.scales["w"]), scales)
     s = oracle.spread(scales, shape[axis], axis, size)
     codes = np.rint(np.asarray(params["w"]) / s)
     np.testing.assert_array_equal(weights.codes["w"], codes)
     assert np.abs(codes).max() == 120  # a sixteenth of 127 is left
-    decoded = ng.dequantize_weights(weights)
+    decoded = ng.training.dequantize_weights(weights)
     np.testing.assert_array_equal(decoded["w"], codes * s)
     assert np.all(np.abs(decoded["w"] - params["w"]) <= s / 2 * (1 + 1e-6))
     np.testing.assert_array_equal(decoded["norm"], params["norm"])
@@ -43,7 +43,7 @@ def test_codes_and_scales_bit_by_bit_and_half_a_scale_of_error(shape, axis, size
 
 def test_the_mean_of_rounded_weights_is_exact():
     """Updates from a thousandth of a step to several, of both signs."""
-    weights = leaf(ng.quantize_weights({"w": normal(64, 96)}), "w")
+    weights = leaf(ng.training.quantize_weights({"w": normal(64, 96)}), "w")
     s = np.asarray(read_weight(weights._replace(codes=jnp.ones((64, 96), jnp.int8)), jnp.float32))
     update = np.geomspace(1e-3, 3, 64 * 96).reshape(64, 96) * s
     x = read_weight(weights, jnp.float32) + jnp.asarray(update * (-1) ** np.arange(96), jnp.float32)
@@ -59,7 +59,7 @@ def test_the_mean_of_rounded_weights_is_exact():
 
 
 def test_nothing_moves_without_an_update():
-    weights = leaf(ng.quantize_weights({"w": normal(2, 70, 300)}), "w")
+    weights = leaf(ng.training.quantize_weights({"w": normal(2, 70, 300)}), "w")
     for count in range(5):
         again = write(read_weight(weights, jnp.float32), weights, count, 7)
         jax.tree.map(np.testing.assert_array_equal, again, weights)
@@ -67,7 +67,7 @@ def test_nothing_moves_without_an_update():
 
 def test_a_block_that_grows_shrinks_or_breaks_has_a_new_scale():
     x = normal(64, 4)
-    old = leaf(ng.quantize_weights({"w": x}), "w")
+    old = leaf(ng.training.quantize_weights({"w": x}), "w")
     factors = jnp.array([1.03, 1.2, 0.4, jnp.nan])
     new = write(factors * x, old, 0, 0)
     kept = np.asarray(new.scales == old.scales)[0]
@@ -79,7 +79,7 @@ def test_a_block_that_grows_shrinks_or_breaks_has_a_new_scale():
 
 
 def test_a_block_of_zeros_comes_to_life():
-    old = leaf(ng.quantize_weights({"w": jnp.zeros((64, 64))}), "w")
+    old = leaf(ng.training.quantize_weights({"w": jnp.zeros((64, 64))}), "w")
     x = normal(64, 64)
     assert np.all(read_weight(old, jnp.float32) == 0)
     np.testing.assert_allclose(read_weight(write(x, old, 3, 0), jnp.float32), x, atol=0.03)
@@ -87,7 +87,7 @@ def test_a_block_of_zeros_comes_to_life():
 
 def test_from_shapes_alone_and_in_its_bytes():
     params = {"layers": {"w": jax.ShapeDtypeStruct((2, 512, 1376), jnp.bfloat16)}}
-    weights = jax.eval_shape(ng.quantize_weights, params)
+    weights = jax.eval_shape(ng.training.quantize_weights, params)
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(weights))
     assert size == 2 * 512 * 1376 + 2 * (2 * 2 * 1376) + 4
 
@@ -96,8 +96,8 @@ def test_errors():
     with pytest.raises(
         TypeError, match=r"tokens: only floating-point .* got int32 of shape \(3,\)"
     ):
-        ng.quantize_weights({"tokens": jnp.zeros(3, jnp.int32)}, where=True)
+        ng.training.quantize_weights({"tokens": jnp.zeros(3, jnp.int32)}, where=True)
     with pytest.raises(ValueError, match="block_size must be at least 16, got 8"):
-        ng.quantize_weights({"w": normal(64, 64)}, block_size=8)
+        ng.training.quantize_weights({"w": normal(64, 64)}, block_size=8)
     with pytest.raises(TypeError, match="takes QuantizedWeights, got dict"):
-        ng.dequantize_weights({"w": normal(64, 64)})
+        ng.training.dequantize_weights({"w": normal(64, 64)})

@@ -64,7 +64,7 @@ def test_the_longest_intervals_take_no_table_and_no_product_that_overflows(total
 
 
 def test_an_interval_that_no_step_count_reaches_is_refused():
-    for factory in (ng.low_rank_project, ng.scale_by_apollo):
+    for factory in (ng.low_rank_project, ng.contrib.scale_by_apollo):
         with pytest.raises(ValueError, match="update_interval must be at most 2147483647, got"):
             factory(update_interval=2**31)
 
@@ -126,8 +126,8 @@ DEFAULTS = {
     "online": lambda: ng.natural_galore_adamw(1e-3, rank=4, method="online"),
     "galore_adamw": lambda: ng.galore_adamw(1e-3, rank=4),
     "fira": lambda: ng.galore_adamw(1e-3, rank=4, residual=True),
-    "apollo_adamw": lambda: ng.apollo_adamw(1e-3, rank=4),
-    "ldadamw": lambda: ng.ldadamw(1e-3, rank=4),
+    "apollo_adamw": lambda: ng.contrib.apollo_adamw(1e-3, rank=4),
+    "ldadamw": lambda: ng.contrib.ldadamw(1e-3, rank=4),
 }
 
 

@@ -134,7 +134,7 @@ def test_same_numbers_as_on_one_device(name, scheme, kind):
     mesh, params, grads = placed(scheme, kind)
     tx = OPTIMIZERS[name]()
     with jax.set_mesh(mesh):
-        shardings = ng.state_shardings(tx, params)
+        shardings = ng.training.state_shardings(tx, params)
         state = jax.jit(tx.init, out_shardings=shardings)(params)
         new, new_state = trained(tx, params, grads, state)
     if kind == AxisType.Explicit:  # the step has been told no sharding, but keeps them
@@ -193,7 +193,7 @@ def test_specs():
         "bias": sharded((32,), "b"),
     }
     tx = ng.natural_galore_adamw(0.1, rank=4, history=3, damping=0.1)
-    specs = jax.tree.map(lambda s: s.spec, ng.state_shardings(tx, params))
+    specs = jax.tree.map(lambda s: s.spec, ng.training.state_shardings(tx, params))
     basis, mu = specs[0].basis, optax.tree.get(specs, "mu")
     assert basis[0]["left"] == jax.P("l", ("a", "b"), None)
     assert mu["left"] == jax.P("l", None, ("b", "a"))
@@ -227,7 +227,7 @@ def _collectives(compiled):
 def test_no_device_gathers_more_than_the_matrices_it_factorises(scheme, kind):
     mesh, params, _ = placed(scheme, kind)
     params = {"stack": params["stack"], **{name: params[name] for name in "qkv"}}
-    tx = ng.with_shardings(ng.galore_adamw(0.1, **SETTINGS), params)
+    tx = ng.training.with_shardings(ng.galore_adamw(0.1, **SETTINGS), params)
     with jax.set_mesh(mesh):
         state = jax.jit(tx.init)(params)
         collectives = _collectives(jax.jit(tx.update).lower(params, state, params).compile())
@@ -259,7 +259,7 @@ def test_orbax_restores_onto_the_shardings(tmp_path):
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", state)
     other, elsewhere, _ = placed("columns", AxisType.Auto)
-    shardings = ng.state_shardings(tx, elsewhere)
+    shardings = ng.training.state_shardings(tx, elsewhere)
     target = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
     )
@@ -279,7 +279,7 @@ def test_with_shardings_outside_of_jit_without_params_and_with_extra_arguments()
         return updates, state
 
     tx = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
-    told = ng.with_shardings(tx, params)
+    told = ng.training.with_shardings(tx, params)
     updates, _ = told.update(params, told.init(params), value=jnp.ones([]))
     assert updates["stack"].sharding.is_equivalent_to(params["stack"].sharding, 3)
     assert seen[0][0] == jax.P("x", None, None) and seen[0][1] is None
@@ -289,11 +289,11 @@ def test_errors():
     tx = OPTIMIZERS["galore"]()
     params = {"w": {"kernel": jnp.ones((8, 16))}}
     with pytest.raises(ValueError, match=r"NamedSharding.*w/kernel|NamedSharding.*kernel"):
-        ng.state_shardings(tx, params)
+        ng.training.state_shardings(tx, params)
     meshes = [
         jax.make_mesh((n,), ("x",), devices=jax.devices()[:n], axis_types=(AxisType.Auto,))
         for n in (1, 2)
     ]
     shardings = {"a": NamedSharding(meshes[0], jax.P()), "b": NamedSharding(meshes[1], jax.P())}
     with pytest.raises(ValueError, match="one mesh, got 2"):
-        ng.state_shardings(tx, {"a": jnp.ones((8, 16)), "b": jnp.ones((8, 16))}, shardings)
+        ng.training.state_shardings(tx, {"a": jnp.ones((8, 16)), "b": jnp.ones((8, 16))}, shardings)

@@ -22,7 +22,7 @@ def test_every_result_is_a_neighbour_and_the_mean_is_exact():
     low, high = neighbours(x)
     steps = 1024
     rounded = jax.lax.map(
-        lambda t: ng.stochastic_round(x, t).astype(jnp.float32), jnp.arange(steps)
+        lambda t: ng.training.stochastic_round(x, t).astype(jnp.float32), jnp.arange(steps)
     )
     rounded = np.asarray(rounded, np.float64)
     assert np.all((rounded == low) | (rounded == high))
@@ -35,13 +35,13 @@ def test_every_result_is_a_neighbour_and_the_mean_is_exact():
 
 def test_the_mean_over_elements_is_exact_too():
     x = jnp.full((500, 200), 1 + 2.0**-7 / 5)
-    up = np.mean(np.asarray(ng.stochastic_round(x, 3), np.float32) > 1)
+    up = np.mean(np.asarray(ng.training.stochastic_round(x, 3), np.float32) > 1)
     assert abs(up - 0.2) < 4 * np.sqrt(0.2 * 0.8 / x.size)
 
 
 def test_what_is_no_number_between_others_stays():
     x = jnp.array([np.inf, -np.inf, np.nan, 0.0, 1.5, -(2.0**-100)], jnp.float32)
-    out = np.asarray(ng.stochastic_round(x, 7), np.float32)
+    out = np.asarray(ng.training.stochastic_round(x, 7), np.float32)
     np.testing.assert_array_equal(out, np.asarray(x))
 
 
@@ -50,7 +50,7 @@ def test_small_updates_of_bfloat16_weights_add_up():
     updates = {"w": jnp.full((50, 40), 2.0**-7 / 100), "b": jnp.full(3, 1e-3)}
     stochastic, nearest = params, params
     for t in range(200):
-        stochastic = ng.apply_updates_stochastic(stochastic, updates, t)
+        stochastic = ng.training.apply_updates_stochastic(stochastic, updates, t)
         nearest = optax.apply_updates(nearest, updates)
     assert stochastic["w"].dtype == jnp.bfloat16
     assert np.all(np.asarray(nearest["w"], np.float32) == 1)
@@ -61,6 +61,6 @@ def test_small_updates_of_bfloat16_weights_add_up():
 
 def test_errors():
     with pytest.raises(TypeError, match="floating-point arrays, got int32"):
-        ng.stochastic_round(jnp.arange(3), 0)
+        ng.training.stochastic_round(jnp.arange(3), 0)
     with pytest.raises(TypeError, match="seed must be an integer"):
-        ng.stochastic_round(jnp.ones(3), 0, seed=0.5)
+        ng.training.stochastic_round(jnp.ones(3), 0, seed=0.5)

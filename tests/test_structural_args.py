@@ -27,11 +27,11 @@ FACTORIES = [
     ng.natural_galore,
     ng.natural_galore_adamw,
     ng.galore_adamw,
-    ng.scale_by_apollo,
-    ng.apollo_adamw,
-    ng.apollo_mini_adamw,
-    ng.scale_by_ldadam,
-    ng.ldadamw,
+    ng.contrib.scale_by_apollo,
+    ng.contrib.apollo_adamw,
+    ng.contrib.apollo_mini_adamw,
+    ng.contrib.scale_by_ldadam,
+    ng.contrib.ldadamw,
 ]
 PARAMS = {"w": jnp.ones((6, 8)), "b": jnp.ones(8)}
 FIXED = {"rank": 2, "history": 2, "update_interval": 3}
@@ -69,8 +69,8 @@ def test_injected_equals_plain(learning_rate):
 @pytest.mark.parametrize(
     ("factory", "settings"),
     [
-        (ng.apollo_adamw, {"rank": 2, "update_interval": 2, "scale": 3.0}),
-        (ng.ldadamw, {"rank": 2, "rho": 0.5, "error_feedback": True}),
+        (ng.contrib.apollo_adamw, {"rank": 2, "update_interval": 2, "scale": 3.0}),
+        (ng.contrib.ldadamw, {"rank": 2, "rho": 0.5, "error_feedback": True}),
     ],
 )
 def test_injected_equals_plain_for_the_other_optimizers(factory, settings):
@@ -137,7 +137,9 @@ def test_injecting_a_structural_argument_names_the_remedy(name):
         tx.init(PARAMS)
 
 
-@pytest.mark.parametrize("factory", [ng.natural_galore_adamw, ng.apollo_adamw, ng.ldadamw])
+@pytest.mark.parametrize(
+    "factory", [ng.natural_galore_adamw, ng.contrib.apollo_adamw, ng.contrib.ldadamw]
+)
 def test_bfloat16_parameters_do_not_round_decays_to_one(factory):
     """Injected they would have the dtype of the parameters, in which 0.999 is 1."""
     params = optax.tree.cast(PARAMS, jnp.bfloat16)

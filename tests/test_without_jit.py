@@ -62,7 +62,7 @@ def test_the_second_optimizer_of_the_same_kind_compiles_nothing(compilations, fa
 def test_parts_of_an_update_compile_nothing_the_second_time(compilations, fast_compile):
     params = {"w": jnp.ones((6, 8)), "b": jnp.ones(8)}
     tx = ng.galore_adamw(0.1, rank=2)
-    steps, state = ng.low_rank_steps(tx), tx.init(params)
+    steps, state = ng.training.low_rank_steps(tx), tx.init(params)
     mean = optax.tree.zeros_like(steps.project(params, state))
     for round in range(2):
         for position in range(2):

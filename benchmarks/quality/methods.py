@@ -154,12 +154,12 @@ METHODS: dict[str, Method] = {
         },
         scale=PAPER_SCALE,
     ),
-    "ldadam": Method("LDAdam", ng.ldadamw),
+    "ldadam": Method("LDAdam", ng.contrib.ldadamw),
     "ldadam-error-feedback": Method(
-        "LDAdam with error feedback", ng.ldadamw, {"error_feedback": True}
+        "LDAdam with error feedback", ng.contrib.ldadamw, {"error_feedback": True}
     ),
-    "apollo": Method("APOLLO", ng.apollo_adamw),
-    "apollo-mini": Method("APOLLO-Mini", ng.apollo_mini_adamw),
+    "apollo": Method("APOLLO", ng.contrib.apollo_adamw),
+    "apollo-mini": Method("APOLLO-Mini", ng.contrib.apollo_mini_adamw),
     "fira": Method(
         "Fira", ng.galore_adamw, {"residual": True, "scale": PAPER_SCALE}, scale=PAPER_SCALE
     ),

@@ -14,13 +14,15 @@ import natgalore_jax as ng
 Params = Any
 
 
-def empty_accumulator(steps: ng.LowRankSteps, params: Params, opt_state: optax.OptState) -> Params:
+def empty_accumulator(
+    steps: ng.training.LowRankSteps, params: Params, opt_state: optax.OptState
+) -> Params:
     """The mean of no gradients: zeros, sharded as low-rank gradients will be."""
     return optax.tree.zeros_like(steps.project(params, opt_state))
 
 
 def accumulate_low_rank(
-    steps: ng.LowRankSteps,
+    steps: ng.training.LowRankSteps,
     grads: Params,
     opt_state: optax.OptState,
     params: Params,

@@ -173,7 +173,7 @@ class _Run:
             self.state = jax.device_put(self.state, jax.local_devices()[0])
         if config.offload == "weights":
             params = self.state.params
-            on_host = {**params, "layers": ng.to_host(params["layers"])}
+            on_host = {**params, "layers": ng.training.to_host(params["layers"])}
             self.state = self.state._replace(params=on_host)
         self.batches = TrainBatches(config, splits, team)
         self.guard = Guard(config.faults)

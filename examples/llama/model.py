@@ -105,7 +105,7 @@ class Llama(nnx.Module):
         # The transformations of JAX itself: modules are pytrees, and those of NNX refuse a model
         # that was merged outside of a loop that it runs in.
         def run(x, layer):
-            return ng.to_device(layer)(x, positions), None
+            return ng.training.to_device(layer)(x, positions), None
 
         if self.config.remat:
             run = jax.checkpoint(run, prevent_cse=not self.config.stacked)

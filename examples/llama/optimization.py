@@ -18,7 +18,7 @@ class Optimization(NamedTuple):
 
     tx: optax.GradientTransformation
     schedule: optax.Schedule | None  # Learning rate by step; None: that of a given `tx`.
-    low_rank: ng.LowRankSteps | None  # Of `tx`, to accumulate gradients in its subspace.
+    low_rank: ng.training.LowRankSteps | None  # Of `tx`, to accumulate gradients in its subspace.
 
 
 def make_optimization(
@@ -37,7 +37,7 @@ def make_optimization(
         tx, schedule = _make_optimizer(config, params)
     tx, schedule = with_restarts(config.adapter, tx, schedule, config.accumulate)
     if config.offload != "none":
-        tx = ng.offload_state(tx)
+        tx = ng.training.offload_state(tx)
     low_rank = _low_rank_steps(config, tx) if config.accumulate_in_subspace else None
     return Optimization(tx, schedule, low_rank)
 
@@ -66,9 +66,11 @@ def _make_optimizer(
     return tx, schedule
 
 
-def _low_rank_steps(config: RunConfig, tx: optax.GradientTransformation) -> ng.LowRankSteps:
+def _low_rank_steps(
+    config: RunConfig, tx: optax.GradientTransformation
+) -> ng.training.LowRankSteps:
     try:
-        steps = ng.low_rank_steps(tx)
+        steps = ng.training.low_rank_steps(tx)
     except (TypeError, ValueError) as error:
         raise ConfigError(
             "--accumulate-in-subspace needs an optimizer with a subspace, such as galore: "

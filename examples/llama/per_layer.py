@@ -20,7 +20,7 @@ from examples.llama.train_step import Metrics, Params, TrainState, next_state, n
 
 
 class LayeredModel(NamedTuple):
-    """The model in three parts, for `ng.per_layer`."""
+    """The model in three parts, for `ng.training.per_layer`."""
 
     embed: Callable[[Params, jax.Array], jax.Array]  # (params, rows (B, T + 1)) to x (B, T, D).
     layer: Callable[[Params, jax.Array], jax.Array]  # (params of one layer, x) to x.
@@ -53,7 +53,7 @@ def make_per_layer_step(
       ConfigError: if `tx` cannot update one layer without the others.
     """
     in_subspace = config.accumulate_in_subspace and config.accumulate > 1
-    train = ng.per_layer(
+    train = ng.training.per_layer(
         tx,
         *layered(config.model),
         clip_norm=config.optimizer.clip_norm,
@@ -65,9 +65,9 @@ def make_per_layer_step(
         opt_state: Any = state.opt_state
         if in_subspace:
             position = state.micro_step % config.accumulate
-            opt_state = ng.AccumulatedState(position, opt_state, state.accumulated)
+            opt_state = ng.training.AccumulatedState(position, opt_state, state.accumulated)
         params, new, metrics = train.step(
-            state.params, ng.PerLayerState(opt_state, state.totals["grad_norm"]), rows
+            state.params, ng.training.PerLayerState(opt_state, state.totals["grad_norm"]), rows
         )
         opt_state, accumulated = new.opt_state, state.accumulated
         if in_subspace:
@@ -86,4 +86,4 @@ def make_per_layer_step(
         jax.eval_shape(lambda p, rows: train.step(p, train.init(p), rows), params, rows)
     except ValueError as error:  # An optimizer that mixes the gradients of parameters.
         raise ConfigError(f"--per-layer with {config.optimizer.name}: {error}") from error
-    return ng.in_place(step)
+    return ng.training.in_place(step)

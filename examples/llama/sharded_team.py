@@ -30,7 +30,7 @@ class ShardedTeam(SharedTeam):
 
     def state_at(self, shapes: TrainState, tx: optax.GradientTransformation) -> Any:
         places = self.weights_at(shapes)
-        opt_state = ng.state_shardings(tx, shapes.params, places.params)
+        opt_state = ng.training.state_shardings(tx, shapes.params, places.params)
         return places._replace(opt_state=opt_state)
 
     def place(self, tree: Any) -> Any:

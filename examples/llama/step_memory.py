@@ -58,7 +58,7 @@ def of_compiled(
     report = ng.memory_report(
         tx, params, step=compiled, live_gradients=live_gradients(params, per_layer)
     )
-    step = cast(ng.StepMemory, report.step)
+    step = cast(ng.training.StepMemory, report.step)
     kept = step.argument_bytes + step.result_bytes
     parts = {"gradients": step.gradient_bytes, "activations and update": step.activation_bytes}
     if step.host_bytes:
@@ -216,7 +216,7 @@ def _divided(report: ng.MemoryReport, state: TrainState, kept: int) -> StepMemor
 
 def _float_params(state: TrainState) -> Params:
     """The trained parameters as the optimizer sees them, or their shapes."""
-    if not isinstance(state.params, ng.QuantizedWeights):
+    if not isinstance(state.params, ng.training.QuantizedWeights):
         return state.params
     return jax.eval_shape(lambda state: state.float_params, state)
 

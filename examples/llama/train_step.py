@@ -22,7 +22,7 @@ Apply = Callable[[Params, jax.Array], jax.Array]
 class TrainState(NamedTuple):
     """Everything that a step changes; saved as it is in a checkpoint."""
 
-    params: Params  # what is trained; an ng.QuantizedWeights with --weight-bits.
+    params: Params  # what is trained; an ng.training.QuantizedWeights with --weight-bits.
     opt_state: optax.OptState
     micro_step: jax.Array  # batches seen. shape=(), dtype=jnp.int32.
     totals: Metrics  # metrics summed over the batches of an unfinished accumulation.
@@ -33,10 +33,10 @@ class TrainState(NamedTuple):
     @property
     def float_params(self) -> Params:
         """What is trained, as numbers: what is stored in 8 bits is decoded, all at once."""
-        if not isinstance(self.params, ng.QuantizedWeights):
+        if not isinstance(self.params, ng.training.QuantizedWeights):
             return self.params
         dtype = self.params.codes["embed"]["embedding"].dtype
-        return ng.dequantize_weights(self.params, dtype)
+        return ng.training.dequantize_weights(self.params, dtype)
 
     @property
     def weights(self) -> Params:
@@ -88,7 +88,7 @@ def init_state(
     params: Params,
     tx: optax.GradientTransformation,
     frozen: Params | None = None,
-    low_rank: ng.LowRankSteps | None = None,
+    low_rank: ng.training.LowRankSteps | None = None,
     weight_bits: int | None = None,
 ) -> TrainState:
     """The state before the first step, with the matrices of the layers in 8 bits if wanted."""
@@ -96,7 +96,7 @@ def init_state(
     opt_state = tx.init(params)
     accumulated = {} if low_rank is None else empty_accumulator(low_rank, params, opt_state)
     micro_step = jnp.zeros([], jnp.int32)
-    stored = params if weight_bits is None else ng.quantize_weights(params)
+    stored = params if weight_bits is None else ng.training.quantize_weights(params)
     return TrainState(stored, opt_state, micro_step, zeros, frozen or {}, accumulated)
 
 
@@ -104,7 +104,7 @@ def make_train_step(
     apply: Apply,
     tx: optax.GradientTransformation,
     accumulate: int = 1,
-    low_rank: ng.LowRankSteps | None = None,
+    low_rank: ng.training.LowRankSteps | None = None,
     skip_nonfinite: bool = False,
 ) -> Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]:
     """A jitted `(state, rows (B, T + 1)) -> (state, metrics)` that takes one micro-batch.
@@ -149,7 +149,7 @@ def make_train_step(
             accumulated=accumulated,
         )
 
-    return ng.in_place(step)
+    return ng.training.in_place(step)
 
 
 def next_state(

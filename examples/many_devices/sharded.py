@@ -44,7 +44,7 @@ def train(
     key = jax.random.key(0)
     shapes = jax.eval_shape(initial, key)
     params_at = jax.tree.map(lambda x: longer_side(mesh, x.shape), shapes)
-    state_at = ng.state_shardings(tx, shapes, params_at)
+    state_at = ng.training.state_shardings(tx, shapes, params_at)
     rows_at, everywhere = NamedSharding(mesh, jax.P("shard")), NamedSharding(mesh, jax.P())
 
     # The optimizer knows where everything is: the axes of `jax.make_mesh` are explicit. The model

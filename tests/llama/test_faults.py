@@ -76,7 +76,7 @@ def test_a_step_without_a_finite_gradient_leaves_every_bit(kind, amount):
     apply, params = bigrams(gradient=(7, amount))
     tx = ng.galore_adamw(0.1, rank=4, update_interval=2)
     accumulate = 1 if kind == "alone" else 2
-    low_rank = ng.low_rank_steps(tx) if kind == "in the subspace" else None
+    low_rank = ng.training.low_rank_steps(tx) if kind == "in the subspace" else None
     if kind == "accumulated":
         tx = optax.MultiSteps(tx, 2).gradient_transformation()
     step = make_train_step(apply, tx, accumulate, low_rank, skip_nonfinite=True)

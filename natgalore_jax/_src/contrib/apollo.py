@@ -30,7 +30,7 @@ GRANULARITIES = ("channel", "tensor")
 
 
 class ScaleByApolloState(NamedTuple):
-    """State of :func:`scale_by_apollo`."""
+    """State of :func:`.scale_by_apollo`."""
 
     #: An optax.ScaleByAdamState. mu and nu are trees of parameters: batch + (rank, n) or (m, rank)
     #: where a matrix is projected, else its own shape; dtype of the parameter (mu: mu_dtype).
@@ -83,7 +83,7 @@ def scale_by_apollo(
       seed: of the projections.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs`` with a :class:`ScaleByApolloState`.
+      An ``optax.GradientTransformationExtraArgs`` with a :class:`.ScaleByApolloState`.
 
     Raises:
       TypeError, ValueError: at construction for an argument of a wrong type or value; at ``init``
@@ -95,7 +95,7 @@ def scale_by_apollo(
 
     Example:
       >>> import jax.numpy as jnp, natgalore_jax as ng
-      >>> state = ng.scale_by_apollo(rank=2).init({"w": jnp.ones((6, 8)), "b": jnp.ones(8)})
+      >>> state = ng.contrib.scale_by_apollo(rank=2).init({"w": jnp.ones((6, 8)), "b": jnp.ones(8)})
       >>> state.adam.mu["w"].shape, state.adam.mu["b"].shape
       ((2, 8), (8,))
     """

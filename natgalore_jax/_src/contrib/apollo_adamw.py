@@ -32,7 +32,7 @@ def apollo_adamw(
     .. math::
       W \leftarrow W - \eta\,(\alpha\, G \,\mathrm{diag}(s) + \omega W)
 
-    with s from Adam on a random projection of G, see :func:`scale_by_apollo`. It keeps the moments
+    with s from Adam on a random projection of G, see :func:`.scale_by_apollo`. It keeps the moments
     of an r × n projection and no basis: less than GaLore at the same rank. Parameters that are not
     projected take plain AdamW steps with the same learning rate.
 
@@ -40,7 +40,7 @@ def apollo_adamw(
       learning_rate: η, a number or a schedule. The paper pre-trains with 0.01.
       rank: r, a quarter of the width in the paper.
       update_interval, b1, b2, eps, mu_dtype, granularity, norm_growth_limit, where, axes, seed:
-        see :func:`scale_by_apollo`.
+        see :func:`.scale_by_apollo`.
       weight_decay: ω, decoupled; acts on the whole weight, unscaled by α.
       mask: which parameters decay, as in ``optax.adamw``.
       scale: α, 1 in the paper. At a rank far below the shorter side m the norms of N are too
@@ -50,7 +50,7 @@ def apollo_adamw(
       An ``optax.GradientTransformationExtraArgs``.
 
     Raises:
-      TypeError, ValueError: as :func:`scale_by_apollo`.
+      TypeError, ValueError: as :func:`.scale_by_apollo`.
 
     References:
       Zhu et al., APOLLO: SGD-like memory, AdamW-level performance (2024), arXiv 2412.05270,
@@ -60,7 +60,7 @@ def apollo_adamw(
       >>> import jax, jax.numpy as jnp, optax, natgalore_jax as ng
       >>> target = jnp.outer(jnp.arange(8.0), jnp.arange(6.0))
       >>> loss = lambda p: jnp.mean((p["w"] - target) ** 2)
-      >>> tx = ng.apollo_adamw(0.5, rank=2, norm_growth_limit=None)
+      >>> tx = ng.contrib.apollo_adamw(0.5, rank=2, norm_growth_limit=None)
       >>> @jax.jit
       ... def step(params, state):
       ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
@@ -107,13 +107,13 @@ def apollo_mini_adamw(
     axes: AxesLike = None,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""APOLLO-Mini: :func:`apollo_adamw` at rank 1 with one scale per matrix.
+    r"""APOLLO-Mini: :func:`.apollo_adamw` at rank 1 with one scale per matrix.
 
     The state of a projected m × n matrix is two vectors along its longer side and a norm.
 
     Args:
       learning_rate, update_interval, b1, b2, eps, mu_dtype, weight_decay, mask, norm_growth_limit,
-        where, axes, seed: see :func:`apollo_adamw`. The paper pre-trains with a learning rate of
+        where, axes, seed: see :func:`.apollo_adamw`. The paper pre-trains with a learning rate of
         0.01 or 0.02.
       scale: α. The paper's √128 makes up for what rank 1 underestimates.
 
@@ -121,14 +121,14 @@ def apollo_mini_adamw(
       An ``optax.GradientTransformationExtraArgs``.
 
     Raises:
-      TypeError, ValueError: as :func:`scale_by_apollo`.
+      TypeError, ValueError: as :func:`.scale_by_apollo`.
 
     References:
       Zhu et al., APOLLO: SGD-like memory, AdamW-level performance (2024), arXiv 2412.05270.
 
     Example:
       >>> import jax.numpy as jnp, natgalore_jax as ng
-      >>> state = ng.apollo_mini_adamw(1e-2).init({"w": jnp.ones((6, 8))})
+      >>> state = ng.contrib.apollo_mini_adamw(1e-2).init({"w": jnp.ones((6, 8))})
       >>> state[0].adam.mu["w"].shape, state[0].update_norm["w"].shape
       ((1, 8), ())
     """

@@ -20,7 +20,7 @@ from natgalore_jax._src.subspace.subspace import low_rank_leaf
 
 
 class ScaleByLDAdamState(NamedTuple):
-    """State of :func:`scale_by_ldadam`."""
+    """State of :func:`.scale_by_ldadam`."""
 
     #: An optax.ScaleByAdamState. mu and nu are trees of parameters: batch + (rank, n) or (m, rank)
     #: where a matrix is projected, else its own shape; dtype of the parameter (mu: mu_dtype).
@@ -76,7 +76,7 @@ def scale_by_ldadam(
       where, axes: see :func:`low_rank_project`.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs`` with a :class:`ScaleByLDAdamState`.
+      An ``optax.GradientTransformationExtraArgs`` with a :class:`.ScaleByLDAdamState`.
 
     Raises:
       TypeError, ValueError: at construction for an argument of a wrong type or value; at ``init``
@@ -91,7 +91,7 @@ def scale_by_ldadam(
 
     Example:
       >>> import jax.numpy as jnp, natgalore_jax as ng
-      >>> state = ng.scale_by_ldadam(rank=2).init({"w": jnp.ones((6, 8)), "b": jnp.ones(8)})
+      >>> state = ng.contrib.scale_by_ldadam(rank=2).init({"w": jnp.ones((6, 8)), "b": jnp.ones(8)})
       >>> state.basis["w"].shape, state.adam.mu["w"].shape, state.adam.mu["b"].shape
       ((6, 2), (2, 8), (8,))
     """
@@ -208,11 +208,11 @@ def ldadamw(
     where: Where = hidden_matrices,
     axes: AxesLike = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""LDAdam with decoupled weight decay: ``W ← W − η (U + ω W)``, U of :func:`scale_by_ldadam`.
+    r"""LDAdam with decoupled weight decay: ``W ← W − η (U + ω W)``, U of :func:`.scale_by_ldadam`.
 
     Args:
       learning_rate: η, a number or a schedule.
-      rank, b1, b2, eps, mu_dtype, rho, error_feedback, where, axes: see :func:`scale_by_ldadam`.
+      rank, b1, b2, eps, mu_dtype, rho, error_feedback, where, axes: see :func:`.scale_by_ldadam`.
       weight_decay: ω, decoupled; acts on the whole weight.
       mask: which parameters decay, as in ``optax.adamw``.
 
@@ -220,14 +220,15 @@ def ldadamw(
       An ``optax.GradientTransformationExtraArgs``.
 
     Raises:
-      TypeError, ValueError: as :func:`scale_by_ldadam`.
+      TypeError, ValueError: as :func:`.scale_by_ldadam`.
 
     References:
-      Robert et al., LDAdam (2024), arXiv 2410.16103; what differs is at :func:`scale_by_ldadam`.
+      Robert et al., LDAdam (2024), arXiv 2410.16103; what differs is at :func:`.scale_by_ldadam`.
 
     Example:
       >>> import jax.numpy as jnp, natgalore_jax as ng
-      >>> state = ng.ldadamw(1e-3, rank=2, error_feedback=True).init({"w": jnp.ones((6, 8))})
+      >>> tx = ng.contrib.ldadamw(1e-3, rank=2, error_feedback=True)
+      >>> state = tx.init({"w": jnp.ones((6, 8))})
       >>> state[0].adam.mu["w"].shape, state[0].error["w"].shape
       ((2, 8), (6, 8))
     """

@@ -1,1 +1,1 @@
-"""The mathematics: functions of the arrays of one matrix, or of a batch, which read like the equations."""
+"""The mathematics: functions of arrays, of a matrix or of a batch, that read like the equations."""

@@ -8,8 +8,8 @@ and no logarithm, only an addition and a shift. Because c is a power of two the 
 when B does, unless B crosses an octave: what is stored twice is stored exactly the second time.
 
 First moments have a sign and K = 8, second moments none and K = 16. Rounding is dithered
-(:mod:`natgalore_jax._src.kernels.dither`): with b2 = 0.999 a second moment changes by a thirtieth of a step,
-which rounding to nearest would never let it do.
+(``kernels.dither``): with b2 = 0.999 a second moment changes by a thirtieth of a step, which
+rounding to nearest would never let it do.
 """
 
 import math

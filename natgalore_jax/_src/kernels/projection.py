@@ -23,6 +23,9 @@ from natgalore_jax._src.params.placement import (
 )
 from natgalore_jax._src.params.plan import LeafPlan
 
+# The bases of one parameter: one for each projected mode.
+Factors = tuple[jax.Array, ...]
+
 
 def contract(subscripts: str, *operands: jax.Array, dtype=None, precision=None) -> jax.Array:
     """``einsum`` accumulated in float32 at least, for sharded operands too.

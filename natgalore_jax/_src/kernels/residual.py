@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgalore_jax._src.kernels.projection import project_back
+from natgalore_jax._src.kernels.projection import Factors, project_back
 from natgalore_jax._src.params.placement import (
     has_explicit_sharding,
     names_of,
@@ -21,7 +21,6 @@ from natgalore_jax._src.params.placement import (
     placed,
 )
 from natgalore_jax._src.params.plan import LeafPlan
-from natgalore_jax._src.refresh.matrix import Factors
 
 # Rules, and σ where none is given.
 RESIDUALS = {"gain": 1.0, "fisher": 0.2}

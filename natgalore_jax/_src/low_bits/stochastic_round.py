@@ -37,7 +37,7 @@ def stochastic_round(x: jax.Array, step: jax.typing.ArrayLike, seed: int = 0) ->
 
       >>> import jax, jax.numpy as jnp, natgalore_jax as ng
       >>> x = jnp.float32(1 + 2**-7 / 3)
-      >>> rounded = jax.vmap(lambda step: ng.stochastic_round(x, step))(jnp.arange(300))
+      >>> rounded = jax.vmap(lambda step: ng.training.stochastic_round(x, step))(jnp.arange(300))
       >>> 99 <= int(jnp.sum(rounded > 1)) <= 101
       True
     """
@@ -55,7 +55,7 @@ def stochastic_round(x: jax.Array, step: jax.typing.ArrayLike, seed: int = 0) ->
 def apply_updates_stochastic(
     params: Any, updates: Any, step: jax.typing.ArrayLike, seed: int = 0
 ) -> Any:
-    r"""``optax.apply_updates`` that rounds bfloat16 parameters with :func:`stochastic_round`.
+    r"""``optax.apply_updates`` that rounds bfloat16 parameters with :func:`.stochastic_round`.
 
     A bfloat16 weight has eight bits: an update of less than 1/512 of it is lost by rounding to
     nearest, at every step. Here the sum is computed in float32, and a small update moves the weight
@@ -74,7 +74,7 @@ def apply_updates_stochastic(
       New parameters, in their dtypes.
 
     Raises:
-      TypeError, ValueError: as :func:`stochastic_round`; if the trees differ.
+      TypeError, ValueError: as :func:`.stochastic_round`; if the trees differ.
 
     References:
       Zamirai et al., Revisiting bfloat16 training (2021).
@@ -83,7 +83,7 @@ def apply_updates_stochastic(
       >>> import jax.numpy as jnp, natgalore_jax as ng
       >>> params = {"w": jnp.ones(1000, jnp.bfloat16)}
       >>> updates = {"w": jnp.full(1000, 2.0**-7 / 8)}
-      >>> new = ng.apply_updates_stochastic(params, updates, step=0)
+      >>> new = ng.training.apply_updates_stochastic(params, updates, step=0)
       >>> 100 < int(jnp.sum(new["w"] > 1)) < 150
       True
     """

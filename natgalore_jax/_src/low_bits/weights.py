@@ -27,7 +27,7 @@ _TINY = np.float32(jnp.finfo(jnp.bfloat16).tiny)
 
 
 class QuantizedWeights(NamedTuple):
-    """What :func:`quantize_weights` returns: parameters of which some are in 8 bits."""
+    """What :func:`.quantize_weights` returns: parameters of which some are in 8 bits."""
 
     count: jax.typing.ArrayLike  #: shape (), int32: how often they were rounded
     #: The tree of parameters: int8 where scales has an array, elsewhere the parameter itself.
@@ -45,7 +45,7 @@ def quantize_weights(
 
     A weight is :math:`w = s c` with a whole number c from −127 to 127 and a bfloat16 scale s for
     each block of up to ``block_size`` weights along one of the last two axes. Here c is the
-    nearest. :func:`per_layer` trains such weights: it decodes those of one layer at a time, and
+    nearest. :func:`.per_layer` trains such weights: it decodes those of one layer at a time, and
     rounds what the optimizer makes of them up or down with the probabilities that make the mean
     exact. An update of a hundredth of s then moves one weight in a hundred, where the nearest
     number would be the old one for ever.
@@ -62,7 +62,7 @@ def quantize_weights(
       block_size: the most weights that share a scale, at least 16.
 
     Returns:
-      A :class:`QuantizedWeights`, which is a pytree of plain arrays: save it as it is.
+      A :class:`.QuantizedWeights`, which is a pytree of plain arrays: save it as it is.
 
     Raises:
       TypeError, ValueError: for an argument of a wrong type or value, and, with its path, for a
@@ -75,10 +75,10 @@ def quantize_weights(
     Example:
       >>> import jax, jax.numpy as jnp, natgalore_jax as ng
       >>> params = {"layers": {"w": jax.random.normal(jax.random.key(0), (2, 64, 512))}}
-      >>> weights = ng.quantize_weights(params)
+      >>> weights = ng.training.quantize_weights(params)
       >>> weights.codes["layers"]["w"].dtype, weights.scales["layers"]["w"].shape
       (dtype('int8'), (2, 1, 512))
-      >>> decoded = ng.dequantize_weights(weights)
+      >>> decoded = ng.training.dequantize_weights(weights)
       >>> bool(jnp.max(jnp.abs(decoded["layers"]["w"] - params["layers"]["w"])) < 0.02)
       True
     """
@@ -97,7 +97,7 @@ def dequantize_weights(weights: QuantizedWeights, dtype: Any = jnp.float32) -> A
     """The tree of parameters, those in 8 bits decoded in this dtype.
 
     Args:
-      weights: what :func:`quantize_weights` or a step of :func:`per_layer` returned.
+      weights: what :func:`.quantize_weights` or a step of :func:`.per_layer` returned.
       dtype: of what was in 8 bits; float32 is exact.
 
     Returns:
@@ -105,8 +105,8 @@ def dequantize_weights(weights: QuantizedWeights, dtype: Any = jnp.float32) -> A
 
     Example:
       >>> import jax.numpy as jnp, natgalore_jax as ng
-      >>> weights = ng.quantize_weights({"w": jnp.ones((64, 64)), "scale": jnp.ones(64)})
-      >>> ng.dequantize_weights(weights, jnp.bfloat16)["w"].dtype
+      >>> weights = ng.training.quantize_weights({"w": jnp.ones((64, 64)), "scale": jnp.ones(64)})
+      >>> ng.training.dequantize_weights(weights, jnp.bfloat16)["w"].dtype
       dtype(bfloat16)
     """
     if not isinstance(weights, QuantizedWeights):

@@ -9,7 +9,7 @@ import optax
 
 from natgalore_jax._src.memory.attribution import alternatives, attribute, nbytes
 from natgalore_jax._src.memory.compiled_step import StepMemory, bytes_per_device, step_memory
-from natgalore_jax._src.memory.table import format_report
+from natgalore_jax._src.memory.table import align, format_bytes
 from natgalore_jax._src.params.context import record_plans
 from natgalore_jax._src.params.plan import LeafPlan
 from natgalore_jax._src.params.where import KeyPath
@@ -119,7 +119,7 @@ class MemoryReport:
         }
 
     def __str__(self) -> str:
-        return format_report(self)
+        return _format(self)
 
 
 def memory_report(
@@ -159,10 +159,10 @@ def memory_report(
       tx: any Optax transformation, of this library or not, however nested.
       params: the parameters, or their shapes: arrays, ``jax.ShapeDtypeStruct``, an abstract
         ``nnx.State``. A sharded parameter is counted whole, over all its devices.
-      step: a compiled training step, for ``report.step``: a :class:`StepMemory` of one device. The
+      step: a compiled training step, for ``report.step``: a :class:`.StepMemory` of one device. The
         CPU's compiler makes float32 copies of bfloat16 matrices, which then count.
       live_gradients: the bytes of the gradients that exist at the same time on a device. None (the
-        default): those of all parameters, in their dtypes and shardings. With :func:`per_layer` it
+        default): those of all parameters, in their dtypes and shardings. With :func:`.per_layer` it
         is the largest of the embedding part, one layer and the head part.
 
     Returns:
@@ -273,3 +273,87 @@ def _treatment(p: ParameterMemory) -> dict[str, Any]:
     row["rank"] = list(p.rank) if isinstance(p.rank, tuple) else p.rank
     del row["path"]
     return row
+
+
+def _format(report: MemoryReport) -> str:
+    """One row per group and a total, the same state with other sides projected, and the step."""
+    blocks = [align(_group_rows(report)), *_alternative_block(report), *_step_block(report)]
+    return "\n\n".join(blocks)
+
+
+def _group_rows(report: MemoryReport) -> list[list[str]]:
+    rows = [["parameter", "count", "shape", "dtype", "rank", "side"]]
+    rows[0] += ["weights", "basis", "history", "inner", "state", "AdamW"]
+    for group in report.groups:
+        p = group.parameter
+        sizes = (p.weight_bytes, p.basis_bytes, p.history_bytes, p.inner_bytes + p.other_bytes)
+        rows.append(
+            [
+                _label(group),
+                str(group.count),
+                "×".join(map(str, p.shape)) or "scalar",
+                p.dtype,
+                "×".join(map(str, p.rank)) if isinstance(p.rank, tuple) else str(p.rank or "-"),
+                p.side or "-",
+                *(_cell(group.count * x) for x in (*sizes, p.state_bytes, p.adamw_bytes)),
+            ]
+        )
+    if report.shared_bytes:
+        rows.append(["(shared)", *[""] * 9, _cell(report.shared_bytes), ""])
+    parts = report.part_bytes
+    sizes = (
+        report.weight_bytes,
+        parts["basis"],
+        parts["history"],
+        parts["inner"] + parts["other"],
+        report.total_state_bytes,
+        report.adamw_state_bytes,
+    )
+    rows.append(["total", str(len(report.parameters)), *[""] * 4, *map(_cell, sizes)])
+    return rows
+
+
+def _alternative_block(report: MemoryReport) -> list[str]:
+    """The same state with the short, the long or both sides projected, if any are."""
+    totals = report.alternative_state_bytes
+    if not totals:
+        return []
+    sides = ("short", "long", "both")
+    rows = [["state if the side were", "now", *sides]]
+    for group in report.groups:
+        p = group.parameter
+        if p.alternatives:
+            sizes = (p.state_bytes, *(p.alternatives[side] for side in sides))
+            rows.append([_label(group), *(_cell(group.count * x) for x in sizes)])
+    total = (report.total_state_bytes, *(totals[side] for side in sides))
+    return [align([*rows, ["total", *map(_cell, total)]])]
+
+
+def _step_block(report: MemoryReport) -> list[str]:
+    """What one device holds at the peak of the compiled step, if there is one."""
+    step = report.step
+    if step is None:
+        return []
+    rows = [
+        ["a step, on a device", "bytes"],
+        ["weights, state, batch", _cell(step.argument_bytes)],
+        ["results beside them", _cell(step.result_bytes)],
+        ["gradients", _cell(step.gradient_bytes)],
+        ["activations, update", _cell(step.activation_bytes)],
+        ["total", _cell(step.total_bytes)],
+    ]
+    if step.host_bytes:
+        rows.append(["in the host's memory", _cell(step.host_bytes)])
+    return [align(rows)]
+
+
+def _cell(count: int) -> str:
+    return format_bytes(count) if count else "-"
+
+
+def _label(group: MemoryGroup) -> str:
+    """The names of a group in one: what differs between them is a star."""
+    names = [path.split("/") for path in group.paths]
+    if len({len(name) for name in names}) > 1:
+        return f"{group.paths[0]}, …"
+    return "/".join(keys[0] if len(set(keys)) == 1 else "*" for keys in zip(*names, strict=True))

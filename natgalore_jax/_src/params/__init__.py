@@ -1,1 +1,1 @@
-"""Which parameters are projected, along which axes, and where their arrays are: from names and shapes alone."""
+"""Names, shapes and placement: which parameters, along which axes, on which devices."""

@@ -58,7 +58,7 @@ def record_plans() -> Iterator[list[LeafPlan]]:
 
 
 class LayerView(NamedTuple):
-    """What an ``update`` is given in the place of all parameters by :func:`per_layer`.
+    """What an ``update`` is given in the place of all parameters by :func:`.per_layer`.
 
     Stacked parameters, (L, ...), are one of their layers, (1, ...), and parameters that are not
     active are zeros whose updates nobody reads.

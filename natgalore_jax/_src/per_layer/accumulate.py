@@ -23,7 +23,7 @@ def accumulated(tx: Any, number: int) -> optax.GradientTransformationExtraArgs:
     The basis of a step is decided by its first gradient. Updates in between are zero.
 
     Raises:
-      TypeError, ValueError: as :func:`low_rank_steps`, and for a residual.
+      TypeError, ValueError: as :func:`.low_rank_steps`, and for a residual.
     """
     steps = low_rank_steps(tx)
     if steps.needs_full:

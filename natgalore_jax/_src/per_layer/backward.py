@@ -18,7 +18,7 @@ Leaves = list[jax.Array]
 
 
 class Functions(NamedTuple):
-    """The user's model; see :func:`per_layer`."""
+    """The user's model; see :func:`.per_layer`."""
 
     embed: Callable[[Any, Any], Any]
     layer: Callable[[Any, Any], Any]

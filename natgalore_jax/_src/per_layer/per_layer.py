@@ -34,21 +34,21 @@ CLIP_MODES = ("previous", "layer")
 
 
 class PerLayerState(NamedTuple):
-    """State of :func:`per_layer`."""
+    """State of :func:`.per_layer`."""
 
     opt_state: Any  #: what the optimizer's init makes of all parameters, the layers stacked
     grad_norm: jax.Array  #: shape (), float32: the norm of the last gradient, 0 before the first
 
 
 class PerLayerMetrics(NamedTuple):
-    """What a step of :func:`per_layer` measures, before it changes anything."""
+    """What a step of :func:`.per_layer` measures, before it changes anything."""
 
     loss: jax.Array  #: shape (), what head returned
     grad_norm: jax.Array  #: shape (), float32: of the gradient of all parameters, unclipped
 
 
 class PerLayer(NamedTuple):
-    """What :func:`per_layer` returns."""
+    """What :func:`.per_layer` returns."""
 
     init: Callable[[Any], PerLayerState]  #: ``params -> state``
     #: ``(params, state, batch) -> (params, state, metrics)``; jitted, takes over params and state.
@@ -108,21 +108,21 @@ def per_layer(
         and the rest. A norm that is not finite clips nothing.
       accumulate: micro-batches in one step. ``step`` takes one micro-batch; the last one of a step
         updates, the others leave the parameters alone. Low-rank gradients are accumulated, as with
-        :func:`low_rank_steps`, in a state of their size (``opt_state`` then is an
-        :class:`AccumulatedState`): the optimizer must come from :func:`chain` and have no residual.
+        :func:`.low_rank_steps`, in a state of their size (``opt_state`` then is an
+        :class:`.AccumulatedState`): the optimizer must come from :func:`chain`, without a residual.
         Otherwise ``optax.MultiSteps(tx, k)`` as ``tx`` accumulates whole gradients. Clipping and
         metrics are those of the micro-batch.
       apply_updates: ``(params, updates, opt_state) -> params`` with the state before the step, in
         the place of ``optax.apply_updates``; for bfloat16 parameters, for example,
-        ``lambda params, updates, state: ng.apply_updates_stochastic(params, updates,
+        ``lambda params, updates, state: ng.training.apply_updates_stochastic(params, updates,
         state[0].count)``.
-      weight_dtype: for parameters in 8 bits (:func:`quantize_weights`): the dtype in which model
+      weight_dtype: for parameters in 8 bits (:func:`.quantize_weights`): the dtype in which model
         and optimizer see them, decoded one layer at a time; None is float32. Their gradients have
         it too. Whatever it is, updates are added to the exact weights in float32, also by
         ``apply_updates``, and then rounded stochastically.
 
     Returns:
-      A :class:`PerLayer` of ``init`` and ``step``. ``step`` is jitted and donates parameters and
+      A :class:`.PerLayer` of ``init`` and ``step``. ``step`` is jitted and donates parameters and
       state: use what it returns.
 
     Raises:
@@ -145,7 +145,7 @@ def per_layer(
       ... }
       >>> x = jax.random.normal(keys[3], (64, 4))
       >>> batch = {"x": x, "y": jnp.sin(x[:, :1] * x[:, 1:2])}
-      >>> train = ng.per_layer(
+      >>> train = ng.training.per_layer(
       ...     ng.natural_galore_adamw(optax.linear_schedule(0.02, 0.0, 100), rank=4),
       ...     embed=lambda params, batch: batch["x"] @ params["embed"],
       ...     layer=lambda layer, x: x + jnp.tanh(x @ layer["kernel"]),

@@ -57,7 +57,6 @@ class Companion(Protocol):
         ...
 
 
-Factors = tuple[jax.Array, ...]
 StoredFactors = tuple[Stored, ...]
 
 

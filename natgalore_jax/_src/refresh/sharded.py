@@ -50,7 +50,7 @@ def groups_of(
     """The parameters that are dealt out together: a stack alone, single matrices by shape.
 
     A single matrix without another of its shape is not among them, nor is anything that lies whole
-    on every device, nor one layer of a stack in :func:`natgalore_jax.per_layer`.
+    on every device, nor one layer of a stack in :func:`.per_layer`.
     """
     if is_layer_view():
         return []
@@ -111,8 +111,8 @@ def refresh_group(
 
     Args:
       settings: how.
-      plans, gradients, bases, companions: as in :func:`natgalore_jax._src.refresh.refresh.refresh`, of the
-        parameters of the group.
+      plans, gradients, bases, companions: as in ``refresh.refresh``, of the parameters of
+        the group.
       due: of each parameter, the matrices that are due.
       keys: of each parameter those of its matrices, for the random methods and the probes.
 
@@ -144,7 +144,7 @@ def _dealt(settings, plans, groups, is_due, matrix_keys, is_first):
         if of[0] != of_layers:
             raise ValueError(
                 f"{plan.path}: the layers of its state must be divided as its own, over "
-                f"{of_layers}, got {of[0]}: use natgalore_jax.state_shardings"
+                f"{of_layers}, got {of[0]}: use natgalore_jax.training.state_shardings"
             )
 
     length = plan.shape[layer_axis] // math.prod(mesh.shape[n] for n in of_layers)

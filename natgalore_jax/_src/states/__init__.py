@@ -1,1 +1,1 @@
-"""Meaning of the fields of optimizer states, registered by type, and their transport at a refresh."""
+"""Meaning of the fields of optimizer states, registered by type, and transport at a refresh."""

@@ -10,6 +10,7 @@ import optax
 from natgalore_jax._src.kernels.basis import METHODS, start_basis
 from natgalore_jax._src.kernels.kernel import own_arithmetic
 from natgalore_jax._src.kernels.linear_codes import coded_bits
+from natgalore_jax._src.kernels.projection import Factors
 from natgalore_jax._src.kernels.rotation import TRANSITIONS
 from natgalore_jax._src.params.axes import AxesLike
 from natgalore_jax._src.params.checks import (
@@ -22,7 +23,7 @@ from natgalore_jax._src.params.checks import (
 )
 from natgalore_jax._src.params.plan import SIDES, LeafPlan, PlanSettings, check_rank
 from natgalore_jax._src.params.where import Where, hidden_matrices
-from natgalore_jax._src.refresh.matrix import Factors, RefreshSettings
+from natgalore_jax._src.refresh.matrix import RefreshSettings
 
 UPDATE_INTERVAL = 200
 # They find the same basis whatever the seed.

@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import optax
 
 from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
-from natgalore_jax._src.kernels.projection import project_back as back
+from natgalore_jax._src.kernels.projection import Factors, project_back as back
 from natgalore_jax._src.kernels.residual import RESIDUALS, Residual, empty_fisher, with_residual
 from natgalore_jax._src.params.checks import check_choice, check_decay, check_number, check_unused
 from natgalore_jax._src.params.placement import place_low_rank, zeros_on_axes
 from natgalore_jax._src.params.plan import LeafPlan
-from natgalore_jax._src.refresh.matrix import Factors
 
 NORM_GROWTH_LIMIT, RESIDUAL_DECAY = 1.01, 0.9
 

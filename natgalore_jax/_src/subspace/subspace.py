@@ -19,11 +19,11 @@ from natgalore_jax._src.kernels.linear_codes import (
     relative_error,
     tree_of,
 )
-from natgalore_jax._src.kernels.projection import project_to_stored
+from natgalore_jax._src.kernels.projection import Factors, project_to_stored
 from natgalore_jax._src.params.context import open_subspace
 from natgalore_jax._src.params.placement import has_explicit_sharding, place_factor
 from natgalore_jax._src.params.plan import LeafPlan, plan_tree, require_projection
-from natgalore_jax._src.refresh.matrix import Factors, StoredFactors
+from natgalore_jax._src.refresh.matrix import StoredFactors
 from natgalore_jax._src.refresh.refresh import refresh
 from natgalore_jax._src.states.transport import companions_of_all, with_companions_of_all
 from natgalore_jax._src.states.tree_checks import (
@@ -289,7 +289,7 @@ def with_residual_error(what: str, rule: str) -> str:
         f"{what} inside a subspace updates with the sum of several gradients, and "
         f"project_back(residual={rule!r}) would add the residual of each single one at once: put "
         "optax.MultiSteps around the whole chain, take the chain apart with "
-        "natgalore_jax.low_rank_steps, or use residual=False"
+        "natgalore_jax.training.low_rank_steps, or use residual=False"
     )
 
 

@@ -38,7 +38,7 @@ def data_parallel_step(
 
     Args:
       loss: ``(params, batch) -> scalar``, the mean over the rows of the batch.
-      tx: an optimizer for :func:`low_rank_steps`, without a residual: the residual needs the mean
+      tx: an optimizer for :func:`.low_rank_steps`, without a residual: the residual needs the mean
         of the whole gradients, so that nothing would be saved. ``residual=False`` of
         :func:`natural_galore_adamw`; :func:`galore_adamw` has none. "online" refreshes every basis
         at every step, and saves nothing either.
@@ -52,7 +52,7 @@ def data_parallel_step(
       multiple of the number of devices times ``micro_batches``.
 
     Raises:
-      TypeError, ValueError: as :func:`low_rank_steps`; for an optimizer with a residual, an axis
+      TypeError, ValueError: as :func:`.low_rank_steps`; for an optimizer with a residual, an axis
         that the mesh does not have, and ``micro_batches`` below one.
 
     Example:
@@ -60,7 +60,7 @@ def data_parallel_step(
       >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
       >>> tx = ng.galore_adamw(0.1, rank=2)
       >>> loss = lambda params, x: jnp.mean((x @ params["w"] - x) ** 2)
-      >>> step = ng.data_parallel_step(loss, tx, mesh)
+      >>> step = ng.training.data_parallel_step(loss, tx, mesh)
       >>> params = {"w": jnp.zeros((8, 8))}
       >>> params, state, value = step(params, tx.init(params), jnp.ones((8, 8)))
       >>> float(value)

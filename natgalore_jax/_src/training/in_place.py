@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 
 
 class InPlace:
-    """What :func:`in_place` returns: called, lowered and traced like a function of ``jax.jit``."""
+    """What :func:`.in_place` returns: called, lowered and traced like a function of ``jax.jit``."""
 
     def __init__(self, step: Callable[..., Any], number: int):
         self._step, self._number = step, number
@@ -52,12 +52,12 @@ def in_place(step: Callable[..., Any], number: int = 1) -> InPlace:
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, natgalore_jax as ng
-      >>> tx = ng.offload_state(optax.adam(0.1))
+      >>> tx = ng.training.offload_state(optax.adam(0.1))
       >>> def step(params, state, batch):
       ...     loss, grads = jax.value_and_grad(lambda w: jnp.mean((batch @ w) ** 2))(params)
       ...     updates, state = tx.update(grads, state, params)
       ...     return optax.apply_updates(params, updates), state, loss
-      >>> step = ng.in_place(step, 2)
+      >>> step = ng.training.in_place(step, 2)
       >>> params = jnp.ones((64, 64))
       >>> params, state, loss = step(params, tx.init(params), jnp.ones((8, 64)))
       >>> params.sharding.memory_kind, state[0].mu.sharding.memory_kind

@@ -13,7 +13,7 @@ from natgalore_jax._src.subspace.subspace import Subspace
 
 
 class LowRankSteps(NamedTuple):
-    """The parts of an update; what :func:`low_rank_steps` returns."""
+    """The parts of an update; what :func:`.low_rank_steps` returns."""
 
     #: ``(grads, state, axis_name=None, is_scheduled=True) -> state``: new bases where they are due
     #: at this count; with ``is_scheduled=False`` only of matrices without a gradient so far, which
@@ -34,7 +34,7 @@ class LowRankSteps(NamedTuple):
 
         They exchange the low-rank gradients, and whole ones only of matrices whose basis is due,
         on average one in ``update_interval`` at each step. For use within ``jax.shard_map`` or
-        ``jax.pmap``; :func:`data_parallel_step` does all of it.
+        ``jax.pmap``; :func:`.data_parallel_step` does all of it.
 
         Args:
           grads: of the mean loss of this device's rows, as many on each device.
@@ -104,7 +104,7 @@ def low_rank_steps(tx: optax.GradientTransformation) -> LowRankSteps:
       a step. (``optax.MultiSteps`` inside the chain has the small accumulator as well, but runs all
       that surrounds it for each micro-batch.)
     * Data parallelism: the devices exchange R in the place of G, see ``exchange`` and
-      :func:`data_parallel_step`.
+      :func:`.data_parallel_step`.
 
     ``refresh`` leaves the step count alone: call it once before each ``update``, also where no
     refresh is due, which it finds out itself; twice at one count would move bases and moments
@@ -124,7 +124,7 @@ def low_rank_steps(tx: optax.GradientTransformation) -> LowRankSteps:
         published variants.
 
     Returns:
-      A :class:`LowRankSteps` of pure functions on the state of ``tx``.
+      A :class:`.LowRankSteps` of pure functions on the state of ``tx``.
 
     Raises:
       TypeError: if ``tx`` is anything else, such as ``optax.chain`` or ``optax.MultiSteps`` around
@@ -139,7 +139,7 @@ def low_rank_steps(tx: optax.GradientTransformation) -> LowRankSteps:
       >>> micro_batches = jax.random.normal(jax.random.key(0), (4, 16, 6))
 
       >>> tx = ng.galore_adamw(0.1, rank=2)
-      >>> steps, state = ng.low_rank_steps(tx), tx.init(params)
+      >>> steps, state = ng.training.low_rank_steps(tx), tx.init(params)
       >>> mean = optax.tree.zeros_like(steps.project(params, state))
       >>> for i, batch in enumerate(micro_batches):
       ...     state, mean = steps.accumulate(jax.grad(loss)(params, batch), state, mean, i)

@@ -12,14 +12,14 @@ def to_host(tree: Any, min_size: int = 4096) -> Any:
     """The tree with its large arrays in the memory of the host.
 
     They keep their sharding: every host holds what its devices had. Works under ``jax.jit`` too.
-    :func:`per_layer` takes weights that are there, and fetches one layer of them at a time.
+    :func:`.per_layer` takes weights that are there, and fetches one layer of them at a time.
 
     Args:
       tree: arrays, of any dtype.
       min_size: elements; smaller arrays stay. A copy has a latency whatever its size.
 
     Returns:
-      The same tree; :func:`to_device` is the inverse.
+      The same tree; :func:`.to_device` is the inverse.
 
     Raises:
       TypeError, ValueError: if ``min_size`` is not a positive integer.
@@ -27,7 +27,7 @@ def to_host(tree: Any, min_size: int = 4096) -> Any:
 
     Example:
       >>> import jax, jax.numpy as jnp, natgalore_jax as ng
-      >>> tree = ng.to_host({"w": jnp.ones((128, 64)), "b": jnp.ones(64)})
+      >>> tree = ng.training.to_host({"w": jnp.ones((128, 64)), "b": jnp.ones(64)})
       >>> tree["w"].sharding.memory_kind, tree["b"].sharding.memory_kind
       ('pinned_host', 'device')
     """
@@ -49,11 +49,11 @@ def to_device(tree: Any) -> Any:
       tree: arrays, of any dtype, in either memory.
 
     Returns:
-      The same tree; :func:`to_host` is the inverse.
+      The same tree; :func:`.to_host` is the inverse.
 
     Example:
       >>> import jax.numpy as jnp, natgalore_jax as ng
-      >>> tree = ng.to_device(ng.to_host({"w": jnp.ones((128, 64))}))
+      >>> tree = ng.training.to_device(ng.training.to_host({"w": jnp.ones((128, 64))}))
       >>> tree["w"].sharding.memory_kind
       'device'
     """
@@ -69,7 +69,7 @@ def offload_state(
 
     ``update`` fetches them, runs ``inner.update`` and stores them again: the numbers are those of
     ``inner``. Compiled together with the backward pass, XLA decides when each array travels; the
-    devices hold all of the state at once at most. With :func:`per_layer` around it they hold
+    devices hold all of the state at once at most. With :func:`.per_layer` around it they hold
     the state of one layer, and the rest travels while other layers are computed.
 
     Between the host and a device lie 10 to 60 GB/s: 5.7 GB of state, there and back, take 0.2 to
@@ -81,7 +81,7 @@ def offload_state(
 
     Returns:
       A transformation with the state of ``inner``. A step that donates it is jitted by
-      :func:`in_place`, or by ``jax.jit`` with the ``out_shardings`` of everything.
+      :func:`.in_place`, or by ``jax.jit`` with the ``out_shardings`` of everything.
 
     Raises:
       TypeError, ValueError: if ``min_size`` is not a positive integer.
@@ -89,7 +89,7 @@ def offload_state(
     Example:
       >>> import jax, jax.numpy as jnp, optax, natgalore_jax as ng
       >>> params = {"w": jnp.ones((128, 64))}
-      >>> tx = ng.offload_state(optax.adam(0.1))
+      >>> tx = ng.training.offload_state(optax.adam(0.1))
       >>> updates, state = jax.jit(tx.update)(params, tx.init(params), params)
       >>> state[0].mu["w"].sharding.memory_kind, updates["w"].sharding.memory_kind
       ('pinned_host', 'device')

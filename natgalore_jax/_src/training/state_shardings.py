@@ -26,7 +26,7 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: An
     of a in R, goes to an axis that is left, first m or n, then L, where it divides its length:
     ``(l, (a, b), None)`` and ``(l, None, (b, a))``. So nothing large is held twice, at the price of
     gathering P (m × r numbers for each matrix) in every step for which b is an axis. Numbers that
-    all parameters share are on every device. (:func:`ldadamw` and :func:`apollo_adamw` leave axes
+    all parameters share are on every device. (:func:`.ldadamw` and :func:`.apollo_adamw` leave axes
     that the projection frees idle.)
 
     On a mesh with explicit axes, the default of ``jax.make_mesh``, ``jax.jit(tx.init)`` has these
@@ -51,7 +51,7 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: An
       >>> columns = jax.NamedSharding(mesh, jax.P(None, "model"))
       >>> tx = ng.galore_adamw(1e-2, rank=2)
       >>> params = {"w": jax.ShapeDtypeStruct((6, 8), jnp.float32, sharding=columns)}
-      >>> shardings = ng.state_shardings(tx, params)
+      >>> shardings = ng.training.state_shardings(tx, params)
       >>> optax.tree.get(shardings, "mu")["w"].spec
       P(None, 'model')
       >>> init = jax.jit(tx.init, out_shardings=shardings)
@@ -88,21 +88,21 @@ def with_shardings(
 
     Args:
       tx: an Optax transformation that works on explicit axes, as those of this library do.
-      params, shardings: see :func:`state_shardings`.
+      params, shardings: see :func:`.state_shardings`.
 
     Returns:
       A transformation for these parameters on this mesh; ``tx`` itself if its axes are explicit.
-      :func:`low_rank_steps` and :func:`per_layer` take ``tx``, not this.
+      :func:`.low_rank_steps` and :func:`.per_layer` take ``tx``, not this.
 
     Raises:
-      ValueError: see :func:`state_shardings`.
+      ValueError: see :func:`.state_shardings`.
 
     Example:
       >>> import jax, jax.numpy as jnp, natgalore_jax as ng
       >>> mesh = jax.make_mesh((1,), ("layers",), axis_types=(jax.sharding.AxisType.Auto,))
       >>> by_layer = jax.NamedSharding(mesh, jax.P("layers"))
       >>> params = {"w": jax.device_put(jnp.ones((4, 6, 8)), by_layer)}
-      >>> tx = ng.with_shardings(ng.galore_adamw(1e-2, rank=2), params)
+      >>> tx = ng.training.with_shardings(ng.galore_adamw(1e-2, rank=2), params)
       >>> updates, state = jax.jit(tx.update)(params, tx.init(params), params)
       >>> updates["w"].shape
       (4, 6, 8)

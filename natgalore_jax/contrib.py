@@ -1,0 +1,15 @@
+"""Methods of other publications with the same memory."""
+
+from natgalore_jax._src.contrib.apollo import (
+    ScaleByApolloState as ScaleByApolloState,
+    scale_by_apollo as scale_by_apollo,
+)
+from natgalore_jax._src.contrib.apollo_adamw import (
+    apollo_adamw as apollo_adamw,
+    apollo_mini_adamw as apollo_mini_adamw,
+)
+from natgalore_jax._src.contrib.ldadam import (
+    ScaleByLDAdamState as ScaleByLDAdamState,
+    ldadamw as ldadamw,
+    scale_by_ldadam as scale_by_ldadam,
+)
