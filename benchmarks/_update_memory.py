@@ -29,7 +29,11 @@ def update_memory(shape: tuple[int, int, int], rank: int, history: int) -> dict[
     """
     factories: dict[str, Callable[[], optax.GradientTransformation]] = {
         "galore": lambda: ng.galore_adamw(1e-2, rank=rank),
-        "natural": lambda: ng.natural_galore_adamw(1e-2, rank=rank, history=history or None),
+        "natural": lambda: (
+            ng.chain(ng.natural_galore(rank, history=history), optax.adamw(1e-2))
+            if history
+            else ng.natural_galore_adamw(1e-2, rank=rank)
+        ),
     }
     with_refresh = {name: _temporary_bytes(make(), shape) for name, make in factories.items()}
     with mock.patch.object(_subspace, "refresh", _no_refresh):

@@ -24,6 +24,7 @@ import tyro
 
 import natgalore_jax as ng
 from benchmarks._environment import RESULTS, environment, save, write
+from benchmarks.quality.variants import recipe
 
 # Losses are float32: what is smaller is zero.
 _SMALLEST = 1e-38
@@ -45,21 +46,19 @@ class Problem:
 def methods(rank: int, interval: int) -> dict[str, Factory]:
     """What is compared. Without the Fisher matrices, everything else is as in the default."""
     subspace: dict[str, Any] = {"rank": rank, "update_interval": interval}
-    no_inside = {"damping": 1e6}  # relative: far above all its entries
     paper = functools.partial(ng.paper_natural_galore_adamw, scale=0.25, **subspace)
     default = functools.partial(ng.natural_galore_adamw, **subspace)
     return {
         "adamw": functools.partial(optax.adamw, weight_decay=0.0),
         "galore": functools.partial(ng.galore_adamw, scale=0.25, **subspace),
-        "fira": functools.partial(ng.galore_adamw, scale=0.25, residual=True, **subspace),
+        "fira": functools.partial(ng.galore_adamw, scale=0.25, residual="fira", **subspace),
         "natural-galore, paper": paper,
         "natural-galore, default": default,
-        "a history of 10 inside": functools.partial(
-            default, history=10, damping=1.0, damping_mode="relative"
-        ),
-        "without the Fisher matrix inside": functools.partial(default, **no_inside),
-        "without the Fisher matrix outside": functools.partial(default, residual="gain"),
-        "without either": functools.partial(default, residual="gain", **no_inside),
+        "a history of 10 inside": functools.partial(recipe, history=10, damping=1.0, **subspace),
+        # Relative: far above all its entries.
+        "without the Fisher matrix inside": functools.partial(recipe, damping=1e6, **subspace),
+        "without the Fisher matrix outside": functools.partial(default, residual="fira"),
+        "without either": functools.partial(recipe, damping=1e6, residual="fira", **subspace),
     }
 
 

@@ -161,9 +161,8 @@ def natural_gradient_table(history: int) -> list[dict[str, Any]]:
     rows = []
     for size, rank in NATURAL_RANKS.items():
         params = llama_shapes(size)
-        tx = ng.natural_galore_adamw(
-            1e-2, rank=rank, side="short", history=history, residual=False, where=is_hidden
-        )
+        stored = ng.natural_galore(rank, history=history, where=is_hidden)
+        tx = ng.chain(stored, optax.adamw(1e-2))
         report = ng.memory_report(tx, params)
         default, eight_bits = (
             ng.natural_galore_adamw(1e-2, rank=rank, where=is_hidden, moment_bits=bits)

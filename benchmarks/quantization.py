@@ -92,14 +92,10 @@ def _cost(preset: str, layers: int | None, rank: int, rounds: int, seed: int) ->
         return ng.galore_adamw(1e-2, rank=rank, update_interval=10**6, **options)
 
     def history(dtype=None):
-        return ng.natural_galore_adamw(
-            1e-2,
-            rank=rank,
-            update_interval=10**6,
-            history=HISTORY,
-            residual=False,
-            history_dtype=dtype,
+        stored = ng.natural_galore(
+            rank, update_interval=10**6, history=HISTORY, history_dtype=dtype
         )
+        return ng.chain(stored, optax.adamw(1e-2))
 
     optimizers = {
         "adam": optax.scale_by_adam(),

@@ -95,8 +95,13 @@ def main(
             weight_decay=1e-4,
         ),
         "galore": lambda: ng.galore_adamw(1e-2, rank=rank, update_interval=interval),
-        "natural": lambda: ng.natural_galore_adamw(
-            1e-2, rank=rank, update_interval=interval, history=history or None
+        "natural": lambda: (
+            ng.chain(
+                ng.natural_galore(rank, update_interval=interval, history=history),
+                optax.adamw(1e-2),
+            )
+            if history
+            else ng.natural_galore_adamw(1e-2, rank=rank, update_interval=interval)
         ),
     }
     if stacked:

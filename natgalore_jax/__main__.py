@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", choices=DTYPES, help="of parameters; bfloat16 for a preset, or else float32"
     )
-    parser.add_argument("--side", choices=SIDES, help="which side is projected (default: auto)")
+    parser.add_argument("--side", choices=SIDES, help="which side is projected (default: short)")
     return parser
 
 
@@ -91,7 +91,7 @@ def _memory(options: Any) -> str:
     else:
         params = read_shapes(options.shapes, options.dtype or "float32")
         name, rank = options.shapes, options.rank or 128
-    side = options.side or "auto"
+    side = options.side or "short"
     reports = compare_memory(params, rank, side)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     return "\n\n".join(

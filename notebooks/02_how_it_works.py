@@ -225,7 +225,7 @@ H = np.concatenate(history, axis=1).astype(np.float64)  # (2, s)
 
 natural = {}
 for damping in (0.01, 0.1, 1.0, 10.0):
-    woodbury = ng.woodbury_natural_gradient(history=10, damping=damping)
+    woodbury = ng.woodbury_natural_gradient(10, damping, "absolute")
     state = woodbury.init(h)
     for h in history:
         natural[damping], state = woodbury.update(h, state)
@@ -274,7 +274,7 @@ subspace = {"rank": 1, "update_interval": 10, "weight_decay": 0.0}
 
 def woodbury_descent(damping):
     return lambda rate: optax.chain(
-        ng.woodbury_natural_gradient(history=10, damping=damping),
+        ng.woodbury_natural_gradient(10, damping, "absolute"),
         optax.scale_by_learning_rate(rate),
     )
 
@@ -288,8 +288,8 @@ METHODS = {
 }
 ALSO = {
     "SGD, momentum 0.9": lambda rate: optax.sgd(rate, momentum=0.9),
-    "Natural GaLore, history, no residual": lambda rate: ng.natural_galore_adamw(
-        rate, history=10, residual=False, **subspace
+    "Natural GaLore, history, no residual": lambda rate: ng.chain(
+        ng.natural_galore(rank=1, update_interval=10), optax.adamw(rate, weight_decay=0.0)
     ),
 }
 

@@ -193,7 +193,7 @@ print(f"largest relative difference to one device: {difference:.1e}")
 # %%
 flat = jax.make_mesh((8,), ("data",), axis_types=auto[:1])
 low_tx = ng.natural_galore_adamw(
-    0.01, rank=RANK, update_interval=10, weight_decay=0.0, residual=False
+    0.01, rank=RANK, update_interval=10, weight_decay=0.0, residual="none"
 )
 step = ng.training.data_parallel_step(loss, low_tx, flat)
 everywhere = jax.NamedSharding(flat, jax.P())

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
+from composed import composed_adamw
 
 import natgalore_jax as ng
 
@@ -63,7 +64,7 @@ FACTORIES: Mapping[str, Callable[[], optax.GradientTransformation]] = {
     "woodbury alone": lambda: ng.woodbury_natural_gradient(history=HISTORY, damping=0.1),
     "natural_galore": lambda: ng.natural_galore(**_natural),
     "natural_galore with residual": lambda: ng.natural_galore(
-        **_natural, residual=True, damping_mode="relative", damping=0.1
+        **_natural, residual="fira", damping_mode="relative", damping=0.1
     ),
     "natural_galore in ng.chain": lambda: ng.chain(
         ng.natural_galore(**_natural), optax.adamw(0.01)
@@ -79,10 +80,13 @@ FACTORIES: Mapping[str, Callable[[], optax.GradientTransformation]] = {
         ng.compact_natural_gradient(optax.scale_by_lion(), structure="full"),
         ng.project_back(residual="fisher"),
     ),
-    "natural_galore_adamw with a history": lambda: ng.natural_galore_adamw(
-        optax.linear_schedule(0.0, 0.01, 3), **_natural, damping=optax.constant_schedule(0.1)
+    "natural_galore_adamw with a history": lambda: composed_adamw(
+        "stored",
+        optax.linear_schedule(0.0, 0.01, 3),
+        **_natural,
+        damping=optax.constant_schedule(0.1),
     ),
-    "galore_adamw with residual": lambda: ng.galore_adamw(0.01, **_project, residual=True),
+    "galore_adamw with residual": lambda: ng.galore_adamw(0.01, **_project, residual="fira"),
     "scale_by_adam_8bit": lambda: ng.scale_by_adam_8bit(min_size=16),
     "8 bits in a subspace": lambda: ng.chain(
         ng.low_rank_project(**_project), ng.scale_by_adam_8bit(min_size=16), ng.project_back()
@@ -92,8 +96,8 @@ FACTORIES: Mapping[str, Callable[[], optax.GradientTransformation]] = {
         ng.quantize_state(optax.amsgrad(0.01), min_size=4),
         ng.project_back(),
     ),
-    "4-bit bases, 8-bit history": lambda: ng.natural_galore_adamw(
-        0.01, **_natural, side="both", basis_dtype="int4", history_dtype=jnp.int8
+    "4-bit bases, 8-bit history": lambda: composed_adamw(
+        "stored", 0.01, **_natural, side="both", basis_dtype="int4", history_dtype=jnp.int8
     ),
     "8-bit Tucker bases, 4-bit history": lambda: ng.natural_galore(
         **{**_natural, "rank": (2, 3, 2)}, basis_dtype=jnp.int8, history_dtype="int4"

@@ -12,13 +12,14 @@ FILE = pathlib.Path(__file__).parent / "fixtures" / "public_interface.txt"
 def describe() -> str:
     """A line for each public name: arguments and their defaults, fields, methods, properties."""
     lines = []
-    for name, value in sorted(vars(ng).items()):
-        if name.startswith("_") or isinstance(value, types.ModuleType):
-            continue
-        kind = "class " if inspect.isclass(value) else ""
-        lines.append(f"{kind}{name}({_arguments(value)})")
-        if kind:
-            lines += [f"  {line}" for line in _members(value)]
+    for prefix, module in {"": ng, "training.": ng.training, "contrib.": ng.contrib}.items():
+        for name, value in sorted(vars(module).items()):
+            if name.startswith("_") or isinstance(value, types.ModuleType):
+                continue
+            kind = "class " if inspect.isclass(value) else ""
+            lines.append(f"{kind}{prefix}{name}({_arguments(value)})")
+            if kind:
+                lines += [f"  {line}" for line in _members(value)]
     return "\n".join(lines) + "\n"
 
 

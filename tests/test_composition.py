@@ -1,5 +1,7 @@
 """How the parts are put together: chains, inner optimizers, one subspace after another."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,26 +39,42 @@ def assert_same_trajectory(tx, other, rtol=1e-5, atol=1e-6):
     )
 
 
-def test_the_drop_in_is_the_chain_of_its_parts():
-    drop_in = ng.natural_galore_adamw(
-        0.1,
-        rank=RANK,
-        update_interval=3,
-        history=2,
-        damping=0.1,
-        weight_decay=0.1,
-        residual=False,
-    )
-    parts = ng.chain(
-        project(),
-        ng.woodbury_natural_gradient(history=2, damping=0.1),
-        optax.scale_by_adam(),
-        ng.project_back(),
-        optax.masked(optax.scale(4.0), lambda params: jax.tree.map(lambda p: p.ndim < 2, params)),
-        optax.add_decayed_weights(0.1),
-        optax.scale_by_learning_rate(0.1),
-    )
-    assert_same_trajectory(drop_in, parts)
+def composition(factory, **given):
+    """The chain that the docstring of a ready-made optimizer says it is, with these arguments."""
+    text = inspect.cleandoc(factory.__doc__).split("It is this composition", 1)[1]
+    block = text.split("::\n\n", 1)[1].split("\n\n", 1)[0]
+    values = {k: p.default for k, p in inspect.signature(factory).parameters.items()}
+    return eval(inspect.cleandoc(block), {"ng": ng, "optax": optax, "jax": jax, **values, **given})
+
+
+READY_MADE = [
+    (ng.natural_galore_adamw, {"residual_scale": 0.3, "unprojected_ratio": 2.0, "scale": 0.5}),
+    (ng.natural_galore_adamw, {"side": "both", "residual": "fira", "b1": 0.8, "eps": 1e-4}),
+    (ng.natural_galore_adamw, {"basis_dtype": "int8", "seed": 3, "residual": "none"}),
+    (ng.galore_adamw, {"residual": "fira", "side": "long", "b2": 0.9}),
+    (ng.galore_adamw, {"method": "svd", "stagger": False, "scale": 0.5}),
+    (ng.paper_natural_galore_adamw, {"history": 3, "damping": 0.1}),
+    (ng.contrib.apollo_adamw, {"granularity": "tensor", "norm_growth_limit": None}),
+    (ng.contrib.apollo_mini_adamw, {}),
+    (ng.contrib.ldadamw, {"error_feedback": True}),
+]
+
+
+@pytest.mark.parametrize(("factory", "settings"), READY_MADE)
+def test_a_ready_made_optimizer_is_the_composition_in_its_docstring(factory, settings):
+    settings = {"learning_rate": 0.1, **settings}
+    names = inspect.signature(factory).parameters
+    defaults = {"rank": RANK, "update_interval": 3, "weight_decay": 0.1}
+    settings |= {k: v for k, v in defaults.items() if k in names}
+    assert_same_trajectory(factory(**settings), composition(factory, **settings))
+    other = composition(factory, **settings | {"learning_rate": 0.11})
+    with pytest.raises(AssertionError):
+        assert_same_trajectory(factory(**settings), other)
+
+
+@pytest.mark.parametrize("factory", {f for f, _ in READY_MADE}, ids=lambda f: f.__name__)
+def test_a_ready_made_optimizer_has_at_most_18_arguments(factory):
+    assert len(inspect.signature(factory).parameters) <= 18
 
 
 def test_the_rate_of_what_is_not_projected():
@@ -206,7 +224,7 @@ def test_chain_without_a_subspace_is_that_of_optax():
 
 
 def test_woodbury_outside_of_a_subspace_acts_on_every_leaf_at_full_size():
-    tx = ng.woodbury_natural_gradient(history=2, damping=0.5)
+    tx = ng.woodbury_natural_gradient(history=2, damping=0.5, damping_mode="absolute")
     grads = normal(1, 2)
     state = tx.init(normal(0))
     for t in range(2):

@@ -14,7 +14,9 @@ import natgalore_jax as ng
 
 # Optax's Adam raises under strict promotion, its SGD and Lion do not.
 OWN = {
-    "projection": lambda: ng.chain(ng.low_rank_project(rank=RANK), ng.project_back(residual=True)),
+    "projection": lambda: ng.chain(
+        ng.low_rank_project(rank=RANK), ng.project_back(residual="fira")
+    ),
     "both sides, in codes": lambda: ng.natural_galore(
         rank=RANK, history=2, side="both", basis_dtype="int4", history_dtype="int8"
     ),

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from composed import composed_adamw
 from contract import FACTORIES, HISTORY, INTERVAL, RANK, random_like, signature, specs, zeros
 
 import natgalore_jax as ng
@@ -129,7 +130,7 @@ def test_jit_and_scan_over_steps_give_what_eager_calls_give(name):
 
 
 def test_tree_get_finds_the_parts_of_a_state():
-    tx = ng.natural_galore_adamw(0.01, rank=RANK, history=HISTORY)
+    tx = composed_adamw("stored", 0.01, rank=RANK, history=HISTORY)
     state = tx.init(zeros())
     assert optax.tree.get(state, "mu")["dense"]["kernel"].shape == (12, RANK)
     rows, cols = optax.tree.get(state, "basis")
@@ -170,7 +171,7 @@ def test_masked_leaves_the_rest_untouched():
 def test_partition_gives_each_group_its_own_rank():
     tx = optax.partition(
         {
-            "small": ng.natural_galore_adamw(0.01, rank=2, history=HISTORY),
+            "small": composed_adamw("stored", 0.01, rank=2, history=HISTORY),
             "large": ng.galore_adamw(0.01, rank=4, side="right"),
         },
         {"dense": "small", "layers": "large"},

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from composed import composed_adamw
 from tolerances import LOSSES, PARAMETERS
 
 import natgalore_jax as ng
@@ -20,14 +21,15 @@ M, N, RANK = 16, 48, 4
 OPTIMIZERS = {
     "galore": functools.partial(ng.galore_adamw, 0.05, rank=RANK, update_interval=INTERVAL),
     "natural": functools.partial(
-        ng.natural_galore_adamw, 0.05, rank=RANK, update_interval=INTERVAL, residual=False
+        ng.natural_galore_adamw, 0.05, rank=RANK, update_interval=INTERVAL, residual="none"
     ),
     "history, right, svd": functools.partial(
-        ng.natural_galore_adamw,
+        composed_adamw,
+        "stored",
         0.05,
         rank=RANK,
         update_interval=INTERVAL,
-        residual=False,
+        residual="none",
         history=3,
         damping=0.1,
         side="right",
@@ -139,7 +141,7 @@ def test_bytes_of_the_compiled_program(mesh):
 
 def test_errors(mesh):
     residual = ng.natural_galore_adamw(0.1, rank=2)
-    with pytest.raises(ValueError, match=r"residual=False"):
+    with pytest.raises(ValueError, match=r"residual='none'"):
         ng.training.data_parallel_step(loss, residual, mesh)
     galore = OPTIMIZERS["galore"]()
     with pytest.raises(ValueError, match=r"axis_name='rows' is no axis of the mesh, \('data',\)"):

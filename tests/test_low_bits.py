@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from composed import composed_adamw
 from jax.sharding import AxisType, NamedSharding
 from oracles import linear_codes as oracle
 
@@ -158,7 +159,7 @@ def test_bytes_from_shapes():
     r, s = 128, 5
 
     def parts(dtype):
-        tx = ng.natural_galore_adamw(1.0, r, history=s, basis_dtype=dtype, history_dtype=dtype)
+        tx = composed_adamw("stored", 1.0, r, history=s, basis_dtype=dtype, history_dtype=dtype)
         report = ng.memory_report(tx, params)
         state = jax.eval_shape(tx.init, params)
         assert report.total_state_bytes == sum(
@@ -176,10 +177,11 @@ def test_bytes_from_shapes():
     assert parts("int4")["history"] == columns // 2 + scales[1] + small
     foretold = {
         side: ng.memory_report(
-            ng.natural_galore_adamw(
+            composed_adamw(
+                "stored",
                 1.0,
                 r,
-                residual=False,
+                residual="none",
                 history=s,
                 basis_dtype="int4",
                 history_dtype="int8",

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from composed import composed_adamw
 from contract import random_like, signature, zeros
 
 import natgalore_jax as ng
@@ -30,11 +31,11 @@ def inside(*inner, **settings):
 
 
 OPTIMIZERS = {
-    "natural": lambda: ng.natural_galore_adamw(0.0125, **DECAYED, residual=False),
-    "galore, both, rotate, all at once": lambda: ng.galore_adamw(
-        0.05, **DECAYED, side="both", transition="rotate", stagger=False
+    "natural": lambda: ng.natural_galore_adamw(0.0125, **DECAYED, residual="none"),
+    "galore, both, rotate, all at once": lambda: composed_adamw(
+        "adam", 0.05, **DECAYED, side="both", transition="rotate", stagger=False
     ),
-    "gain": lambda: ng.galore_adamw(0.05, **DECAYED, residual="gain", side="right"),
+    "fira": lambda: ng.galore_adamw(0.05, **DECAYED, residual="fira", side="right"),
     "fisher": lambda: ng.natural_galore_adamw(0.0125, **DECAYED),
     "tucker, svd": lambda: inside(optax.scale_by_adam(), rank=(2, 3, 2), method="svd"),
     "online, lion": lambda: inside(optax.scale_by_lion(), method="online", update_interval=1),
@@ -233,7 +234,7 @@ def test_what_cannot_be_taken_apart(tx, error, message):
         ng.training.low_rank_steps(tx)
 
 
-@pytest.mark.parametrize("residual", ["gain", "fisher"])
+@pytest.mark.parametrize("residual", ["fira", "fisher"])
 def test_a_residual_needs_the_full_gradient(residual):
     tx = ng.galore_adamw(0.1, rank=2, residual=residual)
     steps, state = ng.training.low_rank_steps(tx), tx.init(PARAMS)
@@ -241,7 +242,7 @@ def test_a_residual_needs_the_full_gradient(residual):
         steps.needs_full and not ng.training.low_rank_steps(ng.galore_adamw(0.1, rank=2)).needs_full
     )
     low = steps.project(PARAMS, state)
-    with pytest.raises(ValueError, match=rf"residual='{residual}'.*full=.*residual=False"):
+    with pytest.raises(ValueError, match=rf"residual='{residual}'.*full=.*residual='none'"):
         steps.update(low, state, PARAMS)
 
 

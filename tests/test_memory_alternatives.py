@@ -28,7 +28,7 @@ def natural(**kwargs):
 )
 def test_alternatives_are_what_the_other_sides_cost(wrap, history):
     def report(side):
-        tx = natural(side=side, history=history, history_dtype=jnp.bfloat16, residual=True)
+        tx = natural(side=side, history=history, history_dtype=jnp.bfloat16, residual="fira")
         return ng.memory_report(wrap(tx), PARAMS)
 
     found = report("left").alternative_state_bytes

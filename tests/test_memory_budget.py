@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
+from composed import composed_adamw
 
 import natgalore_jax as ng
 from examples.llama.config import MODEL_PRESETS
@@ -31,6 +32,6 @@ def test_a_history_is_far_above():
     params = {"layers": jax.ShapeDtypeStruct((4, 512, 1376), jnp.bfloat16)}
     galore, history = (
         ng.memory_report(tx, params).total_state_bytes
-        for tx in (ng.galore_adamw(1e-2), ng.natural_galore_adamw(1e-2, history=10))
+        for tx in (ng.galore_adamw(1e-2), composed_adamw("stored", 1e-2, history=10))
     )
     assert history > 3 * galore

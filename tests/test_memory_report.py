@@ -77,7 +77,7 @@ def test_tucker_has_one_basis_per_mode_and_no_sides():
 
 
 def test_norms_and_directions_of_the_residual_are_other():
-    tx = ng.galore_adamw(1.0, rank=2, residual=True)
+    tx = ng.galore_adamw(1.0, rank=2, residual="fira")
     report = ng.memory_report(tx, PARAMS)
     assert row(report, "stack").other_bytes == 2 * 4 * 3  # of each of three matrices
     assert report.part_bytes["shared"] == 2 * 4  # two step counters

@@ -4,9 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from composed import composed_adamw
 from flax import nnx
-
-import natgalore_jax as ng
 
 
 class MLP(nnx.Module):
@@ -47,13 +46,13 @@ def train_functionally(tx, steps):
 
 
 def test_optax_over_the_pure_state_trains():
-    tx = ng.natural_galore_adamw(0.03, history=3, damping=0.1, damping_mode="relative", **SETTINGS)
+    tx = composed_adamw("stored", 0.03, history=3, damping=0.1, damping_mode="relative", **SETTINGS)
     losses = train_functionally(tx, 30)
     assert losses[-1] < 0.5 * losses[0]
 
 
 def test_nnx_optimizer_gives_the_same_as_optax_over_the_pure_state():
-    tx = ng.natural_galore_adamw(0.03, history=3, residual=True, **SETTINGS)
+    tx = composed_adamw("stored", 0.03, history=3, residual="fira", **SETTINGS)
     model = MLP(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from composed import composed_adamw
 from oracles.galore import Adam, galore
 from oracles.ldadam import ordered_polar_factor
 from oracles.published_natural_galore import published_natural_galore
@@ -65,7 +66,8 @@ def test_natural_galore():
     """Gradients so small that natural gradients are large, and it is no matter where ε stands."""
     # In this order no first natural gradient is near zero, where Adam's first step jumps.
     grads = 0.01 * GRADS[::-1]
-    tx = ng.natural_galore_adamw(
+    tx = composed_adamw(
+        "stored",
         LR,
         **SETTINGS,
         side="left",
@@ -73,7 +75,7 @@ def test_natural_galore():
         damping=0.05,
         eps=1e-8,
         scale=0.25,
-        residual=False,
+        residual="none",
     )
     expected = published_natural_galore(
         W,
@@ -90,9 +92,9 @@ def test_natural_galore():
     np.testing.assert_allclose(trajectory, expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("factory", [ng.galore_adamw, ng.natural_galore_adamw])
-def test_the_basis_moves_at_every_step_and_stays_orthonormal(factory):
-    tx = factory(LR, rank=RANK, method="online")
+@pytest.mark.parametrize("inner", ["adam", "compact"])
+def test_the_basis_moves_at_every_step_and_stays_orthonormal(inner):
+    tx = composed_adamw(inner, LR, rank=RANK, method="online")
     state, update, last = tx.init({"w": W}), jax.jit(tx.update), None
     for G in GRADS:
         _, state = update({"w": G}, state, {"w": W})

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from composed import composed_adamw
 from jax.sharding import AxisType, NamedSharding
 from tolerances import PARAMETERS
 
@@ -19,8 +20,8 @@ SHAPES = {"up": (16, 32), "down": (32, 16), "bias": (16,)}
 SETTINGS = {"rank": 4, "update_interval": 3}
 OPTIMIZERS = {
     "compact": lambda: ng.natural_galore_adamw(0.0125, **SETTINGS),
-    "history": lambda: ng.natural_galore_adamw(
-        0.0125, **SETTINGS, history=2, damping=0.1, residual=True
+    "history": lambda: composed_adamw(
+        "stored", 0.0125, **SETTINGS, history=2, damping=0.1, residual="fira"
     ),
 }
 CURRENT = {}

@@ -60,7 +60,6 @@ def _with_optax_adam(case, side):
         weight_decay=0.0,
         side=side,
         method="svd",
-        transition="keep",
         stagger=False,
         **PROJECTION,
     )

@@ -98,7 +98,6 @@ def test_galore_adamw_is_the_same_chain():
         update_interval=INTERVAL,
         side="long",
         method="svd",
-        transition="keep",
         stagger=False,
         scale=SCALE,
         where=_every_matrix,

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from composed import composed_adamw
 from per_layer_model import (
     LOW,
     SCHEDULE,
@@ -41,10 +42,12 @@ def by_name(up, down, rest):
 OPTIMIZERS = {
     "default": lambda: ng.natural_galore_adamw(**LOW, weight_decay=0.1, mask=decayed),
     "history, random keys, 8 bits": lambda: by_name(
-        ng.natural_galore_adamw(
-            **LOW, history=4, side="both", basis_dtype="int4", history_dtype="int8"
+        composed_adamw(
+            "stored", **LOW, history=4, side="both", basis_dtype="int4", history_dtype="int8"
         ),
-        ng.galore_adamw(**LOW, side="right", method="gaussian", residual=True, basis_dtype="int8"),
+        ng.galore_adamw(
+            **LOW, side="right", method="gaussian", residual="fira", basis_dtype="int8"
+        ),
         optax.chain(
             ng.scale_by_adam_8bit(min_size=1, eps=1e-3), optax.scale_by_learning_rate(SCHEDULE)
         ),

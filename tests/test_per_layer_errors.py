@@ -69,7 +69,7 @@ def test_an_optimizer_that_treats_one_layer_otherwise_is_refused():
         (ValueError, {"clip_mode": "global"}),
         (ValueError, {"accumulate": 0}),
         (TypeError, {"accumulate": 2}),
-        (ValueError, {"accumulate": 2, "tx": ng.galore_adamw(0.1, residual=True)}),
+        (ValueError, {"accumulate": 2, "tx": ng.galore_adamw(0.1, residual="fira")}),
     ],
 )
 def test_arguments_are_checked(error, settings):

@@ -13,7 +13,7 @@ def normal(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
-def sgd_inside(residual=False, **settings):
+def sgd_inside(residual="none", **settings):
     back = ng.project_back(residual=residual)
     return ng.chain(ng.low_rank_project(**settings), optax.trace(0.9), back)
 

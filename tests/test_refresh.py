@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from composed import composed_adamw
 
 import natgalore_jax as ng
 from benchmarks.compile_time import equations
@@ -123,9 +124,11 @@ DEFAULTS = {
     "natural_galore_adamw": lambda: ng.natural_galore_adamw(1e-3, rank=4),
     "both sides": lambda: ng.natural_galore_adamw(1e-3, rank=4, side="both"),
     "eight bits": lambda: ng.natural_galore_adamw(1e-3, rank=4, moment_bits=8, basis_dtype="int8"),
-    "online": lambda: ng.natural_galore_adamw(1e-3, rank=4, method="online"),
+    "online": lambda: composed_adamw(
+        "compact", 1e-3, rank=4, method="online", update_interval=1, residual="fisher"
+    ),
     "galore_adamw": lambda: ng.galore_adamw(1e-3, rank=4),
-    "fira": lambda: ng.galore_adamw(1e-3, rank=4, residual=True),
+    "fira": lambda: ng.galore_adamw(1e-3, rank=4, residual="fira"),
     "apollo_adamw": lambda: ng.contrib.apollo_adamw(1e-3, rank=4),
     "ldadamw": lambda: ng.contrib.ldadamw(1e-3, rank=4),
 }

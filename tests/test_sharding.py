@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from composed import composed_adamw
 from jax.sharding import AxisType, NamedSharding
 from tolerances import PARAMETERS
 
@@ -51,24 +52,36 @@ SETTINGS = {"rank": RANK, "update_interval": 6}
 OPTIMIZERS = {
     "default": lambda: ng.natural_galore_adamw(LEARNING_RATE / 4, **SETTINGS),
     "galore": lambda: ng.galore_adamw(LEARNING_RATE, **SETTINGS),
-    "exact": lambda: ng.galore_adamw(
-        LEARNING_RATE, **SETTINGS, side="left", method="eigh", stagger=False, transition="rotate"
+    "exact": lambda: composed_adamw(
+        "adam",
+        LEARNING_RATE,
+        **SETTINGS,
+        side="left",
+        method="eigh",
+        stagger=False,
+        transition="rotate",
     ),
     # Without Adam: in r × r numbers its quotients amplify an error of 1e-7 to 1e-3 in 20 steps.
     "both sides": lambda: ng.chain(
         ng.low_rank_project(**SETTINGS, side="both"),
         optax.trace(0.9),
-        ng.project_back(residual=True),
+        ng.project_back(residual="fira"),
         optax.scale_by_learning_rate(LEARNING_RATE),
     ),
-    "history": lambda: ng.natural_galore_adamw(
-        LEARNING_RATE / 4, **SETTINGS, history=3, damping=0.1, residual=True
+    "history": lambda: composed_adamw(
+        "stored", LEARNING_RATE / 4, **SETTINGS, history=3, damping=0.1, residual="fira"
     ),
     "eight bits": lambda: ng.natural_galore_adamw(
         LEARNING_RATE / 4, **SETTINGS, moment_bits=8, basis_dtype="int8"
     ),
-    "reset": lambda: ng.natural_galore_adamw(
-        LEARNING_RATE / 4, **SETTINGS, side="right", transition="reset", method="randomized"
+    "reset": lambda: composed_adamw(
+        "compact",
+        LEARNING_RATE / 4,
+        **SETTINGS,
+        side="right",
+        transition="reset",
+        method="randomized",
+        residual="fisher",
     ),
 }
 EVERY_SCHEME = [("default", scheme) for scheme in SCHEMES]
@@ -192,7 +205,7 @@ def test_specs():
         "indivisible": sharded((16, 18), "a", "b"),
         "bias": sharded((32,), "b"),
     }
-    tx = ng.natural_galore_adamw(0.1, rank=4, history=3, damping=0.1)
+    tx = composed_adamw("stored", 0.1, rank=4, history=3, damping=0.1)
     specs = jax.tree.map(lambda s: s.spec, ng.training.state_shardings(tx, params))
     basis, mu = specs[0].basis, optax.tree.get(specs, "mu")
     assert basis[0]["left"] == jax.P("l", ("a", "b"), None)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from composed import composed_adamw
 
 import natgalore_jax as ng
 
@@ -15,13 +16,14 @@ SEPARATE = {f"layer_{i}": GRADS[:, i] for i in range(L)}
 
 
 def optimizer(axes=None, update_interval=INTERVAL, **settings):
-    return ng.natural_galore_adamw(
+    return composed_adamw(
+        "stored",
         0.1,
         rank=2,
         update_interval=update_interval,
         history=3,
         damping=0.3,
-        residual=True,
+        residual="fira",
         eps=1e-3,
         where=dict.fromkeys(settings.pop("names"), True),
         axes=axes,

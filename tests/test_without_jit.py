@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from composed import composed_adamw
 from contract import FACTORIES, random_like, zeros
 
 import natgalore_jax as ng
@@ -53,7 +54,7 @@ def test_the_second_optimizer_of_the_same_kind_compiles_nothing(compilations, fa
     """As under optax.inject_hyperparams, which makes one at every call."""
     params = {"w": jnp.ones((6, 8)), "b": jnp.ones(8)}
     for rate in (0.1, 0.2):
-        tx = ng.natural_galore_adamw(rate, rank=2, fisher_decay=0.9 + rate / 10)
+        tx = composed_adamw("compact", rate, rank=2, decay=0.9 + rate / 10)
         compilations.clear()
         tx.update(params, tx.init(params), params)
     assert not compilations

@@ -119,8 +119,8 @@ def _adapter(
     return change
 
 
-_ONLINE = {"method": "online", "transition": "rotate", "side": "short", "scale": PAPER_SCALE}
-_SVD = {"method": "svd", "transition": "keep", "stagger": False, "scale": PAPER_SCALE}
+_ONLINE = {"method": "online", "scale": PAPER_SCALE}
+_SVD = {"method": "svd", "stagger": False, "scale": PAPER_SCALE}
 
 _ADAMW = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
 
@@ -144,13 +144,14 @@ METHODS: dict[str, Method] = {
     # What the paper writes, spelled out: the defaults of this function are the recipe's.
     "natural-galore-online": Method(
         "Natural GaLore, paper, online",
-        ng.natural_galore_adamw,
+        recipe,
         {
             **_ONLINE,
             "history": 10,
+            "nesterov": False,
             "damping": 1e-3,
             "damping_mode": "absolute",
-            "residual": False,
+            "residual": "none",
         },
         scale=PAPER_SCALE,
     ),
@@ -161,7 +162,7 @@ METHODS: dict[str, Method] = {
     "apollo": Method("APOLLO", ng.contrib.apollo_adamw),
     "apollo-mini": Method("APOLLO-Mini", ng.contrib.apollo_mini_adamw),
     "fira": Method(
-        "Fira", ng.galore_adamw, {"residual": True, "scale": PAPER_SCALE}, scale=PAPER_SCALE
+        "Fira", ng.galore_adamw, {"residual": "fira", "scale": PAPER_SCALE}, scale=PAPER_SCALE
     ),
     "natural-galore": Method("Natural GaLore, default", ng.natural_galore_adamw),
     "factorised": Method(
@@ -176,7 +177,8 @@ METHODS: dict[str, Method] = {
 # For questions about the default alone: in no sweep unless they are named.
 VARIANTS = {"recipe": Method("Natural GaLore, in parts", recipe)}
 
-# What the arguments of the tables' ablations mean.
+# The tables' ablations, by the names that the runs have. Those with a damping or a residual are
+# repeated as "recipe@...", where the residual "gain" is "fira".
 CHANGES = {
     "natural-galore@moment_bits=8": "8-bit moments",
     # So much damping leaves the identity, up to a factor that the kept norm takes away.

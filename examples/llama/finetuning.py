@@ -34,7 +34,7 @@ class MethodConfig:
     scale: float | None = None
     """Low-rank: factor on the update of projected matrices; None is 16 / rank, which gives the 4 at
     rank 4 and the 2 at rank 8 of the GaLore paper. LoRA: alpha / rank; None is 2."""
-    side: Literal["auto", "short", "long", "left", "right", "both"] | None = None
+    side: Literal["short", "long", "left", "right", "both"] | None = None
     """Low-rank: which side of a matrix is projected."""
     moment_bits: Literal[8] | None = None
     """Galore and natural-galore: store Adam's moments in 8 bits; None is the weights' dtype."""
@@ -75,17 +75,23 @@ def method_transformation(
     # One parametrisation for all methods, that of the GaLore papers: α η for projected matrices, η
     # for all others, a residual at the root mean square of AdamW's updates.
     is_ours = method == "natural-galore"
+    low_rank: dict[str, Any] = {
+        "residual_scale": 0.2 if is_ours else None,
+        "update_interval": config.update_interval,
+        "moment_bits": config.moment_bits,
+        "scale": 16 / config.rank if config.scale is None else config.scale,
+        "side": config.side,
+    }
+    # A run compares several methods, and each takes the options that it has.
+    name = "adamw" if method == "lora" else method
+    known = inspect.signature(OPTIMIZERS[name].factory).parameters
     optimizer = OptimizerConfig(
-        name="adamw" if method == "lora" else method,
+        name=name,
         unprojected_ratio=1.0 if is_ours else None,
-        residual_scale=0.2 if is_ours else None,
         weight_decay=config.weight_decay,
         clip_norm=config.clip_norm,
         rank=config.rank,
-        update_interval=config.update_interval,
-        moment_bits=config.moment_bits,
-        scale=16 / config.rank if config.scale is None else config.scale,
-        side=config.side,
+        **{k: v for k, v in low_rank.items() if k in known},
     )
     try:
         return make_transformation(optimizer, learning_rate, seed=seed, **arguments)

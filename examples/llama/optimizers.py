@@ -12,6 +12,9 @@ import tyro
 import natgalore_jax as ng
 from examples.llama.schedule import ScheduleConfig, warmup_cosine
 
+# Options that are not arguments of the factories, or that have a value without being given.
+_OF_ANY_OPTIMIZER = {"name", "learning_rate", "clip_norm", "unprojected_ratio", "rank"}
+
 
 class Entry(NamedTuple):
     """What a name stands for: `factory(learning_rate, **arguments, **fixed)`."""
@@ -47,13 +50,59 @@ def _adamw_8bit(
     )
 
 
+def _stored_gradients(
+    learning_rate,
+    rank: int,
+    update_interval: int = 200,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    mask=None,
+    scale: float = 0.25,
+    residual: Any = "none",
+    residual_scale: float | None = None,
+    side: Any = "short",
+    method: Any = "power",
+    transition: Any = "rotate",
+    stagger: bool | None = None,
+    where=ng.hidden_matrices,
+    basis_dtype=None,
+    history: int = 10,
+    damping: float = 0.03,
+    damping_mode: Any = "relative",
+    history_dtype=None,
+    seed: int = 0,
+):
+    """Natural GaLore as published, the Fisher matrix made of stored gradients, in its parts."""
+    return ng.chain(
+        ng.low_rank_project(
+            rank,
+            update_interval,
+            side,
+            method,
+            transition,
+            stagger,
+            where,
+            basis_dtype=basis_dtype,
+            seed=seed,
+        ),
+        ng.woodbury_natural_gradient(history, damping, damping_mode, history_dtype),
+        optax.scale_by_adam(b1, b2, eps),
+        ng.project_back(scale, residual, residual_scale=residual_scale),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
 OPTIMIZERS: dict[str, Entry] = {
     "adamw": Entry(optax.adamw, 2.5e-3, unprojected_ratio=4.0),
     "adamw-8bit": Entry(_adamw_8bit, 2.5e-3, unprojected_ratio=4.0),
     "adafactor": Entry(_adafactor, 3e-3),
     "galore": Entry(ng.galore_adamw, 2e-2),
-    "fira": Entry(ng.galore_adamw, 1e-2, {"residual": "gain"}),
+    "fira": Entry(ng.galore_adamw, 1e-2, {"residual": "fira"}),
     "natural-galore": Entry(ng.natural_galore_adamw, 5e-3),
+    "stored-gradients": Entry(_stored_gradients, 1e-2),
     "apollo": Entry(ng.contrib.apollo_adamw, 1e-2),
     "apollo-mini": Entry(ng.contrib.apollo_mini_adamw, 1e-2),
     "ldadam": Entry(ng.contrib.ldadamw, 3e-3),
@@ -70,8 +119,8 @@ else:  # The names that the command line offers.
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """The optimizer. "None" leaves an argument to the optimizer's own default; an optimizer
-    without such an argument (a rank for adamw) does not look at it."""
+    """The optimizer. "None" leaves an argument to the optimizer's own default. An option
+    that the optimizer does not have is an error; only a rank is not looked at by adamw."""
 
     name: Annotated[OptimizerName, tyro.conf.arg(name="optimizer")] = "natural-galore"
     """Which optimizer trains the model."""
@@ -100,30 +149,29 @@ class OptimizerConfig:
     in their scale."""
     scale: float | None = None
     """Low-rank: factor on the update of projected matrices."""
-    side: Literal["auto", "short", "long", "left", "right", "both"] | None = None
+    side: Literal["short", "long", "left", "right", "both"] | None = None
     """Low-rank: which side of a matrix is projected."""
     method: Literal["power", "svd", "eigh", "randomized", "gaussian", "online"] | None = None
-    """Low-rank: how the subspace is computed."""
+    """Galore, fira and stored-gradients: how the subspace is computed."""
     basis_dtype: Literal["float32", "bfloat16", "int8", "int4"] | None = None
     """Low-rank: number format of the stored bases; that of the weights by default."""
     transition: Literal["rotate", "reset", "keep"] | None = None
-    """Low-rank: what happens to stored moments when the subspace changes."""
+    """Stored-gradients: what happens to moments and history when the subspace changes."""
     stagger: bool | None = None
-    """Low-rank: spread the refreshes of different matrices over the interval."""
-    residual: Literal["none", "gain", "fisher"] | None = None
-    """Low-rank: what becomes of the gradient outside the subspace: nothing, scaled by the gain of
-    the inner optimizer (Fira), or by its own Fisher matrix."""
+    """Galore, fira and stored-gradients: refreshes spread over the interval."""
+    residual: Literal["none", "fira", "fisher"] | None = None
+    """Low-rank: what becomes of the gradient outside the subspace: nothing, scaled as the inner
+    optimizer scales the inside (Fira), or by its own Fisher matrix."""
     residual_scale: float | None = None
-    """Low-rank: factor on the update outside the subspace."""
+    """Natural-galore and stored-gradients: factor on the update outside the subspace."""
     history: int | None = None
-    """Natural gradient: stored gradients that the Fisher matrix is built from, as published;
-    without it, natural-galore has compact Fisher matrices."""
+    """Stored-gradients: how many gradients the Fisher matrix is built from."""
     damping: float | None = None
-    """Natural gradient: what is added to the Fisher matrix."""
+    """Stored-gradients: what is added to the Fisher matrix."""
     damping_mode: Literal["absolute", "relative"] | None = None
-    """Natural gradient: damping as it is, or times the mean squared norm of the history."""
+    """Stored-gradients: damping as it is, or times the mean squared norm of the history."""
     history_dtype: Literal["float32", "bfloat16", "int8", "int4"] | None = None
-    """Natural gradient: number format of the stored gradients."""
+    """Stored-gradients: number format of the stored gradients."""
 
 
 def with_unprojected_ratio(
@@ -188,8 +236,6 @@ def make_transformation(
     `seed`, `mask` and `where`; it does not look at those that it does not have."""
     entry = OPTIMIZERS[config.name]
     chosen = {k: v for k, v in asdict(config).items() if v is not None}
-    if config.residual == "none":
-        chosen["residual"] = False
     for name, value in entry.fixed.items():
         if chosen.setdefault(name, value) != value:
             raise ValueError(f"{name} is always {value}, got {chosen[name]}")
@@ -197,6 +243,11 @@ def make_transformation(
         given = {k: v for k, v in given.items() if k != "seed"}
     chosen |= given | {"learning_rate": learning_rate}
     known = inspect.signature(entry.factory).parameters
+    for name in chosen.keys() - given.keys() - known.keys() - _OF_ANY_OPTIMIZER:
+        has = [n for n, e in OPTIMIZERS.items() if name in inspect.signature(e.factory).parameters]
+        raise ValueError(
+            f"{config.name} has no {name}, got {chosen[name]}; optimizers with it: {', '.join(has)}"
+        )
     tx = entry.factory(**{k: v for k, v in chosen.items() if k in known})
     if config.unprojected_ratio is not None and "unprojected_ratio" not in known:
         tx = with_unprojected_ratio(tx, config.unprojected_ratio)

@@ -22,8 +22,12 @@ def main():
         "down": jax.random.normal(keys[1], (64, 16)) / 8,
     }
     # The state has the dtype of the master copy, unless bases and first moments are told otherwise.
-    tx = ng.natural_galore_adamw(
-        1e-3, rank=4, update_interval=10, basis_dtype=jnp.bfloat16, mu_dtype=jnp.bfloat16
+    adam = optax.scale_by_adam(mu_dtype=jnp.bfloat16, nesterov=True)
+    tx = ng.chain(
+        ng.low_rank_project(rank=4, update_interval=10, basis_dtype=jnp.bfloat16),
+        ng.compact_natural_gradient(adam, cautious=True),
+        ng.project_back(residual="fisher"),
+        optax.scale_by_learning_rate(1e-3),
     )
 
     @jax.jit

@@ -36,6 +36,17 @@ def apollo_adamw(
     of an r × n projection and no basis: less than GaLore at the same rank. Parameters that are not
     projected take plain AdamW steps with the same learning rate.
 
+    It is this composition::
+
+      optax.chain(
+          ng.contrib.scale_by_apollo(
+              rank=rank, update_interval=update_interval, b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype,
+              scale=scale, granularity=granularity, norm_growth_limit=norm_growth_limit,
+              where=where, axes=axes, seed=seed),
+          optax.add_decayed_weights(weight_decay, mask),
+          optax.scale_by_learning_rate(learning_rate),
+      )
+
     Args:
       learning_rate: η, a number or a schedule. The paper pre-trains with 0.01.
       rank: r, a quarter of the width in the paper.
@@ -110,6 +121,15 @@ def apollo_mini_adamw(
     r"""APOLLO-Mini: :func:`.apollo_adamw` at rank 1 with one scale per matrix.
 
     The state of a projected m × n matrix is two vectors along its longer side and a norm.
+
+    It is this composition::
+
+      ng.contrib.apollo_adamw(
+          learning_rate, rank=1, update_interval=update_interval, b1=b1, b2=b2, eps=eps,
+          mu_dtype=mu_dtype, weight_decay=weight_decay, mask=mask, scale=scale,
+          granularity="tensor", norm_growth_limit=norm_growth_limit, where=where, axes=axes,
+          seed=seed,
+      )
 
     Args:
       learning_rate, update_interval, b1, b2, eps, mu_dtype, weight_decay, mask, norm_growth_limit,

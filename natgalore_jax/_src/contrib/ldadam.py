@@ -210,6 +210,16 @@ def ldadamw(
 ) -> optax.GradientTransformationExtraArgs:
     r"""LDAdam with decoupled weight decay: ``W ← W − η (U + ω W)``, U of :func:`.scale_by_ldadam`.
 
+    It is this composition::
+
+      optax.chain(
+          ng.contrib.scale_by_ldadam(
+              rank=rank, b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype, rho=rho,
+              error_feedback=error_feedback, where=where, axes=axes),
+          optax.add_decayed_weights(weight_decay, mask),
+          optax.scale_by_learning_rate(learning_rate),
+      )
+
     Args:
       learning_rate: η, a number or a schedule.
       rank, b1, b2, eps, mu_dtype, rho, error_feedback, where, axes: see :func:`.scale_by_ldadam`.

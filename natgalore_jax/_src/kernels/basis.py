@@ -7,6 +7,7 @@ G, up to the method's accuracy. The right basis of G is the left basis of Gᵀ.
 
 import math
 from collections.abc import Callable
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,8 @@ from natgalore_jax._src.kernels.projection import contract
 from natgalore_jax._src.kernels.random import normal
 from natgalore_jax._src.params.placement import place_like, replicated
 
-METHODS = ("power", "svd", "eigh", "randomized", "gaussian", "online")
+Method = Literal["power", "svd", "eigh", "randomized", "gaussian", "online"]
+METHODS = get_args(Method)
 # Those that call LAPACK, which may fail.
 FACTORISING = ("svd", "eigh", "randomized")
 

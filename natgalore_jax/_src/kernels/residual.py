@@ -6,7 +6,7 @@ the whole matrix if both sides are, or for Tucker.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,9 @@ from natgalore_jax._src.params.placement import (
 )
 from natgalore_jax._src.params.plan import LeafPlan
 
-# Rules, and σ where none is given.
-RESIDUALS = {"gain": 1.0, "fisher": 0.2}
+Rule = Literal["none", "fira", "fisher"]
+# σ where none is given.
+RESIDUAL_SCALE = {"fira": 1.0, "fisher": 0.4}
 
 # δ: the share of a column's mean squared gradient that is added to its Fisher entry. Where a basis
 # holds all of a column, rounding errors are not blown up to the size of an update.
@@ -38,7 +39,7 @@ SPIKE = 10.0
 class Residual(NamedTuple):
     """The arguments of ``project_back`` about the residual."""
 
-    rule: str
+    rule: Rule
     scale: jax.typing.ArrayLike  # σ
     decay: jax.typing.ArrayLike  # β
     norm_growth_limit: jax.typing.ArrayLike | None  # γ
@@ -46,7 +47,7 @@ class Residual(NamedTuple):
     @property
     def keeps_norm(self) -> bool:
         """Whether the limit compares with the norm of the last update, which is then stored."""
-        return self.norm_growth_limit is not None and self.rule == "gain"
+        return self.norm_growth_limit is not None and self.rule == "fira"
 
 
 class PhiAxes(NamedTuple):
@@ -98,7 +99,7 @@ def with_residual(
     dtype, axes = N.dtype, phi_axes(plan)
     N, R, G = (x.astype(jnp.float32) for x in (N, R, G))
     energy = energies(axes, R, G)
-    if settings.rule == "gain":
+    if settings.rule == "fira":
         phi = gain(jnp.sum(jnp.square(N), axes.low), energy.R)
     else:
         size = math.prod(plan.shape[a] for a in axes.full)

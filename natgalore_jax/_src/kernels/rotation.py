@@ -5,11 +5,13 @@ low-rank coordinates without batch axes. Rows of C have norms of at most one.
 """
 
 from collections.abc import Mapping
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-TRANSITIONS = ("rotate", "reset", "keep")
+Transition = Literal["rotate", "reset", "keep"]
+TRANSITIONS = get_args(Transition)
 
 
 def change_of_basis(P_new: jax.Array, P: jax.Array, rounding: float = 0.0) -> jax.Array:

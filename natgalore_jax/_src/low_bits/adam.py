@@ -110,21 +110,18 @@ def scale_by_adam_8bit(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def scale_by_adam_of(
+def adam_with_bits(
     moment_bits: int | None,
     b1: float,
     b2: float,
     eps: float,
-    mu_dtype: Any = None,
     nesterov: bool = False,
 ) -> optax.GradientTransformation:
     """Adam with moments of 8 bits, or as Optax stores them: what ``moment_bits`` says."""
     if moment_bits is None:
-        return optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype, nesterov=nesterov)
+        return optax.scale_by_adam(b1=b1, b2=b2, eps=eps, nesterov=nesterov)
     if moment_bits != 8 or isinstance(moment_bits, bool):
         raise ValueError(f"moment_bits must be None or 8, got {moment_bits!r}")
-    if mu_dtype is not None:
-        raise ValueError(f"moments of 8 bits have no mu_dtype, got {moment_bits=} and {mu_dtype=}")
     return scale_by_adam_8bit(b1, b2, eps, nesterov=nesterov)
 
 

@@ -6,7 +6,12 @@ import optax
 
 from natgalore_jax._src.memory.report import MemoryReport, memory_report
 from natgalore_jax._src.memory.table import align, format_bytes
-from natgalore_jax._src.optimizers.natural_galore import galore_adamw, natural_galore_adamw
+from natgalore_jax._src.optimizers.natural_galore import (
+    galore_adamw,
+    natural_galore,
+    natural_galore_adamw,
+)
+from natgalore_jax._src.subspace.chain import chain
 
 _COLUMNS = ("basis", "Fisher", "moments", "state", "of AdamW's", "with weights")
 
@@ -18,9 +23,7 @@ def compare_memory(params: Any, rank: int, side: str) -> dict[str, MemoryReport]
         "AdamW": optax.adamw(1.0),
         "GaLore": galore_adamw(1.0, **options),
         "Natural GaLore": natural_galore_adamw(1.0, **options),
-        "Natural GaLore, history of 10": natural_galore_adamw(
-            1.0, history=10, residual=False, **options
-        ),
+        "Natural GaLore, history of 10": chain(natural_galore(**options), optax.adamw(1.0)),
         "Natural GaLore, 8 bits": natural_galore_adamw(1.0, moment_bits=8, **options),
     }
     return {name: memory_report(tx, params) for name, tx in optimizers.items()}

@@ -1,48 +1,49 @@
 """Natural GaLore in one object, and drop-ins for ``optax.adamw``."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from natgalore_jax._src.low_bits.adam import scale_by_adam_of
+from natgalore_jax._src.kernels.basis import Method
+from natgalore_jax._src.kernels.residual import Rule
+from natgalore_jax._src.kernels.rotation import Transition
+from natgalore_jax._src.low_bits.adam import adam_with_bits
 from natgalore_jax._src.params.axes import AxesLike
-from natgalore_jax._src.params.checks import check_number, check_unused
+from natgalore_jax._src.params.checks import check_number
+from natgalore_jax._src.params.plan import Side
 from natgalore_jax._src.params.where import Where, hidden_matrices, selected
 from natgalore_jax._src.subspace.chain import Composite, chain
 from natgalore_jax._src.subspace.compact_fisher import compact_natural_gradient
 from natgalore_jax._src.subspace.project import low_rank_project
-from natgalore_jax._src.subspace.project_back import project_back
-from natgalore_jax._src.subspace.woodbury import woodbury_natural_gradient
+from natgalore_jax._src.subspace.project_back import NORM_GROWTH_LIMIT, project_back
+from natgalore_jax._src.subspace.woodbury import DampingMode, Schedule, woodbury_natural_gradient
 
-Schedule = Callable[[jax.Array], jax.Array]
-
-# Of scale, residual, norm_growth_limit, residual_scale and residual_decay.
-_CLOSER_DEFAULTS = (1.0, False, 1.01, None, None)
+# Of scale, residual, norm_growth_limit and residual_scale.
+_CLOSER_DEFAULTS = (1.0, "none", NORM_GROWTH_LIMIT, None)
 
 
 def natural_galore(
     rank: int | tuple[int, ...] = 128,
     update_interval: int = 200,
-    side: str = "auto",
-    method: str = "power",
-    transition: str = "rotate",
+    side: Side = "short",
+    method: Method = "power",
+    transition: Transition = "rotate",
     stagger: bool | None = None,
     where: Where = hidden_matrices,
     axes: AxesLike = None,
-    basis_dtype: Any = None,
+    basis_dtype: jax.typing.DTypeLike | None = None,
     seed: int = 0,
     history: int = 10,
-    damping: float | Schedule = 1e-3,
-    damping_mode: str = "absolute",
-    history_dtype: Any = None,
+    damping: float | Schedule = 0.03,
+    damping_mode: DampingMode = "relative",
+    history_dtype: jax.typing.DTypeLike | None = None,
     scale: float = 1.0,
-    residual: bool | str = False,
-    norm_growth_limit: float | None = 1.01,
+    residual: Rule = "none",
+    norm_growth_limit: float | None = NORM_GROWTH_LIMIT,
     residual_scale: float | None = None,
-    residual_decay: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Projection, natural gradient and the way back in one transformation.
 
@@ -55,8 +56,7 @@ def natural_galore(
       rank, update_interval, side, method, transition, stagger, where, axes, basis_dtype, seed:
         see :func:`low_rank_project`.
       history, damping, damping_mode, history_dtype: see :func:`woodbury_natural_gradient`.
-      scale, residual, norm_growth_limit, residual_scale, residual_decay: see
-        :func:`project_back`.
+      scale, residual, norm_growth_limit, residual_scale: see :func:`project_back`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``.
@@ -90,7 +90,7 @@ def natural_galore(
         ),
         woodbury_natural_gradient(history, damping, damping_mode, history_dtype),
     )
-    given = (scale, residual, norm_growth_limit, residual_scale, residual_decay)
+    given = (scale, residual, norm_growth_limit, residual_scale)
     closer = project_back(*given)
     closed = chain(*parts, closer)
     tx = Composite(*closed)
@@ -109,35 +109,22 @@ def natural_galore_adamw(
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
-    mu_dtype: Any = None,
     weight_decay: float = 1e-4,
-    mask: Any = None,
-    side: str = "auto",
-    method: str = "power",
-    transition: str = "rotate",
-    stagger: bool | None = None,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    scale: float = 1.0,
+    residual: Rule = "fisher",
+    residual_scale: float | None = None,
+    unprojected_ratio: float = 4.0,
+    side: Side = "short",
     where: Where = hidden_matrices,
     axes: AxesLike = None,
-    basis_dtype: Any = None,
+    moment_bits: Literal[8] | None = None,
+    basis_dtype: jax.typing.DTypeLike | None = None,
     seed: int = 0,
-    history: int | None = None,
-    damping: float | Schedule | None = None,
-    damping_mode: str | None = None,
-    history_dtype: Any = None,
-    scale: float = 1.0,
-    residual: bool | str = "fisher",
-    norm_growth_limit: float | None = 1.01,
-    residual_scale: float | None = None,
-    residual_decay: float | None = None,
-    fisher_decay: float | None = None,
-    cautious: bool | None = None,
-    nesterov: bool | None = None,
-    moment_bits: int | None = None,
-    unprojected_ratio: float = 4.0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""AdamW with natural gradients in a low-rank subspace and outside it: for ``optax.adamw``.
+    r"""AdamW with natural gradients in a low-rank subspace and outside of it.
 
-    What differs for a user of ``optax.adamw``:
+    For a user of ``optax.adamw`` this differs:
 
     * ``learning_rate`` is the rate of the hidden matrices. Embeddings, head, norms and biases take
       plain AdamW steps at ``unprojected_ratio`` times that rate. A single rate for all parameters,
@@ -153,41 +140,46 @@ def natural_galore_adamw(
       W \leftarrow W - \eta\,\bigl(\alpha P N + \sigma E F_E^{-1/2} + \omega W\bigr)
 
     :math:`F_R` is the diagonal Fisher matrix of the directions of the subspace
-    (:func:`compact_natural_gradient`), :math:`F_E` that of the columns of what the subspace misses
+    (:func:`compact_natural_gradient`), :math:`F_E` the Fisher matrix of the columns of the residual
     (:func:`project_back`, "fisher"). Together they take r + n numbers for a matrix, so that the
-    state is that of GaLore. Adam has Nesterov's momentum, and entries of N against the newest
-    gradient are dropped. docs/experiments.md has what each of them brings. With ``history`` the
-    Fisher matrix of the subspace is that of Natural GaLore as published, made of stored gradients,
-    :math:`N = \mathrm{Adam}(F^{-1} R)`, which takes ``history`` times the size of R.
+    state is as small as GaLore's. Adam has Nesterov's momentum, and entries of N against the newest
+    gradient are dropped. docs/experiments.md has the gain of each part.
+
+    It is this composition, for every setting that is not among the arguments::
+
+      ng.chain(
+          ng.low_rank_project(rank, update_interval, side, where=where, axes=axes,
+                              basis_dtype=basis_dtype, seed=seed),
+          ng.compact_natural_gradient(
+              optax.scale_by_adam(b1, b2, eps, nesterov=True), cautious=True),
+          ng.project_back(scale, residual, residual_scale=residual_scale),
+          optax.masked(optax.scale(unprojected_ratio), lambda params: jax.tree.map_with_path(
+              lambda path, leaf: not ng.hidden_matrices(path, leaf), params)),
+          optax.add_decayed_weights(weight_decay, mask),
+          optax.scale_by_learning_rate(learning_rate),
+      )
 
     Args:
       learning_rate: η of the hidden matrices, a number or a schedule. 0.005 is a good start at the
         sizes that were tried; coming from ``optax.adamw``, start with its rate or twice that.
-      rank, update_interval, side, method, transition, stagger, where, axes, basis_dtype, seed:
-        see :func:`low_rank_project`.
-      b1, b2, eps, mu_dtype: Adam's, as in ``optax.adamw``. Adam runs on the low-rank gradient.
-      nesterov: Adam's as well. None: with a compact Fisher matrix, not with ``history``.
-      moment_bits: None: Adam's moments in the dtype of the parameter (the first in ``mu_dtype``).
-        8: both in 8 bits, where they have 4096 numbers (:func:`scale_by_adam_8bit`).
+      rank, update_interval, side, where, axes, basis_dtype, seed: see :func:`low_rank_project`.
+        With a tuple for ``rank`` the Fisher matrix has ``modes=len(rank)``.
+      b1, b2, eps: Adam's, as in ``optax.adamw``. Adam runs on the low-rank gradient.
       weight_decay: ω, decoupled; acts on the whole weight, unscaled by α.
       mask: which parameters decay, as in ``optax.adamw``.
-      history, history_dtype: None, or the history of :func:`woodbury_natural_gradient`, which then
-        stands before Adam in the place of the compact Fisher matrix.
-      damping, damping_mode: None is 0.03 and "relative", with ``history`` 0.001 and "absolute"; see
-        :func:`compact_natural_gradient` and :func:`woodbury_natural_gradient`.
-      scale, residual, norm_growth_limit, residual_decay: see :func:`project_back`. Leave α at 1:
-        the rate of the hidden matrices is ``learning_rate``.
-      residual_scale: σ. None: 0.4 for "fisher", 1 for "gain".
-      fisher_decay, cautious: of :func:`compact_natural_gradient`; None: 0.97 and True.
+      scale, residual, residual_scale: α, the rule of the residual and σ; see :func:`project_back`.
+        Leave α at 1: the rate of the hidden matrices is ``learning_rate``. ``residual="none"`` is
+        for :func:`.low_rank_steps` and :func:`.data_parallel_step`.
       unprojected_ratio: the rate of the parameters that are neither projected nor hidden matrices,
         over ``learning_rate``. Hidden matrices that ``where`` leaves out keep ``learning_rate``.
+      moment_bits: None: Adam's moments in the dtype of the parameter. 8: both in 8 bits, where they
+        have 4096 numbers (:func:`scale_by_adam_8bit`).
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``.
 
     Raises:
-      TypeError, ValueError: as its parts; for a ``history_dtype`` without a ``history``,
-        ``fisher_decay`` and ``cautious`` with one.
+      TypeError, ValueError: as its parts.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, natgalore_jax as ng
@@ -209,43 +201,19 @@ def natural_galore_adamw(
         rank=rank,
         update_interval=update_interval,
         side=side,
-        method=method,
-        transition=transition,
-        stagger=stagger,
         where=where,
         axes=axes,
         basis_dtype=basis_dtype,
         seed=seed,
     )
-    compact = history is None
-    nesterov = compact if nesterov is None else nesterov
-    adam = scale_by_adam_of(moment_bits, b1, b2, eps, mu_dtype, nesterov)
-    inner: tuple[optax.GradientTransformation, ...]
-    if not compact:
-        for name, value in (("cautious", cautious or None), ("fisher_decay", fisher_decay)):
-            check_unused(name, value, None, f"without a compact Fisher matrix ({history=})")
-        damping = 1e-3 if damping is None else damping
-        woodbury = woodbury_natural_gradient(
-            history, damping, damping_mode or "absolute", history_dtype
-        )
-        inner = (woodbury, adam)
-    else:
-        check_unused("history_dtype", history_dtype, None, "without a history")
-        natural = compact_natural_gradient(
-            adam,
-            0.97 if fisher_decay is None else fisher_decay,
-            0.03 if damping is None else damping,
-            damping_mode or "relative",
-            modes=opener.number_of_modes,
-            cautious=True if cautious is None else cautious,
-        )
-        inner = (natural,)
-    if residual == "fisher" and residual_scale is None:
-        residual_scale = 0.4
     return chain(
         opener,
-        *inner,
-        project_back(scale, residual, norm_growth_limit, residual_scale, residual_decay),
+        compact_natural_gradient(
+            adam_with_bits(moment_bits, b1, b2, eps, nesterov=True),
+            modes=opener.number_of_modes,
+            cautious=True,
+        ),
+        project_back(scale, residual, residual_scale=residual_scale),
         _scale_unprojected(unprojected_ratio, where),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
@@ -277,41 +245,46 @@ def galore_adamw(
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
-    mu_dtype: Any = None,
     weight_decay: float = 1e-4,
-    mask: Any = None,
-    side: str = "auto",
-    method: str = "power",
-    transition: str = "keep",
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    scale: float = 0.25,
+    residual: Rule = "none",
+    side: Side = "short",
+    method: Method = "power",
     stagger: bool | None = None,
     where: Where = hidden_matrices,
     axes: AxesLike = None,
-    basis_dtype: Any = None,
+    moment_bits: Literal[8] | None = None,
+    basis_dtype: jax.typing.DTypeLike | None = None,
     seed: int = 0,
-    scale: float = 0.25,
-    residual: bool | str = False,
-    norm_growth_limit: float | None = 1.01,
-    residual_scale: float | None = None,
-    residual_decay: float | None = None,
-    moment_bits: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdamW in a low-rank subspace (GaLore), without the natural gradient.
 
     .. math::
       R = P^\top G, \quad N = \mathrm{Adam}(R), \quad W \leftarrow W - \eta\,(\alpha P N + \omega W)
 
-    With ``residual=True`` it is Fira's rule. With ``method="svd", stagger=False`` it is GaLore as
+    With ``residual="fira"`` it is Fira. With ``method="svd", stagger=False`` it is GaLore as
     published (``galore-torch``; with ``side="long"`` it is ``optax.contrib.galore``).
+
+    It is this composition, for every setting that is not among the arguments::
+
+      ng.chain(
+          ng.low_rank_project(rank, update_interval, side, method, "keep", stagger, where, axes,
+                              basis_dtype, seed),
+          optax.scale_by_adam(b1, b2, eps),
+          ng.project_back(scale, residual),
+          optax.add_decayed_weights(weight_decay, mask),
+          optax.scale_by_learning_rate(learning_rate),
+      )
 
     Args:
       learning_rate: η of the parameters that are not projected, a number or a schedule; α η is the
         rate of the projected ones. This is the parametrisation of the GaLore papers.
-      weight_decay, mask, b1, b2, eps, mu_dtype, moment_bits: see :func:`natural_galore_adamw`.
-      rank, update_interval, side, method, transition, stagger, where, axes, basis_dtype, seed:
-        see :func:`low_rank_project`. The moments are kept as they are when the basis changes, as
+      weight_decay, mask, b1, b2, eps, moment_bits: see :func:`natural_galore_adamw`.
+      rank, update_interval, side, method, stagger, where, axes, basis_dtype, seed: see
+        :func:`low_rank_project`. The moments are kept as they are when the basis changes, as
         published; with method "power" this is nearly the same as rotating them.
-      scale, residual, norm_growth_limit, residual_scale, residual_decay: see
-        :func:`project_back`.
+      scale, residual: see :func:`project_back`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``.
@@ -335,15 +308,15 @@ def galore_adamw(
             update_interval=update_interval,
             side=side,
             method=method,
-            transition=transition,
+            transition="keep",
             stagger=stagger,
             where=where,
             axes=axes,
             basis_dtype=basis_dtype,
             seed=seed,
         ),
-        scale_by_adam_of(moment_bits, b1, b2, eps, mu_dtype),
-        project_back(scale, residual, norm_growth_limit, residual_scale, residual_decay),
+        adam_with_bits(moment_bits, b1, b2, eps),
+        project_back(scale, residual),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )

@@ -86,12 +86,13 @@ def published_natural_galore_adamw(
 
     That code also has online variants of GaLore and of itself, whose bases take small AdamW steps
     and are never made orthonormal again, so that they cease to be projections. They have no preset
-    here: ``galore_adamw(..., method="online")`` and ``natural_galore_adamw(..., method="online")``
-    are the online variants with Oja's rule, orthonormal at every step.
+    here: ``galore_adamw(..., method="online")`` and ``low_rank_project(..., method="online")`` have
+    Oja's rule instead, orthonormal at every step.
 
     Args:
       learning_rate, rank, update_interval, scale, history, damping, b1, b2, eps, weight_decay,
-        mask, where, axes: as in :func:`natural_galore_adamw`, with the defaults of that code.
+        mask, where, axes: as in :func:`natural_galore` and :func:`galore_adamw`, with the defaults
+        of that code; ``damping`` is absolute.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``.
@@ -146,9 +147,20 @@ def paper_natural_galore_adamw(
       shorter side, as here;
     * the G of section 2.4 has the newest gradient and s before it; here s with the newest.
 
+    It is this composition::
+
+      ng.chain(
+          ng.low_rank_project(rank, update_interval, method="svd", transition="keep",
+                              stagger=False, where=where, axes=axes),
+          ng.woodbury_natural_gradient(history, damping, "absolute"),
+          optax.scale_by_adam(b1, b2, eps=0.0, eps_root=eps),
+          ng.project_back(scale),
+          optax.scale_by_learning_rate(learning_rate),
+      )
+
     Args:
       learning_rate, rank, update_interval, scale, history, damping, b1, b2, eps, where, axes: as in
-        :func:`natural_galore_adamw`.
+        :func:`natural_galore` and :func:`galore_adamw`; ``damping`` is absolute.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``.

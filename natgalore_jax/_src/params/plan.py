@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,8 @@ from natgalore_jax._src.params.where import (
     shape_and_dtype,
 )
 
-SIDES = ("auto", "short", "long", "left", "right", "both")
+Side = Literal["short", "long", "left", "right", "both"]
+SIDES = get_args(Side)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +216,6 @@ def _matrix_modes(
 def _projected_sides(side: str, m: int, n: int) -> tuple[bool, bool]:
     """Whether the rows and whether the columns are projected; a tie goes to the rows."""
     left = {
-        "auto": m <= n,  # as "short"
         "short": m <= n,
         "long": m >= n,
         "left": True,

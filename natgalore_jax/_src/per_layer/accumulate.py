@@ -29,7 +29,7 @@ def accumulated(tx: Any, number: int) -> optax.GradientTransformationExtraArgs:
     if steps.needs_full:
         raise ValueError(
             "a residual needs the whole gradient of a step, which is not there when low-rank "
-            "gradients are accumulated: make the optimizer with residual=False, or accumulate "
+            "gradients are accumulated: make the optimizer with residual='none', or accumulate "
             "whole gradients with optax.MultiSteps(tx, ...)"
         )
 

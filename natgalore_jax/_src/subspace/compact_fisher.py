@@ -29,7 +29,7 @@ from natgalore_jax._src.params.context import current_subspace
 from natgalore_jax._src.params.where import KeyPath
 from natgalore_jax._src.states.entries import StateType, register_type
 from natgalore_jax._src.states.tree_checks import flatten_like
-from natgalore_jax._src.subspace.woodbury import DAMPING_MODES
+from natgalore_jax._src.subspace.woodbury import DAMPING_MODES, DampingMode, Schedule
 
 STRUCTURES = ("diagonal", "full")
 
@@ -68,8 +68,8 @@ register_type(CompactFisherState, _FisherFactors())
 def compact_natural_gradient(
     inner: optax.GradientTransformation | None = None,
     decay: float = 0.97,
-    damping: float | Callable[[jax.Array], jax.Array] = 0.03,
-    damping_mode: str = "relative",
+    damping: float | Schedule = 0.03,
+    damping_mode: DampingMode = "relative",
     exponent: float = -0.5,
     structure: str = "diagonal",
     modes: int = 2,

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgalore_jax._src.kernels.basis import METHODS, start_basis
+from natgalore_jax._src.kernels.basis import METHODS, Method, start_basis
 from natgalore_jax._src.kernels.kernel import own_arithmetic
 from natgalore_jax._src.kernels.linear_codes import coded_bits
 from natgalore_jax._src.kernels.projection import Factors
-from natgalore_jax._src.kernels.rotation import TRANSITIONS
+from natgalore_jax._src.kernels.rotation import TRANSITIONS, Transition
 from natgalore_jax._src.params.axes import AxesLike
 from natgalore_jax._src.params.checks import (
     check_boolean,
@@ -21,7 +21,7 @@ from natgalore_jax._src.params.checks import (
     check_stored_dtype,
     check_unused,
 )
-from natgalore_jax._src.params.plan import SIDES, LeafPlan, PlanSettings, check_rank
+from natgalore_jax._src.params.plan import SIDES, LeafPlan, PlanSettings, Side, check_rank
 from natgalore_jax._src.params.where import Where, hidden_matrices
 from natgalore_jax._src.refresh.matrix import RefreshSettings
 
@@ -55,9 +55,9 @@ class LowRankProject(optax.GradientTransformationExtraArgs):
 def low_rank_project(
     rank: int | tuple[int, ...] = 128,
     update_interval: int = UPDATE_INTERVAL,
-    side: str = "auto",
-    method: str = "power",
-    transition: str = "rotate",
+    side: Side = "short",
+    method: Method = "power",
+    transition: Transition = "rotate",
     stagger: bool | None = None,
     where: Where = hidden_matrices,
     axes: AxesLike = None,
@@ -85,9 +85,9 @@ def low_rank_project(
       update_interval: T, steps between two refreshes of a basis; 1 refreshes at every step, as
         "online" always does.
       side: which side is projected. ``"short"``: the shorter, as in the paper and ``galore-torch``
-        "std"; ``"long"``: the longer, as in ``optax.contrib.galore``, with the smallest moments;
-        ``"left"`` (rows), ``"right"`` (columns), ``"both"``; ``"auto"``: currently "short", which
-        learns better than "long" at the same rank. Square matrices: rows.
+        "std", which learns better than the longer at the same rank; ``"long"``: the longer, as in
+        ``optax.contrib.galore``, with the smallest moments; ``"left"`` (rows), ``"right"``
+        (columns), ``"both"``. Square matrices: rows.
       method: how a basis is found. ``"power"``: five block power steps ``P ← polar(G Gᵀ P)`` from
         the previous basis and a tenth of random directions, which find what G has outside of it;
         eight where that basis has nothing of G. Products of matrices alone, with the polar factor
@@ -162,7 +162,7 @@ def low_rank_project(
         check_unused("seed", seed, 0, f"with method={method!r}, which is deterministic")
     if isinstance(rank, (tuple, list)):
         tucker = "with a tuple for rank, which projects each of the last axes"
-        check_unused("side", side, "auto", tucker)
+        check_unused("side", side, "short", tucker)
         check_unused("axes", axes, None, tucker)
     check_stored_dtype("basis_dtype", basis_dtype)
     if method == "online" and coded_bits(basis_dtype) == 4:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,13 @@ import optax
 
 from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
 from natgalore_jax._src.kernels.projection import Factors, project_back as back
-from natgalore_jax._src.kernels.residual import RESIDUALS, Residual, empty_fisher, with_residual
+from natgalore_jax._src.kernels.residual import (
+    RESIDUAL_SCALE,
+    Residual,
+    Rule,
+    empty_fisher,
+    with_residual,
+)
 from natgalore_jax._src.params.checks import check_choice, check_decay, check_number, check_unused
 from natgalore_jax._src.params.placement import place_low_rank, zeros_on_axes
 from natgalore_jax._src.params.plan import LeafPlan
@@ -26,7 +32,7 @@ class ProjectBackState(NamedTuple):
     #: projected. One for each matrix, so that no update waits for the gradients of all others.
     direction: Any
     #: The tree of parameters: batch, float32, the norm of each matrix's last residual update,
-    #: or MaskedNode where nothing is projected, without a limit, or if the residual is not "gain".
+    #: or MaskedNode where nothing is projected, without a limit, or if the residual is not "fira".
     residual_norm: Any
     #: The tree of parameters: batch + the side that is not projected, float32, the average of the
     #: mean square of each column (row) of the residual, or MaskedNode where nothing is projected or
@@ -43,7 +49,7 @@ class ProjectBack(optax.GradientTransformationExtraArgs):
 
 def project_back(
     scale: float = 1.0,
-    residual: bool | str = False,
+    residual: Rule = "none",
     norm_growth_limit: float | None = NORM_GROWTH_LIMIT,
     residual_scale: float | None = None,
     residual_decay: float | None = None,
@@ -58,7 +64,7 @@ def project_back(
     .. math:: U = \alpha P N + \sigma\,E\,\mathrm{diag}(\varphi),
 
     with φ per column if the rows are projected, per row if the columns are, and one number for the
-    whole matrix if both sides are (the same for Tucker). ``"gain"`` (or True) is Fira's rule, the
+    whole matrix if both sides are (the same for Tucker). ``"fira"`` is Fira's rule, the
     factor by which the inner optimizer changed the projected part of the column:
 
     .. math:: \varphi_j = \lVert N_{:j} \rVert / \lVert R_{:j} \rVert .
@@ -77,17 +83,17 @@ def project_back(
 
     Args:
       scale: α, a number or a traced scalar. GaLore uses 0.25 with a learning rate of 0.01.
-      residual: False, True, ``"gain"`` or ``"fisher"``. "gain" needs no memory, "fisher" one number
+      residual: ``"none"``, ``"fira"`` or ``"fisher"``. "fira" needs no memory, "fisher" one number
         for each column; neither needs a product beyond those without residual.
       norm_growth_limit: γ, the limit on spikes, or None for no limit. The norm of a matrix's
         residual update is at most γ times its level. For "fisher" the level is known, σ √(m n), so
         that the limit has no memory: after a vanishing gradient the next update has its full size.
         A spike, moreover, enters c as ten times c at most, and does not shrink the updates after
-        it. For "gain" the level is the norm at the last step, as published: an update that was
+        it. For "fira" the level is the norm at the last step, as published: an update that was
         small once grows back by a factor of γ a step. Put the learning rate after ``project_back``,
         or its warm-up is limited as well.
-      residual_scale: σ, a number or a traced scalar. None: 1 for "gain", as published, and 0.2 for
-        "fisher", the root mean square of AdamW's updates.
+      residual_scale: σ, a number or a traced scalar. None: 1 for "fira", as published, and 0.4 for
+        "fisher", twice the root mean square of AdamW's updates: best with α = 1.
       residual_decay: β of "fisher"; None: 0.9. Short: c follows the size of the gradient within
         ten steps.
 
@@ -97,36 +103,31 @@ def project_back(
     Raises:
       TypeError, ValueError: for an argument of a wrong type or value, as ``norm_growth_limit`` ≤ 1,
         and for arguments without an effect: those of the residual without one, ``residual_decay``
-        with "gain".
+        with "fira".
 
     References:
       Zhao et al., GaLore (2024), "Adam with GaLore" in appendix B, for α; Chen et al., Fira (2024),
-      arXiv 2410.01623, for "gain" (norm-based scaling) and the limit (norm-growth limiter); Gong
+      arXiv 2410.01623, for "fira" (norm-based scaling) and the limit (norm-growth limiter); Gong
       et al., Towards efficient optimizer design for LLM via structured Fisher approximation (2025),
       for the Fisher matrix of what a low-rank approximation leaves out.
 
     Example:
       >>> import jax.numpy as jnp, optax, natgalore_jax as ng
-      >>> tx = ng.chain(ng.low_rank_project(rank=2), ng.project_back(scale=0.5, residual=True))
+      >>> tx = ng.chain(ng.low_rank_project(rank=2), ng.project_back(scale=0.5, residual="fira"))
       >>> grads = {"w": jnp.arange(20.0).reshape(4, 5) ** 2}
       >>> updates, _ = tx.update(grads, tx.init(grads))
       >>> updates["w"].shape
       (4, 5)
     """
     check_number("scale", scale)
-    if not isinstance(residual, (bool, str)):
-        raise TypeError(
-            f"residual must be True or False or one of {', '.join(RESIDUALS)}, got {residual!r}"
-        )
-    if isinstance(residual, str):
-        check_choice("residual", residual, tuple(RESIDUALS))
+    check_choice("residual", residual, get_args(Rule))
     if norm_growth_limit is not None:
         check_number("norm_growth_limit", norm_growth_limit, above=1.0)
     if residual_scale is not None:
         check_number("residual_scale", residual_scale)
     if residual_decay is not None:
         check_decay("residual_decay", residual_decay)
-    if not residual:
+    if residual == "none":
         if norm_growth_limit is not None:
             check_unused(
                 "norm_growth_limit", norm_growth_limit, NORM_GROWTH_LIMIT, "without a residual"
@@ -138,11 +139,10 @@ def project_back(
     # if its functions are, and jax.jit would take one for the other as a static argument.
     tx = ProjectBack(*(functools.partial(_outside_of_chain) for _ in range(2)))
     tx.scale, tx.residual = scale, None
-    if residual:
-        rule = residual if isinstance(residual, str) else "gain"
-        sigma = RESIDUALS[rule] if residual_scale is None else residual_scale
+    if residual != "none":
+        sigma = RESIDUAL_SCALE[residual] if residual_scale is None else residual_scale
         decay = RESIDUAL_DECAY if residual_decay is None else residual_decay
-        tx.residual = Residual(rule, sigma, decay, norm_growth_limit)
+        tx.residual = Residual(residual, sigma, decay, norm_growth_limit)
     return tx
 
 

@@ -289,7 +289,7 @@ def with_residual_error(what: str, rule: str) -> str:
         f"{what} inside a subspace updates with the sum of several gradients, and "
         f"project_back(residual={rule!r}) would add the residual of each single one at once: put "
         "optax.MultiSteps around the whole chain, take the chain apart with "
-        "natgalore_jax.training.low_rank_steps, or use residual=False"
+        "natgalore_jax.training.low_rank_steps, or use residual='none'"
     )
 
 

@@ -1,7 +1,7 @@
 """The natural gradient as a transformation."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,9 @@ from natgalore_jax._src.params.where import KeyPath, shape_and_dtype
 from natgalore_jax._src.states.tree_checks import flatten_like
 from natgalore_jax._src.subspace.gradient_history import History, empty_history, natural_gradient
 
-DAMPING_MODES = ("absolute", "relative")
+Schedule = Callable[[jax.Array], jax.Array]
+DampingMode = Literal["absolute", "relative"]
+DAMPING_MODES = get_args(DampingMode)
 
 
 class WoodburyState(NamedTuple):
@@ -40,9 +42,9 @@ class WoodburyState(NamedTuple):
 
 def woodbury_natural_gradient(
     history: int = 10,
-    damping: float | Callable[[jax.Array], jax.Array] = 1e-3,
-    damping_mode: str = "absolute",
-    history_dtype: Any = None,
+    damping: float | Schedule = 0.03,
+    damping_mode: DampingMode = "relative",
+    history_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Preconditions gradients with the inverse of the damped empirical Fisher matrix.
 
@@ -72,7 +74,7 @@ def woodbury_natural_gradient(
       history: s, the number of gradients kept. The state is ``history`` times the size of what is
         preconditioned, the largest part of the optimizer's memory by far.
       damping: λ in units of gradient² ("absolute"), or ρ without a unit ("relative"); a number
-        above zero or a schedule of the step count. The default is the published code's; the paper
+        above zero or a schedule of the step count. The published code has 1e-3, absolute; the paper
         states none.
       damping_mode: ``"absolute"``: λ = damping. ``"relative"``: λ = damping · tr(HᵀH) / s, with s
         the number of gradients seen so far, which makes the direction independent of the scale

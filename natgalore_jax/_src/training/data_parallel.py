@@ -39,7 +39,7 @@ def data_parallel_step(
     Args:
       loss: ``(params, batch) -> scalar``, the mean over the rows of the batch.
       tx: an optimizer for :func:`.low_rank_steps`, without a residual: the residual needs the mean
-        of the whole gradients, so that nothing would be saved. ``residual=False`` of
+        of the whole gradients, so that nothing would be saved. ``residual="none"`` of
         :func:`natural_galore_adamw`; :func:`galore_adamw` has none. "online" refreshes every basis
         at every step, and saves nothing either.
       mesh: the devices. Axes other than ``axis_name`` are left to the compiler.
@@ -73,7 +73,7 @@ def data_parallel_step(
     if steps.needs_full:
         raise ValueError(
             "data_parallel_step exchanges low-rank gradients, and project_back(residual=...) needs "
-            "the mean of the whole ones: make the optimizer with residual=False, or let jax.jit "
+            "the mean of the whole ones: make the optimizer with residual='none', or let jax.jit "
             "share an ordinary step"
         )
     rows, same = PartitionSpec(axis_name), PartitionSpec()

@@ -170,7 +170,7 @@ def low_rank_steps(tx: optax.GradientTransformation) -> LowRankSteps:
             raise ValueError(
                 f"project_back(residual={residual.rule!r}) adds what the subspace misses of the "
                 "gradient, which the low-rank gradient does not tell: give update the whole "
-                "gradient as full=..., or make the optimizer with residual=False"
+                "gradient as full=..., or make the optimizer with residual='none'"
             )
         updates, own = subspace.update_from_low_rank(low, state[:inside], params, full, extra_args)
         updates, rest = update_members(after, updates, state[inside:], params, extra_args)
