@@ -12,10 +12,10 @@ import jax
 import numpy as np
 from tokenizers import Tokenizer, models
 
+from examples.common.metrics import of_kind
 from examples.llama.data import Splits
 from examples.llama.distributed import DistributedConfig, start
 from examples.llama.loop import train
-from examples.llama.metrics import of_kind
 from examples.llama.train_config import RunConfig, run_preset
 
 

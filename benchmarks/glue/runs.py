@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 from benchmarks._environment import RESULTS, environment
 from benchmarks.quality.files import read, write
+from examples.common.methods import is_low_rank
 from examples.glue.baseline import baseline_scores
 from examples.glue.loop import train
 from examples.glue.methods import MethodName
 from examples.glue.prepare import prepare
 from examples.glue.run_config import RunConfig, TaskName, preset_config
-from examples.llama.finetuning import is_low_rank
 from examples.llama.train_config import ConfigError, differences
 
 Json = dict[str, Any]

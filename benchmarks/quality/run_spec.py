@@ -11,10 +11,10 @@ from benchmarks._environment import RESULTS
 from benchmarks.quality.corpora import resolve
 from benchmarks.quality.methods import Setting, arguments, choose, configure, make
 from benchmarks.quality.presets import PRESETS
+from examples.common.optimizers import OptimizerConfig
+from examples.common.schedule import warmup_cosine
 from examples.llama.config import DTYPES
 from examples.llama.data import DataConfig
-from examples.llama.optimizers import OptimizerConfig
-from examples.llama.schedule import warmup_cosine
 from examples.llama.train_config import ConfigError, OutputConfig, RunConfig
 
 ROOT = RESULTS / "quality"

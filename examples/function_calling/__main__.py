@@ -8,6 +8,7 @@ from typing import Any
 import tyro
 from rich.console import Console
 
+from examples.common.interrupt import stop_on_signals
 from examples.function_calling.curves import plot_curves
 from examples.function_calling.errors import CheckpointError, ConfigError, DataError, WeightsError
 from examples.function_calling.evaluate import Evaluator
@@ -16,7 +17,6 @@ from examples.function_calling.prepare import prepare
 from examples.function_calling.report import evaluation, make_reporter, summary_table
 from examples.function_calling.run_config import RunConfig
 from examples.function_calling.untrained import evaluate_untrained
-from examples.llama.interrupt import stop_on_signals
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import matplotlib.figure
 
-from examples.llama.metrics import Record, of_kind
+from examples.common.metrics import Record, of_kind
 
 
 def plot_curves(records: Mapping[str, list[Record]], path: Path, title: str) -> None:

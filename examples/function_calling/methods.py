@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from examples.common import methods
+from examples.common.methods import is_low_rank, method_transformation
+from examples.common.optimizers import decayed
 from examples.function_calling.adapters import (
     GraphDef,
     Params,
@@ -18,11 +21,8 @@ from examples.function_calling.adapters import (
     add_adapters,
     merge_adapters,
 )
-from examples.llama import finetuning
 from examples.llama.adapters import AdapterConfig
 from examples.llama.config import ModelConfig
-from examples.llama.finetuning import is_low_rank, method_transformation
-from examples.llama.optimizers import decayed
 
 # Peak rates where none is given. That of AdamW is the one of Natural GaLore's experiments with
 # TinyAgent; the others are five times that, as their updates have fewer dimensions. None is tuned.
@@ -44,7 +44,7 @@ else:  # The names that the command line offers.
 
 
 @dataclass(frozen=True)
-class MethodConfig(finetuning.MethodConfig):
+class MethodConfig(methods.MethodConfig):
     """The method. "None" leaves an argument to the method's own default."""
 
     learning_rates = LEARNING_RATES

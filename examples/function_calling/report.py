@@ -6,8 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from examples.common.metrics import Record
 from examples.glue.report import Bar, Lines, Reporter, Silent
-from examples.llama.metrics import Record
 
 _SHARES = {
     "parsed": "plans",

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
+from examples.common.schedule import ScheduleConfig
 from examples.function_calling.datasets import DATASETS
 from examples.function_calling.errors import ConfigError
 from examples.function_calling.methods import MethodConfig, MethodName
 from examples.function_calling.pairs import PromptConfig
-from examples.llama.schedule import ScheduleConfig
 
 if TYPE_CHECKING:
     DatasetName = str

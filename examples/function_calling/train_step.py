@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from examples.common.frozen import union
 from examples.function_calling.adapters import GraphDef
 from examples.function_calling.batches import Batch, learned_tokens
-from examples.llama.frozen import union
 from examples.llama.model import Llama
 from examples.llama.train_step import Metrics, Params, TrainState, next_state
 

@@ -8,6 +8,7 @@ import sys
 import tyro
 from rich.console import Console
 
+from examples.common.interrupt import stop_on_signals
 from examples.glue.baseline import baseline_scores
 from examples.glue.data import TASKS
 from examples.glue.errors import CheckpointError, ConfigError, DataError, WeightsError
@@ -16,7 +17,6 @@ from examples.glue.prepare import prepare
 from examples.glue.protocols import PROTOCOLS
 from examples.glue.report import make_reporter, summary_table
 from examples.glue.run_config import RunConfig, preset_config
-from examples.llama.interrupt import stop_on_signals
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,6 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import natgalore_jax as ng
+from examples.common.checkpoints import Checkpoints
+from examples.common.clock import Clock
+from examples.common.metrics import MetricsLog, Record, of_kind
 from examples.glue.data.batches import steps_per_epoch, train_batches
 from examples.glue.errors import ConfigError
 from examples.glue.methods import Tuning, set_up
@@ -28,9 +31,6 @@ from examples.glue.train_step import (
     row_losses,
 )
 from examples.glue.weights import save_model
-from examples.llama.checkpoints import Checkpoints
-from examples.llama.clock import Clock
-from examples.llama.metrics import MetricsLog, Record, of_kind
 from examples.llama.train_step import TrainState, init_state
 
 

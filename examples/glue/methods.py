@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from examples.common import methods
+from examples.common.methods import is_low_rank, method_transformation
 from examples.glue.adapters import add_adapters, is_adapter, merge_adapters
 from examples.glue.encoder_config import EncoderConfig
 from examples.glue.errors import ConfigError
 from examples.glue.model import Apply, make_model
 from examples.glue.weights import MATRICES, module_name
-from examples.llama import finetuning
-from examples.llama.finetuning import is_low_rank, method_transformation
 
 Params = dict[str, Any]
 
@@ -46,7 +46,7 @@ TABLES = ("word", "position", "token_type")
 
 
 @dataclass(frozen=True)
-class MethodConfig(finetuning.MethodConfig):
+class MethodConfig(methods.MethodConfig):
     """The method. "None" leaves an argument to the method's own default."""
 
     learning_rates = LEARNING_RATES

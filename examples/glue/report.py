@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from examples.llama.metrics import Record
+from examples.common.metrics import Record
 
 Describe = Callable[[Record], str]  # One record in a few words.
 

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from examples.common.frozen import union
 from examples.glue.data.batches import Batch, Layout, eval_batches
 from examples.glue.data.encode import Encoded
 from examples.glue.model import Apply, Inputs
-from examples.llama.frozen import union
 from examples.llama.train_step import Params, TrainState, next_state
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, jax.Array]]

@@ -4,13 +4,13 @@ from typing import Any
 
 import jax
 
+from examples.common.errors import ConfigError
 from examples.llama.data import (
     Splits,
     is_hub,
     make_streaming_iterator,
     make_train_iterator,
 )
-from examples.llama.errors import ConfigError
 from examples.llama.team import Team
 from examples.llama.train_config import RunConfig
 

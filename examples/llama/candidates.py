@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from examples.common.optimizers import OPTIMIZERS
 from examples.llama.__main__ import parse
-from examples.llama.optimizers import OPTIMIZERS
 from examples.llama.train_config import ConfigError, RunConfig
 
 # From the best to the least good by the losses of docs/quality.md; 8 bits cost nothing there.

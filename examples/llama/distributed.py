@@ -7,7 +7,7 @@ from typing import Literal
 
 import jax
 
-from examples.llama.errors import ConfigError
+from examples.common.errors import ConfigError
 
 # A process that ends early waits this long for the first one, which still draws and writes.
 _SHUTDOWN_SECONDS = 1800

@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-from examples.llama.errors import ConfigError
+from examples.common.errors import ConfigError
 
 _WINDOW = 50  # Losses that a new one is compared with,
 _FEWEST = 10  # if there are so many; the first steps have the highest losses of all.

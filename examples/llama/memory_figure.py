@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from examples.common.optimizers import OptimizerConfig
 from examples.llama.build import abstract_run
-from examples.llama.optimizers import OptimizerConfig
 from examples.llama.sizes import unit_of
 from examples.llama.step_memory import lower_bound
 from examples.llama.train_config import RunConfig, run_preset

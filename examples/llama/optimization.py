@@ -7,7 +7,7 @@ import jax
 import optax
 
 import natgalore_jax as ng
-from examples.llama.optimizers import make_optimizer
+from examples.common.optimizers import make_optimizer
 from examples.llama.relora import with_restarts
 from examples.llama.train_config import ConfigError, RunConfig
 from examples.llama.train_step import Params

@@ -15,8 +15,8 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import natgalore_jax as ng
+from examples.common.frozen import Tree
 from examples.llama.adapters import AdapterConfig, init_a
-from examples.llama.frozen import Tree
 from examples.llama.train_config import ConfigError
 from examples.llama.train_step import TrainState
 

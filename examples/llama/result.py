@@ -5,8 +5,8 @@ from typing import Any
 
 import optax
 
+from examples.common.metrics import Record
 from examples.llama.data import Splits
-from examples.llama.metrics import Record
 from examples.llama.peak import RunMemory
 from examples.llama.train_config import RunConfig
 from examples.llama.train_step import Apply, TrainState

@@ -16,7 +16,7 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
-from examples.llama.errors import ConfigError
+from examples.common.errors import ConfigError
 from examples.llama.train_step import Metrics, TrainState
 
 

@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from examples.llama.adapters import AdapterConfig
-from examples.llama.config import MODEL_PRESETS, ModelConfig
-from examples.llama.data import DataConfig
-from examples.llama.distributed import DistributedConfig
-from examples.llama.errors import ConfigError as ConfigError
-from examples.llama.faults import FaultConfig
-from examples.llama.optimizers import (
+from examples.common.errors import ConfigError as ConfigError
+from examples.common.optimizers import (
     OptimizerConfig,
     default_learning_rate,
     default_unprojected_ratio,
 )
-from examples.llama.schedule import ScheduleConfig
+from examples.common.schedule import ScheduleConfig
+from examples.llama.adapters import AdapterConfig
+from examples.llama.config import MODEL_PRESETS, ModelConfig
+from examples.llama.data import DataConfig
+from examples.llama.distributed import DistributedConfig
+from examples.llama.faults import FaultConfig
 
 if TYPE_CHECKING:
     PresetName = str

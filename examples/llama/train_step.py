@@ -9,9 +9,9 @@ import optax
 from flax import nnx
 
 import natgalore_jax as ng
+from examples.common.frozen import union
 from examples.llama.accumulation import accumulate_low_rank, empty_accumulator
 from examples.llama.config import ModelConfig
-from examples.llama.frozen import union
 from examples.llama.model import Llama, MakeLinear, dense
 
 Params = Any

@@ -12,6 +12,8 @@ import tiny_encoder as tiny
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import natgalore_jax as ng
+from examples.common.frozen import union
+from examples.common.metrics import of_kind
 from examples.glue.adapters import add_adapters, merge_adapters
 from examples.glue.data.batches import Layout, make_batch
 from examples.glue.encoder_config import EncoderConfig
@@ -23,8 +25,6 @@ from examples.glue.prepare import prepare
 from examples.glue.run_config import OutputConfig, RunConfig
 from examples.glue.train_step import decisions, make_predict, make_step, predictions
 from examples.glue.weights import load_model
-from examples.llama.frozen import union
-from examples.llama.metrics import of_kind
 from examples.llama.train_step import init_state
 
 pytestmark = pytest.mark.usefixtures("fast_compile")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from examples.llama.checkpoints import Checkpoints
+from examples.common.checkpoints import Checkpoints
 from examples.llama.train_step import TrainState, init_state
 
 

@@ -12,9 +12,9 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from examples.common.checkpoints import Checkpoints
+from examples.common.metrics import of_kind, read_metrics
 from examples.llama.__main__ import main, parse
-from examples.llama.checkpoints import Checkpoints
-from examples.llama.metrics import of_kind, read_metrics
 from examples.llama.train_config import run_preset
 
 pytestmark = pytest.mark.usefixtures("fast_compile")

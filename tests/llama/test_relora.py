@@ -12,11 +12,11 @@ import tiny_run as tiny
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import natgalore_jax as ng
+from examples.common.frozen import partition, union
+from examples.common.metrics import of_kind
+from examples.common.optimizers import OptimizerConfig
 from examples.llama.adapters import AdapterConfig, make_linear
-from examples.llama.frozen import partition, union
 from examples.llama.loop import train
-from examples.llama.metrics import of_kind
-from examples.llama.optimizers import OptimizerConfig
 from examples.llama.relora import make_merge, merge, restart_factor, with_restarts
 from examples.llama.train_config import ConfigError, differences
 from examples.llama.train_step import TrainState, init_state, make_model

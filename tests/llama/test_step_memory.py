@@ -10,9 +10,9 @@ import pytest
 from tiny_run import MODEL, run_config, splits
 
 import natgalore_jax as ng
+from examples.common.optimizers import OptimizerConfig
 from examples.llama.build import abstract_run, first_state
 from examples.llama.loop import train
-from examples.llama.optimizers import OptimizerConfig
 from examples.llama.per_layer import make_per_layer_step
 from examples.llama.report import Silent
 from examples.llama.step_memory import (

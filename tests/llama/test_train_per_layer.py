@@ -9,10 +9,10 @@ import pytest
 from tiny_run import MODEL, NATURAL_GALORE, run_config, splits
 
 import natgalore_jax as ng
+from examples.common.metrics import of_kind
+from examples.common.optimizers import OptimizerConfig
 from examples.llama.adapters import AdapterConfig
 from examples.llama.loop import train
-from examples.llama.metrics import of_kind
-from examples.llama.optimizers import OptimizerConfig
 from examples.llama.train_config import ConfigError, OutputConfig
 
 pytestmark = pytest.mark.usefixtures("fast_compile")

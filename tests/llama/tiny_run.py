@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, models
 
+from examples.common.optimizers import OptimizerConfig
 from examples.llama.config import ModelConfig
 from examples.llama.data import Splits
-from examples.llama.optimizers import OptimizerConfig
 from examples.llama.train_config import OutputConfig, RunConfig
 
 VOCAB = 48

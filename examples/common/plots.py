@@ -4,7 +4,7 @@ from pathlib import Path
 
 import matplotlib.figure
 
-from examples.llama.metrics import Record, of_kind
+from examples.common.metrics import Record, of_kind
 
 
 def plot_curves(records: list[Record], path: Path, baselines: dict[str, float], title: str) -> None:

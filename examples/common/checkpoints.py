@@ -6,7 +6,7 @@ from typing import Any, Self
 import jax
 import orbax.checkpoint as ocp
 
-from examples.llama.digests import write_digests
+from examples.common.digests import write_digests
 from examples.llama.train_config import ConfigError, differences
 from examples.llama.train_step import TrainState
 

@@ -1,4 +1,4 @@
-"""Methods of fine-tuning by name, as `examples/glue` and `examples/function_calling` have them.
+"""Methods of fine-tuning by name.
 
 "lora" is AdamW on adapters; every other method is an optimizer.
 """
@@ -11,8 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal
 import optax
 import tyro
 
-from examples.llama.errors import ConfigError
-from examples.llama.optimizers import OPTIMIZERS, OptimizerConfig, make_transformation
+from examples.common.errors import ConfigError
+from examples.common.optimizers import OPTIMIZERS, OptimizerConfig, make_transformation
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import optax
 import tyro
 
 import natgalore_jax as ng
-from examples.llama.schedule import ScheduleConfig, warmup_cosine
+from examples.common.schedule import ScheduleConfig, warmup_cosine
 
 # Options that are not arguments of the factories, or that have a value without being given.
 _OF_ANY_OPTIMIZER = {"name", "learning_rate", "clip_norm", "unprojected_ratio", "rank"}
