@@ -22,7 +22,7 @@ from examples.llama.build import (
     on_the_host,
 )
 from examples.llama.data import load_splits, make_train_iterator
-from examples.llama.model import INIT_STD
+from examples.llama.model.llama import INIT_STD
 from examples.llama.step_memory import of_compiled
 from examples.llama.train_step import Params
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from examples.llama.build import abstract_run
-from examples.llama.config import MODEL_PRESETS
+from examples.llama.model.config import MODEL_PRESETS
 from examples.llama.train_config import RunConfig, run_preset
 from examples.llama.train_step import init_state, make_model, next_state, token_nll
 

@@ -17,7 +17,7 @@ from flax import nnx
 
 from benchmarks._environment import RESULTS, environment, print_targets, target, write
 from benchmarks._timing import median
-from examples.llama.generate import generate
+from examples.llama.model.generate import generate
 from examples.llama.weights import load_llama
 
 TOKENS_PER_SECOND = 10.0

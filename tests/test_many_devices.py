@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import natgalore_jax as ng
-from examples.llama.config import ModelConfig
+from examples.llama.model.config import ModelConfig
 from examples.llama.sharded_team import longer_side
 from examples.many_devices import replicated, sharded, small_llama
 

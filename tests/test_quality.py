@@ -26,9 +26,9 @@ from benchmarks.quality.run_spec import Run, prepare
 from benchmarks.quality.sweep import Sweep, runs
 from benchmarks.quality.train import excerpt
 from examples.common.metrics import of_kind
-from examples.llama.config import MODEL_PRESETS
 from examples.llama.data import DataConfig, load_splits
 from examples.llama.loop import train
+from examples.llama.model.config import MODEL_PRESETS
 from examples.llama.train_config import ConfigError, RunConfig
 from examples.llama.train_step import make_model
 

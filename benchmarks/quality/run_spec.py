@@ -13,8 +13,8 @@ from benchmarks.quality.methods import Setting, arguments, choose, configure, ma
 from benchmarks.quality.presets import PRESETS
 from examples.common.optimizers import OptimizerConfig
 from examples.common.schedule import warmup_cosine
-from examples.llama.config import DTYPES
 from examples.llama.data import DataConfig
+from examples.llama.model.config import DTYPES
 from examples.llama.train_config import ConfigError, OutputConfig, RunConfig
 
 ROOT = RESULTS / "quality"

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from examples.llama.adapters import AdapterConfig, init_a, make_linear
-from examples.llama.config import ModelConfig
-from examples.llama.model import Llama
+from examples.llama.model.adapters import AdapterConfig, init_a, make_linear
+from examples.llama.model.config import ModelConfig
+from examples.llama.model.llama import Llama
 
 Params = dict[str, Any]
 GraphDef = Any

@@ -13,8 +13,8 @@ from examples.function_calling.parse import parse_plan
 from examples.function_calling.prepare import Prepared, Split
 from examples.function_calling.records import Record
 from examples.function_calling.train_step import loss_of
-from examples.llama.generate import generate
-from examples.llama.model import Llama, unstack_layers, with_params
+from examples.llama.model.generate import generate
+from examples.llama.model.llama import Llama, unstack_layers, with_params
 from examples.llama.train_step import Params
 
 EVALUATED = ("loss", "metrics", "plans", "seconds_per_plan")

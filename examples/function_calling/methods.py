@@ -21,8 +21,8 @@ from examples.function_calling.adapters import (
     add_adapters,
     merge_adapters,
 )
-from examples.llama.adapters import AdapterConfig
-from examples.llama.config import ModelConfig
+from examples.llama.model.adapters import AdapterConfig
+from examples.llama.model.config import ModelConfig
 
 # Peak rates where none is given. That of AdamW is the one of Natural GaLore's experiments with
 # TinyAgent; the others are five times that, as their updates have fewer dimensions. None is tuned.

@@ -14,8 +14,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from examples.glue.encoder_config import EncoderConfig
 from examples.glue.model import Apply, MakeLinear, dense, make_model
-from examples.llama.adapters import init_a
-from examples.llama.model import on_rows
+from examples.llama.model.adapters import init_a
+from examples.llama.model.llama import on_rows
 
 Params = dict[str, Any]
 

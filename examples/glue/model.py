@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from examples.glue.encoder_config import EncoderConfig
-from examples.llama.model import Linear
+from examples.llama.model.llama import Linear
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: nnx.gelu(x, approximate=False),

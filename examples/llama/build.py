@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from examples.common.frozen import partition
-from examples.llama.adapters import make_linear
+from examples.llama.model.adapters import make_linear
 from examples.llama.optimization import Optimization, make_optimization
 from examples.llama.per_layer import make_per_layer_step
 from examples.llama.train_config import RunConfig

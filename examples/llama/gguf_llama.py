@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from examples.llama.config import ModelConfig
+from examples.llama.model.config import ModelConfig
 from examples.pretrained import WeightsError
 from examples.pretrained.gguf_file import Gguf
 from examples.pretrained.tensors import Tensors

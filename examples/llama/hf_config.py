@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from examples.llama.config import ModelConfig
+from examples.llama.model.config import ModelConfig
 from examples.pretrained import WeightsError
 
 # Field to key.

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tokenizers import Tokenizer
 
-from examples.llama.config import ModelConfig
 from examples.llama.data import DataError
 from examples.llama.data.tokenizer import load_tokenizer, plain_text, vocabulary_size
+from examples.llama.model.config import ModelConfig
 from examples.llama.train_config import ConfigError, RunConfig, run_preset
 
 TOKENIZER = "tokenizer.json"

@@ -17,13 +17,13 @@ from examples.common.clock import Clock
 from examples.common.digests import set_damaged_aside
 from examples.common.frozen import partition
 from examples.common.metrics import MetricsLog, of_kind, replace_text
-from examples.llama.adapters import make_linear
 from examples.llama.batches import TrainBatches
 from examples.llama.build import first_state, make_step, on_the_host
 from examples.llama.data import Splits, eval_batches, load_splits
 from examples.llama.evaluate import make_eval_step, mean_nll, perplexity
 from examples.llama.faults import Guard
 from examples.llama.initial import TOKENIZER, overlay
+from examples.llama.model.adapters import make_linear
 from examples.llama.optimization import make_optimization
 from examples.llama.peak import RunMemory, describe, observed_peak
 from examples.llama.relora import make_merge

@@ -13,8 +13,8 @@ import optax
 from flax import nnx
 
 import natgalore_jax as ng
-from examples.llama.config import ModelConfig
-from examples.llama.model import Llama
+from examples.llama.model.config import ModelConfig
+from examples.llama.model.llama import Llama
 from examples.llama.train_config import ConfigError, RunConfig
 from examples.llama.train_step import Metrics, Params, TrainState, next_state, nll_of_logits
 

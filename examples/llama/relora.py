@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import natgalore_jax as ng
 from examples.common.frozen import Tree
-from examples.llama.adapters import AdapterConfig, init_a
+from examples.llama.model.adapters import AdapterConfig, init_a
 from examples.llama.train_config import ConfigError
 from examples.llama.train_step import TrainState
 

@@ -14,11 +14,11 @@ from examples.common.optimizers import (
     default_unprojected_ratio,
 )
 from examples.common.schedule import ScheduleConfig
-from examples.llama.adapters import AdapterConfig
-from examples.llama.config import MODEL_PRESETS, ModelConfig
 from examples.llama.data import DataConfig
 from examples.llama.distributed import DistributedConfig
 from examples.llama.faults import FaultConfig
+from examples.llama.model.adapters import AdapterConfig
+from examples.llama.model.config import MODEL_PRESETS, ModelConfig
 
 if TYPE_CHECKING:
     PresetName = str

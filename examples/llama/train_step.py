@@ -11,8 +11,8 @@ from flax import nnx
 import natgalore_jax as ng
 from examples.common.frozen import union
 from examples.llama.accumulation import accumulate_low_rank, empty_accumulator
-from examples.llama.config import ModelConfig
-from examples.llama.model import Llama, MakeLinear, dense
+from examples.llama.model.config import ModelConfig
+from examples.llama.model.llama import Llama, MakeLinear, dense
 
 Params = Any
 Metrics = dict[str, jax.Array]

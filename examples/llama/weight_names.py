@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from examples.llama.config import ModelConfig
+from examples.llama.model.config import ModelConfig
 from examples.pretrained import Stored
 
 # Modules to names; {i} is the number of the layer.

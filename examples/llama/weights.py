@@ -11,8 +11,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tokenizers import Tokenizer
 
 from examples.llama import gguf_llama, hf_config, weight_names
-from examples.llama.config import ModelConfig
-from examples.llama.model import Llama, with_params
+from examples.llama.model.config import ModelConfig
+from examples.llama.model.llama import Llama, with_params
 from examples.pretrained import (
     WeightsError,
     fill,

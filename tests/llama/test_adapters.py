@@ -16,10 +16,10 @@ import natgalore_jax as ng
 from examples.common.frozen import partition, union
 from examples.common.optimizers import OptimizerConfig
 from examples.llama.__main__ import main
-from examples.llama.adapters import AdapterConfig, LoRALinear, make_linear
-from examples.llama.config import MODEL_PRESETS
 from examples.llama.loop import train
-from examples.llama.model import INIT_STD, dense
+from examples.llama.model.adapters import AdapterConfig, LoRALinear, make_linear
+from examples.llama.model.config import MODEL_PRESETS
+from examples.llama.model.llama import INIT_STD, dense
 from examples.llama.train_config import ConfigError, RunConfig
 from examples.llama.train_step import make_model
 

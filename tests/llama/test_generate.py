@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from examples.llama import generate as generate_module
-from examples.llama.adapters import AdapterConfig, make_linear
-from examples.llama.cache import empty_caches
-from examples.llama.config import ModelConfig
-from examples.llama.decode import extend
-from examples.llama.generate import generate, pad_left
-from examples.llama.model import Llama, stack_layers, with_params
-from examples.llama.sampling import Sampling, sample
+from examples.llama.model import generate as generate_module
+from examples.llama.model.adapters import AdapterConfig, make_linear
+from examples.llama.model.cache import empty_caches
+from examples.llama.model.config import ModelConfig
+from examples.llama.model.decode import extend
+from examples.llama.model.generate import generate, pad_left
+from examples.llama.model.llama import Llama, stack_layers, with_params
+from examples.llama.model.sampling import Sampling, sample
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

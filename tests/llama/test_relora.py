@@ -15,8 +15,8 @@ import natgalore_jax as ng
 from examples.common.frozen import partition, union
 from examples.common.metrics import of_kind
 from examples.common.optimizers import OptimizerConfig
-from examples.llama.adapters import AdapterConfig, make_linear
 from examples.llama.loop import train
+from examples.llama.model.adapters import AdapterConfig, make_linear
 from examples.llama.relora import make_merge, merge, restart_factor, with_restarts
 from examples.llama.train_config import ConfigError, differences
 from examples.llama.train_step import TrainState, init_state, make_model

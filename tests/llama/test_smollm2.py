@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from examples.llama.config import MODEL_PRESETS, parameter_count
-from examples.llama.generate import generate
-from examples.llama.model import with_params
+from examples.llama.model.config import MODEL_PRESETS, parameter_count
+from examples.llama.model.generate import generate
+from examples.llama.model.llama import with_params
 from examples.llama.weights import open_weights, read_params
 
 pytestmark = pytest.mark.skipif(

@@ -11,8 +11,8 @@ from tiny_run import MODEL, NATURAL_GALORE, run_config, splits
 import natgalore_jax as ng
 from examples.common.metrics import of_kind
 from examples.common.optimizers import OptimizerConfig
-from examples.llama.adapters import AdapterConfig
 from examples.llama.loop import train
+from examples.llama.model.adapters import AdapterConfig
 from examples.llama.train_config import ConfigError, OutputConfig
 
 pytestmark = pytest.mark.usefixtures("fast_compile")

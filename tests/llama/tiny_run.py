@@ -7,8 +7,8 @@ import numpy as np
 from tokenizers import Tokenizer, models
 
 from examples.common.optimizers import OptimizerConfig
-from examples.llama.config import ModelConfig
 from examples.llama.data import Splits
+from examples.llama.model.config import ModelConfig
 from examples.llama.train_config import OutputConfig, RunConfig
 
 VOCAB = 48

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from examples.llama.cache import Caches, KVCache, append, attend, slots_of
-from examples.llama.model import Layer, Llama
+from examples.llama.model.cache import Caches, KVCache, append, attend, slots_of
+from examples.llama.model.llama import Layer, Llama
 
 
 def extend(

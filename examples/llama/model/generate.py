@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from examples.llama.cache import Caches, empty_caches, slots_of
-from examples.llama.decode import extend
-from examples.llama.model import Llama
-from examples.llama.sampling import Sampling, sample
+from examples.llama.model.cache import Caches, empty_caches, slots_of
+from examples.llama.model.decode import extend
+from examples.llama.model.llama import Llama
+from examples.llama.model.sampling import Sampling, sample
 
 PAD_TO = 64
 GREEDY = Sampling()

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import natgalore_jax as ng
-from examples.llama.config import ModelConfig
+from examples.llama.model.config import ModelConfig
 
 INIT_STD = 0.02
 _INIT = nnx.initializers.normal(INIT_STD)

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from examples.llama.config import ModelConfig
-from examples.llama.model import INIT_STD, MakeLinear, dense, on_rows
+from examples.llama.model.config import ModelConfig
+from examples.llama.model.llama import INIT_STD, MakeLinear, dense, on_rows
 
 
 @dataclasses.dataclass(frozen=True)

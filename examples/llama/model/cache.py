@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from examples.llama.config import ModelConfig
+from examples.llama.model.config import ModelConfig
 
 
 class KVCache(NamedTuple):
