@@ -7,7 +7,7 @@ from examples.common.metrics import Record, of_kind
 from examples.function_calling.adapters import Params
 from examples.function_calling.prepare import Prepared
 from examples.llama.model.llama import with_params
-from examples.llama.weights import PretrainedLlama, open_weights, read_params, save_llama
+from examples.llama.weights.files import PretrainedLlama, open_weights, read_params, save_llama
 
 MODEL = "model"
 

@@ -19,7 +19,6 @@ from examples.common.metrics import Record, of_kind
 from examples.common.plots import plot_curves
 from examples.llama.data import DataError, load_splits, ngram_perplexity
 from examples.llama.distributed import leave_the_others, several_processes, start
-from examples.llama.initial import start_from
 from examples.llama.loop import Result, train
 from examples.llama.model.adapters import make_linear
 from examples.llama.model.config import MODEL_PRESETS
@@ -28,6 +27,7 @@ from examples.llama.model.llama import with_params
 from examples.llama.model.sampling import Sampling
 from examples.llama.report import Reporter, make_reporter, summary_table
 from examples.llama.train_config import ConfigError, RunConfig, run_preset
+from examples.llama.weights.initial import start_from
 
 SAMPLE_TOKENS = 100
 

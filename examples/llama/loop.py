@@ -22,7 +22,6 @@ from examples.llama.build import first_state, make_step, on_the_host
 from examples.llama.data import Splits, eval_batches, load_splits
 from examples.llama.evaluate import make_eval_step, mean_nll, perplexity
 from examples.llama.faults import Guard
-from examples.llama.initial import TOKENIZER, overlay
 from examples.llama.model.adapters import make_linear
 from examples.llama.optimization import make_optimization
 from examples.llama.peak import RunMemory, describe, observed_peak
@@ -34,6 +33,7 @@ from examples.llama.step_memory import StepMemory, of_compiled
 from examples.llama.team import Team
 from examples.llama.train_config import ConfigError, RunConfig
 from examples.llama.train_step import Metrics, Params, TrainState, make_model
+from examples.llama.weights.initial import TOKENIZER, overlay
 
 
 def train(

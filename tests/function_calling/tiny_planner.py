@@ -12,7 +12,7 @@ from examples.function_calling.prompts import write_prompt
 from examples.function_calling.write import write_plan
 from examples.llama.model.config import ModelConfig
 from examples.llama.model.llama import Llama
-from examples.llama.weights import PretrainedLlama, save_llama
+from examples.llama.weights.files import PretrainedLlama, save_llama
 from examples.pretrained.chat import ChatTemplate
 
 END = "<|end|>"

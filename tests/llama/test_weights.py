@@ -13,7 +13,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from examples.llama.model.llama import unstack_layers
-from examples.llama.weights import load_llama, open_weights, save_llama
+from examples.llama.weights.files import load_llama, open_weights, save_llama
 from examples.pretrained import WeightsError
 
 pytestmark = pytest.mark.usefixtures("fast_compile")

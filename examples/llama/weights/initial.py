@@ -141,12 +141,12 @@ def _tokenizer(config: RunConfig, file: Any) -> Tokenizer:
 
 def _weights_module() -> Any:
     try:
-        from examples.llama import weights
+        from examples.llama.weights import files
     except ImportError as error:
         raise ConfigError(
             f"--init-from needs {error.name}: python -m pip install 'natgalore-jax[pretrained]'"
         ) from error
-    return weights
+    return files
 
 
 def _using(function: Callable[[str], Any], name: str | None) -> Any:

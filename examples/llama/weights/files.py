@@ -10,9 +10,9 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tokenizers import Tokenizer
 
-from examples.llama import gguf_llama, hf_config, weight_names
 from examples.llama.model.config import ModelConfig
 from examples.llama.model.llama import Llama, with_params
+from examples.llama.weights import gguf, hf_config, names
 from examples.pretrained import (
     WeightsError,
     fill,
@@ -103,7 +103,7 @@ def read_params(file: WeightsFile, config: ModelConfig) -> Params:
     """
     model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
     expected: dict[Any, Any] = flatten_dict(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-    stored = weight_names.stored_as(expected, config, file.names)
+    stored = names.stored_as(expected, config, file.names)
     filled = fill(expected, stored, file.tensors(), source=str(file.path))
     known = {file.names["head"]} if config.tied_embeddings else set()
     unknown = [n for n in filled.unused if n not in known and not n.endswith("rotary_emb.inv_freq")]
@@ -120,7 +120,7 @@ def save_llama(pretrained: PretrainedLlama, directory: Path) -> None:
     model, config, tokenizer, chat_template, end_ids = pretrained
     directory.mkdir(parents=True, exist_ok=True)
     flat: dict[Any, Any] = flatten_dict(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-    stored = weight_names.stored_as(flat, config, weight_names.HUGGING_FACE)
+    stored = names.stored_as(flat, config, names.HUGGING_FACE)
     write_tensors(tensors_of(flat, stored), directory)
     # Without an entry transformers takes ids of LLaMA's own tokenizer.
     end = None if not end_ids else end_ids[0] if len(end_ids) == 1 else list(end_ids)
@@ -145,7 +145,7 @@ def _open_directory(path: Path) -> WeightsFile:
     end = next((end for end in ends if end not in (None, [])), ())
     end_ids: tuple[int, ...] = tuple(end) if isinstance(end, list | tuple) else (end,)  # type: ignore[bad-assignment]
     # Left out of files where the embedding takes its place, but not always of their index.
-    absent = {weight_names.HUGGING_FACE["head"]} if config.tied_embeddings else set()
+    absent = {names.HUGGING_FACE["head"]} if config.tied_embeddings else set()
     return WeightsFile(
         path=path,
         config=config,
@@ -153,14 +153,14 @@ def _open_directory(path: Path) -> WeightsFile:
         chat_template=read_chat_template(path),
         end_ids=end_ids,
         tensors=lambda: read_tensors(path, absent),
-        names=weight_names.HUGGING_FACE,
+        names=names.HUGGING_FACE,
         types={},
     )
 
 
 def _open_gguf(path: Path) -> WeightsFile:
     file = open_gguf(path)
-    config = gguf_llama.config_of(file)
+    config = gguf.config_of(file)
     tokenizer = gguf_tokenizer(file.metadata, path)
     ids = {
         name: file.metadata[f"tokenizer.ggml.{name}_token_id"]
@@ -175,7 +175,7 @@ def _open_gguf(path: Path) -> WeightsFile:
         tokenizer=tokenizer,
         chat_template=None if text is None else ChatTemplate(text, tokens),
         end_ids=(int(ids["eos"]),) if "eos" in ids else (),
-        tensors=lambda: gguf_llama.tensors_of(file, config),
-        names=weight_names.GGUF,
+        tensors=lambda: gguf.tensors_of(file, config),
+        names=names.GGUF,
         types=file.types,
     )
