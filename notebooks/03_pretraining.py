@@ -58,7 +58,7 @@ from examples.llama.loop import train
 from examples.llama.model.generate import generate
 from examples.llama.model.llama import with_params
 from examples.llama.model.sampling import Sampling
-from examples.llama.train_config import OutputConfig, run_preset
+from examples.llama.run_config import OutputConfig, run_preset
 
 plt.rcParams.update({"figure.dpi": 80, "axes.grid": True, "grid.alpha": 0.3})
 

@@ -63,7 +63,7 @@ from examples.glue.prepare import prepare
 from examples.glue.run_config import RunConfig
 from examples.glue.schedule import warmup_linear
 from examples.glue.train_step import decisions, make_predict, make_step, predictions
-from examples.llama.train_step import init_state
+from examples.llama.training.train_step import init_state
 
 plt.rcParams.update({"figure.dpi": 80, "axes.grid": True, "grid.alpha": 0.3})
 

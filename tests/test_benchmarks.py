@@ -26,7 +26,7 @@ from benchmarks._step_bytes import step_bytes
 from benchmarks._training_share import training_operations
 from examples.llama.data import DataConfig
 from examples.llama.model.config import MODEL_PRESETS
-from examples.llama.train_step import make_model
+from examples.llama.training.train_step import make_model
 
 ENVIRONMENT = {
     *("command", "date", "seed", "python", "versions", "device", "cpu", "cores"),

@@ -29,8 +29,8 @@ from examples.common.metrics import of_kind
 from examples.llama.data import DataConfig, load_splits
 from examples.llama.loop import train
 from examples.llama.model.config import MODEL_PRESETS
-from examples.llama.train_config import ConfigError, RunConfig
-from examples.llama.train_step import make_model
+from examples.llama.run_config import ConfigError, RunConfig
+from examples.llama.training.train_step import make_model
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

@@ -13,7 +13,7 @@ from examples.glue.loop import train
 from examples.glue.methods import MethodName
 from examples.glue.prepare import prepare
 from examples.glue.run_config import RunConfig, TaskName, preset_config
-from examples.llama.train_config import ConfigError, differences
+from examples.llama.run_config import ConfigError, differences
 
 Json = dict[str, Any]
 

@@ -12,7 +12,7 @@ from benchmarks.quality.show import Show, show
 from benchmarks.quality.sweep import Sweep, run_sweep
 from benchmarks.quality.train import run as train
 from examples.llama.data import DataError
-from examples.llama.train_config import ConfigError
+from examples.llama.run_config import ConfigError
 
 Command = Run | Sweep | Show | Report | Overlay
 

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from examples.llama.train_config import ConfigError, RunConfig, differences
+from examples.llama.run_config import ConfigError, RunConfig, differences
 
 Json = dict[str, Any]
 

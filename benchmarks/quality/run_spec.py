@@ -15,7 +15,7 @@ from examples.common.optimizers import OptimizerConfig
 from examples.common.schedule import warmup_cosine
 from examples.llama.data import DataConfig
 from examples.llama.model.config import DTYPES
-from examples.llama.train_config import ConfigError, OutputConfig, RunConfig
+from examples.llama.run_config import ConfigError, OutputConfig, RunConfig
 
 ROOT = RESULTS / "quality"
 

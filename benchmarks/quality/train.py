@@ -14,7 +14,7 @@ from benchmarks.quality.record import outcome
 from benchmarks.quality.run_spec import Run, prepare
 from examples.llama.data import load_splits
 from examples.llama.loop import train
-from examples.llama.train_config import ConfigError
+from examples.llama.run_config import ConfigError
 
 _SEGMENT_ROWS = 8
 

@@ -7,8 +7,8 @@ import jax
 import orbax.checkpoint as ocp
 
 from examples.common.digests import write_digests
-from examples.llama.train_config import ConfigError, differences
-from examples.llama.train_step import TrainState
+from examples.llama.run_config import ConfigError, differences
+from examples.llama.training.train_step import TrainState
 
 Json = dict[str, Any]
 _UNFINISHED = ".orbax-checkpoint-tmp"

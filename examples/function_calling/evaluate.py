@@ -15,7 +15,7 @@ from examples.function_calling.records import Record
 from examples.function_calling.train_step import loss_of
 from examples.llama.model.generate import generate
 from examples.llama.model.llama import Llama, unstack_layers, with_params
-from examples.llama.train_step import Params
+from examples.llama.training.train_step import Params
 
 EVALUATED = ("loss", "metrics", "plans", "seconds_per_plan")
 """What the summary of an evaluation has."""

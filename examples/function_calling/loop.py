@@ -25,7 +25,7 @@ from examples.function_calling.run_config import RunConfig
 from examples.function_calling.train_step import make_step
 from examples.glue.report import Reporter
 from examples.llama.model.config import parameter_count
-from examples.llama.train_step import TrainState, init_state
+from examples.llama.training.train_step import TrainState, init_state
 
 
 @dataclass(frozen=True)

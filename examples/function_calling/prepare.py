@@ -17,7 +17,7 @@ from examples.function_calling.records import Record
 from examples.function_calling.retrieval import Retriever
 from examples.function_calling.run_config import RunConfig
 from examples.llama.model.config import ModelConfig
-from examples.llama.train_step import Params
+from examples.llama.training.train_step import Params
 from examples.llama.weights.files import open_weights, read_params
 
 

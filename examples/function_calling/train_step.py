@@ -15,7 +15,7 @@ from examples.common.frozen import union
 from examples.function_calling.adapters import GraphDef
 from examples.function_calling.batches import Batch, learned_tokens
 from examples.llama.model.llama import Llama
-from examples.llama.train_step import Metrics, Params, TrainState, next_state
+from examples.llama.training.train_step import Metrics, Params, TrainState, next_state
 
 Step = Callable[[TrainState, Sequence[Batch]], tuple[TrainState, Metrics]]
 

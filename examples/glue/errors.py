@@ -2,5 +2,5 @@
 
 from examples.common.checkpoints import CheckpointError as CheckpointError
 from examples.llama.data import DataError as DataError
-from examples.llama.train_config import ConfigError as ConfigError
+from examples.llama.run_config import ConfigError as ConfigError
 from examples.pretrained import WeightsError as WeightsError

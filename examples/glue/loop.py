@@ -31,7 +31,7 @@ from examples.glue.train_step import (
     row_losses,
 )
 from examples.glue.weights import save_model
-from examples.llama.train_step import TrainState, init_state
+from examples.llama.training.train_step import TrainState, init_state
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from examples.common.frozen import union
 from examples.glue.data.batches import Batch, Layout, eval_batches
 from examples.glue.data.encode import Encoded
 from examples.glue.model import Apply, Inputs
-from examples.llama.train_step import Params, TrainState, next_state
+from examples.llama.training.train_step import Params, TrainState, next_state
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, jax.Array]]
 Predict = Callable[[Params, Inputs], jax.Array]

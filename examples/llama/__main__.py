@@ -26,7 +26,7 @@ from examples.llama.model.generate import generate
 from examples.llama.model.llama import with_params
 from examples.llama.model.sampling import Sampling
 from examples.llama.report import Reporter, make_reporter, summary_table
-from examples.llama.train_config import ConfigError, RunConfig, run_preset
+from examples.llama.run_config import ConfigError, RunConfig, run_preset
 from examples.llama.weights.initial import start_from
 
 SAMPLE_TOKENS = 100

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from examples.common.optimizers import OPTIMIZERS
 from examples.llama.__main__ import parse
-from examples.llama.train_config import ConfigError, RunConfig
+from examples.llama.run_config import ConfigError, RunConfig
 
 # From the best to the least good by the losses of docs/quality.md; 8 bits cost nothing there.
 PREFERRED = (

@@ -18,21 +18,21 @@ from examples.common.digests import set_damaged_aside
 from examples.common.frozen import partition
 from examples.common.metrics import MetricsLog, of_kind, replace_text
 from examples.llama.batches import TrainBatches
-from examples.llama.build import first_state, make_step, on_the_host
 from examples.llama.data import Splits, eval_batches, load_splits
-from examples.llama.evaluate import make_eval_step, mean_nll, perplexity
-from examples.llama.faults import Guard
 from examples.llama.model.adapters import make_linear
-from examples.llama.optimization import make_optimization
 from examples.llama.peak import RunMemory, describe, observed_peak
-from examples.llama.relora import make_merge
 from examples.llama.report import Reporter, Silent
 from examples.llama.result import Result as Result
+from examples.llama.run_config import ConfigError, RunConfig
 from examples.llama.sharded_team import make_team
 from examples.llama.step_memory import StepMemory, of_compiled
 from examples.llama.team import Team
-from examples.llama.train_config import ConfigError, RunConfig
-from examples.llama.train_step import Metrics, Params, TrainState, make_model
+from examples.llama.training.build import first_state, make_step, on_the_host
+from examples.llama.training.evaluate import make_eval_step, mean_nll, perplexity
+from examples.llama.training.faults import Guard
+from examples.llama.training.optimization import make_optimization
+from examples.llama.training.relora import make_merge
+from examples.llama.training.train_step import Metrics, Params, TrainState, make_model
 from examples.llama.weights.initial import TOKENIZER, overlay
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from examples.common.optimizers import OptimizerConfig
-from examples.llama.build import abstract_run
+from examples.llama.run_config import RunConfig, run_preset
 from examples.llama.sizes import unit_of
 from examples.llama.step_memory import lower_bound
-from examples.llama.train_config import RunConfig, run_preset
+from examples.llama.training.build import abstract_run
 
 PAPER_SIZES = ("60m", "130m", "350m", "1b", "7b")
 # Label: arguments of the optimizer, and whether updates are per layer.

@@ -10,12 +10,12 @@ import jax
 import tyro
 from rich.console import Console
 
-from examples.llama.build import abstract_run
 from examples.llama.candidates import Candidate, PlanConfig, candidates
 from examples.llama.plan_table import plan_table
+from examples.llama.run_config import ConfigError
 from examples.llama.sizes import format_bytes, parse_bytes
 from examples.llama.step_memory import StepMemory, lower_bound, predict
-from examples.llama.train_config import ConfigError
+from examples.llama.training.build import abstract_run
 
 
 class Row(NamedTuple):

@@ -8,8 +8,8 @@ import optax
 from examples.common.metrics import Record
 from examples.llama.data import Splits
 from examples.llama.peak import RunMemory
-from examples.llama.train_config import RunConfig
-from examples.llama.train_step import Apply, TrainState
+from examples.llama.run_config import RunConfig
+from examples.llama.training.train_step import Apply, TrainState
 
 
 @dataclass(frozen=True)

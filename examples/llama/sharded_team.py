@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 import natgalore_jax as ng
 from examples.llama.distributed import DistributedConfig
 from examples.llama.team import SharedTeam, Team
-from examples.llama.train_step import TrainState
+from examples.llama.training.train_step import TrainState
 
 
 class ShardedTeam(SharedTeam):

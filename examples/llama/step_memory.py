@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import optax
 
 import natgalore_jax as ng
-from examples.llama.build import AbstractRun, abstract_run
-from examples.llama.train_config import RunConfig
-from examples.llama.train_step import Params, TrainState, token_nll
+from examples.llama.run_config import RunConfig
+from examples.llama.training.build import AbstractRun, abstract_run
+from examples.llama.training.train_step import Params, TrainState, token_nll
 
 
 class StepMemory(NamedTuple):

@@ -28,7 +28,7 @@ from examples.function_calling.run_config import OutputConfig, RunConfig
 from examples.function_calling.train_step import make_step
 from examples.glue.report import Silent
 from examples.llama.model.llama import with_params
-from examples.llama.train_step import init_state
+from examples.llama.training.train_step import init_state
 from examples.pretrained.chat import ChatTemplate
 
 pytestmark = pytest.mark.usefixtures("fast_compile")

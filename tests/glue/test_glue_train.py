@@ -25,7 +25,7 @@ from examples.glue.prepare import prepare
 from examples.glue.run_config import OutputConfig, RunConfig
 from examples.glue.train_step import decisions, make_predict, make_step, predictions
 from examples.glue.weights import load_model
-from examples.llama.train_step import init_state
+from examples.llama.training.train_step import init_state
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

@@ -20,8 +20,8 @@ from examples.llama.loop import train
 from examples.llama.model.adapters import AdapterConfig, LoRALinear, make_linear
 from examples.llama.model.config import MODEL_PRESETS
 from examples.llama.model.llama import INIT_STD, dense
-from examples.llama.train_config import ConfigError, RunConfig
-from examples.llama.train_step import make_model
+from examples.llama.run_config import ConfigError, RunConfig
+from examples.llama.training.train_step import make_model
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

@@ -15,7 +15,7 @@ import pytest
 from examples.common.checkpoints import Checkpoints
 from examples.common.metrics import of_kind, read_metrics
 from examples.llama.__main__ import main, parse
-from examples.llama.train_config import run_preset
+from examples.llama.run_config import run_preset
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

@@ -9,7 +9,7 @@ import pytest
 from zygote import Zygote, wait_until
 
 from examples.llama.distributed import DistributedConfig
-from examples.llama.train_config import ConfigError
+from examples.llama.run_config import ConfigError
 
 pytestmark = [pytest.mark.usefixtures("fast_compile"), pytest.mark.timeout(0)]
 

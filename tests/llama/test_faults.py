@@ -18,12 +18,12 @@ from examples.common.metrics import MetricsLog, of_kind, read_metrics
 from examples.common.optimizers import OptimizerConfig
 from examples.llama import loop
 from examples.llama.data import make_train_iterator
-from examples.llama.faults import FaultConfig, Guard
 from examples.llama.loop import train
-from examples.llama.optimization import make_optimization
 from examples.llama.report import Silent
-from examples.llama.train_config import ConfigError
-from examples.llama.train_step import init_state, make_train_step
+from examples.llama.run_config import ConfigError
+from examples.llama.training.faults import FaultConfig, Guard
+from examples.llama.training.optimization import make_optimization
+from examples.llama.training.train_step import init_state, make_train_step
 
 try:
     import resource

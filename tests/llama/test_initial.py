@@ -16,9 +16,9 @@ from examples.llama.__main__ import main, parse
 from examples.llama.data import load_splits
 from examples.llama.loop import train
 from examples.llama.model.adapters import AdapterConfig, make_linear
-from examples.llama.optimization import make_optimization
-from examples.llama.train_config import ConfigError
-from examples.llama.train_step import make_model
+from examples.llama.run_config import ConfigError
+from examples.llama.training.optimization import make_optimization
+from examples.llama.training.train_step import make_model
 from examples.llama.weights.files import load_llama
 from examples.llama.weights.initial import overlay, start_from
 

@@ -11,9 +11,9 @@ from examples.llama.__main__ import parse
 from examples.llama.candidates import PlanConfig, candidates
 from examples.llama.memory_figure import METHODS, breakdown, draw
 from examples.llama.planner import Row, main, search
+from examples.llama.run_config import ConfigError
 from examples.llama.sizes import format_bytes, parse_bytes
 from examples.llama.step_memory import StepMemory
-from examples.llama.train_config import ConfigError
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

@@ -17,9 +17,9 @@ from examples.common.metrics import of_kind
 from examples.common.optimizers import OptimizerConfig
 from examples.llama.loop import train
 from examples.llama.model.adapters import AdapterConfig, make_linear
-from examples.llama.relora import make_merge, merge, restart_factor, with_restarts
-from examples.llama.train_config import ConfigError, differences
-from examples.llama.train_step import TrainState, init_state, make_model
+from examples.llama.run_config import ConfigError, differences
+from examples.llama.training.relora import make_merge, merge, restart_factor, with_restarts
+from examples.llama.training.train_step import TrainState, init_state, make_model
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

@@ -9,7 +9,7 @@ import tiny_run as tiny
 
 from examples.llama.distributed import DistributedConfig
 from examples.llama.loop import train
-from examples.llama.train_config import ConfigError
+from examples.llama.run_config import ConfigError
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

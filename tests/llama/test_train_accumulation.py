@@ -16,9 +16,9 @@ from examples.common.optimizers import OptimizerConfig
 from examples.llama.__main__ import parse
 from examples.llama.data import make_train_iterator
 from examples.llama.loop import train
-from examples.llama.optimization import make_optimization
-from examples.llama.train_config import ConfigError
-from examples.llama.train_step import make_model, token_nll
+from examples.llama.run_config import ConfigError
+from examples.llama.training.optimization import make_optimization
+from examples.llama.training.train_step import make_model, token_nll
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

@@ -13,7 +13,7 @@ from examples.common.metrics import of_kind
 from examples.common.optimizers import OptimizerConfig
 from examples.llama.loop import train
 from examples.llama.model.adapters import AdapterConfig
-from examples.llama.train_config import ConfigError, OutputConfig
+from examples.llama.run_config import ConfigError, OutputConfig
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

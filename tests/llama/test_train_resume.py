@@ -12,7 +12,7 @@ from examples.common.metrics import read_metrics
 from examples.common.optimizers import OptimizerConfig
 from examples.llama.data import DataConfig
 from examples.llama.loop import train
-from examples.llama.train_config import ConfigError
+from examples.llama.run_config import ConfigError
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

@@ -10,8 +10,8 @@ import tiny_run as tiny
 from examples.common.optimizers import OPTIMIZERS, OptimizerConfig, decayed, make_optimizer
 from examples.common.schedule import ScheduleConfig, warmup_cosine
 from examples.llama.model.config import MODEL_PRESETS
-from examples.llama.train_config import run_preset
-from examples.llama.train_step import make_model
+from examples.llama.run_config import run_preset
+from examples.llama.training.train_step import make_model
 
 
 def test_warmup_and_cosine():

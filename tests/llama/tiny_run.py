@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models
 from examples.common.optimizers import OptimizerConfig
 from examples.llama.data import Splits
 from examples.llama.model.config import ModelConfig
-from examples.llama.train_config import OutputConfig, RunConfig
+from examples.llama.run_config import OutputConfig, RunConfig
 
 VOCAB = 48
 

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from examples.llama.data import DataError
 from examples.llama.data.tokenizer import load_tokenizer, plain_text, vocabulary_size
 from examples.llama.model.config import ModelConfig
-from examples.llama.train_config import ConfigError, RunConfig, run_preset
+from examples.llama.run_config import ConfigError, RunConfig, run_preset
 
 TOKENIZER = "tokenizer.json"
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from examples.llama.train_step import Apply, token_nll
+from examples.llama.training.train_step import Apply, token_nll
 
 
 def perplexity(loss: float) -> float:

@@ -10,10 +10,10 @@ import optax
 
 from examples.common.frozen import partition
 from examples.llama.model.adapters import make_linear
-from examples.llama.optimization import Optimization, make_optimization
-from examples.llama.per_layer import make_per_layer_step
-from examples.llama.train_config import RunConfig
-from examples.llama.train_step import (
+from examples.llama.run_config import RunConfig
+from examples.llama.training.optimization import Optimization, make_optimization
+from examples.llama.training.per_layer import make_per_layer_step
+from examples.llama.training.train_step import (
     Apply,
     Params,
     TrainState,

@@ -8,9 +8,9 @@ import optax
 
 import natgalore_jax as ng
 from examples.common.optimizers import make_optimizer
-from examples.llama.relora import with_restarts
-from examples.llama.train_config import ConfigError, RunConfig
-from examples.llama.train_step import Params
+from examples.llama.run_config import ConfigError, RunConfig
+from examples.llama.training.relora import with_restarts
+from examples.llama.training.train_step import Params
 
 
 class Optimization(NamedTuple):

@@ -15,8 +15,14 @@ from flax import nnx
 import natgalore_jax as ng
 from examples.llama.model.config import ModelConfig
 from examples.llama.model.llama import Llama
-from examples.llama.train_config import ConfigError, RunConfig
-from examples.llama.train_step import Metrics, Params, TrainState, next_state, nll_of_logits
+from examples.llama.run_config import ConfigError, RunConfig
+from examples.llama.training.train_step import (
+    Metrics,
+    Params,
+    TrainState,
+    next_state,
+    nll_of_logits,
+)
 
 
 class LayeredModel(NamedTuple):

@@ -10,9 +10,9 @@ from flax import nnx
 
 import natgalore_jax as ng
 from examples.common.frozen import union
-from examples.llama.accumulation import accumulate_low_rank, empty_accumulator
 from examples.llama.model.config import ModelConfig
 from examples.llama.model.llama import Llama, MakeLinear, dense
+from examples.llama.training.accumulation import accumulate_low_rank, empty_accumulator
 
 Params = Any
 Metrics = dict[str, jax.Array]
