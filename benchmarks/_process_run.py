@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models
 
 from examples.common.metrics import of_kind
 from examples.llama.data import Splits
-from examples.llama.distributed import DistributedConfig, start
+from examples.llama.distributed.processes import DistributedConfig, start
 from examples.llama.loop import train
 from examples.llama.run_config import RunConfig, run_preset
 

@@ -18,7 +18,7 @@ from examples.common.interrupt import stop_on_signals
 from examples.common.metrics import Record, of_kind
 from examples.common.plots import plot_curves
 from examples.llama.data import DataError, load_splits, ngram_perplexity
-from examples.llama.distributed import leave_the_others, several_processes, start
+from examples.llama.distributed.processes import leave_the_others, several_processes, start
 from examples.llama.loop import Result, train
 from examples.llama.model.adapters import make_linear
 from examples.llama.model.config import MODEL_PRESETS

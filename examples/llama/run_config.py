@@ -15,7 +15,7 @@ from examples.common.optimizers import (
 )
 from examples.common.schedule import ScheduleConfig
 from examples.llama.data import DataConfig
-from examples.llama.distributed import DistributedConfig
+from examples.llama.distributed.processes import DistributedConfig
 from examples.llama.model.adapters import AdapterConfig
 from examples.llama.model.config import MODEL_PRESETS, ModelConfig
 from examples.llama.training.faults import FaultConfig

@@ -20,8 +20,8 @@ import tyro
 from jax.sharding import NamedSharding
 
 import natgalore_jax as ng
+from examples.llama.distributed.sharded import longer_side
 from examples.llama.model.config import ModelConfig
-from examples.llama.sharded_team import longer_side
 from examples.many_devices import small_llama
 
 

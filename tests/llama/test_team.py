@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny_run as tiny
 
-from examples.llama.distributed import DistributedConfig
+from examples.llama.distributed.processes import DistributedConfig
 from examples.llama.loop import train
 from examples.llama.run_config import ConfigError
 

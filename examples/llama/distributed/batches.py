@@ -11,8 +11,8 @@ from examples.llama.data import (
     make_streaming_iterator,
     make_train_iterator,
 )
+from examples.llama.distributed.devices import Team
 from examples.llama.run_config import RunConfig
-from examples.llama.team import Team
 
 
 class TrainBatches:

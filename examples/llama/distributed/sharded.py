@@ -10,8 +10,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 import natgalore_jax as ng
-from examples.llama.distributed import DistributedConfig
-from examples.llama.team import SharedTeam, Team
+from examples.llama.distributed.devices import SharedTeam, Team
+from examples.llama.distributed.processes import DistributedConfig
 from examples.llama.training.train_step import TrainState
 
 
