@@ -15,8 +15,8 @@ import optax
 
 from examples.llama.__main__ import parse
 from examples.llama.data import load_splits, make_train_iterator
+from examples.llama.memory.step_memory import of_compiled
 from examples.llama.model.llama import INIT_STD
-from examples.llama.step_memory import of_compiled
 from examples.llama.training.build import (
     AbstractRun,
     abstract_run,

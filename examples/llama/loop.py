@@ -21,12 +21,12 @@ from examples.llama.data import Splits, eval_batches, load_splits
 from examples.llama.distributed.batches import TrainBatches
 from examples.llama.distributed.devices import Team
 from examples.llama.distributed.sharded import make_team
+from examples.llama.memory.peak import RunMemory, describe, observed_peak
+from examples.llama.memory.step_memory import StepMemory, of_compiled
 from examples.llama.model.adapters import make_linear
-from examples.llama.peak import RunMemory, describe, observed_peak
 from examples.llama.report import Reporter, Silent
 from examples.llama.result import Result as Result
 from examples.llama.run_config import ConfigError, RunConfig
-from examples.llama.step_memory import StepMemory, of_compiled
 from examples.llama.training.build import first_state, make_step, on_the_host
 from examples.llama.training.evaluate import make_eval_step, mean_nll, perplexity
 from examples.llama.training.faults import Guard

@@ -4,7 +4,7 @@ import os
 import sys
 
 if __name__ == "__main__":
-    from examples.llama.xla_flags import MEMORY_FLAGS
+    from examples.llama.memory.xla_flags import MEMORY_FLAGS
 
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {MEMORY_FLAGS}".strip()
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from examples.llama.sizes import unit_of
+from examples.llama.memory.sizes import unit_of
 
 if TYPE_CHECKING:
     from examples.llama.planner import Row

@@ -11,10 +11,10 @@ import tyro
 from rich.console import Console
 
 from examples.llama.candidates import Candidate, PlanConfig, candidates
+from examples.llama.memory.sizes import format_bytes, parse_bytes
+from examples.llama.memory.step_memory import StepMemory, lower_bound, predict
 from examples.llama.plan_table import plan_table
 from examples.llama.run_config import ConfigError
-from examples.llama.sizes import format_bytes, parse_bytes
-from examples.llama.step_memory import StepMemory, lower_bound, predict
 from examples.llama.training.build import abstract_run
 
 
@@ -153,7 +153,7 @@ def run(argv: list[str] | None, console: Console) -> int:
         plan.json.write_text(json.dumps(results, indent=1) + "\n")
     if plan.figure is not None:
         # Matplotlib takes a second to import.
-        from examples.llama.memory_figure import PAPER_SIZES, breakdown, draw
+        from examples.llama.memory.figure import PAPER_SIZES, breakdown, draw
 
         draw(breakdown(PAPER_SIZES, progress), plan.figure, memory)
     return 0

@@ -7,7 +7,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from examples.common.metrics import Record
-from examples.llama.peak import peak_rows
+from examples.llama.memory.peak import peak_rows
 
 
 class Reporter(Protocol):

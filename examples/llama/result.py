@@ -7,7 +7,7 @@ import optax
 
 from examples.common.metrics import Record
 from examples.llama.data import Splits
-from examples.llama.peak import RunMemory
+from examples.llama.memory.peak import RunMemory
 from examples.llama.run_config import RunConfig
 from examples.llama.training.train_step import Apply, TrainState
 

@@ -9,11 +9,11 @@ import pytest
 from examples.llama import planner
 from examples.llama.__main__ import parse
 from examples.llama.candidates import PlanConfig, candidates
-from examples.llama.memory_figure import METHODS, breakdown, draw
+from examples.llama.memory.figure import METHODS, breakdown, draw
+from examples.llama.memory.sizes import format_bytes, parse_bytes
+from examples.llama.memory.step_memory import StepMemory
 from examples.llama.planner import Row, main, search
 from examples.llama.run_config import ConfigError
-from examples.llama.sizes import format_bytes, parse_bytes
-from examples.llama.step_memory import StepMemory
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

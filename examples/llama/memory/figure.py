@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from examples.common.optimizers import OptimizerConfig
+from examples.llama.memory.sizes import unit_of
+from examples.llama.memory.step_memory import lower_bound
 from examples.llama.run_config import RunConfig, run_preset
-from examples.llama.sizes import unit_of
-from examples.llama.step_memory import lower_bound
 from examples.llama.training.build import abstract_run
 
 PAPER_SIZES = ("60m", "130m", "350m", "1b", "7b")

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from examples.llama.sizes import format_bytes
-from examples.llama.step_memory import StepMemory
+from examples.llama.memory.sizes import format_bytes
+from examples.llama.memory.step_memory import StepMemory
 
 try:
     import resource
