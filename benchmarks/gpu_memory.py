@@ -29,9 +29,9 @@ if __name__ == "__main__":  # This process has no use for the device, and holds 
 
 from benchmarks._environment import RESULTS, environment, save, write
 from examples.llama.__main__ import parse
-from examples.llama.candidates import STEPS, has_rank, optimizer_arguments
 from examples.llama.memory.sizes import parse_bytes
 from examples.llama.memory.step_memory import of_compiled, predict, resident
+from examples.llama.plan.candidates import STEPS, has_rank, optimizer_arguments
 from examples.llama.training.build import abstract_run
 
 TINY = {"layers": "2", "hidden": "32", "intermediate": "48"}

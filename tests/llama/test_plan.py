@@ -6,13 +6,13 @@ import shlex
 import matplotlib.image
 import pytest
 
-from examples.llama import planner
 from examples.llama.__main__ import parse
-from examples.llama.candidates import PlanConfig, candidates
 from examples.llama.memory.figure import METHODS, breakdown, draw
 from examples.llama.memory.sizes import format_bytes, parse_bytes
 from examples.llama.memory.step_memory import StepMemory
-from examples.llama.planner import Row, main, search
+from examples.llama.plan import planner
+from examples.llama.plan.candidates import PlanConfig, candidates
+from examples.llama.plan.planner import Row, main, search
 from examples.llama.run_config import ConfigError
 
 pytestmark = pytest.mark.usefixtures("fast_compile")

@@ -8,7 +8,7 @@ if __name__ == "__main__":
 
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {MEMORY_FLAGS}".strip()
 
-from examples.llama.planner import main
+from examples.llama.plan.planner import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,7 +8,7 @@ from rich.table import Table
 from examples.llama.memory.sizes import unit_of
 
 if TYPE_CHECKING:
-    from examples.llama.planner import Row
+    from examples.llama.plan.planner import Row
 
 # Columns of bytes, and the parts that each is the sum of.
 COLUMNS = {
