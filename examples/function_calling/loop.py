@@ -14,6 +14,7 @@ from examples.common.checkpoints import Checkpoints
 from examples.common.clock import Clock
 from examples.common.metrics import MetricsLog, Record, of_kind
 from examples.common.schedule import warmup_cosine
+from examples.finetune.encoder.report import Reporter
 from examples.function_calling.batches import learned_tokens, steps_per_epoch, train_steps
 from examples.function_calling.best import best_epoch, read_best, save_best
 from examples.function_calling.errors import ConfigError
@@ -23,7 +24,6 @@ from examples.function_calling.predictions import write_predictions
 from examples.function_calling.prepare import Prepared
 from examples.function_calling.run_config import RunConfig
 from examples.function_calling.train_step import make_step
-from examples.glue.report import Reporter
 from examples.llama.model.config import parameter_count
 from examples.llama.training.train_step import TrainState, init_state
 

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from examples.common.metrics import Record
-from examples.glue.report import Bar, Lines, Reporter, Silent
+from examples.finetune.encoder.report import Bar, Lines, Reporter, Silent
 
 _SHARES = {
     "parsed": "plans",

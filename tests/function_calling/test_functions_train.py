@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from examples.common.frozen import union
 from examples.common.metrics import of_kind
+from examples.finetune.encoder.report import Silent
 from examples.function_calling.batches import Layout, Shape, batches, make_layout, train_steps
 from examples.function_calling.best import best_epoch, read_best
 from examples.function_calling.encode import Chat, Row
@@ -26,7 +27,6 @@ from examples.function_calling.pairs import Pair, PromptConfig
 from examples.function_calling.prepare import prepare
 from examples.function_calling.run_config import OutputConfig, RunConfig
 from examples.function_calling.train_step import make_step
-from examples.glue.report import Silent
 from examples.llama.model.llama import with_params
 from examples.llama.training.train_step import init_state
 from examples.pretrained.chat import ChatTemplate

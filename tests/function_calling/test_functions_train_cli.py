@@ -7,12 +7,12 @@ import pytest
 import tiny_planner as tiny
 from safetensors.numpy import load_file
 
+from examples.finetune.encoder.report import Silent
 from examples.function_calling.__main__ import main
 from examples.function_calling.data import load_tinyagent
 from examples.function_calling.metrics import score
 from examples.function_calling.parse import parse_plan
 from examples.function_calling.verdict import verdict
-from examples.glue.report import Silent
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

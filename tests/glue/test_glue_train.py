@@ -14,17 +14,17 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import natgalore_jax as ng
 from examples.common.frozen import union
 from examples.common.metrics import of_kind
-from examples.glue.adapters import add_adapters, merge_adapters
-from examples.glue.data.batches import Layout, make_batch
-from examples.glue.encoder_config import EncoderConfig
-from examples.glue.errors import ConfigError
-from examples.glue.loop import train
-from examples.glue.methods import LEARNING_RATES, MethodConfig, set_up
-from examples.glue.model import make_model
-from examples.glue.prepare import prepare
-from examples.glue.run_config import OutputConfig, RunConfig
-from examples.glue.train_step import decisions, make_predict, make_step, predictions
-from examples.glue.weights import load_model
+from examples.finetune.encoder.adapters import add_adapters, merge_adapters
+from examples.finetune.encoder.config import EncoderConfig
+from examples.finetune.encoder.data.batches import Layout, make_batch
+from examples.finetune.encoder.errors import ConfigError
+from examples.finetune.encoder.loop import train
+from examples.finetune.encoder.methods import LEARNING_RATES, MethodConfig, set_up
+from examples.finetune.encoder.model import make_model
+from examples.finetune.encoder.prepare import prepare
+from examples.finetune.encoder.run_config import OutputConfig, RunConfig
+from examples.finetune.encoder.train_step import decisions, make_predict, make_step, predictions
+from examples.finetune.encoder.weights import load_model
 from examples.llama.training.train_step import init_state
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -252,7 +252,8 @@ def test_what_cannot_be_trained(files, monkeypatch):
             with pytest.raises(ConfigError, match=message):
                 train(run, method, prepare(run))
     monkeypatch.setattr(
-        "examples.glue.loop.make_step", lambda *_, **__: lambda state, _: (state, jnp.nan)
+        "examples.finetune.encoder.loop.make_step",
+        lambda *_, **__: lambda state, _: (state, jnp.nan),
     )
     run = config(files)
     with pytest.raises(ConfigError, match=r"natural-galore: the loss is not finite at step 7"):

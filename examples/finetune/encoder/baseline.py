@@ -4,8 +4,8 @@ import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from examples.glue.data import Row, Rows, Task
-from examples.glue.scores import scores
+from examples.finetune.encoder.data import Row, Rows, Task
+from examples.finetune.encoder.scores import scores
 
 _STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0)
 

@@ -1,4 +1,4 @@
-"""Fine-tune a BERT or RoBERTa from the command line: `python -m examples.glue --help`."""
+"""Fine-tune a BERT or RoBERTa: `python -m examples.finetune.encoder --help`."""
 
 import argparse
 import json
@@ -9,14 +9,14 @@ import tyro
 from rich.console import Console
 
 from examples.common.interrupt import stop_on_signals
-from examples.glue.baseline import baseline_scores
-from examples.glue.data import TASKS
-from examples.glue.errors import CheckpointError, ConfigError, DataError, WeightsError
-from examples.glue.loop import train
-from examples.glue.prepare import prepare
-from examples.glue.protocols import PROTOCOLS
-from examples.glue.report import make_reporter, summary_table
-from examples.glue.run_config import RunConfig, preset_config
+from examples.finetune.encoder.baseline import baseline_scores
+from examples.finetune.encoder.data import TASKS
+from examples.finetune.encoder.errors import CheckpointError, ConfigError, DataError, WeightsError
+from examples.finetune.encoder.loop import train
+from examples.finetune.encoder.prepare import prepare
+from examples.finetune.encoder.protocols import PROTOCOLS
+from examples.finetune.encoder.report import make_reporter, summary_table
+from examples.finetune.encoder.run_config import RunConfig, preset_config
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,7 +45,7 @@ def parse(argv: list[str] | None) -> RunConfig:
     )
     return tyro.cli(
         RunConfig,
-        prog="python -m examples.glue",
+        prog="python -m examples.finetune.encoder",
         default=default,
         args=argv,
         config=(tyro.conf.FlagCreatePairsOff,),

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from examples.glue.encoder_config import EncoderConfig
-from examples.glue.model import Apply, MakeLinear, dense, make_model
+from examples.finetune.encoder.config import EncoderConfig
+from examples.finetune.encoder.model import Apply, MakeLinear, dense, make_model
 from examples.llama.model.adapters import init_a
 from examples.llama.model.llama import on_rows
 

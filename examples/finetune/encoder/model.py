@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from examples.glue.encoder_config import EncoderConfig
+from examples.finetune.encoder.config import EncoderConfig
 from examples.llama.model.llama import Linear
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {

@@ -10,7 +10,7 @@ layers at rank 4 or 8 and train everything else in full, embeddings included.
 
 from typing import Any, NamedTuple
 
-from examples.glue.methods import MethodConfig
+from examples.finetune.encoder.methods import MethodConfig
 
 NATURAL_GALORE_RATES = (1e-5, 2e-5, 3e-5)
 _RATES = {

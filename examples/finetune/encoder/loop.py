@@ -15,22 +15,22 @@ import natgalore_jax as ng
 from examples.common.checkpoints import Checkpoints
 from examples.common.clock import Clock
 from examples.common.metrics import MetricsLog, Record, of_kind
-from examples.glue.data.batches import steps_per_epoch, train_batches
-from examples.glue.errors import ConfigError
-from examples.glue.methods import Tuning, set_up
-from examples.glue.prepare import Prepared
-from examples.glue.report import Reporter, Silent
-from examples.glue.run_config import RunConfig
-from examples.glue.schedule import warmup_linear
-from examples.glue.scores import scores
-from examples.glue.train_step import (
+from examples.finetune.encoder.data.batches import steps_per_epoch, train_batches
+from examples.finetune.encoder.errors import ConfigError
+from examples.finetune.encoder.methods import Tuning, set_up
+from examples.finetune.encoder.prepare import Prepared
+from examples.finetune.encoder.report import Reporter, Silent
+from examples.finetune.encoder.run_config import RunConfig
+from examples.finetune.encoder.schedule import warmup_linear
+from examples.finetune.encoder.scores import scores
+from examples.finetune.encoder.train_step import (
     decisions,
     make_predict,
     make_step,
     predictions,
     row_losses,
 )
-from examples.glue.weights import save_model
+from examples.finetune.encoder.weights import save_model
 from examples.llama.training.train_step import TrainState, init_state
 
 

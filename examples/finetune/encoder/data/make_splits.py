@@ -1,11 +1,11 @@
-"""Writes snippet_splits.json again: `python -m examples.glue.data.make_splits [ARCHIVE]`."""
+"""Write snippet_splits.json: `python -m examples.finetune.encoder.data.make_splits [ARCHIVE]`."""
 
 import json
 import random
 import sys
 from pathlib import Path
 
-from examples.glue.data.snippets import (
+from examples.finetune.encoder.data.snippets import (
     ARCHIVE,
     SPLITS,
     Snippet,
@@ -13,7 +13,7 @@ from examples.glue.data.snippets import (
     read_archive,
     related,
 )
-from examples.glue.errors import DataError
+from examples.finetune.encoder.errors import DataError
 
 SIZES = {"validation": 1000, "test": 2000}
 

@@ -8,9 +8,9 @@ import numpy as np
 import optax
 
 from examples.common.frozen import union
-from examples.glue.data.batches import Batch, Layout, eval_batches
-from examples.glue.data.encode import Encoded
-from examples.glue.model import Apply, Inputs
+from examples.finetune.encoder.data.batches import Batch, Layout, eval_batches
+from examples.finetune.encoder.data.encode import Encoded
+from examples.finetune.encoder.model import Apply, Inputs
 from examples.llama.training.train_step import Params, TrainState, next_state
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, jax.Array]]

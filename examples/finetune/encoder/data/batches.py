@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from examples.glue.data.encode import Encoded
-from examples.glue.model import Inputs
+from examples.finetune.encoder.data.encode import Encoded
+from examples.finetune.encoder.model import Inputs
 
 # Rows are sorted by length within so many batches, which leaves enough chance in who is with whom.
 _POOL = 20

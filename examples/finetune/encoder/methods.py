@@ -14,11 +14,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from examples.common import methods
 from examples.common.methods import is_low_rank, method_transformation
-from examples.glue.adapters import add_adapters, is_adapter, merge_adapters
-from examples.glue.encoder_config import EncoderConfig
-from examples.glue.errors import ConfigError
-from examples.glue.model import Apply, make_model
-from examples.glue.weights import MATRICES, module_name
+from examples.finetune.encoder.adapters import add_adapters, is_adapter, merge_adapters
+from examples.finetune.encoder.config import EncoderConfig
+from examples.finetune.encoder.errors import ConfigError
+from examples.finetune.encoder.model import Apply, make_model
+from examples.finetune.encoder.weights import MATRICES, module_name
 
 Params = dict[str, Any]
 

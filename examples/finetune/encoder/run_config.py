@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from examples.glue.data import TASKS
-from examples.glue.errors import ConfigError
-from examples.glue.methods import MethodConfig, MethodName
-from examples.glue.protocols import PROTOCOLS
+from examples.finetune.encoder.data import TASKS
+from examples.finetune.encoder.errors import ConfigError
+from examples.finetune.encoder.methods import MethodConfig, MethodName
+from examples.finetune.encoder.protocols import PROTOCOLS
 
 if TYPE_CHECKING:
     TaskName = ProtocolName = str
