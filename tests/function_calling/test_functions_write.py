@@ -7,10 +7,10 @@ import importlib
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from examples.function_calling.parse import END_OF_PLAN, parse_plan
-from examples.function_calling.plan import JOIN, Argument, Call, Plan, Ref, Text, text_of
-from examples.function_calling.references import read_string, write_string
-from examples.function_calling.write import write_plan
+from examples.finetune.planner.parse import END_OF_PLAN, parse_plan
+from examples.finetune.planner.plan import JOIN, Argument, Call, Plan, Ref, Text, text_of
+from examples.finetune.planner.references import read_string, write_string
+from examples.finetune.planner.write import write_plan
 
 _CALLS = 4
 _paths = st.sampled_from(["", ".id", ".a.b[0]", "[12]", ".Exchange Rate", ".größe", ". ) \"'\\"])
@@ -79,7 +79,7 @@ def test_values_are_literals_of_python(value):
 
 @pytest.mark.parametrize("name", ["parse", "records", "references"])
 def test_examples_in_documentation(name):
-    found = doctest.testmod(importlib.import_module(f"examples.function_calling.{name}"))
+    found = doctest.testmod(importlib.import_module(f"examples.finetune.planner.{name}"))
     assert found.attempted and not found.failed
 
 

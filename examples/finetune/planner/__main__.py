@@ -1,0 +1,102 @@
+"""Fine-tune a LLaMA on plans of tool calls: `python -m examples.finetune.planner --help`."""
+
+import json
+import shutil
+import sys
+from typing import Any
+
+import tyro
+from rich.console import Console
+
+from examples.common.interrupt import stop_on_signals
+from examples.finetune.planner.curves import plot_curves
+from examples.finetune.planner.errors import CheckpointError, ConfigError, DataError, WeightsError
+from examples.finetune.planner.evaluate import Evaluator
+from examples.finetune.planner.loop import train
+from examples.finetune.planner.prepare import prepare
+from examples.finetune.planner.report import evaluation, make_reporter, summary_table
+from examples.finetune.planner.run_config import RunConfig
+from examples.finetune.planner.untrained import evaluate_untrained
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the program and returns its exit code."""
+    console = Console()
+    try:
+        return run(parse(argv), console)
+    except (ConfigError, DataError, WeightsError, CheckpointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def parse(argv: list[str] | None) -> RunConfig:
+    """The configuration that the command line says."""
+    return tyro.cli(
+        RunConfig,
+        prog="python -m examples.finetune.planner",
+        args=argv,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+
+
+def run(config: RunConfig, console: Console) -> int:
+    """Trains with each method, and writes everything that belongs to the run."""
+    run_dir = config.run_dir
+    reporter = make_reporter(console, config.output.quiet)
+    reporter.note(f"{run_dir}: reading the model and the records")
+    prepared = prepare(config)
+    for note in prepared.notes:
+        reporter.note(note)
+    if config.output.overwrite and run_dir.exists():
+        shutil.rmtree(run_dir)
+    evaluator = Evaluator(
+        prepared,
+        batch_size=config.batch_size,
+        plans_at_once=config.eval_batch_size,
+        new_tokens=config.new_tokens,
+    )
+    results: dict[str, Any] = {}
+    with stop_on_signals() as stop:
+        untrained = evaluate_untrained(config, prepared, evaluator, run_dir, stop)
+        if untrained is None:
+            console.print("stopped; --resume begins anew")
+            return 128 + (stop.signal or 0)
+        reporter.note(f"untrained: validation {evaluation(untrained['validation'])}")
+        for method in config.methods:
+            result = train(
+                config,
+                method,
+                prepared,
+                evaluator,
+                untrained["validation"],
+                run_dir / method,
+                reporter,
+                stop,
+            )
+            if not result.finished:
+                console.print(
+                    f"{method}: stopped at step {result.steps}, saved; --resume goes on from there"
+                )
+                return 128 + (stop.signal or 0)
+            results[method] = result
+    summary = {
+        "dataset": config.dataset,
+        "model": config.model,
+        "records": {name: len(split.records) for name, split in prepared.splits.items()},
+        "too_long": {name: split.dropped for name, split in prepared.splits.items()},
+        "untrained": untrained,
+        "methods": [result.summary() for result in results.values()],
+    }
+    (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    curves = {method: result.records for method, result in results.items()}
+    plot_curves(curves, run_dir / "curves.png", f"{config.dataset}, {config.model}")
+    console.print(summary_table(summary))
+    console.print(f"files in {run_dir}", highlight=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
