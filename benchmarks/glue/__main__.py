@@ -8,7 +8,7 @@ import tyro
 from benchmarks.glue.runs import Run, make
 from benchmarks.glue.show import Show, show
 from benchmarks.glue.sweep import Sweep, run_sweep
-from examples.finetune.encoder.errors import ConfigError, DataError, WeightsError
+from examples.common.errors import ConfigError, DataError, WeightsError
 
 Command = Run | Sweep | Show
 

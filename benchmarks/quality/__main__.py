@@ -11,8 +11,7 @@ from benchmarks.quality.run_spec import Run
 from benchmarks.quality.show import Show, show
 from benchmarks.quality.sweep import Sweep, run_sweep
 from benchmarks.quality.train import run as train
-from examples.llama.data import DataError
-from examples.llama.run_config import ConfigError
+from examples.common.errors import ConfigError, DataError
 
 Command = Run | Sweep | Show | Report | Overlay
 

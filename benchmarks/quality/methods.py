@@ -12,9 +12,10 @@ import optax
 
 import natgalore_jax as ng
 from benchmarks.quality.variants import recipe
+from examples.common.errors import ConfigError
 from examples.common.optimizers import OPTIMIZERS, decayed, with_unprojected_ratio
 from examples.llama.model.adapters import AdapterConfig
-from examples.llama.run_config import ConfigError, RunConfig
+from examples.llama.run_config import RunConfig
 
 PAPER_SCALE = 0.25  # of GaLore
 

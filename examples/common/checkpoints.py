@@ -7,15 +7,12 @@ import jax
 import orbax.checkpoint as ocp
 
 from examples.common.digests import write_digests
-from examples.llama.run_config import ConfigError, differences
+from examples.common.errors import CheckpointError, ConfigError
+from examples.llama.run_config import differences
 from examples.llama.training.train_step import TrainState
 
 Json = dict[str, Any]
 _UNFINISHED = ".orbax-checkpoint-tmp"
-
-
-class CheckpointError(Exception):
-    """A checkpoint that could not be written, said in one line."""
 
 
 class Checkpoints:

@@ -13,11 +13,11 @@ import tyro
 from rich.console import Console
 
 import natgalore_jax as ng
-from examples.common.checkpoints import CheckpointError
+from examples.common.errors import CheckpointError, ConfigError, DataError
 from examples.common.interrupt import stop_on_signals
 from examples.common.metrics import Record, of_kind
 from examples.common.plots import plot_curves
-from examples.llama.data import DataError, load_splits, ngram_perplexity
+from examples.llama.data import load_splits, ngram_perplexity
 from examples.llama.distributed.processes import leave_the_others, several_processes, start
 from examples.llama.loop import Result, train
 from examples.llama.model.adapters import make_linear
@@ -26,7 +26,7 @@ from examples.llama.model.generate import generate
 from examples.llama.model.llama import with_params
 from examples.llama.model.sampling import Sampling
 from examples.llama.report import Reporter, make_reporter, summary_table
-from examples.llama.run_config import ConfigError, RunConfig, run_preset
+from examples.llama.run_config import RunConfig, run_preset
 from examples.llama.weights.initial import start_from
 
 SAMPLE_TOKENS = 100

@@ -15,6 +15,7 @@ import natgalore_jax as ng
 from examples.common.checkpoints import Checkpoints
 from examples.common.clock import Clock
 from examples.common.digests import set_damaged_aside
+from examples.common.errors import ConfigError
 from examples.common.frozen import partition
 from examples.common.metrics import MetricsLog, of_kind, replace_text
 from examples.llama.data import Splits, eval_batches, load_splits
@@ -26,7 +27,7 @@ from examples.llama.memory.step_memory import StepMemory, of_compiled
 from examples.llama.model.adapters import make_linear
 from examples.llama.report import Reporter, Silent
 from examples.llama.result import Result as Result
-from examples.llama.run_config import ConfigError, RunConfig
+from examples.llama.run_config import RunConfig
 from examples.llama.training.build import first_state, make_step, on_the_host
 from examples.llama.training.evaluate import make_eval_step, mean_nll, perplexity
 from examples.llama.training.faults import Guard

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from examples.finetune.planner.data import DataError, load_bfcl, load_nestful, load_tinyagent
+from examples.common.errors import DataError
+from examples.finetune.planner.data import load_bfcl, load_nestful, load_tinyagent
 from examples.finetune.planner.data.packages import VERSIONS
 from examples.finetune.planner.plan import Ref, Text
 from examples.finetune.planner.records import MISSING, OneOf, Parameter, Record

@@ -5,7 +5,8 @@ import random
 
 import pytest
 
-from examples.finetune.planner.data import DataError, apply_splits, split_by_tools
+from examples.common.errors import DataError
+from examples.finetune.planner.data import apply_splits, split_by_tools
 from examples.finetune.planner.data.splits import NAMES, read_splits, write_splits
 from examples.finetune.planner.plan import JOIN, Call, Plan
 from examples.finetune.planner.records import Record, Tool

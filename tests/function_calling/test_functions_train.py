@@ -13,13 +13,13 @@ import tiny_planner as tiny
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from examples.common.errors import ConfigError, WeightsError
 from examples.common.frozen import union
 from examples.common.metrics import of_kind
 from examples.finetune.encoder.report import Silent
 from examples.finetune.planner.batches import Layout, Shape, batches, make_layout, train_steps
 from examples.finetune.planner.best import best_epoch, read_best
 from examples.finetune.planner.encode import Chat, Row
-from examples.finetune.planner.errors import ConfigError, WeightsError
 from examples.finetune.planner.evaluate import Evaluator
 from examples.finetune.planner.loop import train
 from examples.finetune.planner.methods import LEARNING_RATES, MethodConfig, set_up

@@ -12,7 +12,7 @@ from benchmarks.glue.show import Show, check, read_groups, table
 from benchmarks.glue.sweep import Sweep, command, run_sweep, runs
 from benchmarks.quality.files import write
 from benchmarks.quality.tables import PLUS_MINUS
-from examples.finetune.encoder.errors import ConfigError
+from examples.common.errors import ConfigError
 from examples.finetune.encoder.run_config import preset_config
 
 pytestmark = pytest.mark.usefixtures("fast_compile")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny_encoder as tiny
 
+from examples.common.errors import DataError, WeightsError
 from examples.finetune.encoder.config import read_config
 from examples.finetune.encoder.data import ARCHIVE, TASKS, read_rows
 from examples.finetune.encoder.data.batches import (
@@ -24,7 +25,6 @@ from examples.finetune.encoder.data.encode import encode, read_tokenizer
 from examples.finetune.encoder.data.make_splits import SIZES, make_splits
 from examples.finetune.encoder.data.rows import Row
 from examples.finetune.encoder.data.snippets import SPLITS, Snippet, read_archive, related
-from examples.finetune.encoder.errors import DataError, WeightsError
 
 # Two rows of each task as its official files have them, and what they mean.
 GLUE = {

@@ -12,9 +12,9 @@ import tiny_encoder as tiny
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
+from examples.common.errors import WeightsError
 from examples.finetune.encoder.data.encode import encode, read_tokenizer
 from examples.finetune.encoder.data.rows import Row
-from examples.finetune.encoder.errors import WeightsError
 from examples.finetune.encoder.model import Inputs, make_model
 from examples.finetune.encoder.weights import load_model, save_model
 from examples.pretrained import locate_model

@@ -12,12 +12,12 @@ import tiny_encoder as tiny
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import natgalore_jax as ng
+from examples.common.errors import ConfigError
 from examples.common.frozen import union
 from examples.common.metrics import of_kind
 from examples.finetune.encoder.adapters import add_adapters, merge_adapters
 from examples.finetune.encoder.config import EncoderConfig
 from examples.finetune.encoder.data.batches import Layout, make_batch
-from examples.finetune.encoder.errors import ConfigError
 from examples.finetune.encoder.loop import train
 from examples.finetune.encoder.methods import LEARNING_RATES, MethodConfig, set_up
 from examples.finetune.encoder.model import make_model

@@ -13,6 +13,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import natgalore_jax as ng
+from examples.common.errors import ConfigError
 from examples.common.frozen import partition, union
 from examples.common.optimizers import OptimizerConfig
 from examples.llama.__main__ import main
@@ -20,7 +21,7 @@ from examples.llama.loop import train
 from examples.llama.model.adapters import AdapterConfig, LoRALinear, make_linear
 from examples.llama.model.config import MODEL_PRESETS
 from examples.llama.model.llama import INIT_STD, dense
-from examples.llama.run_config import ConfigError, RunConfig
+from examples.llama.run_config import RunConfig
 from examples.llama.training.train_step import make_model
 
 pytestmark = pytest.mark.usefixtures("fast_compile")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from zygote import Zygote, wait_until
 
+from examples.common.errors import ConfigError
 from examples.llama.distributed.processes import DistributedConfig
-from examples.llama.run_config import ConfigError
 
 pytestmark = [pytest.mark.usefixtures("fast_compile"), pytest.mark.timeout(0)]
 

@@ -13,14 +13,13 @@ import pytest
 import tiny_run as tiny
 
 import natgalore_jax as ng
-from examples.common.checkpoints import CheckpointError
+from examples.common.errors import CheckpointError, ConfigError
 from examples.common.metrics import MetricsLog, of_kind, read_metrics
 from examples.common.optimizers import OptimizerConfig
 from examples.llama import loop
 from examples.llama.data import make_train_iterator
 from examples.llama.loop import train
 from examples.llama.report import Silent
-from examples.llama.run_config import ConfigError
 from examples.llama.training.faults import FaultConfig, Guard
 from examples.llama.training.optimization import make_optimization
 from examples.llama.training.train_step import init_state, make_train_step

@@ -6,6 +6,7 @@ import shlex
 import matplotlib.image
 import pytest
 
+from examples.common.errors import ConfigError
 from examples.llama.__main__ import parse
 from examples.llama.memory.figure import METHODS, breakdown, draw
 from examples.llama.memory.sizes import format_bytes, parse_bytes
@@ -13,7 +14,6 @@ from examples.llama.memory.step_memory import StepMemory
 from examples.llama.plan import planner
 from examples.llama.plan.candidates import PlanConfig, candidates
 from examples.llama.plan.planner import Row, main, search
-from examples.llama.run_config import ConfigError
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

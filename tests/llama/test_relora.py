@@ -12,12 +12,13 @@ import tiny_run as tiny
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import natgalore_jax as ng
+from examples.common.errors import ConfigError
 from examples.common.frozen import partition, union
 from examples.common.metrics import of_kind
 from examples.common.optimizers import OptimizerConfig
 from examples.llama.loop import train
 from examples.llama.model.adapters import AdapterConfig, make_linear
-from examples.llama.run_config import ConfigError, differences
+from examples.llama.run_config import differences
 from examples.llama.training.relora import make_merge, merge, restart_factor, with_restarts
 from examples.llama.training.train_step import TrainState, init_state, make_model
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import tiny_run as tiny
 
+from examples.common.errors import ConfigError
 from examples.llama.distributed.processes import DistributedConfig
 from examples.llama.loop import train
-from examples.llama.run_config import ConfigError
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

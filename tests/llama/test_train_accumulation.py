@@ -11,12 +11,12 @@ import pytest
 import tiny_run as tiny
 
 import natgalore_jax as ng
+from examples.common.errors import ConfigError
 from examples.common.metrics import of_kind
 from examples.common.optimizers import OptimizerConfig
 from examples.llama.__main__ import parse
 from examples.llama.data import make_train_iterator
 from examples.llama.loop import train
-from examples.llama.run_config import ConfigError
 from examples.llama.training.optimization import make_optimization
 from examples.llama.training.train_step import make_model, token_nll
 

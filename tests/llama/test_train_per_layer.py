@@ -9,11 +9,12 @@ import pytest
 from tiny_run import MODEL, NATURAL_GALORE, run_config, splits
 
 import natgalore_jax as ng
+from examples.common.errors import ConfigError
 from examples.common.metrics import of_kind
 from examples.common.optimizers import OptimizerConfig
 from examples.llama.loop import train
 from examples.llama.model.adapters import AdapterConfig
-from examples.llama.run_config import ConfigError, OutputConfig
+from examples.llama.run_config import OutputConfig
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

@@ -8,10 +8,10 @@ import sys
 import tyro
 from rich.console import Console
 
+from examples.common.errors import CheckpointError, ConfigError, DataError, WeightsError
 from examples.common.interrupt import stop_on_signals
 from examples.finetune.encoder.baseline import baseline_scores
 from examples.finetune.encoder.data import TASKS
-from examples.finetune.encoder.errors import CheckpointError, ConfigError, DataError, WeightsError
 from examples.finetune.encoder.loop import train
 from examples.finetune.encoder.prepare import prepare
 from examples.finetune.encoder.protocols import PROTOCOLS

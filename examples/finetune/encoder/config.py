@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Self
 
-from examples.finetune.encoder.errors import WeightsError
+from examples.common.errors import WeightsError
 from examples.pretrained.json_file import read_json
 
 # Field to key, as both architectures have them.

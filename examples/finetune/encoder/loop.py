@@ -14,9 +14,9 @@ import numpy as np
 import natgalore_jax as ng
 from examples.common.checkpoints import Checkpoints
 from examples.common.clock import Clock
+from examples.common.errors import ConfigError
 from examples.common.metrics import MetricsLog, Record, of_kind
 from examples.finetune.encoder.data.batches import steps_per_epoch, train_batches
-from examples.finetune.encoder.errors import ConfigError
 from examples.finetune.encoder.methods import Tuning, set_up
 from examples.finetune.encoder.prepare import Prepared
 from examples.finetune.encoder.report import Reporter, Silent

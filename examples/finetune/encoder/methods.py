@@ -13,10 +13,10 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from examples.common import methods
+from examples.common.errors import ConfigError
 from examples.common.methods import is_low_rank, method_transformation
 from examples.finetune.encoder.adapters import add_adapters, is_adapter, merge_adapters
 from examples.finetune.encoder.config import EncoderConfig
-from examples.finetune.encoder.errors import ConfigError
 from examples.finetune.encoder.model import Apply, make_model
 from examples.finetune.encoder.weights import MATRICES, module_name
 

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from examples.common.errors import ConfigError
 from examples.finetune.encoder.data import TASKS, Rows, Task, read_rows
 from examples.finetune.encoder.data.batches import Layout
 from examples.finetune.encoder.data.encode import Encoded, encode, read_tokenizer
-from examples.finetune.encoder.errors import ConfigError
 from examples.finetune.encoder.run_config import RunConfig
 from examples.finetune.encoder.weights import FILES, TOKENIZER, Pretrained, load_model
 from examples.pretrained import locate_model

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
+from examples.common.errors import ConfigError
 from examples.finetune.encoder.data import TASKS
-from examples.finetune.encoder.errors import ConfigError
 from examples.finetune.encoder.methods import MethodConfig, MethodName
 from examples.finetune.encoder.protocols import PROTOCOLS
 

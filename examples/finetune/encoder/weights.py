@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from examples.common.errors import WeightsError
 from examples.finetune.encoder.config import EncoderConfig, classifier_config, read_config
-from examples.finetune.encoder.errors import WeightsError
 from examples.finetune.encoder.model import make_model
 from examples.pretrained import Stored, fill, read_tensors, tensors_of, write_tensors
 

@@ -8,9 +8,9 @@ from typing import Any
 import tyro
 from rich.console import Console
 
+from examples.common.errors import CheckpointError, ConfigError, DataError, WeightsError
 from examples.common.interrupt import stop_on_signals
 from examples.finetune.planner.curves import plot_curves
-from examples.finetune.planner.errors import CheckpointError, ConfigError, DataError, WeightsError
 from examples.finetune.planner.evaluate import Evaluator
 from examples.finetune.planner.loop import train
 from examples.finetune.planner.prepare import prepare

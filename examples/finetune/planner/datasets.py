@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from examples.common.errors import ConfigError, DataError
 from examples.finetune.planner.data import (
-    DataError,
     apply_splits,
     load_bfcl,
     load_nestful,
@@ -17,7 +17,6 @@ from examples.finetune.planner.data.bfcl import CATEGORIES
 from examples.finetune.planner.data.make_splits import make_splits
 from examples.finetune.planner.data.nestful import PARTS
 from examples.finetune.planner.data.splits import NAMES, SplitRecords, fingerprint, read_splits
-from examples.finetune.planner.errors import ConfigError
 
 
 class Source(NamedTuple):

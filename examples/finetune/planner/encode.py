@@ -5,8 +5,8 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
+from examples.common.errors import WeightsError
 from examples.finetune.planner.pairs import Pair
-from examples.pretrained import WeightsError
 from examples.pretrained.chat import ChatTemplate
 
 

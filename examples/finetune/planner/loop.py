@@ -12,12 +12,12 @@ import jax
 import natgalore_jax as ng
 from examples.common.checkpoints import Checkpoints
 from examples.common.clock import Clock
+from examples.common.errors import ConfigError
 from examples.common.metrics import MetricsLog, Record, of_kind
 from examples.common.schedule import warmup_cosine
 from examples.finetune.encoder.report import Reporter
 from examples.finetune.planner.batches import learned_tokens, steps_per_epoch, train_steps
 from examples.finetune.planner.best import best_epoch, read_best, save_best
-from examples.finetune.planner.errors import ConfigError
 from examples.finetune.planner.evaluate import EVALUATED, Evaluator
 from examples.finetune.planner.methods import Tuning, set_up
 from examples.finetune.planner.predictions import write_predictions

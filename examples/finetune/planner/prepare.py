@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from examples.common.errors import ConfigError, WeightsError
 from examples.finetune.planner.batches import Layout, make_layout
 from examples.finetune.planner.data.splits import NAMES
 from examples.finetune.planner.datasets import Source, load_dataset
 from examples.finetune.planner.encode import Chat, Row
-from examples.finetune.planner.errors import ConfigError, WeightsError
 from examples.finetune.planner.pairs import make_pair
 from examples.finetune.planner.records import Record
 from examples.finetune.planner.retrieval import Retriever

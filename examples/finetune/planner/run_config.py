@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
+from examples.common.errors import ConfigError
 from examples.common.schedule import ScheduleConfig
 from examples.finetune.planner.datasets import DATASETS
-from examples.finetune.planner.errors import ConfigError
 from examples.finetune.planner.methods import MethodConfig, MethodName
 from examples.finetune.planner.pairs import PromptConfig
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from examples.finetune.planner.errors import ConfigError
+from examples.common.errors import ConfigError
 from examples.finetune.planner.evaluate import Evaluator
 from examples.finetune.planner.prepare import Prepared
 from examples.finetune.planner.run_config import RunConfig

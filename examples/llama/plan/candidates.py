@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from examples.common.errors import ConfigError
 from examples.common.optimizers import OPTIMIZERS
 from examples.llama.__main__ import parse
-from examples.llama.run_config import ConfigError, RunConfig
+from examples.llama.run_config import RunConfig
 
 # From the best to the least good by the losses of docs/quality.md; 8 bits cost nothing there.
 PREFERRED = (

@@ -10,11 +10,11 @@ import jax
 import tyro
 from rich.console import Console
 
+from examples.common.errors import ConfigError
 from examples.llama.memory.sizes import format_bytes, parse_bytes
 from examples.llama.memory.step_memory import StepMemory, lower_bound, predict
 from examples.llama.plan.candidates import Candidate, PlanConfig, candidates
 from examples.llama.plan.table import plan_table
-from examples.llama.run_config import ConfigError
 from examples.llama.training.build import abstract_run
 
 

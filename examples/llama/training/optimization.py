@@ -7,8 +7,9 @@ import jax
 import optax
 
 import natgalore_jax as ng
+from examples.common.errors import ConfigError
 from examples.common.optimizers import make_optimizer
-from examples.llama.run_config import ConfigError, RunConfig
+from examples.llama.run_config import RunConfig
 from examples.llama.training.relora import with_restarts
 from examples.llama.training.train_step import Params
 

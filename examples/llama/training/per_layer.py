@@ -13,9 +13,10 @@ import optax
 from flax import nnx
 
 import natgalore_jax as ng
+from examples.common.errors import ConfigError
 from examples.llama.model.config import ModelConfig
 from examples.llama.model.llama import Llama
-from examples.llama.run_config import ConfigError, RunConfig
+from examples.llama.run_config import RunConfig
 from examples.llama.training.train_step import (
     Metrics,
     Params,

@@ -15,9 +15,9 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import natgalore_jax as ng
+from examples.common.errors import ConfigError
 from examples.common.frozen import Tree
 from examples.llama.model.adapters import AdapterConfig, init_a
-from examples.llama.run_config import ConfigError
 from examples.llama.training.train_step import TrainState
 
 

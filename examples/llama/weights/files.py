@@ -10,17 +10,11 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tokenizers import Tokenizer
 
+from examples.common.errors import WeightsError
 from examples.llama.model.config import ModelConfig
 from examples.llama.model.llama import Llama, with_params
 from examples.llama.weights import gguf, hf_config, names
-from examples.pretrained import (
-    WeightsError,
-    fill,
-    locate_model,
-    read_tensors,
-    tensors_of,
-    write_tensors,
-)
+from examples.pretrained import fill, locate_model, read_tensors, tensors_of, write_tensors
 from examples.pretrained.chat import ChatTemplate
 from examples.pretrained.gguf_file import open_gguf
 from examples.pretrained.gguf_tokenizer import gguf_tokenizer

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from examples.common.errors import WeightsError
 from examples.llama.model.config import ModelConfig
-from examples.pretrained import WeightsError
 from examples.pretrained.gguf_file import Gguf
 from examples.pretrained.tensors import Tensors
 

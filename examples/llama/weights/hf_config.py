@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from examples.common.errors import WeightsError
 from examples.llama.model.config import ModelConfig
-from examples.pretrained import WeightsError
 
 # Field to key.
 _KEYS = {

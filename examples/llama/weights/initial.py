@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tokenizers import Tokenizer
 
-from examples.llama.data import DataError
+from examples.common.errors import ConfigError, DataError, WeightsError
 from examples.llama.data.tokenizer import load_tokenizer, plain_text, vocabulary_size
 from examples.llama.model.config import ModelConfig
-from examples.llama.run_config import ConfigError, RunConfig, run_preset
+from examples.llama.run_config import RunConfig, run_preset
 
 TOKENIZER = "tokenizer.json"
 
@@ -150,8 +150,6 @@ def _weights_module() -> Any:
 
 
 def _using(function: Callable[[str], Any], name: str | None) -> Any:
-    from examples.pretrained import WeightsError
-
     try:
         return function(str(name))
     except (WeightsError, DataError) as error:

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
+from examples.common.errors import DataError
 from examples.finetune.encoder.data.files import read_directory
 from examples.finetune.encoder.data.hub import read_hub
 from examples.finetune.encoder.data.rows import Row as Row, Rows as Rows
 from examples.finetune.encoder.data.snippets import ARCHIVE, read_snippets
 from examples.finetune.encoder.data.tasks import TASKS as TASKS, Task as Task
-from examples.finetune.encoder.errors import DataError
 
 
 def read_rows(task: Task, data: Path | None) -> Rows:

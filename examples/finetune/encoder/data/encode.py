@@ -6,9 +6,9 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
+from examples.common.errors import WeightsError
 from examples.finetune.encoder.config import EncoderConfig
 from examples.finetune.encoder.data.rows import Row
-from examples.finetune.encoder.errors import WeightsError
 
 
 class Encoded(NamedTuple):

@@ -4,9 +4,9 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from examples.common.errors import DataError
 from examples.finetune.encoder.data.rows import RawRow, Rows, from_mapping, make_rows
 from examples.finetune.encoder.data.tasks import OPTIONAL_SECOND, Columns, Task
-from examples.finetune.encoder.errors import DataError
 
 # Of each split, in the order in which they are looked for.
 _STEMS = {

@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from examples.common.errors import DataError
 from examples.finetune.encoder.data.rows import Rows, from_mapping, make_rows
 from examples.finetune.encoder.data.tasks import Task
-from examples.finetune.encoder.errors import DataError
 
 NAME = "nyu-mll/glue"
 

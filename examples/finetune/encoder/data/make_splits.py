@@ -5,6 +5,7 @@ import random
 import sys
 from pathlib import Path
 
+from examples.common.errors import DataError
 from examples.finetune.encoder.data.snippets import (
     ARCHIVE,
     SPLITS,
@@ -13,7 +14,6 @@ from examples.finetune.encoder.data.snippets import (
     read_archive,
     related,
 )
-from examples.finetune.encoder.errors import DataError
 
 SIZES = {"validation": 1000, "test": 2000}
 

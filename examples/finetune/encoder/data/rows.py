@@ -4,8 +4,8 @@ import math
 from collections import Counter
 from typing import Any, NamedTuple
 
+from examples.common.errors import DataError
 from examples.finetune.encoder.data.tasks import Columns, Task
-from examples.finetune.encoder.errors import DataError
 
 
 class Row(NamedTuple):

@@ -13,9 +13,9 @@ import tarfile
 from pathlib import Path
 from typing import NamedTuple
 
+from examples.common.errors import DataError
 from examples.finetune.encoder.data.rows import RawRow, Rows, make_rows
 from examples.finetune.encoder.data.tasks import TASKS
-from examples.finetune.encoder.errors import DataError
 
 VERSION = "3.3.2"
 ARCHIVE = Path(".cache/glue") / f"vaderSentiment-{VERSION}.tar.gz"

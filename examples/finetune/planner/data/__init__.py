@@ -1,7 +1,6 @@
 """Function-calling data sets in one form, and which of their records are held out."""
 
 from examples.finetune.planner.data.bfcl import load_bfcl as load_bfcl
-from examples.finetune.planner.data.errors import DataError as DataError
 from examples.finetune.planner.data.nestful import load_nestful as load_nestful
 from examples.finetune.planner.data.splits import (
     Splits as Splits,

@@ -8,8 +8,8 @@ where the argument may be left out.
 from pathlib import Path
 from typing import Any
 
-from examples.finetune.planner.data.errors import DataError, located
-from examples.finetune.planner.data.files import entry, expect, read_json_lines
+from examples.common.errors import DataError
+from examples.finetune.planner.data.files import entry, expect, located, read_json_lines
 from examples.finetune.planner.data.packages import locate
 from examples.finetune.planner.plan import JOIN, Argument, Call, Plan, Value
 from examples.finetune.planner.records import (

@@ -1,13 +1,23 @@
 """JSON files, and what is expected to stand in them."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from examples.finetune.planner.data.errors import DataError
+from examples.common.errors import DataError
 
 _KINDS = {str: "a string", list: "a list", dict: "an object", bool: "true or false"}
+
+
+@contextmanager
+def located(where: str) -> Generator[None]:
+    """Add the place to the message of a ValueError, and raise it as a DataError."""
+    try:
+        yield
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from error
 
 
 def read_json(path: Path) -> Any:

@@ -2,7 +2,7 @@
 
 import sys
 
-from examples.finetune.planner.data.errors import DataError
+from examples.common.errors import DataError
 from examples.finetune.planner.data.nestful import load_nestful
 from examples.finetune.planner.data.splits import (
     NESTFUL_SPLITS,

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from examples.finetune.planner.data.errors import located
-from examples.finetune.planner.data.files import entry, expect, read_json
+from examples.finetune.planner.data.files import entry, expect, located, read_json
 from examples.finetune.planner.data.packages import locate
 from examples.finetune.planner.plan import (
     JOIN,

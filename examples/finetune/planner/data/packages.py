@@ -3,7 +3,7 @@
 import importlib.metadata
 from pathlib import Path
 
-from examples.finetune.planner.data.errors import DataError
+from examples.common.errors import DataError
 
 VERSIONS = {"nestful-wrapper": "0.1.7", "bfcl-eval": "2026.3.23"}
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from examples.finetune.planner.data.errors import DataError
+from examples.common.errors import DataError
 from examples.finetune.planner.data.files import entry, expect, read_json
 from examples.finetune.planner.records import Record
 

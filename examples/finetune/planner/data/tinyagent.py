@@ -9,8 +9,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from examples.finetune.planner.data.errors import DataError, located
-from examples.finetune.planner.data.files import entry, expect, read_json
+from examples.common.errors import DataError
+from examples.finetune.planner.data.files import entry, expect, located, read_json
 from examples.finetune.planner.data.tinyagent_tools import TINYAGENT_TOOLS
 from examples.finetune.planner.plan import (
     Argument,
