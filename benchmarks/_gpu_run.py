@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from examples.common.train_state import Params
 from examples.llama.__main__ import parse
 from examples.llama.data import load_splits, make_train_iterator
 from examples.llama.memory.step_memory import of_compiled
@@ -24,7 +25,6 @@ from examples.llama.training.build import (
     make_step,
     on_the_host,
 )
-from examples.llama.training.train_step import Params
 
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 

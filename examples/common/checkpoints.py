@@ -8,8 +8,8 @@ import orbax.checkpoint as ocp
 
 from examples.common.digests import write_digests
 from examples.common.errors import CheckpointError, ConfigError
+from examples.common.train_state import TrainState
 from examples.llama.run_config import differences
-from examples.llama.training.train_step import TrainState
 
 Json = dict[str, Any]
 _UNFINISHED = ".orbax-checkpoint-tmp"

@@ -18,6 +18,7 @@ from examples.common.digests import set_damaged_aside
 from examples.common.errors import ConfigError
 from examples.common.frozen import partition
 from examples.common.metrics import MetricsLog, of_kind, replace_text
+from examples.common.train_state import Metrics, Params, TrainState
 from examples.llama.data import Splits, eval_batches, load_splits
 from examples.llama.distributed.batches import TrainBatches
 from examples.llama.distributed.devices import Team
@@ -33,7 +34,7 @@ from examples.llama.training.evaluate import make_eval_step, mean_nll, perplexit
 from examples.llama.training.faults import Guard
 from examples.llama.training.optimization import make_optimization
 from examples.llama.training.relora import make_merge
-from examples.llama.training.train_step import Metrics, Params, TrainState, make_model
+from examples.llama.training.train_step import make_model
 from examples.llama.weights.initial import TOKENIZER, overlay
 
 

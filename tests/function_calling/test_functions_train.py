@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from examples.common.errors import ConfigError, WeightsError
 from examples.common.frozen import union
 from examples.common.metrics import of_kind
+from examples.common.train_state import init_state
 from examples.finetune.encoder.report import Silent
 from examples.finetune.planner.batches import Layout, Shape, batches, make_layout, train_steps
 from examples.finetune.planner.best import best_epoch, read_best
@@ -28,7 +29,6 @@ from examples.finetune.planner.prepare import prepare
 from examples.finetune.planner.run_config import OutputConfig, RunConfig
 from examples.finetune.planner.train_step import make_step
 from examples.llama.model.llama import with_params
-from examples.llama.training.train_step import init_state
 from examples.pretrained.chat import ChatTemplate
 
 pytestmark = pytest.mark.usefixtures("fast_compile")

@@ -15,6 +15,7 @@ import natgalore_jax as ng
 from examples.common.errors import ConfigError
 from examples.common.frozen import union
 from examples.common.metrics import of_kind
+from examples.common.train_state import init_state
 from examples.finetune.encoder.adapters import add_adapters, merge_adapters
 from examples.finetune.encoder.config import EncoderConfig
 from examples.finetune.encoder.data.batches import Layout, make_batch
@@ -25,7 +26,6 @@ from examples.finetune.encoder.prepare import prepare
 from examples.finetune.encoder.run_config import OutputConfig, RunConfig
 from examples.finetune.encoder.train_step import decisions, make_predict, make_step, predictions
 from examples.finetune.encoder.weights import load_model
-from examples.llama.training.train_step import init_state
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

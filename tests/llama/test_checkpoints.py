@@ -6,7 +6,7 @@ import numpy as np
 import optax
 
 from examples.common.checkpoints import Checkpoints
-from examples.llama.training.train_step import TrainState, init_state
+from examples.common.train_state import TrainState, init_state
 
 
 def some_state(step: int) -> TrainState:

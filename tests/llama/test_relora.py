@@ -16,11 +16,12 @@ from examples.common.errors import ConfigError
 from examples.common.frozen import partition, union
 from examples.common.metrics import of_kind
 from examples.common.optimizers import OptimizerConfig
+from examples.common.train_state import TrainState, init_state
 from examples.llama.loop import train
 from examples.llama.model.adapters import AdapterConfig, make_linear
 from examples.llama.run_config import differences
 from examples.llama.training.relora import make_merge, merge, restart_factor, with_restarts
-from examples.llama.training.train_step import TrainState, init_state, make_model
+from examples.llama.training.train_step import make_model
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

@@ -16,6 +16,7 @@ from examples.common.checkpoints import Checkpoints
 from examples.common.clock import Clock
 from examples.common.errors import ConfigError
 from examples.common.metrics import MetricsLog, Record, of_kind
+from examples.common.train_state import TrainState, init_state
 from examples.finetune.encoder.data.batches import steps_per_epoch, train_batches
 from examples.finetune.encoder.methods import Tuning, set_up
 from examples.finetune.encoder.prepare import Prepared
@@ -31,7 +32,6 @@ from examples.finetune.encoder.train_step import (
     row_losses,
 )
 from examples.finetune.encoder.weights import save_model
-from examples.llama.training.train_step import TrainState, init_state
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ import numpy as np
 import optax
 
 from examples.common.frozen import union
+from examples.common.train_state import Params, TrainState, next_state
 from examples.finetune.encoder.data.batches import Batch, Layout, eval_batches
 from examples.finetune.encoder.data.encode import Encoded
 from examples.finetune.encoder.model import Apply, Inputs
-from examples.llama.training.train_step import Params, TrainState, next_state
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, jax.Array]]
 Predict = Callable[[Params, Inputs], jax.Array]

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from examples.common.train_state import Params
 from examples.finetune.planner.batches import batches, learned_tokens
 from examples.finetune.planner.metrics import Scores, mean_scores, score
 from examples.finetune.planner.parse import parse_plan
@@ -15,7 +16,6 @@ from examples.finetune.planner.records import Record
 from examples.finetune.planner.train_step import loss_of
 from examples.llama.model.generate import generate
 from examples.llama.model.llama import Llama, unstack_layers, with_params
-from examples.llama.training.train_step import Params
 
 EVALUATED = ("loss", "metrics", "plans", "seconds_per_plan")
 """What the summary of an evaluation has."""

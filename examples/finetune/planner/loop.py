@@ -15,6 +15,7 @@ from examples.common.clock import Clock
 from examples.common.errors import ConfigError
 from examples.common.metrics import MetricsLog, Record, of_kind
 from examples.common.schedule import warmup_cosine
+from examples.common.train_state import TrainState, init_state
 from examples.finetune.encoder.report import Reporter
 from examples.finetune.planner.batches import learned_tokens, steps_per_epoch, train_steps
 from examples.finetune.planner.best import best_epoch, read_best, save_best
@@ -25,7 +26,6 @@ from examples.finetune.planner.prepare import Prepared
 from examples.finetune.planner.run_config import RunConfig
 from examples.finetune.planner.train_step import make_step
 from examples.llama.model.config import parameter_count
-from examples.llama.training.train_step import TrainState, init_state
 
 
 @dataclass(frozen=True)

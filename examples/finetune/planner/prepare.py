@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from examples.common.errors import ConfigError, WeightsError
+from examples.common.train_state import Params
 from examples.finetune.planner.batches import Layout, make_layout
 from examples.finetune.planner.data.splits import NAMES
 from examples.finetune.planner.datasets import Source, load_dataset
@@ -17,7 +18,6 @@ from examples.finetune.planner.records import Record
 from examples.finetune.planner.retrieval import Retriever
 from examples.finetune.planner.run_config import RunConfig
 from examples.llama.model.config import ModelConfig
-from examples.llama.training.train_step import Params
 from examples.llama.weights.files import open_weights, read_params
 
 

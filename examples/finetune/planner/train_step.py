@@ -12,10 +12,10 @@ import optax
 from flax import nnx
 
 from examples.common.frozen import union
+from examples.common.train_state import Metrics, Params, TrainState, next_state
 from examples.finetune.planner.adapters import GraphDef
 from examples.finetune.planner.batches import Batch, learned_tokens
 from examples.llama.model.llama import Llama
-from examples.llama.training.train_step import Metrics, Params, TrainState, next_state
 
 Step = Callable[[TrainState, Sequence[Batch]], tuple[TrainState, Metrics]]
 

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from examples.common.errors import ConfigError
-from examples.llama.training.train_step import Metrics, TrainState
+from examples.common.train_state import Metrics, TrainState
 
 
 class Team:

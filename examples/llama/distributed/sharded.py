@@ -10,9 +10,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 import natgalore_jax as ng
+from examples.common.train_state import TrainState
 from examples.llama.distributed.devices import SharedTeam, Team
 from examples.llama.distributed.processes import DistributedConfig
-from examples.llama.training.train_step import TrainState
 
 
 class ShardedTeam(SharedTeam):

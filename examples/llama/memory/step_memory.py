@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import optax
 
 import natgalore_jax as ng
+from examples.common.train_state import Params, TrainState
 from examples.llama.run_config import RunConfig
 from examples.llama.training.build import AbstractRun, abstract_run
-from examples.llama.training.train_step import Params, TrainState, token_nll
+from examples.llama.training.train_step import token_nll
 
 
 class StepMemory(NamedTuple):

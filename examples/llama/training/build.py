@@ -9,18 +9,12 @@ import jax.numpy as jnp
 import optax
 
 from examples.common.frozen import partition
+from examples.common.train_state import Params, TrainState, init_state
 from examples.llama.model.adapters import make_linear
 from examples.llama.run_config import RunConfig
 from examples.llama.training.optimization import Optimization, make_optimization
 from examples.llama.training.per_layer import make_per_layer_step
-from examples.llama.training.train_step import (
-    Apply,
-    Params,
-    TrainState,
-    init_state,
-    make_model,
-    make_train_step,
-)
+from examples.llama.training.train_step import Apply, make_model, make_train_step
 
 
 def make_step(

@@ -9,9 +9,9 @@ import optax
 import natgalore_jax as ng
 from examples.common.errors import ConfigError
 from examples.common.optimizers import make_optimizer
+from examples.common.train_state import Params
 from examples.llama.run_config import RunConfig
 from examples.llama.training.relora import with_restarts
-from examples.llama.training.train_step import Params
 
 
 class Optimization(NamedTuple):

@@ -14,16 +14,11 @@ from flax import nnx
 
 import natgalore_jax as ng
 from examples.common.errors import ConfigError
+from examples.common.train_state import Metrics, Params, TrainState, next_state
 from examples.llama.model.config import ModelConfig
 from examples.llama.model.llama import Llama
 from examples.llama.run_config import RunConfig
-from examples.llama.training.train_step import (
-    Metrics,
-    Params,
-    TrainState,
-    next_state,
-    nll_of_logits,
-)
+from examples.llama.training.train_step import nll_of_logits
 
 
 class LayeredModel(NamedTuple):

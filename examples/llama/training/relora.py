@@ -17,8 +17,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import natgalore_jax as ng
 from examples.common.errors import ConfigError
 from examples.common.frozen import Tree
+from examples.common.train_state import TrainState
 from examples.llama.model.adapters import AdapterConfig, init_a
-from examples.llama.training.train_step import TrainState
 
 
 def merge(params: Tree, frozen: Tree, scale: float, key: jax.Array) -> tuple[Tree, Tree]:

@@ -1,7 +1,11 @@
-"""One training step, as a pure function of a state and a batch."""
+"""One training step, as a pure function of a state and a batch.
+
+Gradients of micro-batches can be averaged in the subspace of the optimizer: the accumulator is as
+small as a moment of the optimizer, which runs once for each step.
+"""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,38 +14,11 @@ from flax import nnx
 
 import natgalore_jax as ng
 from examples.common.frozen import union
+from examples.common.train_state import Metrics, Params, TrainState, next_state
 from examples.llama.model.config import ModelConfig
 from examples.llama.model.llama import Llama, MakeLinear, dense
-from examples.llama.training.accumulation import accumulate_low_rank, empty_accumulator
 
-Params = Any
-Metrics = dict[str, jax.Array]
 Apply = Callable[[Params, jax.Array], jax.Array]
-
-
-class TrainState(NamedTuple):
-    """Everything that a step changes; saved as it is in a checkpoint."""
-
-    params: Params  # what is trained; an ng.training.QuantizedWeights with --weight-bits.
-    opt_state: optax.OptState
-    micro_step: jax.Array  # batches seen. shape=(), dtype=jnp.int32.
-    totals: Metrics  # metrics summed over the batches of an unfinished accumulation.
-    frozen: Params  # weights that no step changes; {} if all are trained.
-    # Mean of the low-rank gradients of an unfinished accumulation in the subspace; {} without one.
-    accumulated: Params = {}  # noqa: RUF012  (never changed)
-
-    @property
-    def float_params(self) -> Params:
-        """What is trained, as numbers: what is stored in 8 bits is decoded, all at once."""
-        if not isinstance(self.params, ng.training.QuantizedWeights):
-            return self.params
-        dtype = self.params.codes["embed"]["embedding"].dtype
-        return ng.training.dequantize_weights(self.params, dtype)
-
-    @property
-    def weights(self) -> Params:
-        """All parameters of the model, as numbers."""
-        return union(self.float_params, self.frozen)
 
 
 def make_model(
@@ -82,22 +59,6 @@ def nll_of_logits(logits: jax.Array, rows: jax.Array) -> jax.Array:
     """The same, given what the model makes of all tokens but the last, (B, T, V)."""
     logits = logits.astype(jnp.float32)
     return optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:])
-
-
-def init_state(
-    params: Params,
-    tx: optax.GradientTransformation,
-    frozen: Params | None = None,
-    low_rank: ng.training.LowRankSteps | None = None,
-    weight_bits: int | None = None,
-) -> TrainState:
-    """The state before the first step, with the matrices of the layers in 8 bits if wanted."""
-    zeros = {"loss": jnp.zeros([]), "grad_norm": jnp.zeros([])}
-    opt_state = tx.init(params)
-    accumulated = {} if low_rank is None else empty_accumulator(low_rank, params, opt_state)
-    micro_step = jnp.zeros([], jnp.int32)
-    stored = params if weight_bits is None else ng.training.quantize_weights(params)
-    return TrainState(stored, opt_state, micro_step, zeros, frozen or {}, accumulated)
 
 
 def make_train_step(
@@ -152,14 +113,39 @@ def make_train_step(
     return ng.training.in_place(step)
 
 
-def next_state(
-    state: TrainState, now: Metrics, accumulate: int, **changed: Any
-) -> tuple[TrainState, Metrics]:
-    """The state after a micro-batch with the metrics `now`, and their means over its step."""
-    position = state.micro_step % accumulate
-    totals = jax.tree.map(
-        lambda total, x: jnp.where(position == 0, x, total + x), state.totals, now
+def accumulate_low_rank(
+    steps: ng.training.LowRankSteps,
+    grads: Params,
+    opt_state: optax.OptState,
+    params: Params,
+    mean: Params,
+    position: jax.Array,
+    number: int,
+) -> tuple[Params, optax.OptState, Params]:
+    """Takes the gradient of one micro-batch, and after the last one of a step the step.
+
+    Args:
+      steps: of the optimizer.
+      grads: of this micro-batch.
+      opt_state, params: before it.
+      mean: of the low-rank gradients of this step so far.
+      position: how many they are, int32; at 0 the old mean does not matter.
+      number: of micro-batches in a step.
+
+    Returns:
+      The new params, opt_state and mean.
+    """
+
+    def take(params, opt_state, mean):
+        updates, opt_state = steps.update(mean, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    opt_state, mean = steps.accumulate(grads, opt_state, mean, position)
+    # The branch that changes nothing stands last: XLA does not copy what goes through it.
+    params, opt_state = jax.lax.cond(
+        position == number - 1,
+        take,
+        lambda params, opt_state, mean: (params, opt_state),
+        *(params, opt_state, mean),
     )
-    metrics = jax.tree.map(lambda total: total / (position + 1), totals)
-    new = state._replace(micro_step=state.micro_step + 1, totals=totals, **changed)
-    return new, metrics
+    return params, opt_state, mean
