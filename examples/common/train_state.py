@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 import natgalore_jax as ng
-from examples.common.frozen import union
+from examples.common.lora import union
 
 Params = Any
 Metrics = dict[str, jax.Array]

@@ -16,7 +16,7 @@ from examples.common.checkpoints import Checkpoints
 from examples.common.clock import Clock
 from examples.common.digests import set_damaged_aside
 from examples.common.errors import ConfigError
-from examples.common.frozen import partition
+from examples.common.lora import partition
 from examples.common.metrics import MetricsLog, of_kind, replace_text
 from examples.common.train_state import Metrics, Params, TrainState
 from examples.llama.data import Splits, eval_batches, load_splits

@@ -14,7 +14,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from examples.common.errors import ConfigError, WeightsError
-from examples.common.frozen import union
+from examples.common.lora import union
 from examples.common.metrics import of_kind
 from examples.common.train_state import init_state
 from examples.finetune.encoder.report import Silent

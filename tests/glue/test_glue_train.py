@@ -13,14 +13,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import natgalore_jax as ng
 from examples.common.errors import ConfigError
-from examples.common.frozen import union
+from examples.common.lora import add_adapters, merge_adapters, union
 from examples.common.metrics import of_kind
 from examples.common.train_state import init_state
-from examples.finetune.encoder.adapters import add_adapters, merge_adapters
 from examples.finetune.encoder.config import EncoderConfig
 from examples.finetune.encoder.data.batches import Layout, make_batch
 from examples.finetune.encoder.loop import train
-from examples.finetune.encoder.methods import LEARNING_RATES, MethodConfig, set_up
+from examples.finetune.encoder.methods import LEARNING_RATES, MethodConfig, lora_on, set_up
 from examples.finetune.encoder.model import make_model
 from examples.finetune.encoder.prepare import prepare
 from examples.finetune.encoder.run_config import OutputConfig, RunConfig
@@ -142,9 +141,8 @@ def test_state_is_that_of_the_formulas_and_at_most_that_of_lora():
 def test_lora_starts_as_the_model_and_merges_into_it(files):
     loaded = load_model(files[0], 2, seed=0)
     modules = ("layers.attention.query", "layers.mlp.output")
-    adapted, weights = add_adapters(
-        loaded.params, loaded.config, modules, rank=2, scale=1.5, seed=0
-    )
+    adapted, like = make_model(loaded.config, lora_on(modules, 2, 1.5))
+    weights = add_adapters(loaded.params, like, seed=0)
     inputs = tiny.inputs("bert")
     plain = jax.jit(make_model(loaded.config)[0])
     adapted = jax.jit(adapted)

@@ -14,11 +14,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import natgalore_jax as ng
 from examples.common.errors import ConfigError
-from examples.common.frozen import partition, union
+from examples.common.lora import partition, union
 from examples.common.optimizers import OptimizerConfig
 from examples.llama.__main__ import main
 from examples.llama.loop import train
-from examples.llama.model.adapters import AdapterConfig, LoRALinear, make_linear
+from examples.llama.model.adapters import AdapterConfig, make_linear
 from examples.llama.model.config import MODEL_PRESETS
 from examples.llama.model.llama import INIT_STD, dense
 from examples.llama.run_config import RunConfig
@@ -96,7 +96,7 @@ def test_logits_are_those_of_the_composed_weights(kind, stacked):
 
 def test_a_layer_in_bfloat16():
     config = dataclasses.replace(tiny.MODEL, dtype="bfloat16", param_dtype="bfloat16")
-    layer = LoRALinear(adapter("lora"), 16, 24, config, nnx.Rngs(0, adapter=1))
+    layer = make_linear(adapter("lora"))(16, 24, config, nnx.Rngs(0, adapter=1))
     layer.lora.lora_b[...] = jnp.ones_like(layer.lora.lora_b[...])
     x = jax.random.normal(jax.random.key(0), (2, 3, 16), jnp.bfloat16)
     y = layer(x)

@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import natgalore_jax as ng
 from examples.common.errors import ConfigError
-from examples.common.frozen import partition, union
+from examples.common.lora import partition, union
 from examples.common.metrics import of_kind
 from examples.common.optimizers import OptimizerConfig
 from examples.common.train_state import TrainState, init_state

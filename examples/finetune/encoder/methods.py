@@ -5,19 +5,20 @@ projects the gradients of the same matrices that LoRA adapts, of the head's own 
 tables of tokens and positions; it trains norms, biases and the classifier in full.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import optax
+from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from examples.common import methods
 from examples.common.errors import ConfigError
+from examples.common.lora import LoRALinear, add_adapters, is_adapter, merge_adapters, partition
 from examples.common.methods import is_low_rank, method_transformation
-from examples.finetune.encoder.adapters import add_adapters, is_adapter, merge_adapters
 from examples.finetune.encoder.config import EncoderConfig
-from examples.finetune.encoder.model import Apply, make_model
+from examples.finetune.encoder.model import Apply, MakeLinear, dense, make_model
 from examples.finetune.encoder.weights import MATRICES, module_name
 
 Params = dict[str, Any]
@@ -95,18 +96,14 @@ def set_up(
     apply, plain = make_model(encoder)[0], lambda weights: weights
     if method == "lora":
         scale = 2.0 if config.scale is None else config.scale
-        apply, params = add_adapters(
-            params, encoder, modules, rank=config.rank, scale=scale, seed=seed
-        )
+        apply, like = make_model(encoder, lora_on(modules, config.rank, scale))
+        params = add_adapters(params, like, seed)
 
         def plain(weights):
             return merge_adapters(weights, scale)
 
-    flat = flatten_dict(params)
-    trained = {path: leaf for path, leaf in flat.items() if _is_trained(method, config, path)}
-    frozen = {path: leaf for path, leaf in flat.items() if path not in trained}
+    trained, frozen = partition(params, lambda path: _is_trained(method, config, path))
     tx = _transformation(method, config, modules, learning_rate, seed)
-    trained, frozen = unflatten_dict(trained), unflatten_dict(frozen)
     return Tuning(apply, trained, frozen, tx, plain)
 
 
@@ -123,6 +120,19 @@ def chosen_modules(targets: tuple[str, ...], encoder: EncoderConfig) -> frozense
         for module, name in names.items()
         if any(name.endswith(f".{target}") for target in targets)
     )
+
+
+def lora_on(modules: Collection[str], rank: int, scale: float) -> MakeLinear:
+    """Linear maps with adapters beside these modules (``layers.attention.query``)."""
+
+    def make(
+        name: str, inputs: int, outputs: int, config: EncoderConfig, rngs: nnx.Rngs
+    ) -> nnx.Module:
+        base = dense(inputs, outputs, config, rngs)
+        adapted = f"layers.{name}" in modules
+        return LoRALinear(base, rank, scale, rngs) if adapted else base
+
+    return make
 
 
 def _is_trained(method: str, config: MethodConfig, path: tuple[str, ...]) -> bool:

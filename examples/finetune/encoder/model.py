@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from examples.common.lora import Linear
 from examples.finetune.encoder.config import EncoderConfig
-from examples.llama.model.llama import Linear
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: nnx.gelu(x, approximate=False),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from examples.common.frozen import union
+from examples.common.lora import union
 from examples.common.train_state import Params, TrainState, next_state
 from examples.finetune.encoder.data.batches import Batch, Layout, eval_batches
 from examples.finetune.encoder.data.encode import Encoded

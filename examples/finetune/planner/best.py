@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from examples.common.metrics import Record, of_kind
-from examples.finetune.planner.adapters import Params
+from examples.common.train_state import Params
 from examples.finetune.planner.prepare import Prepared
 from examples.llama.model.llama import with_params
 from examples.llama.weights.files import PretrainedLlama, open_weights, read_params, save_llama

@@ -9,20 +9,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import optax
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax import nnx
 
 from examples.common import methods
+from examples.common.lora import add_adapters, is_adapter, merge_adapters, partition
 from examples.common.methods import is_low_rank, method_transformation
 from examples.common.optimizers import decayed
-from examples.finetune.planner.adapters import (
-    GraphDef,
-    Params,
-    abstract,
-    add_adapters,
-    merge_adapters,
-)
-from examples.llama.model.adapters import AdapterConfig
+from examples.common.train_state import Params
+from examples.llama.model.adapters import AdapterConfig, make_linear
 from examples.llama.model.config import ModelConfig
+from examples.llama.model.llama import Llama
+
+GraphDef = Any
 
 # Peak rates where none is given. That of AdamW is the one of Natural GaLore's experiments with
 # TinyAgent; the others are five times that, as their updates have fewer dimensions. None is tuned.
@@ -82,23 +80,31 @@ def set_up(
     lora = method == "lora"
     scale = 2.0 if config.scale is None else config.scale
     adapter = AdapterConfig("lora" if lora else "none", config.rank, scale * config.rank)
-    graphdef, like = abstract(model, adapter)
+    graphdef, like = _abstract(model, adapter)
     if lora:
         params = add_adapters(params, like, seed)
-    flat: dict[Any, Any] = flatten_dict(params)
-    trained = {path: leaf for path, leaf in flat.items() if _is_trained(method, config, path)}
-    frozen = {path: leaf for path, leaf in flat.items() if path not in trained}
+    trained, frozen = partition(params, lambda path: _is_trained(method, config, path))
     return Tuning(
         graphdef,
-        unflatten_dict(trained),
-        unflatten_dict(frozen),
+        trained,
+        frozen,
         method_transformation(method, config, learning_rate, seed, mask=decayed),
         lambda weights: merge_adapters(weights, scale) if lora else weights,
     )
 
 
+def _abstract(config: ModelConfig, adapter: AdapterConfig) -> tuple[GraphDef, Params]:
+    """A model as NNX takes it apart, without allocating its parameters."""
+
+    def make():
+        return Llama(config, rngs=nnx.Rngs(0, adapter=1), make_linear=make_linear(adapter))
+
+    model = nnx.eval_shape(make)
+    return nnx.graphdef(model), nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
 def _is_trained(method: str, config: MethodConfig, path: tuple[Any, ...]) -> bool:
     if method == "lora":
-        return "lora" in path
+        return is_adapter(path)
     is_table = path[0] in ("embed", "head")
     return not (is_low_rank(method) and is_table and config.embeddings == "frozen")

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from examples.common.frozen import union
+from examples.common.lora import union
 from examples.common.train_state import Metrics, Params, TrainState, next_state
-from examples.finetune.planner.adapters import GraphDef
 from examples.finetune.planner.batches import Batch, learned_tokens
+from examples.finetune.planner.methods import GraphDef
 from examples.llama.model.llama import Llama
 
 Step = Callable[[TrainState, Sequence[Batch]], tuple[TrainState, Metrics]]

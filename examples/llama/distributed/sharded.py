@@ -19,7 +19,7 @@ class ShardedTeam(SharedTeam):
     """All devices of all processes, in one row over which everything is divided.
 
     The weights of one layer at a time are fetched for its forward and its backward pass: that is
-    what `model.by_rows` tells the compiler.
+    what `common.lora.by_rows` tells the compiler.
     """
 
     def context(self) -> AbstractContextManager[Any]:

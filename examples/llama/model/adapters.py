@@ -1,8 +1,7 @@
 """Weights of low rank: factorised weights, LoRA on frozen weights, and ReLoRA.
 
-The papers write W = B A for weights (out, in). Kernels here are (in, out), so the same product is
-``lora_a (in, r) @ lora_b (r, out)``. Every matrix inside the layers is replaced; embeddings, norms
-and the head stay as they are, and are trained.
+Every matrix inside the layers is replaced; embeddings, norms and the head stay as they are, and are
+trained.
 """
 
 import dataclasses
@@ -13,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from examples.common.lora import LoRALinear, on_rows
 from examples.llama.model.config import ModelConfig
-from examples.llama.model.llama import INIT_STD, MakeLinear, dense, on_rows
+from examples.llama.model.llama import INIT_STD, MakeLinear, dense
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +62,6 @@ class AdapterConfig:
         return self.kind == "relora" and step % self.merge_every == 0
 
 
-def init_a(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    """First values of A, (..., in, r): uniform, with variance 2 / in, as `nnx.LoRA` has them."""
-    batch = tuple(range(len(shape) - 2))
-    return nnx.initializers.he_uniform(batch_axis=batch)(key, shape, dtype)
-
-
 class Factorised(nnx.LoRA):
     """x A B: a layer without a kernel."""
 
@@ -75,39 +69,11 @@ class Factorised(nnx.LoRA):
         return on_rows(super().__call__, x)
 
 
-class LoRALinear(nnx.Module):
-    """x W0 + scale · x A B. `nnx.LoRALinear` has no scale, so this one puts the parts together."""
-
-    def __init__(
-        self,
-        adapter: AdapterConfig,
-        inputs: int,
-        outputs: int,
-        config: ModelConfig,
-        rngs: nnx.Rngs,
-    ):
-        self.scale = adapter.scale
-        self.base = dense(inputs, outputs, config, rngs)
-        self.lora = nnx.LoRA(
-            inputs,
-            adapter.rank,
-            outputs,
-            dtype=jnp.dtype(config.dtype),
-            param_dtype=jnp.dtype(config.param_dtype),
-            a_initializer=init_a,
-            # Random numbers of its own: W0 is what a model without adapters starts from.
-            rngs=nnx.Rngs(params=rngs.adapter()),
-        )
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.base(x) + self.scale * on_rows(self.lora, x)
-
-
 def make_linear(adapter: AdapterConfig) -> MakeLinear:
     """What makes the linear maps of a model's layers."""
     if adapter.kind == "none":
         return dense
-    make = _factorised if adapter.kind == "factorised" else LoRALinear
+    make = _factorised if adapter.kind == "factorised" else _lora
     return functools.partial(make, adapter)
 
 
@@ -126,3 +92,11 @@ def _factorised(
         b_initializer=init,
         rngs=rngs,
     )
+
+
+def _lora(
+    adapter: AdapterConfig, inputs: int, outputs: int, config: ModelConfig, rngs: nnx.Rngs
+) -> LoRALinear:
+    base = dense(inputs, outputs, config, rngs)
+    # A stream of its own for A: W0 is what a model without adapters starts from.
+    return LoRALinear(base, adapter.rank, adapter.scale, nnx.Rngs(params=rngs.adapter()))

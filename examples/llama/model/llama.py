@@ -12,35 +12,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 import natgalore_jax as ng
+from examples.common.lora import Linear
 from examples.llama.model.config import ModelConfig
 
 INIT_STD = 0.02
 _INIT = nnx.initializers.normal(INIT_STD)
-
-
-def by_rows(x: jax.Array) -> jax.Array:
-    """Activations, divided by rows over the devices of `jax.set_mesh`, if there are any.
-
-    Where weights are divided too, this has the compiler fetch those of one layer at a time. Left
-    alone it may divide products instead, and exchange activations many times in a layer.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not mesh.are_all_axes_auto:  # Within `jax.shard_map` rows are divided.
-        return x
-    return jax.lax.with_sharding_constraint(x, jax.P(mesh.axis_names))
-
-
-def on_rows(layer: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """A layer on rows of one long axis: XLA's CPU backend is slower on more axes."""
-    y = by_rows(layer(by_rows(x.reshape(-1, x.shape[-1]))))
-    return y.reshape(*x.shape[:-1], -1)
-
-
-class Linear(nnx.Linear):
-    """`nnx.Linear` on rows."""
-
-    def __call__(self, inputs: jax.Array) -> jax.Array:
-        return on_rows(super().__call__, inputs)
 
 
 def dense(inputs: int, outputs: int, config: ModelConfig, rngs: nnx.Rngs) -> Linear:

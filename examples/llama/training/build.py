@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from examples.common.frozen import partition
+from examples.common.lora import partition
 from examples.common.train_state import Params, TrainState, init_state
 from examples.llama.model.adapters import make_linear
 from examples.llama.run_config import RunConfig

@@ -16,9 +16,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import natgalore_jax as ng
 from examples.common.errors import ConfigError
-from examples.common.frozen import Tree
+from examples.common.lora import Tree, adapter_of, init_a, with_product
 from examples.common.train_state import TrainState
-from examples.llama.model.adapters import AdapterConfig, init_a
+from examples.llama.model.adapters import AdapterConfig
 
 
 def merge(params: Tree, frozen: Tree, scale: float, key: jax.Array) -> tuple[Tree, Tree]:
@@ -36,11 +36,9 @@ def merge(params: Tree, frozen: Tree, scale: float, key: jax.Array) -> tuple[Tre
     flat: Tree = flatten_dict(params)
     merged: Tree = flatten_dict(frozen)
     for i, (path, W0) in enumerate(merged.items()):
-        a, b = ((*path[:-2], "lora", name) for name in ("lora_a", "lora_b"))
-        A, B = flat[a].astype(jnp.float32), flat[b].astype(jnp.float32)
-        product = jnp.matmul(A, B, precision="highest")
-        merged[path] = (W0.astype(jnp.float32) + scale * product).astype(W0.dtype)
-        flat[a] = init_a(jax.random.fold_in(key, i), A.shape, flat[a].dtype)
+        a, b = adapter_of(path)
+        merged[path] = with_product(W0, flat[a], flat[b], scale)
+        flat[a] = init_a(jax.random.fold_in(key, i), flat[a].shape, flat[a].dtype)
         flat[b] = jnp.zeros_like(flat[b])
     return unflatten_dict(flat), unflatten_dict(merged)
 

@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 
 import natgalore_jax as ng
-from examples.common.frozen import union
+from examples.common.lora import union
 from examples.common.train_state import Metrics, Params, TrainState, next_state
 from examples.llama.model.config import ModelConfig
 from examples.llama.model.llama import Llama, MakeLinear, dense
