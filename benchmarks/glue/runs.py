@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from benchmarks._environment import RESULTS, environment
 from benchmarks.quality.files import read, write
+from examples.common.config import differences
 from examples.common.errors import ConfigError
 from examples.common.methods import is_low_rank
 from examples.finetune.encoder.baseline import baseline_scores
@@ -14,7 +15,6 @@ from examples.finetune.encoder.loop import train
 from examples.finetune.encoder.methods import MethodName
 from examples.finetune.encoder.prepare import prepare
 from examples.finetune.encoder.run_config import RunConfig, TaskName, preset_config
-from examples.llama.run_config import differences
 
 Json = dict[str, Any]
 

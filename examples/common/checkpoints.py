@@ -1,17 +1,22 @@
-"""Checkpoints: the train state, where the data is, and the configuration."""
+"""Checkpoints: the train state, the position in the data and the configuration, with digests.
 
+Digests notice what readers do not: a flipped bit within numbers.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import jax
 import orbax.checkpoint as ocp
 
-from examples.common.digests import write_digests
+from examples.common.config import Json, differences
 from examples.common.errors import CheckpointError, ConfigError
 from examples.common.train_state import TrainState
-from examples.llama.run_config import differences
 
-Json = dict[str, Any]
 _UNFINISHED = ".orbax-checkpoint-tmp"
 
 
@@ -63,7 +68,14 @@ class Checkpoints:
         """Micro-step of the checkpoint with the lowest loss; without `keep_best` the newest."""
         return self._manager.best_step()
 
-    def resume_point(self, identity: Json, run_dir: Path, *, resume: bool) -> int:
+    def resume_point(
+        self,
+        identity: Json,
+        run_dir: Path,
+        *,
+        resume: bool,
+        differences: Callable[[Json, Json], list[str]] = differences,
+    ) -> int:
         """Micro-step that a run in `run_dir` starts from, having checked that it may.
 
         Raises:
@@ -177,3 +189,74 @@ class Checkpoints:
 
 def _loss(metrics: Json) -> float:
     return metrics["loss"]
+
+
+DIGESTS = "digests.json"
+# Orbax writes the time into it when all else is complete.
+_LATER = "_CHECKPOINT_METADATA"
+
+
+def write_digests(checkpoint: Path) -> None:
+    """Writes sizes and digests of all files of a checkpoint into it."""
+    digests = {name: [path.stat().st_size, _digest(path)] for name, path in _files(checkpoint)}
+    with (checkpoint / DIGESTS).open("w") as file:
+        json.dump(digests, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def damage(checkpoint: Path) -> str | None:
+    """The first damage found in the files of a checkpoint, or None.
+
+    An old checkpoint without digests counts as undamaged.
+    """
+    if not (checkpoint / DIGESTS).exists():
+        return None
+    try:
+        expected = json.loads((checkpoint / DIGESTS).read_text())
+        json.loads((checkpoint / _LATER).read_text())
+    # ValueError is broken JSON or broken UTF-8.
+    except (OSError, ValueError) as error:
+        return f"{checkpoint}: {error}"
+    files = dict(_files(checkpoint))
+    for name, (size, digest) in expected.items():
+        path = files.get(name)
+        if path is None:
+            return f"{checkpoint / name}: the file is missing"
+        if path.stat().st_size != size:
+            return f"{path}: {path.stat().st_size} bytes in the place of {size}"
+        if _digest(path) != digest:
+            return f"{path}: the content is not what was written"
+    return None
+
+
+def quarantine(checkpoints: Path) -> list[str]:
+    """Move the newest checkpoints that are damaged into "damaged" beside their directory.
+
+    Returns:
+      The damage of each. Checkpoints older than the newest good one are not read.
+    """
+    found = []
+    steps = [p for p in checkpoints.glob("*") if p.name.isdigit()]
+    for checkpoint in sorted(steps, key=lambda p: int(p.name), reverse=True):
+        what = damage(checkpoint)
+        if what is None:
+            break
+        found.append(what)
+        aside = checkpoints.parent / "damaged"
+        aside.mkdir(exist_ok=True)
+        number = sum(p.name.split(".")[0] == checkpoint.name for p in aside.iterdir())
+        checkpoint.rename(aside / (f"{checkpoint.name}.{number}" if number else checkpoint.name))
+    return found
+
+
+def _files(checkpoint: Path) -> list[tuple[str, Path]]:
+    paths = sorted(p for p in checkpoint.rglob("*") if p.is_file())
+    return [
+        (p.relative_to(checkpoint).as_posix(), p) for p in paths if p.name not in (DIGESTS, _LATER)
+    ]
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()

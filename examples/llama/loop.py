@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import optax
 
 import natgalore_jax as ng
-from examples.common.checkpoints import Checkpoints
+from examples.common.checkpoints import Checkpoints, quarantine
 from examples.common.clock import Clock
-from examples.common.digests import set_damaged_aside
 from examples.common.errors import ConfigError
 from examples.common.lora import partition
 from examples.common.metrics import MetricsLog, of_kind, replace_text
@@ -28,7 +27,7 @@ from examples.llama.memory.step_memory import StepMemory, of_compiled
 from examples.llama.model.adapters import make_linear
 from examples.llama.report import Reporter, Silent
 from examples.llama.result import Result as Result
-from examples.llama.run_config import RunConfig
+from examples.llama.run_config import RunConfig, differences
 from examples.llama.training.build import first_state, make_step, on_the_host
 from examples.llama.training.evaluate import make_eval_step, mean_nll, perplexity
 from examples.llama.training.faults import Guard
@@ -95,7 +94,9 @@ def train(
         run_dir / "checkpoints", keep=output.keep, keep_best=output.keep_best
     ) as checkpoints:
         identity = _identity(config, splits)
-        done = checkpoints.resume_point(identity, run_dir, resume=output.resume)
+        done = checkpoints.resume_point(
+            identity, run_dir, resume=output.resume, differences=differences
+        )
         if output.resume:
             reporter.note(f"resuming after step {done // config.accumulate}")
         log = MetricsLog()
@@ -111,7 +112,7 @@ def train(
 def _drop_damaged(run_dir: Path, reporter: Reporter) -> None:
     """Leaves a checkpoint that is as it was written to be the newest."""
     checkpoints = run_dir / "checkpoints"
-    damaged = set_damaged_aside(checkpoints)
+    damaged = quarantine(checkpoints)
     for what in damaged:
         reporter.note(f"damaged, using the checkpoint before: {what}")
     if damaged and not any(p.name.isdigit() for p in checkpoints.iterdir()):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
+from examples.common import config
 from examples.common.errors import ConfigError as ConfigError
 from examples.common.optimizers import (
     OptimizerConfig,
@@ -220,7 +221,7 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
-        return _plain(dataclasses.asdict(self))
+        return config.plain(dataclasses.asdict(self))
 
 
 def _paper(steps: int, rank: int, interval: int = 200) -> dict[str, Any]:
@@ -258,37 +259,5 @@ def run_preset(name: str) -> RunConfig:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Fields that differ and have an influence on the trained model, as "field: old -> new".
-
-    A field that there was not yet when `old` was made has its default, which changes nothing.
-    """
-    old, new = _flat(old), _flat(new)
-    # Other programs, with fields of their own, compare theirs here too.
-    defaults = _flat(RunConfig().to_dict())
-    old = {key: value for key, value in defaults.items() if key in new} | old
-    return [
-        f"{key}: {_show(old.get(key))} -> {_show(new.get(key))}"
-        for key in sorted(old.keys() | new.keys())
-        if not key.startswith(HARMLESS) and old.get(key) != new.get(key)
-    ]
-
-
-def _show(value: Any) -> str:
-    return "(default)" if value is None else str(value)
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        flat |= (
-            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
-    return flat
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(inner) for inner in value]
-    return str(value) if isinstance(value, Path) else value
+    """Fields that differ and influence the trained model, as "field: old -> new"."""
+    return config.differences(old, new, defaults=RunConfig().to_dict(), harmless=HARMLESS)
