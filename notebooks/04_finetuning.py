@@ -56,13 +56,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import natgalore_jax as ng
+from examples.common.schedule import warmup_linear
 from examples.common.train_state import init_state
 from examples.finetune.encoder.data.batches import steps_per_epoch, train_batches
 from examples.finetune.encoder.data.encode import Encoded
 from examples.finetune.encoder.methods import LEARNING_RATES, MethodConfig, set_up
 from examples.finetune.encoder.prepare import prepare
 from examples.finetune.encoder.run_config import RunConfig
-from examples.finetune.encoder.schedule import warmup_linear
 from examples.finetune.encoder.train_step import decisions, make_predict, make_step, predictions
 
 plt.rcParams.update({"figure.dpi": 80, "axes.grid": True, "grid.alpha": 0.3})

@@ -1,7 +1,10 @@
-"""Metrics as JSON lines: one record a line, in step order, each step once."""
+"""Metrics as JSON lines, one record a line, in step order, each step once; and time in training."""
 
 import contextlib
 import json
+import statistics
+import time
+from collections import deque
 from pathlib import Path
 from typing import Any, Self, TextIO
 
@@ -81,3 +84,22 @@ def of_kind(records: list[Record], kind: str) -> list[Record]:
 
 def _line(record: Record) -> str:
     return json.dumps(record) + "\n"
+
+
+class Clock:
+    """Counts the time spent in training steps, without evaluations and checkpoints."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self._laps: deque[float] = deque(maxlen=20)
+
+    def start(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        """Ends a step; returns the median of the last ones, which no compilation distorts."""
+        now = time.perf_counter()
+        self._laps.append(now - self._last)
+        self.seconds += now - self._last
+        self._last = now
+        return statistics.median(self._laps)

@@ -1,4 +1,4 @@
-"""Learning rate: linear warm-up, then a cosine down to a floor."""
+"""Learning rates: linear warm-up, then a cosine down to a floor or a line down to zero."""
 
 from dataclasses import dataclass
 
@@ -28,4 +28,20 @@ def warmup_cosine(config: ScheduleConfig, peak: float, steps: int) -> optax.Sche
         warmup_steps=warmup,
         decay_steps=max(steps - 1, warmup + 1),
         end_value=peak * config.floor,
+    )
+
+
+def warmup_linear(peak: float, warmup: float, steps: int) -> optax.Schedule:
+    """Learning rate as a function of the step, 0 to `steps` - 1.
+
+    The first of w warm-up steps already moves, with 1 / (w + 1) of the peak; step w has all of it;
+    the step after the last one would have none.
+    """
+    first = round(warmup * steps)
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(peak / (first + 1), peak, first),
+            optax.linear_schedule(peak, 0.0, max(steps - first, 1)),
+        ],
+        [first],
     )

@@ -16,7 +16,8 @@ import natgalore_jax as ng
 from examples.common.errors import CheckpointError, ConfigError, DataError
 from examples.common.interrupt import stop_on_signals
 from examples.common.metrics import Record, of_kind
-from examples.common.plots import plot_curves
+from examples.common.plots import plot_run
+from examples.common.reporter import Reporter, make_reporter
 from examples.llama.data import load_splits, ngram_perplexity
 from examples.llama.distributed.processes import leave_the_others, several_processes, start
 from examples.llama.loop import Result, train
@@ -25,7 +26,7 @@ from examples.llama.model.config import MODEL_PRESETS
 from examples.llama.model.generate import generate
 from examples.llama.model.llama import with_params
 from examples.llama.model.sampling import Sampling
-from examples.llama.report import Reporter, make_reporter, summary_table
+from examples.llama.report import describe, summary_table
 from examples.llama.run_config import RunConfig, run_preset
 from examples.llama.weights.initial import start_from
 
@@ -77,7 +78,7 @@ def run(config: RunConfig, console: Console) -> int:
     start(config.distributed)
     leads = jax.process_index() == 0
     run_dir, quiet = config.run_dir, config.output.quiet
-    reporter = make_reporter(console, quiet or not leads)
+    reporter = make_reporter(console, quiet or not leads, describe)
     reporter.note(f"{run_dir}: reading text and tokenizer")
     tokenizer = initial = None
     if config.init_from is not None:
@@ -114,7 +115,7 @@ def _write_results(result: Result, run_dir: Path, console: Console, reporter: Re
     """Summary, curves and sample of a finished run."""
     summary = summarize(result)
     _write_json(run_dir / "summary.json", summary)
-    plot_curves(
+    plot_run(
         result.records,
         run_dir / "curves.png",
         {name: summary["validation"][name] for name in ("bigram", "unigram")},

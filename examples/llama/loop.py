@@ -13,10 +13,10 @@ import optax
 
 import natgalore_jax as ng
 from examples.common.checkpoints import Checkpoints, quarantine
-from examples.common.clock import Clock
 from examples.common.errors import ConfigError
 from examples.common.lora import partition
-from examples.common.metrics import MetricsLog, of_kind, replace_text
+from examples.common.metrics import Clock, MetricsLog, of_kind, replace_text
+from examples.common.reporter import Reporter, Silent
 from examples.common.train_state import Metrics, Params, TrainState
 from examples.llama.data import Splits, eval_batches, load_splits
 from examples.llama.distributed.batches import TrainBatches
@@ -25,7 +25,6 @@ from examples.llama.distributed.sharded import make_team
 from examples.llama.memory.peak import RunMemory, describe, observed_peak
 from examples.llama.memory.step_memory import StepMemory, of_compiled
 from examples.llama.model.adapters import make_linear
-from examples.llama.report import Reporter, Silent
 from examples.llama.result import Result as Result
 from examples.llama.run_config import RunConfig, differences
 from examples.llama.training.build import first_state, make_step, on_the_host

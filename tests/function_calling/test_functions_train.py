@@ -16,8 +16,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from examples.common.errors import ConfigError, WeightsError
 from examples.common.lora import union
 from examples.common.metrics import of_kind
+from examples.common.reporter import Silent
 from examples.common.train_state import init_state
-from examples.finetune.encoder.report import Silent
 from examples.finetune.planner.batches import Layout, Shape, batches, make_layout, train_steps
 from examples.finetune.planner.best import best_epoch, read_best
 from examples.finetune.planner.encode import Chat, Row

@@ -7,7 +7,7 @@ import pytest
 import tiny_planner as tiny
 from safetensors.numpy import load_file
 
-from examples.finetune.encoder.report import Silent
+from examples.common.reporter import Silent
 from examples.finetune.planner.__main__ import main
 from examples.finetune.planner.data import load_tinyagent
 from examples.finetune.planner.metrics import score

@@ -7,8 +7,8 @@ import pytest
 import tiny_encoder as tiny
 from safetensors.numpy import load_file, save_file
 
+from examples.common.reporter import Silent
 from examples.finetune.encoder.__main__ import main, parse
-from examples.finetune.encoder.report import Silent
 from examples.finetune.encoder.run_config import preset_config
 
 pytestmark = pytest.mark.usefixtures("fast_compile")

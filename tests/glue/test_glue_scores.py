@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
+from examples.common.schedule import warmup_linear
 from examples.finetune.encoder.methods import MethodConfig
 from examples.finetune.encoder.run_config import preset_config
-from examples.finetune.encoder.schedule import warmup_linear
 from examples.finetune.encoder.scores import scores
 
 

@@ -16,11 +16,11 @@ import natgalore_jax as ng
 from examples.common.errors import CheckpointError, ConfigError
 from examples.common.metrics import MetricsLog, of_kind, read_metrics
 from examples.common.optimizers import OptimizerConfig
+from examples.common.reporter import Silent
 from examples.common.train_state import init_state
 from examples.llama import loop
 from examples.llama.data import make_train_iterator
 from examples.llama.loop import train
-from examples.llama.report import Silent
 from examples.llama.training.faults import FaultConfig, Guard
 from examples.llama.training.optimization import make_optimization
 from examples.llama.training.train_step import make_train_step

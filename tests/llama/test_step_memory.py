@@ -11,6 +11,7 @@ from tiny_run import MODEL, run_config, splits
 
 import natgalore_jax as ng
 from examples.common.optimizers import OptimizerConfig
+from examples.common.reporter import Silent
 from examples.common.train_state import init_state
 from examples.llama.loop import train
 from examples.llama.memory.step_memory import (
@@ -20,7 +21,6 @@ from examples.llama.memory.step_memory import (
     predict,
     saved_bytes,
 )
-from examples.llama.report import Silent
 from examples.llama.training.build import abstract_run, first_state
 from examples.llama.training.per_layer import make_per_layer_step
 from examples.llama.training.train_step import make_model, make_train_step

@@ -10,12 +10,13 @@ from rich.console import Console
 
 from examples.common.errors import CheckpointError, ConfigError, DataError, WeightsError
 from examples.common.interrupt import stop_on_signals
+from examples.common.reporter import make_reporter
 from examples.finetune.encoder.baseline import baseline_scores
 from examples.finetune.encoder.data import TASKS
 from examples.finetune.encoder.loop import train
 from examples.finetune.encoder.prepare import prepare
 from examples.finetune.encoder.protocols import PROTOCOLS
-from examples.finetune.encoder.report import make_reporter, summary_table
+from examples.finetune.encoder.report import describe, summary_table
 from examples.finetune.encoder.run_config import RunConfig, preset_config
 
 
@@ -55,7 +56,7 @@ def parse(argv: list[str] | None) -> RunConfig:
 def run(config: RunConfig, console: Console) -> int:
     """Trains with each method, and writes everything that belongs to the run."""
     run_dir = config.run_dir
-    reporter = make_reporter(console, config.output.quiet)
+    reporter = make_reporter(console, config.output.quiet, describe)
     reporter.note(f"{run_dir}: reading the model and the rows")
     prepared = prepare(config)
     for note in prepared.notes():

@@ -13,16 +13,15 @@ import numpy as np
 
 import natgalore_jax as ng
 from examples.common.checkpoints import Checkpoints
-from examples.common.clock import Clock
 from examples.common.errors import ConfigError
-from examples.common.metrics import MetricsLog, Record, of_kind
+from examples.common.metrics import Clock, MetricsLog, Record, of_kind
+from examples.common.reporter import Reporter, Silent
+from examples.common.schedule import warmup_linear
 from examples.common.train_state import TrainState, init_state
 from examples.finetune.encoder.data.batches import steps_per_epoch, train_batches
 from examples.finetune.encoder.methods import Tuning, set_up
 from examples.finetune.encoder.prepare import Prepared
-from examples.finetune.encoder.report import Reporter, Silent
 from examples.finetune.encoder.run_config import RunConfig
-from examples.finetune.encoder.schedule import warmup_linear
 from examples.finetune.encoder.scores import scores
 from examples.finetune.encoder.train_step import (
     decisions,
@@ -159,7 +158,7 @@ class _Run:
             self.prepared.encoded["train"], self.prepared.layout, self.config.seed, start
         )
         task = self.prepared.task
-        self.reporter.start(self.method, start, self.steps)
+        self.reporter.start(start, self.steps, self.method)
         self._clock.start()
         try:
             step, ends_epoch = start, start > 0 and start % self.per_epoch == 0

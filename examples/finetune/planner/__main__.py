@@ -10,11 +10,12 @@ from rich.console import Console
 
 from examples.common.errors import CheckpointError, ConfigError, DataError, WeightsError
 from examples.common.interrupt import stop_on_signals
-from examples.finetune.planner.curves import plot_curves
+from examples.common.plots import plot_methods
+from examples.common.reporter import make_reporter
 from examples.finetune.planner.evaluate import Evaluator
 from examples.finetune.planner.loop import train
 from examples.finetune.planner.prepare import prepare
-from examples.finetune.planner.report import evaluation, make_reporter, summary_table
+from examples.finetune.planner.report import brief, describe, evaluation, summary_table
 from examples.finetune.planner.run_config import RunConfig
 from examples.finetune.planner.untrained import evaluate_untrained
 
@@ -45,7 +46,7 @@ def parse(argv: list[str] | None) -> RunConfig:
 def run(config: RunConfig, console: Console) -> int:
     """Trains with each method, and writes everything that belongs to the run."""
     run_dir = config.run_dir
-    reporter = make_reporter(console, config.output.quiet)
+    reporter = make_reporter(console, config.output.quiet, describe, brief)
     reporter.note(f"{run_dir}: reading the model and the records")
     prepared = prepare(config)
     for note in prepared.notes:
@@ -92,7 +93,7 @@ def run(config: RunConfig, console: Console) -> int:
     }
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     curves = {method: result.records for method, result in results.items()}
-    plot_curves(curves, run_dir / "curves.png", f"{config.dataset}, {config.model}")
+    plot_methods(curves, run_dir / "curves.png", f"{config.dataset}, {config.model}")
     console.print(summary_table(summary))
     console.print(f"files in {run_dir}", highlight=False)
     return 0

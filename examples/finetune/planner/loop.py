@@ -11,12 +11,11 @@ import jax
 
 import natgalore_jax as ng
 from examples.common.checkpoints import Checkpoints
-from examples.common.clock import Clock
 from examples.common.errors import ConfigError
-from examples.common.metrics import MetricsLog, Record, of_kind
+from examples.common.metrics import Clock, MetricsLog, Record, of_kind
+from examples.common.reporter import Reporter
 from examples.common.schedule import warmup_cosine
 from examples.common.train_state import TrainState, init_state
-from examples.finetune.encoder.report import Reporter
 from examples.finetune.planner.batches import learned_tokens, steps_per_epoch, train_steps
 from examples.finetune.planner.best import best_epoch, read_best, save_best
 from examples.finetune.planner.evaluate import EVALUATED, Evaluator
@@ -157,7 +156,7 @@ class _Run:
             config.seed,
             done,
         )
-        self.reporter.start(self.method, done, self.steps)
+        self.reporter.start(done, self.steps, self.method)
         self._clock.start()
         try:
             while True:

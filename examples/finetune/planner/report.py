@@ -1,13 +1,11 @@
-"""What a run says on the terminal."""
+"""Descriptions of records and summaries for the terminal."""
 
 from collections.abc import Callable
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from examples.common.metrics import Record
-from examples.finetune.encoder.report import Bar, Lines, Reporter, Silent
 
 _SHARES = {
     "parsed": "plans",
@@ -18,23 +16,18 @@ _SHARES = {
 }
 
 
-def make_reporter(console: Console, quiet: bool) -> Reporter:
-    """A progress bar, or a few lines where there is no terminal."""
-    if quiet:
-        return Silent()
-    if console.is_terminal:
-        return Bar(console, _brief)
-    return Lines(console, lambda record: f"{record['kind']} {_describe(record)}")
-
-
-def _brief(record: Record) -> str:
+def brief(record: Record) -> str:
+    """A record beside a progress bar."""
     if record["kind"] == "train":
-        return _describe(record)
+        return describe(record)
     return f"{record['kind']} {record['loss']:.3f}, {100 * record['metrics']['success']:.0f} %"
 
 
-def _describe(record: Record) -> str:
-    return f"loss {record['loss']:.3f}" if record["kind"] == "train" else evaluation(record)
+def describe(record: Record) -> str:
+    """A record in a line of a log."""
+    if record["kind"] == "train":
+        return f"loss {record['loss']:.3f}"
+    return f"{record['kind']} {evaluation(record)}"
 
 
 def evaluation(found: dict[str, Any]) -> str:
