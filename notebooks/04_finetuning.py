@@ -124,12 +124,12 @@ def fine_tune(method, rate):
     tuning = set_up(method, MethodConfig(), encoder, prepared.pretrained.params, schedule, seed=0)
     # Compiled, it copies the weights: the step donates its state, and every run starts from them.
     state = jax.jit(lambda p, f: init_state(p, tuning.tx, f))(tuning.trained, tuning.frozen)
-    step = make_step(tuning.apply, tuning.tx, regression=False, seed=0)
+    step = make_step(tuning.model, tuning.tx, regression=False, seed=0)
     batches, losses = train_batches(train_rows, layout, seed=0, start=0), []
     for _ in range(steps):
         state, loss = step(state, next(batches))
         losses.append(loss)
-    predict = make_predict(tuning.apply)
+    predict = make_predict(tuning.model)
 
     def accuracy(rows):
         outputs = predictions(predict, state.weights, rows, layout)

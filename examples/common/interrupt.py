@@ -14,6 +14,11 @@ class StopFlag:
     def __call__(self) -> bool:
         return self.signal is not None
 
+    @property
+    def exit_code(self) -> int:
+        """Of a run that was stopped; SIGTERM where another process got the signal."""
+        return 128 + (self.signal or signal.SIGTERM)
+
     def _set(self, number: int, _frame: FrameType | None) -> None:
         self.signal = number
         # A second signal acts at once, for whoever cannot wait for the end of the step.

@@ -4,15 +4,16 @@
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import optax
 import tyro
 
 from examples.common.errors import ConfigError
 from examples.common.optimizers import OPTIMIZERS, OptimizerConfig, make_transformation
+from examples.common.train_state import Params
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,16 @@ class MethodConfig:
         """Peak learning rate of a method."""
         given = self.learning_rate
         return self.learning_rates[method] if given is None else given
+
+
+class Tuning(NamedTuple):
+    """A model that is ready to be trained."""
+
+    model: Any  # what the step of a program computes with
+    trained: Params
+    frozen: Params
+    tx: optax.GradientTransformation  # for `trained`
+    plain: Callable[[Params], Params]  # all weights to those of a model without adapters
 
 
 def is_low_rank(method: str) -> bool:

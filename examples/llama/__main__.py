@@ -3,7 +3,6 @@
 import argparse
 import json
 import shutil
-import signal
 import sys
 import traceback
 from pathlib import Path
@@ -105,7 +104,7 @@ def run(config: RunConfig, console: Console) -> int:
     if not result.finished:  # By a signal, which another process may have got.
         if leads:
             console.print(f"stopped at step {result.steps}, saved; --resume goes on from there")
-        return 128 + (stop.signal or signal.SIGTERM)
+        return stop.exit_code
     if leads:
         _write_results(result, run_dir, console, reporter)
     return 0

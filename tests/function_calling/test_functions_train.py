@@ -202,7 +202,7 @@ def test_lora_starts_as_the_model_and_merges_into_it(prepared, config):
     found = set_up("lora", config.method, prepared.model, params, rate, seed=0)
     weights = union(found.trained, found.frozen)
     tokens = jnp.arange(40).reshape(2, 20)
-    adapted = jax.jit(lambda weights: nnx.merge(found.graphdef, weights)(tokens))
+    adapted = jax.jit(lambda weights: nnx.merge(found.model, weights)(tokens))
     plain = logits_of(with_params(prepared.model, params), tokens)
     np.testing.assert_allclose(adapted(weights), plain, rtol=0, atol=1e-6)
     lively = unflatten_dict(

@@ -66,7 +66,7 @@ def test_it_learns(files, method, request):
     summary = result.summary()
     assert summary["train_loss"] < 0.4  # It begins at 0.69.
     assert summary["metrics"]["validation"]["accuracy"] == 1.0
-    encoded, predict = prepared.encoded["validation"], make_predict(result.tuning.apply)
+    encoded, predict = prepared.encoded["validation"], make_predict(result.tuning.model)
     outputs = predictions(predict, result.state.weights, encoded, prepared.layout)
     loss = -np.mean(scipy.special.log_softmax(outputs, axis=1)[range(len(outputs)), encoded.labels])
     assert summary["losses"]["validation"] == pytest.approx(loss, rel=1e-4)

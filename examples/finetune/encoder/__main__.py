@@ -8,6 +8,7 @@ import sys
 import tyro
 from rich.console import Console
 
+from examples.common.compare import Result, compare
 from examples.common.errors import CheckpointError, ConfigError, DataError, WeightsError
 from examples.common.interrupt import stop_on_signals
 from examples.common.reporter import make_reporter
@@ -63,23 +64,15 @@ def run(config: RunConfig, console: Console) -> int:
         reporter.note(note)
     if config.output.overwrite and run_dir.exists():
         shutil.rmtree(run_dir)
-    results = []
-    for method in config.methods:
-        with stop_on_signals() as stop:
-            result = train(
-                config,
-                method,
-                prepared,
-                run_dir=run_dir / method,
-                reporter=reporter,
-                should_stop=stop,
-            )
-        if stop.signal is not None and (not result.finished or method != config.methods[-1]):
-            console.print(
-                f"{method}: stopped at step {result.steps}, saved; --resume goes on from there"
-            )
-            return 128 + stop.signal
-        results.append(result)
+    with stop_on_signals() as stop:
+
+        def tune(method: str) -> Result:
+            given = {"run_dir": run_dir / method, "reporter": reporter, "should_stop": stop}
+            return train(config, method, prepared, **given)
+
+        results = compare(config.methods, tune, console, stop)
+    if results is None:
+        return stop.exit_code
     summary = {
         "task": config.task,
         "model": config.model,

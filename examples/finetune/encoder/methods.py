@@ -5,9 +5,9 @@ projects the gradients of the same matrices that LoRA adapts, of the head's own 
 tables of tokens and positions; it trains norms, biases and the classifier in full.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import optax
 from flax import nnx
@@ -16,9 +16,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from examples.common import methods
 from examples.common.errors import ConfigError
 from examples.common.lora import LoRALinear, add_adapters, is_adapter, merge_adapters, partition
-from examples.common.methods import is_low_rank, method_transformation
+from examples.common.methods import Tuning, is_low_rank, method_transformation
 from examples.finetune.encoder.config import EncoderConfig
-from examples.finetune.encoder.model import Apply, MakeLinear, dense, make_model
+from examples.finetune.encoder.model import MakeLinear, dense, make_model
 from examples.finetune.encoder.weights import MATRICES, module_name
 
 Params = dict[str, Any]
@@ -66,16 +66,6 @@ class MethodConfig(methods.MethodConfig):
         super().__post_init__()
         if not self.targets:
             raise ConfigError("targets must name at least one matrix")
-
-
-class Tuning(NamedTuple):
-    """A model that is ready to be trained."""
-
-    apply: Apply  # of all weights
-    trained: Params
-    frozen: Params
-    tx: optax.GradientTransformation  # for `trained`
-    plain: Callable[[Params], Params]  # all weights to those of a model without adapters
 
 
 def set_up(

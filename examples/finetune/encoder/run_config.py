@@ -1,12 +1,12 @@
 """One typed configuration for a comparison of methods on a task."""
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
+from examples.common import compare
 from examples.common.errors import ConfigError
 from examples.finetune.encoder.data import TASKS
 from examples.finetune.encoder.methods import MethodConfig, MethodName
@@ -19,23 +19,15 @@ else:  # The names that the command line offers.
 
 
 @dataclass(frozen=True)
-class OutputConfig:
+class OutputConfig(compare.OutputConfig):
     """What is written and shown. All of this may change when a run is resumed."""
 
-    name: str | None = None
-    """Directory under the root; by default the task and the preset."""
-    resume: bool = False
-    """Continue each method from its last checkpoint."""
-    overwrite: bool = False
-    """Delete an earlier run of the same name first."""
     root: Path = Path("runs/glue")
     """Directory of all runs."""
     log_every: int = 20
     """Steps between two lines of metrics."""
     save_model: bool = True
     """Write the fine-tuned model, as transformers reads it."""
-    quiet: bool = False
-    """Print the summary only."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +71,7 @@ class RunConfig:
     output: tyro.conf.OmitArgPrefixes[OutputConfig] = field(default_factory=OutputConfig)
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}")
+        compare.check(self, ("epochs", "batch_size", "limit"))
         # Two tokens begin and end a row, and RoBERTa has two more between sentences.
         if self.max_length < 8:
             raise ConfigError(f"max_length must be at least 8, got {self.max_length}")
@@ -92,10 +81,6 @@ class RunConfig:
             raise ConfigError(f"warmup is a share from 0 to 1, got {self.warmup}")
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout must be at least 0 and below 1, got {self.dropout}")
-        if not self.methods or len(set(self.methods)) < len(self.methods):
-            raise ConfigError(f"methods must name each method once, got {' '.join(self.methods)}")
-        if self.output.resume and self.output.overwrite:
-            raise ConfigError("a run is either resumed or overwritten: --resume, --overwrite")
 
     @property
     def run_dir(self) -> Path:
@@ -103,13 +88,8 @@ class RunConfig:
         return self.output.root / (self.output.name or default)
 
     def identity(self) -> dict[str, Any]:
-        """All that has an influence on what one of the methods comes to, as JSON values."""
-        values = dataclasses.asdict(self)
-        for name in ("output", "methods", "preset"):
-            del values[name]
-        values["method"]["targets"] = list(self.method.targets)
-        values["data"] = None if self.data is None else str(self.data)
-        return values
+        """All fields that influence the result of one of the methods, as JSON values."""
+        return compare.identity(self, "preset")
 
 
 def preset_config(preset: str, task: str) -> RunConfig:

@@ -3,11 +3,11 @@
 import json
 import shutil
 import sys
-from typing import Any
 
 import tyro
 from rich.console import Console
 
+from examples.common.compare import Result, compare
 from examples.common.errors import CheckpointError, ConfigError, DataError, WeightsError
 from examples.common.interrupt import stop_on_signals
 from examples.common.plots import plot_methods
@@ -59,40 +59,30 @@ def run(config: RunConfig, console: Console) -> int:
         plans_at_once=config.eval_batch_size,
         new_tokens=config.new_tokens,
     )
-    results: dict[str, Any] = {}
     with stop_on_signals() as stop:
         untrained = evaluate_untrained(config, prepared, evaluator, run_dir, stop)
         if untrained is None:
             console.print("stopped; --resume begins anew")
-            return 128 + (stop.signal or 0)
+            return stop.exit_code
         reporter.note(f"untrained: validation {evaluation(untrained['validation'])}")
-        for method in config.methods:
-            result = train(
-                config,
-                method,
-                prepared,
-                evaluator,
-                untrained["validation"],
-                run_dir / method,
-                reporter,
-                stop,
-            )
-            if not result.finished:
-                console.print(
-                    f"{method}: stopped at step {result.steps}, saved; --resume goes on from there"
-                )
-                return 128 + (stop.signal or 0)
-            results[method] = result
+
+        def tune(method: str) -> Result:
+            given = (prepared, evaluator, untrained["validation"], run_dir / method, reporter, stop)
+            return train(config, method, *given)
+
+        results = compare(config.methods, tune, console, stop)
+    if results is None:
+        return stop.exit_code
     summary = {
         "dataset": config.dataset,
         "model": config.model,
         "records": {name: len(split.records) for name, split in prepared.splits.items()},
         "too_long": {name: split.dropped for name, split in prepared.splits.items()},
         "untrained": untrained,
-        "methods": [result.summary() for result in results.values()],
+        "methods": [result.summary() for result in results],
     }
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    curves = {method: result.records for method, result in results.items()}
+    curves = {method: r.records for method, r in zip(config.methods, results, strict=True)}
     plot_methods(curves, run_dir / "curves.png", f"{config.dataset}, {config.model}")
     console.print(summary_table(summary))
     console.print(f"files in {run_dir}", highlight=False)

@@ -4,16 +4,15 @@
 Every other method projects the gradients of the same matrices, and trains the norms in full.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import optax
 from flax import nnx
 
 from examples.common import methods
 from examples.common.lora import add_adapters, is_adapter, merge_adapters, partition
-from examples.common.methods import is_low_rank, method_transformation
+from examples.common.methods import Tuning, is_low_rank, method_transformation
 from examples.common.optimizers import decayed
 from examples.common.train_state import Params
 from examples.llama.model.adapters import AdapterConfig, make_linear
@@ -52,16 +51,6 @@ class MethodConfig(methods.MethodConfig):
     embeddings: Literal["frozen", "full"] = "frozen"
     """Low-rank: what becomes of the table of tokens and the output head, which LoRA freezes.
     Moments of the whole table would be larger than everything else together."""
-
-
-class Tuning(NamedTuple):
-    """A model that is ready to be trained."""
-
-    graphdef: GraphDef  # of the model that all weights make
-    trained: Params
-    frozen: Params
-    tx: optax.GradientTransformation  # for `trained`
-    plain: Callable[[Params], Params]  # all weights to those of a model without adapters
 
 
 def set_up(

@@ -1,13 +1,12 @@
 """One typed configuration for a comparison of methods on plans of tool calls."""
 
-import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
+from examples.common import compare
 from examples.common.errors import ConfigError
 from examples.common.schedule import ScheduleConfig
 from examples.finetune.planner.datasets import DATASETS
@@ -21,21 +20,13 @@ else:  # The names that the command line offers.
 
 
 @dataclass(frozen=True)
-class OutputConfig:
+class OutputConfig(compare.OutputConfig):
     """What is written and shown. All of this may change when a run is resumed."""
 
-    name: str | None = None
-    """Directory under the root; by default the data set."""
-    resume: bool = False
-    """Continue each method from its last checkpoint."""
-    overwrite: bool = False
-    """Delete an earlier run of the same name first."""
     root: Path = Path("runs/function_calling")
     """Directory of all runs."""
     shown: int = 20
     """Predictions in predictions.md; predictions.json has all of them."""
-    quiet: bool = False
-    """Print the summary only."""
 
 
 @dataclass(frozen=True)
@@ -95,24 +86,15 @@ class RunConfig:
     output: tyro.conf.OmitArgPrefixes[OutputConfig] = field(default_factory=OutputConfig)
 
     def __post_init__(self) -> None:
-        for name in (
-            *("epochs", "batch_size", "accumulate", "buckets", "limit", "eval_limit"),
-            *("eval_batch_size", "new_tokens", "max_length"),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}")
+        names = ("epochs", "batch_size", "accumulate", "buckets", "limit", "eval_limit")
+        compare.check(self, (*names, "eval_batch_size", "new_tokens", "max_length"))
         for name in ("warmup", "floor"):
             if not 0 <= getattr(self.schedule, name) <= 1:
                 raise ConfigError(
                     f"{name} is a share from 0 to 1, got {getattr(self.schedule, name)}"
                 )
-        if not self.methods or len(set(self.methods)) < len(self.methods):
-            raise ConfigError(f"methods must name each method once, got {' '.join(self.methods)}")
         if self.output.shown < 0:
             raise ConfigError(f"shown must not be negative, got {self.output.shown}")
-        if self.output.resume and self.output.overwrite:
-            raise ConfigError("a run is either resumed or overwritten: --resume, --overwrite")
 
     @property
     def run_dir(self) -> Path:
@@ -123,9 +105,5 @@ class RunConfig:
         return self.batch_size * self.accumulate
 
     def identity(self) -> dict[str, Any]:
-        """All that has an influence on what one of the methods comes to, as JSON values."""
-        values = dataclasses.asdict(self)
-        for name in ("output", "methods"):
-            del values[name]
-        values["data"] = None if self.data is None else str(self.data)
-        return json.loads(json.dumps(values))
+        """All fields that influence the result of one of the methods, as JSON values."""
+        return compare.identity(self)
