@@ -4,7 +4,6 @@ A program sets up a method (`Setup`); saving, resuming, stopping and evaluating 
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from rich.console import Console
 
 import natgalore_jax as ng
 from examples.common.checkpoints import Checkpoints
-from examples.common.config import plain
+from examples.common.config import plain, write_json
 from examples.common.errors import ConfigError
 from examples.common.methods import Tuning
 from examples.common.metrics import Clock, MetricsLog, Record, of_kind
@@ -149,14 +148,14 @@ def train(
     run_dir.mkdir(parents=True, exist_ok=True)
     with Checkpoints(run_dir / "checkpoints", keep=1) as checkpoints:
         done = checkpoints.resume_point(identity, run_dir, resume=resume)
-        (run_dir / "config.json").write_text(json.dumps(identity, indent=2) + "\n")
+        write_json(run_dir / "config.json", identity)
         with MetricsLog(run_dir / "metrics.jsonl", resume_at=done) as log:
             if first is not None and not log.records:
                 log.write(**first)
             run = _Run(set_up(), method, reporter, log, (checkpoints, identity))
             result = run.run(should_stop)
     if result.finished:
-        (run_dir / "summary.json").write_text(json.dumps(result.summary(), indent=2) + "\n")
+        write_json(run_dir / "summary.json", result.summary())
     return result
 
 

@@ -1,5 +1,6 @@
 """Configurations as plain values, and the fields in which two of them differ."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,11 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(inner) for inner in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def write_json(path: Path, value: Json) -> None:
+    """Write a value as an indented JSON file."""
+    path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def differences(

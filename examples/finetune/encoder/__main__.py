@@ -1,16 +1,14 @@
 """Fine-tune a BERT or RoBERTa: `python -m examples.finetune.encoder --help`."""
 
-import argparse
-import json
 import shutil
 import sys
 
-import tyro
 from rich.console import Console
 
+from examples.common import cli
+from examples.common.cli import stop_on_signals
 from examples.common.compare import Result, compare
-from examples.common.errors import CheckpointError, ConfigError, DataError, WeightsError
-from examples.common.interrupt import stop_on_signals
+from examples.common.config import write_json
 from examples.common.reporter import make_reporter
 from examples.finetune.encoder.baseline import baseline_scores
 from examples.finetune.encoder.data import TASKS
@@ -22,40 +20,23 @@ from examples.finetune.encoder.run_config import RunConfig, preset_config
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the program and returns its exit code."""
-    console = Console()
-    try:
-        return run(parse(argv), console)
-    except (ConfigError, DataError, WeightsError, CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    """Run the program and return its exit code."""
+    return cli.exit_code(lambda: run(parse(argv), Console()))
 
 
 def parse(argv: list[str] | None) -> RunConfig:
-    """The configuration: the preset's for the task, with what else the command line says."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default="default")
-    first.add_argument("--task", default="movie-snippets")
-    given = first.parse_known_args(argv)[0]
+    """The configuration: the preset of the task, and what the command line overrides."""
+    given = cli.peek(argv, preset="default", task="movie-snippets")
     # Unknown names are left to tyro, which lists the known ones.
     default = preset_config(
         given.preset if given.preset in PROTOCOLS else "default",
         given.task if given.task in TASKS else "movie-snippets",
     )
-    return tyro.cli(
-        RunConfig,
-        prog="python -m examples.finetune.encoder",
-        default=default,
-        args=argv,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    return cli.parse(RunConfig, "examples.finetune.encoder", argv, default)
 
 
 def run(config: RunConfig, console: Console) -> int:
-    """Trains with each method, and writes everything that belongs to the run."""
+    """Train with each method, and write everything that belongs to the run."""
     run_dir = config.run_dir
     reporter = make_reporter(console, config.output.quiet, describe)
     reporter.note(f"{run_dir}: reading the model and the rows")
@@ -83,7 +64,7 @@ def run(config: RunConfig, console: Console) -> int:
         if prepared.task.regression
         else baseline_scores(prepared.task, prepared.rows),
     }
-    (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_json(run_dir / "summary.json", summary)
     console.print(summary_table(summary))
     console.print(f"files in {run_dir}", highlight=False)
     return 0

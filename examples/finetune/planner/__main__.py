@@ -1,15 +1,14 @@
 """Fine-tune a LLaMA on plans of tool calls: `python -m examples.finetune.planner --help`."""
 
-import json
 import shutil
 import sys
 
-import tyro
 from rich.console import Console
 
+from examples.common import cli
+from examples.common.cli import stop_on_signals
 from examples.common.compare import Result, compare
-from examples.common.errors import CheckpointError, ConfigError, DataError, WeightsError
-from examples.common.interrupt import stop_on_signals
+from examples.common.config import write_json
 from examples.common.plots import plot_methods
 from examples.common.reporter import make_reporter
 from examples.finetune.planner.evaluate import Evaluator
@@ -21,30 +20,17 @@ from examples.finetune.planner.untrained import evaluate_untrained
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the program and returns its exit code."""
-    console = Console()
-    try:
-        return run(parse(argv), console)
-    except (ConfigError, DataError, WeightsError, CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    """Run the program and return its exit code."""
+    return cli.exit_code(lambda: run(parse(argv), Console()))
 
 
 def parse(argv: list[str] | None) -> RunConfig:
     """The configuration that the command line says."""
-    return tyro.cli(
-        RunConfig,
-        prog="python -m examples.finetune.planner",
-        args=argv,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    return cli.parse(RunConfig, "examples.finetune.planner", argv)
 
 
 def run(config: RunConfig, console: Console) -> int:
-    """Trains with each method, and writes everything that belongs to the run."""
+    """Train with each method, and write everything that belongs to the run."""
     run_dir = config.run_dir
     reporter = make_reporter(console, config.output.quiet, describe, brief)
     reporter.note(f"{run_dir}: reading the model and the records")
@@ -81,7 +67,7 @@ def run(config: RunConfig, console: Console) -> int:
         "untrained": untrained,
         "methods": [result.summary() for result in results],
     }
-    (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_json(run_dir / "summary.json", summary)
     curves = {method: r.records for method, r in zip(config.methods, results, strict=True)}
     plot_methods(curves, run_dir / "curves.png", f"{config.dataset}, {config.model}")
     console.print(summary_table(summary))

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from examples.common.config import write_json
 from examples.common.errors import ConfigError
 from examples.finetune.planner.evaluate import Evaluator
 from examples.finetune.planner.prepare import Prepared
@@ -51,5 +52,5 @@ def evaluate_untrained(
             return None
         found[split] = evaluation.summary()
     run_dir.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=2) + "\n")
+    write_json(path, found)
     return found

@@ -10,6 +10,7 @@ import jax
 import tyro
 from rich.console import Console
 
+from examples.common import cli
 from examples.common.errors import ConfigError
 from examples.llama.memory.sizes import format_bytes, parse_bytes
 from examples.llama.memory.step_memory import StepMemory, lower_bound, predict
@@ -112,16 +113,10 @@ def _row(candidate: Candidate, room: int, everything: bool, progress: Callable[[
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the program and returns its exit code."""
-    try:
-        console = Console()
-        # In a file or a pipe nothing needs to fit into 80 columns.
-        return run(argv, console if console.is_terminal else Console(width=160))
-    except (ConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    console = Console()
+    if not console.is_terminal:  # In a file or a pipe nothing needs to fit into 80 columns.
+        console = Console(width=160)
+    return cli.exit_code(lambda: run(argv, console))
 
 
 def run(argv: list[str] | None, console: Console) -> int:
