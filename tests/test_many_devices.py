@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import natgalore_jax as ng
-from examples.llama.distributed.sharded import longer_side
+from examples.llama.distributed.devices import longer_side
 from examples.llama.model.config import ModelConfig
 from examples.many_devices import replicated, sharded, small_llama
 

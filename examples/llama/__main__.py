@@ -17,13 +17,12 @@ from examples.common.metrics import Record, of_kind
 from examples.common.plots import plot_run
 from examples.common.reporter import Reporter, make_reporter
 from examples.llama.data import load_splits, ngram_perplexity
-from examples.llama.distributed.processes import leave_the_others, several_processes, start
+from examples.llama.distributed.processes import abort_peers, several_processes, start
 from examples.llama.loop import Result, train
 from examples.llama.model.adapters import make_linear
 from examples.llama.model.config import MODEL_PRESETS
-from examples.llama.model.generate import generate
+from examples.llama.model.generate import Sampling, generate
 from examples.llama.model.llama import with_params
-from examples.llama.model.sampling import Sampling
 from examples.llama.report import describe, summary_table
 from examples.llama.run_config import RunConfig, run_preset
 from examples.llama.weights.initial import start_from
@@ -34,12 +33,12 @@ SAMPLE_TOKENS = 100
 def main(argv: list[str] | None = None) -> int:
     """Run the program and return its exit code."""
     try:
-        return cli.exit_code(lambda: run(parse(argv), Console()), leave_the_others)
+        return cli.exit_code(lambda: run(parse(argv), Console()), abort_peers)
     except Exception:
         # Such as what the sum of a gradient raises when another process has died.
         if several_processes():
             traceback.print_exc()
-            leave_the_others(1)
+            abort_peers(1)
         raise
 
 

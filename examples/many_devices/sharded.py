@@ -20,7 +20,7 @@ import tyro
 from jax.sharding import NamedSharding
 
 import natgalore_jax as ng
-from examples.llama.distributed.sharded import longer_side
+from examples.llama.distributed.devices import longer_side
 from examples.llama.model.config import ModelConfig
 from examples.many_devices import small_llama
 

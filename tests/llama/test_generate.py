@@ -10,12 +10,10 @@ from flax import nnx
 
 from examples.llama.model import generate as generate_module
 from examples.llama.model.adapters import AdapterConfig, make_linear
-from examples.llama.model.cache import empty_caches
 from examples.llama.model.config import ModelConfig
-from examples.llama.model.decode import extend
-from examples.llama.model.generate import generate, pad_left
+from examples.llama.model.decode import empty_caches, extend
+from examples.llama.model.generate import Sampling, generate, pad_left, sample
 from examples.llama.model.llama import Llama, stack_layers, with_params
-from examples.llama.model.sampling import Sampling, sample
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

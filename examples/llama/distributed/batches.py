@@ -11,15 +11,15 @@ from examples.llama.data import (
     make_streaming_iterator,
     make_train_iterator,
 )
-from examples.llama.distributed.devices import Team
+from examples.llama.distributed.devices import Devices
 from examples.llama.run_config import RunConfig
 
 
 class TrainBatches:
     """Batches without end: each process reads its share of them."""
 
-    def __init__(self, config: RunConfig, splits: Splits, team: Team):
-        self._team = team
+    def __init__(self, config: RunConfig, splits: Splits, devices: Devices):
+        self._devices = devices
         self._streamed = is_hub(config.data)
         rows = {"batch_size": config.batch_size, "seq_len": config.seq_len}
         rows |= {"process_index": jax.process_index(), "process_count": jax.process_count()}
@@ -31,12 +31,12 @@ class TrainBatches:
 
     def next(self) -> Any:
         """The rows of the next batch, (B, T + 1), shared among the devices."""
-        return self._team.share(next(self._rows)["tokens"])
+        return self._devices.share(next(self._rows)["tokens"])
 
     def positions(self) -> list[Any]:
         """Where the processes are: one position for all, or with streamed data one for each."""
         position = self._rows.get_state()
-        return self._team.gather(position) if self._streamed else [position]
+        return self._devices.gather(position) if self._streamed else [position]
 
     def go_to(self, positions: list[Any]) -> None:
         """Goes on where `positions` were taken.

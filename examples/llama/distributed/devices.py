@@ -1,8 +1,7 @@
-"""The devices that train together, of one process or of several.
+"""Devices that train together, of one process or of several.
 
-Each batch is shared among them. Weights and optimizer state are the same on every device, or with
-`sharded_team` divided too. What `jax.jit` makes of that sums the gradients over the devices, and is
-the same step.
+Each batch is sharded over them. Weights and optimizer state are replicated, or sharded too. What
+`jax.jit` makes of that sums the gradients over the devices, and is the same step.
 """
 
 import contextlib
@@ -16,11 +15,13 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
+import natgalore_jax as ng
 from examples.common.errors import ConfigError
 from examples.common.train_state import Metrics, TrainState
+from examples.llama.distributed.processes import DistributedConfig
 
 
-class Team:
+class Devices:
     """One device of one process: nothing is to be shared."""
 
     leads = True
@@ -68,7 +69,7 @@ class Team:
         """Until every process is there."""
 
 
-class SharedTeam(Team):
+class SharedDevices(Devices):
     """All devices of all processes, in one row."""
 
     def __init__(self, batch_size: int):
@@ -124,9 +125,9 @@ class SharedTeam(Team):
 
 
 class _SharedStep:
-    """A step, and with it what every process has to say: see `Team.agree`."""
+    """A step, and with it what every process has to say: see `Devices.agree`."""
 
-    def __init__(self, step: Any, team: SharedTeam, state_at: Any):
+    def __init__(self, step: Any, devices: SharedDevices, state_at: Any):
         def shared(state: TrainState, rows: jax.Array, flags: jax.Array):
             state, metrics = step(state, rows)
             # Never negative: only so that this sum comes after those of the gradients, in the same
@@ -134,12 +135,77 @@ class _SharedStep:
             return state, {**metrics, "stop": (flags | (metrics["grad_norm"] < 0)).any()}
 
         # Where nothing says so, XLA may leave a part of the state on one device only.
-        where = (state_at, team.replicated)
+        where = (state_at, devices.replicated)
         self._step = jax.jit(shared, donate_argnums=0, out_shardings=where)
-        self._team = team
+        self._devices = devices
 
     def __call__(self, state: TrainState, rows: jax.Array) -> tuple[TrainState, Metrics]:
-        return self._step(state, rows, self._team.flags())
+        return self._step(state, rows, self._devices.flags())
 
     def lower(self, state: TrainState, rows: jax.Array) -> jax.stages.Lowered:
-        return self._step.lower(state, rows, self._team.flags())
+        return self._step.lower(state, rows, self._devices.flags())
+
+
+class ShardedDevices(SharedDevices):
+    """All devices of all processes, in one row over which everything is divided.
+
+    The weights of one layer at a time are fetched for its forward and its backward pass: that is
+    what `common.lora.by_rows` tells the compiler.
+    """
+
+    def context(self) -> AbstractContextManager[Any]:
+        return jax.set_mesh(self.mesh)
+
+    def weights_at(self, shapes: Any) -> Any:
+        return jax.tree.map(lambda x: longer_side(self.mesh, x.shape), shapes)
+
+    def state_at(self, shapes: TrainState, tx: optax.GradientTransformation) -> Any:
+        places = self.weights_at(shapes)
+        opt_state = ng.training.state_shardings(tx, shapes.params, places.params)
+        return places._replace(opt_state=opt_state)
+
+    def place(self, tree: Any) -> Any:
+        return jax.tree.map(_placed, tree, self.weights_at(tree))
+
+    def local(self, tree: Any) -> Any:
+        """In the memory of the host: no device need have room for all of it."""
+        return jax.tree.map(_whole, tree)
+
+
+def make_devices(config: DistributedConfig, batch_size: int) -> Devices:
+    """The devices that `config` names.
+
+    Raises:
+      ConfigError: if `batch_size` rows cannot be shared evenly among them.
+    """
+    if not config.enabled:
+        return Devices()
+    return (ShardedDevices if config.sharding == "full" else SharedDevices)(batch_size)
+
+
+def longer_side(mesh: jax.sharding.Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """The longer side of every matrix over all devices, or the other one if only that divides.
+
+    The longer one is a side of the low-rank gradient too, so that the optimizer exchanges bases
+    alone. Layers, the first of three axes, are not divided: all devices work on the same one.
+    """
+    spec: list[str | None] = [None] * len(shape)
+    for axis in sorted(range(len(shape))[-2:], key=lambda a: (shape[a], a), reverse=True):
+        if shape[axis] % mesh.size == 0:
+            (spec[axis],) = mesh.axis_names
+            break
+    return NamedSharding(mesh, jax.P(*spec))
+
+
+def _placed(x: Any, where: NamedSharding) -> jax.Array:
+    """An array that every process has, or one that is there already."""
+    if isinstance(x, jax.Array) and x.sharding == where:
+        return x
+    whole = np.asarray(x)
+    return jax.make_array_from_callback(whole.shape, where, lambda part: whole[part])
+
+
+def _whole(x: jax.Array) -> Any:
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)

@@ -102,7 +102,7 @@ def several_processes() -> bool:
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
-def leave_the_others(code: int) -> None:
+def abort_peers(code: int) -> None:
     """Ends this process at once after an error, if it is one of several.
 
     They would wait for it: in the sum of a gradient, or in the end that all reach together. So
