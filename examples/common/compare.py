@@ -207,8 +207,11 @@ class _Run:
                 self.state, metrics = self.setup.step(self.state, batch)
                 done += 1
                 self._since.append((batch, metrics))
-                stop, ends_epoch = should_stop(), done % self.setup.steps_per_epoch == 0
-                if stop or ends_epoch or done % self.setup.log_every == 0:
+                ends_epoch = done % self.setup.steps_per_epoch == 0
+                if ends_epoch or done % self.setup.log_every == 0:
+                    self._log(done)
+                stop = should_stop()
+                if stop and self._since:
                     self._log(done)
                 if stop or ends_epoch:
                     self._save()

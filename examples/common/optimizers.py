@@ -243,7 +243,9 @@ def make_transformation(
         given = {k: v for k, v in given.items() if k != "seed"}
     chosen |= given | {"learning_rate": learning_rate}
     known = inspect.signature(entry.factory).parameters
-    for name in chosen.keys() - given.keys() - known.keys() - _OF_ANY_OPTIMIZER:
+    # No weight decay is what an optimizer without that option does.
+    any_optimizer = _OF_ANY_OPTIMIZER | (set() if config.weight_decay else {"weight_decay"})
+    for name in chosen.keys() - given.keys() - known.keys() - any_optimizer:
         has = [n for n, e in OPTIMIZERS.items() if name in inspect.signature(e.factory).parameters]
         raise ValueError(
             f"{config.name} has no {name}, got {chosen[name]}; optimizers with it: {', '.join(has)}"

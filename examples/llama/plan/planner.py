@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import jax
 import tyro
 from rich.console import Console
+from rich.table import Table
 
 from examples.common import cli
 from examples.common.errors import ConfigError
-from examples.llama.memory.sizes import format_bytes, parse_bytes
+from examples.llama.memory.sizes import format_bytes, parse_bytes, unit_of
 from examples.llama.memory.step_memory import StepMemory, lower_bound, predict
 from examples.llama.plan.candidates import Candidate, PlanConfig, candidates
-from examples.llama.plan.table import plan_table
 from examples.llama.training.build import abstract_run
 
 
@@ -178,3 +178,49 @@ def _size(option: str, text: str) -> int:
         return parse_bytes(text)
     except ValueError as error:
         raise ConfigError(f"--{option}: {error}") from error
+
+
+# Columns of bytes, and the parts that each is the sum of.
+COLUMNS = {
+    "weights": ("weights",),
+    "basis": ("basis",),
+    "Fisher": ("history",),
+    "moments": ("inner",),
+    "rest": ("other", "shared", "accumulated", "batch"),
+    "gradients": ("gradients",),
+    "activations": ("activations",),
+    "update": ("update",),
+}
+
+
+def plan_table(title: str, rows: Sequence[Row], room: int) -> Table:
+    """One row for each setting; what fits is green."""
+    unit, scale = unit_of(room)
+    table = Table(
+        title=f"{title}; in {unit}",
+        caption="remat: layers are recomputed; per layer: they are updated one by one too; "
+        "≥ and ?: too large without the update's own memory",
+    )
+    table.add_column("optimizer", overflow="fold")
+    for name in ("rank", "step", "rows"):
+        table.add_column(name, no_wrap=True)
+    for name in (*COLUMNS, "total", "room"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        candidate, parts = row.candidate, row.memory.parts
+        sizes = {c: sum(parts.get(p, 0) for p in names) for c, names in COLUMNS.items()}
+        cells = {c: f"{size / scale:.2f}" if size else "-" for c, size in sizes.items()}
+        total, left = (f"{x / scale:.2f}" for x in (row.memory.total, room - row.memory.total))
+        if not row.compiled:
+            cells["update"], total, left = "?", f"≥ {total}", f"≤ {left}"
+        table.add_row(
+            candidate.optimizer,
+            str(candidate.rank or "-"),
+            candidate.step,
+            str(candidate.config.batch_size),
+            *cells.values(),
+            total,
+            left,
+            style="green" if row.fits(room) else "red",
+        )
+    return table
