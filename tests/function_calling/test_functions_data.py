@@ -8,10 +8,10 @@ import pytest
 
 from examples.common.errors import DataError
 from examples.finetune.planner.data import load_bfcl, load_nestful, load_tinyagent
-from examples.finetune.planner.data.packages import VERSIONS
-from examples.finetune.planner.plan import Ref, Text
-from examples.finetune.planner.records import MISSING, OneOf, Parameter, Record
-from examples.finetune.planner.write import write_plan
+from examples.finetune.planner.data.files import VERSIONS
+from examples.finetune.planner.plans.parse import write_plan
+from examples.finetune.planner.plans.plan import Ref, Text
+from examples.finetune.planner.plans.records import MISSING, OneOf, Parameter, Record
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

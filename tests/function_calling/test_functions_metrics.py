@@ -6,11 +6,10 @@ import random
 
 import pytest
 
-from examples.finetune.planner.graphs import Graph, isomorphic
-from examples.finetune.planner.metrics import Scores, mean_scores, score
-from examples.finetune.planner.parse import parse_plan
-from examples.finetune.planner.plan import JOIN, Argument, Call, Plan, PlanError, Ref
-from examples.finetune.planner.records import OneOf, Parameter, Record, Tool
+from examples.finetune.planner.plans.metrics import Graph, Scores, isomorphic, mean_scores, score
+from examples.finetune.planner.plans.parse import parse_plan
+from examples.finetune.planner.plans.plan import JOIN, Argument, Call, Plan, PlanError, Ref
+from examples.finetune.planner.plans.records import OneOf, Parameter, Record, Tool
 
 _TOOLS = (
     Tool("find", "", (Parameter("name"),)),

@@ -8,8 +8,8 @@ import pytest
 from examples.common.errors import DataError
 from examples.finetune.planner.data import apply_splits, split_by_tools
 from examples.finetune.planner.data.splits import NAMES, read_splits, write_splits
-from examples.finetune.planner.plan import JOIN, Call, Plan
-from examples.finetune.planner.records import Record, Tool
+from examples.finetune.planner.plans.plan import JOIN, Call, Plan
+from examples.finetune.planner.plans.records import Record, Tool
 
 _TOOLS = tuple(Tool(name) for name in "abcdef")
 

@@ -24,8 +24,8 @@ from examples.finetune.planner.encode import Chat, Row
 from examples.finetune.planner.evaluate import Evaluator
 from examples.finetune.planner.loop import train
 from examples.finetune.planner.methods import LEARNING_RATES, MethodConfig, set_up
-from examples.finetune.planner.pairs import Pair, PromptConfig
 from examples.finetune.planner.prepare import prepare
+from examples.finetune.planner.prompts import Pair, PromptConfig
 from examples.finetune.planner.run_config import OutputConfig, RunConfig
 from examples.finetune.planner.train_step import make_step
 from examples.llama.model.llama import with_params

@@ -10,9 +10,8 @@ from safetensors.numpy import load_file
 from examples.common.reporter import Silent
 from examples.finetune.planner.__main__ import main
 from examples.finetune.planner.data import load_tinyagent
-from examples.finetune.planner.metrics import score
-from examples.finetune.planner.parse import parse_plan
-from examples.finetune.planner.verdict import verdict
+from examples.finetune.planner.plans.metrics import score, verdict
+from examples.finetune.planner.plans.parse import parse_plan
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

@@ -8,8 +8,8 @@ from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from examples.finetune.planner.data import load_tinyagent
+from examples.finetune.planner.plans.parse import write_plan
 from examples.finetune.planner.prompts import write_prompt
-from examples.finetune.planner.write import write_plan
 from examples.llama.model.config import ModelConfig
 from examples.llama.model.llama import Llama
 from examples.llama.weights.files import PretrainedLlama, save_llama

@@ -6,7 +6,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from examples.common.errors import WeightsError
-from examples.finetune.planner.pairs import Pair
+from examples.finetune.planner.prompts import Pair
 from examples.pretrained.chat import ChatTemplate
 
 

@@ -9,10 +9,10 @@ import numpy as np
 
 from examples.common.train_state import Params
 from examples.finetune.planner.batches import batches, learned_tokens
-from examples.finetune.planner.metrics import Scores, mean_scores, score
-from examples.finetune.planner.parse import parse_plan
+from examples.finetune.planner.plans.metrics import Scores, mean_scores, score
+from examples.finetune.planner.plans.parse import parse_plan
+from examples.finetune.planner.plans.records import Record
 from examples.finetune.planner.prepare import Prepared, Split
-from examples.finetune.planner.records import Record
 from examples.finetune.planner.train_step import loss_of
 from examples.llama.model.generate import generate
 from examples.llama.model.llama import Llama, unstack_layers, with_params

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from examples.finetune.planner.evaluate import Prediction
-from examples.finetune.planner.parse import parse_plan
-from examples.finetune.planner.verdict import verdict
-from examples.finetune.planner.write import write_plan
+from examples.finetune.planner.plans.metrics import verdict
+from examples.finetune.planner.plans.parse import parse_plan, write_plan
 
 
 def write_predictions(

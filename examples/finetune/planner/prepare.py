@@ -13,9 +13,8 @@ from examples.finetune.planner.batches import Layout, make_layout
 from examples.finetune.planner.data.splits import NAMES
 from examples.finetune.planner.datasets import Source, load_dataset
 from examples.finetune.planner.encode import Chat, Row
-from examples.finetune.planner.pairs import make_pair
-from examples.finetune.planner.records import Record
-from examples.finetune.planner.retrieval import Retriever
+from examples.finetune.planner.plans.records import Record
+from examples.finetune.planner.prompts import Retriever, make_pair
 from examples.finetune.planner.run_config import RunConfig
 from examples.llama.model.config import ModelConfig
 from examples.llama.weights.files import open_weights, read_params

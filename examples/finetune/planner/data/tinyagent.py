@@ -12,7 +12,8 @@ from typing import Any
 from examples.common.errors import DataError
 from examples.finetune.planner.data.files import entry, expect, located, read_json
 from examples.finetune.planner.data.tinyagent_tools import TINYAGENT_TOOLS
-from examples.finetune.planner.plan import (
+from examples.finetune.planner.plans.plan import (
+    AMOUNT,
     Argument,
     Call,
     Plan,
@@ -22,8 +23,7 @@ from examples.finetune.planner.plan import (
     from_json,
     text_of,
 )
-from examples.finetune.planner.records import Record
-from examples.finetune.planner.references import AMOUNT
+from examples.finetune.planner.plans.records import Record
 
 _REFERENCE = re.compile(rf"\$(?:\{{([0-9]{{1,9}})\}}|([0-9]{{1,9}}+)(?!{AMOUNT}))")
 

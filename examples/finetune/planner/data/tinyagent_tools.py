@@ -1,6 +1,6 @@
 """The sixteen tools of TinyAgent, described in our own words."""
 
-from examples.finetune.planner.records import Parameter, Tool
+from examples.finetune.planner.plans.records import Parameter, Tool
 
 
 def _tool(signature: str, description: str) -> Tool:

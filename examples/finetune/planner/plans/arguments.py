@@ -13,8 +13,8 @@
 import unicodedata
 from collections.abc import Hashable, Mapping
 
-from examples.finetune.planner.plan import Call, Ref, Text, Value
-from examples.finetune.planner.records import MISSING, Accepted, OneOf, Tool
+from examples.finetune.planner.plans.plan import Call, Ref, Text, Value
+from examples.finetune.planner.plans.records import MISSING, Accepted, OneOf, Tool
 
 
 def bind(call: Call, tool: Tool | None) -> dict[str, Value]:

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from enum import Enum
 
-from examples.finetune.planner.plan import IDENTIFIER, JOIN, Plan, Value
+from examples.finetune.planner.plans.plan import IDENTIFIER, JOIN, Plan, Value
 
 
 class Missing(Enum):

@@ -1,13 +1,33 @@
-"""Arguments as they are written: Python's and JSON's literals, and references.
+"""Plans as text: read from what a model writes, and written for prompts.
+
+Arguments are Python's and JSON's literals, and references.
 
 A scanner of its own in place of Python's parser: nothing is ever evaluated, nesting has a limit
 that does not depend on the interpreter, and `true`, `null` and `from="x"` are accepted.
 """
 
+import json
 import re
 
-from examples.finetune.planner.plan import MAX_DEPTH, MAX_DIGITS, Argument, PlanError, Value
-from examples.finetune.planner.references import REFERENCE, read_string, reference_of
+from examples.finetune.planner.plans.plan import (
+    JOIN,
+    MAX_CALLS,
+    MAX_DEPTH,
+    MAX_DIGITS,
+    REFERENCE,
+    Argument,
+    Call,
+    FailedPlan,
+    Plan,
+    PlanError,
+    Ref,
+    Text,
+    Value,
+    read_string,
+    reference_of,
+    text_of,
+    write_string,
+)
 
 _BLANK = re.compile(r"\s*+")
 _NAME = re.compile(r"([^\W\d]\w*+)\s*+=(?!=)")
@@ -152,3 +172,117 @@ def _skip(text: str, at: int) -> int:
 
 def _near(text: str, at: int) -> str:
     return repr(text[at : at + 20]) if at < len(text) else "the end of the text"
+
+
+END_OF_PLAN = "<END_OF_PLAN>"
+
+MAX_CHARACTERS = 100_000
+"""The longest text that is read: many times what a model writes for a plan of `MAX_CALLS`."""
+
+# Numbers of Markdown lists may have marks before them.
+_ACTION = r"[ \t>*`-]*+([0-9]{1,9})[.):][ \t*`]*+([^\W\d]\w*+)\("
+_HERE = re.compile(_ACTION)
+_LINE = re.compile("^" + _ACTION, re.MULTILINE)
+
+
+def parse_plan(text: str) -> Plan | FailedPlan:
+    r"""Reads the actions `1. tool(arguments)` of a text, up to `join()` or the end mark.
+
+    Every action begins a line, or follows another; they are numbered from 1 without gaps. Lines
+    that do not begin as an action (thoughts, fences, explanations) and what follows an action in
+    its line are passed over. Arguments are Python's literals with or without names, JSON's
+    constants, and references: `$1`, `${1}`, `$1.field`, in quotes or not. Within a longer text `$5`
+    is five dollars if the plan has fewer calls.
+
+    Never raises: a text that holds no plan gives a `FailedPlan` that says why.
+
+    >>> parse_plan('Thought: easy.\n1. find("Ann")\n2. call(number="$1")\n3. join()').tools
+    ('find', 'call')
+    >>> parse_plan('1. call("$7")\n2. join()')
+    FailedPlan(reason='call 1: $7 is out of range, the plan has 2 calls')
+    """
+    try:
+        calls = _calls(text)
+        return Plan(tuple(_with_amounts(call, len(calls)) for call in calls))
+    except PlanError as error:
+        return FailedPlan(str(error))
+
+
+def _calls(text: str) -> list[Call]:
+    if len(text) > MAX_CHARACTERS:
+        raise PlanError(f"the text has {len(text)} characters, more than {MAX_CHARACTERS}")
+    calls: list[Call] = []
+    at = 0
+    while action := _HERE.match(text, at) or _LINE.search(text, at):
+        if END_OF_PLAN in text[at : action.start()]:
+            break
+        number, tool = int(action[1]), action[2]
+        if number != len(calls) + 1:
+            raise PlanError(f"expected call {len(calls) + 1}, found number {number}")
+        if number > MAX_CALLS:
+            raise PlanError(f"the plan has more than {MAX_CALLS} calls")
+        try:
+            arguments, at = scan_arguments(text, action.end())
+        except PlanError as error:
+            raise PlanError(f"call {number}: {error}") from None
+        calls.append(Call(tool, arguments))
+        if tool == JOIN:
+            break
+    if not calls:
+        raise PlanError("the text has no line that begins as '1. tool('")
+    return calls
+
+
+def _with_amounts(call: Call, count: int) -> Call:
+    """The call with `$n` inside texts as text where the plan has no call n."""
+
+    def read_part(part: str | Ref) -> str | Ref:
+        if isinstance(part, str) or part.path or 1 <= part.call <= count:
+            return part
+        return f"${part.call}"
+
+    def read(value: Value) -> Value:
+        match value:
+            case Text(parts):
+                return text_of([read_part(part) for part in parts])
+            case list():
+                return [read(item) for item in value]
+            case dict():
+                return {key: read(item) for key, item in value.items()}
+        return value
+
+    return Call(call.tool, tuple(Argument(read(a.value), a.name) for a in call.arguments))
+
+
+def write_plan(plan: Plan) -> str:
+    """The text that `parse_plan` reads as `plan`.
+
+    Values are Python's literals in one line. References are strings, `"$1"` or `"$1.field"`, so
+    that every parser of such literals can read them too.
+    """
+    actions = (
+        f"{number}. {call.tool}({', '.join(map(_argument, call.arguments))})\n"
+        for number, call in enumerate(plan.calls, start=1)
+    )
+    return "".join(actions) + END_OF_PLAN
+
+
+def write_value(value: Value) -> str:
+    """One value as a literal."""
+    match value:
+        case str() | Ref() | Text():
+            return json.dumps(write_string(value), ensure_ascii=False)
+        case list():
+            return f"[{', '.join(map(write_value, value))}]"
+        case dict():
+            entries = (
+                f"{json.dumps(key, ensure_ascii=False)}: {write_value(item)}"
+                for key, item in value.items()
+            )
+            return f"{{{', '.join(entries)}}}"
+    return repr(value)
+
+
+def _argument(argument: Argument) -> str:
+    name = "" if argument.name is None else f"{argument.name}="
+    return name + write_value(argument.value)
