@@ -5,8 +5,8 @@ can be drawn as an acyclic graph and written down.
 
 In a string, `$2` is the result of call 2, and `$2.name` and `$2[0]` are parts of the result. The
 braces of `${2.name}` say where the reference ends, and allow names with blanks. Two dollars are one
-dollar without a reference: `"$$2"` is the text "$2". Elsewhere a dollar is a dollar, in an amount of
-money too: "$1.50", "$1,500".
+dollar without a reference: `"$$2"` is the text "$2". Elsewhere a dollar is a dollar, in an amount
+of money too: "$1.50", "$1,500".
 """
 
 import math
