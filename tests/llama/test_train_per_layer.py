@@ -40,7 +40,7 @@ def assert_same_run(**changes):
 
 
 def test_same_run():
-    assert_same_run(optimizer=dataclasses.replace(NATURAL_GALORE, history=None))
+    assert_same_run(optimizer=NATURAL_GALORE)
 
 
 def test_same_run_with_tied_embeddings_and_batches_accumulated():
@@ -80,7 +80,7 @@ def test_what_it_cannot_do_is_refused(changes, message):
 def test_same_run_from_host_memory(offload, tmp_path):
     """Stopped and resumed: what was on the host when it was saved is there again."""
     changes = {
-        "optimizer": dataclasses.replace(NATURAL_GALORE, history=None, rank=40),
+        "optimizer": dataclasses.replace(NATURAL_GALORE, rank=40),
         "model": dataclasses.replace(MODEL, hidden=64, intermediate=72),
         "per_layer": True,
     }

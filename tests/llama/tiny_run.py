@@ -25,9 +25,7 @@ MODEL = ModelConfig(
 )
 
 # Refreshes fall on other steps than checkpoints, interruptions and ends of accumulations.
-NATURAL_GALORE = OptimizerConfig(
-    name="natural-galore", rank=4, update_interval=5, history=3, stagger=True
-)
+NATURAL_GALORE = OptimizerConfig(name="natural-galore", rank=4, update_interval=5)
 
 
 def run_config(output: dict[str, Any] | None = None, **changes: Any) -> RunConfig:
