@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from composed import composed_adamw
 from flax import nnx
 
 import natgalore_jax as ng
@@ -22,7 +23,7 @@ LABELS = {k: "hidden" if v.ndim > 1 else "rest" for k, v in PARAMS.items()}
 
 
 def natural(**kwargs):
-    return ng.natural_galore_adamw(1e-2, **({"rank": 2, "history": 3, "residual": False} | kwargs))
+    return composed_adamw("stored", 1e-2, **({"rank": 2, "history": 3} | kwargs))
 
 
 def row(report, path):

@@ -226,7 +226,7 @@ def memory_report(
         plans.setdefault(plan.path, {})[plan] = None
 
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    pieces, shared_bytes = attribute(tx, state, [path for path, _ in leaves])
+    pieces, shared_bytes = attribute(tx, state, jax.tree.structure(params))
     rows = []
     for (path, leaf), own in zip(leaves, pieces, strict=True):
         name = str(KeyPath(path))

@@ -87,6 +87,12 @@ class LeafPlan:
             shape += self.mode_shape(i) if rank is None else (rank,)
         return tuple(shape)
 
+    def low_rank_size(self) -> int:
+        return math.prod(self.low_rank_shape)
+
+    def basis_size(self) -> int:
+        return sum(math.prod(self.factor_shape(mode)) for mode in self.projected_modes)
+
 
 @dataclasses.dataclass(frozen=True)
 class PlanSettings:
