@@ -79,7 +79,7 @@ class Outside(NamedTuple):
 
 
 class ResidualRule(NamedTuple):
-    """What becomes of the residual; a new rule is an entry of ``RULES`` and a name in ``Rule``."""
+    """Rule of the residual update; a new rule is an entry of ``RULES`` and a name in ``Rule``."""
 
     phi: Callable[[Outside, Any], tuple[jax.Array, Any]]  # φ and the new memory, from the old one
     scale: float  # σ where none is given
@@ -194,13 +194,13 @@ def on_axes_of_gradient(axes: PhiAxes, phi: jax.Array) -> jax.Array:
 
 
 def gain(energy_N: jax.Array, energy_R: jax.Array) -> jax.Array:
-    """``‖N_:j‖ / ‖R_:j‖``, what the inner optimizer made of the projected part; 0 where R is 0."""
+    """``‖N_:j‖ / ‖R_:j‖``, the gain of the inner optimizer; 0 where R is 0."""
     unseen = energy_R == 0
     return jnp.sqrt(jnp.where(unseen, 0.0, energy_N / jnp.where(unseen, 1.0, energy_R)))
 
 
 def average(c: jax.Array, new: jax.Array, decay: jax.typing.ArrayLike) -> jax.Array:
-    """``β c + (1 − β) c'``, starting at the first c' that is not zero, past those not finite."""
+    """``β c + (1 − β) c'``, from the first non-zero c' on; non-finite c' are skipped."""
     mixed = new + jnp.where(c > 0, decay, 0.0) * (c - new)
     return jnp.where(jnp.isfinite(new), mixed, c)
 
@@ -211,7 +211,7 @@ def inverse_root(c: jax.Array) -> jax.Array:
 
 
 def without_spike(axes: PhiAxes, new: jax.Array, c: jax.Array) -> jax.Array:
-    """``new``, scaled down so that its sum over a matrix is at most κ times that of ``c``."""
+    """``new``, scaled down to a sum over a matrix of at most κ times the sum of ``c``."""
     matrix = tuple(range(axes.batch_ndim, c.ndim))
     known, total = (jnp.sum(x, matrix, keepdims=True) for x in (c, new))
     is_spike = (known > 0) & (total > SPIKE * known) & jnp.isfinite(total)

@@ -278,7 +278,7 @@ def dithered(
 
 @own_arithmetic
 def at_least_float32(x: jax.Array) -> jax.Array:
-    """What is kept between steps has few bits, what happens in a step has all."""
+    """float32 within a step; fewer bits are for the state between steps."""
     x = jnp.asarray(x)
     is_narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
     return x.astype(jnp.float32) if is_narrow else x

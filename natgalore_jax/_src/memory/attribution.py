@@ -1,4 +1,4 @@
-"""Which parameter and which part of the method each array of an optimizer's state belongs to."""
+"""Attribution of the arrays of an optimizer's state to parameters and to parts of the method."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""What an optimizer's state costs in bytes, from shapes alone."""
+"""Bytes of an optimizer's state, from shapes alone."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -58,7 +58,7 @@ class MemoryGroup:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryReport:
-    """What :func:`memory_report` returns: one row per parameter, and sums, in bytes.
+    """Result of :func:`memory_report`: one row per parameter, and sums, in bytes.
 
     ``str(report)`` is a table, :meth:`to_dict` is ready for JSON.
     """
@@ -129,7 +129,7 @@ def memory_report(
     step: jax.stages.Compiled | None = None,
     live_gradients: int | None = None,
 ) -> MemoryReport:
-    r"""What the state of an optimizer costs in bytes, by parameter and part, beside AdamW's.
+    r"""Bytes of an optimizer's state by parameter and part, beside AdamW's.
 
     Nothing is computed and no array is made: ``tx.init`` is traced with shapes and dtypes. The sum
     is exactly that of all leaves of ``tx.init(params)``. For an m × n matrix at rank r, with a
@@ -330,7 +330,7 @@ def _alternative_block(report: MemoryReport) -> list[str]:
 
 
 def _step_block(report: MemoryReport) -> list[str]:
-    """What one device holds at the peak of the compiled step, if there is one."""
+    """Peak of the compiled step on one device, if a step was given."""
     step = report.step
     if step is None:
         return []
@@ -352,7 +352,7 @@ def _cell(count: int) -> str:
 
 
 def _label(group: MemoryGroup) -> str:
-    """The names of a group in one: what differs between them is a star."""
+    """One name for a group: keys that differ are a star."""
     names = [path.split("/") for path in group.paths]
     if len({len(name) for name in names}) > 1:
         return f"{group.paths[0]}, …"

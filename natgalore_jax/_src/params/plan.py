@@ -1,4 +1,4 @@
-"""How each parameter is projected: decided from names and shapes alone, before any array exists."""
+"""Plan of the projection of each parameter, from names and shapes alone."""
 
 import dataclasses
 import math
@@ -74,7 +74,7 @@ class LeafPlan:
 
     @property
     def low_rank_axes(self) -> tuple[int, ...]:
-        """Where each mode begins among the axes that follow the batch in low-rank coordinates."""
+        """First axis of each mode in low-rank coordinates, counted after the batch axes."""
         widths = [
             1 if r is not None else len(m) for m, r in zip(self.modes, self.ranks, strict=True)
         ]

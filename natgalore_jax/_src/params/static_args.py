@@ -1,4 +1,4 @@
-"""Which arguments of a factory cannot change while training runs."""
+"""Arguments of a factory that cannot change while training runs."""
 
 import inspect
 from collections.abc import Callable

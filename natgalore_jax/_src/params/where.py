@@ -1,4 +1,4 @@
-"""Which parameters are projected."""
+"""Selection of the parameters that are projected."""
 
 import itertools
 import re

@@ -1,4 +1,4 @@
-"""What the leaves of an optimizer's state belong to."""
+"""Owners and layer axes of the leaves of an optimizer's state."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from natgalore_jax._src.states.entries import owners_of
 
 @dataclasses.dataclass(frozen=True)
 class StateLayout:
-    """What the leaves of an optimizer's state belong to; one entry for each of them."""
+    """Owners and layer axes of the leaves of an optimizer's state; one entry per leaf."""
 
     treedef: Any
     shapes: tuple[jax.ShapeDtypeStruct, ...]

@@ -77,7 +77,7 @@ class Part(NamedTuple):
 
 
 class StateType:
-    """What is known of a type of states; subclasses are registered beside their states."""
+    """Meaning of a type of states; subclasses are registered beside their states."""
 
     roles: Mapping[str, Role] = {}
 
@@ -86,7 +86,7 @@ class StateType:
         return {}
 
     def inner(self, state: Any) -> Any:
-        """The rest of the state, in which other states may be."""
+        """The other fields of the state, in which other states may be."""
         return ()
 
     def parts(self, state: Any) -> Sequence[Part] | None:
@@ -219,7 +219,7 @@ def register_state(state_type: type, /, **fields: FirstMoment | SecondMoment) ->
 
 
 def meaning_of(state: Any) -> StateType | None:
-    """What is registered for the type of a state or its nearest base."""
+    """Registered meaning of the type of a state or of its nearest base."""
     return next((_REGISTERED[t] for t in type(state).__mro__ if t in _REGISTERED), None)
 
 

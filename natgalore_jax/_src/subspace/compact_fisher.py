@@ -221,7 +221,7 @@ def _preconditioned(settings, decay, damping, R, N, own):
 
 @own_arithmetic
 def _start(path: KeyPath, leaf: Any, axes: Sequence[int], diagonal: bool) -> dict[int, jax.Array]:
-    """Empty factors of one parameter by mode, sharded as those of its gradients will be."""
+    """Empty factors of one parameter by mode, with the sharding of later factors."""
     plans = current_subspace()
     if plans is None:
         raise ValueError(

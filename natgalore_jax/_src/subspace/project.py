@@ -50,7 +50,7 @@ register_type(LowRankProjectState, _Bases())
 
 
 class LowRankProject(optax.GradientTransformationExtraArgs):
-    """What :func:`low_rank_project` returns: it opens a subspace in :func:`natgalore_jax.chain`."""
+    """Result of :func:`low_rank_project`: opens a subspace in :func:`natgalore_jax.chain`."""
 
     plan: PlanSettings
     refresh: RefreshSettings

@@ -49,7 +49,7 @@ register_type(ProjectBackState, _OfResidual())
 
 
 class ProjectBack(optax.GradientTransformationExtraArgs):
-    """What :func:`project_back` returns: it closes a subspace in :func:`natgalore_jax.chain`."""
+    """Result of :func:`project_back`: closes a subspace in :func:`natgalore_jax.chain`."""
 
     scale: float
     residual: Residual | None
