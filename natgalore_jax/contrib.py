@@ -1,4 +1,4 @@
-"""Methods of other publications with the same memory."""
+"""Methods of other publications with as much memory or less."""
 
 from natgalore_jax._src.contrib.apollo import (
     ScaleByApolloState as ScaleByApolloState,
@@ -12,4 +12,9 @@ from natgalore_jax._src.contrib.ldadam import (
     ScaleByLDAdamState as ScaleByLDAdamState,
     ldadamw as ldadamw,
     scale_by_ldadam as scale_by_ldadam,
+)
+from natgalore_jax._src.contrib.scale import (
+    ScaleByColumnNormsState as ScaleByColumnNormsState,
+    scale_by_column_norms as scale_by_column_norms,
+    scale_sgd as scale_sgd,
 )

@@ -57,6 +57,8 @@ READY_MADE = [
     (ng.contrib.apollo_adamw, {"granularity": "tensor", "norm_growth_limit": None}),
     (ng.contrib.apollo_mini_adamw, {}),
     (ng.contrib.ldadamw, {"error_feedback": True}),
+    (ng.contrib.scale_sgd, {"head": {"wide": True, "tall": False, "b": False}, "momentum": 0.5}),
+    (ng.contrib.scale_sgd, {"norm": "l2", "vector_ratio": 2.0, "b1": 0.8, "eps": 1e-3}),
 ]
 
 

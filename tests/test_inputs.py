@@ -163,6 +163,7 @@ IDENTITIES = {
     "woodbury": lambda rank: ng.woodbury_natural_gradient(history=rank),
     "scale_by_apollo": lambda rank: ng.contrib.scale_by_apollo(rank=rank),
     "scale_by_ldadam": lambda rank: ng.contrib.scale_by_ldadam(rank=rank),
+    "scale_by_column_norms": lambda rank: ng.contrib.scale_by_column_norms(eps=rank),
     "scale_by_adam_8bit": lambda rank: ng.scale_by_adam_8bit(min_size=rank),
 }
 

@@ -161,6 +161,9 @@ METHODS: dict[str, Method] = {
     ),
     "apollo": Method("APOLLO", ng.contrib.apollo_adamw),
     "apollo-mini": Method("APOLLO-Mini", ng.contrib.apollo_mini_adamw),
+    # Embedding and head are normalised as hidden matrices are, at one rate, as in its scripts.
+    "scale": Method("SCALE", ng.contrib.scale_sgd, ratio=1.0),
+    "scale-l2": Method("SCALE, Euclidean norms", ng.contrib.scale_sgd, {"norm": "l2"}, ratio=1.0),
     "fira": Method(
         "Fira", ng.galore_adamw, {"residual": "fira", "scale": PAPER_SCALE}, scale=PAPER_SCALE
     ),
