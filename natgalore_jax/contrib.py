@@ -13,6 +13,11 @@ from natgalore_jax._src.contrib.ldadam import (
     ldadamw as ldadamw,
     scale_by_ldadam as scale_by_ldadam,
 )
+from natgalore_jax._src.contrib.racs import (
+    ScaleByRacsState as ScaleByRacsState,
+    racs_adamw as racs_adamw,
+    scale_by_racs as scale_by_racs,
+)
 from natgalore_jax._src.contrib.scale import (
     ScaleByColumnNormsState as ScaleByColumnNormsState,
     scale_by_column_norms as scale_by_column_norms,

@@ -58,6 +58,8 @@ READY_MADE = [
     (ng.contrib.apollo_mini_adamw, {}),
     (ng.contrib.ldadamw, {"error_feedback": True}),
     (ng.contrib.scale_sgd, {"head": {"wide": True, "tall": False, "b": False}, "momentum": 0.5}),
+    (ng.contrib.racs_adamw, {"decay": 0.5, "iterations": 2, "scale": 2.0}),
+    (ng.contrib.racs_adamw, {"norm_growth_limit": None, "b2": 0.9, "eps": 1e-3}),
     (ng.contrib.scale_sgd, {"norm": "l2", "vector_ratio": 2.0, "b1": 0.8, "eps": 1e-3}),
 ]
 

@@ -33,6 +33,8 @@ FACTORIES = [
     ng.contrib.apollo_mini_adamw,
     ng.contrib.scale_by_ldadam,
     ng.contrib.ldadamw,
+    ng.contrib.scale_by_racs,
+    ng.contrib.racs_adamw,
     ng.contrib.scale_by_column_norms,
     ng.contrib.scale_sgd,
 ]
@@ -74,6 +76,7 @@ def test_injected_equals_plain(learning_rate):
     [
         (ng.contrib.apollo_adamw, {"rank": 2, "update_interval": 2, "scale": 3.0}),
         (ng.contrib.ldadamw, {"rank": 2, "rho": 0.5, "error_feedback": True}),
+        (ng.contrib.racs_adamw, {"scale": 0.5, "norm_growth_limit": 1.5, "iterations": 2}),
         (ng.contrib.scale_sgd, {"norm": "l2", "vector_ratio": 3.0, "head": True}),
     ],
 )

@@ -161,6 +161,7 @@ METHODS: dict[str, Method] = {
     ),
     "apollo": Method("APOLLO", ng.contrib.apollo_adamw),
     "apollo-mini": Method("APOLLO-Mini", ng.contrib.apollo_mini_adamw),
+    "racs": Method("RACS", ng.contrib.racs_adamw, {"scale": 0.05}, scale=0.05),
     # Embedding and head are normalised as hidden matrices are, at one rate, as in its scripts.
     "scale": Method("SCALE", ng.contrib.scale_sgd, ratio=1.0),
     "scale-l2": Method("SCALE, Euclidean norms", ng.contrib.scale_sgd, {"norm": "l2"}, ratio=1.0),

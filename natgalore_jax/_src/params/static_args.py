@@ -27,6 +27,7 @@ _STRUCTURAL = frozenset(
         "exponent",
         "granularity",
         "norm",
+        "iterations",
         "head",
         "error_feedback",
         "cautious",
