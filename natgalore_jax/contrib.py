@@ -1,5 +1,10 @@
 """Methods of other publications with as much memory or less."""
 
+from natgalore_jax._src.contrib.alice import (
+    ScaleByAliceState as ScaleByAliceState,
+    scale_by_alice as scale_by_alice,
+)
+from natgalore_jax._src.contrib.alice_adamw import alice_adamw as alice_adamw
 from natgalore_jax._src.contrib.apollo import (
     ScaleByApolloState as ScaleByApolloState,
     scale_by_apollo as scale_by_apollo,

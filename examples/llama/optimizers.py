@@ -106,6 +106,7 @@ OPTIMIZERS: dict[str, Entry] = {
     "apollo": Entry(ng.contrib.apollo_adamw, 1e-2),
     "apollo-mini": Entry(ng.contrib.apollo_mini_adamw, 1e-2),
     "ldadam": Entry(ng.contrib.ldadamw, 3e-3),
+    "alice": Entry(ng.contrib.alice_adamw, 2e-2),
     "racs": Entry(ng.contrib.racs_adamw, 2e-2),
     "scale": Entry(ng.contrib.scale_sgd, 1e-3),
     "published-galore": Entry(ng.published_galore_adamw, 1e-2),

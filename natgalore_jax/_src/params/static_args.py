@@ -26,6 +26,7 @@ _STRUCTURAL = frozenset(
         "modes",
         "exponent",
         "granularity",
+        "leading",
         "norm",
         "iterations",
         "head",
@@ -35,6 +36,7 @@ _STRUCTURAL = frozenset(
         # Decays: with bfloat16 parameters optax.inject_hyperparams rounds 0.999 to 1.
         "b1",
         "b2",
+        "b3",
         "rho",
         "momentum",
         "decay",
