@@ -64,9 +64,9 @@ def _temporary_bytes(tx: optax.GradientTransformation, shape: tuple[int, ...]) -
     return _account(update.lower(params, state, params).compile())
 
 
-def _no_refresh(settings, plans, gradients, bases, companions, **_):
+def _no_refresh(settings, plans, gradients, bases, basis_states, **_):
     del settings, plans, gradients
-    return list(bases), list(companions)
+    return list(bases), list(basis_states)
 
 
 def _one_layer(shape: tuple[int, ...], rank: int) -> int:

@@ -27,6 +27,7 @@ def composed_adamw(
     learning_rate: optax.ScalarOrSchedule,
     rank: int | tuple[int, ...] = 128,
     eps: float = 1e-8,
+    mu_dtype: Any = None,
     weight_decay: float = 1e-4,
     **settings: Any,
 ) -> optax.GradientTransformationExtraArgs:
@@ -42,12 +43,15 @@ def composed_adamw(
 
     if inner == "stored":
         settings = {"damping": 1e-3, "damping_mode": "absolute"} | settings
-        parts = (ng.woodbury_natural_gradient(**take(STORED)), optax.scale_by_adam(eps=eps))
+        parts = (
+            ng.woodbury_natural_gradient(**take(STORED)),
+            optax.scale_by_adam(eps=eps, mu_dtype=mu_dtype),
+        )
     elif inner == "compact":
-        adam = optax.scale_by_adam(eps=eps, nesterov=True)
+        adam = optax.scale_by_adam(eps=eps, mu_dtype=mu_dtype, nesterov=True)
         parts = (ng.compact_natural_gradient(adam, **take(COMPACT), cautious=True),)
     else:
-        parts = (optax.scale_by_adam(eps=eps),)
+        parts = (optax.scale_by_adam(eps=eps, mu_dtype=mu_dtype),)
     tx = ng.chain(
         ng.low_rank_project(rank, **take(PROJECT)),
         *parts,

@@ -13,7 +13,7 @@ from contract import OPTAX_OPTIMIZERS, signature
 import natgalore_jax as ng
 from natgalore_jax._src.params.plan import LeafPlan
 from natgalore_jax._src.states.entries import SecondMoment, registered_entries
-from natgalore_jax._src.states.transport import find_companions, with_companions
+from natgalore_jax._src.states.transport import find_basis_states, put_back
 
 ROWS, COLS, RANK, STEPS, INTERVAL = 8, 10, 3, 13, 4
 RNG = np.random.default_rng(0)
@@ -149,12 +149,12 @@ def test_the_table_has_every_state_of_optax():
 def transported(state, C, transition="rotate", plan=PLAN):
     """An inner state after a change of the basis by C, without an optimizer around it."""
     structure = jax.tree.structure({"b": 0, "w": 0})
-    companions, skeleton = find_companions(state, structure, [None, plan])
+    basis_states, skeleton = find_basis_states(state, structure, [None, plan])
     moved = [
         {numbers: own.moved(transition, {0: C}) for numbers, own in of_leaf.items()}
-        for of_leaf in companions
+        for of_leaf in basis_states
     ]
-    return with_companions(skeleton, moved)
+    return put_back(skeleton, moved)
 
 
 def change(seed=0, overlap=0.7):

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import optax
 import pytest
+from composed import composed_adamw
 
 import natgalore_jax as ng
 
@@ -17,7 +18,7 @@ PARAMS = {
 
 
 def natural(**kwargs):
-    return ng.natural_galore_adamw(1e-2, **({"rank": 2, "history": 3, "residual": False} | kwargs))
+    return composed_adamw("stored", 1e-2, **({"rank": 2, "history": 3} | kwargs))
 
 
 @pytest.mark.parametrize("history", [2, 3])  # 2 is the rank: then a Gram matrix looks like R

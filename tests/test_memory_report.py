@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from composed import composed_adamw
 from flax import nnx
 
 import natgalore_jax as ng
@@ -22,7 +23,7 @@ LABELS = {k: "hidden" if v.ndim > 1 else "rest" for k, v in PARAMS.items()}
 
 
 def natural(**kwargs):
-    return ng.natural_galore_adamw(1e-2, **({"rank": 2, "history": 3, "residual": False} | kwargs))
+    return composed_adamw("stored", 1e-2, **({"rank": 2, "history": 3} | kwargs))
 
 
 def row(report, path):
@@ -312,3 +313,12 @@ def test_gradients_of_a_sharded_step_are_counted_on_one_device():
     account = ng.memory_report(descent, params, step=compiled).step
     assert account.gradient_bytes <= 4 * 64 * 48 // 8
     assert account.argument_bytes == 4 * (64 * 48 // 8 + 4 * 64)
+
+
+def test_parameters_on_a_mesh_with_explicit_axes_are_counted_whole():
+    mesh = jax.make_mesh((4,), ("data",))
+    columns = jax.NamedSharding(mesh, jax.P(None, "data"))
+    sharded = {"w": jax.device_put(jnp.ones((6, 8)), columns)}
+    assert ng.memory_report(natural(), sharded) == ng.memory_report(
+        natural(), {"w": jnp.ones((6, 8))}
+    )

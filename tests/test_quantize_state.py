@@ -281,8 +281,6 @@ def test_moment_bits_of_the_factories():
         assert optax.tree.get(state, "codes").nu["w"].shape == (64, 160)
         with pytest.raises(ValueError, match="moment_bits must be None or 8, got 4"):
             factory(1e-2, moment_bits=4)
-        with pytest.raises(ValueError, match="mu_dtype"):
-            factory(1e-2, moment_bits=8, mu_dtype=jnp.bfloat16)
         assert "moment_bits" in ng.structural_args(factory)
 
 

@@ -187,7 +187,7 @@ def _back(plan, N, P):
 
 @kernel("plan")
 def _error(plan, b1, A, R, then, now, old):
-    """What the projections of gradient and momentum lost, in the dtype of ``old``."""
+    """Error feedback: gradient and momentum less their projections, in the dtype of ``old``."""
     (M, P), (M_rotated, P_new) = then, now
     past = b1 / (1 - b1)
     kept = project_back(plan, R + past * M_rotated, (P_new,))

@@ -1,4 +1,4 @@
-"""What is added before bits are cut off, so that rounding is right on average."""
+"""Low-discrepancy dither that makes rounding unbiased over time."""
 
 import jax
 import jax.numpy as jnp

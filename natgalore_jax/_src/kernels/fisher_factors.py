@@ -42,7 +42,7 @@ def gram(R: jax.Array, axis: int, batch_ndim: int, *, diagonal: bool) -> jax.Arr
 def averaged(
     A: jax.Array, new: jax.Array, decay: jax.typing.ArrayLike, batch_ndim: int
 ) -> jax.Array:
-    """``β A + (1 − β) A'``, starting at the first A'; one that is not finite is dropped."""
+    """``β A + (1 − β) A'``, from the first A' on; a non-finite A' is skipped."""
     own = tuple(range(batch_ndim, A.ndim))
     is_empty = jnp.sum(jnp.abs(A), own, keepdims=True) == 0
     is_sound = jnp.isfinite(jnp.sum(new, own, keepdims=True))

@@ -34,7 +34,7 @@ _SHORTEST_AXIS = 64
 
 
 class Blocks(NamedTuple):
-    """How an array is divided: blocks of ``size`` along ``axis``, the last one may be shorter."""
+    """Blocks of ``size`` along ``axis``; the last block may be shorter."""
 
     axis: int
     size: int
@@ -62,7 +62,7 @@ def blocks_of(shape: Sequence[int], block_size: int, batch: int = 0) -> Blocks:
 
 
 def blocks_between(shape: Sequence[int], bounds: Sequence[int]) -> Blocks:
-    """The blocks of an array, from its shape and that of its bounds."""
+    """Blocks of an array, from the shapes of the array and of its scales."""
     axis = next((a for a, (n, k) in enumerate(zip(shape, bounds, strict=True)) if n != k), 0)
     return Blocks(axis, math.ceil(shape[axis] / bounds[axis]), bounds[axis])
 
@@ -96,7 +96,7 @@ def _by_block(reduction, x: jax.Array, blocks: Blocks) -> jax.Array:
 
 
 def spread(bounds: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """What :func:`block_max` returns, repeated for each element of the blocks."""
+    """Repeat the numbers of :func:`block_max` for each element of the blocks."""
     axis, size, count = blocks_between(shape, bounds.shape)
 
     def repeat(x):

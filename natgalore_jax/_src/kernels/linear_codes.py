@@ -68,7 +68,7 @@ def codes_shape(shape: Sequence[int], bits: int, batch: int = 0) -> tuple[int, .
 
 
 def relative_error(bits: int) -> float:
-    """The mean square of what rounding adds, over that of normal numbers in blocks of 256.
+    """Mean square of the rounding error of normal numbers in blocks of 256, relative to their own.
 
     s² / 12 with s = 3 / c_max: three standard deviations is the largest of so many.
     """
@@ -114,7 +114,7 @@ Stored = jax.Array | LinearCodes
 
 
 def bits_of(coded: LinearCodes) -> int:
-    """How many bits a number has; the fields may be trees."""
+    """Bits of a code; the fields may be trees."""
     return 4 if any(x.dtype == jnp.uint8 for x in jax.tree.leaves(coded.codes)) else 8
 
 
@@ -193,7 +193,7 @@ def leaves_of(flatten: Callable[[Any], list[Any]], tree: Any) -> list[Any]:
 
 
 def tree_of(treedef: Any, leaves: Sequence[Any], is_coded: bool) -> Any:
-    """What :func:`leaves_of` takes apart."""
+    """Inverse of :func:`leaves_of`."""
     if not is_coded:
         return treedef.unflatten(leaves)
     pairs = [

@@ -95,7 +95,7 @@ def project(
 
 @kernel("plan")
 def project_to_stored(plan: LeafPlan, G: jax.Array, factors: Sequence[jax.Array]) -> jax.Array:
-    """:func:`project`, its result divided over devices as moments are stored.
+    """:func:`project`, sharded as moments are stored.
 
     Where a projected axis is divided, R is a sum over devices. It is summed in float32 and each
     device receives the part that it stores, instead of all of it.

@@ -1,4 +1,4 @@
-"""The part of a gradient outside its subspace, ``E = G − P Pᵀ G``, made an update.
+"""Residual update: ``E = G − P Pᵀ G``, rescaled by a rule and added back.
 
 Everything here is one parameter: N and R have the low-rank shape, G the full one. φ has one number
 for each column of a matrix if the rows are projected, for each row if the columns are, and one for
@@ -6,6 +6,7 @@ the whole matrix if both sides are, or for Tucker.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -23,8 +24,6 @@ from natgalore_jax._src.params.placement import (
 from natgalore_jax._src.params.plan import LeafPlan
 
 Rule = Literal["none", "fira", "fisher"]
-# σ where none is given.
-RESIDUAL_SCALE = {"fira": 1.0, "fisher": 0.4}
 
 # δ: the share of a column's mean squared gradient that is added to its Fisher entry. Where a basis
 # holds all of a column, rounding errors are not blown up to the size of an update.
@@ -47,7 +46,7 @@ class Residual(NamedTuple):
     @property
     def keeps_norm(self) -> bool:
         """Whether the limit compares with the norm of the last update, which is then stored."""
-        return self.norm_growth_limit is not None and self.rule == "fira"
+        return self.norm_growth_limit is not None and RULES[self.rule].rms is None
 
 
 class PhiAxes(NamedTuple):
@@ -66,6 +65,40 @@ class Energies(NamedTuple):
     G: jax.Array
     #: ``‖g − P Pᵀ g‖² = ‖g‖² − ‖Pᵀ g‖²``, because P is orthonormal: it needs no product.
     E: jax.Array
+
+
+class Outside(NamedTuple):
+    """One parameter, for a rule."""
+
+    settings: Residual
+    axes: PhiAxes
+    size: int  # numbers of G that one entry of φ is for
+    N: jax.Array
+    energy: Energies
+    basis_error: float
+
+
+class ResidualRule(NamedTuple):
+    """Rule of the residual update; a new rule is an entry of ``RULES`` and a name in ``Rule``."""
+
+    phi: Callable[[Outside, Any], tuple[jax.Array, Any]]  # φ and the new memory, from the old one
+    scale: float  # σ where none is given
+    rms: float | None  # of E diag(φ), where the rule makes it known: the limit then needs no memory
+    memory: Callable[[LeafPlan, Any], Any] | None = None  # before the first gradient
+
+
+def _fira(x: Outside, memory: Any) -> tuple[jax.Array, Any]:
+    """``‖N_:j‖ / ‖R_:j‖``."""
+    return gain(jnp.sum(jnp.square(x.N), x.axes.low), x.energy.R), memory
+
+
+def _fisher(x: Outside, c: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``1 / √(c_j + δ mean_i G_ij²)`` with c the average of ``mean_i E_ij²``."""
+    mean_square = x.energy.E / x.size
+    if x.settings.norm_growth_limit is not None:
+        mean_square = without_spike(x.axes, mean_square, c)
+    c = average(c, mean_square, x.settings.decay)
+    return inverse_root(c + (FISHER_DAMPING + x.basis_error) / x.size * x.energy.G), c
 
 
 def with_residual(
@@ -89,7 +122,7 @@ def with_residual(
       direction: batch, the sign that the residual takes.
       N, R, G: the inner update, the low-rank gradient, the gradient.
       last_norm: the norm of the last residual update, or a hole unless ``settings.keeps_norm``.
-      fisher: c of the last step, or a hole if the rule is not "fisher".
+      fisher: the memory of the rule, c of the last step, or a hole if it has none.
       basis_error: the share of a column's energy that is in E because P is stored in few bits,
         and that ‖g‖² − ‖Pᵀ g‖² does not show; it is added to δ.
 
@@ -98,22 +131,15 @@ def with_residual(
     """
     dtype, axes = N.dtype, phi_axes(plan)
     N, R, G = (x.astype(jnp.float32) for x in (N, R, G))
-    energy = energies(axes, R, G)
-    if settings.rule == "fira":
-        phi = gain(jnp.sum(jnp.square(N), axes.low), energy.R)
-    else:
-        size = math.prod(plan.shape[a] for a in axes.full)
-        mean_square = energy.E / size
-        if settings.norm_growth_limit is not None:
-            mean_square = without_spike(axes, mean_square, fisher)
-        fisher = average(fisher, mean_square, settings.decay)
-        phi = inverse_root(fisher + (FISHER_DAMPING + basis_error) / size * energy.G)
+    energy, rule = energies(axes, R, G), RULES[settings.rule]
+    size = math.prod(plan.shape[a] for a in axes.full)
+    phi, fisher = rule.phi(Outside(settings, axes, size, N, energy, basis_error), fisher)
     phi = jnp.multiply(settings.scale, phi)
     if settings.norm_growth_limit is not None:
         level = last_norm
-        if settings.rule == "fisher":
+        if rule.rms is not None:
             entries = math.prod(plan.shape[a] for mode in plan.modes for a in mode)
-            level = jnp.abs(settings.scale) * math.sqrt(entries)
+            level = jnp.abs(settings.scale) * (rule.rms * math.sqrt(entries))
         phi, norm = limited(axes, phi, energy, level, settings.norm_growth_limit)
         last_norm = norm if settings.keeps_norm else last_norm
     phi = phi * jnp.expand_dims(direction, tuple(range(axes.batch_ndim, phi.ndim)))
@@ -129,6 +155,13 @@ def with_residual(
 def empty_fisher(plan: LeafPlan, low_rank: Any) -> jax.Array:
     """c before the first gradient: zeros, sharded as the low-rank leaf."""
     return jnp.sum(optax.tree.zeros_like(low_rank, dtype=jnp.float32), phi_axes(plan).low)
+
+
+# σ of "fisher" is twice the root mean square of AdamW's updates.
+RULES = {
+    "fira": ResidualRule(_fira, scale=1.0, rms=None),
+    "fisher": ResidualRule(_fisher, scale=0.4, rms=1.0, memory=empty_fisher),
+}
 
 
 def phi_axes(plan: LeafPlan, *, by_channel: bool = True) -> PhiAxes:
@@ -161,13 +194,13 @@ def on_axes_of_gradient(axes: PhiAxes, phi: jax.Array) -> jax.Array:
 
 
 def gain(energy_N: jax.Array, energy_R: jax.Array) -> jax.Array:
-    """``‖N_:j‖ / ‖R_:j‖``, what the inner optimizer made of the projected part; 0 where R is 0."""
+    """``‖N_:j‖ / ‖R_:j‖``, the gain of the inner optimizer; 0 where R is 0."""
     unseen = energy_R == 0
     return jnp.sqrt(jnp.where(unseen, 0.0, energy_N / jnp.where(unseen, 1.0, energy_R)))
 
 
 def average(c: jax.Array, new: jax.Array, decay: jax.typing.ArrayLike) -> jax.Array:
-    """``β c + (1 − β) c'``, starting at the first c' that is not zero, past those not finite."""
+    """``β c + (1 − β) c'``, from the first non-zero c' on; non-finite c' are skipped."""
     mixed = new + jnp.where(c > 0, decay, 0.0) * (c - new)
     return jnp.where(jnp.isfinite(new), mixed, c)
 
@@ -178,7 +211,7 @@ def inverse_root(c: jax.Array) -> jax.Array:
 
 
 def without_spike(axes: PhiAxes, new: jax.Array, c: jax.Array) -> jax.Array:
-    """``new``, scaled down so that its sum over a matrix is at most κ times that of ``c``."""
+    """``new``, scaled down to a sum over a matrix of at most κ times the sum of ``c``."""
     matrix = tuple(range(axes.batch_ndim, c.ndim))
     known, total = (jnp.sum(x, matrix, keepdims=True) for x in (c, new))
     is_spike = (known > 0) & (total > SPIKE * known) & jnp.isfinite(total)

@@ -1,4 +1,4 @@
-"""What was stored in the coordinates of an old basis, in those of a new one.
+"""Moments and history in the coordinates of a new basis.
 
 ``C = P'ᵀ P`` (r, r) takes coordinates in P to coordinates in P'. The arrays here are one matrix's:
 low-rank coordinates without batch axes. Rows of C have norms of at most one.

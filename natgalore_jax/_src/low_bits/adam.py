@@ -117,7 +117,7 @@ def adam_with_bits(
     eps: float,
     nesterov: bool = False,
 ) -> optax.GradientTransformation:
-    """Adam with moments of 8 bits, or as Optax stores them: what ``moment_bits`` says."""
+    """Adam with moments in 8 bits, or as Optax stores them (None)."""
     if moment_bits is None:
         return optax.scale_by_adam(b1=b1, b2=b2, eps=eps, nesterov=nesterov)
     if moment_bits != 8 or isinstance(moment_bits, bool):

@@ -21,8 +21,10 @@ from natgalore_jax._src.kernels.float8_blocks import (
 from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
 from natgalore_jax._src.params.checks import check_integer
 from natgalore_jax._src.params.context import current_subspace
+from natgalore_jax._src.params.plan import LeafPlan
 from natgalore_jax._src.params.where import KeyPath, Where, selected, shape_and_dtype
 from natgalore_jax._src.states.entries import (
+    Part,
     SecondMoment,
     StateType,
     register_type,
@@ -51,6 +53,11 @@ class _InnerState(StateType):
             state.codes,
             state.scales,
         )
+
+    def parts(self, state):
+        # A scale stands for about as many numbers, whatever the side.
+        scales = Part(None, state.scales, LeafPlan.low_rank_size)
+        return [Part(None, (state.count, state.codes)), scales]
 
 
 register_type(QuantizedState, _InnerState())
@@ -271,7 +278,7 @@ def dithered(
 
 @own_arithmetic
 def at_least_float32(x: jax.Array) -> jax.Array:
-    """What is kept between steps has few bits, what happens in a step has all."""
+    """float32 within a step; fewer bits are for the state between steps."""
     x = jnp.asarray(x)
     is_narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
     return x.astype(jnp.float32) if is_narrow else x

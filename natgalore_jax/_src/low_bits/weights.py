@@ -27,7 +27,7 @@ _TINY = np.float32(jnp.finfo(jnp.bfloat16).tiny)
 
 
 class QuantizedWeights(NamedTuple):
-    """What :func:`.quantize_weights` returns: parameters of which some are in 8 bits."""
+    """Parameters, some of them in 8 bits, from :func:`.quantize_weights`."""
 
     count: jax.typing.ArrayLike  #: shape (), int32: how often they were rounded
     #: The tree of parameters: int8 where scales has an array, elsewhere the parameter itself.

@@ -1,4 +1,4 @@
-"""What several optimizers keep for the same parameters, side by side."""
+"""States of several optimizers for the same parameters, side by side."""
 
 from typing import Any
 

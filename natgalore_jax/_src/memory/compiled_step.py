@@ -1,4 +1,4 @@
-"""What a compiled training step takes on one device, beside the state of its optimizer."""
+"""Memory of a compiled training step on one device."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""What an optimizer's state costs in bytes, from shapes alone."""
+"""Bytes of an optimizer's state, from shapes alone."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -58,7 +58,7 @@ class MemoryGroup:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryReport:
-    """What :func:`memory_report` returns: one row per parameter, and sums, in bytes.
+    """Result of :func:`memory_report`: one row per parameter, and sums, in bytes.
 
     ``str(report)`` is a table, :meth:`to_dict` is ready for JSON.
     """
@@ -129,7 +129,7 @@ def memory_report(
     step: jax.stages.Compiled | None = None,
     live_gradients: int | None = None,
 ) -> MemoryReport:
-    r"""What the state of an optimizer costs in bytes, by parameter and part, beside AdamW's.
+    r"""Bytes of an optimizer's state by parameter and part, beside AdamW's.
 
     Nothing is computed and no array is made: ``tx.init`` is traced with shapes and dtypes. The sum
     is exactly that of all leaves of ``tx.init(params)``. For an m × n matrix at rank r, with a
@@ -216,7 +216,10 @@ def memory_report(
     if step is not None:
         gradients = bytes_per_device(params) if live_gradients is None else live_gradients
         whole_step = step_memory(step, gradients)
-    params = jax.eval_shape(lambda p: p, params)
+    # Without shardings: they do not count here, and init would need the mesh of explicit ones.
+    params = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), jax.eval_shape(lambda p: p, params)
+    )
     with record_plans() as recorded:
         # A new function each time: eval_shape would not trace a function that it has seen, and
         # nothing would be recorded.
@@ -226,7 +229,7 @@ def memory_report(
         plans.setdefault(plan.path, {})[plan] = None
 
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    pieces, shared_bytes = attribute(tx, state, [path for path, _ in leaves])
+    pieces, shared_bytes = attribute(tx, state, jax.tree.structure(params))
     rows = []
     for (path, leaf), own in zip(leaves, pieces, strict=True):
         name = str(KeyPath(path))
@@ -330,7 +333,7 @@ def _alternative_block(report: MemoryReport) -> list[str]:
 
 
 def _step_block(report: MemoryReport) -> list[str]:
-    """What one device holds at the peak of the compiled step, if there is one."""
+    """Peak of the compiled step on one device, if a step was given."""
     step = report.step
     if step is None:
         return []
@@ -352,7 +355,7 @@ def _cell(count: int) -> str:
 
 
 def _label(group: MemoryGroup) -> str:
-    """The names of a group in one: what differs between them is a star."""
+    """One name for a group: keys that differ are a star."""
     names = [path.split("/") for path in group.paths]
     if len({len(name) for name in names}) > 1:
         return f"{group.paths[0]}, …"

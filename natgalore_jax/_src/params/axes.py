@@ -1,4 +1,4 @@
-"""Which axes of a parameter form its matrix."""
+"""Axes of a parameter that form its matrix."""
 
 import dataclasses
 from collections.abc import Callable
@@ -50,7 +50,7 @@ class MatrixAxes:
 
     @property
     def sides(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The axes of the rows and those of the columns."""
+        """Axes of the rows and axes of the columns."""
         return cast(Any, (self.rows, self.cols))
 
 

@@ -1,4 +1,4 @@
-"""Checks of arguments: what is required, what was received, which parameter."""
+"""Checks of arguments; errors name the requirement, the value and the parameter."""
 
 import contextlib
 from collections.abc import Sequence

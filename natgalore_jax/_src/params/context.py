@@ -1,4 +1,4 @@
-"""What a transformation inside a subspace may ask about it while it is initialised.
+"""Context of a subspace, for the transformations inside it and for layer-by-layer updates.
 
 ``init`` receives only the low-rank tree, in which a projected matrix and an untouched one look the
 same, and transformations may be nested inside others that know nothing of subspaces
@@ -58,7 +58,7 @@ def record_plans() -> Iterator[list[LeafPlan]]:
 
 
 class LayerView(NamedTuple):
-    """What an ``update`` is given in the place of all parameters by :func:`.per_layer`.
+    """Part of the parameters that :func:`.per_layer` gives to ``update`` instead of all.
 
     Stacked parameters, (L, ...), are one of their layers, (1, ...), and parameters that are not
     active are zeros whose updates nobody reads.
@@ -87,13 +87,13 @@ def is_active(plan: LeafPlan) -> bool:
 
 
 def layer_index() -> jax.Array | int:
-    """Which layer the first one is that stacked parameters have here."""
+    """Number of the first layer of the stacked parameters that is here."""
     view = _layer.get()
     return 0 if view is None else view.index
 
 
 def matrices_of(plan: LeafPlan) -> tuple[int, jax.Array | int]:
-    """How many matrices the whole parameter has, and the number of the first one that is here."""
+    """Number of matrices of the whole parameter, and number of the first matrix that is here."""
     view = _layer.get()
     if view is None:
         return plan.layers, 0

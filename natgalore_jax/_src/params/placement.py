@@ -1,4 +1,4 @@
-"""Where low-rank gradients and bases are, on a mesh with explicit axes. Elsewhere XLA decides.
+"""Sharding of low-rank gradients and bases on meshes with explicit axes; elsewhere XLA decides.
 
 A gradient with the spec (l, a, b), of layers, rows and columns, has R = PᵀG with (l, –, b) and
 P with (l, a, –). A mesh axis that the projected side frees goes to an axis that is left where it
@@ -43,7 +43,7 @@ def explicit_axes_of(x: jax.Array) -> set[str]:
 
 
 def placed(x: jax.Array, names: Iterable[Names]) -> jax.Array:
-    """x with its axes divided like this; itself if they are."""
+    """x with this sharding; x itself if it has it already."""
     names = list(names)
     return x if names_of(x) == names else reshard(x, spec_of(names))
 
@@ -69,7 +69,7 @@ def in_auto_axes(function: Any, like: jax.Array) -> Any:
 
 
 def low_rank_names(plan: LeafPlan, like: jax.Array, *, spread: bool) -> list[Names]:
-    """What divides the axes of R (``plan.low_rank_shape``) of a parameter that is as ``like``.
+    """Mesh axes over which R (``plan.low_rank_shape``) is sharded, given a parameter ``like``.
 
     ``spread``: as it is stored, freed mesh axes in use; else as it is multiplied with a basis.
     """
@@ -135,6 +135,6 @@ def _divides(mesh: Any, names: Names, length: int) -> bool:
 
 
 def zeros_on_axes(x: jax.Array, ndim: int, dtype: Any) -> jax.Array:
-    """Zeros of the first axes of x, divided as those are."""
+    """Zeros of the first axes of x, with their sharding."""
     zeros = jnp.zeros(x.shape[:ndim], dtype)
     return placed(zeros, names_of(x)[:ndim]) if has_explicit_sharding(x) else zeros

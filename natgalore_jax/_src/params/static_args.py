@@ -1,4 +1,4 @@
-"""Which arguments of a factory cannot change while training runs."""
+"""Arguments of a factory that cannot change while training runs."""
 
 import inspect
 from collections.abc import Callable
@@ -26,13 +26,19 @@ _STRUCTURAL = frozenset(
         "modes",
         "exponent",
         "granularity",
+        "leading",
+        "norm",
+        "iterations",
+        "head",
         "error_feedback",
         "cautious",
         "nesterov",
         # Decays: with bfloat16 parameters optax.inject_hyperparams rounds 0.999 to 1.
         "b1",
         "b2",
+        "b3",
         "rho",
+        "momentum",
         "decay",
         "residual_decay",
         "fisher_decay",

@@ -26,7 +26,7 @@ class Functions(NamedTuple):
 
 
 class Backward(NamedTuple):
-    """What is left to do after the forward pass and the head's backward pass."""
+    """State of the backward pass after the forward pass and the head's backward pass."""
 
     loss: jax.Array
     early: tuple[int, ...]  # parameters whose gradients are complete: those of the head alone

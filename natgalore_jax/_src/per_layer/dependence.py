@@ -1,4 +1,4 @@
-"""Which inputs of a function its outputs depend on, read from its jaxpr.
+"""Dependence of a function's outputs on its inputs, read from its jaxpr.
 
 A set of inputs is an integer with one bit for each of them, so that unions are cheap.
 """
@@ -10,7 +10,7 @@ from jax.extend import core
 
 
 def sources_of_outputs(jaxpr: core.ClosedJaxpr, sources: Sequence[int]) -> list[int]:
-    """What each output depends on, given what each input stands for.
+    """Sources of each output, given the sources of each input.
 
     Nothing that is returned is missing; an operation that is not known to be more selective is
     taken to use all of its operands for all of its results.
@@ -72,7 +72,7 @@ def _of_equation(equation: Any, inputs: list[int]) -> list[int]:
 
 
 def _constants_and_carry(params: Any) -> tuple[int, int]:
-    """How many operands of a scan are constants, and how many are carried."""
+    """Numbers of constants and of carried operands of a scan."""
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]
     constants, carry, _ = params["ft_in"].unpack()  # jax 0.12 has trees of them

@@ -16,7 +16,7 @@ Selector = str | Callable[[Any], Any]
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """Which leaves of a tree of parameters belong to the stack. Leaves are known by number."""
+    """Leaves of a tree of parameters that belong to the stack, by number."""
 
     treedef: Any
     paths: tuple[str, ...]
@@ -41,7 +41,7 @@ class Parts:
         ]
 
     def without_stack(self, leaves: Mapping[int, Any]) -> Any:
-        """The tree of parameters with shapes in the place of the stacked ones."""
+        """The tree of parameters with shapes instead of the stacked parameters."""
         return self.treedef.unflatten(leaves.get(i, x) for i, x in enumerate(self.shapes))
 
 

@@ -24,7 +24,7 @@ class SplitOptimizer(NamedTuple):
 
 
 class PartUpdate(NamedTuple):
-    """What an update gives, leaf by leaf."""
+    """Result of an update, leaf by leaf."""
 
     params: list[jax.Array]  # of the active parameters
     own: list[jax.Array]  # the state of the active parameters
@@ -103,7 +103,7 @@ def _filled(
 def _check_independence(
     parts: Parts, layout: StateLayout, active: Sequence[int], jaxpr: core.ClosedJaxpr
 ) -> None:
-    """What is active depends on nothing that is not, and what is shared on no parameter at all."""
+    """Active outputs depend on active inputs alone, shared outputs on no parameter."""
     of_parameters = [1 << i for i in range(len(parts.paths))]
     of_state = [0 if owner is None else 1 << owner for owner in layout.owners]
     sources = sources_of_outputs(jaxpr, [0, *of_parameters, *of_parameters, *of_state])

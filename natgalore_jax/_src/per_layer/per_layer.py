@@ -41,14 +41,14 @@ class PerLayerState(NamedTuple):
 
 
 class PerLayerMetrics(NamedTuple):
-    """What a step of :func:`.per_layer` measures, before it changes anything."""
+    """Measurements of a step of :func:`.per_layer`, before any update."""
 
     loss: jax.Array  #: shape (), what head returned
     grad_norm: jax.Array  #: shape (), float32: of the gradient of all parameters, unclipped
 
 
 class PerLayer(NamedTuple):
-    """What :func:`.per_layer` returns."""
+    """Result of :func:`.per_layer`."""
 
     init: Callable[[Any], PerLayerState]  #: ``params -> state``
     #: ``(params, state, batch) -> (params, state, metrics)``; jitted, takes over params and state.

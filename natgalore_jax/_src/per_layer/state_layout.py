@@ -1,4 +1,4 @@
-"""What the leaves of an optimizer's state belong to."""
+"""Owners and layer axes of the leaves of an optimizer's state."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ from natgalore_jax._src.params.context import record_plans
 from natgalore_jax._src.params.plan import LeafPlan
 from natgalore_jax._src.params.where import KeyPath
 from natgalore_jax._src.per_layer.layer_parts import Parts, with_length
-from natgalore_jax._src.states.entries import entries_of
+from natgalore_jax._src.states.entries import owners_of
 
 
 @dataclasses.dataclass(frozen=True)
 class StateLayout:
-    """What the leaves of an optimizer's state belong to; one entry for each of them."""
+    """Owners and layer axes of the leaves of an optimizer's state; one entry per leaf."""
 
     treedef: Any
     shapes: tuple[jax.ShapeDtypeStruct, ...]
@@ -60,7 +60,7 @@ def state_layout(tx: optax.GradientTransformation, parts: Parts) -> StateLayout:
         paths,
         jax.tree.leaves(state),
         jax.tree.leaves(deeper),
-        _owners(tx, parts, state),
+        owners_of(tx, state, parts.treedef),
         strict=True,
     ):
         axis = _layer_axis(path, here.shape, there.shape, parts.length)
@@ -83,20 +83,6 @@ def _init(
         params = parts.treedef.unflatten(parts.with_length(length))
         state = jax.eval_shape(lambda params: tx.init(params), params)
     return state, plans
-
-
-def _owners(tx: optax.GradientTransformation, parts: Parts, state: Any) -> list[int | None]:
-    """For each leaf of the state the number of its parameter, None for the others."""
-    owners: list[int | None] = [None] * len(jax.tree.leaves(state))
-
-    def mark(tree):
-        for owner, entry in enumerate(entries_of(tree, parts.treedef)):
-            for number in jax.tree.leaves(entry):
-                owners[number] = owner
-
-    numbered = jax.tree.unflatten(jax.tree.structure(state), range(len(owners)))
-    optax.tree.map_params(tx.init, mark, numbered, is_leaf=lambda _: True)
-    return owners
 
 
 def _layer_axis(path: str, here: tuple, there: tuple, length: int) -> int | None:

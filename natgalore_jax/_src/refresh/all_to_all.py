@@ -1,4 +1,4 @@
-"""Stacks that are divided over devices along any axes, dealt out by their layers, and back.
+"""Stacks sharded along any axes, resharded by whole layers, and back.
 
 For use within ``jax.shard_map``: arrays are the parts that one device has. ``of`` has the mesh axes
 that divide each axis of the whole array, ``names`` all of them, those of the layers first. One

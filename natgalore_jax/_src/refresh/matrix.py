@@ -2,8 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,17 +45,6 @@ class Due(NamedTuple):
     is_first: jax.Array  # whether the basis is only a start
 
 
-class Companion(Protocol):
-    """Something stored in the coordinates of a basis: a moment, a history.
-
-    It is a pytree whose arrays have the batch axes of the parameter first.
-    """
-
-    def moved(self, transition: str, C_of_axis: Mapping[int, jax.Array]) -> "Companion":
-        """One matrix's companion, without batch axes, in the coordinates of the new basis."""
-        ...
-
-
 StoredFactors = tuple[Stored, ...]
 
 
@@ -78,25 +66,25 @@ def _layer_of(plan: LeafPlan, G: jax.Array, index: tuple[jax.Array, ...]) -> jax
 
 
 class Matrix(NamedTuple):
-    """One matrix of a parameter, without batch axes: its gradient, bases and companions."""
+    """One matrix of a parameter, without batch axes: gradient, bases and basis-dependent state."""
 
     tensor: jax.Array  # its axes in the order of the modes
     basis: StoredFactors
-    companions: list[Any]
+    basis_states: list[Any]
 
 
 def take_matrix(
-    plan: LeafPlan, G: jax.Array, basis: StoredFactors, companions: Any, layer: jax.Array
+    plan: LeafPlan, G: jax.Array, basis: StoredFactors, basis_states: Any, layer: jax.Array
 ) -> Matrix:
     """One matrix of a parameter by its number, int32."""
     index = _index_of(plan, layer)
-    return Matrix(_layer_of(plan, G, index), *_take_tree((basis, companions), index))
+    return Matrix(_layer_of(plan, G, index), *_take_tree((basis, basis_states), index))
 
 
 def put_matrix(
     plan: LeafPlan, stored: tuple[StoredFactors, Any], new: tuple[StoredFactors, Any], layer: Any
 ) -> tuple[StoredFactors, Any]:
-    """The bases and companions of a parameter with those of one matrix replaced."""
+    """Bases and basis-dependent state of a parameter, with one matrix replaced."""
     return _put_tree(stored, new, _index_of(plan, layer))
 
 
@@ -107,7 +95,7 @@ def refresh_matrix(
     key: jax.Array,
     is_first: jax.Array,
 ) -> tuple[StoredFactors, Any]:
-    """New bases of one matrix, and its companions in their coordinates.
+    """New bases of one matrix, and its basis-dependent state in their coordinates.
 
     Args:
       settings: how.
@@ -117,18 +105,18 @@ def refresh_matrix(
       is_first: scalar boolean, whether the basis is only a start.
 
     Returns:
-      Bases and companions as they are stored; unchanged for a gradient that is zero or not finite.
+      Bases and basis-dependent state as stored; unchanged for a zero or non-finite gradient.
     """
 
     def renew(stored):
-        basis, companions = stored
-        return _refreshed(settings, plan, matrix.tensor, basis, companions, key, is_first)
+        basis, basis_states = stored
+        return _refreshed(settings, plan, matrix.tensor, basis, basis_states, key, is_first)
 
-    stored = (matrix.basis, matrix.companions)
+    stored = (matrix.basis, matrix.basis_states)
     return jax.lax.cond(is_usable(matrix.tensor), renew, lambda stored: stored, stored)
 
 
-def _refreshed(settings, plan, tensor, basis, companions, key, is_first):
+def _refreshed(settings, plan, tensor, basis, basis_states, key, is_first):
     new_factors, C_of_axis = [], {}
     for number, (mode, U) in enumerate(zip(plan.projected_modes, basis, strict=True)):
         shape = (*plan.mode_shape(mode), plan.rank_of(mode))
@@ -150,8 +138,8 @@ def _refreshed(settings, plan, tensor, basis, companions, key, is_first):
         U_new = store(P_new.reshape(shape), U)
         new_factors.append(jax.tree.map(place_like, U_new, U))
     if settings.transition != "keep":
-        companions = [c.moved(settings.transition, C_of_axis) for c in companions]
-    return tuple(new_factors), companions
+        basis_states = [c.moved(settings.transition, C_of_axis) for c in basis_states]
+    return tuple(new_factors), basis_states
 
 
 def _rounding_of(stored: Stored) -> float:
@@ -160,10 +148,6 @@ def _rounding_of(stored: Stored) -> float:
         return relative_error(bits_of(stored))
     eps = float(jnp.finfo(stored.dtype).eps)
     return eps**2 / 12 if eps > jnp.finfo(jnp.float32).eps else 0.0
-
-
-def is_companion(x: Any) -> bool:
-    return hasattr(x, "moved")
 
 
 def _unfold(plan: LeafPlan, tensor: jax.Array, mode: int) -> jax.Array:
@@ -179,7 +163,7 @@ def _unfold(plan: LeafPlan, tensor: jax.Array, mode: int) -> jax.Array:
 
 
 def _with_whole_rows(G: jax.Array) -> jax.Array:
-    """G divided over devices by columns alone, so that ``G Gᵀ`` is a sum over the devices."""
+    """G sharded by columns alone, so that ``G Gᵀ`` is a sum over devices."""
     if not has_explicit_sharding(G):
         return G
     of_rows, of_columns = names_of(G)

@@ -1,4 +1,4 @@
-"""New bases for the matrices that are due, and their companions carried over to them.
+"""New bases for the matrices that are due for a refresh, and transport of their state.
 
 Parameters of one kind share one program: a loop over the matrices that are due, which picks one,
 refreshes it and puts it back. A program for each parameter would take the compiler as many times as
@@ -25,13 +25,13 @@ from natgalore_jax._src.refresh.matrix import (
     Due,
     RefreshSettings,
     StoredFactors,
-    is_companion,
     put_matrix,
     refresh_matrix,
     take_matrix,
 )
 from natgalore_jax._src.refresh.schedule import due_matrices
 from natgalore_jax._src.refresh.sharded import groups_of, refresh_group
+from natgalore_jax._src.states.transport import is_basis_state
 
 # A program for parameters of one kind takes at most so many of them, because to pick one of N it
 # has N branches of N arguments, and at most so many bytes of gradients: they all have to be there
@@ -45,7 +45,7 @@ def refresh(
     plans: Sequence[LeafPlan],
     gradients: Sequence[jax.Array],
     bases: Sequence[StoredFactors],
-    companions: Sequence[Any],
+    basis_states: Sequence[Any],
     step: jax.Array,
     accumulation: int = 1,
     axis_name: str | None = None,
@@ -65,9 +65,9 @@ def refresh(
 
     Args:
       settings: when and how.
-      plans, gradients, bases, companions: one entry for each projected leaf. A basis is one array
-        per projected mode, or codes of one; companions are any pytree of
-        :class:`natgalore_jax._src.refresh.matrix.Companion`.
+      plans, gradients, bases, basis_states: one entry for each projected leaf. A basis is one array
+        per projected mode, or codes of one; basis_states are any pytree of
+        :class:`natgalore_jax._src.refresh.matrix.BasisState`.
       step: scalar int32.
       accumulation: see :func:`due_matrices`.
       axis_name: of devices that have gradients of their own, of which the mean counts. Those of the
@@ -75,7 +75,7 @@ def refresh(
       is_scheduled: scalar boolean; where it is False only first refreshes are due.
 
     Returns:
-      The new bases and companions.
+      The new bases and basis-dependent states.
     """
     if not plans:
         return [], []
@@ -90,13 +90,13 @@ def refresh(
     step_key = jax.random.fold_in(jax.random.key(settings.seed), step // accumulation)
     schedule = _Schedule(begin, end, step_key)
 
-    new_bases, new_companions = list(bases), list(companions)
+    new_bases, new_states = list(bases), list(basis_states)
     nodes, treedefs = zip(
-        *(jax.tree.flatten(own, is_leaf=is_companion) for own in companions), strict=True
+        *(jax.tree.flatten(own, is_leaf=is_basis_state) for own in basis_states), strict=True
     )
     # Always 0, but opaque to XLA: serialises the loops, which bounds peak memory.
     turn = jnp.zeros([], jnp.int32)
-    dealt = groups_of(plans, gradients, bases, companions) if axis_name is None else []
+    dealt = groups_of(plans, gradients, bases, basis_states) if axis_name is None else []
     for is_dealt, numbers in [(True, x) for x in dealt] + [
         (False, x) for x in _kinds(plans, gradients, bases, nodes, {i for x in dealt for i in x})
     ]:
@@ -114,12 +114,12 @@ def refresh(
                 settings, own_plans[0].unnamed, axis_name, schedule, place, *own, turn
             )
         for i, basis, leaves in zip(numbers, *found, strict=True):
-            new_bases[i], new_companions[i] = basis, treedefs[i].unflatten(leaves)
-    return new_bases, new_companions
+            new_bases[i], new_states[i] = basis, treedefs[i].unflatten(leaves)
+    return new_bases, new_states
 
 
 class _Schedule(NamedTuple):
-    """What is due at a step: matrices from ``begin`` to before ``end``, in the row of all."""
+    """Matrices that are due for a refresh at a step: from ``begin`` to before ``end`` of all."""
 
     begin: jax.Array
     end: jax.Array
@@ -127,7 +127,7 @@ class _Schedule(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """Where parameters stand among all; int32, (parameters,)."""
+    """Positions of parameters among all parameters; int32, (parameters,)."""
 
     leaf: jax.Array  # the number of the parameter
     start: jax.Array  # the first of its matrices that is here, in per_layer
@@ -154,11 +154,11 @@ def _kinds(plans, gradients, bases, nodes, done) -> list[list[int]]:
 
 
 @kernel("settings", "plan", "axis_name", inline=False)
-def _refresh_kind(settings, plan, axis_name, schedule, place, gradients, bases, companions, turn):
+def _refresh_kind(settings, plan, axis_name, schedule, place, gradients, bases, basis_states, turn):
     """The loop over the due matrices of parameters of one kind.
 
     Returns:
-      The new bases and companions of each parameter, and the turn.
+      The new bases and basis-dependent states of each parameter, and the turn.
     """
     layers = plan.layers
     due = _due(plan, schedule, place, bases)
@@ -167,44 +167,44 @@ def _refresh_kind(settings, plan, axis_name, schedule, place, gradients, bases, 
         return jnp.any(carry[0])
 
     def refresh_next(carry):
-        left, bases, companions, turn = carry
+        left, bases, basis_states, turn = carry
         number = jnp.argmax(left).astype(jnp.int32) + turn
         leaf, layer = number // layers, number % layers
         take = [functools.partial(_take_one, plan, i) for i in range(len(gradients))]
-        matrix = jax.lax.switch(leaf, take, layer, gradients, bases, companions)
+        matrix = jax.lax.switch(leaf, take, layer, gradients, bases, basis_states)
         if axis_name is not None:
             matrix = matrix._replace(tensor=jax.lax.pmean(matrix.tensor, axis_name))
         own_key = matrix_key(
             settings.method, schedule.key, place.leaf[leaf], place.start[leaf] + layer
         )
         new = refresh_matrix(settings, plan, matrix, own_key, due.is_first[number])
-        bases, companions = _put_one(plan, (bases, companions), new, leaf, layer)
-        return left.at[number].set(False), bases, companions, jnp.minimum(turn, number)
+        bases, basis_states = _put_one(plan, (bases, basis_states), new, leaf, layer)
+        return left.at[number].set(False), bases, basis_states, jnp.minimum(turn, number)
 
     def refresh_all(carry):
         return jax.lax.while_loop(is_left, refresh_next, carry)
 
-    carry = (due.is_due, list(bases), list(companions), turn)
+    carry = (due.is_due, list(bases), list(basis_states), turn)
     # A loop of no iterations is not free on a CPU: a third of an ordinary step went there.
-    _, bases, companions, turn = jax.lax.cond(
+    _, bases, basis_states, turn = jax.lax.cond(
         jnp.any(due.is_due) | (turn > 0), refresh_all, lambda carry: carry, carry
     )
-    return bases, companions, turn
+    return bases, basis_states, turn
 
 
-def _take_one(plan, i, layer, gradients, bases, companions):
-    return take_matrix(plan, gradients[i], bases[i], companions[i], layer)
+def _take_one(plan, i, layer, gradients, bases, basis_states):
+    return take_matrix(plan, gradients[i], bases[i], basis_states[i], layer)
 
 
 def _put_one(plan, stored, new, leaf, layer):
-    """Bases and companions with those of one matrix of the parameter number ``leaf`` replaced.
+    """Bases and basis-dependent state, with one matrix of parameter number ``leaf`` replaced.
 
     The number counts down on the way through the parameters, so that what each one compiles to is
     the same.
     """
-    bases, companions = list(stored[0]), list(stored[1])
+    bases, basis_states = list(stored[0]), list(stored[1])
     if len(bases) == 1:
-        own = put_matrix(plan, (bases[0], companions[0]), new, layer)
+        own = put_matrix(plan, (bases[0], basis_states[0]), new, layer)
         return [own[0]], [own[1]]
 
     def put(left, own, new):
@@ -214,13 +214,13 @@ def _put_one(plan, stored, new, leaf, layer):
         return left - 1, own
 
     left = leaf
-    for i, own in enumerate(zip(bases, companions, strict=True)):
-        left, (bases[i], companions[i]) = jax.lax.cond(left == 0, put, keep, left, own, new)
-    return bases, companions
+    for i, own in enumerate(zip(bases, basis_states, strict=True)):
+        left, (bases[i], basis_states[i]) = jax.lax.cond(left == 0, put, keep, left, own, new)
+    return bases, basis_states
 
 
-def _refresh_dealt(settings, plans, schedule, place, gradients, bases, companions):
-    """The same of parameters that are divided over devices."""
+def _refresh_dealt(settings, plans, schedule, place, gradients, bases, basis_states):
+    """Refresh of parameters that are sharded over devices."""
     plan = plans[0]
     is_due, is_first = (x.reshape(len(plans), -1) for x in _due(plan, schedule, place, bases))
     first = [
@@ -235,7 +235,7 @@ def _refresh_dealt(settings, plans, schedule, place, gradients, bases, companion
         plans,
         gradients,
         bases,
-        companions,
+        basis_states,
         due=[Due(*x) for x in zip(*due, strict=True)],
         keys=list(keys),
     )
@@ -243,7 +243,7 @@ def _refresh_dealt(settings, plans, schedule, place, gradients, bases, companion
 
 
 def _due(plan: LeafPlan, schedule: _Schedule, place: _Place, bases: Sequence[Any]) -> Due:
-    """What is due of parameters of one kind: (parameters · layers,). First ones always are."""
+    """Matrices of one kind that are due for a refresh: (parameters · layers,)."""
     mode, nb = plan.projected_modes[0], len(plan.batch)
     columns = [
         jax.lax.slice_in_dim(load(P[0], plan.factor_shape(mode), jnp.float32, nb), 0, 1, axis=-1)
@@ -275,7 +275,7 @@ def matrix_key(
 
 @kernel("batch")
 def first_gradients(G: jax.Array, started: jax.Array, *, batch: tuple[int, ...]) -> jax.Array:
-    """Which matrices have their first gradient that is finite and not zero.
+    """Matrices with their first gradient that is finite and not zero.
 
     Args:
       G: of a parameter.

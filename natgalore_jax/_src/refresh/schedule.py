@@ -1,4 +1,4 @@
-"""Schedule of refreshes: which matrices are due, by arithmetic on the step count, no tables."""
+"""Schedule of refreshes, by arithmetic on the step count."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The refresh of matrices that are divided over devices: each device factorises its share of them.
+"""Refresh of sharded matrices: each device refreshes some whole matrices.
 
 The layers of a stack, or several parameters of one shape, are dealt out, as many at a time as there
 are devices and only if one of them is due: in one exchange each device receives a matrix whole,
@@ -32,22 +32,22 @@ from natgalore_jax._src.refresh.matrix import (
     Due,
     RefreshSettings,
     StoredFactors,
-    is_companion,
     put_matrix,
     refresh_matrix,
     take_matrix,
 )
+from natgalore_jax._src.states.transport import is_basis_state
 
-Found = tuple[StoredFactors, Any]  # bases and companions of one parameter
+Found = tuple[StoredFactors, Any]  # bases and basis-dependent states of one parameter
 
 
 def groups_of(
     plans: Sequence[LeafPlan],
     gradients: Sequence[jax.Array],
     bases: Sequence[StoredFactors],
-    companions: Sequence[Any],
+    basis_states: Sequence[Any],
 ) -> list[tuple[int, ...]]:
-    """The parameters that are dealt out together: a stack alone, single matrices by shape.
+    """Parameters that are resharded together: a stack alone, single matrices by shape.
 
     A single matrix without another of its shape is not among them, nor is anything that lies whole
     on every device, nor one layer of a stack in :func:`.per_layer`.
@@ -64,7 +64,7 @@ def groups_of(
         if any(of[a] for a in plan.batch) or (devices > 1 and plan.layers > 1):
             groups.append((i,))
         elif devices > 1:
-            stored = jax.tree.leaves(companions[i], is_leaf=is_companion)
+            stored = jax.tree.leaves(basis_states[i], is_leaf=is_basis_state)
             arrays, treedef = jax.tree.flatten((bases[i], stored))
             kind = (dataclasses.replace(plan, path=""), jax.typeof(G))
             singles[kind, treedef, *map(jax.typeof, arrays)].append(i)
@@ -76,24 +76,24 @@ def groups_of(
 
 
 def _names(plan: LeafPlan, G: jax.Array) -> Names:
-    """The mesh axes that divide G; those of its layers first, so that these stay where they are."""
+    """Mesh axes over which G is sharded; the axes of its layers first, so that layers stay."""
     of = names_of(G)
     order = [*plan.batch, *(a for a in range(G.ndim) if a not in plan.batch)]
     return tuple(name for a in order for name in of[a])
 
 
 def _devices(plan: LeafPlan, G: jax.Array) -> int:
-    """How many devices G is divided over."""
+    """Number of devices over which G is sharded."""
     mesh = jax.typeof(G).sharding.mesh
     return math.prod(mesh.shape[name] for name in _names(plan, G))
 
 
 class _Group(NamedTuple):
-    """What is exchanged of one parameter, or of several in a stack."""
+    """Arrays of one parameter, or of several in a stack, that are resharded."""
 
     G: jax.Array
     basis: StoredFactors
-    companions: list[Any]
+    basis_states: list[Any]
 
 
 @kernel("settings", "plans")
@@ -102,7 +102,7 @@ def refresh_group(
     plans: tuple[LeafPlan, ...],
     gradients: Sequence[jax.Array],
     bases: Sequence[StoredFactors],
-    companions: Sequence[Any],
+    basis_states: Sequence[Any],
     *,
     due: Sequence[Due],
     keys: Sequence[jax.Array],
@@ -111,13 +111,13 @@ def refresh_group(
 
     Args:
       settings: how.
-      plans, gradients, bases, companions: as in ``refresh.refresh``, of the parameters of
+      plans, gradients, bases, basis_states: as in ``refresh.refresh``, of the parameters of
         the group.
       due: of each parameter, the matrices that are due.
       keys: of each parameter those of its matrices, for the random methods and the probes.
 
     Returns:
-      The new bases and companions of each parameter, where they were.
+      The new bases and basis-dependent states of each parameter, where they were.
     """
     is_due, is_first = map(jnp.concatenate, zip(*due, strict=True))
     matrix_keys = jnp.concatenate(keys)
@@ -126,12 +126,12 @@ def refresh_group(
         groups = [_Group(G, *x) for G, x in zip(gradients, stored, strict=True)]
         return _dealt(settings, plans, groups, is_due, matrix_keys, is_first)
 
-    stored = list(zip(bases, companions, strict=True))
+    stored = list(zip(bases, basis_states, strict=True))
     return jax.lax.cond(jnp.any(is_due), deal_out, lambda stored: stored, stored)
 
 
 def _dealt(settings, plans, groups, is_due, matrix_keys, is_first):
-    """The matrices to the devices, the refresh of those that are due, and back."""
+    """Whole matrices to devices, refresh of the matrices that are due, and back."""
     is_stack = len(plans) == 1
     plan, names = plans[0] if is_stack else _stacked(plans), _names(plans[0], groups[0].G)
     layer_axis, *other_batch = plan.batch
@@ -162,7 +162,7 @@ def _dealt(settings, plans, groups, is_due, matrix_keys, is_first):
         first = length * jax.lax.axis_index(of_layers) if of_layers else 0
 
         def refresh_some(i, stored):
-            """So many layers as there are devices; the last ones may have been dealt before."""
+            """As many layers as there are devices; the last layers may overlap the ones before."""
             start = jnp.minimum(i * devices, length + padding - devices)
             here = start + jnp.arange(devices, dtype=jnp.int32)
             is_next = (here >= i * devices) & (here < length)
@@ -196,8 +196,8 @@ def _dealt(settings, plans, groups, is_due, matrix_keys, is_first):
                 number = layer * others + i
 
                 def renew(stored):
-                    basis, companions = stored
-                    matrix = take_matrix(own_plan, group.G, basis, companions, i)
+                    basis, basis_states = stored
+                    matrix = take_matrix(own_plan, group.G, basis, basis_states, i)
                     new = refresh_matrix(
                         settings, own_plan, matrix, matrix_keys[number], is_first[number]
                     )
@@ -206,7 +206,7 @@ def _dealt(settings, plans, groups, is_due, matrix_keys, is_first):
                 is_own = (layer >= 0) & is_due[layer, i]
                 return jax.lax.cond(is_own, renew, lambda stored: stored, stored)
 
-            stored = (group.basis, group.companions)
+            stored = (group.basis, group.basis_states)
             return jax.tree.leaves(jax.lax.fori_loop(0, others, refresh_due, stored))
 
         stored = jax.lax.fori_loop(0, math.ceil(length / devices), refresh_some, stored)

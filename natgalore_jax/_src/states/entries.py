@@ -6,7 +6,7 @@ their entries when a basis changes. Arrays of any other type are kept as they ar
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ import optax
 
 from natgalore_jax._src.kernels.float8_blocks import MomentCodes, load_moment, store_moment
 from natgalore_jax._src.kernels.rotation import rotate_centred, rotate_linear, rotate_second_moment
+from natgalore_jax._src.params.plan import LeafPlan
 
 Fields = dict[str, Any]
 
@@ -65,8 +66,18 @@ class Change(NamedTuple):
         return self.shape[self.batch :]
 
 
+class Part(NamedTuple):
+    """Some arrays of a state, for an account of its memory."""
+
+    name: str | None  # "basis", "history", "inner" or "other"; None: that of the state around it
+    tree: Any  # arrays; if ``size`` is None, other states may be among them
+    # How many numbers there are of one parameter, up to a factor that does not depend on the side.
+    # None: as many as before, or as many as R has where an inner array has the shape of R.
+    size: Callable[[LeafPlan], int] | None = None
+
+
 class StateType:
-    """What is known of a type of states; subclasses are registered beside their states."""
+    """Meaning of a type of states; subclasses are registered beside their states."""
 
     roles: Mapping[str, Role] = {}
 
@@ -75,8 +86,12 @@ class StateType:
         return {}
 
     def inner(self, state: Any) -> Any:
-        """The rest of the state, in which other states may be."""
+        """The other fields of the state, in which other states may be."""
         return ()
+
+    def parts(self, state: Any) -> Sequence[Part] | None:
+        """All arrays of the state, by what they are for; None: all for the same."""
+        return None
 
     def moves(self, field: str, entry: Any, shape: tuple[int, ...], batch: int) -> bool:
         """Whether an entry follows the basis; its arrays then have batch axes first."""
@@ -204,7 +219,7 @@ def register_state(state_type: type, /, **fields: FirstMoment | SecondMoment) ->
 
 
 def meaning_of(state: Any) -> StateType | None:
-    """What is registered for the type of a state or its nearest base."""
+    """Registered meaning of the type of a state or of its nearest base."""
     return next((_REGISTERED[t] for t in type(state).__mro__ if t in _REGISTERED), None)
 
 
@@ -245,6 +260,44 @@ def entries_of(tree: Any, treedef: Any) -> list[Any]:
         except ValueError:
             continue
     return [optax.MaskedNode()] * treedef.num_leaves
+
+
+def parts_of(state: Any, name: str = "inner") -> Iterator[tuple[Part, Any]]:
+    """Each array of a state, in the order of states within states, and the part that it is of."""
+
+    def parts(x: Any) -> Sequence[Part] | None:
+        meaning = meaning_of(x)
+        return None if meaning is None else meaning.parts(x)
+
+    for node in jax.tree.leaves(state, is_leaf=lambda x: parts(x) is not None):
+        for part in parts(node) or ():
+            own = part._replace(name=part.name or name)
+            if part.size is None:
+                yield from parts_of(part.tree, part.name or name)
+            else:
+                yield from ((own, leaf) for leaf in jax.tree.leaves(part.tree))
+        if parts(node) is None:
+            yield Part(name, node), node
+
+
+def owners_of(tx: optax.GradientTransformation, state: Any, treedef: Any) -> list[int | None]:
+    """For each array of a state the number of its parameter; None: of no one parameter.
+
+    Args:
+      tx: the transformation, which must support ``optax.tree.map_params``.
+      state: its state, of arrays or shapes.
+      treedef: the structure of the parameters.
+    """
+    owners: list[int | None] = [None] * len(jax.tree.leaves(state))
+
+    def mark(tree):
+        for owner, entry in enumerate(entries_of(tree, treedef)):
+            for number in jax.tree.leaves(entry):
+                owners[number] = owner
+
+    numbered = jax.tree.unflatten(jax.tree.structure(state), range(len(owners)))
+    optax.tree.map_params(tx.init, mark, numbered, is_leaf=lambda _: True)
+    return owners
 
 
 def _axes_of(role: Role, shape: tuple[int, ...]) -> Sequence[tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""What the fields of Optax's states mean; a field that is missing here is kept at a refresh."""
+"""Meaning of the fields of Optax's states; a field that is missing here is kept at a refresh."""
 
 import numpy as np
 import optax

@@ -14,7 +14,7 @@ from natgalore_jax._src.states.entries import Change, Fields, StateType, registe
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BasisState:
-    """What one state holds of one parameter in the coordinates of its bases."""
+    """Fields of one state for one parameter, in the coordinates of its bases."""
 
     fields: Fields  # the entry of each field; arrays have batch axes first
     meaning: StateType = dataclasses.field(metadata={"static": True})
@@ -27,14 +27,18 @@ class BasisState:
         return dataclasses.replace(self, fields=self.meaning.moved(self.fields, change))
 
 
+def is_basis_state(x: Any) -> bool:
+    return isinstance(x, BasisState)
+
+
 # By the numbers of the arrays in the flat state, so that they can be put back.
-Companions = dict[tuple[int, ...], BasisState]
+BasisStates = dict[tuple[int, ...], BasisState]
 
 
-def find_companions(
+def find_basis_states(
     state: Any, treedef: Any, plans: Sequence[LeafPlan | None]
-) -> tuple[list[Companions], Any]:
-    """The basis-dependent state of each parameter within the state of one inner transformation.
+) -> tuple[list[BasisStates], Any]:
+    """Find the basis-dependent state of each parameter in the state of an inner transformation.
 
     Args:
       state: of a transformation that runs inside the subspace.
@@ -42,11 +46,11 @@ def find_companions(
       plans: one entry for each parameter.
 
     Returns:
-      For each parameter its companions, and what :func:`with_companions` needs to put them back.
+      For each parameter its basis_states, and what :func:`put_back` needs to put them back.
     """
     values, state_treedef = jax.tree.flatten(state)
     numbered = state_treedef.unflatten(range(len(values)))
-    companions: list[Companions] = [{} for _ in plans]
+    basis_states: list[BasisStates] = [{} for _ in plans]
     for meaning, entries_of_field in registered_entries(numbered, treedef):
         for leaf, plan in enumerate(plans):
             if plan is None:
@@ -57,35 +61,30 @@ def find_companions(
             moving = [name for name in fields if meaning.moves(name, fields[name], *place)]
             fields, numbers = ({name: x[name] for name in moving} for x in (fields, numbers))
             if arrays := tuple(jax.tree.leaves(numbers)):
-                companions[leaf][arrays] = BasisState(fields, meaning, *place)
-    return companions, (state_treedef, values)
+                basis_states[leaf][arrays] = BasisState(fields, meaning, *place)
+    return basis_states, (state_treedef, values)
 
 
-def with_companions(skeleton: Any, companions: Sequence[Companions]) -> Any:
-    """The inner state with the given companions instead of the ones that were found."""
+def put_back(skeleton: Any, basis_states: Sequence[BasisStates]) -> Any:
+    """The inner state with the given basis-dependent state put back."""
     treedef, values = skeleton
     values = list(values)
-    for of_leaf in companions:
-        for numbers, companion in of_leaf.items():
-            for number, array in zip(numbers, jax.tree.leaves(companion), strict=True):
+    for of_leaf in basis_states:
+        for numbers, basis_state in of_leaf.items():
+            for number, array in zip(numbers, jax.tree.leaves(basis_state), strict=True):
                 values[number] = array
     return jax.tree.unflatten(treedef, values)
 
 
-def companions_of_all(
+def basis_states_of_all(
     states: Sequence[Any], treedef: Any, plans: Sequence[LeafPlan | None]
-) -> tuple[list[list[Companions]], list[Any]]:
-    """:func:`find_companions` in several states; each parameter gets a list with one of each."""
-    found = [find_companions(state, treedef, plans) for state in states]
-    of_leaf = [[companions[leaf] for companions, _ in found] for leaf in range(len(plans))]
+) -> tuple[list[list[BasisStates]], list[Any]]:
+    """:func:`find_basis_states` in several states; each parameter gets a list with one of each."""
+    found = [find_basis_states(state, treedef, plans) for state in states]
+    of_leaf = [[basis_states[leaf] for basis_states, _ in found] for leaf in range(len(plans))]
     return of_leaf, [skeleton for _, skeleton in found]
 
 
-def with_companions_of_all(
-    skeletons: Sequence[Any], of_leaf: Sequence[Sequence[Companions]]
-) -> list[Any]:
-    """The states of :func:`companions_of_all` with the given companions."""
-    return [
-        with_companions(skeleton, [own[k] for own in of_leaf])
-        for k, skeleton in enumerate(skeletons)
-    ]
+def put_back_all(skeletons: Sequence[Any], of_leaf: Sequence[Sequence[BasisStates]]) -> list[Any]:
+    """The states of :func:`basis_states_of_all` with the given basis-dependent state put back."""
+    return [put_back(skeleton, [own[k] for own in of_leaf]) for k, skeleton in enumerate(skeletons)]

@@ -1,4 +1,4 @@
-"""The trees at update must be those of init: found here, and not deep inside Adam."""
+"""Checks that the trees at update are the trees at init."""
 
 import functools
 from collections.abc import Sequence
@@ -55,7 +55,7 @@ def with_dtypes_of(old: Any, new: Any) -> Any:
 
 
 def update_dtypes(updates: Any, params: Any) -> list[Any]:
-    """The dtype of the update of each leaf, that of Optax: its moments are as the parameters."""
+    """Dtype of the update of each leaf, as in Optax: moments have the dtype of the parameters."""
     leaves, treedef = jax.tree.flatten(updates)
     params = leaves if params is None else treedef.flatten_up_to(params)
     return [jnp.result_type(g, w) for g, w in zip(leaves, params, strict=True)]
@@ -73,7 +73,7 @@ def check_params(updates: Any, params: Any) -> None:
 
 
 def check_bases(updates: Any, plans: Sequence[LeafPlan | None], bases: Sequence[Any]) -> None:
-    """The bases made at init are those of the updates' shapes.
+    """Check that the bases made at init fit the updates' shapes.
 
     Args:
       bases: for each leaf what the state holds for every mode: an array, :class:`LinearCodes` of
@@ -107,7 +107,7 @@ def _stored_shape(plan: LeafPlan, mode: int, stored: Any) -> tuple[int, ...]:
 
 
 def check_low_rank(low: Any, params: Any, plans: Sequence[LeafPlan | None]) -> None:
-    """The low-rank gradients are those of the parameters: R where one is projected."""
+    """Check that low-rank gradients fit the parameters: R where a parameter is projected."""
     shapes = [jnp.shape(w) for w in flatten_like(low, params, "the parameters")]
     for (path, r), shape, plan in zip(
         jax.tree_util.tree_leaves_with_path(low), shapes, plans, strict=True
@@ -121,7 +121,7 @@ def check_low_rank(low: Any, params: Any, plans: Sequence[LeafPlan | None]) -> N
 
 
 def check_moments(updates: Any, plans: Sequence[LeafPlan | None], moments: Any) -> None:
-    """The moments made at init are those of the updates' shapes, for optimizers without an inner.
+    """Check that the moments made at init fit the updates' shapes.
 
     Args:
       moments: a tree of the parameters, in low-rank coordinates where a leaf is projected.
@@ -138,6 +138,22 @@ def check_moments(updates: Any, plans: Sequence[LeafPlan | None], moments: Any) 
             )
 
 
+def check_stored(
+    updates: Any, expected: Sequence[tuple[int, ...] | None], stored: Any, what: str
+) -> None:
+    """What was made at init has the shape that the updates need; None: nothing is stored."""
+    entries = flatten_like(updates, stored, "the parameters at init")
+    for (path, g), shape, entry in zip(
+        jax.tree_util.tree_leaves_with_path(updates), expected, entries, strict=True
+    ):
+        received = None if isinstance(entry, optax.MaskedNode) else jnp.shape(entry)
+        if received != shape:
+            raise ValueError(
+                f"{KeyPath(path)}: the update has shape {jnp.shape(g)}, which needs {what} of "
+                f"shape {shape or 'none'}, but what was made at init has {received or 'none'}"
+            )
+
+
 def _shapes(shapes: Sequence[tuple[int, ...] | None]) -> str:
     return ", ".join(str(shape) for shape in shapes if shape is not None) or "none (not projected)"
 
@@ -148,7 +164,7 @@ def check_inner_states(
     updates: Any,
     plans: Sequence[LeafPlan | None],
 ) -> None:
-    """The states of the inner transformations are those of the updates' shapes.
+    """Check that the states of the inner transformations fit the updates' shapes.
 
     Only they know about the axes that are not projected. Costs a trace of ``init`` the first time.
     """

@@ -14,7 +14,7 @@ from natgalore_jax._src.subspace.subspace import Subspace, with_residual_error
 
 
 class Chain(optax.GradientTransformationExtraArgs):
-    """What :func:`chain` returns."""
+    """Result of :func:`chain`."""
 
     members: tuple[Any, ...]  # transformations and subspaces, in order
 

@@ -27,7 +27,7 @@ from natgalore_jax._src.params.checks import (
 )
 from natgalore_jax._src.params.context import current_subspace
 from natgalore_jax._src.params.where import KeyPath
-from natgalore_jax._src.states.entries import StateType, register_type
+from natgalore_jax._src.states.entries import Part, StateType, register_type
 from natgalore_jax._src.states.tree_checks import flatten_like
 from natgalore_jax._src.subspace.woodbury import DAMPING_MODES, DampingMode, Schedule
 
@@ -50,6 +50,10 @@ class _FisherFactors(StateType):
 
     def inner(self, state):
         return state.inner
+
+    def parts(self, state):
+        factors = Part("history", state.fisher, lambda plan: len(plan.projected_modes))
+        return [Part(None, state.count), factors, Part(None, state.inner)]
 
     def moved(self, fields, change):
         factors, treedef = jax.tree.flatten(fields["fisher"])  # of the projected modes, in order
@@ -217,7 +221,7 @@ def _preconditioned(settings, decay, damping, R, N, own):
 
 @own_arithmetic
 def _start(path: KeyPath, leaf: Any, axes: Sequence[int], diagonal: bool) -> dict[int, jax.Array]:
-    """Empty factors of one parameter by mode, sharded as those of its gradients will be."""
+    """Empty factors of one parameter by mode, with the sharding of later factors."""
     plans = current_subspace()
     if plans is None:
         raise ValueError(

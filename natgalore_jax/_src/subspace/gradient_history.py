@@ -25,7 +25,8 @@ from natgalore_jax._src.params.placement import (
     place_like,
     zeros_on_axes,
 )
-from natgalore_jax._src.states.entries import StateType, register_type
+from natgalore_jax._src.params.plan import LeafPlan
+from natgalore_jax._src.states.entries import Part, StateType, register_type
 
 
 class History(NamedTuple):
@@ -47,6 +48,13 @@ class _PastGradients(StateType):
     def entries(self, state, flatten):
         columns = leaves_of(flatten, state.columns)
         return {**{name: flatten(x) for name, x in state._asdict().items()}, "columns": columns}
+
+    def parts(self, state):
+        small = (state.gram, state.checksum, state.filled)
+        return [
+            Part("history", state.columns, LeafPlan.low_rank_size),
+            Part("history", small, lambda plan: 1),
+        ]
 
     def moved(self, fields, change):
         """One matrix's history in the coordinates of a new basis: rotated, or emptied."""

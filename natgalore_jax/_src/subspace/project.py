@@ -24,6 +24,7 @@ from natgalore_jax._src.params.checks import (
 from natgalore_jax._src.params.plan import SIDES, LeafPlan, PlanSettings, Side, check_rank
 from natgalore_jax._src.params.where import Where, hidden_matrices
 from natgalore_jax._src.refresh.matrix import RefreshSettings
+from natgalore_jax._src.states.entries import Part, StateType, register_type
 
 UPDATE_INTERVAL = 200
 # They find the same basis whatever the seed.
@@ -40,8 +41,16 @@ class LowRankProjectState(NamedTuple):
     basis: Any
 
 
+class _Bases(StateType):
+    def parts(self, state):
+        return [Part("basis", tuple(state), LeafPlan.basis_size)]
+
+
+register_type(LowRankProjectState, _Bases())
+
+
 class LowRankProject(optax.GradientTransformationExtraArgs):
-    """What :func:`low_rank_project` returns: it opens a subspace in :func:`natgalore_jax.chain`."""
+    """Result of :func:`low_rank_project`: opens a subspace in :func:`natgalore_jax.chain`."""
 
     plan: PlanSettings
     refresh: RefreshSettings

@@ -11,15 +11,15 @@ import optax
 from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
 from natgalore_jax._src.kernels.projection import Factors, project_back as back
 from natgalore_jax._src.kernels.residual import (
-    RESIDUAL_SCALE,
+    RULES,
     Residual,
     Rule,
-    empty_fisher,
     with_residual,
 )
 from natgalore_jax._src.params.checks import check_choice, check_decay, check_number, check_unused
 from natgalore_jax._src.params.placement import place_low_rank, zeros_on_axes
 from natgalore_jax._src.params.plan import LeafPlan
+from natgalore_jax._src.states.entries import Part, StateType, register_type
 
 NORM_GROWTH_LIMIT, RESIDUAL_DECAY = 1.01, 0.9
 
@@ -40,8 +40,16 @@ class ProjectBackState(NamedTuple):
     residual_fisher: Any
 
 
+class _OfResidual(StateType):
+    def parts(self, state):
+        return [Part("other", tuple(state))]
+
+
+register_type(ProjectBackState, _OfResidual())
+
+
 class ProjectBack(optax.GradientTransformationExtraArgs):
-    """What :func:`project_back` returns: it closes a subspace in :func:`natgalore_jax.chain`."""
+    """Result of :func:`project_back`: closes a subspace in :func:`natgalore_jax.chain`."""
 
     scale: float
     residual: Residual | None
@@ -133,14 +141,14 @@ def project_back(
                 "norm_growth_limit", norm_growth_limit, NORM_GROWTH_LIMIT, "without a residual"
             )
         check_unused("residual_scale", residual_scale, None, "without a residual")
-    if residual != "fisher":
+    if residual == "none" or RULES[residual].memory is None:
         check_unused("residual_decay", residual_decay, None, 'without residual="fisher"')
     # Two of them are equal if they are one object, as Optax's are: a tuple of functions is equal
     # if its functions are, and jax.jit would take one for the other as a static argument.
     tx = ProjectBack(*(functools.partial(_outside_of_chain) for _ in range(2)))
     tx.scale, tx.residual = scale, None
     if residual != "none":
-        sigma = RESIDUAL_SCALE[residual] if residual_scale is None else residual_scale
+        sigma = RULES[residual].scale if residual_scale is None else residual_scale
         decay = RESIDUAL_DECAY if residual_decay is None else residual_decay
         tx.residual = Residual(residual, sigma, decay, norm_growth_limit)
     return tx
@@ -161,7 +169,7 @@ def init_back(
     """The state for parameters whose low-rank forms are ``low_rank``."""
     if settings.residual is None:
         return optax.EmptyState()
-    has_fisher = settings.residual.rule == "fisher"
+    memory = RULES[settings.residual.rule].memory
     directions, norms = (
         [
             zeros_on_axes(leaf, len(plan.batch), jnp.float32)
@@ -172,7 +180,7 @@ def init_back(
         for is_kept in (True, settings.residual.keeps_norm)
     )
     fishers = [
-        empty_fisher(plan, leaf) if plan and has_fisher else optax.MaskedNode()
+        memory(plan, leaf) if plan and memory else optax.MaskedNode()
         for plan, leaf in zip(plans, low_rank, strict=True)
     ]
     return ProjectBackState(*map(treedef.unflatten, (directions, norms, fishers)))

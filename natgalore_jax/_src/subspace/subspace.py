@@ -1,4 +1,4 @@
-"""A subspace: what opens it, what runs inside, what closes it."""
+"""A subspace: opener, inner transformations, closer."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from natgalore_jax._src.params.placement import has_explicit_sharding, place_fac
 from natgalore_jax._src.params.plan import LeafPlan, plan_tree, require_projection
 from natgalore_jax._src.refresh.matrix import StoredFactors
 from natgalore_jax._src.refresh.refresh import refresh
-from natgalore_jax._src.states.transport import companions_of_all, with_companions_of_all
+from natgalore_jax._src.states.transport import basis_states_of_all, put_back_all
 from natgalore_jax._src.states.tree_checks import (
     check_bases,
     check_inner_states,
@@ -40,7 +40,7 @@ from natgalore_jax._src.subspace.project_back import ProjectBack, init_back, upd
 
 @dataclasses.dataclass(frozen=True)
 class Subspace:
-    """One subspace of a chain. Its states are those of opener, inner transformations, closer."""
+    """One subspace of a chain, with the states of opener, inner transformations and closer."""
 
     opener: LowRankProject
     inner: tuple[optax.GradientTransformationExtraArgs, ...]
@@ -68,7 +68,7 @@ class Subspace:
 
     @own_arithmetic
     def _start(self, params):
-        """How each leaf is projected, the bases, and the leaves in low-rank coordinates."""
+        """Plan and bases of each leaf, and the leaves in low-rank coordinates."""
         plans = plan_tree(self.opener.plan, params)
         require_projection(self.opener.plan, plans, params)
         leaves, treedef = jax.tree.flatten(params)
@@ -169,9 +169,9 @@ class Subspace:
         plans, G = opened.plans, jax.tree.leaves(grads)
         settings, of_leaf, skeletons = self.opener.refresh, [[] for _ in plans], None
         if settings.transition != "keep":
-            of_leaf, skeletons = companions_of_all(inner_states, opened.treedef, plans)
+            of_leaf, skeletons = basis_states_of_all(inner_states, opened.treedef, plans)
         projected = [i for i, plan in enumerate(plans) if plan]
-        new_factors, new_companions = refresh(
+        new_factors, new_states = refresh(
             settings,
             [plans[i] for i in projected],
             [G[i] for i in projected],
@@ -182,14 +182,14 @@ class Subspace:
             axis_name=axis_name,
             is_scheduled=is_scheduled,
         )
-        for i, f, c in zip(projected, new_factors, new_companions, strict=True):
+        for i, f, c in zip(projected, new_factors, new_states, strict=True):
             opened.stored[i], of_leaf[i] = f, c
         if skeletons is not None:
-            inner_states = with_companions_of_all(skeletons, of_leaf)
+            inner_states = put_back_all(skeletons, of_leaf)
         return inner_states
 
     def _update(self, opened, factors, low, states, params, full, extra_args):
-        """What the inner transformations make of the low-rank tree, and the way back."""
+        """Update by the inner transformations on the low-rank tree, and projection back."""
         opener, *inner_states, closed = states
         low_params = None if params is None else opened.project(params, factors)
         updates, new_inner = low, []

@@ -21,7 +21,7 @@ def data_parallel_step(
     axis_name: str = "data",
     micro_batches: int = 1,
 ) -> Step:
-    r"""A data-parallel training step whose devices exchange :math:`P^\top G` in the place of G.
+    r"""Data-parallel training step that sums :math:`P^\top G` over devices instead of G.
 
     All devices have the same bases, and projection is linear:
 

@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 
 
 class InPlace:
-    """What :func:`.in_place` returns: called, lowered and traced like a function of ``jax.jit``."""
+    """Result of :func:`.in_place`: called, lowered and traced like a function of ``jax.jit``."""
 
     def __init__(self, step: Callable[..., Any], number: int):
         self._step, self._number = step, number

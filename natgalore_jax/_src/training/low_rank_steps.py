@@ -30,7 +30,7 @@ class LowRankSteps(NamedTuple):
     def exchange(
         self, grads: Any, state: optax.OptState, axis_name: str
     ) -> tuple[optax.OptState, Any]:
-        """What devices with gradients of their own make of them together.
+        """Sum over devices that have gradients of their own.
 
         They exchange the low-rank gradients, and whole ones only of matrices whose basis is due,
         on average one in ``update_interval`` at each step. For use within ``jax.shard_map`` or

@@ -1,4 +1,4 @@
-"""Where the state of an optimizer belongs, and how it is told, from where its parameters are."""
+"""Shardings of an optimizer's state, from the shardings of its parameters."""
 
 from typing import Any
 
