@@ -20,7 +20,7 @@ def record(junit: str) -> str:
 
 
 def shard(files: set[str], number: int, of: int) -> set[str]:
-    """The files of one of ``of`` shards: each file goes to the shard that is the shortest so far."""
+    """Files of one of ``of`` shards; each file goes to the shard that is shortest so far."""
     known = {f: float(s) for s, f in (line.split() for line in FILE.read_text().splitlines())}
     loads, chosen = [0.0] * of, set()
     for file in sorted(files, key=lambda f: (-known.get(f, UNKNOWN), f)):
