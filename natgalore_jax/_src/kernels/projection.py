@@ -102,8 +102,8 @@ def project_to_stored(plan: LeafPlan, G: jax.Array, factors: Sequence[jax.Array]
     """
     if not has_explicit_sharding(G):
         return project(plan, G, factors)
-    local = low_rank_names(plan, G, spread=False)
-    stored = low_rank_names(plan, G, spread=True)
+    local = low_rank_names(plan, G, stored=False)
+    stored = low_rank_names(plan, G, stored=True)
     summed = [n for i in plan.projected_modes for a in plan.modes[i] for n in names_of(G)[a]]
     if local == stored or len(plan.projected_modes) > 1:
         return placed(project(plan, G, factors), stored)
@@ -119,7 +119,7 @@ def project_to_stored(plan: LeafPlan, G: jax.Array, factors: Sequence[jax.Array]
         return R.astype(G.dtype)
 
     factors = [
-        place_factor(plan, mode, U, G, spread=False)
+        place_factor(plan, mode, U, G, stored=False)
         for mode, U in zip(plan.projected_modes, factors, strict=True)
     ]
     specs = [spec_of(names_of(U)) for U in factors]

@@ -267,7 +267,7 @@ def _loaded(plan: LeafPlan, dtype: Any, stored: StoredFactors, leaf: jax.Array) 
     """The bases of one parameter, decoded, where a product with the parameter wants them."""
     modes, nb = plan.projected_modes, len(plan.batch)
     return tuple(
-        place_factor(plan, i, load(P, plan.factor_shape(i), dtype, nb), leaf, spread=False)
+        place_factor(plan, i, load(P, plan.factor_shape(i), dtype, nb), leaf, stored=False)
         for i, P in zip(modes, stored, strict=True)
     )
 
@@ -309,6 +309,6 @@ def _placed(plan: LeafPlan, factors: StoredFactors, leaf: Any) -> StoredFactors:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return factors
     return tuple(
-        jax.tree.map(lambda x, mode=mode: place_factor(plan, mode, x, leaf, spread=True), P)
+        jax.tree.map(lambda x, mode=mode: place_factor(plan, mode, x, leaf, stored=True), P)
         for mode, P in zip(plan.projected_modes, factors, strict=True)
     )
