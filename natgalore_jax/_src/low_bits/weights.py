@@ -13,7 +13,7 @@ from natgalore_jax._src.kernels.float8_blocks import (
     block_max,
     blocks_between,
     blocks_of,
-    spread,
+    broadcast_blocks,
 )
 from natgalore_jax._src.kernels.kernel import own_arithmetic
 from natgalore_jax._src.kernels.linear_codes import LinearCodes, Stored, decode, leaves_of, tree_of
@@ -199,5 +199,5 @@ def _new_scales(peak: jax.Array) -> jax.Array:
 
 
 def _ratio(x: jax.Array, scales: jax.Array) -> jax.Array:
-    s = spread(scales, x.shape)
+    s = broadcast_blocks(scales, x.shape)
     return jnp.where(s > 0, x / jnp.where(s > 0, s, 1.0), 0.0)
