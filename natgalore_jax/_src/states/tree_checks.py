@@ -1,4 +1,4 @@
-"""Checks that the trees at update are the trees at init."""
+"""Checks that trees at ``update`` match the trees at ``init``."""
 
 import functools
 from collections.abc import Sequence
@@ -38,10 +38,10 @@ def _listed(paths: set[str]) -> str:
 
 
 def with_dtypes_of(old: Any, new: Any) -> Any:
-    """A new state in the dtypes of the old one, where it has floating-point arrays.
+    """Cast floating-point arrays of a new state to the dtypes of the old state.
 
-    Those of Optax take over the dtype of the gradients at the first step: a second compilation, and
-    an error in ``jax.lax.scan``.
+    States of Optax change to the dtype of the gradients at the first step, which compiles a second
+    time and is an error in ``jax.lax.scan``.
     """
     if jax.tree.structure(old) != jax.tree.structure(new):
         return new
@@ -55,14 +55,14 @@ def with_dtypes_of(old: Any, new: Any) -> Any:
 
 
 def update_dtypes(updates: Any, params: Any) -> list[Any]:
-    """Dtype of the update of each leaf, as in Optax: moments have the dtype of the parameters."""
+    """Dtype of the update of each leaf: the wider of gradient and parameter, as in Optax."""
     leaves, treedef = jax.tree.flatten(updates)
     params = leaves if params is None else treedef.flatten_up_to(params)
     return [jnp.result_type(g, w) for g, w in zip(leaves, params, strict=True)]
 
 
 def check_params(updates: Any, params: Any) -> None:
-    """The updates have the structure and the shapes of the parameters."""
+    """Check that the updates have the structure and the shapes of the parameters."""
     params = flatten_like(updates, params, "the parameters")
     for (path, g), w in zip(jax.tree_util.tree_leaves_with_path(updates), params, strict=True):
         if jnp.shape(w) != jnp.shape(g):
@@ -76,8 +76,7 @@ def check_bases(updates: Any, plans: Sequence[LeafPlan | None], bases: Sequence[
     """Check that the bases made at init fit the updates' shapes.
 
     Args:
-      bases: for each leaf what the state holds for every mode: an array, :class:`LinearCodes` of
-        arrays or ``MaskedNode``.
+      bases: for each leaf and mode an array, :class:`LinearCodes` of arrays or ``MaskedNode``.
     """
     for (path, g), plan, entries in zip(
         jax.tree_util.tree_leaves_with_path(updates), plans, bases, strict=True
@@ -150,7 +149,7 @@ def check_inner_states(
 ) -> None:
     """Check that the states of the inner transformations fit the updates' shapes.
 
-    Only they know about the axes that are not projected. Costs a trace of ``init`` the first time.
+    The bases do not determine the unprojected axes. Costs a trace of ``init`` the first time.
     """
     leaves = jax.tree_util.tree_leaves_with_path(updates)
     low_rank = tuple(
