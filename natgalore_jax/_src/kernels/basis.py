@@ -74,7 +74,7 @@ def new_basis(
       (m, r) in the dtype of P; P itself where a factorisation fails.
     """
     P32, G32 = P.astype(jnp.float32), G.astype(jnp.float32)
-    # Squares of entries beyond 1e19 overflow float32, and those below 1e-19 vanish.
+    # Squares of entries beyond 1e19 overflow float32, and squares below 1e-19 underflow.
     G32 = G32 / jnp.max(jnp.abs(G32))
     with jax.default_matmul_precision("highest"):
         kernel = _svd_right if method == "svd" and is_right else _KERNELS[method]
