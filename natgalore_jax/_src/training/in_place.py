@@ -25,8 +25,8 @@ class InPlace:
         leaves, treedef = jax.tree.flatten(args[: self._number])
         if not any(_is_on_host(x) for x in leaves):
             return self._on_device
-        # Without out_shardings jax.jit may give an output a donated buffer in the other memory, which
-        # crashes the program.
+        # Without out_shardings jax.jit may give an output a donated buffer in the other memory, and
+        # the program crashes.
         shardings = tuple(x.sharding for x in leaves)
         if (treedef, shardings) not in self._with_host:
             given = treedef.unflatten(shardings)
