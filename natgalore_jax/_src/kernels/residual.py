@@ -214,9 +214,9 @@ def inverse_root(c: jax.Array) -> jax.Array:
 def without_spike(axes: PhiAxes, new: jax.Array, c: jax.Array) -> jax.Array:
     """``new`` with its sum over a matrix limited to κ times the sum of ``c``."""
     matrix = tuple(range(axes.batch_ndim, c.ndim))
-    known, total = (jnp.sum(x, matrix, keepdims=True) for x in (c, new))
-    is_spike = (known > 0) & (total > SPIKE * known) & jnp.isfinite(total)
-    return new * jnp.where(is_spike, SPIKE * known / total, 1.0)
+    old_sum, new_sum = (jnp.sum(x, matrix, keepdims=True) for x in (c, new))
+    is_spike = (old_sum > 0) & (new_sum > SPIKE * old_sum) & jnp.isfinite(new_sum)
+    return new * jnp.where(is_spike, SPIKE * old_sum / new_sum, 1.0)
 
 
 def limited(

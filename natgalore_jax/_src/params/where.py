@@ -164,15 +164,15 @@ def entry_per_leaf(
             return []
         if (is_entry is not None and is_entry(prefix)) or jax.tree_util.all_leaves([prefix]):
             return [prefix] * len(jax.tree.leaves(tree))
-        (wanted, wanted_kind), (given, given_kind) = map(_one_level, (tree, prefix))
-        if given_kind != wanted_kind:
+        (expected, expected_kind), (received, received_kind) = map(_one_level, (tree, prefix))
+        if received_kind != expected_kind:
             raise ValueError(
                 f"{name} is not a prefix of the tree of parameters: {KeyPath(path)} is "
-                f"{wanted_kind}, but received {given_kind}"
+                f"{expected_kind}, but received {received_kind}"
             )
         return [
             entry
-            for (key, child), (_, own) in zip(wanted, given, strict=True)
+            for (key, child), (_, own) in zip(expected, received, strict=True)
             for entry in entries(own, child, (*path, *key))
         ]
 

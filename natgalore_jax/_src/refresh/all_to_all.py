@@ -1,7 +1,7 @@
 """All-to-all resharding of stacks, from any sharded axes to the layer axis, and back.
 
 For use within ``jax.shard_map``: arrays are local shards. ``of`` has the mesh axes of each axis of
-the global array, ``names`` all mesh axes, those of the layer axis first. After one all-to-all for
+the global array, ``names`` all mesh axes, beginning with the layer axis's. After one all-to-all for
 each other mesh axis, in the order of ``names``, every device has whole layers.
 """
 

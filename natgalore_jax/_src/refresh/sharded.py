@@ -75,7 +75,7 @@ def groups_of(
 
 
 def _names(plan: LeafPlan, G: jax.Array) -> Names:
-    """Mesh axes over which G is sharded, those of its layer axes first."""
+    """Mesh axes over which G is sharded, mesh axes of its layers first."""
     of = names_of(G)
     order = [*plan.batch, *(a for a in range(G.ndim) if a not in plan.batch)]
     return tuple(name for a in order for name in of[a])

@@ -201,14 +201,14 @@ def register_state(state_type: type, /, **fields: FirstMoment | SecondMoment) ->
     """
     if not inspect.isclass(state_type):
         raise TypeError(f"state_type must be a type, got {state_type!r}")
-    known = getattr(state_type, "_fields", None) or [
+    names = getattr(state_type, "_fields", None) or [
         *getattr(state_type, "__dataclass_fields__", ())
     ]
     for name, role in fields.items():
         if not isinstance(role, (FirstMoment, SecondMoment)):
             raise TypeError(f"{name} must be a FirstMoment or a SecondMoment, got {role!r}")
-        if name not in known:
-            raise ValueError(f"{state_type.__name__} has the fields {list(known)}, got {name!r}")
+        if name not in names:
+            raise ValueError(f"{state_type.__name__} has the fields {list(names)}, got {name!r}")
         mean = role.mean if isinstance(role, SecondMoment) else None
         if mean is not None and not isinstance(fields.get(mean), FirstMoment):
             raise ValueError(f"the mean of {name} must be a FirstMoment of the state, got {mean!r}")

@@ -94,7 +94,7 @@ def check_bases(updates: Any, plans: Sequence[LeafPlan | None], bases: Sequence[
         if received != expected:
             raise ValueError(
                 f"{KeyPath(path)}: the update has shape {g.shape}, which needs bases of shapes "
-                f"{_shapes(expected)}, but those made at init have {_shapes(received)}"
+                f"{_shapes(expected)}, but the bases made at init have {_shapes(received)}"
             )
 
 
@@ -125,15 +125,15 @@ def check_moments(updates: Any, plans: Sequence[LeafPlan | None], moments: Any) 
     Args:
       moments: a tree of the parameters, in low-rank coordinates where a leaf is projected.
     """
-    known = flatten_like(updates, moments, "the parameters at init")
+    moments = flatten_like(updates, moments, "the parameters at init")
     for (path, g), plan, moment in zip(
-        jax.tree_util.tree_leaves_with_path(updates), plans, known, strict=True
+        jax.tree_util.tree_leaves_with_path(updates), plans, moments, strict=True
     ):
         expected = plan.low_rank_shape if plan else jnp.shape(g)
         if jnp.shape(moment) != expected:
             raise ValueError(
                 f"{KeyPath(path)}: the update has shape {jnp.shape(g)}, which needs moments of "
-                f"shape {expected}, but those made at init have {jnp.shape(moment)}"
+                f"shape {expected}, but the moments made at init have {jnp.shape(moment)}"
             )
 
 
@@ -159,15 +159,15 @@ def check_inner_states(
     expected = _states_of(tuple(inner), jax.tree.structure(updates), low_rank, tuple(plans))
     if jax.tree.structure(expected) != jax.tree.structure(list(states)):
         return
-    for (path, have), want in zip(
+    for (path, actual), wanted in zip(
         jax.tree_util.tree_leaves_with_path(list(states)), jax.tree.leaves(expected), strict=True
     ):
-        if jnp.shape(have) != want.shape:
+        if jnp.shape(actual) != wanted.shape:
             of_leaf = [f"{KeyPath(p)} {g.shape}" for p, g in leaves if _contains(path, p)]
             raise ValueError(
                 f"the update of {' or '.join(of_leaf)} has another shape than at init: "
                 f"{KeyPath(path[1:])} in the state of an inner transformation would have shape "
-                f"{want.shape}, but has {jnp.shape(have)}"
+                f"{wanted.shape}, but has {jnp.shape(actual)}"
             )
 
 

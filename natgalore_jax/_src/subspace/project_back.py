@@ -195,7 +195,7 @@ def update_back(
     G: Sequence[jax.Array],
     basis_error: float = 0.0,
 ) -> tuple[list[jax.Array], ProjectBackState | optax.EmptyState]:
-    """Full-shape updates from low-rank ones; every sequence has one entry per leaf.
+    """Full-shape updates from low-rank updates; every sequence has one entry per leaf.
 
     Args:
       N: the updates of the transformations inside the subspace.
@@ -255,11 +255,11 @@ def _back_with_residual(plan, rule, basis_error, numbers, scale, factors, state,
     return update, direction, norm, fisher
 
 
-def _direction(known: jax.Array, N: jax.Array, R: jax.Array) -> jax.Array:
+def _direction(last: jax.Array, N: jax.Array, R: jax.Array) -> jax.Array:
     """Sign of ⟨N, R⟩, decided once for each matrix.
 
     Only the first update determines it, because later momentum may point anywhere.
     """
     products = N.astype(jnp.float32) * R.astype(jnp.float32)
-    along = jnp.sum(products, tuple(range(known.ndim, R.ndim)))
-    return jnp.where((known == 0) & jnp.isfinite(along), jnp.sign(along), known)
+    along = jnp.sum(products, tuple(range(last.ndim, R.ndim)))
+    return jnp.where((last == 0) & jnp.isfinite(along), jnp.sign(along), last)
