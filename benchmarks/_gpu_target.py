@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # jax is imported after `prepare`.
     import jax
 
-    from examples.llama.build import AbstractRun
+    from examples.llama.training.build import AbstractRun
 
 # In the place of tuning on a device, and of Triton, which is tuned: the products of cuBLAS.
 FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
@@ -56,7 +56,7 @@ def compile_for_a100(run: "AbstractRun") -> "jax.stages.Compiled":
     import jax
     from jax.experimental import topologies
 
-    from examples.llama.build import make_step
+    from examples.llama.training.build import make_step
 
     topology = topologies.get_topology_desc(platform="cuda", target_config=A100, topology="1x1x1")
     sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])

@@ -12,11 +12,11 @@ import jax
 import numpy as np
 from tokenizers import Tokenizer, models
 
+from examples.common.metrics import of_kind
 from examples.llama.data import Splits
-from examples.llama.distributed import DistributedConfig, start
+from examples.llama.distributed.processes import DistributedConfig, start
 from examples.llama.loop import train
-from examples.llama.metrics import of_kind
-from examples.llama.train_config import RunConfig, run_preset
+from examples.llama.run_config import RunConfig, run_preset
 
 
 class RunSettings(NamedTuple):

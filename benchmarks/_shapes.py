@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from examples.llama.config import MODEL_PRESETS
+from examples.llama.model.config import MODEL_PRESETS
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from examples.llama.build import abstract_run
-from examples.llama.config import MODEL_PRESETS
-from examples.llama.train_config import RunConfig, run_preset
-from examples.llama.train_step import init_state, make_model, next_state, token_nll
+from examples.common.train_state import init_state, next_state
+from examples.llama.model.config import MODEL_PRESETS
+from examples.llama.run_config import RunConfig, run_preset
+from examples.llama.training.build import abstract_run
+from examples.llama.training.train_step import make_model, token_nll
 
 ROUTES = ("ordinary", "per layer", "per layer, 8 bits", "unstacked")
 

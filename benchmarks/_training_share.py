@@ -8,8 +8,8 @@ import jax
 import optax
 
 from benchmarks._timing import Updater, median, seconds
-from examples.llama.config import MODEL_PRESETS, ModelConfig
-from examples.llama.train_step import make_model, token_nll
+from examples.llama.model.config import MODEL_PRESETS, ModelConfig
+from examples.llama.training.train_step import make_model, token_nll
 
 
 def training_share(

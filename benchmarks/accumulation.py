@@ -26,8 +26,9 @@ from benchmarks._environment import RESULTS, environment, print_targets, target,
 from benchmarks._shapes import hidden_shapes, random_tree
 from benchmarks._timing import median
 from benchmarks.memory_tables import llama_shapes
-from examples.llama.accumulation import accumulate_low_rank, empty_accumulator
-from examples.llama.train_config import run_preset
+from examples.common.train_state import empty_accumulator
+from examples.llama.run_config import run_preset
+from examples.llama.training.train_step import accumulate_low_rank
 
 PRESETS = ("60m", "130m", "350m", "1b", "7b")
 RATE = 1e-3

@@ -30,8 +30,8 @@ from benchmarks._environment import RESULTS, environment, write
 from benchmarks._timing import median, seconds
 from benchmarks._training_share import training_operations
 from benchmarks.memory_tables import NATURAL_RANKS, llama_shapes
-from examples.llama.config import MODEL_PRESETS
-from examples.llama.train_step import make_model, token_nll
+from examples.llama.model.config import MODEL_PRESETS
+from examples.llama.training.train_step import make_model, token_nll
 
 DEVICES = 8
 RATES = {"1 Gbit/s": 1e9 / 8, "10 Gbit/s": 1e10 / 8, "100 Gbit/s": 1e11 / 8}  # bytes/s

@@ -17,8 +17,8 @@ from flax import nnx
 
 from benchmarks._environment import RESULTS, environment, print_targets, target, write
 from benchmarks._timing import median
-from examples.llama.generate import generate
-from examples.llama.weights import load_llama
+from examples.llama.model.generate import generate
+from examples.llama.weights.files import load_llama
 
 TOKENS_PER_SECOND = 10.0
 
@@ -36,7 +36,7 @@ def main(
     """Measure how fast tokens come.
 
     Args:
-      model: weights, as `examples.llama.weights.load_llama` takes them.
+      model: weights, as `examples.llama.weights.files.load_llama` takes them.
       prompt: tokens before the first new one; which ones has no influence on the time.
       length: new tokens.
       batch_sizes: rows at a time.

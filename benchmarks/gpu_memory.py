@@ -3,7 +3,7 @@
 ``python -m benchmarks.gpu_memory`` trains from random weights in bfloat16 on real tokens, each run
 in a process of its own whose allocator has 24 GB and then 16 GB, and writes
 ``benchmarks/results/gpu_memory.json``, row by row. ``--estimate`` needs no accelerator: it writes
-what ``examples/llama/step_memory.py`` predicts, marked as estimates.
+what ``examples/llama/memory/step_memory.py`` predicts, marked as estimates.
 """
 
 import json
@@ -20,7 +20,7 @@ import tyro
 from benchmarks import _gpu_target
 
 if __name__ == "__main__":  # This process has no use for the device, and holds no memory of it.
-    from examples.llama.xla_flags import MEMORY_FLAGS
+    from examples.llama.memory.xla_flags import MEMORY_FLAGS
 
     if "--compile-for-a100" in sys.argv:
         _gpu_target.prepare()
@@ -29,10 +29,10 @@ if __name__ == "__main__":  # This process has no use for the device, and holds 
 
 from benchmarks._environment import RESULTS, environment, save, write
 from examples.llama.__main__ import parse
-from examples.llama.build import abstract_run
-from examples.llama.candidates import STEPS, has_rank, optimizer_arguments
-from examples.llama.sizes import parse_bytes
-from examples.llama.step_memory import of_compiled, predict, resident
+from examples.llama.memory.sizes import parse_bytes
+from examples.llama.memory.step_memory import of_compiled, predict, resident
+from examples.llama.plan.candidates import STEPS, has_rank, optimizer_arguments
+from examples.llama.training.build import abstract_run
 
 TINY = {"layers": "2", "hidden": "32", "intermediate": "48"}
 PRESETS = {

@@ -12,13 +12,13 @@ from typing import Any
 
 import tyro
 
-from examples.llama.xla_flags import MEMORY_FLAGS
+from examples.llama.memory.xla_flags import MEMORY_FLAGS
 
 if __name__ == "__main__":  # Before jax starts.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {MEMORY_FLAGS}".strip()
 
 from benchmarks._environment import RESULTS, environment, write
-from examples.llama.memory_figure import PAPER_SIZES, breakdown, draw
+from examples.llama.memory.figure import PAPER_SIZES, breakdown, draw
 
 FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "memory-breakdown.png"
 

@@ -17,8 +17,8 @@ import optax
 from flax import nnx
 
 import natgalore_jax as ng
-from examples.llama.config import MODEL_PRESETS
-from examples.llama.model import Llama
+from examples.llama.model.config import MODEL_PRESETS
+from examples.llama.model.llama import Llama
 from natgalore_jax._src.memory.llama_sizes import LLAMA_RANKS
 
 SIZES = ("60m", "130m", "350m", "1b")

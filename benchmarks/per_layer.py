@@ -15,7 +15,7 @@ import tyro
 
 from benchmarks._environment import RESULTS, environment, write
 from benchmarks._step_bytes import measure
-from examples.llama.xla_flags import MEMORY_FLAGS
+from examples.llama.memory.xla_flags import MEMORY_FLAGS
 
 FLAGS = {"default": "", "memory": MEMORY_FLAGS}
 MIB = 2**20

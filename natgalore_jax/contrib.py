@@ -1,5 +1,10 @@
-"""Methods of other publications with the same memory."""
+"""Methods of other publications with as much memory or less."""
 
+from natgalore_jax._src.contrib.alice import (
+    ScaleByAliceState as ScaleByAliceState,
+    scale_by_alice as scale_by_alice,
+)
+from natgalore_jax._src.contrib.alice_adamw import alice_adamw as alice_adamw
 from natgalore_jax._src.contrib.apollo import (
     ScaleByApolloState as ScaleByApolloState,
     scale_by_apollo as scale_by_apollo,
@@ -12,4 +17,14 @@ from natgalore_jax._src.contrib.ldadam import (
     ScaleByLDAdamState as ScaleByLDAdamState,
     ldadamw as ldadamw,
     scale_by_ldadam as scale_by_ldadam,
+)
+from natgalore_jax._src.contrib.racs import (
+    ScaleByRacsState as ScaleByRacsState,
+    racs_adamw as racs_adamw,
+    scale_by_racs as scale_by_racs,
+)
+from natgalore_jax._src.contrib.scale import (
+    ScaleByColumnNormsState as ScaleByColumnNormsState,
+    scale_by_column_norms as scale_by_column_norms,
+    scale_sgd as scale_sgd,
 )

@@ -53,9 +53,9 @@ import numpy as np
 import optax
 
 import natgalore_jax as ng
-from examples.llama.config import ModelConfig
 from examples.llama.data import DataConfig, load_splits, make_train_iterator
-from examples.llama.train_step import make_model, token_nll
+from examples.llama.model.config import ModelConfig
+from examples.llama.training.train_step import make_model, token_nll
 
 plt.rcParams.update({"figure.dpi": 80, "axes.grid": True, "grid.alpha": 0.3})
 

@@ -51,14 +51,13 @@ import jax
 import matplotlib.pyplot as plt
 
 import natgalore_jax as ng
+from examples.common.metrics import of_kind
+from examples.common.optimizers import OptimizerConfig
 from examples.llama.data import load_splits, ngram_perplexity
-from examples.llama.generate import generate
 from examples.llama.loop import train
-from examples.llama.metrics import of_kind
-from examples.llama.model import with_params
-from examples.llama.optimizers import OptimizerConfig
-from examples.llama.sampling import Sampling
-from examples.llama.train_config import OutputConfig, run_preset
+from examples.llama.model.generate import Sampling, generate
+from examples.llama.model.llama import with_params
+from examples.llama.run_config import OutputConfig, run_preset
 
 plt.rcParams.update({"figure.dpi": 80, "axes.grid": True, "grid.alpha": 0.3})
 

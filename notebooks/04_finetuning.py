@@ -14,7 +14,7 @@
 # # Fine-tuning a small BERT
 #
 # MiniLM, a BERT of 6 layers and 22.7 M parameters, learns from a few hundred sentences of movie reviews whether a sentence
-# praises or blames. AdamW, LoRA and Natural GaLore are compared, with the parts of `examples/glue`; published LLaMA weights
+# praises or blames. AdamW, LoRA and Natural GaLore are compared, with the parts of `examples/finetune/encoder`; published LLaMA weights
 # are in docs/pretrained.md. On two CPU cores it takes some minutes.
 
 # %%
@@ -56,14 +56,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import natgalore_jax as ng
-from examples.glue.data.batches import steps_per_epoch, train_batches
-from examples.glue.data.encode import Encoded
-from examples.glue.methods import LEARNING_RATES, MethodConfig, set_up
-from examples.glue.prepare import prepare
-from examples.glue.run_config import RunConfig
-from examples.glue.schedule import warmup_linear
-from examples.glue.train_step import decisions, make_predict, make_step, predictions
-from examples.llama.train_step import init_state
+from examples.common.schedule import warmup_linear
+from examples.common.train_state import init_state
+from examples.finetune.encoder.data.batches import steps_per_epoch, train_batches
+from examples.finetune.encoder.data.encode import Encoded
+from examples.finetune.encoder.methods import LEARNING_RATES, MethodConfig, set_up
+from examples.finetune.encoder.prepare import prepare
+from examples.finetune.encoder.run_config import RunConfig
+from examples.finetune.encoder.train_step import decisions, make_predict, make_step, predictions
 
 plt.rcParams.update({"figure.dpi": 80, "axes.grid": True, "grid.alpha": 0.3})
 
@@ -109,7 +109,7 @@ for row in prepared.rows.splits["validation"][:4]:
 #
 # `set_up` splits the weights into trained and frozen ones, and makes the optimizer: for the last method
 # `ng.natural_galore_adamw(..., where=...)` with a rule that names the matrices. The learning rates are the defaults of
-# `examples/glue` times the factors below, a small grid that is the same for all; the rate with the best validation accuracy
+# `examples/finetune/encoder` times the factors below, a small grid that is the same for all; the rate with the best validation accuracy
 # counts.
 
 # %%
@@ -124,12 +124,12 @@ def fine_tune(method, rate):
     tuning = set_up(method, MethodConfig(), encoder, prepared.pretrained.params, schedule, seed=0)
     # Compiled, it copies the weights: the step donates its state, and every run starts from them.
     state = jax.jit(lambda p, f: init_state(p, tuning.tx, f))(tuning.trained, tuning.frozen)
-    step = make_step(tuning.apply, tuning.tx, regression=False, seed=0)
+    step = make_step(tuning.model, tuning.tx, regression=False, seed=0)
     batches, losses = train_batches(train_rows, layout, seed=0, start=0), []
     for _ in range(steps):
         state, loss = step(state, next(batches))
         losses.append(loss)
-    predict = make_predict(tuning.apply)
+    predict = make_predict(tuning.model)
 
     def accuracy(rows):
         outputs = predictions(predict, state.weights, rows, layout)
@@ -177,7 +177,7 @@ print(f"always the commoner class: {majority:.3f}, on {len(test.labels)} rows")
 # rows is 0.022. docs/finetuning.md and `python -m benchmarks.glue` have the protocol for a real comparison; `SIZE = "large"`
 # takes all rows.
 #
-# The fine-tuned weights are those of an ordinary BERT: `save_model` of `examples/glue/weights.py` writes them for
+# The fine-tuned weights are those of an ordinary BERT: `save_model` of `examples/finetune/encoder/weights.py` writes them for
 # `transformers`.
 #
 # Next: [many devices](05_many_devices.ipynb).

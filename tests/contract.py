@@ -108,6 +108,12 @@ FACTORIES: Mapping[str, Callable[[], optax.GradientTransformation]] = {
     "apollo_adamw": lambda: ng.contrib.apollo_adamw(0.01, **_project),
     "apollo_mini_adamw": lambda: ng.contrib.apollo_mini_adamw(0.01, update_interval=INTERVAL),
     "ldadamw": lambda: ng.contrib.ldadamw(0.01, rank=RANK, error_feedback=True),
+    "alice_adamw": lambda: ng.contrib.alice_adamw(0.01, **_project, leading=1),
+    "alice_adamw without tracking": lambda: ng.contrib.alice_adamw(
+        0.01, **_project, leading=1, b3=0.0, norm_growth_limit=None
+    ),
+    "racs_adamw": lambda: ng.contrib.racs_adamw(0.01),
+    "scale_sgd": lambda: ng.contrib.scale_sgd(0.01, head=lambda path, leaf: "dense" in path),
 }
 
 

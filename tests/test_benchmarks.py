@@ -24,9 +24,9 @@ from benchmarks._floor import accelerator_bounds, bytes_moved, floor_seconds, op
 from benchmarks._shapes import hidden_shapes, matrices
 from benchmarks._step_bytes import step_bytes
 from benchmarks._training_share import training_operations
-from examples.llama.config import MODEL_PRESETS
 from examples.llama.data import DataConfig
-from examples.llama.train_step import make_model
+from examples.llama.model.config import MODEL_PRESETS
+from examples.llama.training.train_step import make_model
 
 ENVIRONMENT = {
     *("command", "date", "seed", "python", "versions", "device", "cpu", "cores"),

@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 
 import natgalore_jax as ng
-from examples.llama.config import MODEL_PRESETS, ModelConfig
-from examples.llama.model import Llama
-from examples.llama.train_config import RUN_PRESETS
+from examples.llama.model.config import MODEL_PRESETS, ModelConfig
+from examples.llama.model.llama import Llama
+from examples.llama.run_config import RUN_PRESETS
 from natgalore_jax.__main__ import main
 from natgalore_jax._src.memory.llama_sizes import LLAMA_RANKS, LLAMA_SIZES, LlamaSizes, llama_shapes
 from natgalore_jax._src.memory.shapes_file import read_shapes

@@ -57,6 +57,12 @@ READY_MADE = [
     (ng.contrib.apollo_adamw, {"granularity": "tensor", "norm_growth_limit": None}),
     (ng.contrib.apollo_mini_adamw, {}),
     (ng.contrib.ldadamw, {"error_feedback": True}),
+    (ng.contrib.scale_sgd, {"head": {"wide": True, "tall": False, "b": False}, "momentum": 0.5}),
+    (ng.contrib.alice_adamw, {"leading": 1, "b3": 0.5, "compensation_scale": 2.0, "seed": 3}),
+    (ng.contrib.alice_adamw, {"b1": 0.5, "b2": 0.8, "eps": 1e-3, "norm_growth_limit": None}),
+    (ng.contrib.racs_adamw, {"decay": 0.5, "iterations": 2, "scale": 2.0}),
+    (ng.contrib.racs_adamw, {"norm_growth_limit": None, "b2": 0.9, "eps": 1e-3}),
+    (ng.contrib.scale_sgd, {"norm": "l2", "vector_ratio": 2.0, "b1": 0.8, "eps": 1e-3}),
 ]
 
 

@@ -30,6 +30,9 @@ OWN = {
     "published Adam": lambda: ng.published_galore_adamw(0.01, rank=RANK),
     "apollo": lambda: ng.contrib.scale_by_apollo(rank=RANK),
     "ldadam": lambda: ng.contrib.scale_by_ldadam(rank=RANK, error_feedback=True),
+    "alice": lambda: ng.contrib.scale_by_alice(rank=RANK, leading=1),
+    "racs": lambda: ng.contrib.scale_by_racs(),
+    "scale": lambda: ng.contrib.scale_by_column_norms(head=lambda path, leaf: "dense" in path),
 }
 PRECISIONS = ["bfloat16", "tensorfloat32", "float32", "highest", "BF16_BF16_F32"]
 

@@ -1,4 +1,4 @@
-"""The diffs of CONTRIBUTING, "How to add", apply to the code as it is, and do what they say."""
+"""The diffs of CONTRIBUTING, "Additions", apply to the code as it is, and do what they say."""
 
 import re
 import shutil

@@ -15,6 +15,8 @@ OPTIMIZERS = {
     "natural_galore_adamw": lambda **k: ng.natural_galore_adamw(0.01, rank=RANK, **k),
     "apollo_adamw": lambda **k: ng.contrib.apollo_adamw(0.01, rank=RANK, **k),
     "ldadamw": lambda **k: ng.contrib.ldadamw(0.01, rank=RANK, **k),
+    "alice_adamw": lambda **k: ng.contrib.alice_adamw(0.01, rank=RANK, leading=1, **k),
+    "racs_adamw": lambda **k: ng.contrib.racs_adamw(0.01, **k),
 }
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
@@ -163,6 +165,9 @@ IDENTITIES = {
     "woodbury": lambda rank: ng.woodbury_natural_gradient(history=rank),
     "scale_by_apollo": lambda rank: ng.contrib.scale_by_apollo(rank=rank),
     "scale_by_ldadam": lambda rank: ng.contrib.scale_by_ldadam(rank=rank),
+    "scale_by_alice": lambda rank: ng.contrib.scale_by_alice(rank=rank),
+    "scale_by_racs": lambda rank: ng.contrib.scale_by_racs(iterations=rank),
+    "scale_by_column_norms": lambda rank: ng.contrib.scale_by_column_norms(eps=rank),
     "scale_by_adam_8bit": lambda rank: ng.scale_by_adam_8bit(min_size=rank),
 }
 

@@ -11,8 +11,8 @@ import optax
 import pytest
 
 import natgalore_jax as ng
-from examples.llama.config import ModelConfig
-from examples.llama.sharded_team import longer_side
+from examples.llama.distributed.devices import longer_side
+from examples.llama.model.config import ModelConfig
 from examples.many_devices import replicated, sharded, small_llama
 
 pytestmark = pytest.mark.usefixtures("fast_compile")

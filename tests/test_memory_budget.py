@@ -8,9 +8,9 @@ import pytest
 from composed import composed_adamw
 
 import natgalore_jax as ng
-from examples.llama.config import MODEL_PRESETS
-from examples.llama.train_config import RUN_PRESETS
-from examples.llama.train_step import make_model
+from examples.llama.model.config import MODEL_PRESETS
+from examples.llama.run_config import RUN_PRESETS
+from examples.llama.training.train_step import make_model
 
 
 def abstract_params(preset):

@@ -313,3 +313,12 @@ def test_gradients_of_a_sharded_step_are_counted_on_one_device():
     account = ng.memory_report(descent, params, step=compiled).step
     assert account.gradient_bytes <= 4 * 64 * 48 // 8
     assert account.argument_bytes == 4 * (64 * 48 // 8 + 4 * 64)
+
+
+def test_parameters_on_a_mesh_with_explicit_axes_are_counted_whole():
+    mesh = jax.make_mesh((4,), ("data",))
+    columns = jax.NamedSharding(mesh, jax.P(None, "data"))
+    sharded = {"w": jax.device_put(jnp.ones((6, 8)), columns)}
+    assert ng.memory_report(natural(), sharded) == ng.memory_report(
+        natural(), {"w": jnp.ones((6, 8))}
+    )

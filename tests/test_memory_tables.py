@@ -10,7 +10,7 @@ from benchmarks.memory_tables import (
     table_1,
     table_5,
 )
-from examples.llama.config import MODEL_PRESETS, parameter_count
+from examples.llama.model.config import MODEL_PRESETS, parameter_count
 
 
 def test_table_1_formulas():

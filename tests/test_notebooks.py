@@ -8,7 +8,7 @@ from typing import Any
 import nbformat
 import pytest
 
-from examples.glue.data.snippets import ARCHIVE
+from examples.finetune.encoder.data.snippets import ARCHIVE
 from notebooks.build import REPOSITORY, execute, read_script, scripts
 
 BADGE = (

@@ -1,4 +1,4 @@
-"""APOLLO and LDAdam with sharded parameters on eight simulated devices: the numbers of one."""
+"""Optimizers of contrib with sharded parameters on eight simulated devices: the numbers of one."""
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,11 @@ SHAPES = {"down": (32, 16), "layers": (8, 16, 24), "up": (16, 32)}
 OPTIMIZERS = {
     "apollo": lambda: ng.contrib.apollo_adamw(0.05, rank=4, update_interval=2),
     "ldadamw": lambda: ng.contrib.ldadamw(0.05, rank=4, error_feedback=True, eps=1e-4),
+    "alice": lambda: ng.contrib.alice_adamw(
+        0.05, rank=4, update_interval=2, leading=2, eps=1e-3, scale=1.0
+    ),
+    "racs": lambda: ng.contrib.racs_adamw(0.05, scale=1.0),
+    "scale": lambda: ng.contrib.scale_sgd(0.05, head={"down": False, "layers": True, "up": True}),
 }
 
 

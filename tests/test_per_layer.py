@@ -57,6 +57,11 @@ OPTIMIZERS = {
         ng.contrib.ldadamw(SCHEDULE, rank=4, eps=1e-3, error_feedback=True),
         optax.adamw(SCHEDULE, eps=1e-3, weight_decay=0.1, mask=decayed),
     ),
+    "alice, racs, scale": lambda: by_name(
+        ng.contrib.alice_adamw(**LOW),
+        ng.contrib.racs_adamw(SCHEDULE),
+        ng.contrib.scale_sgd(SCHEDULE, eps=1e-3),
+    ),
     "all at once, injected, accumulated": lambda: optax.MultiSteps(
         optax.inject_hyperparams(ng.galore_adamw, static_args=ng.structural_args(ng.galore_adamw))(
             **LOW, side="left", stagger=False, moment_bits=8

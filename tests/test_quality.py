@@ -25,12 +25,13 @@ from benchmarks.quality.record import diverged, thinned
 from benchmarks.quality.run_spec import Run, prepare
 from benchmarks.quality.sweep import Sweep, runs
 from benchmarks.quality.train import excerpt
-from examples.llama.config import MODEL_PRESETS
+from examples.common.errors import ConfigError
+from examples.common.metrics import of_kind
 from examples.llama.data import DataConfig, load_splits
 from examples.llama.loop import train
-from examples.llama.metrics import of_kind
-from examples.llama.train_config import ConfigError, RunConfig
-from examples.llama.train_step import make_model
+from examples.llama.model.config import MODEL_PRESETS
+from examples.llama.run_config import RunConfig
+from examples.llama.training.train_step import make_model
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

@@ -17,7 +17,7 @@ from benchmarks.quality.summary import Point, separated, steps_to, summarise
 from benchmarks.quality.sweep import Sweep, runs
 from benchmarks.quality.tables import course, label, losses, tuning, verdicts
 from benchmarks.quality.tuning import tuned_rates
-from examples.llama.train_config import ConfigError
+from examples.common.errors import ConfigError
 
 
 def result(

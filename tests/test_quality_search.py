@@ -17,7 +17,7 @@ from benchmarks.quality.search import (
 )
 from benchmarks.quality.sweep import Sweep, run_sweep, runs
 from benchmarks.quality.tuning import tuned_rates
-from examples.llama.train_config import ConfigError
+from examples.common.errors import ConfigError
 
 GRID = (0.001, 0.002, 0.005, 0.01, 0.02, 0.04, 0.08)
 

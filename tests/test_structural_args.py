@@ -16,6 +16,8 @@ NUMERIC = {
         "damping",
         "scale",
         "unprojected_ratio",
+        "vector_ratio",
+        "compensation_scale",
         "norm_growth_limit",
         "residual_scale",
     ),
@@ -32,6 +34,12 @@ FACTORIES = [
     ng.contrib.apollo_mini_adamw,
     ng.contrib.scale_by_ldadam,
     ng.contrib.ldadamw,
+    ng.contrib.scale_by_alice,
+    ng.contrib.alice_adamw,
+    ng.contrib.scale_by_racs,
+    ng.contrib.racs_adamw,
+    ng.contrib.scale_by_column_norms,
+    ng.contrib.scale_sgd,
 ]
 PARAMS = {"w": jnp.ones((6, 8)), "b": jnp.ones(8)}
 FIXED = {"rank": 2, "update_interval": 3}
@@ -71,6 +79,9 @@ def test_injected_equals_plain(learning_rate):
     [
         (ng.contrib.apollo_adamw, {"rank": 2, "update_interval": 2, "scale": 3.0}),
         (ng.contrib.ldadamw, {"rank": 2, "rho": 0.5, "error_feedback": True}),
+        (ng.contrib.alice_adamw, {"rank": 2, "leading": 1, "compensation_scale": 2.0}),
+        (ng.contrib.racs_adamw, {"scale": 0.5, "norm_growth_limit": 1.5, "iterations": 2}),
+        (ng.contrib.scale_sgd, {"norm": "l2", "vector_ratio": 3.0, "head": True}),
     ],
 )
 def test_injected_equals_plain_for_the_other_optimizers(factory, settings):

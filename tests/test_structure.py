@@ -3,6 +3,7 @@
 import ast
 from pathlib import Path
 
+import durations
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -20,6 +21,17 @@ ORDERS = {
         "per_layer",
         "memory",
     ],
+    "examples": ["common", "pretrained", "llama", "finetune", "many_devices", "recipes"],
+    "examples/llama": [
+        "model",
+        "data",
+        "weights",
+        "training",
+        "distributed",
+        "memory",
+        "plan",
+    ],
+    "examples/finetune": ["encoder", "planner"],
 }
 
 
@@ -27,7 +39,10 @@ def imports(path: Path) -> set[str]:
     """Dotted names of the modules that a file imports, wherever it does."""
     nodes = list(ast.walk(ast.parse(path.read_text())))
     plain = (a.name for n in nodes if isinstance(n, ast.Import) for a in n.names)
-    return {n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.module} | set(plain)
+    froms = [n for n in nodes if isinstance(n, ast.ImportFrom) and n.module]
+    # A name may be a module of a package.
+    names = {f"{n.module}.{a.name}" for n in froms for a in n.names}
+    return {n.module for n in froms} | names | set(plain)
 
 
 @pytest.mark.parametrize("root", ORDERS)
@@ -40,7 +55,7 @@ def test_packages_import_only_what_is_above_them(root):
         for path in (folder / package).rglob("*.py")
         for name in imports(path)
         for later in order[i + 1 :]
-        if name.startswith(f"{root.replace('/', '.')}.{later}.")
+        if f"{name}.".startswith(f"{root.replace('/', '.')}.{later}.")
     ]
     assert wrong == []
 
@@ -55,3 +70,9 @@ def test_modules_do_not_import_each_other_in_a_circle(root):
         for name in leaves:
             del open_[name]
     assert open_ == {}
+
+
+def test_shards_have_every_test_file_once():
+    files = {str(p.relative_to(ROOT)) for p in (ROOT / "tests").rglob("test_*.py")}
+    parts = [durations.shard(files, number, 4) for number in (1, 2, 3, 4)]
+    assert set().union(*parts) == files and sum(map(len, parts)) == len(files)

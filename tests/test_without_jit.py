@@ -19,6 +19,9 @@ COVERING = [
     "8-bit Tucker bases, 4-bit history",
     "apollo_adamw",
     "ldadamw",
+    "alice_adamw",
+    "racs_adamw",
+    "scale_sgd",
 ]
 
 

@@ -8,21 +8,14 @@ import tyro
 from benchmarks.glue.runs import Run, make
 from benchmarks.glue.show import Show, show
 from benchmarks.glue.sweep import Sweep, run_sweep
-from examples.glue.errors import ConfigError, DataError, WeightsError
+from examples.common.cli import exit_code
 
 Command = Run | Sweep | Show
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
-    try:
-        return run(tyro.cli(Command, prog="python -m benchmarks.glue", args=argv))
-    except (ConfigError, DataError, WeightsError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return exit_code(lambda: run(tyro.cli(Command, prog="python -m benchmarks.glue", args=argv)))
 
 
 def run(command: Command) -> int:

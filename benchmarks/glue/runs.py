@@ -7,13 +7,14 @@ from typing import Any, Literal
 
 from benchmarks._environment import RESULTS, environment
 from benchmarks.quality.files import read, write
-from examples.glue.baseline import baseline_scores
-from examples.glue.loop import train
-from examples.glue.methods import MethodName
-from examples.glue.prepare import prepare
-from examples.glue.run_config import RunConfig, TaskName, preset_config
-from examples.llama.finetuning import is_low_rank
-from examples.llama.train_config import ConfigError, differences
+from examples.common.config import differences
+from examples.common.errors import ConfigError
+from examples.common.methods import is_low_rank
+from examples.finetune.encoder.baseline import baseline_scores
+from examples.finetune.encoder.loop import train
+from examples.finetune.encoder.methods import MethodName
+from examples.finetune.encoder.prepare import prepare
+from examples.finetune.encoder.run_config import RunConfig, TaskName, preset_config
 
 Json = dict[str, Any]
 
@@ -25,17 +26,17 @@ class Common:
     task: TaskName = "movie-snippets"
     """The task; those of GLUE need --data or a hub."""
     data: Path | None = None
-    """Its files, as in examples.glue."""
+    """Its files, as in examples.finetune.encoder."""
     model: str = "minilm"
-    """The model, as in examples.glue."""
+    """The model, as in examples.finetune.encoder."""
     epochs: int | None = None
-    """How often each row is seen; by default as in examples.glue."""
+    """How often each row is seen; by default as in examples.finetune.encoder."""
     limit: int | None = None
     """Train on so many rows only."""
     embeddings: Literal["frozen", "projected", "full"] = "projected"
-    """Of galore and natural-galore, as in examples.glue."""
+    """Of galore and natural-galore, as in examples.finetune.encoder."""
     moment_bits: Literal[8] | None = 8
-    """Of galore and natural-galore, as in examples.glue."""
+    """Of galore and natural-galore, as in examples.finetune.encoder."""
     suite: str = "main"
     """Directory of runs that belong together."""
     root: Path = RESULTS / "glue"

@@ -12,8 +12,8 @@ from benchmarks.glue.runs import Common, Json, Run, is_done
 from benchmarks.quality.files import read, read_suite
 from benchmarks.quality.search import next_rates
 from benchmarks.quality.workers import command as command_of, run_all
-from examples.glue.methods import MethodName
-from examples.llama.train_config import ConfigError
+from examples.common.errors import ConfigError
+from examples.finetune.encoder.methods import MethodName
 
 # The command that makes one run.
 command = functools.partial(command_of, program="benchmarks.glue")

@@ -11,23 +11,15 @@ from benchmarks.quality.run_spec import Run
 from benchmarks.quality.show import Show, show
 from benchmarks.quality.sweep import Sweep, run_sweep
 from benchmarks.quality.train import run as train
-from examples.llama.data import DataError
-from examples.llama.train_config import ConfigError
+from examples.common.cli import exit_code
 
 Command = Run | Sweep | Show | Report | Overlay
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
-    try:
-        # Wrong arguments end the program here, with exit code 2.
-        return run(tyro.cli(Command, prog="python -m benchmarks.quality", args=argv))
-    except (ConfigError, DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    # Wrong arguments end the program here, with exit code 2.
+    return exit_code(lambda: run(tyro.cli(Command, prog="python -m benchmarks.quality", args=argv)))
 
 
 def run(command: Command) -> int:

@@ -1,6 +1,6 @@
 """Names of the texts that models are trained on."""
 
-from examples.llama.train_config import ConfigError
+from examples.common.errors import ConfigError
 
 CORPORA: dict[str, tuple[str, ...]] = {
     "sotu": ("sotu",),

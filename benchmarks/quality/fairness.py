@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.summary import RECIPE, Row
 from benchmarks.quality.tuning import Tuned
-from examples.llama.train_config import ConfigError
+from examples.common.errors import ConfigError
 
 
 def check_tuned(rows: Iterable[Row], tuned: Mapping[str, Tuned]) -> None:

@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from examples.llama.train_config import ConfigError, RunConfig, differences
+from examples.common.errors import ConfigError
+from examples.llama.run_config import RunConfig, differences
 
 Json = dict[str, Any]
 

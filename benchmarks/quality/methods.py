@@ -12,9 +12,10 @@ import optax
 
 import natgalore_jax as ng
 from benchmarks.quality.variants import recipe
-from examples.llama.adapters import AdapterConfig
-from examples.llama.optimizers import OPTIMIZERS, decayed, with_unprojected_ratio
-from examples.llama.train_config import ConfigError, RunConfig
+from examples.common.errors import ConfigError
+from examples.common.optimizers import OPTIMIZERS, decayed, with_unprojected_ratio
+from examples.llama.model.adapters import AdapterConfig
+from examples.llama.run_config import RunConfig
 
 PAPER_SCALE = 0.25  # of GaLore
 
@@ -122,6 +123,7 @@ def _adapter(
 _ONLINE = {"method": "online", "scale": PAPER_SCALE}
 _SVD = {"method": "svd", "stagger": False, "scale": PAPER_SCALE}
 
+_ALICE = {"scale": 0.3, "compensation_scale": 0.4}
 _ADAMW = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
 
 METHODS: dict[str, Method] = {
@@ -161,6 +163,15 @@ METHODS: dict[str, Method] = {
     ),
     "apollo": Method("APOLLO", ng.contrib.apollo_adamw),
     "apollo-mini": Method("APOLLO-Mini", ng.contrib.apollo_mini_adamw),
+    # α and α_c of the paper; embedding and head have AdamW, as with the other low-rank methods.
+    "alice": Method("Alice", ng.contrib.alice_adamw, _ALICE, scale=0.3),
+    "alice-0": Method(
+        "Alice without tracking", ng.contrib.alice_adamw, {**_ALICE, "b3": 0.0}, scale=0.3
+    ),
+    "racs": Method("RACS", ng.contrib.racs_adamw, {"scale": 0.05}, scale=0.05),
+    # Embedding and head are normalised as hidden matrices are, at one rate, as in its scripts.
+    "scale": Method("SCALE", ng.contrib.scale_sgd, ratio=1.0),
+    "scale-l2": Method("SCALE, Euclidean norms", ng.contrib.scale_sgd, {"norm": "l2"}, ratio=1.0),
     "fira": Method(
         "Fira", ng.galore_adamw, {"residual": "fira", "scale": PAPER_SCALE}, scale=PAPER_SCALE
     ),

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from examples.llama.train_config import ConfigError
+from examples.common.errors import ConfigError
 
 BEGIN, END = "<!-- quality:begin -->", "<!-- quality:end -->"
 

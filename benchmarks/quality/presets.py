@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from examples.llama.config import MODEL_PRESETS, ModelConfig
+from examples.llama.model.config import MODEL_PRESETS, ModelConfig
 
 
 class Preset(NamedTuple):

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import optax
 
+from examples.common.metrics import Record, of_kind
 from examples.llama.loop import Result
-from examples.llama.metrics import Record, of_kind
 
 TRAIN_POINTS = 50
 _COMPILING = 5  # first steps, whose times are not those of a step

@@ -11,11 +11,12 @@ from benchmarks._environment import RESULTS
 from benchmarks.quality.corpora import resolve
 from benchmarks.quality.methods import Setting, arguments, choose, configure, make
 from benchmarks.quality.presets import PRESETS
-from examples.llama.config import DTYPES
+from examples.common.errors import ConfigError
+from examples.common.optimizers import OptimizerConfig
+from examples.common.schedule import warmup_cosine
 from examples.llama.data import DataConfig
-from examples.llama.optimizers import OptimizerConfig
-from examples.llama.schedule import warmup_cosine
-from examples.llama.train_config import ConfigError, OutputConfig, RunConfig
+from examples.llama.model.config import DTYPES
+from examples.llama.run_config import OutputConfig, RunConfig
 
 ROOT = RESULTS / "quality"
 

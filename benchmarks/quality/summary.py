@@ -11,7 +11,8 @@ from benchmarks.quality.methods import METHODS
 from benchmarks.quality.presets import PRESETS
 from benchmarks.quality.search import Rates
 from benchmarks.quality.tuning import rates_of
-from examples.llama.train_config import ConfigError, RunConfig
+from examples.common.errors import ConfigError
+from examples.llama.run_config import RunConfig
 
 REFERENCE = "adamw"  # with two rates, as every other method
 RECIPE = "natural-galore"

@@ -12,7 +12,7 @@ from benchmarks.quality.search import Rates, next_points
 from benchmarks.quality.summary import RECIPE
 from benchmarks.quality.tuning import curves, tuned_rates
 from benchmarks.quality.workers import command, describe, run_all
-from examples.llama.train_config import ConfigError
+from examples.common.errors import ConfigError
 
 TUNED = "tuned"
 

@@ -12,9 +12,9 @@ from benchmarks.quality.files import is_done, write
 from benchmarks.quality.methods import choose
 from benchmarks.quality.record import outcome
 from benchmarks.quality.run_spec import Run, prepare
+from examples.common.errors import ConfigError
 from examples.llama.data import load_splits
 from examples.llama.loop import train
-from examples.llama.train_config import ConfigError
 
 _SEGMENT_ROWS = 8
 

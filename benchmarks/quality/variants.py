@@ -5,7 +5,7 @@ from typing import Any, Literal
 import optax
 
 import natgalore_jax as ng
-from examples.llama.optimizers import with_unprojected_ratio
+from examples.common.optimizers import with_unprojected_ratio
 
 INNER = {
     "adam": optax.scale_by_adam,

@@ -1,83 +1,64 @@
 """Pre-train a LLaMA from the command line: `python -m examples.llama --help`."""
 
-import argparse
-import json
 import shutil
-import signal
 import sys
 import traceback
 from pathlib import Path
 
 import jax
-import tyro
 from rich.console import Console
 
 import natgalore_jax as ng
-from examples.llama.adapters import make_linear
-from examples.llama.checkpoints import CheckpointError
-from examples.llama.config import MODEL_PRESETS
-from examples.llama.data import DataError, load_splits, ngram_perplexity
-from examples.llama.distributed import leave_the_others, several_processes, start
-from examples.llama.generate import generate
-from examples.llama.initial import start_from
-from examples.llama.interrupt import stop_on_signals
+from examples.common import cli
+from examples.common.cli import stop_on_signals
+from examples.common.config import write_json
+from examples.common.errors import ConfigError
+from examples.common.metrics import Record, of_kind
+from examples.common.plots import plot_run
+from examples.common.reporter import Reporter, make_reporter
+from examples.llama.data import load_splits, ngram_perplexity
+from examples.llama.distributed.processes import abort_peers, several_processes, start
 from examples.llama.loop import Result, train
-from examples.llama.metrics import Record, of_kind
-from examples.llama.model import with_params
-from examples.llama.plots import plot_curves
-from examples.llama.report import Reporter, make_reporter, summary_table
-from examples.llama.sampling import Sampling
-from examples.llama.train_config import ConfigError, RunConfig, run_preset
+from examples.llama.model.adapters import make_linear
+from examples.llama.model.config import MODEL_PRESETS
+from examples.llama.model.generate import Sampling, generate
+from examples.llama.model.llama import with_params
+from examples.llama.report import describe, summary_table
+from examples.llama.run_config import RunConfig, run_preset
+from examples.llama.weights.initial import start_from
 
 SAMPLE_TOKENS = 100
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the program and returns its exit code."""
-    console = Console()
+    """Run the program and return its exit code."""
     try:
-        return run(parse(argv), console)
-    except (ConfigError, DataError, CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        leave_the_others(1)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        leave_the_others(130)
-        return 130
+        return cli.exit_code(lambda: run(parse(argv), Console()), abort_peers)
     except Exception:
         # Such as what the sum of a gradient raises when another process has died.
         if several_processes():
             traceback.print_exc()
-            leave_the_others(1)
+            abort_peers(1)
         raise
 
 
 def parse(argv: list[str] | None) -> RunConfig:
-    """The configuration: the preset's, with what else the command line says."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default="nano")
-    preset = first.parse_known_args(argv)[0].preset
+    """The configuration: the preset, and what the command line overrides."""
+    preset = cli.peek(argv, preset="nano").preset
     # An unknown name is left to tyro, which lists the known ones.
     default = run_preset(preset if preset in MODEL_PRESETS else "nano")
-    config = tyro.cli(
-        RunConfig,
-        prog="python -m examples.llama",
-        default=default,
-        args=argv,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    config = cli.parse(RunConfig, "examples.llama", argv, default)
     if config.model.vocab_size != default.model.vocab_size:
         raise ConfigError("the model's vocabulary follows the tokenizer's: use --vocab-size")
     return config
 
 
 def run(config: RunConfig, console: Console) -> int:
-    """Trains, and writes everything that belongs to the run."""
+    """Train, and write everything that belongs to the run."""
     start(config.distributed)
     leads = jax.process_index() == 0
     run_dir, quiet = config.run_dir, config.output.quiet
-    reporter = make_reporter(console, quiet or not leads)
+    reporter = make_reporter(console, quiet or not leads, describe)
     reporter.note(f"{run_dir}: reading text and tokenizer")
     tokenizer = initial = None
     if config.init_from is not None:
@@ -104,7 +85,7 @@ def run(config: RunConfig, console: Console) -> int:
     if not result.finished:  # By a signal, which another process may have got.
         if leads:
             console.print(f"stopped at step {result.steps}, saved; --resume goes on from there")
-        return 128 + (stop.signal or signal.SIGTERM)
+        return stop.exit_code
     if leads:
         _write_results(result, run_dir, console, reporter)
     return 0
@@ -113,8 +94,8 @@ def run(config: RunConfig, console: Console) -> int:
 def _write_results(result: Result, run_dir: Path, console: Console, reporter: Reporter) -> None:
     """Summary, curves and sample of a finished run."""
     summary = summarize(result)
-    _write_json(run_dir / "summary.json", summary)
-    plot_curves(
+    write_json(run_dir / "summary.json", summary)
+    plot_run(
         result.records,
         run_dir / "curves.png",
         {name: summary["validation"][name] for name in ("bigram", "unigram")},
@@ -168,10 +149,6 @@ def write_sample(result: Result, prompt: str) -> str:
     )
     # A model that has learned little may emit control characters, which a terminal would obey.
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
-def _write_json(path: Path, value: Record) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 if __name__ == "__main__":

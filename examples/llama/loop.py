@@ -12,28 +12,27 @@ import jax.numpy as jnp
 import optax
 
 import natgalore_jax as ng
-from examples.llama.adapters import make_linear
-from examples.llama.batches import TrainBatches
-from examples.llama.build import first_state, make_step, on_the_host
-from examples.llama.checkpoints import Checkpoints
-from examples.llama.clock import Clock
+from examples.common.checkpoints import Checkpoints, quarantine
+from examples.common.errors import ConfigError
+from examples.common.lora import partition
+from examples.common.metrics import Clock, MetricsLog, of_kind, replace_text
+from examples.common.reporter import Reporter, Silent
+from examples.common.train_state import Metrics, Params, TrainState
 from examples.llama.data import Splits, eval_batches, load_splits
-from examples.llama.digests import set_damaged_aside
-from examples.llama.evaluate import make_eval_step, mean_nll, perplexity
-from examples.llama.faults import Guard
-from examples.llama.frozen import partition
-from examples.llama.initial import TOKENIZER, overlay
-from examples.llama.metrics import MetricsLog, of_kind, replace_text
-from examples.llama.optimization import make_optimization
-from examples.llama.peak import RunMemory, describe, observed_peak
-from examples.llama.relora import make_merge
-from examples.llama.report import Reporter, Silent
+from examples.llama.distributed.batches import TrainBatches
+from examples.llama.distributed.devices import Devices, make_devices
+from examples.llama.memory.peak import RunMemory, describe, observed_peak
+from examples.llama.memory.step_memory import StepMemory, of_compiled
+from examples.llama.model.adapters import make_linear
 from examples.llama.result import Result as Result
-from examples.llama.sharded_team import make_team
-from examples.llama.step_memory import StepMemory, of_compiled
-from examples.llama.team import Team
-from examples.llama.train_config import ConfigError, RunConfig
-from examples.llama.train_step import Metrics, Params, TrainState, make_model
+from examples.llama.run_config import RunConfig, differences
+from examples.llama.training.build import first_state, make_step, on_the_host
+from examples.llama.training.evaluate import make_eval_step, mean_nll, perplexity
+from examples.llama.training.faults import Guard
+from examples.llama.training.optimization import make_optimization
+from examples.llama.training.relora import make_merge
+from examples.llama.training.train_step import make_model
+from examples.llama.weights.initial import TOKENIZER, overlay
 
 
 def train(
@@ -76,40 +75,42 @@ def train(
     """
     splits = splits if splits is not None else load_splits(config.data)
     config = config.with_vocabulary(splits.vocab_size)
-    team = make_team(config.distributed, config.batch_size)
-    reporter = reporter if reporter is not None and team.leads else Silent()
+    devices = make_devices(config.distributed, config.batch_size)
+    reporter = reporter if reporter is not None and devices.leads else Silent()
     if run_dir is None:
-        return _Run(config, splits, tx, reporter, MetricsLog(), None, team, initial).run(
+        return _Run(config, splits, tx, reporter, MetricsLog(), None, devices, initial).run(
             should_stop
         )
 
-    if team.leads:
+    if devices.leads:
         run_dir.mkdir(parents=True, exist_ok=True)
         if config.output.resume:
             _drop_damaged(run_dir, reporter)
-    team.wait("run directory")
+    devices.wait("run directory")
     output = config.output
     with Checkpoints(
         run_dir / "checkpoints", keep=output.keep, keep_best=output.keep_best
     ) as checkpoints:
         identity = _identity(config, splits)
-        done = checkpoints.resume_point(identity, run_dir, resume=output.resume)
+        done = checkpoints.resume_point(
+            identity, run_dir, resume=output.resume, differences=differences
+        )
         if output.resume:
             reporter.note(f"resuming after step {done // config.accumulate}")
         log = MetricsLog()
-        if team.leads:
+        if devices.leads:
             replace_text(run_dir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
             splits.tokenizer.save(str(run_dir / TOKENIZER))
             log = MetricsLog(run_dir / "metrics.jsonl", resume_at=done // config.accumulate)
         with log:
-            run = _Run(config, splits, tx, reporter, log, checkpoints, team, initial)
+            run = _Run(config, splits, tx, reporter, log, checkpoints, devices, initial)
             return run.run(should_stop)
 
 
 def _drop_damaged(run_dir: Path, reporter: Reporter) -> None:
     """Leaves a checkpoint that is as it was written to be the newest."""
     checkpoints = run_dir / "checkpoints"
-    damaged = set_damaged_aside(checkpoints)
+    damaged = quarantine(checkpoints)
     for what in damaged:
         reporter.note(f"damaged, using the checkpoint before: {what}")
     if damaged and not any(p.name.isdigit() for p in checkpoints.iterdir()):
@@ -135,19 +136,19 @@ class _Run:
         reporter: Reporter,
         log: MetricsLog,
         checkpoints: Checkpoints | None,
-        team: Team,
+        devices: Devices,
         initial: Callable[[], Any] | None,
     ):
-        self.config, self.splits, self.log, self.team = config, splits, log, team
+        self.config, self.splits, self.log, self.devices = config, splits, log, devices
         self.reporter, self.checkpoints = reporter, checkpoints
         adapter = config.adapter
         with on_the_host(config):
             self.apply, weights = make_model(
-                config.model, config.seed, make_linear(adapter), team.weights_at
+                config.model, config.seed, make_linear(adapter), devices.weights_at
             )
         if initial is not None and (checkpoints is None or checkpoints.latest() is None):
             weights = overlay(weights, initial())
-        params, frozen = partition(team.place(weights))
+        params, frozen = partition(devices.place(weights))
         optimization = make_optimization(config, params, tx)
         self.tx, schedule, _ = optimization
         self.schedule = None if schedule is None else jax.jit(schedule)
@@ -158,8 +159,8 @@ class _Run:
         def initial_state(params: Params, frozen: Params) -> TrainState:
             return first_state(config, optimization, params, frozen)
 
-        state_at = team.state_at(jax.eval_shape(initial_state, params, frozen), self.tx)
-        self.step_fn = team.step(step, state_at)
+        state_at = devices.state_at(jax.eval_shape(initial_state, params, frozen), self.tx)
+        self.step_fn = devices.step(step, state_at)
         # The weights are donated: there is no room for them twice.
         first = jax.jit(
             initial_state,
@@ -169,13 +170,13 @@ class _Run:
         )
         with on_the_host(config):
             self.state: TrainState = first(params, frozen)
-        if team.replicated is None and config.weight_bits is not None:
+        if devices.replicated is None and config.weight_bits is not None:
             self.state = jax.device_put(self.state, jax.local_devices()[0])
         if config.offload == "weights":
             params = self.state.params
             on_host = {**params, "layers": ng.training.to_host(params["layers"])}
             self.state = self.state._replace(params=on_host)
-        self.batches = TrainBatches(config, splits, team)
+        self.batches = TrainBatches(config, splits, devices)
         self.guard = Guard(config.faults)
         if checkpoints is None and config.faults.rollback_on_spike is not None:
             raise ConfigError("--rollback-on-spike needs a directory of checkpoints to go back to")
@@ -192,7 +193,7 @@ class _Run:
         self.reporter.start(self._micro_step // self.config.accumulate, self.config.steps)
         self._clock.start()
         try:
-            with self.team.context():
+            with self.devices.context():
                 self._train(should_stop)
                 self._flush()
                 result = self._result()
@@ -215,7 +216,7 @@ class _Run:
             if self.memory is None:
                 self._account(rows)
             self.state, metrics = self.step_fn(self.state, rows)
-            stop = self.team.agree(should_stop(), metrics)
+            stop = self.devices.agree(should_stop(), metrics)
             save = False
             if not self._skips(metrics):
                 self._micro_step += 1
@@ -307,7 +308,7 @@ class _Run:
     def _evaluate(self, split: str, step: int, should_stop: Callable[[], bool]) -> None:
         """Records the loss of a split, unless that is done, or it is told to stop before."""
         done = any(record["step"] == step for record in of_kind(self.log.records, split))
-        if self.team.gather(done)[0]:
+        if self.devices.gather(done)[0]:
             return
         batches = eval_batches(
             getattr(self.splits, split),
@@ -316,12 +317,12 @@ class _Run:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        shared = (jax.tree.map(self.team.share, batch) for batch in batches)
+        shared = (jax.tree.map(self.devices.share, batch) for batch in batches)
         loss = mean_nll(
             self.eval_step,
             self.state.weights,
             shared,
-            lambda: any(self.team.gather(should_stop())),
+            lambda: any(self.devices.gather(should_stop())),
         )
         if loss is None:
             self.interrupted = True
@@ -378,7 +379,7 @@ class _Run:
             splits=self.splits,
             apply=self.apply,
             tx=self.tx,
-            state=self.team.local(self.state),
+            state=self.devices.local(self.state),
             records=self.log.records,
             steps=steps,
             diverged=self.diverged,

@@ -5,11 +5,12 @@ from typing import Any
 
 import optax
 
+from examples.common.metrics import Record
+from examples.common.train_state import TrainState
 from examples.llama.data import Splits
-from examples.llama.metrics import Record
-from examples.llama.peak import RunMemory
-from examples.llama.train_config import RunConfig
-from examples.llama.train_step import Apply, TrainState
+from examples.llama.memory.peak import RunMemory
+from examples.llama.run_config import RunConfig
+from examples.llama.training.train_step import Apply
 
 
 @dataclass(frozen=True)

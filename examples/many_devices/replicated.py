@@ -17,7 +17,7 @@ import optax
 import tyro
 
 import natgalore_jax as ng
-from examples.llama.config import ModelConfig
+from examples.llama.model.config import ModelConfig
 from examples.many_devices import small_llama
 
 

@@ -20,8 +20,8 @@ import tyro
 from jax.sharding import NamedSharding
 
 import natgalore_jax as ng
-from examples.llama.config import ModelConfig
-from examples.llama.sharded_team import longer_side
+from examples.llama.distributed.devices import longer_side
+from examples.llama.model.config import ModelConfig
 from examples.many_devices import small_llama
 
 
@@ -49,7 +49,7 @@ def train(
 
     # The optimizer knows where everything is: the axes of `jax.make_mesh` are explicit. The model
     # leaves it to the compiler, which gathers the weights of one layer at a time because the model
-    # keeps its activations divided by rows (`by_rows` in examples/llama/model.py).
+    # keeps its activations divided by rows (`by_rows` in examples/common/lora.py).
     def loss(params, rows):
         return small_llama.mean_loss(params, rows, model)
 

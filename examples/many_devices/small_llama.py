@@ -9,10 +9,11 @@ import numpy as np
 import optax
 from flax import nnx
 
-from examples.llama.config import MODEL_PRESETS, ModelConfig
+from examples.common.train_state import Params
 from examples.llama.data import DataConfig, load_splits, make_train_iterator
-from examples.llama.model import Llama, with_params
-from examples.llama.train_step import Params, token_nll
+from examples.llama.model.config import MODEL_PRESETS, ModelConfig
+from examples.llama.model.llama import Llama, with_params
+from examples.llama.training.train_step import token_nll
 
 MODEL = dataclasses.replace(MODEL_PRESETS["nano"], stacked=True)
 RANK = 32

@@ -1,6 +1,5 @@
 """Published weights: where they are, how they are read, and which parameter each tensor is."""
 
-from examples.pretrained.errors import WeightsError as WeightsError
 from examples.pretrained.locate import locate_model as locate_model
 from examples.pretrained.names import (
     Filled as Filled,

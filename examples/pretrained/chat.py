@@ -6,7 +6,7 @@ from typing import NamedTuple, NoReturn
 import jinja2
 import jinja2.sandbox
 
-from examples.pretrained.errors import WeightsError
+from examples.common.errors import WeightsError
 
 
 class ChatTemplate(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import gguf
 import numpy as np
 
-from examples.pretrained.errors import WeightsError
+from examples.common.errors import WeightsError
 from examples.pretrained.tensors import Tensors
 
 # GGUFReader checks little: these are what a damaged file ends in.

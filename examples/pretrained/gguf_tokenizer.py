@@ -6,7 +6,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from examples.pretrained.errors import WeightsError
+from examples.common.errors import WeightsError
 
 _CONTROL = 3  # tokenizer.ggml.token_type of tokens such as <|im_end|>
 _SPLITTERS = {

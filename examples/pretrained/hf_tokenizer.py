@@ -7,8 +7,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from examples.common.errors import WeightsError
 from examples.pretrained.chat import ChatTemplate
-from examples.pretrained.errors import WeightsError
 from examples.pretrained.json_file import read_json
 
 TOKENIZER = "tokenizer.json"

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from examples.pretrained.errors import WeightsError
+from examples.common.errors import WeightsError
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from examples.pretrained.errors import WeightsError
+from examples.common.errors import WeightsError
 from examples.pretrained.packages import PACKAGES, locate_package
 
 GGUF = ".gguf"

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from examples.pretrained.errors import WeightsError
+from examples.common.errors import WeightsError
 
 Path = tuple[Any, ...]
 

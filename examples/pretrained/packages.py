@@ -4,7 +4,7 @@ import importlib.metadata
 from pathlib import Path
 from typing import NamedTuple
 
-from examples.pretrained.errors import WeightsError
+from examples.common.errors import WeightsError
 
 
 class Package(NamedTuple):

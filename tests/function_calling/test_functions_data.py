@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from examples.function_calling.data import DataError, load_bfcl, load_nestful, load_tinyagent
-from examples.function_calling.data.packages import VERSIONS
-from examples.function_calling.plan import Ref, Text
-from examples.function_calling.records import MISSING, OneOf, Parameter, Record
-from examples.function_calling.write import write_plan
+from examples.common.errors import DataError
+from examples.finetune.planner.data import load_bfcl, load_nestful, load_tinyagent
+from examples.finetune.planner.data.files import VERSIONS
+from examples.finetune.planner.plans.parse import write_plan
+from examples.finetune.planner.plans.plan import Ref, Text
+from examples.finetune.planner.plans.records import MISSING, OneOf, Parameter, Record
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

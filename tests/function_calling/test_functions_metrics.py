@@ -6,11 +6,10 @@ import random
 
 import pytest
 
-from examples.function_calling.graphs import Graph, isomorphic
-from examples.function_calling.metrics import Scores, mean_scores, score
-from examples.function_calling.parse import parse_plan
-from examples.function_calling.plan import JOIN, Argument, Call, Plan, PlanError, Ref
-from examples.function_calling.records import OneOf, Parameter, Record, Tool
+from examples.finetune.planner.plans.metrics import Graph, Scores, isomorphic, mean_scores, score
+from examples.finetune.planner.plans.parse import parse_plan
+from examples.finetune.planner.plans.plan import JOIN, Argument, Call, Plan, PlanError, Ref
+from examples.finetune.planner.plans.records import OneOf, Parameter, Record, Tool
 
 _TOOLS = (
     Tool("find", "", (Parameter("name"),)),

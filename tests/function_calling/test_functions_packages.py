@@ -4,13 +4,12 @@ import importlib.metadata
 
 import pytest
 
-from examples.function_calling.data import apply_splits, load_bfcl, load_nestful
-from examples.function_calling.data.make_splits import make_splits
-from examples.function_calling.data.packages import VERSIONS
-from examples.function_calling.data.splits import read_splits
-from examples.function_calling.metrics import Scores, score
-from examples.function_calling.parse import parse_plan
-from examples.function_calling.write import write_plan
+from examples.finetune.planner.data import apply_splits, load_bfcl, load_nestful
+from examples.finetune.planner.data.files import VERSIONS
+from examples.finetune.planner.data.make_splits import make_splits
+from examples.finetune.planner.data.splits import read_splits
+from examples.finetune.planner.plans.metrics import Scores, score
+from examples.finetune.planner.plans.parse import parse_plan, write_plan
 
 
 def _needs(package):

@@ -3,8 +3,8 @@
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from examples.function_calling.parse import MAX_CHARACTERS, parse_plan
-from examples.function_calling.plan import (
+from examples.finetune.planner.plans.parse import MAX_CHARACTERS, parse_plan
+from examples.finetune.planner.plans.plan import (
     Argument,
     Call,
     FailedPlan,

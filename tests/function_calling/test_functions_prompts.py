@@ -2,11 +2,16 @@
 
 import pytest
 
-from examples.function_calling.pairs import Pair, PromptConfig, make_pair, offered_tools
-from examples.function_calling.parse import parse_plan
-from examples.function_calling.prompts import write_prompt
-from examples.function_calling.records import Parameter, Record, Tool
-from examples.function_calling.retrieval import Retriever
+from examples.finetune.planner.plans.parse import parse_plan
+from examples.finetune.planner.plans.records import Parameter, Record, Tool
+from examples.finetune.planner.prompts import (
+    Pair,
+    PromptConfig,
+    Retriever,
+    make_pair,
+    offered_tools,
+    write_prompt,
+)
 
 _TOOLS = (
     Tool(

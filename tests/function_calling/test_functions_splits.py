@@ -5,10 +5,11 @@ import random
 
 import pytest
 
-from examples.function_calling.data import DataError, apply_splits, split_by_tools
-from examples.function_calling.data.splits import NAMES, read_splits, write_splits
-from examples.function_calling.plan import JOIN, Call, Plan
-from examples.function_calling.records import Record, Tool
+from examples.common.errors import DataError
+from examples.finetune.planner.data import apply_splits, split_by_tools
+from examples.finetune.planner.data.splits import NAMES, read_splits, write_splits
+from examples.finetune.planner.plans.plan import JOIN, Call, Plan
+from examples.finetune.planner.plans.records import Record, Tool
 
 _TOOLS = tuple(Tool(name) for name in "abcdef")
 

@@ -13,22 +13,22 @@ import tiny_planner as tiny
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from examples.function_calling.batches import Layout, Shape, batches, make_layout, train_steps
-from examples.function_calling.best import best_epoch, read_best
-from examples.function_calling.encode import Chat, Row
-from examples.function_calling.errors import ConfigError, WeightsError
-from examples.function_calling.evaluate import Evaluator
-from examples.function_calling.loop import train
-from examples.function_calling.methods import LEARNING_RATES, MethodConfig, set_up
-from examples.function_calling.pairs import Pair, PromptConfig
-from examples.function_calling.prepare import prepare
-from examples.function_calling.run_config import OutputConfig, RunConfig
-from examples.function_calling.train_step import make_step
-from examples.glue.report import Silent
-from examples.llama.frozen import union
-from examples.llama.metrics import of_kind
-from examples.llama.model import with_params
-from examples.llama.train_step import init_state
+from examples.common.errors import ConfigError, WeightsError
+from examples.common.lora import union
+from examples.common.metrics import of_kind
+from examples.common.reporter import Silent
+from examples.common.train_state import init_state
+from examples.finetune.planner.batches import Layout, Shape, batches, make_layout, train_steps
+from examples.finetune.planner.best import best_epoch, read_best
+from examples.finetune.planner.encode import Chat, Row
+from examples.finetune.planner.evaluate import Evaluator
+from examples.finetune.planner.loop import train
+from examples.finetune.planner.methods import LEARNING_RATES, MethodConfig, set_up
+from examples.finetune.planner.prepare import prepare
+from examples.finetune.planner.prompts import Pair, PromptConfig
+from examples.finetune.planner.run_config import OutputConfig, RunConfig
+from examples.finetune.planner.train_step import make_step
+from examples.llama.model.llama import with_params
 from examples.pretrained.chat import ChatTemplate
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -202,7 +202,7 @@ def test_lora_starts_as_the_model_and_merges_into_it(prepared, config):
     found = set_up("lora", config.method, prepared.model, params, rate, seed=0)
     weights = union(found.trained, found.frozen)
     tokens = jnp.arange(40).reshape(2, 20)
-    adapted = jax.jit(lambda weights: nnx.merge(found.graphdef, weights)(tokens))
+    adapted = jax.jit(lambda weights: nnx.merge(found.model, weights)(tokens))
     plain = logits_of(with_params(prepared.model, params), tokens)
     np.testing.assert_allclose(adapted(weights), plain, rtol=0, atol=1e-6)
     lively = unflatten_dict(

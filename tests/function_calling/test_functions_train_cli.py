@@ -7,12 +7,11 @@ import pytest
 import tiny_planner as tiny
 from safetensors.numpy import load_file
 
-from examples.function_calling.__main__ import main
-from examples.function_calling.data import load_tinyagent
-from examples.function_calling.metrics import score
-from examples.function_calling.parse import parse_plan
-from examples.function_calling.verdict import verdict
-from examples.glue.report import Silent
+from examples.common.reporter import Silent
+from examples.finetune.planner.__main__ import main
+from examples.finetune.planner.data import load_tinyagent
+from examples.finetune.planner.plans.metrics import score, verdict
+from examples.finetune.planner.plans.parse import parse_plan
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -39,7 +38,7 @@ def test_it_has_a_pulse(command, directory, tmp_path, capsys, monkeypatch):
     arguments = [*command, "--root", str(tmp_path), "--name", "run", "--methods"]
     arguments += ["lora", "galore", "--limit", "8", "--eval-limit", "1"]
     with monkeypatch.context() as patch:
-        patch.setattr("examples.function_calling.__main__.make_reporter", lambda *_: Stops())
+        patch.setattr("examples.finetune.planner.__main__.make_reporter", lambda *_: Stops())
         assert main(arguments) == 128 + signal.SIGTERM
     assert "lora: stopped at step 3, saved; --resume" in capsys.readouterr().out
     assert main([*arguments, "--quiet"]) == 1

@@ -7,10 +7,18 @@ import importlib
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from examples.function_calling.parse import END_OF_PLAN, parse_plan
-from examples.function_calling.plan import JOIN, Argument, Call, Plan, Ref, Text, text_of
-from examples.function_calling.references import read_string, write_string
-from examples.function_calling.write import write_plan
+from examples.finetune.planner.plans.parse import END_OF_PLAN, parse_plan, write_plan
+from examples.finetune.planner.plans.plan import (
+    JOIN,
+    Argument,
+    Call,
+    Plan,
+    Ref,
+    Text,
+    read_string,
+    text_of,
+    write_string,
+)
 
 _CALLS = 4
 _paths = st.sampled_from(["", ".id", ".a.b[0]", "[12]", ".Exchange Rate", ".größe", ". ) \"'\\"])
@@ -77,9 +85,9 @@ def test_values_are_literals_of_python(value):
     ast.literal_eval(written.removeprefix("f(").removesuffix(")"))
 
 
-@pytest.mark.parametrize("name", ["parse", "records", "references"])
+@pytest.mark.parametrize("name", ["parse", "records", "plan"])
 def test_examples_in_documentation(name):
-    found = doctest.testmod(importlib.import_module(f"examples.function_calling.{name}"))
+    found = doctest.testmod(importlib.import_module(f"examples.finetune.planner.plans.{name}"))
     assert found.attempted and not found.failed
 
 

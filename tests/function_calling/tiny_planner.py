@@ -7,12 +7,12 @@ from pathlib import Path
 from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from examples.function_calling.data import load_tinyagent
-from examples.function_calling.prompts import write_prompt
-from examples.function_calling.write import write_plan
-from examples.llama.config import ModelConfig
-from examples.llama.model import Llama
-from examples.llama.weights import PretrainedLlama, save_llama
+from examples.finetune.planner.data import load_tinyagent
+from examples.finetune.planner.plans.parse import write_plan
+from examples.finetune.planner.prompts import write_prompt
+from examples.llama.model.config import ModelConfig
+from examples.llama.model.llama import Llama
+from examples.llama.weights.files import PretrainedLlama, save_llama
 from examples.pretrained.chat import ChatTemplate
 
 END = "<|end|>"

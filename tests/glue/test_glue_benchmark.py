@@ -12,8 +12,8 @@ from benchmarks.glue.show import Show, check, read_groups, table
 from benchmarks.glue.sweep import Sweep, command, run_sweep, runs
 from benchmarks.quality.files import write
 from benchmarks.quality.tables import PLUS_MINUS
-from examples.glue.errors import ConfigError
-from examples.glue.run_config import preset_config
+from examples.common.errors import ConfigError
+from examples.finetune.encoder.run_config import preset_config
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

@@ -7,9 +7,9 @@ import pytest
 import tiny_encoder as tiny
 from safetensors.numpy import load_file, save_file
 
-from examples.glue.__main__ import main, parse
-from examples.glue.report import Silent
-from examples.glue.run_config import preset_config
+from examples.common.reporter import Silent
+from examples.finetune.encoder.__main__ import main, parse
+from examples.finetune.encoder.run_config import preset_config
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -44,7 +44,7 @@ def test_it_has_a_pulse(arguments, tmp_path, capsys, monkeypatch):
                 signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr("examples.glue.__main__.make_reporter", lambda *_: Stops())
+        patch.setattr("examples.finetune.encoder.__main__.make_reporter", lambda *_: Stops())
         assert main(arguments) == 128 + signal.SIGTERM
     # Asked after the next step, which is saved.
     assert "adamw: stopped at step 4, saved; --resume" in capsys.readouterr().out

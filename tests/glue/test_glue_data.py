@@ -12,14 +12,19 @@ import numpy as np
 import pytest
 import tiny_encoder as tiny
 
-from examples.glue.data import ARCHIVE, TASKS, read_rows
-from examples.glue.data.batches import Layout, eval_batches, steps_per_epoch, train_batches
-from examples.glue.data.encode import encode, read_tokenizer
-from examples.glue.data.make_splits import SIZES, make_splits
-from examples.glue.data.rows import Row
-from examples.glue.data.snippets import SPLITS, Snippet, read_archive, related
-from examples.glue.encoder_config import read_config
-from examples.glue.errors import DataError, WeightsError
+from examples.common.errors import DataError, WeightsError
+from examples.finetune.encoder.config import read_config
+from examples.finetune.encoder.data import ARCHIVE, TASKS, read_rows
+from examples.finetune.encoder.data.batches import (
+    Layout,
+    eval_batches,
+    steps_per_epoch,
+    train_batches,
+)
+from examples.finetune.encoder.data.encode import encode, read_tokenizer
+from examples.finetune.encoder.data.make_splits import SIZES, make_splits
+from examples.finetune.encoder.data.rows import Row
+from examples.finetune.encoder.data.snippets import SPLITS, Snippet, read_archive, related
 
 # Two rows of each task as its official files have them, and what they mean.
 GLUE = {

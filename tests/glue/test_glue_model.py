@@ -12,11 +12,11 @@ import tiny_encoder as tiny
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
-from examples.glue.data.encode import encode, read_tokenizer
-from examples.glue.data.rows import Row
-from examples.glue.errors import WeightsError
-from examples.glue.model import Inputs, make_model
-from examples.glue.weights import load_model, save_model
+from examples.common.errors import WeightsError
+from examples.finetune.encoder.data.encode import encode, read_tokenizer
+from examples.finetune.encoder.data.rows import Row
+from examples.finetune.encoder.model import Inputs, make_model
+from examples.finetune.encoder.weights import load_model, save_model
 from examples.pretrained import locate_model
 from examples.pretrained.packages import PACKAGES, Package
 

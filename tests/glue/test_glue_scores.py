@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from examples.glue.methods import MethodConfig
-from examples.glue.run_config import preset_config
-from examples.glue.schedule import warmup_linear
-from examples.glue.scores import scores
+from examples.common.schedule import warmup_linear
+from examples.finetune.encoder.methods import MethodConfig
+from examples.finetune.encoder.run_config import preset_config
+from examples.finetune.encoder.scores import scores
 
 
 def test_metrics_of_classes():

@@ -12,20 +12,19 @@ import tiny_encoder as tiny
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import natgalore_jax as ng
-from examples.glue.adapters import add_adapters, merge_adapters
-from examples.glue.data.batches import Layout, make_batch
-from examples.glue.encoder_config import EncoderConfig
-from examples.glue.errors import ConfigError
-from examples.glue.loop import train
-from examples.glue.methods import LEARNING_RATES, MethodConfig, set_up
-from examples.glue.model import make_model
-from examples.glue.prepare import prepare
-from examples.glue.run_config import OutputConfig, RunConfig
-from examples.glue.train_step import decisions, make_predict, make_step, predictions
-from examples.glue.weights import load_model
-from examples.llama.frozen import union
-from examples.llama.metrics import of_kind
-from examples.llama.train_step import init_state
+from examples.common.errors import ConfigError
+from examples.common.lora import add_adapters, merge_adapters, union
+from examples.common.metrics import of_kind
+from examples.common.train_state import init_state
+from examples.finetune.encoder.config import EncoderConfig
+from examples.finetune.encoder.data.batches import Layout, make_batch
+from examples.finetune.encoder.loop import train
+from examples.finetune.encoder.methods import LEARNING_RATES, MethodConfig, lora_on, set_up
+from examples.finetune.encoder.model import make_model
+from examples.finetune.encoder.prepare import prepare
+from examples.finetune.encoder.run_config import OutputConfig, RunConfig
+from examples.finetune.encoder.train_step import decisions, make_predict, make_step, predictions
+from examples.finetune.encoder.weights import load_model
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -67,7 +66,7 @@ def test_it_learns(files, method, request):
     summary = result.summary()
     assert summary["train_loss"] < 0.4  # It begins at 0.69.
     assert summary["metrics"]["validation"]["accuracy"] == 1.0
-    encoded, predict = prepared.encoded["validation"], make_predict(result.tuning.apply)
+    encoded, predict = prepared.encoded["validation"], make_predict(result.tuning.model)
     outputs = predictions(predict, result.state.weights, encoded, prepared.layout)
     loss = -np.mean(scipy.special.log_softmax(outputs, axis=1)[range(len(outputs)), encoded.labels])
     assert summary["losses"]["validation"] == pytest.approx(loss, rel=1e-4)
@@ -142,9 +141,8 @@ def test_state_is_that_of_the_formulas_and_at_most_that_of_lora():
 def test_lora_starts_as_the_model_and_merges_into_it(files):
     loaded = load_model(files[0], 2, seed=0)
     modules = ("layers.attention.query", "layers.mlp.output")
-    adapted, weights = add_adapters(
-        loaded.params, loaded.config, modules, rank=2, scale=1.5, seed=0
-    )
+    adapted, like = make_model(loaded.config, lora_on(modules, 2, 1.5))
+    weights = add_adapters(loaded.params, like, seed=0)
     inputs = tiny.inputs("bert")
     plain = jax.jit(make_model(loaded.config)[0])
     adapted = jax.jit(adapted)
@@ -252,7 +250,8 @@ def test_what_cannot_be_trained(files, monkeypatch):
             with pytest.raises(ConfigError, match=message):
                 train(run, method, prepare(run))
     monkeypatch.setattr(
-        "examples.glue.loop.make_step", lambda *_, **__: lambda state, _: (state, jnp.nan)
+        "examples.finetune.encoder.loop.make_step",
+        lambda *_, **__: lambda state, _: (state, jnp.nan),
     )
     run = config(files)
     with pytest.raises(ConfigError, match=r"natural-galore: the loss is not finite at step 7"):

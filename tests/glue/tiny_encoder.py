@@ -8,7 +8,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from examples.glue.model import Inputs
+from examples.finetune.encoder.model import Inputs
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "encoder_logits.npz"
 

@@ -13,15 +13,16 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import natgalore_jax as ng
+from examples.common.errors import ConfigError
+from examples.common.lora import partition, union
+from examples.common.optimizers import OptimizerConfig
 from examples.llama.__main__ import main
-from examples.llama.adapters import AdapterConfig, LoRALinear, make_linear
-from examples.llama.config import MODEL_PRESETS
-from examples.llama.frozen import partition, union
 from examples.llama.loop import train
-from examples.llama.model import INIT_STD, dense
-from examples.llama.optimizers import OptimizerConfig
-from examples.llama.train_config import ConfigError, RunConfig
-from examples.llama.train_step import make_model
+from examples.llama.model.adapters import AdapterConfig, make_linear
+from examples.llama.model.config import MODEL_PRESETS
+from examples.llama.model.llama import INIT_STD, dense
+from examples.llama.run_config import RunConfig
+from examples.llama.training.train_step import make_model
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -95,7 +96,7 @@ def test_logits_are_those_of_the_composed_weights(kind, stacked):
 
 def test_a_layer_in_bfloat16():
     config = dataclasses.replace(tiny.MODEL, dtype="bfloat16", param_dtype="bfloat16")
-    layer = LoRALinear(adapter("lora"), 16, 24, config, nnx.Rngs(0, adapter=1))
+    layer = make_linear(adapter("lora"))(16, 24, config, nnx.Rngs(0, adapter=1))
     layer.lora.lora_b[...] = jnp.ones_like(layer.lora.lora_b[...])
     x = jax.random.normal(jax.random.key(0), (2, 3, 16), jnp.bfloat16)
     y = layer(x)

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from examples.llama.checkpoints import Checkpoints
-from examples.llama.train_step import TrainState, init_state
+from examples.common.checkpoints import Checkpoints
+from examples.common.train_state import TrainState, init_state
 
 
 def some_state(step: int) -> TrainState:

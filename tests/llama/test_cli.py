@@ -12,10 +12,10 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from examples.common.checkpoints import Checkpoints
+from examples.common.metrics import of_kind, read_metrics
 from examples.llama.__main__ import main, parse
-from examples.llama.checkpoints import Checkpoints
-from examples.llama.metrics import of_kind, read_metrics
-from examples.llama.train_config import run_preset
+from examples.llama.run_config import run_preset
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -30,8 +30,6 @@ SMALL = {
     "seq-len": 16,
     "batch-size": 2,
     "rank": 4,
-    "interval": 3,
-    "history": 3,
 }
 
 
@@ -58,7 +56,8 @@ def start(arguments: list[str]) -> subprocess.Popen:
 
 
 def test_it_has_a_pulse(arguments, tmp_path):
-    program = start([*arguments, "--steps", "6", "--eval-every", "3", "--accumulate", "2"])
+    steps = ["--steps", "6", "--eval-every", "3", "--accumulate", "2", "--interval", "3"]
+    program = start([*arguments, *steps])
     output, errors = program.communicate()
     assert program.returncode == 0, errors
     assert "bigram" in output
@@ -122,7 +121,7 @@ def test_resume_and_overwrite(arguments, tmp_path, capsys):
         (["--seq-len", "10000"], "seq_len=10000"),
         (["--seq-len", "100000", "--model.max-length", "100000"], "tokens"),
         (["--rank", "64"], "rank 64"),
-        (["--damping", "-1"], "damping"),
+        (["--optimizer", "stored-gradients", "--damping", "-1"], "damping"),
         (["--model.vocab-size", "99"], "--vocab-size"),
         (["--resume", "--overwrite"], "--overwrite"),
         (["--root", "/dev/null"], "/dev/null"),

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from examples.llama.data import DataConfig, DataError
+from examples.common.errors import DataError
+from examples.llama.data import DataConfig
 from examples.llama.data.corpus import load_corpus
 from examples.llama.data.files import read_path
 

@@ -14,13 +14,8 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 pytest.importorskip("datasets", reason="the hub extra is not installed")
 
-from examples.llama.data import (
-    DataConfig,
-    DataError,
-    is_hub,
-    load_splits,
-    make_streaming_iterator,
-)
+from examples.common.errors import DataError
+from examples.llama.data import DataConfig, is_hub, load_splits, make_streaming_iterator
 
 _CARD = """---
 configs:

@@ -8,7 +8,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from examples.llama.data import DataError, eval_batches, make_train_iterator
+from examples.common.errors import DataError
+from examples.llama.data import eval_batches, make_train_iterator
 
 
 def _take(iterator, count):

@@ -6,7 +6,7 @@ from itertools import chain
 
 import pytest
 
-from examples.llama.data import DataError
+from examples.common.errors import DataError
 from examples.llama.data.split import split_documents
 
 

@@ -6,7 +6,8 @@ import random
 import numpy as np
 import pytest
 
-from examples.llama.data import DataConfig, DataError, load_splits, splits
+from examples.common.errors import DataError
+from examples.llama.data import DataConfig, load_splits, splits
 from examples.llama.data.corpus import load_corpus
 from examples.llama.data.tokenizer import train_tokenizer
 

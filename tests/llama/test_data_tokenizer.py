@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
 
-from examples.llama.data import DataConfig, DataError, load_splits
+from examples.common.errors import DataError
+from examples.llama.data import DataConfig, load_splits
 from examples.llama.data.split import split_documents
 from examples.llama.data.tokenizer import encode, end_of_text, load_tokenizer, train_tokenizer
 

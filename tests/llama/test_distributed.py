@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from zygote import Zygote, wait_until
 
-from examples.llama.distributed import DistributedConfig
-from examples.llama.train_config import ConfigError
+from examples.common.errors import ConfigError
+from examples.llama.distributed.processes import DistributedConfig
 
 pytestmark = [pytest.mark.usefixtures("fast_compile"), pytest.mark.timeout(0)]
 

@@ -13,17 +13,17 @@ import pytest
 import tiny_run as tiny
 
 import natgalore_jax as ng
+from examples.common.errors import CheckpointError, ConfigError
+from examples.common.metrics import MetricsLog, of_kind, read_metrics
+from examples.common.optimizers import OptimizerConfig
+from examples.common.reporter import Silent
+from examples.common.train_state import init_state
 from examples.llama import loop
-from examples.llama.checkpoints import CheckpointError
 from examples.llama.data import make_train_iterator
-from examples.llama.faults import FaultConfig, Guard
 from examples.llama.loop import train
-from examples.llama.metrics import MetricsLog, of_kind, read_metrics
-from examples.llama.optimization import make_optimization
-from examples.llama.optimizers import OptimizerConfig
-from examples.llama.report import Silent
-from examples.llama.train_config import ConfigError
-from examples.llama.train_step import init_state, make_train_step
+from examples.llama.training.faults import FaultConfig, Guard
+from examples.llama.training.optimization import make_optimization
+from examples.llama.training.train_step import make_train_step
 
 try:
     import resource

@@ -8,14 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from examples.llama import generate as generate_module
-from examples.llama.adapters import AdapterConfig, make_linear
-from examples.llama.cache import empty_caches
-from examples.llama.config import ModelConfig
-from examples.llama.decode import extend
-from examples.llama.generate import generate, pad_left
-from examples.llama.model import Llama, stack_layers, with_params
-from examples.llama.sampling import Sampling, sample
+from examples.llama.model import generate as generate_module
+from examples.llama.model.adapters import AdapterConfig, make_linear
+from examples.llama.model.config import ModelConfig
+from examples.llama.model.decode import empty_caches, extend
+from examples.llama.model.generate import Sampling, generate, pad_left, sample
+from examples.llama.model.llama import Llama, stack_layers, with_params
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

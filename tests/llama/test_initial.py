@@ -11,16 +11,16 @@ import pytest
 import tiny_weights as tiny
 from flax import nnx
 
+from examples.common.errors import ConfigError
+from examples.common.optimizers import OPTIMIZERS
 from examples.llama.__main__ import main, parse
-from examples.llama.adapters import AdapterConfig, make_linear
 from examples.llama.data import load_splits
-from examples.llama.initial import overlay, start_from
 from examples.llama.loop import train
-from examples.llama.optimization import make_optimization
-from examples.llama.optimizers import OPTIMIZERS
-from examples.llama.train_config import ConfigError
-from examples.llama.train_step import make_model
-from examples.llama.weights import load_llama
+from examples.llama.model.adapters import AdapterConfig, make_linear
+from examples.llama.training.optimization import make_optimization
+from examples.llama.training.train_step import make_model
+from examples.llama.weights.files import load_llama
+from examples.llama.weights.initial import overlay, start_from
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

@@ -8,8 +8,8 @@ import pytest
 from flax import nnx
 from tiny_weights import CASES, SMALL, arrays, weights
 
-from examples.llama.config import MODEL_PRESETS, parameter_count
-from examples.llama.model import Llama, stack_layers, unstack_layers
+from examples.llama.model.config import MODEL_PRESETS, parameter_count
+from examples.llama.model.llama import Llama, stack_layers, unstack_layers
 
 RENAMED = (
     (r"^model\.", ""),

@@ -6,14 +6,14 @@ import shlex
 import matplotlib.image
 import pytest
 
-from examples.llama import planner
+from examples.common.errors import ConfigError
 from examples.llama.__main__ import parse
-from examples.llama.candidates import PlanConfig, candidates
-from examples.llama.memory_figure import METHODS, breakdown, draw
-from examples.llama.planner import Row, main, search
-from examples.llama.sizes import format_bytes, parse_bytes
-from examples.llama.step_memory import StepMemory
-from examples.llama.train_config import ConfigError
+from examples.llama.memory.figure import METHODS, breakdown, draw
+from examples.llama.memory.sizes import format_bytes, parse_bytes
+from examples.llama.memory.step_memory import StepMemory
+from examples.llama.plan import planner
+from examples.llama.plan.candidates import PlanConfig, candidates
+from examples.llama.plan.planner import Row, main, search
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

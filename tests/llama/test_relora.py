@@ -12,14 +12,16 @@ import tiny_run as tiny
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import natgalore_jax as ng
-from examples.llama.adapters import AdapterConfig, make_linear
-from examples.llama.frozen import partition, union
+from examples.common.errors import ConfigError
+from examples.common.lora import partition, union
+from examples.common.metrics import of_kind
+from examples.common.optimizers import OptimizerConfig
+from examples.common.train_state import TrainState, init_state
 from examples.llama.loop import train
-from examples.llama.metrics import of_kind
-from examples.llama.optimizers import OptimizerConfig
-from examples.llama.relora import make_merge, merge, restart_factor, with_restarts
-from examples.llama.train_config import ConfigError, differences
-from examples.llama.train_step import TrainState, init_state, make_model
+from examples.llama.model.adapters import AdapterConfig, make_linear
+from examples.llama.run_config import differences
+from examples.llama.training.relora import make_merge, merge, restart_factor, with_restarts
+from examples.llama.training.train_step import make_model
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

@@ -10,19 +10,20 @@ import pytest
 from tiny_run import MODEL, run_config, splits
 
 import natgalore_jax as ng
-from examples.llama.build import abstract_run, first_state
+from examples.common.optimizers import OptimizerConfig
+from examples.common.reporter import Silent
+from examples.common.train_state import init_state
 from examples.llama.loop import train
-from examples.llama.optimizers import OptimizerConfig
-from examples.llama.per_layer import make_per_layer_step
-from examples.llama.report import Silent
-from examples.llama.step_memory import (
+from examples.llama.memory.step_memory import (
     live_gradients,
     lower_bound,
     of_compiled,
     predict,
     saved_bytes,
 )
-from examples.llama.train_step import init_state, make_model, make_train_step
+from examples.llama.training.build import abstract_run, first_state
+from examples.llama.training.per_layer import make_per_layer_step
+from examples.llama.training.train_step import make_model, make_train_step
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

@@ -11,14 +11,14 @@ import pytest
 import tiny_run as tiny
 
 import natgalore_jax as ng
+from examples.common.errors import ConfigError
+from examples.common.metrics import of_kind
+from examples.common.optimizers import OptimizerConfig
 from examples.llama.__main__ import parse
 from examples.llama.data import make_train_iterator
 from examples.llama.loop import train
-from examples.llama.metrics import of_kind
-from examples.llama.optimization import make_optimization
-from examples.llama.optimizers import OptimizerConfig
-from examples.llama.train_config import ConfigError
-from examples.llama.train_step import make_model, token_nll
+from examples.llama.training.optimization import make_optimization
+from examples.llama.training.train_step import make_model, token_nll
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

@@ -11,13 +11,13 @@ import pytest
 import tiny_run as tiny
 
 import natgalore_jax as ng
+from examples.common.metrics import of_kind
+from examples.common.optimizers import OPTIMIZERS, OptimizerConfig
+from examples.common.schedule import ScheduleConfig, warmup_cosine
 from examples.llama.data import eval_batches
-from examples.llama.evaluate import make_eval_step, mean_nll, perplexity
 from examples.llama.loop import train
-from examples.llama.metrics import of_kind
-from examples.llama.optimizers import OPTIMIZERS, OptimizerConfig
-from examples.llama.schedule import ScheduleConfig, warmup_cosine
-from examples.llama.train_step import token_nll
+from examples.llama.training.evaluate import make_eval_step, mean_nll, perplexity
+from examples.llama.training.train_step import token_nll
 
 TABLE = np.array([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8], [0.25, 0.5, 0.25]])
 TOKENS = np.array([0, 2, 1, 1, 2, 0, 0, 1, 2, 2, 1], np.int32)

@@ -9,11 +9,12 @@ import pytest
 from tiny_run import MODEL, NATURAL_GALORE, run_config, splits
 
 import natgalore_jax as ng
-from examples.llama.adapters import AdapterConfig
+from examples.common.errors import ConfigError
+from examples.common.metrics import of_kind
+from examples.common.optimizers import OptimizerConfig
 from examples.llama.loop import train
-from examples.llama.metrics import of_kind
-from examples.llama.optimizers import OptimizerConfig
-from examples.llama.train_config import ConfigError, OutputConfig
+from examples.llama.model.adapters import AdapterConfig
+from examples.llama.run_config import OutputConfig
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -39,7 +40,7 @@ def assert_same_run(**changes):
 
 
 def test_same_run():
-    assert_same_run(optimizer=dataclasses.replace(NATURAL_GALORE, history=None))
+    assert_same_run(optimizer=NATURAL_GALORE)
 
 
 def test_same_run_with_tied_embeddings_and_batches_accumulated():
@@ -79,7 +80,7 @@ def test_what_it_cannot_do_is_refused(changes, message):
 def test_same_run_from_host_memory(offload, tmp_path):
     """Stopped and resumed: what was on the host when it was saved is there again."""
     changes = {
-        "optimizer": dataclasses.replace(NATURAL_GALORE, history=None, rank=40),
+        "optimizer": dataclasses.replace(NATURAL_GALORE, rank=40),
         "model": dataclasses.replace(MODEL, hidden=64, intermediate=72),
         "per_layer": True,
     }

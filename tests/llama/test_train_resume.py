@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import tiny_run as tiny
 
+from examples.common.errors import ConfigError
+from examples.common.metrics import read_metrics
+from examples.common.optimizers import OptimizerConfig
 from examples.llama.data import DataConfig
 from examples.llama.loop import train
-from examples.llama.metrics import read_metrics
-from examples.llama.optimizers import OptimizerConfig
-from examples.llama.train_config import ConfigError
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import pytest
 import tiny_run as tiny
 
-from examples.llama.config import MODEL_PRESETS
-from examples.llama.optimizers import OPTIMIZERS, OptimizerConfig, decayed, make_optimizer
-from examples.llama.schedule import ScheduleConfig, warmup_cosine
-from examples.llama.train_config import run_preset
-from examples.llama.train_step import make_model
+from examples.common.optimizers import OPTIMIZERS, OptimizerConfig, decayed, make_optimizer
+from examples.common.schedule import ScheduleConfig, warmup_cosine
+from examples.llama.model.config import MODEL_PRESETS
+from examples.llama.run_config import run_preset
+from examples.llama.training.train_step import make_model
 
 
 def test_warmup_and_cosine():

@@ -12,9 +12,9 @@ import tiny_weights as tiny
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from examples.llama.model import unstack_layers
-from examples.llama.weights import load_llama, open_weights, save_llama
-from examples.pretrained import WeightsError
+from examples.common.errors import WeightsError
+from examples.llama.model.llama import unstack_layers
+from examples.llama.weights.files import load_llama, open_weights, save_llama
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, models
 
-from examples.llama.config import ModelConfig
+from examples.common.optimizers import OptimizerConfig
 from examples.llama.data import Splits
-from examples.llama.optimizers import OptimizerConfig
-from examples.llama.train_config import OutputConfig, RunConfig
+from examples.llama.model.config import ModelConfig
+from examples.llama.run_config import OutputConfig, RunConfig
 
 VOCAB = 48
 
@@ -25,9 +25,7 @@ MODEL = ModelConfig(
 )
 
 # Refreshes fall on other steps than checkpoints, interruptions and ends of accumulations.
-NATURAL_GALORE = OptimizerConfig(
-    name="natural-galore", rank=4, update_interval=5, history=3, stagger=True
-)
+NATURAL_GALORE = OptimizerConfig(name="natural-galore", rank=4, update_interval=5)
 
 
 def run_config(output: dict[str, Any] | None = None, **changes: Any) -> RunConfig:

@@ -10,7 +10,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from examples.llama.config import ModelConfig
+from examples.llama.model.config import ModelConfig
 
 SMALL = ModelConfig(
     vocab_size=64, hidden=32, intermediate=48, layers=2, heads=4, kv_heads=2, max_length=64

@@ -1,7 +1,6 @@
 """Text to batches: sources, splits, tokenizer, packing, and n-gram baselines."""
 
 from examples.llama.data.config import DataConfig as DataConfig
-from examples.llama.data.errors import DataError as DataError
 from examples.llama.data.hub import is_hub as is_hub
 from examples.llama.data.ngram import ngram_perplexity as ngram_perplexity
 from examples.llama.data.packing import (

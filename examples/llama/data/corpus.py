@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from examples.common.errors import DataError
 from examples.llama.data import hub
 from examples.llama.data.config import DataConfig
-from examples.llama.data.errors import DataError
 from examples.llama.data.files import read_path
 from examples.llama.data.split import split_documents
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from io import BufferedIOBase
 from pathlib import Path
 
-from examples.llama.data.errors import DataError
+from examples.common.errors import DataError
 
 # `.json.gz` holds JSON lines too: it is the name under which C4 is published.
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".json.gz")

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from examples.common.errors import DataError
 from examples.llama.data.config import DataConfig
-from examples.llama.data.errors import DataError
 from examples.llama.data.split import HELD_OUT
 
 PREFIX = "hf:"

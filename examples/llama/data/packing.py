@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import grain
 import numpy as np
 
-from examples.llama.data.errors import DataError
+from examples.common.errors import DataError
 
 
 class Rows:

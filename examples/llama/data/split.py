@@ -3,7 +3,7 @@
 import hashlib
 import re
 
-from examples.llama.data.errors import DataError
+from examples.common.errors import DataError
 
 HELD_OUT = 0.05
 """Share of the documents in validation, and again in test."""

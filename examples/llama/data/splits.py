@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from examples.common.errors import DataError
 from examples.llama.data.config import DataConfig
 from examples.llama.data.corpus import Corpus, load_corpus
-from examples.llama.data.errors import DataError
 from examples.llama.data.tokenizer import (
     encode,
     end_of_text,

@@ -5,9 +5,9 @@ from typing import Any
 import grain
 import numpy as np
 
+from examples.common.errors import DataError
 from examples.llama.data import hub
 from examples.llama.data.config import DataConfig
-from examples.llama.data.errors import DataError
 from examples.llama.data.packing import process_slice
 from examples.llama.data.splits import Splits
 from examples.llama.data.tokenizer import encode

@@ -47,7 +47,7 @@ def next_basis(
     Returns:
       Shape and dtype of P; P itself for each matrix whose B is zero or non-finite.
     """
-    letters = _Letters.of(plan)
+    letters = Letters.of(plan)
     P32, A, M = (x.astype(jnp.float32) for x in (P, A, M))
     momentum = project_back(plan, M / _correction(b1, count), (P32,))
     B = jnp.where(count > 0, rho * momentum + (1 - rho) * A, A)
@@ -76,7 +76,7 @@ def next_basis(
 
 def overlap(plan: LeafPlan, P_new: jax.Array, P: jax.Array) -> jax.Array:
     """``C = P'ᵀ P``, batch + (r, r), float32."""
-    letters = _Letters.of(plan)
+    letters = Letters.of(plan)
     subscripts = f"{letters.factor('x')},{letters.factor('y')}->{letters.batch}xy"
     return contract(subscripts, P_new, P, dtype=jnp.float32, precision="highest")
 
@@ -91,7 +91,7 @@ def rotated_moments(
     b2: jax.typing.ArrayLike,
 ) -> tuple[jax.Array, jax.Array]:
     """``C M`` and ``(1 − β₂ᵗ⁻¹) |C² (V̂ − M̂²) + (C M̂)²|``, in the dtypes of M and V."""
-    letters = _Letters.of(plan)
+    letters = Letters.of(plan)
 
     def rotate(C, x):
         subscripts = f"{letters.batch}xy,{letters.low('y')}->{letters.low('x')}"
@@ -109,7 +109,7 @@ def _correction(decay: jax.typing.ArrayLike, count: jax.Array) -> jax.Array:
     return jnp.where(count > 0, 1 - jnp.asarray(decay, jnp.float32) ** count, 1.0)
 
 
-class _Letters(NamedTuple):
+class Letters(NamedTuple):
     """Index letters of a plan with one projected mode; x and y stand for the rank."""
 
     full: str
@@ -118,9 +118,9 @@ class _Letters(NamedTuple):
     mode: int
 
     @staticmethod
-    def of(plan: LeafPlan) -> "_Letters":
+    def of(plan: LeafPlan) -> "Letters":
         full = string.ascii_lowercase[: len(plan.shape)]
-        return _Letters(
+        return Letters(
             full,
             "".join(full[a] for a in plan.batch),
             tuple("".join(full[a] for a in mode) for mode in plan.modes),

@@ -215,7 +215,10 @@ def memory_report(
     if step is not None:
         gradients = bytes_per_device(params) if live_gradients is None else live_gradients
         whole_step = step_memory(step, gradients)
-    params = jax.eval_shape(lambda p: p, params)
+    # Without shardings: they do not count here, and init would need the mesh of explicit ones.
+    params = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), jax.eval_shape(lambda p: p, params)
+    )
     with record_plans() as recorded:
         # eval_shape caches by function and would not record plans again: pass a new function.
         state = jax.eval_shape(lambda p: tx.init(p), params)

@@ -153,12 +153,7 @@ def _plan_leaf(
     shape, by_default = tuple(leaf.shape), settings.where is hidden_matrices
     if 0 in shape:  # a stack of no layers
         return None
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        raise TypeError(
-            f"{path}: only real floating-point parameters can be projected, got {leaf.dtype} of "
-            f"shape {shape}; leave it out through where"
-        )
-    check_bits(path, leaf.dtype)
+    _check_dtype(path, leaf)
     if isinstance(settings.rank, Sequence):
         return _plan_tucker(settings, path, shape, by_default)
     batch, modes = _matrix_modes(path, shape, axes)
@@ -170,6 +165,46 @@ def _plan_leaf(
     return LeafPlan(
         str(path), shape, batch, modes, (rank if left else None, rank if right else None)
     )
+
+
+def matrix_plans(where: Where, axes: AxesLike, tree: Any) -> list[LeafPlan | None]:
+    """As :func:`plan_tree`, for optimizers that project nothing: no mode has a rank."""
+    plans: list[LeafPlan | None] = []
+    for (path, leaf), leaf_axes, is_chosen in zip(
+        jax.tree_util.tree_leaves_with_path(tree),
+        axes_per_leaf(axes, tree),
+        selected(where, tree),
+        strict=True,
+    ):
+        shape, name = jnp.shape(leaf), KeyPath(path)
+        if not is_chosen or 0 in shape:
+            plans.append(None)
+            continue
+        _check_dtype(name, shape_and_dtype(path, leaf))
+        plans.append(
+            LeafPlan(str(name), shape, *_matrix_modes(name, shape, leaf_axes), (None,) * 2)
+        )
+    return plans
+
+
+def require_matrices(plans: Sequence[LeafPlan | None], tree: Any, treatment: str) -> None:
+    """An optimizer of matrices that is given none is a mistake in ``where``."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    shapes = [f"{KeyPath(p)} {jnp.shape(x)}" for p, x in leaves if 0 not in jnp.shape(x)]
+    if shapes and all(plan is None for plan in plans):
+        more = ", ..." if len(shapes) > 6 else ""
+        raise ValueError(
+            f"where selects no matrix to be {treatment}; received: {', '.join(shapes[:6])}{more}"
+        )
+
+
+def _check_dtype(path: KeyPath, leaf: Any) -> None:
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise TypeError(
+            f"{path}: only real floating-point parameters can be projected, got {leaf.dtype} of "
+            f"shape {leaf.shape}; leave it out through where"
+        )
+    check_bits(path, leaf.dtype)
 
 
 def check_bits(path: KeyPath, dtype: Any) -> None:

@@ -47,7 +47,7 @@ _ROUTER = re.compile(r"router|^shared_expert_gate$")
 # Vectors, which have the shape of a matrix in stacked layers.
 _VECTOR = re.compile(r"norm|(^|_)ln(_|\d|$)|^(scale|bias|offset|gamma|beta)$")
 # Names of an embedding or a head at this position only.
-_PAIRS = frozenset({("shared", "weight"), ("predictions", "decoder")})
+_SHARED, _DECODER = ("shared", "weight"), ("predictions", "decoder")
 _AT_THE_ROOT = frozenset({"output", "proj_out", "score"})
 _WRAPPERS = frozenset({"params", "model", "module", "target"})
 
@@ -103,6 +103,20 @@ def hidden_matrices(path: Any, leaf: Any = None) -> bool:
     return not _is_named_otherwise(_parts(path), leaf.shape)
 
 
+def all_matrices(path: Any, leaf: Any) -> bool:
+    """Embeddings, output heads and hidden matrices: no vectors, stacked ones included."""
+    leaf, parts = shape_and_dtype(tuple(path), leaf), _parts(tuple(path))
+    if len(leaf.shape) < 2 or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return False
+    is_embedding = any(_EMBEDDING.search(part) for part in parts)
+    return is_embedding or not _is_named_a_vector(parts)
+
+
+def output_heads(path: Any, leaf: Any) -> bool:
+    """The matrices whose name marks an output head, as :func:`hidden_matrices` reads names."""
+    return all_matrices(path, leaf) and _is_named_a_head(_parts(tuple(path)))
+
+
 def _parts(key: Any) -> list[str]:
     """The parts of a key path, a key or a name, in lower case."""
     if isinstance(key, (tuple, list)):
@@ -113,15 +127,22 @@ def _parts(key: Any) -> list[str]:
     return [part for part in re.split(r"[./]", str(key).lower()) if part]
 
 
+def _is_named_a_vector(parts: list[str]) -> bool:
+    return any(_VECTOR.search(part) for part in parts) or "".join(parts[-1:]).endswith("_bias")
+
+
+def _is_named_a_head(parts: list[str]) -> bool:
+    if any(_HEAD.search(part) for part in parts) or _DECODER in itertools.pairwise(parts):
+        return True
+    return next((part for part in parts if part not in _WRAPPERS), "") in _AT_THE_ROOT
+
+
 def _is_named_otherwise(parts: list[str], shape: tuple[int, ...]) -> bool:
-    rules = (_EMBEDDING, _HEAD, _ROUTER, _VECTOR)
-    if any(rule.search(part) for rule in rules for part in parts):
+    if any(rule.search(part) for rule in (_EMBEDDING, _ROUTER) for part in parts):
         return True
-    if parts[-1:] and parts[-1].endswith("_bias"):
+    if _SHARED in itertools.pairwise(parts):
         return True
-    if not _PAIRS.isdisjoint(itertools.pairwise(parts)):
-        return True
-    if next((part for part in parts if part not in _WRAPPERS), "") in _AT_THE_ROOT:
+    if _is_named_a_head(parts) or _is_named_a_vector(parts):
         return True
     if "gate" not in parts or any("expert" in part for part in parts):
         return False
@@ -130,17 +151,17 @@ def _is_named_otherwise(parts: list[str], shape: tuple[int, ...]) -> bool:
     return any("moe" in part for part in parts) or 8 * small < large
 
 
-def selected(where: Where, tree: Any) -> list[bool]:
-    """One boolean per leaf of ``tree`` from any form of ``where``."""
+def selected(where: Where, tree: Any, name: str = "where") -> list[bool]:
+    """One boolean per leaf of ``tree`` from any form of ``where``; errors begin with ``name``."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     for path, leaf in leaves:
         shape_and_dtype(path, leaf)  # for its error, before where is called
     if callable(where):
         return [bool(where(KeyPath(path), leaf)) for path, leaf in leaves]
-    flags = entry_per_leaf("where", where, tree)
+    flags = entry_per_leaf(name, where, tree)
     for flag in flags:
         if not isinstance(flag, (bool, np.bool_)):
-            raise TypeError(f"where must be True or False at every parameter, got {flag!r}")
+            raise TypeError(f"{name} must be True or False at every parameter, got {flag!r}")
     return [bool(flag) for flag in flags]
 
 

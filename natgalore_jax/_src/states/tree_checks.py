@@ -137,6 +137,22 @@ def check_moments(updates: Any, plans: Sequence[LeafPlan | None], moments: Any) 
             )
 
 
+def check_stored(
+    updates: Any, expected: Sequence[tuple[int, ...] | None], stored: Any, what: str
+) -> None:
+    """What was made at init has the shape that the updates need; None: nothing is stored."""
+    entries = flatten_like(updates, stored, "the parameters at init")
+    for (path, g), shape, entry in zip(
+        jax.tree_util.tree_leaves_with_path(updates), expected, entries, strict=True
+    ):
+        received = None if isinstance(entry, optax.MaskedNode) else jnp.shape(entry)
+        if received != shape:
+            raise ValueError(
+                f"{KeyPath(path)}: the update has shape {jnp.shape(g)}, which needs {what} of "
+                f"shape {shape or 'none'}, but what was made at init has {received or 'none'}"
+            )
+
+
 def _shapes(shapes: Sequence[tuple[int, ...] | None]) -> str:
     return ", ".join(str(shape) for shape in shapes if shape is not None) or "none (not projected)"
 

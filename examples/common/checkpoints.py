@@ -1,0 +1,262 @@
+"""Checkpoints: the train state, the position in the data and the configuration, with digests.
+
+Digests notice what readers do not: a flipped bit within numbers.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Self
+
+import jax
+import orbax.checkpoint as ocp
+
+from examples.common.config import Json, differences
+from examples.common.errors import CheckpointError, ConfigError
+from examples.common.train_state import TrainState
+
+_UNFINISHED = ".orbax-checkpoint-tmp"
+
+
+class Checkpoints:
+    """The checkpoints of one run, by micro-step.
+
+    Saving happens in the background. A checkpoint gets its name when it is complete, with the
+    digests of its files, so that one that was cut off is never seen. Several processes save into
+    the one directory that all of them see. What was saved on some devices is restored on others.
+    """
+
+    def __init__(self, directory: Path, *, keep: int = 2, keep_best: int = 0):
+        """Keeps the last `keep`, and the `keep_best` of the lowest loss that `save` was told."""
+        self._directory = directory.absolute()
+        policies = ocp.checkpoint_managers
+        options = ocp.CheckpointManagerOptions(
+            create=True,
+            cleanup_tmp_directories=True,
+            best_fn=_loss if keep_best else None,
+            best_mode="min",
+            preservation_policy=policies.AnyPreservationPolicy(
+                [
+                    policies.LatestN(keep),
+                    # The best come last, which is where it takes them from.
+                    policies.BestN(
+                        get_metric_fn=_loss,
+                        reverse=True,
+                        n=keep_best,
+                        keep_checkpoints_without_metrics=False,
+                    ),
+                ]
+            ),
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._before_naming),
+        )
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
+        self._saving = False
+
+    def _before_naming(self) -> None:
+        # Called by the first process, when all of them have written their files. There is never
+        # more than one save at a time.
+        for unfinished in self._directory.glob(f"*{_UNFINISHED}*"):
+            write_digests(unfinished)
+
+    def latest(self) -> int | None:
+        """Micro-step of the newest complete checkpoint."""
+        return self._manager.latest_step()
+
+    def best(self) -> int | None:
+        """Micro-step of the checkpoint with the lowest loss; without `keep_best` the newest."""
+        return self._manager.best_step()
+
+    def resume_point(
+        self,
+        identity: Json,
+        run_dir: Path,
+        *,
+        resume: bool,
+        differences: Callable[[Json, Json], list[str]] = differences,
+    ) -> int:
+        """Micro-step that a run in `run_dir` starts from, having checked that it may.
+
+        Raises:
+          ConfigError: if there are checkpoints and the run is not to be resumed, or they were made
+            with another identity: the configuration and what else must be equal.
+        """
+        latest = self.latest()
+        if latest is None:
+            return 0
+        if not resume:
+            raise ConfigError(
+                f"{run_dir} already has checkpoints: pass --resume to continue that run, "
+                "--name for another one, or --overwrite to delete it"
+            )
+        changed = differences(self.config(), identity)
+        if changed:
+            raise ConfigError(
+                f"{run_dir} was made with another configuration: " + ", ".join(changed)
+            )
+        return latest
+
+    def save(
+        self, state: TrainState, data: Json, config: Json, *, loss: float | None = None
+    ) -> None:
+        """Saves in the background, when the save before is done.
+
+        Raises:
+          CheckpointError: if this save cannot be started, or the one before was not completed.
+        """
+        micro_step = int(state.micro_step)
+        if micro_step == self.latest():
+            return
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            data=ocp.args.JsonSave(data),
+            config=ocp.args.JsonSave(config),
+        )
+        metrics = None if loss is None else {"loss": loss}
+        try:
+            self._manager.save(micro_step, args=items, metrics=metrics)
+        # OSError of a file, ValueError of TensorStore, and others: what counts is that it failed.
+        except Exception as error:
+            raise self._failed(error) from error
+        self._saving = True
+
+    def check(self) -> None:
+        """Raises a CheckpointError if the save in the background has failed; waits for nothing."""
+        # Its `check_for_errors` would take the error away from the thread that deletes older
+        # checkpoints when there is none.
+        if self._saving and not self._manager.is_saving_in_progress():
+            self._wait()
+
+    def _wait(self) -> None:
+        self._saving = False
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> CheckpointError:
+        complete = [int(p.name) for p in self._directory.glob("*") if p.name.isdigit()]
+        left = f"the one of micro-step {max(complete)} is complete" if complete else "there is none"
+        lines = str(error).splitlines() or [type(error).__name__]
+        return CheckpointError(
+            f"{self._directory}: a checkpoint could not be written ({lines[0]}); {left}"
+        )
+
+    def config(self) -> Json:
+        """The configuration that the newest checkpoint was made with."""
+        items = ocp.args.Composite(config=ocp.args.JsonRestore())
+        return self._manager.restore(self.latest(), args=items)["config"]
+
+    def restore(self, like: TrainState) -> tuple[TrainState, Json]:
+        """State and data position of the newest checkpoint, placed as `like` is, which is deleted.
+
+        There may be no room for both.
+
+        Raises:
+          CheckpointError: if the one that is being saved cannot be.
+        """
+        self._wait()
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        jax.tree.map(lambda x: x.delete(), like)
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
+        )
+        restored = self._manager.restore(self.latest(), args=items)
+        return restored["state"], restored["data"]
+
+    def close(self) -> None:
+        """Waits until what is being saved is saved.
+
+        Raises:
+          CheckpointError: if it could not be.
+        """
+        try:
+            self._manager.close()
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            self.close()
+        except CheckpointError:
+            if kind is None:  # What went wrong first says more.
+                raise
+
+
+def _loss(metrics: Json) -> float:
+    return metrics["loss"]
+
+
+DIGESTS = "digests.json"
+# Orbax writes the time into it when all else is complete.
+_LATER = "_CHECKPOINT_METADATA"
+
+
+def write_digests(checkpoint: Path) -> None:
+    """Writes sizes and digests of all files of a checkpoint into it."""
+    digests = {name: [path.stat().st_size, _digest(path)] for name, path in _files(checkpoint)}
+    with (checkpoint / DIGESTS).open("w") as file:
+        json.dump(digests, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def damage(checkpoint: Path) -> str | None:
+    """The first damage found in the files of a checkpoint, or None.
+
+    An old checkpoint without digests counts as undamaged.
+    """
+    if not (checkpoint / DIGESTS).exists():
+        return None
+    try:
+        expected = json.loads((checkpoint / DIGESTS).read_text())
+        json.loads((checkpoint / _LATER).read_text())
+    # ValueError is broken JSON or broken UTF-8.
+    except (OSError, ValueError) as error:
+        return f"{checkpoint}: {error}"
+    files = dict(_files(checkpoint))
+    for name, (size, digest) in expected.items():
+        path = files.get(name)
+        if path is None:
+            return f"{checkpoint / name}: the file is missing"
+        if path.stat().st_size != size:
+            return f"{path}: {path.stat().st_size} bytes in the place of {size}"
+        if _digest(path) != digest:
+            return f"{path}: the content is not what was written"
+    return None
+
+
+def quarantine(checkpoints: Path) -> list[str]:
+    """Move the newest checkpoints that are damaged into "damaged" beside their directory.
+
+    Returns:
+      The damage of each. Checkpoints older than the newest good one are not read.
+    """
+    found = []
+    steps = [p for p in checkpoints.glob("*") if p.name.isdigit()]
+    for checkpoint in sorted(steps, key=lambda p: int(p.name), reverse=True):
+        what = damage(checkpoint)
+        if what is None:
+            break
+        found.append(what)
+        aside = checkpoints.parent / "damaged"
+        aside.mkdir(exist_ok=True)
+        number = sum(p.name.split(".")[0] == checkpoint.name for p in aside.iterdir())
+        checkpoint.rename(aside / (f"{checkpoint.name}.{number}" if number else checkpoint.name))
+    return found
+
+
+def _files(checkpoint: Path) -> list[tuple[str, Path]]:
+    paths = sorted(p for p in checkpoint.rglob("*") if p.is_file())
+    return [
+        (p.relative_to(checkpoint).as_posix(), p) for p in paths if p.name not in (DIGESTS, _LATER)
+    ]
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()

@@ -1,0 +1,54 @@
+"""Configurations as plain values, and the fields in which two of them differ."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+Json = dict[str, Any]
+
+
+def plain(value: Any) -> Any:
+    """A configuration as JSON values: paths as text, tuples as lists."""
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(inner) for inner in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def write_json(path: Path, value: Json) -> None:
+    """Write a value as an indented JSON file."""
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def differences(
+    old: Json, new: Json, *, defaults: Json | None = None, harmless: tuple[str, ...] = ()
+) -> list[str]:
+    """Fields that differ, as "field: old -> new".
+
+    Args:
+      old: nested values, such as those of a checkpoint.
+      new: the values to compare with.
+      defaults: values of fields that did not exist when `old` was made.
+      harmless: beginnings of the names of fields that may differ.
+    """
+    old, new, known = _flat(old), _flat(new), _flat(defaults or {})
+    old = {key: value for key, value in known.items() if key in new} | old
+    return [
+        f"{key}: {_show(old.get(key))} -> {_show(new.get(key))}"
+        for key in sorted(old.keys() | new.keys())
+        if not key.startswith(harmless) and old.get(key) != new.get(key)
+    ]
+
+
+def _show(value: Any) -> str:
+    return "(default)" if value is None else str(value)
+
+
+def _flat(tree: Json, prefix: str = "") -> Json:
+    flat = {}
+    for key, value in tree.items():
+        flat |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return flat

@@ -1,0 +1,23 @@
+"""Errors that the user can correct.
+
+Programs print the one line of the message and exit with 1.
+"""
+
+
+class ConfigError(Exception):
+    """A configuration that cannot be run."""
+
+
+class DataError(Exception):
+    """Unusable input; the line names the file or option, and the place in the file."""
+
+
+class WeightsError(Exception):
+    """Unusable weights; the line names the file and the tensors."""
+
+
+class CheckpointError(Exception):
+    """A checkpoint that could not be written."""
+
+
+USER_ERRORS = (ConfigError, DataError, WeightsError, CheckpointError, OSError)

@@ -1,0 +1,105 @@
+"""Metrics as JSON lines, one record a line, in step order, each step once; and time in training."""
+
+import contextlib
+import json
+import statistics
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any, Self, TextIO
+
+Record = dict[str, Any]
+
+
+class MetricsLog:
+    """Collects records in memory and, where a path is given, appends them to that file."""
+
+    def __init__(self, path: Path | None = None, *, resume_at: int = 0):
+        """Opens `path`, keeping only what an earlier run recorded up to step `resume_at`.
+
+        A run that was killed may have recorded steps after its last checkpoint. They will be
+        run again, so they are dropped here.
+        """
+        self.records: list[Record] = [] if path is None else read_metrics(path)
+        self._path = path
+        self._file: TextIO | None = None
+        self.rewind(resume_at)
+
+    def rewind(self, step: int) -> None:
+        """Drops what was recorded of later steps."""
+        self.records = [r for r in self.records if r["step"] <= step]
+        if self._path is not None:
+            self.close()
+            replace_text(self._path, "".join(_line(r) for r in self.records))
+            self._file = self._path.open("a")
+
+    def write(self, **record: Any) -> Record:
+        self.records.append(record)
+        if self._file is not None:
+            try:
+                self._file.write(_line(record))
+                self._file.flush()
+            except OSError as error:  # Such as that of a full disk, which does not name the file.
+                with contextlib.suppress(OSError):
+                    self.close()
+                self._file = None
+                raise OSError(error.errno, error.strerror, str(self._path)) from error
+        return record
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file that is never seen in part, whatever interrupts this."""
+    unfinished = path.with_name(f".{path.name}")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """Records of a metrics file; a last line that was cut off in writing is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def of_kind(records: list[Record], kind: str) -> list[Record]:
+    """The records of one kind: "train", "validation" or "test"."""
+    return [r for r in records if r["kind"] == kind]
+
+
+def _line(record: Record) -> str:
+    return json.dumps(record) + "\n"
+
+
+class Clock:
+    """Counts the time spent in training steps, without evaluations and checkpoints."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self._laps: deque[float] = deque(maxlen=20)
+
+    def start(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        """Ends a step; returns the median of the last ones, which no compilation distorts."""
+        now = time.perf_counter()
+        self._laps.append(now - self._last)
+        self.seconds += now - self._last
+        self._last = now
+        return statistics.median(self._laps)

@@ -1,0 +1,74 @@
+"""Fine-tune a BERT or RoBERTa: `python -m examples.finetune.encoder --help`."""
+
+import shutil
+import sys
+
+from rich.console import Console
+
+from examples.common import cli
+from examples.common.cli import stop_on_signals
+from examples.common.compare import Result, compare
+from examples.common.config import write_json
+from examples.common.reporter import make_reporter
+from examples.finetune.encoder.baseline import baseline_scores
+from examples.finetune.encoder.data import TASKS
+from examples.finetune.encoder.loop import train
+from examples.finetune.encoder.prepare import prepare
+from examples.finetune.encoder.protocols import PROTOCOLS
+from examples.finetune.encoder.report import describe, summary_table
+from examples.finetune.encoder.run_config import RunConfig, preset_config
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program and return its exit code."""
+    return cli.exit_code(lambda: run(parse(argv), Console()))
+
+
+def parse(argv: list[str] | None) -> RunConfig:
+    """The configuration: the preset of the task, and what the command line overrides."""
+    given = cli.peek(argv, preset="default", task="movie-snippets")
+    # Unknown names are left to tyro, which lists the known ones.
+    default = preset_config(
+        given.preset if given.preset in PROTOCOLS else "default",
+        given.task if given.task in TASKS else "movie-snippets",
+    )
+    return cli.parse(RunConfig, "examples.finetune.encoder", argv, default)
+
+
+def run(config: RunConfig, console: Console) -> int:
+    """Train with each method, and write everything that belongs to the run."""
+    run_dir = config.run_dir
+    reporter = make_reporter(console, config.output.quiet, describe)
+    reporter.note(f"{run_dir}: reading the model and the rows")
+    prepared = prepare(config)
+    for note in prepared.notes():
+        reporter.note(note)
+    if config.output.overwrite and run_dir.exists():
+        shutil.rmtree(run_dir)
+    with stop_on_signals() as stop:
+
+        def tune(method: str) -> Result:
+            given = {"run_dir": run_dir / method, "reporter": reporter, "should_stop": stop}
+            return train(config, method, prepared, **given)
+
+        results = compare(config.methods, tune, console, stop)
+    if results is None:
+        return stop.exit_code
+    summary = {
+        "task": config.task,
+        "model": config.model,
+        "rows": {name: len(part.tokens) for name, part in prepared.encoded.items()},
+        "truncated": prepared.truncated,
+        "methods": [result.summary() for result in results],
+        "baseline": None
+        if prepared.task.regression
+        else baseline_scores(prepared.task, prepared.rows),
+    }
+    write_json(run_dir / "summary.json", summary)
+    console.print(summary_table(summary))
+    console.print(f"files in {run_dir}", highlight=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""Rows of a task, whatever file they come from, and their labels."""
+
+import math
+from collections import Counter
+from typing import Any, NamedTuple
+
+from examples.common.errors import DataError
+from examples.finetune.encoder.data.tasks import Columns, Task
+
+
+class Row(NamedTuple):
+    """One or two sentences and what is to be predicted."""
+
+    first: str
+    second: str | None
+    label: float  # A class from 0 on, or the number of a regression.
+
+
+class RawRow(NamedTuple):
+    """A row as a file has it."""
+
+    where: str  # File and line, for messages.
+    first: str
+    second: str | None
+    label: Any
+
+
+class Rows(NamedTuple):
+    """All splits of a task."""
+
+    labels: tuple[str, ...]  # Names of the classes; empty for a regression.
+    splits: dict[str, list[Row]]  # "train" and those that are evaluated.
+    left_out: int = 0  # Malformed rows of the official files.
+
+
+def from_mapping(record: Any, columns: Columns, where: str, second_optional: bool) -> RawRow:
+    """A row from a JSON object or a record of a data set."""
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: expected an object")
+    second = columns.second
+    if second is not None and second_optional and second not in record:
+        second = None
+    for name in (columns.first, second):
+        if name is not None and not isinstance(record.get(name), str):
+            raise DataError(f'{where}: expected a string "{name}"')
+    if record.get(columns.label) is None:
+        raise DataError(f'{where}: no "{columns.label}"')
+    return RawRow(
+        where,
+        record[columns.first],
+        None if second is None else record[second],
+        record[columns.label],
+    )
+
+
+def make_rows(task: Task, raw: dict[str, list[RawRow]], left_out: int = 0) -> Rows:
+    """Labels as numbers.
+
+    Raises:
+      DataError: for an empty split, a label that is none of the task's, and a class without a
+        training row.
+    """
+    for split, rows in raw.items():
+        if not rows:
+            raise DataError(f"{task.name}: the {split} split has no rows")
+    _check_sentences(raw)
+    if task.regression:
+        splits = {
+            name: [Row(r.first, r.second, _number(task, r)) for r in rows]
+            for name, rows in raw.items()
+        }
+        return Rows((), splits, left_out)
+    labels = task.labels or tuple(sorted({_text(row) for row in raw["train"]}))
+    if len(labels) < 2:
+        raise DataError(
+            f"{task.name}: two classes are needed, every training row has the label {labels[0]!r}"
+        )
+    known = {name: i for i, name in enumerate(labels)}
+    if task.labels:  # Then a file may have their numbers as well.
+        known = {str(i): i for i in range(len(labels))} | known
+    splits = {
+        name: [Row(row.first, row.second, _class(row, known, labels)) for row in rows]
+        for name, rows in raw.items()
+    }
+    counts = Counter(row.label for row in splits["train"])
+    empty = [name for i, name in enumerate(labels) if not counts[i]]
+    if empty:
+        where = raw["train"][0].where.partition(": line")[0]
+        raise DataError(f"{where}: no training row of the class {', '.join(empty)}")
+    return Rows(labels, splits, left_out)
+
+
+def _check_sentences(raw: dict[str, list[RawRow]]) -> None:
+    """Either all rows are pairs or none is."""
+    rows = [row for split in raw.values() for row in split]
+    for row in rows:
+        if (row.second is None) != (rows[0].second is None):
+            raise DataError(f"{row.where}: one sentence and two sentences are mixed")
+
+
+def _text(row: RawRow) -> str:
+    # A data set may have classes as 1, as 1.0 or as true; a file has text.
+    label = row.label
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
+    return str(label).strip()
+
+
+def _class(row: RawRow, known: dict[str, int], labels: tuple[str, ...]) -> int:
+    label = _text(row)
+    if label not in known:
+        raise DataError(
+            f"{row.where}: the label {label!r} is none of {', '.join(labels)}"
+            + (f" or 0 to {len(labels) - 1}" if "0" in known and "0" not in labels else "")
+        )
+    return known[label]
+
+
+def _number(task: Task, row: RawRow) -> float:
+    try:
+        value = float(row.label)
+    except (TypeError, ValueError):
+        value = math.nan
+    low, high = task.range or (-math.inf, math.inf)
+    if not (math.isfinite(value) and low <= value <= high):
+        span = f" from {low:g} to {high:g}" if task.range else ""
+        raise DataError(f"{row.where}: the label {row.label!r} is no number{span}")
+    return value

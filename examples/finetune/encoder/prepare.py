@@ -1,0 +1,90 @@
+"""What all methods of a run share: the model from files, and the rows as tokens."""
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from examples.common.errors import ConfigError
+from examples.finetune.encoder.data import TASKS, Rows, Task, read_rows
+from examples.finetune.encoder.data.batches import Layout
+from examples.finetune.encoder.data.encode import Encoded, encode, read_tokenizer
+from examples.finetune.encoder.run_config import RunConfig
+from examples.finetune.encoder.weights import FILES, TOKENIZER, Pretrained, load_model
+from examples.pretrained import locate_model
+
+
+class Prepared(NamedTuple):
+    """A task and a model."""
+
+    task: Task
+    rows: Rows
+    pretrained: Pretrained
+    encoded: dict[str, Encoded]  # By split.
+    layout: Layout
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.pretrained.directory / TOKENIZER
+
+    @property
+    def truncated(self) -> dict[str, int]:
+        """Rows of each split that were longer than allowed."""
+        return {name: part.truncated for name, part in self.encoded.items()}
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the rows that are trained on."""
+        digest, train = hashlib.blake2b(digest_size=16), self.encoded["train"]
+        for array in (train.labels, train.lengths, np.concatenate(train.tokens)):
+            digest.update(array.tobytes())
+        return digest.hexdigest()
+
+    def notes(self) -> list[str]:
+        """What the user should know about them."""
+        found = []
+        if self.rows.left_out:
+            found.append(f"{self.rows.left_out} malformed rows of the files are left out")
+        for name, count in self.truncated.items():
+            if count:
+                total, longest = len(self.encoded[name].tokens), self.layout.max_length
+                found.append(f"{name}: {count} of {total} rows cut to {longest} tokens")
+        if self.pretrained.new:
+            found.append(f"new, with random values: {', '.join(self.pretrained.new)}")
+        if self.pretrained.unused:
+            found.append(f"not used: {', '.join(self.pretrained.unused)}")
+        return found
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Reads everything that a run needs.
+
+    Raises:
+      ConfigError, DataError, WeightsError: for what cannot be used.
+    """
+    task = TASKS[config.task]
+    rows = read_rows(task, config.data)
+    outputs = 1 if task.regression else len(rows.labels)
+    directory = locate_model(config.model, FILES)
+    pretrained = load_model(directory, outputs, config.seed, new_head=config.new_head)
+    encoder = pretrained.config.with_dropout(config.dropout)
+    if config.max_length > encoder.max_length:
+        raise ConfigError(
+            f"max_length={config.max_length}: {directory} has positions for {encoder.max_length}"
+        )
+    tokenizer = read_tokenizer(directory / TOKENIZER, encoder)
+    splits = dict(rows.splits)
+    if config.limit is not None:
+        order = np.random.default_rng(0).permutation(len(splits["train"]))[: config.limit]
+        splits["train"] = [splits["train"][i] for i in sorted(order)]
+    return Prepared(
+        task,
+        rows,
+        pretrained._replace(config=encoder),
+        {
+            name: encode(tokenizer, part, encoder, config.max_length, task.regression)
+            for name, part in splits.items()
+        },
+        Layout(config.batch_size, config.max_length, encoder.pad_token),
+    )

@@ -1,0 +1,97 @@
+"""One typed configuration for a comparison of methods on a task."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+
+from examples.common import compare
+from examples.common.errors import ConfigError
+from examples.finetune.encoder.data import TASKS
+from examples.finetune.encoder.methods import MethodConfig, MethodName
+from examples.finetune.encoder.protocols import PROTOCOLS
+
+if TYPE_CHECKING:
+    TaskName = ProtocolName = str
+else:  # The names that the command line offers.
+    TaskName, ProtocolName = Literal[tuple(TASKS)], Literal[tuple(PROTOCOLS)]
+
+
+@dataclass(frozen=True)
+class OutputConfig(compare.OutputConfig):
+    """What is written and shown. All of this may change when a run is resumed."""
+
+    root: Path = Path("runs/glue")
+    """Directory of all runs."""
+    log_every: int = 20
+    """Steps between two lines of metrics."""
+    save_model: bool = True
+    """Write the fine-tuned model, as transformers reads it."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Fine-tune a BERT or RoBERTa on sentences or pairs of sentences.
+
+    Trains the model once with each of the methods and compares them. Writes runs/glue/NAME with
+    summary.json, and for each method config.json, metrics.jsonl, summary.json, the model and
+    checkpoints. Ctrl-C or SIGTERM saves and stops after the current batch (exit code 130 or 143);
+    --resume goes on from there. Errors end with exit code 1, wrong arguments with 2.
+    """
+
+    preset: ProtocolName = "default"
+    """A published protocol; every other option overrides a part of it."""
+    task: TaskName = "movie-snippets"
+    """A task of GLUE, or "own" and "own-regression" for files of yours."""
+    data: Path | None = None
+    """Directory with train and dev files: .tsv as GLUE publishes them, or .jsonl with the columns
+    of the data sets library (own: sentence1, sentence2, label). Without it GLUE is fetched."""
+    methods: tuple[MethodName, ...] = ("adamw", "natural-galore")
+    """Trained one after another."""
+    model: str = "minilm"
+    """A directory in the Hugging Face layout, a name on the hub, or minilm."""
+    new_head: bool = False
+    """Start from a random head although the model has one, for other classes, say."""
+    epochs: int = 3
+    """How often each row is seen."""
+    batch_size: int = 32
+    """Rows in a batch."""
+    max_length: int = 128
+    """Tokens in a row; longer rows lose their ends, and are counted."""
+    limit: int | None = None
+    """Train on so many rows only, drawn at random, the same for every seed."""
+    warmup: float = 0.1
+    """Share of the steps in which the learning rate rises; then it falls to zero."""
+    dropout: float | None = None
+    """In place of the model's own rates."""
+    seed: int = 0
+    """Of the head, the order of the rows, dropout, adapters and random subspaces."""
+    method: tyro.conf.OmitArgPrefixes[MethodConfig] = field(default_factory=MethodConfig)
+    output: tyro.conf.OmitArgPrefixes[OutputConfig] = field(default_factory=OutputConfig)
+
+    def __post_init__(self) -> None:
+        compare.check(self, ("epochs", "batch_size", "limit"))
+        # Two tokens begin and end a row, and RoBERTa has two more between sentences.
+        if self.max_length < 8:
+            raise ConfigError(f"max_length must be at least 8, got {self.max_length}")
+        if self.output.log_every < 1:
+            raise ConfigError(f"log_every must be at least 1, got {self.output.log_every}")
+        if not 0 <= self.warmup <= 1:
+            raise ConfigError(f"warmup is a share from 0 to 1, got {self.warmup}")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout must be at least 0 and below 1, got {self.dropout}")
+
+    @property
+    def run_dir(self) -> Path:
+        default = self.task if self.preset == "default" else f"{self.task}-{self.preset}"
+        return self.output.root / (self.output.name or default)
+
+    def identity(self) -> dict[str, Any]:
+        """All fields that influence the result of one of the methods, as JSON values."""
+        return compare.identity(self, "preset")
+
+
+def preset_config(preset: str, task: str) -> RunConfig:
+    """The configuration of a preset for a task."""
+    return RunConfig(preset=preset, task=task, **PROTOCOLS[preset](task).options())

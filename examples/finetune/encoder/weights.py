@@ -1,0 +1,138 @@
+"""Models in the Hugging Face layout: read into parameters, and written back."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from examples.common.errors import WeightsError
+from examples.finetune.encoder.config import EncoderConfig, classifier_config, read_config
+from examples.finetune.encoder.model import make_model
+from examples.pretrained import Stored, fill, read_tensors, tensors_of, write_tensors
+
+FILES = ("config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json")
+TOKENIZER = "tokenizer.json"
+
+Params = dict[str, Any]
+
+_MODULES = {
+    "embeddings.word": "embeddings.word_embeddings",
+    "embeddings.position": "embeddings.position_embeddings",
+    "embeddings.token_type": "embeddings.token_type_embeddings",
+    "embeddings.norm": "embeddings.LayerNorm",
+    "layers.attention.query": "encoder.layer.{i}.attention.self.query",
+    "layers.attention.key": "encoder.layer.{i}.attention.self.key",
+    "layers.attention.value": "encoder.layer.{i}.attention.self.value",
+    "layers.attention.output": "encoder.layer.{i}.attention.output.dense",
+    "layers.attention_norm": "encoder.layer.{i}.attention.output.LayerNorm",
+    "layers.mlp.intermediate": "encoder.layer.{i}.intermediate.dense",
+    "layers.mlp.output": "encoder.layer.{i}.output.dense",
+    "layers.mlp_norm": "encoder.layer.{i}.output.LayerNorm",
+}
+# The linear maps of the layers.
+MATRICES = tuple(name for name in _MODULES if name.startswith("layers.") and "norm" not in name)
+_HEADS = {
+    "bert": {"head.dense": "bert.pooler.dense", "head.out": "classifier"},
+    "roberta": {"head.dense": "classifier.dense", "head.out": "classifier.out_proj"},
+}
+_LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
+
+
+class Pretrained(NamedTuple):
+    """A model from files."""
+
+    directory: Path
+    config: EncoderConfig
+    raw_config: dict[str, Any]  # All of its config.json.
+    params: Params
+    new: tuple[str, ...]  # Tensors of the head that the files lack: they have first values.
+    unused: tuple[str, ...]  # Tensors that belong to another head.
+
+
+def module_name(module: str, architecture: str) -> str:
+    """What PyTorch calls a module: ``layers.attention.query`` is
+    ``bert.encoder.layer.{i}.attention.self.query``."""
+    heads = _HEADS[architecture]
+    return heads[module] if module in heads else f"{architecture}.{_MODULES[module]}"
+
+
+def stored_as(params: dict[tuple[str, ...], Any], config: EncoderConfig) -> dict[Any, Stored]:
+    """Names of the tensors of all parameters, which are a flat dict."""
+    found = {}
+    for path in params:
+        name = f"{module_name('.'.join(path[:-1]), config.architecture)}.{_LEAVES[path[-1]]}"
+        stacked = path[0] == "layers"
+        names = tuple(name.format(i=i) for i in range(config.layers)) if stacked else (name,)
+        found[path] = Stored(names, stacked, transposed=path[-1] == "kernel")
+    return found
+
+
+def load_model(directory: Path, outputs: int, seed: int, *, new_head: bool = False) -> Pretrained:
+    """Reads a model; what of its head is missing, or all of it with `new_head`, is random.
+
+    Raises:
+      WeightsError: for a missing or damaged file, an unknown architecture, and a report of all
+        tensors of the encoder that are missing and all that have another shape.
+    """
+    config, raw = read_config(directory, outputs)
+    expected: dict[Any, Any] = flatten_dict(make_model(config)[1])
+    head = [path for path in expected if path[0] == "head"]
+    stored = stored_as(expected, config)
+    tensors = _renamed(read_tensors(directory), config.architecture)
+    if new_head:
+        names = {name for path in head for name in stored[path].names}
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in names}
+    filled = fill(expected, stored, tensors, optional=head, source=str(directory))
+    params = filled.params
+    for path, key in zip(head, jax.random.split(jax.random.key(seed), len(head)), strict=True):
+        if path not in params:
+            params[path] = _first_value(path, expected[path], config, key)
+    return Pretrained(directory, config, raw, unflatten_dict(params), filled.new, filled.unused)
+
+
+def save_model(
+    params: Params,
+    config: EncoderConfig,
+    raw_config: dict[str, Any],
+    labels: tuple[str, ...],
+    tokenizer: Path,
+    directory: Path,
+) -> None:
+    """Writes config, weights and tokenizer, to be read by this program and by transformers."""
+    directory.mkdir(parents=True, exist_ok=True)
+    flat: dict[Any, Any] = flatten_dict(params)
+    write_tensors(tensors_of(flat, stored_as(flat, config)), directory)
+    text = json.dumps(classifier_config(config, raw_config, labels), indent=2)
+    (directory / "config.json").write_text(text + "\n")
+    shutil.copyfile(tokenizer, directory / TOKENIZER)
+
+
+def _renamed(tensors: dict[str, Any], architecture: str) -> dict[str, Any]:
+    """With the names of a model that has a head.
+
+    A model without one has no prefix; weights converted from TensorFlow have norms with gamma and
+    beta; buffers are no weights.
+    """
+    renamed = {}
+    for name, tensor in tensors.items():
+        new = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+        new = new.replace("LayerNorm.beta", "LayerNorm.bias")
+        if new.startswith(("embeddings.", "encoder.", "pooler.")):
+            new = f"{architecture}.{new}"
+        if new in renamed:
+            raise WeightsError(f"{name} is there twice, under an old and a new name")
+        if not new.endswith((".position_ids", ".token_type_ids")):
+            renamed[new] = tensor
+    return renamed
+
+
+def _first_value(
+    path: tuple[str, ...], like: jax.ShapeDtypeStruct, config: EncoderConfig, key: jax.Array
+) -> jax.Array:
+    if path[-1] == "bias":
+        return jnp.zeros(like.shape, like.dtype)
+    return config.init_std * jax.random.normal(key, like.shape, like.dtype)

@@ -1,0 +1,79 @@
+"""Fine-tune a LLaMA on plans of tool calls: `python -m examples.finetune.planner --help`."""
+
+import shutil
+import sys
+
+from rich.console import Console
+
+from examples.common import cli
+from examples.common.cli import stop_on_signals
+from examples.common.compare import Result, compare
+from examples.common.config import write_json
+from examples.common.plots import plot_methods
+from examples.common.reporter import make_reporter
+from examples.finetune.planner.evaluate import Evaluator
+from examples.finetune.planner.loop import train
+from examples.finetune.planner.prepare import prepare
+from examples.finetune.planner.report import brief, describe, evaluation, summary_table
+from examples.finetune.planner.run_config import RunConfig
+from examples.finetune.planner.untrained import evaluate_untrained
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program and return its exit code."""
+    return cli.exit_code(lambda: run(parse(argv), Console()))
+
+
+def parse(argv: list[str] | None) -> RunConfig:
+    """The configuration that the command line says."""
+    return cli.parse(RunConfig, "examples.finetune.planner", argv)
+
+
+def run(config: RunConfig, console: Console) -> int:
+    """Train with each method, and write everything that belongs to the run."""
+    run_dir = config.run_dir
+    reporter = make_reporter(console, config.output.quiet, describe, brief)
+    reporter.note(f"{run_dir}: reading the model and the records")
+    prepared = prepare(config)
+    for note in prepared.notes:
+        reporter.note(note)
+    if config.output.overwrite and run_dir.exists():
+        shutil.rmtree(run_dir)
+    evaluator = Evaluator(
+        prepared,
+        batch_size=config.batch_size,
+        plans_at_once=config.eval_batch_size,
+        new_tokens=config.new_tokens,
+    )
+    with stop_on_signals() as stop:
+        untrained = evaluate_untrained(config, prepared, evaluator, run_dir, stop)
+        if untrained is None:
+            console.print("stopped; --resume begins anew")
+            return stop.exit_code
+        reporter.note(f"untrained: validation {evaluation(untrained['validation'])}")
+
+        def tune(method: str) -> Result:
+            given = (prepared, evaluator, untrained["validation"], run_dir / method, reporter, stop)
+            return train(config, method, *given)
+
+        results = compare(config.methods, tune, console, stop)
+    if results is None:
+        return stop.exit_code
+    summary = {
+        "dataset": config.dataset,
+        "model": config.model,
+        "records": {name: len(split.records) for name, split in prepared.splits.items()},
+        "too_long": {name: split.dropped for name, split in prepared.splits.items()},
+        "untrained": untrained,
+        "methods": [result.summary() for result in results],
+    }
+    write_json(run_dir / "summary.json", summary)
+    curves = {method: r.records for method, r in zip(config.methods, results, strict=True)}
+    plot_methods(curves, run_dir / "curves.png", f"{config.dataset}, {config.model}")
+    console.print(summary_table(summary))
+    console.print(f"files in {run_dir}", highlight=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

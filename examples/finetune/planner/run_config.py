@@ -1,0 +1,109 @@
+"""One typed configuration for a comparison of methods on plans of tool calls."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+
+from examples.common import compare
+from examples.common.errors import ConfigError
+from examples.common.schedule import ScheduleConfig
+from examples.finetune.planner.datasets import DATASETS
+from examples.finetune.planner.methods import MethodConfig, MethodName
+from examples.finetune.planner.prompts import PromptConfig
+
+if TYPE_CHECKING:
+    DatasetName = str
+else:  # The names that the command line offers.
+    DatasetName = Literal[tuple(DATASETS)]
+
+
+@dataclass(frozen=True)
+class OutputConfig(compare.OutputConfig):
+    """What is written and shown. All of this may change when a run is resumed."""
+
+    root: Path = Path("runs/function_calling")
+    """Directory of all runs."""
+    shown: int = 20
+    """Predictions in predictions.md; predictions.json has all of them."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Fine-tune a LLaMA to answer questions with plans of tool calls.
+
+    Trains the model once with each of the methods and compares them. Writes
+    runs/function_calling/NAME with summary.json, curves.png and untrained.json, and for each method
+    config.json, metrics.jsonl, summary.json, predictions.md, predictions.json, the model of its
+    best epoch and checkpoints. Ctrl-C or SIGTERM saves and stops after the current step (exit code
+    130 or 143); --resume goes on from there. Errors end with exit code 1, wrong arguments with 2.
+    """
+
+    dataset: DatasetName = "nestful"
+    """Which data set, of a package unless --data is given."""
+    data: Path | None = None
+    """Local files: the directory data_v1 of NESTFUL, bfcl_eval/data of BFCL, TinyAgent's JSON."""
+    parts: tuple[str, ...] = ()
+    """Only these parts of NESTFUL or categories of BFCL."""
+    skip_unusable: bool = False
+    """TinyAgent: leave out records that cannot be used, and count them."""
+    methods: tuple[MethodName, ...] = ("adamw", "natural-galore")
+    """Trained one after another: adamw lora galore natural-galore and others."""
+    model: str = "smollm2-135m-instruct"
+    """A GGUF file, a directory in the Hugging Face layout, a name on the hub, or
+    smollm2-135m-instruct, from a package."""
+    epochs: int = 3
+    """How often each row is seen."""
+    batch_size: int = 4
+    """Rows in a batch."""
+    accumulate: int = 8
+    """Batches in a step."""
+    max_length: int = 2048
+    """Tokens in a row, prompt and plan; longer rows are left out, and counted."""
+    buckets: int = 4
+    """To how many lengths rows are padded at most; programs are compiled for each of them."""
+    limit: int | None = None
+    """Train on so many rows only, drawn at random, the same for every seed."""
+    eval_limit: int | None = None
+    """Records of the validation and of the test split that are looked at, likewise; by default
+    all of them."""
+    eval_batch_size: int = 8
+    """Plans that are written at a time."""
+    new_tokens: int = 512
+    """The longest plan that the model may write, in tokens."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What products are computed in; weights are float32."""
+    remat: bool = False
+    """Recompute what is inside a layer in the backward pass, to save memory."""
+    seed: int = 0
+    """Of the order of the rows, of adapters and of random subspaces."""
+    prompt: tyro.conf.OmitArgPrefixes[PromptConfig] = field(
+        default_factory=lambda: PromptConfig(details=False)
+    )
+    schedule: tyro.conf.OmitArgPrefixes[ScheduleConfig] = field(default_factory=ScheduleConfig)
+    method: tyro.conf.OmitArgPrefixes[MethodConfig] = field(default_factory=MethodConfig)
+    output: tyro.conf.OmitArgPrefixes[OutputConfig] = field(default_factory=OutputConfig)
+
+    def __post_init__(self) -> None:
+        names = ("epochs", "batch_size", "accumulate", "buckets", "limit", "eval_limit")
+        compare.check(self, (*names, "eval_batch_size", "new_tokens", "max_length"))
+        for name in ("warmup", "floor"):
+            if not 0 <= getattr(self.schedule, name) <= 1:
+                raise ConfigError(
+                    f"{name} is a share from 0 to 1, got {getattr(self.schedule, name)}"
+                )
+        if self.output.shown < 0:
+            raise ConfigError(f"shown must not be negative, got {self.output.shown}")
+
+    @property
+    def run_dir(self) -> Path:
+        return self.output.root / (self.output.name or self.dataset)
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.batch_size * self.accumulate
+
+    def identity(self) -> dict[str, Any]:
+        """All fields that influence the result of one of the methods, as JSON values."""
+        return compare.identity(self)

@@ -1,0 +1,56 @@
+"""What the model does before it is trained: the same for all methods."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from examples.common.config import write_json
+from examples.common.errors import ConfigError
+from examples.finetune.planner.evaluate import Evaluator
+from examples.finetune.planner.prepare import Prepared
+from examples.finetune.planner.run_config import RunConfig
+
+FILE = "untrained.json"
+
+
+def evaluate_untrained(
+    config: RunConfig,
+    prepared: Prepared,
+    evaluator: Evaluator,
+    run_dir: Path,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any] | None:
+    """Its validation and test, `Evaluation.summary()`; None if it was told to stop.
+
+    It is written into `run_dir`, and read again by a run that goes on.
+
+    Raises:
+      ConfigError: if there is a run that is not to be resumed.
+    """
+    path = run_dir / FILE
+    made_from = {
+        "model": config.model,
+        "dtype": config.dtype,
+        "new_tokens": config.new_tokens,
+        "rows": prepared.fingerprint,
+    }
+    if path.exists():
+        if not config.output.resume:
+            raise ConfigError(
+                f"{run_dir} already has a run: pass --resume to continue it, --name for another "
+                "one, or --overwrite to delete it"
+            )
+        found = json.loads(path.read_text())
+        if found["made_from"] == made_from:
+            return found
+    params = prepared.read()
+    found = {"made_from": made_from}
+    for split in ("validation", "test"):
+        evaluation = evaluator(params, split, should_stop)
+        if evaluation is None:
+            return None
+        found[split] = evaluation.summary()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_json(path, found)
+    return found

@@ -1,6 +1,0 @@
-"""The errors for what the user can correct."""
-
-from examples.function_calling.data import DataError as DataError
-from examples.llama.checkpoints import CheckpointError as CheckpointError
-from examples.llama.train_config import ConfigError as ConfigError
-from examples.pretrained import WeightsError as WeightsError

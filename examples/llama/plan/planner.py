@@ -1,0 +1,226 @@
+"""Looks for settings that fit into a device's memory."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from examples.common import cli
+from examples.common.errors import ConfigError
+from examples.llama.memory.sizes import format_bytes, parse_bytes, unit_of
+from examples.llama.memory.step_memory import StepMemory, lower_bound, predict
+from examples.llama.plan.candidates import Candidate, PlanConfig, candidates
+from examples.llama.training.build import abstract_run
+
+
+class Row(NamedTuple):
+    """A setting and what it takes."""
+
+    candidate: Candidate
+    memory: StepMemory
+    compiled: bool  # False: the working memory of the update is not counted
+
+    def fits(self, room: int) -> bool:
+        return self.compiled and self.memory.total <= room
+
+    def to_dict(self, room: int) -> dict[str, Any]:
+        c = self.candidate
+        return {
+            "optimizer": c.optimizer,
+            "rank": c.rank,
+            "step": c.step,
+            "batch_size": c.config.batch_size,
+            "seq_len": c.config.seq_len,
+            "command": c.command,
+            "bytes": self.memory.to_dict(),
+            "compiled": self.compiled,
+            "fits": self.fits(room),
+        }
+
+
+class Plan(NamedTuple):
+    """What a search found."""
+
+    rows: list[Row]
+    best: Row | None  # that fits
+    nearest: Row  # the smallest one
+
+
+def search(
+    groups: Sequence[Sequence[Candidate]],
+    room: int,
+    everything: bool = False,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Plan:
+    """Finds the best setting that takes at most `room` bytes.
+
+    A step is compiled only if it can fit: what stays, and gradients and activations, are known
+    before. Within a group the first one that fits ends the search, unless `everything` is
+    asked for.
+
+    Args:
+      groups: settings, from the best to the least good. Optimizers are taken in this order, of
+        one optimizer the highest rank, and then again this order.
+      room: bytes.
+      everything: look at all of them.
+      progress: is told what is compiled.
+    """
+    rows, fitting = [], []
+    for group in groups:
+        for candidate in group:
+            row = _row(candidate, room, everything, progress)
+            rows.append(row)
+            if row.fits(room):
+                fitting.append(row)
+                if not everything:
+                    break
+    order = list(dict.fromkeys(c.config.optimizer.name for group in groups for c in group))
+    # The first in order; of one optimizer, moments in 8 bits at a higher rank before a lower rank.
+    best = min(
+        fitting,
+        key=lambda row: (
+            order.index(row.candidate.config.optimizer.name),
+            -(row.candidate.rank or 0),
+        ),
+        default=None,
+    )
+    nearest = min(rows, key=lambda row: row.memory.total)
+    while best is None and not nearest.compiled:
+        # Bounds below are no answer to how much is missing.
+        rows[rows.index(nearest)] = _row(nearest.candidate, room, True, progress)
+        nearest = min(rows, key=lambda row: row.memory.total)
+    return Plan(rows, best, nearest)
+
+
+def _row(candidate: Candidate, room: int, everything: bool, progress: Callable[[str], None]) -> Row:
+    start = time.perf_counter()
+    run = abstract_run(candidate.config)
+    bound = lower_bound(run)
+    if bound.total > room and not everything:
+        return Row(candidate, bound, compiled=False)
+    memory = predict(candidate.config, run=run)
+    rank = f", rank {candidate.rank}" if candidate.rank else ""
+    seconds = time.perf_counter() - start
+    progress(f"compiled {candidate.optimizer}{rank}, {candidate.step} step: {seconds:.0f} s")
+    return Row(candidate, memory, compiled=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the program and returns its exit code."""
+    console = Console()
+    if not console.is_terminal:  # In a file or a pipe nothing needs to fit into 80 columns.
+        console = Console(width=160)
+    return cli.exit_code(lambda: run(argv, console))
+
+
+def run(argv: list[str] | None, console: Console) -> int:
+    plan, given = tyro.cli(
+        PlanConfig,
+        prog="python -m examples.llama.plan",
+        args=argv,
+        return_unknown_args=True,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    memory, reserve = device_memory(plan.device_memory), _size("reserve", plan.reserve)
+    room = memory - reserve
+    if room <= 0:
+        raise ConfigError(f"--reserve {plan.reserve} is all of {format_bytes(memory)}")
+    groups = list(candidates(plan, given))
+
+    def progress(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    found = search(groups, room, plan.all, progress)
+    config = found.rows[0].candidate.config
+    title = f"{config.preset}: {format_bytes(memory)}, {format_bytes(reserve)} of it reserved"
+    console.print(plan_table(title, found.rows, room))
+    console.print(verdict(found, room), highlight=False, soft_wrap=True)
+    if plan.json is not None:
+        rows = [row.to_dict(room) for row in found.rows]
+        best = None if found.best is None else found.best.candidate.command
+        results = {"device_bytes": memory, "room_bytes": room, "best": best, "settings": rows}
+        plan.json.write_text(json.dumps(results, indent=1) + "\n")
+    if plan.figure is not None:
+        # Matplotlib takes a second to import.
+        from examples.llama.memory.figure import PAPER_SIZES, breakdown, draw
+
+        draw(breakdown(PAPER_SIZES, progress), plan.figure, memory)
+    return 0
+
+
+def verdict(plan: Plan, room: int) -> str:
+    """The command for the best setting, or by how much the nearest one misses."""
+    if plan.best is not None:
+        left = format_bytes(room - plan.best.memory.total)
+        return f"best that fits, with {left} left:\n{plan.best.candidate.command}"
+    over = format_bytes(plan.nearest.memory.total - room)
+    return f"nothing fits; the nearest misses by {over}:\n{plan.nearest.candidate.command}"
+
+
+def device_memory(text: str | None) -> int:
+    """Bytes of the device: what is said, or what the accelerator has."""
+    if text is not None:
+        return _size("device-memory", text)
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" not in stats:
+        raise ConfigError("there is no accelerator here: say --device-memory, such as 24GB")
+    return stats["bytes_limit"]
+
+
+def _size(option: str, text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise ConfigError(f"--{option}: {error}") from error
+
+
+# Columns of bytes, and the parts that each is the sum of.
+COLUMNS = {
+    "weights": ("weights",),
+    "basis": ("basis",),
+    "Fisher": ("history",),
+    "moments": ("inner",),
+    "rest": ("other", "shared", "accumulated", "batch"),
+    "gradients": ("gradients",),
+    "activations": ("activations",),
+    "update": ("update",),
+}
+
+
+def plan_table(title: str, rows: Sequence[Row], room: int) -> Table:
+    """One row for each setting; what fits is green."""
+    unit, scale = unit_of(room)
+    table = Table(
+        title=f"{title}; in {unit}",
+        caption="remat: layers are recomputed; per layer: they are updated one by one too; "
+        "≥ and ?: too large without the update's own memory",
+    )
+    table.add_column("optimizer", overflow="fold")
+    for name in ("rank", "step", "rows"):
+        table.add_column(name, no_wrap=True)
+    for name in (*COLUMNS, "total", "room"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        candidate, parts = row.candidate, row.memory.parts
+        sizes = {c: sum(parts.get(p, 0) for p in names) for c, names in COLUMNS.items()}
+        cells = {c: f"{size / scale:.2f}" if size else "-" for c, size in sizes.items()}
+        total, left = (f"{x / scale:.2f}" for x in (row.memory.total, room - row.memory.total))
+        if not row.compiled:
+            cells["update"], total, left = "?", f"≥ {total}", f"≤ {left}"
+        table.add_row(
+            candidate.optimizer,
+            str(candidate.rank or "-"),
+            candidate.step,
+            str(candidate.config.batch_size),
+            *cells.values(),
+            total,
+            left,
+            style="green" if row.fits(room) else "red",
+        )
+    return table

@@ -1,0 +1,97 @@
+"""The training step that a configuration describes, and its arguments as shapes."""
+
+import contextlib
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from examples.common.lora import partition
+from examples.common.train_state import Params, TrainState, init_state
+from examples.llama.model.adapters import make_linear
+from examples.llama.run_config import RunConfig
+from examples.llama.training.optimization import Optimization, make_optimization
+from examples.llama.training.per_layer import make_per_layer_step
+from examples.llama.training.train_step import Apply, make_model, make_train_step
+
+
+def make_step(
+    config: RunConfig, apply: Apply, optimization: Optimization, params: Params
+) -> jax.stages.Wrapped:
+    """The jitted step, `(state, rows (B, T + 1)) -> (state, metrics)`, which donates the state.
+
+    Raises:
+      ConfigError: if layers cannot be updated one by one.
+    """
+    if config.per_layer:
+        step = make_per_layer_step(config, optimization.tx, params)
+    else:
+        step = make_train_step(
+            apply,
+            optimization.tx,
+            config.accumulate,
+            optimization.low_rank,
+            config.faults.skip_nonfinite,
+        )
+    return cast(jax.stages.Wrapped, step)
+
+
+def first_state(
+    config: RunConfig, optimization: Optimization, params: Params, frozen: Params
+) -> TrainState:
+    """The state before the first step."""
+    tx, low_rank = optimization.tx, optimization.low_rank
+    return init_state(params, tx, frozen, low_rank, config.weight_bits)
+
+
+def on_the_host(config: RunConfig) -> AbstractContextManager[Any]:
+    """Where first weights are made that will be in 8 bits: an accelerator that has room for them
+    need not have room for the numbers that they are rounded from."""
+    if config.weight_bits is None or jax.default_backend() == "cpu":
+        return contextlib.nullcontext()
+    return jax.default_device(jax.local_devices(backend="cpu")[0])
+
+
+class AbstractRun(NamedTuple):
+    """A run of which nothing is allocated."""
+
+    config: RunConfig
+    apply: Apply
+    optimization: Optimization
+    params: Params  # what is trained, as numbers
+    state: TrainState  # where it may be stored in fewer bits
+    rows: jax.ShapeDtypeStruct  # (B, T + 1), int32
+
+    @property
+    def tx(self) -> optax.GradientTransformation:
+        return self.optimization.tx
+
+    def compile(self) -> jax.stages.Compiled:
+        """The step.
+
+        Raises:
+          ConfigError: if layers cannot be updated one by one.
+        """
+        step = make_step(self.config, self.apply, self.optimization, self.params)
+        return step.lower(self.state, self.rows).compile()
+
+
+def abstract_run(config: RunConfig, tx: optax.GradientTransformation | None = None) -> AbstractRun:
+    """The run of `config`, or one with another optimizer, from shapes alone.
+
+    Raises:
+      ConfigError: if the optimizer does not fit the model or the accumulation.
+    """
+    made = {}
+
+    def weights():
+        made["apply"], weights = make_model(config.model, config.seed, make_linear(config.adapter))
+        return weights
+
+    params, frozen = partition(jax.eval_shape(weights))
+    optimization = make_optimization(config, params, tx)
+    state = jax.eval_shape(lambda p, f: first_state(config, optimization, p, f), params, frozen)
+    rows = jax.ShapeDtypeStruct((config.batch_size, config.seq_len + 1), jnp.int32)
+    return AbstractRun(config, made["apply"], optimization, params, state, rows)

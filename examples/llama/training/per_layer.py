@@ -1,0 +1,91 @@
+"""A training step that updates each layer as soon as its gradient is there.
+
+The numbers are those of `make_train_step`, without ever holding the gradients of all layers; so is
+the state. The model must be stacked.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+import natgalore_jax as ng
+from examples.common.errors import ConfigError
+from examples.common.train_state import Metrics, Params, TrainState, next_state
+from examples.llama.model.config import ModelConfig
+from examples.llama.model.llama import Llama
+from examples.llama.run_config import RunConfig
+from examples.llama.training.train_step import nll_of_logits
+
+
+class LayeredModel(NamedTuple):
+    """The model in three parts, for `ng.training.per_layer`."""
+
+    embed: Callable[[Params, jax.Array], jax.Array]  # (params, rows (B, T + 1)) to x (B, T, D).
+    layer: Callable[[Params, jax.Array], jax.Array]  # (params of one layer, x) to x.
+    head: Callable[[Params, jax.Array, jax.Array], jax.Array]  # (params, x, rows) to the loss.
+
+
+def layered(config: ModelConfig) -> LayeredModel:
+    """The parts of a stacked model without adapters."""
+    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    whole, one_layer = nnx.graphdef(model), nnx.graphdef(model.layers)
+
+    def embed(params: Params, rows: jax.Array) -> jax.Array:
+        return nnx.merge(whole, params).embed(rows[:, :-1])
+
+    def layer(params: Params, x: jax.Array) -> jax.Array:
+        return nnx.merge(one_layer, params)(x, jnp.arange(x.shape[1]))
+
+    def head(params: Params, x: jax.Array, rows: jax.Array) -> jax.Array:
+        return nll_of_logits(nnx.merge(whole, params).logits(x), rows).mean()
+
+    return LayeredModel(embed, layer, head)
+
+
+def make_per_layer_step(
+    config: RunConfig, tx: optax.GradientTransformation, params: Params
+) -> Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]:
+    """What `make_train_step` returns, with updates per layer.
+
+    Raises:
+      ConfigError: if `tx` cannot update one layer without the others.
+    """
+    in_subspace = config.accumulate_in_subspace and config.accumulate > 1
+    train = ng.training.per_layer(
+        tx,
+        *layered(config.model),
+        clip_norm=config.optimizer.clip_norm,
+        accumulate=config.accumulate if in_subspace else 1,
+        weight_dtype=config.model.param_dtype,
+    )
+
+    def step(state: TrainState, rows: jax.Array) -> tuple[TrainState, Metrics]:
+        opt_state: Any = state.opt_state
+        if in_subspace:
+            position = state.micro_step % config.accumulate
+            opt_state = ng.training.AccumulatedState(position, opt_state, state.accumulated)
+        params, new, metrics = train.step(
+            state.params, ng.training.PerLayerState(opt_state, state.totals["grad_norm"]), rows
+        )
+        opt_state, accumulated = new.opt_state, state.accumulated
+        if in_subspace:
+            _, opt_state, accumulated = opt_state
+        return next_state(
+            state,
+            metrics._asdict(),
+            config.accumulate,
+            params=params,
+            opt_state=opt_state,
+            accumulated=accumulated,
+        )
+
+    rows = jax.ShapeDtypeStruct((config.batch_size, config.seq_len + 1), jnp.int32)
+    try:
+        jax.eval_shape(lambda p, rows: train.step(p, train.init(p), rows), params, rows)
+    except ValueError as error:  # An optimizer that mixes the gradients of parameters.
+        raise ConfigError(f"--per-layer with {config.optimizer.name}: {error}") from error
+    return ng.training.in_place(step)

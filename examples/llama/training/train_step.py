@@ -1,0 +1,151 @@
+"""One training step, as a pure function of a state and a batch.
+
+Gradients of micro-batches can be averaged in the subspace of the optimizer: the accumulator is as
+small as a moment of the optimizer, which runs once for each step.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+import natgalore_jax as ng
+from examples.common.lora import union
+from examples.common.train_state import Metrics, Params, TrainState, next_state
+from examples.llama.model.config import ModelConfig
+from examples.llama.model.llama import Llama, MakeLinear, dense
+
+Apply = Callable[[Params, jax.Array], jax.Array]
+
+
+def make_model(
+    config: ModelConfig,
+    seed: int,
+    make_linear: MakeLinear = dense,
+    params_at: Callable[[Params], Any] | None = None,
+) -> tuple[Apply, Params]:
+    """The model as a function `(params, tokens (B, T)) -> logits (B, T, V)`, and first params.
+
+    `params_at` says of their shapes which shardings they get. Without it they are on one device.
+    """
+
+    def make(key):
+        # The default stream counts up from 0 and never gets to this key.
+        rngs = nnx.Rngs(key, adapter=jax.random.fold_in(key, 2**32 - 1))
+        return Llama(config, rngs=rngs, make_linear=make_linear)
+
+    def initial(key):
+        return nnx.to_pure_dict(nnx.state(make(key), nnx.Param))
+
+    key = jax.random.key(seed)
+    graphdef = nnx.graphdef(nnx.eval_shape(make, key))
+
+    def apply(params: Params, tokens: jax.Array) -> jax.Array:
+        return nnx.merge(graphdef, params)(tokens)
+
+    where = None if params_at is None else params_at(jax.eval_shape(initial, key))
+    return apply, jax.jit(initial, out_shardings=where)(key)
+
+
+def token_nll(apply: Apply, params: Params, rows: jax.Array) -> jax.Array:
+    """Negative log-likelihood in nats, (B, T), of rows (B, T + 1) given what precedes."""
+    return nll_of_logits(apply(params, rows[:, :-1]), rows)
+
+
+def nll_of_logits(logits: jax.Array, rows: jax.Array) -> jax.Array:
+    """The same, given what the model makes of all tokens but the last, (B, T, V)."""
+    logits = logits.astype(jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:])
+
+
+def make_train_step(
+    apply: Apply,
+    tx: optax.GradientTransformation,
+    accumulate: int = 1,
+    low_rank: ng.training.LowRankSteps | None = None,
+    skip_nonfinite: bool = False,
+) -> Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]:
+    """A jitted `(state, rows (B, T + 1)) -> (state, metrics)` that takes one micro-batch.
+
+    `accumulate` micro-batches make a step: in `tx` itself, or in its subspace with `low_rank`, the
+    steps of `tx`. The metrics are means over the micro-batches of the step so far. The state that
+    is passed in is donated. With `skip_nonfinite` a micro-batch whose loss or gradient is not
+    finite changes nothing, not even the count of micro-batches; the metric "skipped" says so.
+    """
+
+    def step(state: TrainState, rows: jax.Array) -> tuple[TrainState, Metrics]:
+        def mean_nll(params: Params) -> jax.Array:
+            return token_nll(apply, union(params, state.frozen), rows).mean()
+
+        loss, grads = jax.value_and_grad(mean_nll)(state.params)
+        now = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+        if not skip_nonfinite:
+            return take(state, grads, now)
+        finite = jnp.isfinite(now["loss"]) & jnp.isfinite(now["grad_norm"])
+        state, metrics = jax.lax.cond(
+            finite, take, lambda state, grads, now: (state, now), state, grads, now
+        )
+        return state, {**metrics, "skipped": ~finite}
+
+    def take(state: TrainState, grads: Params, now: Metrics) -> tuple[TrainState, Metrics]:
+        position = state.micro_step % accumulate
+        accumulated = state.accumulated
+        if low_rank is None:
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+        else:
+            params, opt_state, accumulated = accumulate_low_rank(
+                low_rank, grads, state.opt_state, state.params, accumulated, position, accumulate
+            )
+
+        return next_state(
+            state,
+            now,
+            accumulate,
+            params=params,
+            opt_state=opt_state,
+            accumulated=accumulated,
+        )
+
+    return ng.training.in_place(step)
+
+
+def accumulate_low_rank(
+    steps: ng.training.LowRankSteps,
+    grads: Params,
+    opt_state: optax.OptState,
+    params: Params,
+    mean: Params,
+    position: jax.Array,
+    number: int,
+) -> tuple[Params, optax.OptState, Params]:
+    """Takes the gradient of one micro-batch, and after the last one of a step the step.
+
+    Args:
+      steps: of the optimizer.
+      grads: of this micro-batch.
+      opt_state, params: before it.
+      mean: of the low-rank gradients of this step so far.
+      position: how many they are, int32; at 0 the old mean does not matter.
+      number: of micro-batches in a step.
+
+    Returns:
+      The new params, opt_state and mean.
+    """
+
+    def take(params, opt_state, mean):
+        updates, opt_state = steps.update(mean, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    opt_state, mean = steps.accumulate(grads, opt_state, mean, position)
+    # The branch that changes nothing stands last: XLA does not copy what goes through it.
+    params, opt_state = jax.lax.cond(
+        position == number - 1,
+        take,
+        lambda params, opt_state, mean: (params, opt_state),
+        *(params, opt_state, mean),
+    )
+    return params, opt_state, mean

@@ -1,0 +1,175 @@
+"""Published LLaMA weights: read from GGUF and Hugging Face files, and written to the latter."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+from tokenizers import Tokenizer
+
+from examples.common.errors import WeightsError
+from examples.llama.model.config import ModelConfig
+from examples.llama.model.llama import Llama, with_params
+from examples.llama.weights import gguf, hf_config, names
+from examples.pretrained import fill, locate_model, read_tensors, tensors_of, write_tensors
+from examples.pretrained.chat import ChatTemplate
+from examples.pretrained.gguf_file import open_gguf
+from examples.pretrained.gguf_tokenizer import gguf_tokenizer
+from examples.pretrained.hf_tokenizer import (
+    read_chat_template,
+    read_tokenizer,
+    write_tokenizer,
+)
+from examples.pretrained.json_file import read_json
+from examples.pretrained.tensors import Tensors
+
+FILES = ("*.json", "*.jinja", "*.safetensors")
+CONFIG = "config.json"
+
+Params = dict[str, Any]
+
+
+class WeightsFile(NamedTuple):
+    """What files say about a model; its tensors are read when `tensors` is called."""
+
+    path: Path
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+    chat_template: ChatTemplate | None
+    end_ids: tuple[int, ...]  # Tokens that end an answer.
+    tensors: Callable[[], Tensors]
+    names: Mapping[str, str]  # What the file calls the parameters.
+    types: Mapping[str, int]  # Of a GGUF: how many tensors are stored in which way.
+
+
+class PretrainedLlama(NamedTuple):
+    """A model with what it takes to talk to it."""
+
+    model: Llama
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+    chat_template: ChatTemplate | None
+    end_ids: tuple[int, ...]  # Tokens that end an answer.
+
+
+def load_llama(
+    name: str, *, stacked: bool = False, dtype: str = "float32", param_dtype: str = "float32"
+) -> PretrainedLlama:
+    """A model from a GGUF file, a directory in the Hugging Face layout, a package or a hub.
+
+    Args:
+      name: a path ``model.gguf``; a directory with ``config.json``, ``model.safetensors`` (or its
+        parts and their index) and, where there are any, ``tokenizer.json`` and
+        ``tokenizer_config.json``; ``smollm2-135m-instruct``, for the pip package that brings it
+        along; or a name on the Hugging Face hub.
+      stacked: keep the layers in one stack, as `per_layer` training needs them.
+      dtype: what products are computed in.
+      param_dtype: what the weights become, whatever the file has.
+
+    Raises:
+      WeightsError: names the file and the tensors at fault: missing, cut off or damaged files, an
+        unknown architecture, and a report of all tensors that are missing or of another shape.
+    """
+    file = open_weights(name)
+    config = dataclasses.replace(file.config, stacked=stacked, dtype=dtype, param_dtype=param_dtype)
+    model = with_params(config, read_params(file, config))
+    return PretrainedLlama(model, config, file.tokenizer, file.chat_template, file.end_ids)
+
+
+def open_weights(name: str) -> WeightsFile:
+    """Everything but the tensors.
+
+    Raises:
+      WeightsError: as :func:`load_llama`.
+    """
+    path = locate_model(name, FILES)
+    return _open_gguf(path) if path.is_file() else _open_directory(path)
+
+
+def read_params(file: WeightsFile, config: ModelConfig) -> Params:
+    """The parameters as a pure dict, in the layout and dtype of `config`.
+
+    Raises:
+      WeightsError: as :func:`load_llama`.
+    """
+    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    expected: dict[Any, Any] = flatten_dict(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    stored = names.stored_as(expected, config, file.names)
+    filled = fill(expected, stored, file.tensors(), source=str(file.path))
+    known = {file.names["head"]} if config.tied_embeddings else set()
+    unknown = [n for n in filled.unused if n not in known and not n.endswith("rotary_emb.inv_freq")]
+    if unknown:
+        raise WeightsError(
+            f"{file.path}: {len(unknown)} tensors are no part of the model: {', '.join(unknown)}"
+        )
+    return unflatten_dict(filled.params)
+
+
+def save_llama(pretrained: PretrainedLlama, directory: Path) -> None:
+    """Writes `config.json`, `model.safetensors` and the tokenizer, to be read by
+    :func:`load_llama` and by transformers."""
+    model, config, tokenizer, chat_template, end_ids = pretrained
+    directory.mkdir(parents=True, exist_ok=True)
+    flat: dict[Any, Any] = flatten_dict(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    stored = names.stored_as(flat, config, names.HUGGING_FACE)
+    write_tensors(tensors_of(flat, stored), directory)
+    # Without an entry transformers takes ids of LLaMA's own tokenizer.
+    end = None if not end_ids else end_ids[0] if len(end_ids) == 1 else list(end_ids)
+    raw = hf_config.to_json(config) | {"bos_token_id": None, "eos_token_id": end}
+    if tokenizer is not None:
+        tokens = {"eos_token": str(tokenizer.id_to_token(end_ids[0]))} if end_ids else {}
+        if chat_template is not None:
+            tokens |= chat_template.tokens
+        if "bos_token" in tokens:
+            raw["bos_token_id"] = tokenizer.token_to_id(tokens["bos_token"])
+        write_tokenizer(tokenizer, chat_template, tokens, directory)
+    (directory / CONFIG).write_text(json.dumps(raw, indent=2) + "\n")
+
+
+def _open_directory(path: Path) -> WeightsFile:
+    raw = read_json(path / CONFIG)
+    config = hf_config.config_of(raw, path / CONFIG)
+    generation = path / "generation_config.json"
+    settings = read_json(generation) if generation.exists() else {}
+    # Null, which transformers writes for what was not set, says nothing.
+    ends = [source.get("eos_token_id") for source in (settings, raw)]
+    end = next((end for end in ends if end not in (None, [])), ())
+    end_ids: tuple[int, ...] = tuple(end) if isinstance(end, list | tuple) else (end,)  # type: ignore[bad-assignment]
+    # Left out of files where the embedding takes its place, but not always of their index.
+    absent = {names.HUGGING_FACE["head"]} if config.tied_embeddings else set()
+    return WeightsFile(
+        path=path,
+        config=config,
+        tokenizer=read_tokenizer(path),
+        chat_template=read_chat_template(path),
+        end_ids=end_ids,
+        tensors=lambda: read_tensors(path, absent),
+        names=names.HUGGING_FACE,
+        types={},
+    )
+
+
+def _open_gguf(path: Path) -> WeightsFile:
+    file = open_gguf(path)
+    config = gguf.config_of(file)
+    tokenizer = gguf_tokenizer(file.metadata, path)
+    ids = {
+        name: file.metadata[f"tokenizer.ggml.{name}_token_id"]
+        for name in ("bos", "eos")
+        if f"tokenizer.ggml.{name}_token_id" in file.metadata
+    }
+    text = file.metadata.get("tokenizer.chat_template")
+    tokens = {f"{name}_token": str(tokenizer.id_to_token(int(i))) for name, i in ids.items()}
+    return WeightsFile(
+        path=path,
+        config=config,
+        tokenizer=tokenizer,
+        chat_template=None if text is None else ChatTemplate(text, tokens),
+        end_ids=(int(ids["eos"]),) if "eos" in ids else (),
+        tensors=lambda: gguf.tensors_of(file, config),
+        names=names.GGUF,
+        types=file.types,
+    )

@@ -1,0 +1,246 @@
+"""Alice: Adam in a tracked eigenbasis that is partly switched, and compensation outside of it."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from natgalore_jax._src.contrib.alice_kernels import (
+    Switch,
+    compensated,
+    low_rank_step,
+    switched_basis,
+)
+from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
+from natgalore_jax._src.kernels.projection import project
+from natgalore_jax._src.kernels.residual import phi_axes
+from natgalore_jax._src.params.axes import AxesLike
+from natgalore_jax._src.params.checks import (
+    check_decay,
+    check_integer,
+    check_interval,
+    check_number,
+)
+from natgalore_jax._src.params.context import matrices_of, open_subspace
+from natgalore_jax._src.params.placement import zeros_on_axes
+from natgalore_jax._src.params.plan import PlanSettings, plan_tree, require_projection
+from natgalore_jax._src.params.where import Where, hidden_matrices
+from natgalore_jax._src.states.tree_checks import check_moments, flatten_like, with_dtypes_of
+from natgalore_jax._src.subspace.project import start_factors
+from natgalore_jax._src.subspace.subspace import low_rank_leaf
+
+# Adam's decays for parameters that are not projected, as in the paper.
+ADAM_B1, ADAM_B2 = 0.9, 0.999
+
+
+class ScaleByAliceState(NamedTuple):
+    """State of :func:`.scale_by_alice`."""
+
+    #: An optax.ScaleByAdamState. mu and nu are trees of parameters: batch + (rank, n) or (m, rank)
+    #: where a matrix is projected, else its own shape; dtype of the parameter.
+    adam: Any
+    #: U. The tree of parameters: batch + the axes of the shorter side + (rank,), dtype of the
+    #: parameter, zero before the first gradient; or MaskedNode where nothing is projected.
+    basis: Any
+    #: The average of the projected gradient times its transpose. The tree of parameters: batch +
+    #: (rank, rank), float32; or MaskedNode where nothing is projected and without tracking.
+    tracked: Any
+    #: p. The tree of parameters: batch + the axes of the longer side, float32, the average squared
+    #: norm of what a column of the gradient has outside of the basis; or MaskedNode.
+    residual_energy: Any
+    #: φ. The tree of parameters: batch, float32, the norm of each matrix's last compensation; or
+    #: MaskedNode where nothing is projected or there is no limit.
+    residual_norm: Any
+
+
+def scale_by_alice(
+    rank: int = 128,
+    update_interval: int = 200,
+    leading: int | None = None,
+    b1: float = 0.9,
+    b2: float = 0.9,
+    b3: float = 0.999,
+    eps: float = 1e-8,
+    scale: float = 0.3,
+    compensation_scale: float = 0.4,
+    norm_growth_limit: float | None = 1.01,
+    where: Where = hidden_matrices,
+    axes: AxesLike = None,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adam in the leading eigenbasis of averaged gradients, and a compensation outside of it.
+
+    For one matrix with gradient G, turned so that its m rows are its shorter side, at step 1 and
+    every T steps
+
+    .. math::
+      Q = \beta_3 U \tilde Q U^\top + (1 - \beta_3)\, G G^\top, \qquad
+      U' = \mathrm{eigenvectors}(Q), \qquad U = [U'_{:,1 \dots l}, \; V]
+
+    with V (m, r − l) drawn at random, without repetition, from a basis of the complement of the r
+    columns of U'. At every step, squares by element,
+
+    .. math::
+      \begin{align*}
+      R &= U^\top G, \qquad \tilde Q \leftarrow \beta_3 \tilde Q + (1 - \beta_3) R R^\top, \\
+      M &\leftarrow \beta_1 M + (1 - \beta_1) R, \qquad
+        V \leftarrow \beta_2 V + (1 - \beta_2) R^{\odot 2}, \qquad
+        \omega = M / (\sqrt V + \varepsilon), \\
+      p_j &\leftarrow \beta_1 p_j + (1 - \beta_1)
+        (\lVert G_{:j} \rVert^2 - \lVert R_{:j} \rVert^2), \qquad
+        C = \sqrt{m - r}\, (G - U R) \,\mathrm{diag}(p)^{-1/2}, \\
+      C &\leftarrow C \cdot \min(1, \gamma \varphi / \lVert C \rVert), \qquad
+        S = \alpha\, (U \omega + \alpha_c C)
+      \end{align*}
+
+    with φ the norm of the last C. ``b3=0`` is Alice-0, without tracking: Q is of one gradient.
+    There is no bias correction, as in the paper, and a new U leaves M, V and :math:`\tilde Q` as
+    they are. U' is one step of subspace iteration from U: a QR factorisation of Q U, and an
+    eigendecomposition of r × r. The first U' is an eigendecomposition of :math:`G G^\top`, m × m.
+    The basis of the complement comes from a QR factorisation, m × m. These call LAPACK, for one
+    matrix at a time and whole on every device.
+
+    The state of a matrix is mr + 2rn numbers in its dtype, and n + 1 in float32, with tracking
+    :math:`r^2` more. Other parameters take Adam's step with decays 0.9 and 0.999, unscaled.
+
+    Args:
+      rank: r, clipped per matrix to its shorter side.
+      update_interval: T. The basis changes at the steps 1, T, 2T, ..., counted from one.
+      leading: l, eigenvectors that stay; None: 5/16 of r, which is 40 of 128 and 160 of 512 as in
+        the paper. At most r, and at least 2r − m, so that the complement has the others.
+      b1, b2, b3: β₁ of M and p, β₂ of V, β₃ of the tracked matrix.
+      eps: ε, here and in Adam.
+      scale: α, a number or a traced scalar.
+      compensation_scale: α_c, a number or a traced scalar.
+      norm_growth_limit: γ; None: no limit.
+      where, axes: see :func:`low_rank_project`.
+      seed: of the draws.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs`` with a :class:`.ScaleByAliceState`.
+
+    Raises:
+      TypeError, ValueError: at construction for an argument of a wrong type or value; at ``init``
+        as :func:`low_rank_project`; at ``update`` for gradients of other shapes than at ``init``.
+        A gradient that is zero or not finite leaves the basis as it was. One that is not finite
+        leaves :math:`\tilde Q` and p too, and stays in M and V of its matrix: put
+        ``optax.apply_if_finite`` around it.
+
+    References:
+      Gong et al., Towards efficient optimizer design for LLM via structured Fisher approximation
+      with a low-rank extension (2025), arXiv 2502.07752, algorithms 2, 3, 4 and 10. Not said there:
+      the first basis (algorithm 10 would start from zeros), signs of eigenvectors (here the largest
+      entry is positive), ε (there none), and what to do where p is zero (here C is).
+
+    Example:
+      >>> import jax.numpy as jnp, natgalore_jax as ng
+      >>> tx = ng.contrib.scale_by_alice(rank=2, leading=1)
+      >>> state = tx.init({"w": jnp.ones((6, 8)), "b": jnp.ones(8)})
+      >>> state.basis["w"].shape, state.adam.mu["w"].shape, state.tracked["w"].shape
+      ((6, 2), (2, 8), (2, 2))
+      >>> state.residual_energy["w"].shape, state.adam.mu["b"].shape
+      ((8,), (8,))
+    """
+    check_integer("rank", rank, minimum=1)
+    check_interval("update_interval", update_interval)
+    if leading is not None:
+        check_integer("leading", leading, minimum=0)
+    for name, value in (("b1", b1), ("b2", b2), ("b3", b3)):
+        check_decay(name, value)
+    for name, value in (("eps", eps), ("scale", scale), ("compensation_scale", compensation_scale)):
+        check_number(name, value)
+    if norm_growth_limit is not None:
+        check_number("norm_growth_limit", norm_growth_limit, above=1.0)
+    check_integer("seed", seed, minimum=0)
+    settings = PlanSettings(int(rank), "short", where, axes)
+    adam: Any = optax.scale_by_adam(b1=ADAM_B1, b2=ADAM_B2, eps=eps)
+    switch = Switch(None if leading is None else int(leading), float(b3))
+    has_limit = norm_growth_limit is not None
+
+    @own_arithmetic
+    def init_fn(params):
+        plans = plan_tree(settings, params)
+        require_projection(settings, plans, params)
+        leaves, treedef = jax.tree.flatten(params)
+        factors = [
+            start_factors(plan, leaf.dtype) if plan else ()
+            for plan, leaf in zip(plans, leaves, strict=True)
+        ]
+        with open_subspace({plan.path: plan for plan in plans if plan}):
+            low = (low_rank_leaf(*x, project) for x in zip(plans, leaves, factors, strict=True))
+            adam_state = adam.init(treedef.unflatten(low))
+        # Fields of the state after the first, for each parameter.
+        entries = [
+            _empty(plan.unnamed, switch, has_limit, *factor, mu) if plan else _NOTHING
+            for plan, factor, mu in zip(
+                plans, factors, treedef.flatten_up_to(adam_state.mu), strict=True
+            )
+        ]
+        return ScaleByAliceState(
+            adam_state, *(treedef.unflatten(e[i] for e in entries) for i in range(len(_NOTHING)))
+        )
+
+    @own_arithmetic
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
+        plans = plan_tree(settings, updates)
+        G, treedef = jax.tree.flatten(updates)
+        bases = flatten_like(updates, state.basis, "the parameters at init")
+        check_moments(updates, plans, state.adam.mu)
+        mus, nus, tracked, residual_energy, norms = (
+            treedef.flatten_up_to(x) for x in (state.adam.mu, state.adam.nu, *state[2:])
+        )
+
+        def others(leaves):
+            return treedef.unflatten(
+                optax.MaskedNode() if plan else x for plan, x in zip(plans, leaves, strict=True)
+            )
+
+        count = state.adam.count
+        due = (count == 0) | ((count + 1) % update_interval == 0)
+        N, rest = adam.update(others(G), state.adam._replace(mu=others(mus), nu=others(nus)))
+        out, new_mus, new_nus = (treedef.flatten_up_to(x) for x in (N, rest.mu, rest.nu))
+        for i, plan in enumerate(plans):
+            if not plan:
+                continue
+            keys = _keys(plan, seed, count, i)
+            plan = plan.unnamed
+            U = bases[i] = switched_basis(plan, switch, due, keys, G[i], bases[i], tracked[i])
+            R, omega, new_mus[i], new_nus[i], tracked[i] = low_rank_step(
+                plan, switch.b3, (b1, b2), eps, G[i], U, mus[i], nus[i], tracked[i]
+            )
+            numbers = (scale, compensation_scale, norm_growth_limit)
+            out[i], residual_energy[i], norms[i] = compensated(
+                plan, numbers, b1, G[i], U, R, omega, residual_energy[i], norms[i]
+            )
+        adam_state = rest._replace(mu=treedef.unflatten(new_mus), nu=treedef.unflatten(new_nus))
+        return treedef.unflatten(out), ScaleByAliceState(
+            with_dtypes_of(state.adam, adam_state),
+            *map(treedef.unflatten, (bases, tracked, residual_energy, norms)),
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+_NOTHING = (optax.MaskedNode(),) * 4
+
+
+@kernel("plan", "switch", "has_limit")
+def _empty(plan, switch, has_limit, U, mu):
+    """Basis, tracked matrix, p and φ of one parameter before the first gradient."""
+    nothing, r = optax.MaskedNode(), U.shape[-1]
+    zeros = jnp.zeros_like(mu, dtype=jnp.float32)  # Sums have the sharding of what they are of.
+    of_matrices = zeros_on_axes(mu, len(plan.batch), jnp.float32)[..., None, None]
+    tracked = of_matrices + jnp.zeros((r, r), jnp.float32) if switch.b3 > 0 else nothing
+    norm = jnp.sum(zeros, tuple(range(len(plan.batch), zeros.ndim))) if has_limit else nothing
+    return jnp.zeros_like(U), tracked, jnp.sum(zeros, phi_axes(plan).low), norm
+
+
+def _keys(plan, seed, count, leaf):
+    """A key of random numbers for each matrix."""
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), count), leaf)
+    _, first = matrices_of(plan)
+    return jax.vmap(lambda n: jax.random.fold_in(key, n))(
+        first + jnp.arange(plan.layers, dtype=jnp.int32)
+    )

@@ -1,0 +1,354 @@
+"""RACS: SGD whose gradients are scaled by row and by column."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
+from natgalore_jax._src.kernels.residual import (
+    PhiAxes,
+    growth_shrink,
+    inverse_root,
+    on_axes_of_gradient,
+)
+from natgalore_jax._src.params.axes import AxesLike
+from natgalore_jax._src.params.checks import check_decay, check_integer, check_number
+from natgalore_jax._src.params.plan import LeafPlan, matrix_plans, require_matrices
+from natgalore_jax._src.params.where import Where, hidden_matrices
+from natgalore_jax._src.states.tree_checks import check_stored, with_dtypes_of
+
+
+class ScaleByRacsState(NamedTuple):
+    """State of :func:`.scale_by_racs`."""
+
+    #: An optax.ScaleByAdamState of the parameters that are not scaled by row and column: mu and nu
+    #: are trees of parameters, shape and dtype of the parameter (mu: mu_dtype), or MaskedNode.
+    adam: Any
+    #: q of the rows. The tree of parameters: batch + the axes of the rows, float32, in the unit of
+    #: the gradient squared where the rows are the longer side, else without unit; or MaskedNode.
+    rows: Any
+    #: s of the columns, likewise, with the unit where the rows are the shorter side.
+    columns: Any
+    #: The tree of parameters: batch, float32, the norm of each matrix's last scaled gradient, or
+    #: MaskedNode where there is no limit.
+    update_norm: Any
+
+
+def scale_by_racs(
+    decay: float = 0.9,
+    iterations: int = 5,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    mu_dtype: Any = None,
+    scale: float = 0.05,
+    norm_growth_limit: float | None = 1.01,
+    where: Where = hidden_matrices,
+    axes: AxesLike = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Scales the rows and the columns of a gradient by an approximation of its Fisher matrix.
+
+    For one matrix with gradient G, turned so that its m rows are its shorter side,
+    :math:`G^{\odot 2}` by element, from :math:`q = 1` and repeated,
+
+    .. math::
+      s \leftarrow (G^{\odot 2})^\top q \,/\, \lVert q \rVert^2, \qquad
+      q \leftarrow G^{\odot 2} s \,/\, \lVert s \rVert^2,
+
+    a power iteration for the leading singular vectors of :math:`G^{\odot 2}`:
+    :math:`\mathrm{diag}(s) \otimes \mathrm{diag}(q)` is the Kronecker product of diagonal matrices
+    nearest to the Fisher matrix of one gradient. Both are averaged over the steps, and
+
+    .. math::
+      \begin{align*}
+      \bar s &\leftarrow \beta \bar s + (1 - \beta) s, \qquad
+      \bar q \leftarrow \beta \bar q + (1 - \beta) q, \qquad
+      \tilde G = \mathrm{diag}(\bar q)^{-1/2}\, G \,\mathrm{diag}(\bar s)^{-1/2}, \\
+      U &= \alpha \tilde G \cdot \min(1, \gamma \varphi / \lVert \tilde G \rVert)
+      \end{align*}
+
+    with φ the norm that the last :math:`\tilde G` had after this limit. The averages start at zero
+    and are not corrected for it, as in the paper: the first steps are up to
+    :math:`1 / (1 - \beta)` times as long, so begin with a warm-up of the learning rate.
+
+    The state of a matrix is m + n + 1 numbers of four bytes. Other parameters take Adam's step,
+    unscaled by α. A row or a column whose gradients were all zero has a zero update.
+
+    Args:
+      decay: β.
+      iterations: how often s and q are computed; each reads G twice.
+      b1, b2, eps, mu_dtype: Adam's for the other parameters, as in ``optax.scale_by_adam``.
+      scale: α, a number or a traced scalar.
+      norm_growth_limit: γ; None: no limit. Put the learning rate after it. After an update of zero
+        any norm is allowed.
+      where: which matrices are scaled, in the forms of :func:`low_rank_project`; by default those
+        within the network, whatever their size.
+      axes: see :func:`low_rank_project`.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs`` with a :class:`.ScaleByRacsState`.
+
+    Raises:
+      TypeError, ValueError: at construction for an argument of a wrong type or value; at ``init``
+        if ``where`` selects no parameter, or one that is no matrix of floating-point numbers of at
+        least 16 bits; at ``update`` for gradients of other shapes than at ``init``. A gradient that
+        is not finite has an update that is not finite, and leaves the state of its matrix as it
+        was.
+
+    References:
+      Gong et al., Towards efficient optimizer design for LLM via structured Fisher approximation
+      with a low-rank extension (2025), arXiv 2502.07752: equation 16 for s and q, with one gradient
+      for the expectation, q = 1 at first and five steps as there; algorithm 1. There the state is
+      bfloat16, and nothing is said about rows of zeros.
+
+    Example:
+      >>> import jax.numpy as jnp, natgalore_jax as ng
+      >>> tx = ng.contrib.scale_by_racs()
+      >>> state = tx.init({"w": jnp.ones((6, 8)), "b": jnp.ones(8)})
+      >>> state.rows["w"].shape, state.columns["w"].shape, state.adam.mu["b"].shape
+      ((6,), (8,), (8,))
+    """
+    check_decay("decay", decay)
+    check_integer("iterations", iterations, minimum=1)
+    check_number("scale", scale)
+    if norm_growth_limit is not None:
+        check_number("norm_growth_limit", norm_growth_limit, above=1.0)
+    adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)
+
+    @own_arithmetic
+    def init_fn(params):
+        plans = matrix_plans(where, axes, params)
+        require_matrices(plans, params, "scaled by row and column")
+        leaves, treedef = jax.tree.flatten(params)
+        empty = [
+            _empty(plan.unnamed, leaf, norm_growth_limit is not None) if plan else _NOTHING
+            for plan, leaf in zip(plans, leaves, strict=True)
+        ]
+        return ScaleByRacsState(
+            adam.init(_others(treedef, leaves, plans)),
+            *(treedef.unflatten(entries[field] for entries in empty) for field in range(3)),
+        )
+
+    @own_arithmetic
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
+        plans = matrix_plans(where, axes, updates)
+        G, treedef = jax.tree.flatten(updates)
+        for mode, field in enumerate(("rows", "columns")):
+            shapes = [(*p.batch_shape, *p.mode_shape(mode)) if p else None for p in plans]
+            check_stored(updates, shapes, getattr(state, field), f"scales of the {field}")
+        shapes = [None if plan else jnp.shape(g) for plan, g in zip(plans, G, strict=True)]
+        check_stored(updates, shapes, state.adam.mu, "moments")
+
+        N, adam_state = adam.update(_others(treedef, G, plans), state.adam)
+        out, q, s, norms = (treedef.flatten_up_to(x) for x in (N, *state[1:]))
+        numbers = (decay, scale, norm_growth_limit)
+        for i, plan in enumerate(plans):
+            if plan:
+                out[i], q[i], s[i], norms[i] = _scaled(
+                    plan.unnamed, iterations, numbers, G[i], q[i], s[i], norms[i]
+                )
+        return treedef.unflatten(out), ScaleByRacsState(
+            with_dtypes_of(state.adam, adam_state), *map(treedef.unflatten, (q, s, norms))
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+_NOTHING = (optax.MaskedNode(),) * 3
+
+
+def _others(treedef, leaves, plans):
+    """The leaves that Adam is for."""
+    return treedef.unflatten(
+        optax.MaskedNode() if plan else x for plan, x in zip(plans, leaves, strict=True)
+    )
+
+
+@kernel("plan", "with_norm")
+def _empty(plan, leaf, with_norm):
+    """The state of one matrix before its first gradient, sharded as sums of the gradient are."""
+    zeros = jnp.zeros_like(leaf, dtype=jnp.float32)
+    norm = _norms(plan, zeros) if with_norm else optax.MaskedNode()
+    return *(_over_others(plan, mode, zeros) for mode in (0, 1)), norm
+
+
+@kernel("plan", "iterations")
+def _scaled(plan, iterations, numbers, G, q, s, last_norm):
+    """The update of one matrix, and its state. q is of the rows, s of the columns."""
+    decay, scale, limit = numbers
+    dtype, G = G.dtype, G.astype(jnp.float32)
+    new = fixed_point(plan, G, iterations)
+    q, s = (_averaged(plan, old, x, decay) for old, x in zip((q, s), new, strict=True))
+    U = _on_axes(plan, 0, inverse_root(q)) * G * _on_axes(plan, 1, inverse_root(s))
+    if limit is not None:
+        norm = _norms(plan, U)
+        shrink = growth_shrink(norm, last_norm, limit)
+        U = U * _on_axes(plan, None, shrink)
+        last_norm = jnp.where(jnp.isfinite(norm), norm * shrink, last_norm)
+    return (scale * U).astype(dtype), q, s, last_norm
+
+
+def fixed_point(plan: LeafPlan, G: jax.Array, iterations: int) -> tuple[jax.Array, jax.Array]:
+    """Scales of the rows and of the columns of each matrix, without averages.
+
+    Args:
+      plan: of matrices.
+      G: float32, the gradient.
+      iterations: how often both are computed.
+
+    Returns:
+      batch + the axes of the rows, batch + the axes of the columns, float32: zero where G is. Those
+      of the longer side have the unit of G squared.
+    """
+    m, n = plan.mode_sizes
+    short, long = (0, 1) if m <= n else (1, 0)
+    # Products of squares leave the range of float32 for gradients below 1e-9 or above 1e9.
+    largest = jnp.max(jnp.abs(G), _matrix_axes(plan), keepdims=True)
+    square = jnp.square(G / jnp.where(largest > 0, largest, 1.0))
+
+    def longer(q):
+        return _over_squared_norm(
+            plan, _over_others(plan, long, _on_axes(plan, short, q) * square), q
+        )
+
+    def step(_, pair):
+        _, s = pair
+        q = _over_squared_norm(plan, _over_others(plan, short, _on_axes(plan, long, s) * square), s)
+        return q, longer(q)
+
+    # q = 1, of which the squared norm is the number of its entries.
+    s = _over_others(plan, long, square) / plan.mode_sizes[short]
+    q, s = jax.lax.fori_loop(0, iterations - 1, step, (_over_others(plan, short, square), s))
+    q = _over_squared_norm(plan, _over_others(plan, short, _on_axes(plan, long, s) * square), s)
+    s = s * jnp.square(largest).reshape(plan.batch_shape + (1,) * len(plan.modes[long]))
+    return (q, s) if short == 0 else (s, q)
+
+
+def _averaged(plan, old, new, decay):
+    """``β c + (1 − β) c'``; the old average of a matrix whose c' is not finite."""
+    sides = tuple(range(len(plan.batch), new.ndim))
+    usable = jnp.all(jnp.isfinite(new), sides, keepdims=True)
+    return jnp.where(usable, decay * old + (1 - decay) * new, old)
+
+
+def _over_squared_norm(plan, x, of):
+    """``x / ‖of‖²`` for each matrix, and 0 of a matrix of zeros."""
+    square = jnp.sum(jnp.square(of), tuple(range(len(plan.batch), of.ndim)))
+    square = square.reshape(plan.batch_shape + (1,) * (x.ndim - len(plan.batch)))
+    return x / jnp.where(square == 0, 1.0, square)
+
+
+def _norms(plan, U):
+    """The norm of each matrix, batch."""
+    return jnp.sqrt(jnp.sum(jnp.square(U), _matrix_axes(plan)))
+
+
+def _matrix_axes(plan):
+    return tuple(a for a in range(len(plan.shape)) if a not in plan.batch)
+
+
+def _axes(plan, mode):
+    """The axes of a number for each row or column, or for each matrix, within its parameter."""
+    owners = (*plan.batch, *(() if mode is None else plan.modes[mode]))
+    others = tuple(a for a in range(len(plan.shape)) if a not in owners)
+    return PhiAxes(owners, (), others, len(plan.batch))
+
+
+def _over_others(plan, mode, x):
+    """Sums over the other side: batch + the axes of one mode."""
+    axes = _axes(plan, mode)
+    return jnp.sum(x, axes.full).transpose([sorted(axes.owners).index(a) for a in axes.owners])
+
+
+def _on_axes(plan, mode, x):
+    """With as many axes as the parameter."""
+    return on_axes_of_gradient(_axes(plan, mode), x)
+
+
+def racs_adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    decay: float = 0.9,
+    iterations: int = 5,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    mu_dtype: Any = None,
+    weight_decay: float = 1e-4,
+    mask: Any = None,
+    scale: float = 0.05,
+    norm_growth_limit: float | None = 1.01,
+    where: Where = hidden_matrices,
+    axes: AxesLike = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""RACS: gradients scaled by row and by column, AdamW for embeddings, head and vectors.
+
+    .. math::
+      W \leftarrow W - \eta\,(U + \omega W)
+
+    with U of :func:`.scale_by_racs`, which keeps m + n + 1 numbers of an m × n matrix and no
+    moments. Embeddings, output head and vectors take plain AdamW steps with the same learning rate.
+
+    It is this composition::
+
+      optax.chain(
+          ng.contrib.scale_by_racs(
+              decay=decay, iterations=iterations, b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype,
+              scale=scale, norm_growth_limit=norm_growth_limit, where=where, axes=axes),
+          optax.add_decayed_weights(weight_decay, mask),
+          optax.scale_by_learning_rate(learning_rate),
+      )
+
+    Args:
+      learning_rate: η, a number or a schedule. The paper pre-trains with 0.02, a tenth of the steps
+        as warm-up and a cosine to a tenth. It does not say at which rate Adam's parameters train.
+      decay, iterations, b1, b2, eps, mu_dtype, norm_growth_limit, where, axes: see
+        :func:`.scale_by_racs`.
+      weight_decay: ω, decoupled; acts on the whole weight, unscaled by α. 0 in the paper.
+      mask: which parameters decay, as in ``optax.adamw``.
+      scale: α; in the paper 0.05 for LLaMA 60M to 350M, 0.02 for 1.3B.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``.
+
+    Raises:
+      TypeError, ValueError: as :func:`.scale_by_racs`.
+
+    References:
+      Gong et al. (2025), arXiv 2502.07752, algorithm 1 and table 9; see :func:`.scale_by_racs`. As
+      there, attention and MLPs are scaled, and Adam trains the rest, the output head included.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, natgalore_jax as ng
+      >>> target = jnp.outer(jnp.arange(8.0), jnp.arange(6.0))
+      >>> loss = lambda p: jnp.mean((p["w"] - target) ** 2)
+      >>> tx = ng.contrib.racs_adamw(optax.linear_schedule(1.0, 0.0, 100), scale=1.0)
+      >>> @jax.jit
+      ... def step(params, state):
+      ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
+      ...     return optax.apply_updates(params, updates), state
+      >>> params = {"w": jnp.zeros((8, 6))}
+      >>> state = tx.init(params)
+      >>> for _ in range(100):
+      ...     params, state = step(params, state)
+      >>> bool(loss(params) < 0.05 * jnp.mean(target**2))
+      True
+    """
+    return optax.chain(
+        scale_by_racs(
+            decay=decay,
+            iterations=iterations,
+            b1=b1,
+            b2=b2,
+            eps=eps,
+            mu_dtype=mu_dtype,
+            scale=scale,
+            norm_growth_limit=norm_growth_limit,
+            where=where,
+            axes=axes,
+        ),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )

@@ -1,0 +1,274 @@
+"""SCALE: SGD with normalised columns, and momentum for the output head alone."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
+from natgalore_jax._src.params.axes import AxesLike
+from natgalore_jax._src.params.checks import check_choice, check_decay, check_number
+from natgalore_jax._src.params.plan import matrix_plans, require_matrices
+from natgalore_jax._src.params.where import Where, all_matrices, output_heads, selected
+from natgalore_jax._src.states.tree_checks import check_stored, with_dtypes_of
+
+NORMS = ("rms", "l2")
+
+
+class ScaleByColumnNormsState(NamedTuple):
+    """State of :func:`.scale_by_column_norms`."""
+
+    #: An optax.ScaleByAdamState of the parameters that are no matrices: mu and nu are trees of
+    #: parameters, shape and dtype of the parameter (mu: mu_dtype), or MaskedNode at a matrix.
+    adam: Any
+    #: The tree of parameters: shape of the parameter, its dtype or mu_dtype, at an output head;
+    #: MaskedNode elsewhere.
+    momentum: Any
+
+
+def scale_by_column_norms(
+    norm: str = "rms",
+    momentum: float = 0.9,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    mu_dtype: Any = None,
+    vector_ratio: float = 1.0,
+    head: Where | None = None,
+    where: Where | None = None,
+    axes: AxesLike = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Divides each column of a gradient by its norm; momentum for the output head alone.
+
+    For one matrix with gradient G, a row for each of its m inputs and a column for each output,
+
+    .. math::
+      M \leftarrow \beta M + (1 - \beta) G \;\text{(output head)}, \qquad M = G \;\text{(others)},
+      \qquad U_{:j} = M_{:j} \,/\, \max(\nu(M_{:j}), \varepsilon),
+
+    where ν is the root mean square of a column, ‖·‖ / √m, or its Euclidean norm. Nothing is stored
+    but the momentum of the head, mn numbers. Vectors take ``vector_ratio`` times Adam's step. The
+    norms are float32, and the momentum has no bias correction, of which U is independent.
+
+    Embeddings, (vocabulary, width), are matrices with a row for each token: their columns run over
+    the vocabulary. A model with tied embeddings has no output head, and nothing has momentum; with
+    ``head`` the table has it, and ``MatrixAxes(rows=1, cols=0)`` as its ``axes`` normalises the
+    gradient of each token, as in an output head.
+
+    Args:
+      norm: ν, ``"rms"``: columns of root mean square one, as in the published program, for which
+        the published learning rates are; ``"l2"``: of Euclidean norm one, as in the paper. They
+        differ by √m, so by a factor that depends on the matrix.
+      momentum: β of the output head.
+      b1, b2: Adam's, for vectors.
+      eps: ε, the least norm, in the unit of a gradient, and Adam's ``eps``. A column of zeros stays
+        zero. Entries beyond 1e19 have squares that overflow float32, and their column vanishes.
+      mu_dtype: of momenta, the head's and Adam's; None: that of the parameter.
+      vector_ratio: learning rate of vectors over that of matrices.
+      head: which matrices are output heads, in the forms of ``where``; None: by their names, see
+        :func:`hidden_matrices` ("head", "lm_head", "logits", "classifier", ...).
+      where: which parameters are matrices, in the forms of :func:`low_rank_project`; None: all of
+        two axes or more that are not named as norms and biases of stacked layers. The others are
+        the vectors.
+      axes: which axes are inputs (``rows``) and outputs (``cols``), as in
+        :func:`low_rank_project`; by default the last two, (in, out) as in Flax. For weights as
+        PyTorch stores them, (out, in), ``MatrixAxes(rows=-1, cols=-2)``.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs`` with a :class:`.ScaleByColumnNormsState`.
+
+    Raises:
+      TypeError, ValueError: at construction for an argument of a wrong type or value; at ``init``
+        if there are parameters and no matrix among them, or for a matrix that is not of
+        floating-point numbers of at least 16 bits; at ``update`` for gradients of other shapes
+        than at ``init``. A gradient that is not finite makes its column NaN, and stays in the
+        momentum of a head: put ``optax.apply_if_finite`` around it.
+
+    References:
+      Glentis et al., Memory-efficient LLM pretraining via minimalist optimizer design (2025, ICML
+      2026), arXiv 2506.16659, algorithm 1 for ``norm="l2"``. That ν is a root mean square, that
+      columns of embeddings run over the vocabulary, that vectors take Adam's steps at a rate of
+      their own, and ε are taken from the authors' program; its Adam has ε within the bias
+      correction, here it is ``optax.scale_by_adam``.
+
+    Example:
+      >>> import jax.numpy as jnp, natgalore_jax as ng
+      >>> tx = ng.contrib.scale_by_column_norms()
+      >>> params = {"mlp": jnp.ones((6, 8)), "lm_head": jnp.ones((8, 20)), "b": jnp.ones(8)}
+      >>> state = tx.init(params)
+      >>> state.momentum["lm_head"].shape, state.momentum["mlp"], state.adam.mu["b"].shape
+      ((8, 20), MaskedNode(), (8,))
+      >>> updates, state = tx.update(params, state)
+      >>> bool(jnp.allclose(jnp.mean(updates["mlp"] ** 2, axis=0), 1))
+      True
+    """
+    check_choice("norm", norm, NORMS)
+    check_decay("momentum", momentum)
+    check_number("eps", eps)
+    check_number("vector_ratio", vector_ratio)
+    head = output_heads if head is None else head
+    where = all_matrices if where is None else where
+    adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)
+
+    def plans_of(tree):
+        """The plan of each matrix, and which of them are output heads."""
+        plans = matrix_plans(where, axes, tree)
+        heads = [bool(p and h) for p, h in zip(plans, selected(head, tree, "head"), strict=True)]
+        return plans, heads
+
+    def vectors(treedef, leaves, plans):
+        return treedef.unflatten(
+            optax.MaskedNode() if plan else x for plan, x in zip(plans, leaves, strict=True)
+        )
+
+    @own_arithmetic
+    def init_fn(params):
+        plans, heads = plans_of(params)
+        require_matrices(plans, params, "normalised")
+        leaves, treedef = jax.tree.flatten(params)
+        momenta = [
+            jnp.zeros_like(x, dtype=mu_dtype) if is_head else optax.MaskedNode()
+            for x, is_head in zip(leaves, heads, strict=True)
+        ]
+        return ScaleByColumnNormsState(
+            adam.init(vectors(treedef, leaves, plans)), treedef.unflatten(momenta)
+        )
+
+    @own_arithmetic
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
+        plans, heads = plans_of(updates)
+        G, treedef = jax.tree.flatten(updates)
+        shapes = [jnp.shape(g) for g in G]
+        stored = [s if is_head else None for s, is_head in zip(shapes, heads, strict=True)]
+        check_stored(updates, stored, state.momentum, "a momentum")
+        stored = [None if plan else s for s, plan in zip(shapes, plans, strict=True)]
+        check_stored(updates, stored, state.adam.mu, "moments")
+
+        N, adam_state = adam.update(vectors(treedef, G, plans), state.adam)
+        out, momenta = treedef.flatten_up_to(N), treedef.flatten_up_to(state.momentum)
+        for i, (plan, is_head) in enumerate(zip(plans, heads, strict=True)):
+            if plan is None:
+                out[i] = _scaled(vector_ratio, out[i])
+            elif is_head:
+                momenta[i] = _averaged(momentum, G[i], momenta[i])
+                out[i] = _normalised(plan.unnamed, norm, eps, momenta[i]).astype(G[i].dtype)
+            else:
+                out[i] = _normalised(plan.unnamed, norm, eps, G[i])
+        return treedef.unflatten(out), ScaleByColumnNormsState(
+            with_dtypes_of(state.adam, adam_state), treedef.unflatten(momenta)
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+@kernel()
+def _scaled(ratio, N):
+    return (ratio * N).astype(N.dtype)
+
+
+@kernel()
+def _averaged(decay, G, M):
+    """``β M + (1 − β) G`` in the dtype of M."""
+    M32, G = M.astype(jnp.float32), G.astype(jnp.float32)
+    return (decay * M32 + (1 - decay) * G).astype(M.dtype)
+
+
+@kernel("plan", "norm")
+def _normalised(plan, norm, eps, G):
+    """The columns of one matrix divided by their norms."""
+    rows, _ = plan.modes
+    G32 = G.astype(jnp.float32)
+    square = jnp.sum(jnp.square(G32), rows, keepdims=True)
+    length = jnp.sqrt(square / plan.mode_sizes[0] if norm == "rms" else square)
+    # Not a maximum, which may pass over a NaN.
+    return (G32 / jnp.where(length < eps, eps, length)).astype(G.dtype)
+
+
+def scale_sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    norm: str = "rms",
+    momentum: float = 0.9,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    mu_dtype: Any = None,
+    weight_decay: float = 1e-4,
+    mask: Any = None,
+    vector_ratio: float = 1.0,
+    head: Where | None = None,
+    where: Where | None = None,
+    axes: AxesLike = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""SCALE: SGD with normalised columns, momentum for the output head, Adam for vectors.
+
+    .. math::
+      W \leftarrow W - \eta\,(U + \omega W)
+
+    with U of :func:`.scale_by_column_norms`. The state is one number for each entry of the output
+    head and two for each entry of a vector: less than any low-rank method.
+
+    It is this composition::
+
+      optax.chain(
+          ng.contrib.scale_by_column_norms(
+              norm=norm, momentum=momentum, b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype,
+              vector_ratio=vector_ratio, head=head, where=where, axes=axes),
+          optax.add_decayed_weights(weight_decay, mask),
+          optax.scale_by_learning_rate(learning_rate),
+      )
+
+    Args:
+      learning_rate: η, a number or a schedule. The authors' scripts have 1e-3 for LLaMA 60M to
+        350M, 2e-4 for 1B and 1e-4 for 7B, with ``norm="rms"``, a tenth of the steps as warm-up and
+        a cosine.
+      norm, momentum, b1, b2, eps, mu_dtype, head, where, axes: see
+        :func:`.scale_by_column_norms`.
+      weight_decay: ω, decoupled; 0 in the scripts.
+      mask: which parameters decay, as in ``optax.adamw``.
+      vector_ratio: learning rate of vectors over η; 5 at 1B and 10 at 7B in the scripts.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``.
+
+    Raises:
+      TypeError, ValueError: as :func:`.scale_by_column_norms`.
+
+    References:
+      Glentis et al., Memory-efficient LLM pretraining via minimalist optimizer design (2025, ICML
+      2026), arXiv 2506.16659; what is taken from the program and not from the paper is at
+      :func:`.scale_by_column_norms`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, natgalore_jax as ng
+      >>> target = jnp.outer(jnp.arange(8.0), jnp.arange(6.0))
+      >>> loss = lambda p: jnp.mean((p["w"] - target) ** 2)
+      >>> tx = ng.contrib.scale_sgd(optax.linear_schedule(1.0, 0.0, 100))
+      >>> @jax.jit
+      ... def step(params, state):
+      ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
+      ...     return optax.apply_updates(params, updates), state
+      >>> params = {"w": jnp.zeros((8, 6))}
+      >>> state = tx.init(params)
+      >>> for _ in range(100):
+      ...     params, state = step(params, state)
+      >>> bool(loss(params) < 0.01 * jnp.mean(target**2))
+      True
+    """
+    return optax.chain(
+        scale_by_column_norms(
+            norm=norm,
+            momentum=momentum,
+            b1=b1,
+            b2=b2,
+            eps=eps,
+            mu_dtype=mu_dtype,
+            vector_ratio=vector_ratio,
+            head=head,
+            where=where,
+            axes=axes,
+        ),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
