@@ -32,9 +32,9 @@ def alice_adamw(
     .. math::
       W \leftarrow W - \eta\,(S + \omega W)
 
-    with S of :func:`.scale_by_alice`. It keeps what GaLore keeps at the same rank, a number for
-    each column of the longer side, and with tracking r² numbers. Parameters that are not projected
-    take plain AdamW steps with the same learning rate.
+    with S of :func:`.scale_by_alice`. The state is GaLore's at the same rank, one number for each
+    column, and with tracking r² numbers. Unprojected parameters take plain AdamW steps with the
+    same learning rate.
 
     It is this composition::
 

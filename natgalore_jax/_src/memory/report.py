@@ -215,7 +215,7 @@ def memory_report(
     if step is not None:
         gradients = bytes_per_device(params) if live_gradients is None else live_gradients
         whole_step = step_memory(step, gradients)
-    # Without shardings: they do not count here, and init would need the mesh of explicit ones.
+    # Explicit shardings would make init need their mesh, and bytes do not depend on them.
     params = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), jax.eval_shape(lambda p: p, params)
     )

@@ -168,7 +168,7 @@ def _plan_leaf(
 
 
 def matrix_plans(where: Where, axes: AxesLike, tree: Any) -> list[LeafPlan | None]:
-    """As :func:`plan_tree`, for optimizers that project nothing: no mode has a rank."""
+    """:func:`plan_tree` without ranks, for optimizers that project nothing."""
     plans: list[LeafPlan | None] = []
     for (path, leaf), leaf_axes, is_chosen in zip(
         jax.tree_util.tree_leaves_with_path(tree),
@@ -188,7 +188,7 @@ def matrix_plans(where: Where, axes: AxesLike, tree: Any) -> list[LeafPlan | Non
 
 
 def require_matrices(plans: Sequence[LeafPlan | None], tree: Any, treatment: str) -> None:
-    """An optimizer of matrices that is given none is a mistake in ``where``."""
+    """Raise if no matrix is selected, which is a mistake in ``where``."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     shapes = [f"{KeyPath(p)} {jnp.shape(x)}" for p, x in leaves if 0 not in jnp.shape(x)]
     if shapes and all(plan is None for plan in plans):

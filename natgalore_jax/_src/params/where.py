@@ -104,7 +104,7 @@ def hidden_matrices(path: Any, leaf: Any = None) -> bool:
 
 
 def all_matrices(path: Any, leaf: Any) -> bool:
-    """Embeddings, output heads and hidden matrices: no vectors, stacked ones included."""
+    """Embeddings, output heads and hidden matrices, without stacked vectors."""
     leaf, parts = shape_and_dtype(tuple(path), leaf), _parts(tuple(path))
     if len(leaf.shape) < 2 or not jnp.issubdtype(leaf.dtype, jnp.floating):
         return False
@@ -113,7 +113,7 @@ def all_matrices(path: Any, leaf: Any) -> bool:
 
 
 def output_heads(path: Any, leaf: Any) -> bool:
-    """The matrices whose name marks an output head, as :func:`hidden_matrices` reads names."""
+    """Matrices whose name marks an output head by the rules of :func:`hidden_matrices`."""
     return all_matrices(path, leaf) and _is_named_a_head(_parts(tuple(path)))
 
 

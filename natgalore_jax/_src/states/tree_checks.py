@@ -140,7 +140,7 @@ def check_moments(updates: Any, plans: Sequence[LeafPlan | None], moments: Any) 
 def check_stored(
     updates: Any, expected: Sequence[tuple[int, ...] | None], stored: Any, what: str
 ) -> None:
-    """What was made at init has the shape that the updates need; None: nothing is stored."""
+    """Check that arrays made at init have the shapes ``expected``; None: nothing is stored."""
     entries = flatten_like(updates, stored, "the parameters at init")
     for (path, g), shape, entry in zip(
         jax.tree_util.tree_leaves_with_path(updates), expected, entries, strict=True
@@ -149,7 +149,7 @@ def check_stored(
         if received != shape:
             raise ValueError(
                 f"{KeyPath(path)}: the update has shape {jnp.shape(g)}, which needs {what} of "
-                f"shape {shape or 'none'}, but what was made at init has {received or 'none'}"
+                f"shape {shape or 'none'}, but at init it had {received or 'none'}"
             )
 
 
