@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from natgalore_jax._src.kernels.orthonormal import ordered_polar_factor, shifted
 from natgalore_jax._src.kernels.projection import contract, project, project_back
+from natgalore_jax._src.kernels.random import normal
 from natgalore_jax._src.params.placement import place_like, replicated
 from natgalore_jax._src.params.plan import LeafPlan
 
@@ -67,7 +68,7 @@ def next_basis(
 
     size = math.prod(plan.mode_shape(plan.projected_modes[0]))
     key = jax.random.fold_in(jax.random.key(0), count)
-    W = jax.random.normal(key, P.shape[len(plan.batch) :], jnp.float32) / size**0.5
+    W = normal(key, P.shape[len(plan.batch) :]) / size**0.5
     start = P32 + PROBE * place_like(jnp.broadcast_to(W, P.shape), P32)
     with jax.default_matmul_precision("highest"):
         steps = jnp.where(count > 0, 1, FIRST_STEPS)

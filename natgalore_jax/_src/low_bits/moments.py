@@ -185,7 +185,8 @@ def quantize_state(
             zip(stored, scales, treedef.flatten_up_to(inner_state), strict=True)
         ):
             if _is_masked(scale):
-                value = value.astype(x.dtype)
+                # Not of random keys, which have no other dtype.
+                value = value if value.dtype == x.dtype else value.astype(x.dtype)
             else:
                 is_second = moments[number][1]
                 value, scale = _stored(number, is_second, value, scale, state.count)

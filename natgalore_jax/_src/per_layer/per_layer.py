@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from natgalore_jax._src.kernels.kernel import own_arithmetic
 from natgalore_jax._src.low_bits.weights import (
     QuantizedWeights,
     decoded,
@@ -303,6 +304,7 @@ def _state_leaves(layout: StateLayout, opt_state: Any) -> list[Any]:
     return leaves
 
 
+@own_arithmetic
 def _clipped(
     settings: _Settings, G: Sequence[jax.Array], squared: jax.Array, last_norm: jax.Array
 ) -> list[jax.Array]:

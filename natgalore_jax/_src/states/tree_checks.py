@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from natgalore_jax._src.kernels.kernel import own_arithmetic
 from natgalore_jax._src.kernels.linear_codes import LinearCodes, bits_of, codes_shape
 from natgalore_jax._src.params.context import open_subspace
 from natgalore_jax._src.params.plan import LeafPlan
@@ -54,6 +55,7 @@ def with_dtypes_of(old: Any, new: Any) -> Any:
     return jax.tree.map(cast, old, new)
 
 
+@own_arithmetic
 def update_dtypes(updates: Any, params: Any) -> list[Any]:
     """Dtype of the update of each leaf: the wider of gradient and parameter, as in Optax."""
     leaves, treedef = jax.tree.flatten(updates)

@@ -27,13 +27,13 @@ class InPlace:
             return self._on_device
         # Without out_shardings jax.jit may give an output a donated buffer in the other memory, and
         # the program crashes.
-        shardings = tuple(x.sharding for x in leaves)
+        shardings = tuple(getattr(x, "sharding", None) for x in leaves)
         if (treedef, shardings) not in self._with_host:
             given = treedef.unflatten(shardings)
             self._with_host[treedef, shardings] = jax.jit(
                 self._step,
                 donate_argnums=tuple(range(self._number)),
-                out_shardings=(*given, _replicated(shardings[0])),
+                out_shardings=(*given, _replicated(next(filter(None, shardings)))),
             )
         return self._with_host[treedef, shardings]
 
