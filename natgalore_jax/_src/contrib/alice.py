@@ -115,7 +115,7 @@ def scale_by_alice(
       scale: α, a number or a traced scalar.
       compensation_scale: α_c, a number or a traced scalar.
       norm_growth_limit: γ; None: no limit.
-      where, axes: see :func:`low_rank_project`.
+      where, axes: see :func:`.low_rank_project`.
       seed: of the random samples.
 
     Returns:
@@ -123,7 +123,7 @@ def scale_by_alice(
 
     Raises:
       TypeError, ValueError: at construction for an argument of a wrong type or value; at ``init``
-        as :func:`low_rank_project`; at ``update`` for gradients of other shapes than at ``init``.
+        as :func:`.low_rank_project`; at ``update`` for gradients of other shapes than at ``init``.
         A zero or non-finite gradient leaves the basis unchanged. A non-finite gradient also leaves
         :math:`\tilde Q` and p unchanged, but remains in M and V of its matrix: put
         ``optax.apply_if_finite`` around the optimizer.

@@ -58,7 +58,7 @@ def alice_adamw(
       mask: which parameters decay, as in ``optax.adamw``.
       scale: α; in the paper 0.3, and 0.25 for 1.3B.
       compensation_scale: α_c; in the paper 0.4, and 0.2 for 1.3B.
-      where: see :func:`low_rank_project`. The paper reports both with the output head trained by
+      where: see :func:`.low_rank_project`. The paper reports both with the output head trained by
         Adam, as here, and by Alice.
 
     Returns:

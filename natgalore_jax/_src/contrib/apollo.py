@@ -78,7 +78,7 @@ def scale_by_apollo(
         side), or ``"tensor"``, one s for each matrix.
       norm_growth_limit: γ; limits the growth of the norm of a matrix's update per step. None: no
         limit. Put the learning rate after this transformation.
-      where, axes: see :func:`low_rank_project`.
+      where, axes: see :func:`.low_rank_project`.
       seed: of the projections.
 
     Returns:
@@ -86,7 +86,7 @@ def scale_by_apollo(
 
     Raises:
       TypeError, ValueError: at construction for an argument of a wrong type or value; at ``init``
-        as :func:`low_rank_project`; at ``update`` for gradients of other shapes than at ``init``.
+        as :func:`.low_rank_project`; at ``update`` for gradients of other shapes than at ``init``.
 
     References:
       Zhu et al., APOLLO: SGD-like memory, AdamW-level performance (2024), arXiv 2412.05270,

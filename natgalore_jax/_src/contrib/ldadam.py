@@ -72,14 +72,14 @@ def scale_by_ldadam(
         gradient alone.
       error_feedback: add the accumulated projection error E to each gradient. E has the size of the
         parameter, half of AdamW's state, in addition to basis and moments.
-      where, axes: see :func:`low_rank_project`.
+      where, axes: see :func:`.low_rank_project`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with a :class:`.ScaleByLDAdamState`.
 
     Raises:
       TypeError, ValueError: at construction for an argument of a wrong type or value; at ``init``
-        as :func:`low_rank_project`; at ``update`` for gradients of other shapes than at ``init``.
+        as :func:`.low_rank_project`; at ``update`` for gradients of other shapes than at ``init``.
         A zero or non-finite B is not an error and leaves the basis unchanged.
 
     References:

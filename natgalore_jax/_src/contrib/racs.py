@@ -84,9 +84,9 @@ def scale_by_racs(
       scale: α, a number or a traced scalar.
       norm_growth_limit: γ; None: no limit. Put the learning rate after this transformation. There
         is no limit after a zero update.
-      where: which matrices are scaled, in the forms of :func:`low_rank_project`; by default hidden
+      where: which matrices are scaled, in the forms of :func:`.low_rank_project`; by default hidden
         matrices of any size.
-      axes: see :func:`low_rank_project`.
+      axes: see :func:`.low_rank_project`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with a :class:`.ScaleByRacsState`.

@@ -67,12 +67,12 @@ def scale_by_column_norms(
       mu_dtype: dtype of the momenta of head and Adam; None: dtype of the parameter.
       vector_ratio: learning rate of vectors over that of matrices.
       head: which matrices are output heads, in the forms of ``where``; None: by their names, see
-        :func:`hidden_matrices` ("head", "lm_head", "logits", "classifier", ...).
-      where: which parameters are matrices, in the forms of :func:`low_rank_project`; None: all with
+        :func:`.hidden_matrices` ("head", "lm_head", "logits", "classifier", ...).
+      where: the matrices, in the forms of :func:`.low_rank_project`; None: all with
         two axes or more, except norms and biases of stacked layers by their names. All other
         parameters are vectors.
       axes: which axes are inputs (``rows``) and outputs (``cols``), as in
-        :func:`low_rank_project`; by default the last two, (in, out) as in Flax. For weights as
+        :func:`.low_rank_project`; by default the last two, (in, out) as in Flax. For weights as
         PyTorch stores them, (out, in), ``MatrixAxes(rows=-1, cols=-2)``.
 
     Returns:

@@ -61,7 +61,7 @@ def apply_updates_stochastic(
     than 1/512 of the weight. Here the sum is computed in float32, and a small update moves the
     weight at some of the steps. Pass float32 gradients to the optimizer, so that its updates are
     float32: rounding an update to bfloat16 first loses up to 0.4 percent. The moments are bfloat16
-    even then, unless the optimizer was initialised with float32 parameters (:func:`chain`).
+    even then, unless the optimizer was initialised with float32 parameters (:func:`.chain`).
 
     Args:
       params: the parameters. Parameters of other dtypes are updated by ``optax.apply_updates``.

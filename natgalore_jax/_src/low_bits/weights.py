@@ -57,7 +57,7 @@ def quantize_weights(
     Args:
       params: any tree of arrays.
       where: the weights that are stored in 8 bits: a callable ``(path, leaf) -> bool``, a pytree of
-        booleans, or the default :func:`hidden_matrices`.
+        booleans, or the default :func:`.hidden_matrices`.
       block_size: the largest number of weights that share a scale, at least 16.
 
     Returns:

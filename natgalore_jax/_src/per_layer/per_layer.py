@@ -108,7 +108,7 @@ def per_layer(
       accumulate: micro-batches in one step. ``step`` takes one micro-batch; parameters change at
         the last micro-batch of a step. Low-rank gradients are accumulated as with
         :func:`.low_rank_steps` (``opt_state`` is an :class:`.AccumulatedState`): the optimizer must
-        come from :func:`chain`, without a residual. To accumulate full gradients instead, pass
+        come from :func:`.chain`, without a residual. To accumulate full gradients instead, pass
         ``optax.MultiSteps(tx, k)`` as ``tx``. Clipping and metrics are per micro-batch.
       apply_updates: ``(params, updates, opt_state) -> params`` with the state before the step,
         instead of ``optax.apply_updates``; for bfloat16 parameters, for example,

@@ -39,7 +39,7 @@ def data_parallel_step(
     Args:
       loss: ``(params, batch) -> scalar``, the mean over the rows of the batch.
       tx: an optimizer for :func:`.low_rank_steps`, without a residual, which needs the full mean
-        gradient: :func:`natural_galore_adamw` with ``residual="none"``, or :func:`galore_adamw`.
+        gradient: :func:`.natural_galore_adamw` with ``residual="none"``, or :func:`.galore_adamw`.
         "online" refreshes every basis at every step, which sums full gradients.
       mesh: the devices. Axes other than ``axis_name`` are left to the compiler.
       axis_name: the mesh axis over which rows are sharded.

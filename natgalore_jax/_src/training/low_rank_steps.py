@@ -119,7 +119,7 @@ def low_rank_steps(tx: optax.GradientTransformation) -> LowRankSteps:
 
     Args:
       tx: a result of :func:`natgalore_jax.chain` that begins with its only subspace, such as
-        :func:`natural_galore_adamw`, :func:`galore_adamw`, :func:`natural_galore` and the
+        :func:`.natural_galore_adamw`, :func:`.galore_adamw`, :func:`.natural_galore` and the
         published variants.
 
     Returns:
