@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import durations
 import pytest
+import tiers
 
 # XLA's CPU thread pool is as large as the machine; on two cores, several simulated devices that
 # wait for each other inside batched linear algebra starve it and hang. NPROC enlarges the pool.
@@ -18,7 +19,11 @@ def pytest_addoption(parser):
     parser.addoption("--shard", metavar="I/N", help="run the I-th of N parts, of equal time")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.path.name.startswith("test_") and item.path.stem not in tiers.FAST:
+            item.add_marker("slow")
     if config.getoption("--shard"):
         number, of = map(int, config.getoption("--shard").split("/"))
         files = {item.nodeid.split("::")[0] for item in items}
