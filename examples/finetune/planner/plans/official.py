@@ -33,7 +33,7 @@ _Call = tuple[str, Sequence[object]]
 
 
 def officially_succeeds(record: Record, text: str) -> bool:
-    """Whether a text has the tools and the dependencies of the record's plan.
+    """Compare the tools and the dependencies of a text with those of the record's plan.
 
     Texts are read up to the end mark, where TinyAgent stops its model. The evaluator knows no names
     of arguments; where the reference has them, names are dropped from both texts, so that each
