@@ -11,7 +11,7 @@
 # %% [markdown]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/natgalore/natgalore_jax/blob/main/notebooks/01_quickstart.ipynb)
 #
-# # Quickstart: Natural GaLore in the place of AdamW
+# # Quickstart: Natural GaLore instead of AdamW
 #
 # AdamW keeps two numbers for every weight. Natural GaLore projects the gradient of each weight matrix into a subspace of
 # rank $r$ first and keeps its moments there, so that its state is a fraction of AdamW's. It is an
@@ -44,8 +44,6 @@ STEPS, WIDTH, RANK, RATES = {
     "default": (300, 384, 32, 4),
     "large": (5000, 2048, 128, 4),
 }[SIZE]
-# On a CPU the threads of LAPACK fight with those of XLA for the cores.
-os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 # %%
 import importlib.metadata

@@ -42,7 +42,7 @@ STEPS, HIDDEN, LAYERS, RANK, SEEDS = {
     "default": (160, 128, 3, 16, 8),
     "large": (2000, 512, 8, 64, 32),
 }[SIZE]
-# On a CPU the threads of LAPACK fight with those of XLA for the cores.
+# The exact SVDs below call LAPACK, whose threads and XLA oversubscribe the cores.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 # %%
@@ -207,7 +207,7 @@ print("A =", np.asarray(A).round(3).tolist(), " eigenvalues", np.linalg.eigvalsh
 
 # %% [markdown]
 # **Woodbury.** Natural GaLore as published keeps the last s gradients $H = [h_{t-s+1}, \dots, h_t]$ and uses
-# $F = \lambda I + H H^\top$ in the place of the Fisher matrix. The inverse of a k × k matrix is never needed, because
+# $F = \lambda I + H H^\top$ instead of the Fisher matrix. The inverse of a k × k matrix is never needed, because
 # $h_t$ is itself a column of $H$:
 #
 # $$F^{-1} h_t = H\,(\lambda I_s + H^\top H)^{-1} e_s,$$

@@ -41,8 +41,6 @@ PRESET, CHANGES, RANK, HELD_OUT = {
     "default": ("nano", {"steps": 400, "batch_size": 8}, 32, 20_000),
     "large": ("9m", {"steps": 2000}, 64, None),
 }[SIZE]
-# On a CPU the threads of LAPACK fight with those of XLA for the cores.
-os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 # %%
 import dataclasses

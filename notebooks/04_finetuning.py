@@ -47,8 +47,6 @@ ROWS, HELD_OUT, LENGTH, EPOCHS = {
     "default": (384, 400, 40, 2),
     "large": (None, None, 128, 3),
 }[SIZE]
-# On a CPU the threads of LAPACK fight with those of XLA for the cores.
-os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 # %%
 import jax

@@ -40,7 +40,6 @@ STEPS, WIDTH, RANK = {"tiny": (4, 32, 4), "default": (60, 256, 16), "large": (50
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["NPROC"] = "32"
-os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 # %%
 import tempfile
@@ -186,7 +185,7 @@ print(f"largest relative difference to one device: {difference:.1e}")
 #
 # $$P^\top \Bigl(\tfrac1D \sum_d G_d\Bigr) = \tfrac1D \sum_d P^\top G_d :$$
 #
-# $r \times n$ numbers are summed in the place of $m \times n$. `ng.training.data_parallel_step` does that; a matrix whose basis is due is
+# $r \times n$ numbers are summed instead of $m \times n$. `ng.training.data_parallel_step` does that; a matrix whose basis is due is
 # exchanged whole, once in `update_interval` steps. It needs an optimizer without a residual, which would need the whole
 # gradient.
 
