@@ -7,23 +7,13 @@ import jax
 import optax
 import pytest
 
-from benchmarks import (
-    _gpu_run,
-    accumulation,
-    compile_time,
-    curvature,
-    gpu_memory,
-    memory_breakdown,
-    per_layer,
-    quantization,
-    refresh,
-    step_time,
-)
-from benchmarks._environment import target
-from benchmarks._floor import accelerator_bounds, bytes_moved, floor_seconds, operations
-from benchmarks._shapes import hidden_shapes, matrices
-from benchmarks._step_bytes import step_bytes
-from benchmarks._training_share import training_operations
+from benchmarks.common.environment import target
+from benchmarks.common.shapes import hidden_shapes, matrices
+from benchmarks.memory import accumulation, breakdown, gpu, gpu_run, per_layer
+from benchmarks.memory.step_bytes import step_bytes
+from benchmarks.optimizer import compile_time, curvature, quantization, refresh, step_time
+from benchmarks.optimizer.floor import accelerator_bounds, bytes_moved, floor_seconds, operations
+from benchmarks.optimizer.training_share import training_operations
 from examples.llama.data import DataConfig
 from examples.llama.model.config import MODEL_PRESETS
 from examples.llama.training.train_step import make_model
@@ -210,7 +200,7 @@ def test_per_layer(tmp_path):
 @pytest.mark.usefixtures("fast_compile")
 def test_memory_breakdown(tmp_path):
     output, figure = tmp_path / "breakdown.json", tmp_path / "breakdown.png"
-    memory_breakdown.main(sizes=("nano",), tokens=8, output=output, figure=figure)
+    breakdown.main(sizes=("nano",), tokens=8, output=output, figure=figure)
     results = json.loads(output.read_text())
     assert results["environment"].keys() == ENVIRONMENT and figure.exists()
     for bar in results["bars"]:
@@ -233,16 +223,16 @@ def test_gpu_memory(tmp_path, monkeypatch):
 
     def child(task, arguments, fraction):
         assert fraction is None
-        return getattr(_gpu_run, task)(**arguments)
+        return getattr(gpu_run, task)(**arguments)
 
-    monkeypatch.setattr(gpu_memory, "_child", child)
+    monkeypatch.setattr(gpu, "_child", child)
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"It was on day {i} that the sea was calm." for i in range(4000)))
     output = tmp_path / "gpu_memory.json"
     with pytest.raises(SystemExit, match="error: no accelerator here; --estimate predicts"):
-        gpu_memory.main(**TINY, output=output)
+        gpu.main(**TINY, output=output)
     data = {"data": (str(text),), "cache_dir": tmp_path / "cache"}
-    results = gpu_memory.main(**TINY, **data, steps=3, interval=2, allow_cpu=True, output=output)
+    results = gpu.main(**TINY, **data, steps=3, interval=2, allow_cpu=True, output=output)
     assert json.loads(output.read_text()) == results
     assert results["measured_on"]["platform"] == "cpu" and not results["estimates_only"]
     assert [row["step"] for row in results["steps"]] == [
@@ -255,15 +245,15 @@ def test_gpu_memory(tmp_path, monkeypatch):
         assert len(set(row["losses"])) == 3
     assert results["update_s"]["adamw"]["median_s"] > 0
     # 24 GB of a device of 80 GB, of which 0.95 were found.
-    assert gpu_memory._fraction("24GB", 76 * 10**9) == pytest.approx(0.3)
-    assert gpu_memory._fraction("24GB", 16 * 10**9) is None
+    assert gpu._fraction("24GB", 76 * 10**9) == pytest.approx(0.3)
+    assert gpu._fraction("24GB", 16 * 10**9) is None
 
 
 @pytest.mark.usefixtures("fast_compile")
 def test_gpu_memory_estimates(tmp_path):
     output = tmp_path / "gpu_memory.json"
     sizes = {**TINY, "large_batch": 1}
-    results = gpu_memory.main(**sizes, limits=("10MB", "1kB"), estimate=True, output=output)
+    results = gpu.main(**sizes, limits=("10MB", "1kB"), estimate=True, output=output)
     assert results["estimates_only"] and results["measured_on"] is None
     for row in results["steps"]:
         assert row["estimated_to_fit"] == {"10MB": True, "1kB": False}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.memory_tables import (
+from benchmarks.memory.tables import (
     counts,
     exact_bytes,
     llama_shapes,

@@ -16,15 +16,15 @@ import optax
 import pytest
 
 import natgalore_jax as ng
-from benchmarks.quality import workers
-from benchmarks.quality.__main__ import main
-from benchmarks.quality.files import read, write
-from benchmarks.quality.methods import METHODS, choose, muon
-from benchmarks.quality.presets import PRESETS
-from benchmarks.quality.record import diverged, thinned
-from benchmarks.quality.run_spec import Run, prepare
-from benchmarks.quality.sweep import Sweep, runs
-from benchmarks.quality.train import excerpt
+from benchmarks.common import workers
+from benchmarks.common.result_files import read, write
+from benchmarks.pretraining.__main__ import main
+from benchmarks.pretraining.methods import METHODS, choose, muon
+from benchmarks.pretraining.presets import PRESETS
+from benchmarks.pretraining.record import diverged, thinned
+from benchmarks.pretraining.run_spec import Run, prepare
+from benchmarks.pretraining.sweep import Sweep, runs
+from benchmarks.pretraining.train import excerpt
 from examples.common.errors import ConfigError
 from examples.common.metrics import of_kind
 from examples.llama.data import DataConfig, load_splits
@@ -153,7 +153,7 @@ def test_a_sweep_goes_on_and_survives_failures(spec, tmp_path):
     common = ["--preset", "tiny", "--steps", "3", "--root", str(spec.root)]
     common += ["--cache-dir", str(spec.cache_dir), "--corpora", spec.corpus]
     grid = ["--methods", "adamw", "galore@rank=99", "--seeds", "1", "--learning-rates", "0.01"]
-    command = [sys.executable, "-m", "benchmarks.quality", "sweep", "--workers", "2"]
+    command = [sys.executable, "-m", "benchmarks.pretraining", "sweep", "--workers", "2"]
     first = subprocess.run([*command, *common, *grid], cwd=ROOT, capture_output=True, text=True)
     assert first.returncode == 1, first.stderr
     assert "2 runs, 0 done, time not known" in first.stdout
@@ -175,7 +175,7 @@ def test_a_sweep_goes_on_and_survives_failures(spec, tmp_path):
 
 
 def test_a_sweep_that_is_told_to_end_takes_its_runs_along(spec):
-    command = [sys.executable, "-m", "benchmarks.quality", "sweep", "--preset", "tiny"]
+    command = [sys.executable, "-m", "benchmarks.pretraining", "sweep", "--preset", "tiny"]
     command += ["--steps", "1000000", "--root", str(spec.root), "--cache-dir", str(spec.cache_dir)]
     command += ["--corpora", spec.corpus, "--methods", "adamw", "--learning-rates", "0.01"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)

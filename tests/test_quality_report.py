@@ -7,16 +7,16 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from benchmarks.quality import pages
-from benchmarks.quality.__main__ import main
-from benchmarks.quality.fairness import check_tuned
-from benchmarks.quality.files import write
-from benchmarks.quality.run_spec import Run, prepare
-from benchmarks.quality.search import Rates
-from benchmarks.quality.summary import Point, separated, steps_to, summarise
-from benchmarks.quality.sweep import Sweep, runs
-from benchmarks.quality.tables import course, label, losses, tuning, verdicts
-from benchmarks.quality.tuning import tuned_rates
+from benchmarks.common.result_files import write
+from benchmarks.pretraining import pages
+from benchmarks.pretraining.__main__ import main
+from benchmarks.pretraining.fairness import check_tuned
+from benchmarks.pretraining.run_spec import Run, prepare
+from benchmarks.pretraining.search import Rates
+from benchmarks.pretraining.summary import Point, separated, steps_to, summarise
+from benchmarks.pretraining.sweep import Sweep, runs
+from benchmarks.pretraining.tables import course, label, losses, tuning, verdicts
+from benchmarks.pretraining.tuning import tuned_rates
 from examples.common.errors import ConfigError
 
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import state_layout
-from benchmarks.state_layout import Scheme
+from benchmarks.distributed import state_layout
+from benchmarks.distributed.state_layout import Scheme
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "sharding.md"
 

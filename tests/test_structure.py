@@ -31,6 +31,7 @@ ORDERS = {
         "plan",
     ],
     "examples/finetune": ["encoder", "planner"],
+    "benchmarks": ["common", "pretraining", "finetuning", "memory", "optimizer", "distributed"],
 }
 
 

@@ -7,11 +7,11 @@ import pathlib
 import pytest
 import tiny_encoder as tiny
 
-from benchmarks.glue.runs import Run, make
-from benchmarks.glue.show import Show, check, read_groups, table
-from benchmarks.glue.sweep import Sweep, command, run_sweep, runs
-from benchmarks.quality.files import write
-from benchmarks.quality.tables import PLUS_MINUS
+from benchmarks.common.result_files import write
+from benchmarks.finetuning.runs import Run, make
+from benchmarks.finetuning.show import Show, check, read_groups, table
+from benchmarks.finetuning.sweep import Sweep, command, run_sweep, runs
+from benchmarks.pretraining.tables import PLUS_MINUS
 from examples.common.errors import ConfigError
 from examples.finetune.encoder.run_config import preset_config
 
@@ -30,7 +30,7 @@ def test_one_run(common, monkeypatch):
     def small(*names):
         return dataclasses.replace(preset_config(*names), max_length=16, batch_size=6)
 
-    monkeypatch.setattr("benchmarks.glue.runs.preset_config", small)
+    monkeypatch.setattr("benchmarks.finetuning.runs.preset_config", small)
     run = Run(**common, rank=4, learning_rate=1e-3)
     record = make(run)
     assert run.path.name == "natural-galore-r4-lr0.001-seed1.json"
@@ -55,7 +55,7 @@ def test_a_sweep_tunes_and_goes_on(common, monkeypatch):
             write(record_of(run, 5e-4 if run.rank else 1e-4), run.path)
         return []
 
-    monkeypatch.setattr("benchmarks.glue.sweep.run_all", make_all)
+    monkeypatch.setattr("benchmarks.finetuning.sweep.run_all", make_all)
     tune = Sweep(**common, tune=True, suite="tune", seeds=(100,), methods=("adamw", "lora"))
     assert run_sweep(tune) == 0
     rates = {key: sorted(r.learning_rate for r in made if r.rank == key) for key in (0, 4, 8)}
@@ -90,7 +90,7 @@ def test_a_sweep_refines_downwards(common, monkeypatch):
             write(record_of(run, 1e-4 if run.method == "adamw" else 2e-4), run.path)
         return []
 
-    monkeypatch.setattr("benchmarks.glue.sweep.run_all", make_all)
+    monkeypatch.setattr("benchmarks.finetuning.sweep.run_all", make_all)
     for method, rank, rate in (("adamw", 0, 1e-4), ("lora", 8, 1e-3)):
         run = Run(**common, suite="tune", method=method, rank=rank, learning_rate=rate)
         write(record_of(run, rate), run.path)

@@ -32,8 +32,8 @@ METHODS = get_args(Method)
 # Those that call LAPACK, which may fail.
 FACTORISING = ("svd", "eigh", "randomized")
 
-# Power steps of a refresh, from the previous basis and from none: benchmarks/refresh.py shows what
-# share of the energy of the best basis they capture on gradients of a real model.
+# Power steps of a refresh, from the previous basis and from none: benchmarks/optimizer/refresh.py
+# shows what share of the energy of the best basis they capture on gradients of a real model.
 WARM_STEPS, COLD_STEPS = 5, 8
 # Randomised SVD: columns beyond the rank, and power steps (Halko, Martinsson & Tropp 2011, §4.4).
 OVERSAMPLING, SKETCH_STEPS = 8, 2
