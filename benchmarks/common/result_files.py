@@ -5,8 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from examples.common.config import differences
 from examples.common.errors import ConfigError
-from examples.llama.run_config import RunConfig, differences
 
 Json = dict[str, Any]
 
@@ -47,35 +47,26 @@ def read_results(root: Path, suite: str) -> list[Json]:
     return records
 
 
-def is_done(path: Path, configuration: Json) -> bool:
+def is_done(path: Path, configuration: Json, defaults: Json | None = None) -> bool:
     """Whether the run was made already.
 
+    Args:
+      path: of its file.
+      configuration: of the run.
+      defaults: values of options that did not exist when the file was made.
+
     Raises:
-      ConfigError: if it was made with another configuration.
+      ConfigError: if the file was made with another configuration.
     """
     if not path.exists():
         return False
-    done = read(path)["configuration"]
-    # An option that the training program has got since then was at its default.
-    done["run"] = _filled(done["run"], like=configuration["run"], defaults=RunConfig().to_dict())
-    changed = differences(done, configuration)
+    changed = differences(read(path)["configuration"], configuration, defaults=defaults)
     if changed:
         raise ConfigError(
             f"{path} was made with another configuration ({', '.join(changed)}): "
             "delete it, or use another --suite"
         )
     return True
-
-
-def _filled(old: Json, like: Json, defaults: Json) -> Json:
-    """``old`` with the defaults of those options that are in ``like`` and not in ``old``."""
-    filled = dict(old)
-    for key, value in like.items():
-        if key not in old:
-            filled[key] = defaults.get(key)
-        elif isinstance(value, dict) and isinstance(old[key], dict):
-            filled[key] = _filled(old[key], value, defaults.get(key) or {})
-    return filled
 
 
 def _compact(value: Any) -> str:

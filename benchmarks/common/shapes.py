@@ -1,13 +1,26 @@
-"""The hidden matrices of a LLaMA preset, and random trees of their shapes."""
+"""Shapes of LLaMA presets: all parameters, or the hidden matrices; random trees of shapes."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from examples.llama.model.config import MODEL_PRESETS
+from natgalore_jax._src.memory import llama_sizes
+from natgalore_jax._src.memory.llama_sizes import LLAMA_RANKS as LLAMA_RANKS
 
 Shapes = Mapping[str, tuple[int, ...]]
+BF16 = 2  # bytes
+
+
+def llama_shapes(size: str) -> Any:
+    """The parameters of a preset in bfloat16, layers stacked, without their values."""
+    config = MODEL_PRESETS[size]
+    sizes = llama_sizes.LlamaSizes(
+        *(getattr(config, name) for name in llama_sizes.LlamaSizes._fields)
+    )
+    return llama_sizes.llama_shapes(sizes, "bfloat16")
 
 
 def hidden_shapes(preset: str, layers: int | None = None, stacked: bool = False) -> Shapes:

@@ -26,9 +26,9 @@ import tyro
 
 import natgalore_jax as ng
 from benchmarks.common.environment import RESULTS, environment, write
+from benchmarks.common.shapes import LLAMA_RANKS, llama_shapes
 from benchmarks.common.timing import median, seconds
 from benchmarks.distributed.collectives import exchanged_bytes
-from benchmarks.memory.tables import NATURAL_RANKS, llama_shapes
 from benchmarks.optimizer.training_share import training_operations
 from examples.llama.model.config import MODEL_PRESETS
 from examples.llama.training.train_step import make_model, token_nll
@@ -144,7 +144,7 @@ def modelled(size: str, interval: int, hosts: int, tokens: int, rate: float) -> 
       rate: operations/s of a host in forward and backward pass.
     """
     params = llama_shapes(size)
-    rank = NATURAL_RANKS[size]
+    rank = LLAMA_RANKS[size]
     tx = ng.galore_adamw(1e-2, rank=rank)
     low = jax.eval_shape(
         lambda p: ng.training.low_rank_steps(tx).project(p, tx.init(p)),

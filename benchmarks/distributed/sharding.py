@@ -28,8 +28,8 @@ import tyro
 
 import natgalore_jax as ng
 from benchmarks.common.environment import RESULTS, environment, print_targets, target, write
+from benchmarks.common.shapes import LLAMA_RANKS, llama_shapes
 from benchmarks.distributed.collectives import sent_bytes
-from benchmarks.memory.tables import NATURAL_RANKS, llama_shapes
 
 DEVICES, FLOAT32 = 8, 4
 LIMIT = 1.2
@@ -47,7 +47,7 @@ def main(
       rank: by default that of the GaLore paper.
       output: where the results go.
     """
-    rank = rank or NATURAL_RANKS[preset]
+    rank = rank or LLAMA_RANKS[preset]
     rows = [row(preset, rank, scheme, name) for scheme in SCHEMES for name in OPTIMIZERS]
     targets = []
     for r in rows:

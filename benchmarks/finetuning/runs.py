@@ -3,11 +3,11 @@
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from benchmarks.common import result_files
 from benchmarks.common.environment import RESULTS, environment
-from benchmarks.common.result_files import read, write
-from examples.common.config import differences
+from benchmarks.common.result_files import Json, write
 from examples.common.errors import ConfigError
 from examples.common.methods import is_low_rank
 from examples.finetune.encoder.baseline import baseline_scores
@@ -15,8 +15,6 @@ from examples.finetune.encoder.loop import train
 from examples.finetune.encoder.methods import MethodName
 from examples.finetune.encoder.prepare import prepare
 from examples.finetune.encoder.run_config import RunConfig, TaskName, preset_config
-
-Json = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,20 +96,12 @@ class Run(Common):
 
 
 def is_done(run: Run) -> bool:
-    """Whether the file is there.
+    """Whether the run was made already.
 
     Raises:
       ConfigError: if it was made with another configuration.
     """
-    if not run.path.exists():
-        return False
-    changed = differences(read(run.path)["configuration"], run.config().identity())
-    if changed:
-        raise ConfigError(
-            f"{run.path} was made with another configuration ({', '.join(changed)}): "
-            "delete it, or use another --suite"
-        )
-    return True
+    return result_files.is_done(run.path, run.config().identity())
 
 
 def make(run: Run) -> Json | None:

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.common.environment import RESULTS, print_targets, target
-from benchmarks.common.result_files import read_results
-from benchmarks.finetuning.runs import Json
+from benchmarks.common.result_files import Json, read_results
 from benchmarks.pretraining.tables import PLUS_MINUS
 
 # Natural GaLore may be so many points below AdamW.

@@ -1,22 +1,17 @@
 """Many runs: which are planned, which are done, and the others a few at a time."""
 
-import functools
 import itertools
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
-from benchmarks.common.result_files import read, read_suite
-from benchmarks.common.workers import command as command_of, run_all
-from benchmarks.finetuning.runs import Common, Json, Run, is_done
-from benchmarks.pretraining.search import next_rates
+from benchmarks.common.result_files import Json, read_suite
+from benchmarks.common.sweep import sweep as sweep_runs
+from benchmarks.finetuning.runs import Common, Run, is_done
 from examples.common.errors import ConfigError
 from examples.finetune.encoder.methods import MethodName
-
-# The command that makes one run.
-command = functools.partial(command_of, program="benchmarks.finetuning")
 
 Pair = tuple[str, int]  # A method and its rank.
 Curves = dict[Pair, dict[float, float]]  # Loss by learning rate.
@@ -81,18 +76,15 @@ def runs(sweep: Sweep) -> list[Run]:
 
 def run_sweep(sweep: Sweep) -> int:
     """Makes the runs and returns the exit code."""
-    while True:
-        planned = runs(sweep)
-        todo = [run for run in planned if not is_done(run)]
-        print(f"{len(planned)} runs, {len(planned) - len(todo)} done", flush=True)
-        if sweep.plan:
-            for run in todo:
-                print(run.path)
-            return 0
-        if run_all(todo, sweep.workers, command, describe):
-            return 1
-        if not ((sweep.tune or sweep.refine) and todo):
-            return 0
+    return sweep_runs(
+        "benchmarks.finetuning",
+        lambda: runs(sweep),
+        is_done,
+        _outcome,
+        workers=sweep.workers,
+        only_plan=sweep.plan,
+        searching=sweep.tune or sweep.refine,
+    )
 
 
 def curves(records: Iterable[Json]) -> Curves:
@@ -107,17 +99,31 @@ def curves(records: Iterable[Json]) -> Curves:
     }
 
 
-def describe(run: Run, error: str | None) -> str:
-    what = f"{run.path.parent.name} {run.path.stem}"
-    if error is not None:
-        return f"{what}: FAILED: {error}"
-    record = read(run.path)
-    metrics = ", ".join(
+def next_rates(grid: Sequence[float], done: Mapping[float, float | None]) -> tuple[float, ...]:
+    """Which rates of the grid a method needs next: every other one, then the best one's neighbours.
+
+    Where the loss has one minimum over the grid, this ends at it. ``done`` has the loss of every
+    rate that was run, None where it diverged. Nothing is next when the best rate and those beside
+    it are known.
+    """
+    grid = sorted(set(grid))
+    coarse = grid[1::2] or grid
+    missing = tuple(rate for rate in coarse if rate not in done)
+    if missing:
+        return missing
+    usable = {loss: rate for rate in grid if (loss := done.get(rate)) is not None}
+    if not usable:  # All diverged: what is left may do better.
+        return tuple(rate for rate in grid if rate not in done)
+    best = grid.index(usable[min(usable)])
+    return tuple(rate for rate in grid[max(best - 1, 0) : best + 2] if rate not in done)
+
+
+def _outcome(record: Json) -> str:
+    return ", ".join(
         f"{split} {name} {100 * value:.1f}"
         for split, found in record["metrics"].items()
         for name, value in found.items()
     )
-    return f"{what}: {metrics}, {record['wall_seconds']:.0f} s"
 
 
 def _read_curves(sweep: Sweep, suite: str) -> Curves:

@@ -23,9 +23,8 @@ import tyro
 
 import natgalore_jax as ng
 from benchmarks.common.environment import RESULTS, environment, print_targets, target, write
-from benchmarks.common.shapes import hidden_shapes, random_tree
+from benchmarks.common.shapes import hidden_shapes, llama_shapes, random_tree
 from benchmarks.common.timing import median
-from benchmarks.memory.tables import llama_shapes
 from examples.common.train_state import empty_accumulator
 from examples.llama.run_config import run_preset
 from examples.llama.training.train_step import accumulate_low_rank

@@ -4,7 +4,6 @@
 ``benchmarks/results/memory_tables.json``. No model is allocated: everything comes from shapes.
 """
 
-import dataclasses
 import math
 import platform
 from typing import Any
@@ -12,18 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
 import natgalore_jax as ng
 from benchmarks.common.environment import RESULTS, write
-from examples.llama.model.config import MODEL_PRESETS
-from examples.llama.model.llama import Llama
-from natgalore_jax._src.memory.llama_sizes import LLAMA_RANKS
+from benchmarks.common.shapes import BF16, LLAMA_RANKS, llama_shapes
 
 SIZES = ("60m", "130m", "350m", "1b")
 # Rank by size in the version of the paper whose table is below; a later version has 512 at 1b.
 RANKS = {"60m": 128, "130m": 256, "350m": 256, "1b": 1024}
-NATURAL_RANKS = LLAMA_RANKS
 METHODS = ("Full-Rank", "GaLore", "Low-Rank", "LoRA", "ReLoRA")
 
 # Zhao et al., GaLore (2024), table 5, in "G".
@@ -47,13 +42,6 @@ PUBLISHED: dict[str, dict[str, tuple[float, ...]]] = {
 # What that table counts with, inferred from its entries: the paper does not say.
 PAPER_UNIT = 1024e6  # bytes in one "G"
 PAPER_PARAMETERS = {"60m": 60e6, "130m": 130e6, "350m": 350e6, "1b": 1.3 * 1024e6}
-BF16 = 2  # bytes
-
-
-def llama_shapes(size: str) -> Any:
-    """The parameters of a preset, bfloat16, layers stacked, without their values."""
-    config = dataclasses.replace(MODEL_PRESETS[size], param_dtype="bfloat16", stacked=True)
-    return nnx.state(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))), nnx.Param)
 
 
 def is_hidden(path: Any, leaf: Any) -> bool:
@@ -158,7 +146,7 @@ def table_1(m: int = 1024, n: int = 2736, rank: int = 256) -> dict[str, dict[str
 def natural_gradient_table(history: int) -> list[dict[str, Any]]:
     """State bytes of Natural GaLore in bfloat16: the default, and with a history by side."""
     rows = []
-    for size, rank in NATURAL_RANKS.items():
+    for size, rank in LLAMA_RANKS.items():
         params = llama_shapes(size)
         stored = ng.natural_galore(rank, history=history, where=is_hidden)
         tx = ng.chain(stored, optax.adamw(1e-2))

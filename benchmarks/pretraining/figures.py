@@ -8,10 +8,9 @@ import matplotlib.figure
 import matplotlib.ticker
 
 from benchmarks.pretraining.methods import METHODS
-from benchmarks.pretraining.search import Rates
 from benchmarks.pretraining.summary import Group, Point, Row
 from benchmarks.pretraining.tables import label
-from benchmarks.pretraining.tuning import Tuned
+from benchmarks.pretraining.tuning import Rates, Tuned
 
 Groups = Mapping[Group, Mapping[tuple[str, Rates], Row]]
 

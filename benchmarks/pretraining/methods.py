@@ -208,7 +208,7 @@ class Chosen(NamedTuple):
 
 
 def choose(text: str) -> Chosen:
-    """A method by its name, or with other arguments: ``galore@rank=16,transition=rotate``.
+    """A method by its name, or with other arguments: ``galore@rank=16,side=long``.
 
     Raises:
       ConfigError: if there is no such method, or it has no such argument.

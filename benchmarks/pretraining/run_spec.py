@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import optax
 
+from benchmarks.common import result_files
 from benchmarks.common.environment import RESULTS
-from benchmarks.pretraining.corpora import resolve
 from benchmarks.pretraining.methods import Setting, arguments, choose, configure, make
-from benchmarks.pretraining.presets import PRESETS
+from benchmarks.pretraining.presets import PRESETS, resolve
 from examples.common.errors import ConfigError
 from examples.common.optimizers import OptimizerConfig
 from examples.common.schedule import warmup_cosine
@@ -76,7 +76,7 @@ class Run(Common):
     """
 
     method: str
-    """A method, with other arguments after an @: galore@rank=16,transition=rotate."""
+    """A method, with other arguments after an @: galore@rank=16,side=long."""
     learning_rate: float
     """Peak rate of the hidden matrices: linear warm-up over the first tenth of the steps, then a
     cosine to a tenth. Of methods with a scale, this is the product of scale and learning rate."""
@@ -158,6 +158,22 @@ def prepare(run: Run) -> Prepared:
         "validation_tokens": preset.validation_tokens,
     }
     return Prepared(config, tx, preset.validation_tokens, configuration)
+
+
+def is_done(run: Run) -> bool:
+    """Whether the run was made already.
+
+    Raises:
+      ConfigError: if it cannot be configured, or was made with another configuration.
+    """
+    return was_made(run, prepare(run))
+
+
+def was_made(run: Run, prepared: Prepared) -> bool:
+    """:func:`is_done` of a run that is prepared."""
+    return result_files.is_done(
+        run.path, prepared.configuration, defaults={"run": RunConfig().to_dict()}
+    )
 
 
 def _without_places(config: RunConfig) -> dict[str, Any]:

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.common.result_files import Json, read_results, read_suite
-from benchmarks.pretraining import tables
 from benchmarks.pretraining.run_spec import ROOT
 from benchmarks.pretraining.summary import summarise
-from benchmarks.pretraining.text import protocol
+from benchmarks.pretraining.tables import losses, protocol, table, tuning
 from benchmarks.pretraining.tuning import tuned_by_preset
 
 
@@ -37,9 +36,9 @@ def show(request: Show) -> str:
         methods = dict.fromkeys(
             m for (p, _), rows in groups.items() if p == preset for m, _ in rows
         )
-        parts += [f"{preset}: {protocol(groups, preset)}", tables.losses(groups, preset, methods)]
+        parts += [f"{preset}: {protocol(groups, preset)}", losses(groups, preset, methods)]
     tuned = tuned_by_preset(records)
-    parts += [tables.tuning(t) for t in tuned.values() if any(len(x.curve) > 1 for x in t.values())]
+    parts += [tuning(t) for t in tuned.values() if any(len(x.curve) > 1 for x in t.values())]
     return "\n\n".join(parts)
 
 
@@ -55,4 +54,4 @@ def _beside(records: Iterable[Json], others: Iterable[Json]) -> str:
             "" if other is None else f"{other:.4f}",
         )
         lines.append([*(str(r[k]) for k in keys), *losses, difference])
-    return tables.table([*keys, "test loss", "there", "difference"], lines)
+    return table([*keys, "test loss", "there", "difference"], lines)

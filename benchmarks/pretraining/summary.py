@@ -9,8 +9,7 @@ from typing import NamedTuple
 from benchmarks.common.result_files import Json
 from benchmarks.pretraining.methods import METHODS
 from benchmarks.pretraining.presets import PRESETS
-from benchmarks.pretraining.search import Rates
-from benchmarks.pretraining.tuning import rates_of
+from benchmarks.pretraining.tuning import Rates, rates_of
 from examples.common.errors import ConfigError
 from examples.llama.run_config import RunConfig
 

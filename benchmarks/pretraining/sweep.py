@@ -1,24 +1,19 @@
 """Many runs: which are planned, which are done, and the others one after another."""
 
-import functools
 import itertools
 import statistics
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from benchmarks.common.result_files import is_done, read, read_suite
-from benchmarks.common.workers import command as command_of, run_all
+from benchmarks.common.result_files import Json, read_suite
+from benchmarks.common.sweep import sweep as sweep_runs
 from benchmarks.pretraining.methods import METHODS, choose
-from benchmarks.pretraining.run_spec import Common, Run, prepare
-from benchmarks.pretraining.search import Rates, next_points
+from benchmarks.pretraining.run_spec import Common, Run, is_done
 from benchmarks.pretraining.summary import RECIPE
-from benchmarks.pretraining.tuning import curves, tuned_rates
+from benchmarks.pretraining.tuning import Rates, curves, next_points, tuned_rates
 from examples.common.errors import ConfigError
 
 TUNED = "tuned"
-
-# The command that makes one run.
-command = functools.partial(command_of, program="benchmarks.pretraining")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,25 +93,16 @@ def runs(sweep: Sweep) -> list[Run]:
 
 def run_sweep(sweep: Sweep) -> int:
     """Makes the runs and returns the exit code."""
-    while True:
-        planned, todo, refused = runs(sweep), [], 0
-        for run in planned:
-            try:
-                if not is_done(run.path, prepare(run).configuration):
-                    todo.append(run)
-            except ConfigError as error:
-                print(f"error: {error}")
-                refused += 1
-        done = len(planned) - len(todo) - refused
-        print(f"{len(planned)} runs, {done} done{_estimate(sweep, len(todo))}", flush=True)
-        if sweep.plan:
-            for run in todo:
-                print(run.path)
-            return 1 if refused else 0
-        if run_all(todo, sweep.workers, command, describe) or refused:
-            return 1
-        if not (sweep.search and todo):
-            return 0
+    return sweep_runs(
+        "benchmarks.pretraining",
+        lambda: runs(sweep),
+        is_done,
+        _outcome,
+        workers=sweep.workers,
+        only_plan=sweep.plan,
+        searching=sweep.search,
+        estimate=lambda count: _estimate(sweep, count),
+    )
 
 
 def _searched(sweep: Sweep) -> dict[str, tuple[Rates, ...]]:
@@ -178,12 +164,7 @@ def _estimate(sweep: Sweep, count: int) -> str:
     return f", about {minutes:.0f} min for the others with {sweep.workers} at a time"
 
 
-def describe(run: Run, error: str | None) -> str:
-    what = f"{run.path.parent.name} {run.path.stem}"
-    if error is not None:
-        return f"{what}: FAILED: {error}"
-    record = read(run.path)
+def _outcome(record: Json) -> str:
     if record["diverged"]:
-        return f"{what}: diverged, {record['wall_seconds']:.0f} s"
-    losses = f"validation {record['final_validation_loss']:.4f}, test {record['test_loss']:.4f}"
-    return f"{what}: {losses}, {record['wall_seconds']:.0f} s"
+        return "diverged"
+    return f"validation {record['final_validation_loss']:.4f}, test {record['test_loss']:.4f}"

@@ -17,7 +17,7 @@ INNER = {
 def recipe(
     learning_rate: optax.ScalarOrSchedule,
     rank: int,
-    update_interval: int,
+    update_interval: int = 200,
     steps: int = 0,
     seed: int = 0,
     side: Any = "short",

@@ -1,4 +1,4 @@
-"""Runs in processes of their own, a few at a time, each on a core of its own."""
+"""Sweeps: runs in processes of their own, a few at a time, each on a core of its own."""
 
 import os
 import queue
@@ -8,7 +8,11 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import fields
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from benchmarks.common.result_files import Json, read
+from examples.common.errors import ConfigError
 
 # XLA allocates its temporary buffers anew at each step. With glibc's defaults they go back to the
 # system in between and every page of them faults again: a quarter of the time of a training step.
@@ -20,19 +24,66 @@ _KEEP_MEMORY = {
 }
 
 
-R = TypeVar("R")
+class Planned(Protocol):
+    """A run, a dataclass of its options."""
+
+    @property
+    def path(self) -> Path:
+        """Its result file."""
+        ...
+
+
+R = TypeVar("R", bound=Planned)
+
+
+def sweep(
+    program: str,
+    plan: Callable[[], Sequence[R]],
+    is_done: Callable[[R], bool],
+    outcome: Callable[[Json], str],
+    *,
+    workers: int,
+    only_plan: bool,
+    searching: bool,
+    estimate: Callable[[int], str] = lambda count: "",
+) -> int:
+    """Make every planned run that is not done yet, and return the exit code.
+
+    Args:
+      program: module with the command ``run``, which makes one run.
+      plan: the runs that are known by now.
+      is_done: whether the file of a run is there; raises ConfigError if it is of another run.
+      outcome: what is printed of a result.
+      workers: runs at a time.
+      only_plan: print what would be run, and stop.
+      searching: plan again after the runs, because their results decide what is next.
+      estimate: for a number of runs, how long they take.
+    """
+    while True:
+        planned, todo, refused = plan(), [], 0
+        for run in planned:
+            try:
+                if not is_done(run):
+                    todo.append(run)
+            except ConfigError as error:
+                print(f"error: {error}")
+                refused += 1
+        done = len(planned) - len(todo) - refused
+        print(f"{len(planned)} runs, {done} done{estimate(len(todo))}", flush=True)
+        if only_plan:
+            for run in todo:
+                print(run.path)
+            return 1 if refused else 0
+        if run_all(todo, workers, program, outcome) or refused:
+            return 1
+        if not (searching and todo):
+            return 0
 
 
 def run_all(
-    todo: Sequence[R],
-    workers: int,
-    command: Callable[[R], list[str]],
-    describe: Callable[[R, str | None], str],
+    todo: Sequence[R], workers: int, program: str, outcome: Callable[[Json], str]
 ) -> list[R]:
-    """Makes all runs, says how each one ended, and returns those that failed.
-
-    ``command(run)`` is the command line of a run; ``describe(run, error)`` what is said of it.
-    """
+    """Make all runs, print how each one ended, and return those that failed."""
     cores: queue.SimpleQueue[int | None] = queue.SimpleQueue()
     for core in _cores(workers):
         cores.put(core)
@@ -48,7 +99,7 @@ def run_all(
             with lock:
                 if stopped.is_set():
                     return "not started"
-                process = _start(command(run), workers)
+                process = _start(command(run, program), workers)
                 started.add(process)
             _, errors = process.communicate()
             started.discard(process)
@@ -63,7 +114,7 @@ def run_all(
         try:
             for number, future in enumerate(as_completed(futures), start=1):
                 run, error = futures[future], future.result()
-                print(f"[{number}/{len(todo)}] {describe(run, error)}", flush=True)
+                print(f"[{number}/{len(todo)}] {_describe(run, error, outcome)}", flush=True)
                 if error is not None:
                     failed.append(run)
         except BaseException:  # A signal: what was started must not go on by itself.
@@ -78,7 +129,7 @@ def run_all(
 
 
 def command(run: Any, program: str) -> list[str]:
-    """The command of a program that makes one run, a dataclass of its options."""
+    """The command of a program that makes one run."""
     options = [
         text
         for field in fields(run)
@@ -113,3 +164,11 @@ def _cores(workers: int) -> Iterable[int | None]:
         return [None] * workers
     usable = sorted(os.sched_getaffinity(0))
     return [usable[i % len(usable)] for i in range(workers)]
+
+
+def _describe(run: Planned, error: str | None, outcome: Callable[[Json], str]) -> str:
+    what = f"{run.path.parent.name} {run.path.stem}"
+    if error is not None:
+        return f"{what}: FAILED: {error}"
+    record = read(run.path)
+    return f"{what}: {outcome(record)}, {record['wall_seconds']:.0f} s"
