@@ -10,7 +10,8 @@ import pytest
 from benchmarks.common.result_files import write
 from benchmarks.pretraining.__main__ import main
 from benchmarks.pretraining.report import BEGIN, END, check_tuned, fill
-from benchmarks.pretraining.run_spec import Run, prepare
+from benchmarks.pretraining.run_spec import ROOT, Run, prepare
+from benchmarks.pretraining.show import Show, show
 from benchmarks.pretraining.summary import Point, separated, steps_to, summarise
 from benchmarks.pretraining.sweep import Sweep, runs
 from benchmarks.pretraining.tables import course, label, losses, tuning, verdicts
@@ -349,6 +350,12 @@ def test_overlay_draws_two_suites(root, tmp_path):
     command = ["overlay", "--root", str(root), "--before", "tune", "--method", "adamw"]
     assert main([*command, "--output", str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("suite", sorted(path.name for path in ROOT.iterdir()))
+def test_every_committed_suite_is_shown(suite):
+    """Also runs of methods and arguments that the library has no more: the pages quote them."""
+    assert "| rate × ratio |" in show(Show(suite=suite))
 
 
 def test_show_puts_runs_beside_others(root, tmp_path, capsys):

@@ -229,6 +229,15 @@ def choose(text: str) -> Chosen:
     return Chosen(name, method, chosen)
 
 
+def own_ratio(text: str) -> float | None:
+    """The ratio of the rates that is part of a method, None where both rates are tuned.
+
+    Of results too, whose methods or arguments the library may not have any more.
+    """
+    method = {**METHODS, **VARIANTS}.get(text.partition("@")[0])
+    return None if method is None else method.ratio
+
+
 def arguments(chosen: Chosen, setting: Setting) -> dict[str, Any]:
     """All arguments of the factory, its own defaults included."""
     signature = inspect.signature(chosen.method.factory)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.common.result_files import Json, read_suite
 from benchmarks.common.sweep import sweep as sweep_runs
-from benchmarks.pretraining.methods import METHODS, choose
+from benchmarks.pretraining.methods import METHODS, choose, own_ratio
 from benchmarks.pretraining.run_spec import Common, Run, is_done
 from benchmarks.pretraining.summary import RECIPE
 from benchmarks.pretraining.tuning import Rates, curves, next_points, tuned_rates
@@ -110,7 +110,7 @@ def _searched(sweep: Sweep) -> dict[str, tuple[Rates, ...]]:
     done = curves(read_suite(sweep.root, sweep.suite), sweep.preset)
     budget = max(sweep.budget, len(done.get(RECIPE, ())))
     return {
-        method: next_points(done.get(method, {}), budget, fixed_ratio=choose(method).method.ratio)
+        method: next_points(done.get(method, {}), budget, fixed_ratio=own_ratio(method))
         for method in sweep.methods
     }
 
@@ -118,7 +118,7 @@ def _searched(sweep: Sweep) -> dict[str, tuple[Rates, ...]]:
 def _given(sweep: Sweep, method: str) -> tuple[Rates, ...]:
     """The rates that the command line names, or the tuned ones."""
     if TUNED not in sweep.learning_rates:
-        fixed = choose(method).method.ratio
+        fixed = own_ratio(method)
         try:
             hidden = [float(rate) for rate in sweep.learning_rates]
         except ValueError as error:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from benchmarks.common.result_files import Json
-from benchmarks.pretraining.methods import choose
+from benchmarks.pretraining.methods import own_ratio
 
 STEP = 2.0  # between a point and those that bracket it
 HALF_STEP = 2**0.5
@@ -168,8 +168,8 @@ def _best(method: str, curve: Curve) -> Tuned | None:
         return None
     loss = curve[rates]
     assert loss is not None, "best_point returns usable points alone"
-    fixed_ratio = choose(method).method.ratio is not None
-    return Tuned(rates, loss, curve, at_edge=not is_bracketed(curve, fixed_ratio))
+    has_one_rate = own_ratio(method) is not None
+    return Tuned(rates, loss, curve, at_edge=not is_bracketed(curve, has_one_rate))
 
 
 def _mean(losses: list[float | None]) -> float | None:
