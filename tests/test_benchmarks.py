@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.common.environment import target
 from benchmarks.common.shapes import hidden_shapes, matrices
-from benchmarks.memory import accumulation, breakdown, gpu, gpu_run, per_layer
+from benchmarks.memory import breakdown, gpu, gpu_run, per_layer
 from benchmarks.memory.step_bytes import step_bytes
 from benchmarks.optimizer import compile_time, curvature, quantization, refresh, step_time
 from benchmarks.optimizer.floor import accelerator_bounds, bytes_moved, floor_seconds, operations
@@ -153,29 +153,6 @@ def test_step_time(tmp_path, stacked):
 def test_step_time_refuses_a_sample_that_misses_the_refresh():
     with pytest.raises(ValueError, match="interval=10 must be a multiple of sample_every=4"):
         step_time.main(interval=10, sample_every=4)
-
-
-def test_accumulation(tmp_path):
-    output = tmp_path / "accumulation.json"
-    accumulation.main(
-        presets=("60m",), preset="nano", layers=1, rank=8, number=2, rounds=3, output=output
-    )
-    results = json.loads(output.read_text())
-    assert results["environment"].keys() == ENVIRONMENT
-    # 8 layers of four 512 × 512 and three 512 × 1376 at rank 128: R has a quarter of the numbers.
-    hidden, rest = 8 * (4 * 512**2 + 3 * 512 * 1376), (2 * 32_000 + 17) * 512
-    row = results["memory"]["60m"]
-    assert row["full_bytes"] == 2 * (hidden + rest)
-    assert row["subspace_bytes"] == 2 * (hidden // 4 + rest)
-    ways = results["cost"]["ways"]
-    R = 4 * 8 * (4 * 128 + 3 * 352)  # of nano, float32
-    assert ways["subspace"]["accumulator_bytes"] == ways["inside"]["accumulator_bytes"] == R
-    assert ways["around"]["accumulator_bytes"] == 4 * (4 * 128**2 + 3 * 128 * 352)
-    for name, row in ways.items():
-        assert len(results["cost"]["samples_ms"][name]) == 6
-        assert row["total_bytes"] == row["kept_bytes"] + row["temporary_bytes"]
-        assert row["kept_bytes"] > 3 * R and row["mean_ms"] > 0
-    assert len(results["targets"]) == 3
 
 
 def test_per_layer(tmp_path):
