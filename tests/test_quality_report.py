@@ -345,13 +345,6 @@ def test_show_prints_a_suite(root, capsys):
     assert "AdamW" in text and "**0.01 × 4**" in text
 
 
-def test_overlay_draws_two_suites(root, tmp_path):
-    picture = tmp_path / "pictures" / "overlay.png"
-    command = ["overlay", "--root", str(root), "--before", "tune", "--method", "adamw"]
-    assert main([*command, "--output", str(picture)]) == 0
-    assert picture.read_bytes().startswith(b"\x89PNG")
-
-
 @pytest.mark.parametrize("suite", sorted(path.name for path in ROOT.iterdir()))
 def test_every_committed_suite_is_shown(suite):
     """Also runs of methods and arguments that the library has no more: the pages quote them."""

@@ -5,7 +5,6 @@ import sys
 
 import tyro
 
-from benchmarks.pretraining.overlay import Overlay, draw_overlay
 from benchmarks.pretraining.report import Report, make_report
 from benchmarks.pretraining.run_spec import Run
 from benchmarks.pretraining.show import Show, show
@@ -13,7 +12,7 @@ from benchmarks.pretraining.sweep import Sweep, run_sweep
 from benchmarks.pretraining.train import run as train
 from examples.common.cli import exit_code
 
-Command = Run | Sweep | Show | Report | Overlay
+Command = Run | Sweep | Show | Report
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,8 +33,6 @@ def run(command: Command) -> int:
             return run_sweep(command)
         case Show():
             print(show(command))
-        case Overlay():
-            print(f"{draw_overlay(command)} written")
         case Report():
             for path in make_report(command):
                 print(f"{path} written")
