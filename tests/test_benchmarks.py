@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.common.environment import target
 from benchmarks.common.shapes import hidden_shapes, matrices
-from benchmarks.memory import breakdown, gpu, gpu_run, per_layer
+from benchmarks.memory import gpu, gpu_run, per_layer
 from benchmarks.memory.step_bytes import step_bytes
 from benchmarks.optimizer import compile_time, curvature, quantization, refresh, step_time
 from benchmarks.optimizer.floor import accelerator_bounds, bytes_moved, floor_seconds, operations
@@ -172,16 +172,6 @@ def test_per_layer(tmp_path):
         assert row["layer_gradient_bytes"] == 4 * 4 * (4 * 128**2 + 3 * 128 * 352 + 2 * 128)
         assert row["temporary_bytes"] > 0 and row["in_place_bytes"] <= row["state_bytes"]
     assert [len(row["step_s"]) for row in rows] == [0, 1]
-
-
-@pytest.mark.usefixtures("fast_compile")
-def test_memory_breakdown(tmp_path):
-    output, figure = tmp_path / "breakdown.json", tmp_path / "breakdown.png"
-    breakdown.main(sizes=("nano",), tokens=8, output=output, figure=figure)
-    results = json.loads(output.read_text())
-    assert results["environment"].keys() == ENVIRONMENT and figure.exists()
-    for bar in results["bars"]:
-        assert bar["total"] == sum(bar["parts"].values())
 
 
 TINY = {
