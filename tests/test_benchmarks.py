@@ -2,6 +2,8 @@
 
 import json
 import math
+import pathlib
+import re
 
 import jax
 import optax
@@ -49,6 +51,17 @@ def test_floor_of_one_matrix_by_hand():
     assert accelerator_bounds(335, 1)["H100"] == pytest.approx(1e-10)
     assert accelerator_bounds(1, 197)["TPU v5e"] == pytest.approx(1 / 0.819e12)
     assert accelerator_bounds(1, 197_000)["TPU v5e"] == pytest.approx(1e-9)
+
+
+def test_the_readme_lists_every_program():
+    folder = pathlib.Path(__file__).parents[1] / "benchmarks"
+    table = re.findall(r"^\| \[?`([\w.]+)`", (folder / "README.md").read_text(), re.M)
+    modules = {
+        ".".join(p.relative_to(folder).with_suffix("").parts).removesuffix(".__main__")
+        for p in folder.rglob("*.py")
+        if "tyro.cli(" in p.read_text()
+    }
+    assert modules | {"memory.tables"} == set(table)
 
 
 OPTIMIZERS = ("optax.adamw", "galore_adamw")
