@@ -32,7 +32,7 @@ METHODS = get_args(Method)
 # Methods that call LAPACK, which may fail.
 FACTORISING = ("svd", "eigh", "randomized")
 
-# Power steps of a refresh from the previous basis and from a start; benchmarks/refresh.py measures
+# Power steps of a refresh from the previous basis and from a start; benchmarks.optimizer.refresh measures
 # the share of the energy of the best basis that they capture on gradients of a real model.
 WARM_STEPS, COLD_STEPS = 5, 8
 # Randomised SVD: columns beyond the rank, and power steps (Halko, Martinsson & Tropp 2011, §4.4).
