@@ -8,9 +8,10 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from examples.common.config import Json, differences
@@ -136,7 +137,7 @@ class Checkpoints:
             raise self._failed(error) from error
 
     def _failed(self, error: Exception) -> CheckpointError:
-        complete = [int(p.name) for p in self._directory.glob("*") if p.name.isdigit()]
+        complete = kept(self._directory)
         left = f"the one of micro-step {max(complete)} is complete" if complete else "there is none"
         lines = str(error).splitlines() or [type(error).__name__]
         return CheckpointError(
@@ -185,6 +186,41 @@ class Checkpoints:
         except CheckpointError:
             if kind is None:  # What went wrong first says more.
                 raise
+
+
+def kept(directory: Path) -> list[int]:
+    """Micro-steps of the complete checkpoints in a directory, in order."""
+    return sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit())
+
+
+def read_checkpoint(
+    directory: Path, number: int, like: Callable[[Json], Any] | None = None
+) -> tuple[Json, Any]:
+    """Configuration and parts of the state of a checkpoint, without changing the directory.
+
+    Args:
+      directory: that of :class:`Checkpoints`, of a run that may be in progress.
+      number: micro-step of the checkpoint.
+      like: from the configuration to the shapes of some fields of the state, a dict by their names.
+        The other fields are not read. Arrays are in host memory. None reads no state.
+
+    Raises:
+      CheckpointError: if the checkpoint is damaged.
+    """
+    what = damage(directory / str(number)) if like is not None else None
+    if what is not None:
+        raise CheckpointError(what)
+    # A manager would create, clean up or warn.
+    checkpoint = (directory / str(number)).absolute()
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        config = reader.restore(checkpoint / "config")
+    if like is None:
+        return config, None
+    shapes = like(config)
+    how = jax.tree.map(lambda x: ocp.RestoreArgs(restore_type=np.ndarray, dtype=x.dtype), shapes)
+    state = ocp.args.PyTreeRestore(shapes, restore_args=how, partial_restore=True)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        return config, reader.restore(checkpoint / "state", args=state)
 
 
 def _loss(metrics: Json) -> float:
