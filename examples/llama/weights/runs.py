@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import jax
 
 import natgalore_jax as ng
-from examples.common.checkpoints import kept, read_checkpoint
+from examples.common.checkpoints import damage, kept, read_checkpoint, steps_done
 from examples.common.config import Json
-from examples.common.errors import WeightsError
+from examples.common.errors import CheckpointError, WeightsError
 from examples.common.lora import Tree, partition, union
 from examples.llama.model.adapters import AdapterConfig, make_linear, without_adapters
 from examples.llama.model.config import ModelConfig
@@ -23,7 +23,7 @@ class SavedRun(NamedTuple):
     """One checkpoint of a run."""
 
     path: Path
-    micro_step: int
+    number: int  # The name of the checkpoint.
     model: ModelConfig
     adapter: AdapterConfig
     weight_bits: int | None
@@ -39,20 +39,21 @@ def saved_run(path: Path, step: int | None = None) -> SavedRun:
 
     Raises:
       WeightsError: if there is none of this step, or it is no checkpoint of `examples.llama`.
-      CheckpointError: if it is damaged.
     """
-    numbers = kept(path / CHECKPOINTS)
-    config, _ = read_checkpoint(path / CHECKPOINTS, numbers[-1])
+    checkpoints = path / CHECKPOINTS
+    numbers = kept(checkpoints)
+    config, _ = read_checkpoint(checkpoints, numbers[-1])
     try:
-        accumulate = config["accumulate"]
         model, adapter = ModelConfig(**config["model"]), AdapterConfig(**config["adapter"])
     except (LookupError, TypeError, ValueError) as error:
         raise WeightsError(f"{path}: no checkpoints of examples.llama ({error!r})") from error
-    number = numbers[-1] if step is None else step * accumulate
-    if number not in numbers:
-        steps = ", ".join(str(n // accumulate) for n in numbers if n % accumulate == 0)
+    by_step: dict[int | None, int] = {None: numbers[-1]}
+    if step is not None:
+        by_step = {done: n for n, (done, rest) in steps_done(checkpoints).items() if not rest}
+    if step not in by_step:
+        steps = ", ".join(map(str, by_step))
         raise WeightsError(f"{path}: no checkpoint of step {step}; there are those of {steps}")
-    return SavedRun(path, number, model, adapter, config.get("weight_bits"))
+    return SavedRun(path, by_step[step], model, adapter, config.get("weight_bits"))
 
 
 def read_weights(run: SavedRun) -> Tree:
@@ -69,7 +70,10 @@ def read_weights(run: SavedRun) -> Tree:
             params = jax.eval_shape(ng.training.quantize_weights, params)
         return {"params": params, "frozen": frozen}
 
-    _, state = read_checkpoint(run.path / CHECKPOINTS, run.micro_step, like)
+    what = damage(run.path / CHECKPOINTS / str(run.number))
+    if what is not None:
+        raise CheckpointError(what)
+    _, state = read_checkpoint(run.path / CHECKPOINTS, run.number, like)
     params = state["params"]
     if run.weight_bits is not None:
         params = ng.training.dequantize_weights(params, run.model.param_dtype)
