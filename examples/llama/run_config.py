@@ -66,16 +66,18 @@ class OutputConfig:
 class RunConfig:
     """Pre-train a LLaMA on text.
 
-    Writes runs/NAME with config.json, metrics.jsonl, curves.png, sample.txt, summary.json and
-    checkpoints. Ctrl-C or SIGTERM saves and stops after the current batch (exit code 130 or 143);
-    --resume goes on from there. Errors end with exit code 1, wrong arguments with 2.
+    Writes runs/NAME with config.json, metrics.jsonl, curves.png, sample.txt, summary.json,
+    checkpoints and, at the end, the weights in the Hugging Face layout. Ctrl-C or SIGTERM saves and
+    stops after the current batch (exit code 130 or 143); --resume goes on from there. Errors end
+    with exit code 1, wrong arguments with 2.
     """
 
     preset: PresetName = "nano"
     """Sizes of the model and of the run; every other option overrides a part of it."""
     init_from: str | None = None
-    """Continue from published LLaMA weights: a GGUF file, a directory in the Hugging Face layout, a
-    name on its hub, or `smollm2-135m-instruct`. Model and tokenizer are those of the weights."""
+    """Continue from trained weights: the directory of a run, a directory in the Hugging Face layout
+    such as RUN/export, a GGUF file, a name on the hub, or `smollm2-135m-instruct`. Model and
+    tokenizer are those of the weights."""
     steps: int = 600
     """Optimizer steps."""
     batch_size: int = 16

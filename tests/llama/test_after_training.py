@@ -138,3 +138,16 @@ def test_errors_are_one_line(finished, places, capsys):
         assert message in captured.err
         assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
     assert (finished[0] / "export").is_dir()
+
+
+def test_the_extra_examples_is_enough():
+    """What only published weights need is not imported."""
+    program = (
+        "import sys; sys.modules.update(gguf=None, jinja2=None, transformers=None)\n"
+        "import examples.llama.__main__, examples.llama.sample, examples.llama.evaluate\n"
+        "import examples.llama.export\n"
+        "from examples.llama.weights.files import open_weights\n"
+        "open_weights('model.gguf')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1].endswith("WeightsError: model.gguf: no such file")
