@@ -193,6 +193,15 @@ def with_params(
     return nnx.merge(nnx.graphdef(model), params)
 
 
+def abstract_params(config: ModelConfig, make_linear: MakeLinear = dense) -> dict[str, Any]:
+    """Shapes and dtypes of all parameters, a pure dict."""
+
+    def make() -> Llama:
+        return Llama(config, rngs=nnx.Rngs(0), make_linear=make_linear)
+
+    return nnx.to_pure_dict(nnx.state(nnx.eval_shape(make), nnx.Param))
+
+
 def stack_layers(params: dict[str, Any]) -> dict[str, Any]:
     """Parameters of an unstacked model, as a pure dict, in the layout of a stacked one."""
     layers = [params["layers"][i] for i in sorted(params["layers"])]
