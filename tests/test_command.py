@@ -110,7 +110,7 @@ def test_shapes_from_a_file(tmp_path, capsys):
         ('{"a": {"w": [2, 0]}}', r"a/w: a shape is a list of positive integers.*got \[2, 0\]"),
         ('{"a": [true]}', r"a: a shape is .*got \[true\]"),
         ('{"a": "2x3"}', 'a: a shape is .*got "2x3"'),
-        ('{"a": [2], "a": [3]}', "a name stands once in an object, got a twice"),
+        ('{"a": [2], "a": [3]}', "keys must be unique, duplicate key: 'a'"),
         ('{"a": {"shape": [2], "dtype": "int8"}}', 'a: dtype must be one of float32.*got "int8"'),
         ('{"a": {"shape": [2], "size": 2}}', "a has a shape and, at most, a dtype; got size"),
         ('{"w": [8, 8]}', "where selects no parameter to project at rank 128"),

@@ -10,9 +10,7 @@ from benchmarks.quality.variants import recipe
 
 def test_the_recipe_in_parts_is_the_default():
     params = {"w": jax.random.normal(jax.random.key(0), (24, 32)), "b": jnp.zeros(5)}
-    whole = ng.natural_galore_adamw(
-        0.02, rank=4, update_interval=2, weight_decay=0.0, unprojected_ratio=1.0
-    )
+    whole = ng.natural_galore_adamw(0.02, rank=4, update_interval=2, weight_decay=0.0)
     optimizers = whole, recipe(0.02, rank=4, update_interval=2, steps=9)
     states = [tx.init(params) for tx in optimizers]
     for step in range(3):

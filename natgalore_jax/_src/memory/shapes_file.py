@@ -16,14 +16,14 @@ def read_shapes(file: str | Path, dtype: str) -> dict[str, Any]:
     Args:
       file: a JSON object. A value is a shape, ``[512, 512]``; an object with a shape and its dtype,
         ``{"shape": [512], "dtype": "float32"}``; or an object of further names.
-      dtype: of the parameters that name none.
+      dtype: of parameters without a dtype.
 
     Raises:
       OSError: if the file cannot be read.
-      ValueError: if it is no such object; the message names the parameter.
+      ValueError: for any other content, with the name of the parameter.
     """
     try:
-        content = json.loads(Path(file).read_text("utf-8"), object_pairs_hook=_without_repeats)
+        content = json.loads(Path(file).read_text("utf-8"), object_pairs_hook=_unique_keys)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     except ValueError as error:
@@ -35,10 +35,10 @@ def read_shapes(file: str | Path, dtype: str) -> dict[str, Any]:
     return shapes
 
 
-def _without_repeats(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in pairs]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"a name stands once in an object, got {', '.join(repeated)} twice")
+        raise ValueError(f"keys must be unique, duplicate key: {', '.join(map(repr, repeated))}")
     return dict(pairs)
 
 
@@ -54,7 +54,7 @@ def _tree(file: str, path: tuple[str, ...], value: Any, dtype: str) -> Any:
 
 
 def _leaf(where: str, shape: Any, dtype: Any) -> jax.ShapeDtypeStruct:
-    # type() because True is an int.
+    # isinstance(True, int) holds, and True is not a size: compare types.
     if not isinstance(shape, list) or any(type(size) is not int or size < 1 for size in shape):
         raise ValueError(
             f"{where}: a shape is a list of positive integers, such as [512, 512], "
