@@ -73,6 +73,7 @@ def run(config: SampleConfig) -> int:
             sampling,
             jax.random.fold_in(jax.random.key(config.seed), i),
             loaded.end_ids,
+            add_special_tokens=True,
         )
         for part in text:
             print(part, end="", flush=True)
@@ -88,11 +89,16 @@ def continued(
     sampling: Sampling,
     key: jax.Array,
     end_ids: tuple[int, ...] = (),
+    add_special_tokens: bool = False,
 ) -> Iterator[str]:
-    """`prompt`, or as much of its end as leaves room, and its continuation, part by part."""
+    """`prompt`, or as much of its end as leaves room, and its continuation, part by part.
+
+    With `add_special_tokens` the prompt begins as the tokenizer's file says: published models
+    expect that, and tokenizers of runs have nothing to add.
+    """
     room = model.config.max_length
     start = list(end_ids[:1]) or [end_of_text(tokenizer)]
-    ids = tokenizer.encode(prompt, add_special_tokens=False).ids or start
+    ids = tokenizer.encode(prompt, add_special_tokens=add_special_tokens).ids or start
     ids = ids[-max(1, room // 2, room - tokens) :]
     shown = "" if ids == start else tokenizer.decode(ids)
     yield printable(shown)

@@ -128,6 +128,7 @@ def replace_llama(pretrained: PretrainedLlama, directory: Path) -> None:
     Raises:
       WeightsError: if the directory has other files than those of a model.
     """
+    directory = directory.resolve()  # "." has no name.
     if directory.exists() and any(directory.iterdir()):
         path = directory / CONFIG
         if not path.exists() or read_json(path).get("model_type") != "llama":
