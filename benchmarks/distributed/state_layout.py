@@ -1,4 +1,4 @@
-"""What each device holds and sends when weights are divided over devices, from shapes alone.
+"""Bytes that each device holds and sends when weights are sharded, from shapes alone.
 
 ``python -m benchmarks.distributed.state_layout`` prints the tables of docs/sharding.md and draws
 its figure. Memory is that of the shardings of ``ng.training.state_shardings``. What is sent follows

@@ -118,7 +118,7 @@ BEGIN, END = "<!-- quality:begin -->", "<!-- quality:end -->"
 
 
 def fill(text: str, content: str) -> str:
-    """``text`` with ``content`` between the two marks, in the place of what was there.
+    """``text`` with ``content`` between the two marks, instead of what was there.
 
     A text without marks is returned as it is.
 

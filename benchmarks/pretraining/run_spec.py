@@ -40,7 +40,7 @@ class Common:
     steps: int | None = None
     """Optimizer steps, instead of the preset's."""
     rows: int | None = None
-    """Rows of the batch of a step, in the place of the preset's."""
+    """Rows of the batch of a step, instead of the preset's."""
     dtype: Dtype = "float32"
     """What products are computed in."""
     param_dtype: Dtype | None = None

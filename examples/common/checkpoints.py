@@ -289,7 +289,7 @@ def damage(checkpoint: Path) -> str | None:
         if path is None:
             return f"{checkpoint / name}: the file is missing"
         if path.stat().st_size != size:
-            return f"{path}: {path.stat().st_size} bytes in the place of {size}"
+            return f"{path}: {path.stat().st_size} bytes instead of {size}"
         if _digest(path) != digest:
             return f"{path}: the content is not what was written"
     return None

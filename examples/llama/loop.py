@@ -59,7 +59,7 @@ def train(
       reporter: Is told about progress. Without it nothing is printed.
       should_stop: Asked after each micro-batch and before each batch of an evaluation; once true,
         the run is saved and ends. A run that is resumed begins with the evaluation that was due.
-      initial: Gives the weights to start from, of a model without adapters, in the place of random
+      initial: Gives the weights to start from, of a model without adapters, instead of random
         ones. Not called by a run that is resumed.
 
     Returns:

@@ -96,7 +96,7 @@ class RunConfig:
     """Store the matrices of the layers in 8 bits, decoded one layer at a time and rounded
     stochastically after each update. Needs --per-layer. An evaluation decodes all of them."""
     offload: Literal["none", "state", "weights"] = "none"
-    """What is kept in the memory of the host between uses: the optimizer's state, with --per-layer
+    """Kept in host memory between uses: the optimizer's state, with --per-layer
     fetched layer by layer; or the weights of the layers too, which needs --per-layer."""
     seed: int = 0
     """Of the initial weights, the order of the data and the optimizer's random subspaces."""

@@ -19,7 +19,7 @@ def best_epoch(records: list[Record]) -> Record:
 
 
 def save_best(params: Params, prepared: Prepared, run_dir: Path) -> None:
-    """Writes plain weights in the Hugging Face layout, in the place of those before."""
+    """Writes plain weights in the Hugging Face layout, instead of those before."""
     chat = prepared.chat
     model = PretrainedLlama(
         with_params(prepared.model, params),

@@ -44,7 +44,7 @@ class Llama(nnx.Module):
     ``layers.<i>.{attention_norm,mlp_norm}.scale (D,)``, ``norm.scale (D,)`` and, unless the
     embeddings are tied, ``head.kernel (D, V)``. With ``config.stacked`` the ``<i>`` is not there
     and every parameter of ``layers`` has a leading axis L. ``make_linear`` may put something else
-    in the place of the linear maps of the layers.
+    instead of the linear maps of the layers.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, make_linear: MakeLinear = dense):
