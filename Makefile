@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain finetune functions test lint format docs notebooks test-lowest test-newest release bench reproduce-quality clean
+.PHONY: help setup pretrain finetune functions test test-all test-slow lint format docs notebooks test-lowest test-newest release bench reproduce-quality clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,9 +65,16 @@ functions: $(VENV)/.pretrained $(VENV)/.functions ## fine-tune SmolLM2 on 12 pla
 
 # Many tests compile the same programs: what one has compiled, all workers and later runs have.
 TESTING := NPROC=32 JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax-tests JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3
+SHARD ?= 1/1
 
-test: $(VENV)/.dev $(VENV)/.glue $(SNIPPETS) ## run the tests; ARGS="tests/test_basis.py -k power" for some of them
+test: $(VENV)/.dev $(VENV)/.glue $(SNIPPETS) ## run the fast tests, about 6 minutes; ARGS="tests/test_basis.py -k power" for some of all tests
+	$(TESTING) $(BIN)/python -m pytest -n 2 $(or $(ARGS),-m "not slow")
+
+test-all: $(VENV)/.dev $(VENV)/.glue $(SNIPPETS) ## run every test, about half an hour
 	$(TESTING) $(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-slow: $(VENV)/.dev $(VENV)/.glue $(SNIPPETS) ## run the slow tests; SHARD=2/4 for the second quarter of them
+	$(TESTING) $(BIN)/python -m pytest -n 2 -m slow --shard $(SHARD) $(ARGS)
 
 # Environments of their own, for both ends of the range of versions.
 .venv-lowest/.tests: pyproject.toml constraints-lowest.txt

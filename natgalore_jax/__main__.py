@@ -1,4 +1,4 @@
-"""``python -m natgalore_jax``: versions and devices; of a model, the memory of optimizer states."""
+"""Command line: versions and devices, and the memory of optimizer states for a model."""
 
 import argparse
 import collections
@@ -60,7 +60,7 @@ def _environment() -> str:
     ]
     try:
         devices = jax.devices()
-    except RuntimeError as error:  # A diagnosis must not end where jax cannot start.
+    except RuntimeError as error:  # jax without a working backend is part of the diagnosis
         return _lines([*rows, ["devices", f"none, {error}"]])
     kinds = collections.Counter((d.platform, d.device_kind) for d in devices)
     for (backend, kind), count in kinds.items():

@@ -89,6 +89,27 @@ def test_dtypes_may_not_be_promoted_outside(name):
             check_signatures(OWN[name](), dtype)
 
 
+MIXED = {
+    "scale_by_adam_8bit": lambda: ng.scale_by_adam_8bit(min_size=4),
+    "quantize_state": lambda: ng.quantize_state(optax.trace(0.9), min_size=4),
+    "projection": lambda: ng.chain(ng.low_rank_project(rank=RANK), ng.project_back()),
+    "ldadam": lambda: ng.contrib.scale_by_ldadam(rank=RANK),
+    "apollo": lambda: ng.contrib.scale_by_apollo(rank=RANK),
+    "racs": lambda: ng.contrib.scale_by_racs(),
+    "column norms": lambda: ng.contrib.scale_by_column_norms(),
+    "alice": lambda: ng.contrib.scale_by_alice(rank=RANK),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_wide_gradients_of_narrow_parameters_under_strict_promotion(name):
+    tx, params, grads = MIXED[name](), specs(jnp.bfloat16), specs(jnp.float32)
+    expected = jax.eval_shape(lambda g, w: tx.update(g, tx.init(w), w)[0], grads, params)
+    with configured(jax_numpy_dtype_promotion="strict", jax_numpy_rank_promotion="raise"):
+        actual = jax.eval_shape(lambda g, w: tx.update(g, tx.init(w), w)[0], grads, params)
+    assert signature(actual) == signature(expected)
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_products_state_their_precision(precision):
     """The program is the same one, so that its numbers are."""
@@ -163,3 +184,18 @@ def test_float64_numbers_are_those_of_float32(fast_compile):
         actual = two_steps(covering(), jnp.float64)
     for a, e in zip(actual, expected, strict=True):
         np.testing.assert_allclose(a, e, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize(
+    "factory", [ng.contrib.scale_by_ldadam, ng.contrib.scale_by_apollo, ng.contrib.scale_by_alice]
+)
+def test_random_numbers_of_other_methods_are_the_same(factory, fast_compile):
+    grads = random_like(zeros(), 1)
+
+    def update():
+        tx = factory(rank=RANK)
+        return tx.update(grads, tx.init(grads), grads)[0]
+
+    expected = update()
+    with configured(jax_threefry_partitionable=False, jax_default_prng_impl="rbg"):
+        jax.tree.map(np.testing.assert_array_equal, update(), expected)

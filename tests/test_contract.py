@@ -11,6 +11,16 @@ from contract import FACTORIES, HISTORY, INTERVAL, RANK, random_like, signature,
 import natgalore_jax as ng
 
 every_factory = pytest.mark.parametrize("name", FACTORIES)
+# Compiled in the fast tier: each kind of projection, state and number format once. The signatures
+# of all are tested there by tracing.
+COVERING = {
+    *("low_rank_project, adam, project_back", "tucker", "online", "all parts"),
+    *("natural_galore_adamw", "natural_galore in ng.chain", "quantize_state in a subspace"),
+    *("4-bit bases, 8-bit history", "galore_adamw with residual", "apollo_adamw", "ldadamw"),
+}
+every_compiled_factory = pytest.mark.parametrize(
+    "name", [n if n in COVERING else pytest.param(n, marks=pytest.mark.slow) for n in FACTORIES]
+)
 both_dtypes = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 
 
@@ -88,7 +98,7 @@ def test_map_params_reaches_every_entry_of_a_parameter_and_nothing_else(name):
     assert any(isinstance(leaf, str) for leaf in jax.tree.leaves(mapped))
 
 
-@every_factory
+@every_compiled_factory
 def test_one_compilation_and_finite_updates_over_two_refreshes(name):
     tx = FACTORIES[name]()
     params, traces = random_like(zeros(), 0), []
@@ -219,6 +229,7 @@ def _bases(state):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.slow
 @every_factory
 def test_a_non_finite_gradient_shows_in_the_update_of_its_matrix_alone(name, bad):
     """At a step at which bases are refreshed, and at another one."""
@@ -234,6 +245,7 @@ def test_a_non_finite_gradient_shows_in_the_update_of_its_matrix_alone(name, bad
                 assert_close(*map(without_the_layer, (updates, expected)), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @every_factory
 def test_apply_if_finite_goes_on_as_if_the_step_had_not_been(name):
     params = random_like(zeros(), 0)

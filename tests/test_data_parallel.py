@@ -144,7 +144,7 @@ def test_errors(mesh):
     with pytest.raises(ValueError, match=r"residual='none'"):
         ng.training.data_parallel_step(loss, residual, mesh)
     galore = OPTIMIZERS["galore"]()
-    with pytest.raises(ValueError, match=r"axis_name='rows' is no axis of the mesh, \('data',\)"):
+    with pytest.raises(ValueError, match=r"axis_name='rows' is not an axis .*, \('data',\)"):
         ng.training.data_parallel_step(loss, galore, mesh, axis_name="rows")
     with pytest.raises(ValueError, match="micro_batches"):
         ng.training.data_parallel_step(loss, galore, mesh, micro_batches=0)

@@ -134,8 +134,8 @@ def test_what_is_said_though_it_holds_anyway_is_accepted():
         ({"where": lambda path, leaf: False}, ValueError, "block/w (6, 8)"),
         ({"rank": 6}, ValueError, "where selects no parameter to project at rank 6"),
         ({"where": {"block": {"w": 1}, "b": False}}, TypeError, "where must be True or False"),
-        ({"where": {"block": True}}, ValueError, "where is no prefix of the tree of parameters"),
-        ({"axes": {"block": None}}, ValueError, "axes is no prefix of the tree of parameters"),
+        ({"where": {"block": True}}, ValueError, "where is not a prefix of the tree of parameters"),
+        ({"axes": {"block": None}}, ValueError, "axes is not a prefix of the tree of parameters"),
         ({"axes": {"block": (0, 1), "b": None}}, (TypeError, ValueError), "axes"),
         ({"axes": ng.MatrixAxes(0, 2)}, ValueError, "block/w: MatrixAxes(rows=(0,), cols=(2,)) is"),
         (

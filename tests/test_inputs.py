@@ -152,7 +152,7 @@ def test_where_of_moments_inside_a_mask():
 def test_a_tree_that_does_not_fit_names_the_place():
     for argument in ("where", "axes"):
         tree = {"dense": {"kernel": None}, "layers": None}
-        with pytest.raises(ValueError, match=rf"{argument} is no prefix .*: dense is .*bias"):
+        with pytest.raises(ValueError, match=rf"{argument} is not a prefix .*: dense is .*bias"):
             ng.galore_adamw(0.1, rank=2, **{argument: tree}).init(zeros())
 
 

@@ -212,10 +212,10 @@ PARAMS = {"w": jnp.ones((6, 8)), "b": jnp.ones(8)}
 @pytest.mark.parametrize(
     ("tx", "error", "message"),
     [
-        (optax.adamw(0.1), TypeError, "takes what natgalore_jax.chain returns"),
+        (optax.adamw(0.1), TypeError, "takes a result of natgalore_jax.chain"),
         (optax.chain(ng.galore_adamw(0.1, rank=2)), TypeError, "optax.chain"),
         (optax.MultiSteps(ng.galore_adamw(0.1, rank=2), 2), TypeError, "hides the subspace"),
-        (ng.low_rank_project(rank=2), TypeError, "takes what natgalore_jax.chain returns"),
+        (ng.low_rank_project(rank=2), TypeError, "takes a result of natgalore_jax.chain"),
         (ng.chain(optax.sgd(0.1)), ValueError, "with one subspace (low_rank_project or natur"),
         (
             ng.chain(ng.natural_galore(2), ng.project_back(), ng.natural_galore(2)),

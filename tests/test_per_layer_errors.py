@@ -40,7 +40,7 @@ def test_an_optimizer_that_mixes_parameters_is_refused():
         (
             {"layers": {"gain": jnp.ones((8, D)), "up": jnp.ones((8, D, F))}},
             {},
-            r"layers/gain: axis 0 of \(8, 12\), that of the layers",
+            r"layers/gain: axis 0 of \(8, 12\), the layer axis",
         ),
     ],
 )
@@ -55,7 +55,7 @@ def test_an_optimizer_that_treats_one_layer_otherwise_is_refused():
         return "down" in path or ("up" in path and leaf.size > 300)
 
     tx = ng.galore_adamw(0.1, rank=4, where=where)
-    with pytest.raises(ValueError, match=r"differently about one layer than .*layers/up"):
+    with pytest.raises(ValueError, match=r"one layer differently from the stack.*layers/up"):
         ng.training.per_layer(tx, embed, layer, head).init(init_params())
 
 

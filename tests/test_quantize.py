@@ -12,9 +12,9 @@ from natgalore_jax._src.kernels.float8_blocks import (
     block_sum,
     blocks_between,
     blocks_of,
+    broadcast_blocks,
     decode,
     encode,
-    spread,
 )
 
 encode = jax.jit(encode, static_argnames="is_second")
@@ -77,11 +77,11 @@ def test_error_bounds_of_each_block(is_second):
     codes = encode(jnp.asarray(x), bounds, is_second=is_second)
     error = np.abs(np.asarray(decode(codes, bounds, is_second=is_second), np.float64) - x)
     c = np.vectorize(oracle.c_of)(np.asarray(bounds, np.float64), is_second)
-    c = np.asarray(spread(jnp.asarray(c, jnp.float32), x.shape), np.float64)
+    c = np.asarray(broadcast_blocks(jnp.asarray(c, jnp.float32), x.shape), np.float64)
     # Half a step of the octave that |x| + c is in; a step is at most 1/16 of the octave's start.
     assert np.all(error <= (np.abs(x) + c) / 32 * (1 + 1e-6))
     # c itself is small beside the largest of the block.
-    largest = np.asarray(spread(bounds, x.shape), np.float64)
+    largest = np.asarray(broadcast_blocks(bounds, x.shape), np.float64)
     at_most = 2.0 ** (-16 if is_second else -8) * largest * 32 / 15
     assert np.all(c[largest > 0] <= at_most[largest > 0])
 
@@ -161,7 +161,7 @@ def test_bounds_of_blocks_and_back(shape):
     np.testing.assert_allclose(
         total, np.stack([p.sum(blocks.axis) for p in parts], blocks.axis), 1e-5
     )
-    back = np.asarray(spread(jnp.asarray(largest), shape))
+    back = np.asarray(broadcast_blocks(jnp.asarray(largest), shape))
     expected = [np.broadcast_to(p.max(blocks.axis, keepdims=True), p.shape) for p in parts]
     np.testing.assert_array_equal(back, np.concatenate(expected, blocks.axis))
 

@@ -294,3 +294,12 @@ def test_errors():
     tx = ng.scale_by_adam_8bit()
     with pytest.raises(ValueError, match=r"w: the update has shape \(64, 96\)"):
         tx.update({"w": jnp.ones((64, 96))}, tx.init({"w": jnp.ones(SHAPE)}))
+
+
+def test_random_keys_in_the_inner_state_are_left_alone():
+    inner = optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(0)), optax.trace(0.9))
+    tx, params = ng.quantize_state(inner, min_size=1), {"w": jnp.ones((8, 64))}
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = tx.update(params, state, params)
+    assert jnp.all(jnp.isfinite(updates["w"]))

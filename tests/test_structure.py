@@ -3,6 +3,7 @@
 import ast
 from pathlib import Path
 
+import durations
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -70,3 +71,9 @@ def test_modules_do_not_import_each_other_in_a_circle(root):
         for name in leaves:
             del open_[name]
     assert open_ == {}
+
+
+def test_shards_have_every_test_file_once():
+    files = {str(p.relative_to(ROOT)) for p in (ROOT / "tests").rglob("test_*.py")}
+    parts = [durations.shard(files, number, 4) for number in (1, 2, 3, 4)]
+    assert set().union(*parts) == files and sum(map(len, parts)) == len(files)

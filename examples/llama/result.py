@@ -1,4 +1,4 @@
-"""What a run came to."""
+"""Result of a run."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from examples.llama.training.train_step import Apply
 
 @dataclass(frozen=True)
 class Result:
-    """All of it, in arrays of this process."""
+    """Result of a run, in arrays of this process."""
 
     config: RunConfig
     """With the vocabulary of the tokenizer."""

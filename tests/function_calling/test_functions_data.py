@@ -30,7 +30,7 @@ def test_tinyagent():
     assert write_plan(first.plan) == (
         '1. get_email_address("Ann Smith")\n'
         '2. get_zoom_meeting_link("Planning", "2024-05-31 14:00:00", 60, ["$1"])\n'
-        '3. compose_new_email(["$1"], [], "Planning", "Join at ${2}, it costs $$300.", [])\n'
+        '3. compose_new_email(["$1"], [], "Planning", "Join at $2, it costs $$300.", [])\n'
         "4. join()\n"
         "<END_OF_PLAN>"
     )
@@ -54,7 +54,7 @@ def test_nestful():
     )
     assert write_plan(second.plan) == (
         '1. Air_com_Search_Airport(query="Oslo")\n'
-        '2. Calculate(numbers="${1.Air Miles} * 1.6 + ${1.position.lat}")\n'
+        '2. Calculate(numbers="${1.Air Miles} * 1.6 + $1.position.lat")\n'
         '3. Calculate(numbers="$2")\n'
         '4. Calculate(numbers="$3")\n'
         "5. join()\n"

@@ -10,8 +10,7 @@ from safetensors.numpy import load_file
 from examples.common.reporter import Silent
 from examples.finetune.planner.__main__ import main
 from examples.finetune.planner.data import load_tinyagent
-from examples.finetune.planner.plans.metrics import score, verdict
-from examples.finetune.planner.plans.parse import parse_plan
+from examples.finetune.planner.plans.metrics import verdict
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -114,8 +113,7 @@ def test_a_verdict_says_what_is_wrong(directory):
     record = next(r for r in records if r.plan.tools == ("open_and_get_file_path", "summarize_pdf"))
 
     def said(text):
-        plan = parse_plan(text)
-        return verdict(record, plan, score(record, plan))
+        return verdict(record, text)
 
     first = '1. open_and_get_file_path("tax.pdf")\n'
     assert said(f'{first}2. summarize_pdf("$1")\n3. join()') == "right"

@@ -103,7 +103,7 @@ def test_form():
     assert write_plan(plan) == (
         '1. find("Müller\\n")\n'
         '2. send(["$1", "$1.id"], b={"a": None})\n'
-        '3. note("for ${2} and $$5", "$$5")\n'
+        '3. note("for $2 and $$5", "$$5")\n'
         "4. join()\n"
         "<END_OF_PLAN>"
     )

@@ -55,6 +55,7 @@ def start(arguments: list[str]) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_it_has_a_pulse(arguments, tmp_path):
     steps = ["--steps", "6", "--eval-every", "3", "--accumulate", "2", "--interval", "3"]
     program = start([*arguments, *steps])
@@ -79,6 +80,7 @@ def test_it_has_a_pulse(arguments, tmp_path):
     assert len(np.unique(image.reshape(-1, image.shape[-1]), axis=0)) > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_stops(arguments, tmp_path, number):
     program = start([*arguments, "--steps", "100000", "--optimizer", "adamw"])
@@ -96,6 +98,7 @@ def test_a_signal_saves_and_stops(arguments, tmp_path, number):
         assert checkpoints.latest() == last < 100000
 
 
+@pytest.mark.slow
 def test_resume_and_overwrite(arguments, tmp_path, capsys):
     adamw = [*arguments, "--optimizer", "adamw", "--steps", "2", "--quiet"]
     assert main(adamw) == 0

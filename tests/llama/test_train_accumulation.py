@@ -40,7 +40,7 @@ def whole(fast_compile):
 
 
 def test_a_basis_that_needs_no_gradient_gives_the_losses_of_one_large_batch():
-    optimizer = dataclasses.replace(OPTIMIZER, method="gaussian")
+    optimizer = dataclasses.replace(OPTIMIZER, name="galore", method="gaussian")
     small = train(run_config(optimizer), splits=tiny.splits())
     large = train(run_config(optimizer, accumulate=1, batch_size=4), splits=tiny.splits())
     assert small.steps == large.steps == 8  # with a refresh after 5

@@ -10,7 +10,6 @@ import numpy as np
 from examples.common.train_state import Params
 from examples.finetune.planner.batches import batches, learned_tokens
 from examples.finetune.planner.plans.metrics import Scores, mean_scores, score
-from examples.finetune.planner.plans.parse import parse_plan
 from examples.finetune.planner.plans.records import Record
 from examples.finetune.planner.prepare import Prepared, Split
 from examples.finetune.planner.train_step import loss_of
@@ -110,7 +109,7 @@ class Evaluator:
             self._compiled.add(width)
             for i, tokens, ended in zip(numbers, generated.tokens, generated.ended, strict=False):
                 record, text = part.records[i], chat.decode(tokens)
-                found[i] = Prediction(record, text, ended, score(record, parse_plan(text)))
+                found[i] = Prediction(record, text, ended, score(record, text))
         return tuple(found[i] for i in range(len(found))), seconds
 
     def _unstacked(self, params: Params) -> Llama:

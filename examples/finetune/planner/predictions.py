@@ -8,7 +8,7 @@ from typing import Any
 
 from examples.finetune.planner.evaluate import Prediction
 from examples.finetune.planner.plans.metrics import verdict
-from examples.finetune.planner.plans.parse import parse_plan, write_plan
+from examples.finetune.planner.plans.parse import write_plan
 
 
 def write_predictions(
@@ -34,7 +34,7 @@ def write_predictions(
 
 def _row(prediction: Prediction) -> dict[str, Any]:
     record, text = prediction.record, prediction.text
-    said = verdict(record, parse_plan(text), prediction.scores)
+    said = verdict(record, text)
     return {
         "id": record.id,
         "question": record.query,

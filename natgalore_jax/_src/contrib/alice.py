@@ -1,4 +1,4 @@
-"""Alice: Adam in a tracked eigenbasis that is partly switched, and compensation outside of it."""
+"""Alice: Adam in a tracked, partly switched eigenbasis, and compensation of the residual."""
 
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ from natgalore_jax._src.states.tree_checks import check_moments, flatten_like, w
 from natgalore_jax._src.subspace.project import start_factors
 from natgalore_jax._src.subspace.subspace import low_rank_leaf
 
-# Adam's decays for parameters that are not projected, as in the paper.
+# Adam's decays for unprojected parameters, as in the paper.
 ADAM_B1, ADAM_B2 = 0.9, 0.999
 
 
@@ -38,19 +38,19 @@ class ScaleByAliceState(NamedTuple):
     """State of :func:`.scale_by_alice`."""
 
     #: An optax.ScaleByAdamState. mu and nu are trees of parameters: batch + (rank, n) or (m, rank)
-    #: where a matrix is projected, else its own shape; dtype of the parameter.
+    #: where projected, else the parameter's shape; dtype of the parameter.
     adam: Any
     #: U. The tree of parameters: batch + the axes of the shorter side + (rank,), dtype of the
-    #: parameter, zero before the first gradient; or MaskedNode where nothing is projected.
+    #: parameter, zero before the first gradient; MaskedNode where unprojected.
     basis: Any
     #: The average of the projected gradient times its transpose. The tree of parameters: batch +
-    #: (rank, rank), float32; or MaskedNode where nothing is projected and without tracking.
+    #: (rank, rank), float32; MaskedNode where unprojected, or without tracking.
     tracked: Any
     #: p. The tree of parameters: batch + the axes of the longer side, float32, the average squared
-    #: norm of what a column of the gradient has outside of the basis; or MaskedNode.
+    #: norm of each column of the residual; MaskedNode where unprojected.
     residual_energy: Any
-    #: φ. The tree of parameters: batch, float32, the norm of each matrix's last compensation; or
-    #: MaskedNode where nothing is projected or there is no limit.
+    #: φ. The tree of parameters: batch, float32, the norm of each matrix's last compensation;
+    #: MaskedNode where unprojected, or without a limit.
     residual_norm: Any
 
 
@@ -69,17 +69,17 @@ def scale_by_alice(
     axes: AxesLike = None,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adam in the leading eigenbasis of averaged gradients, and a compensation outside of it.
+    r"""Adam in the leading eigenbasis of averaged gradients, and compensation of the residual.
 
-    For one matrix with gradient G, turned so that its m rows are its shorter side, at step 1 and
+    For one matrix with gradient G, transposed if its columns are the shorter side, at step 1 and
     every T steps
 
     .. math::
       Q = \beta_3 U \tilde Q U^\top + (1 - \beta_3)\, G G^\top, \qquad
       U' = \mathrm{eigenvectors}(Q), \qquad U = [U'_{:,1 \dots l}, \; V]
 
-    with V (m, r − l) drawn at random, without repetition, from a basis of the complement of the r
-    columns of U'. At every step, squares by element,
+    with V (m, r − l) sampled without replacement from a basis of the complement of the r columns of
+    U'. At every step, squares by element,
 
     .. math::
       \begin{align*}
@@ -94,44 +94,45 @@ def scale_by_alice(
         S = \alpha\, (U \omega + \alpha_c C)
       \end{align*}
 
-    with φ the norm of the last C. ``b3=0`` is Alice-0, without tracking: Q is of one gradient.
-    There is no bias correction, as in the paper, and a new U leaves M, V and :math:`\tilde Q` as
-    they are. U' is one step of subspace iteration from U: a QR factorisation of Q U, and an
-    eigendecomposition of r × r. The first U' is an eigendecomposition of :math:`G G^\top`, m × m.
-    The basis of the complement comes from a QR factorisation, m × m. These call LAPACK, for one
-    matrix at a time and whole on every device.
+    with φ the norm of the last C. ``b3=0`` is Alice-0, without tracking: Q is from one gradient. As
+    in the paper, there is no bias correction, and M, V and :math:`\tilde Q` are kept at a refresh.
+    U' is one step of subspace iteration from U: a QR factorisation of Q U, and an r × r
+    eigendecomposition. The first U' is an eigendecomposition of :math:`G G^\top`, m × m. The basis
+    of the complement is from an m × m QR factorisation. These call LAPACK for one matrix at a time,
+    replicated on every device.
 
-    The state of a matrix is mr + 2rn numbers in its dtype, and n + 1 in float32, with tracking
-    :math:`r^2` more. Other parameters take Adam's step with decays 0.9 and 0.999, unscaled.
+    The state of a matrix is mr + 2rn numbers in its dtype and n + 1 in float32, and with tracking
+    :math:`r^2` more. Unprojected parameters take Adam's step with decays 0.9 and 0.999, unscaled.
 
     Args:
       rank: r, clipped per matrix to its shorter side.
       update_interval: T. The basis changes at the steps 1, T, 2T, ..., counted from one.
-      leading: l, eigenvectors that stay; None: 5/16 of r, which is 40 of 128 and 160 of 512 as in
-        the paper. At most r, and at least 2r − m, so that the complement has the others.
+      leading: l, number of leading eigenvectors that are kept; None: 5/16 of r, which is 40 of 128
+        and 160 of 512 as in the paper. It is clipped to at most r, and to at least 2r − m, because
+        the complement has m − r vectors.
       b1, b2, b3: β₁ of M and p, β₂ of V, β₃ of the tracked matrix.
       eps: ε, here and in Adam.
       scale: α, a number or a traced scalar.
       compensation_scale: α_c, a number or a traced scalar.
       norm_growth_limit: γ; None: no limit.
-      where, axes: see :func:`low_rank_project`.
-      seed: of the draws.
+      where, axes: see :func:`.low_rank_project`.
+      seed: of the random samples.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with a :class:`.ScaleByAliceState`.
 
     Raises:
       TypeError, ValueError: at construction for an argument of a wrong type or value; at ``init``
-        as :func:`low_rank_project`; at ``update`` for gradients of other shapes than at ``init``.
-        A gradient that is zero or not finite leaves the basis as it was. One that is not finite
-        leaves :math:`\tilde Q` and p too, and stays in M and V of its matrix: put
-        ``optax.apply_if_finite`` around it.
+        as :func:`.low_rank_project`; at ``update`` for gradients of other shapes than at ``init``.
+        A zero or non-finite gradient leaves the basis unchanged. A non-finite gradient also leaves
+        :math:`\tilde Q` and p unchanged, but remains in M and V of its matrix: put
+        ``optax.apply_if_finite`` around the optimizer.
 
     References:
       Gong et al., Towards efficient optimizer design for LLM via structured Fisher approximation
-      with a low-rank extension (2025), arXiv 2502.07752, algorithms 2, 3, 4 and 10. Not said there:
-      the first basis (algorithm 10 would start from zeros), signs of eigenvectors (here the largest
-      entry is positive), ε (there none), and what to do where p is zero (here C is).
+      with a low-rank extension (2025), arXiv 2502.07752, algorithms 2, 3, 4 and 10. Choices where
+      the paper is silent: the first basis (algorithm 10 would start from zeros), signs of
+      eigenvectors (the largest entry is positive), ε, and C = 0 where p is zero.
 
     Example:
       >>> import jax.numpy as jnp, natgalore_jax as ng
@@ -192,15 +193,16 @@ def scale_by_alice(
             treedef.flatten_up_to(x) for x in (state.adam.mu, state.adam.nu, *state[2:])
         )
 
-        def others(leaves):
+        def unprojected(leaves):
             return treedef.unflatten(
                 optax.MaskedNode() if plan else x for plan, x in zip(plans, leaves, strict=True)
             )
 
         count = state.adam.count
         due = (count == 0) | ((count + 1) % update_interval == 0)
-        N, rest = adam.update(others(G), state.adam._replace(mu=others(mus), nu=others(nus)))
-        out, new_mus, new_nus = (treedef.flatten_up_to(x) for x in (N, rest.mu, rest.nu))
+        inner = state.adam._replace(mu=unprojected(mus), nu=unprojected(nus))
+        N, inner = adam.update(unprojected(G), inner)
+        out, new_mus, new_nus = (treedef.flatten_up_to(x) for x in (N, inner.mu, inner.nu))
         for i, plan in enumerate(plans):
             if not plan:
                 continue
@@ -214,7 +216,7 @@ def scale_by_alice(
             out[i], residual_energy[i], norms[i] = compensated(
                 plan, numbers, b1, G[i], U, R, omega, residual_energy[i], norms[i]
             )
-        adam_state = rest._replace(mu=treedef.unflatten(new_mus), nu=treedef.unflatten(new_nus))
+        adam_state = inner._replace(mu=treedef.unflatten(new_mus), nu=treedef.unflatten(new_nus))
         return treedef.unflatten(out), ScaleByAliceState(
             with_dtypes_of(state.adam, adam_state),
             *map(treedef.unflatten, (bases, tracked, residual_energy, norms)),
@@ -230,7 +232,7 @@ _NOTHING = (optax.MaskedNode(),) * 4
 def _empty(plan, switch, has_limit, U, mu):
     """Basis, tracked matrix, p and φ of one parameter before the first gradient."""
     nothing, r = optax.MaskedNode(), U.shape[-1]
-    zeros = jnp.zeros_like(mu, dtype=jnp.float32)  # Sums have the sharding of what they are of.
+    zeros = jnp.zeros_like(mu, dtype=jnp.float32)  # sums of zeros have the sharding of later sums
     of_matrices = zeros_on_axes(mu, len(plan.batch), jnp.float32)[..., None, None]
     tracked = of_matrices + jnp.zeros((r, r), jnp.float32) if switch.b3 > 0 else nothing
     norm = jnp.sum(zeros, tuple(range(len(plan.batch), zeros.ndim))) if has_limit else nothing

@@ -32,9 +32,9 @@ def alice_adamw(
     .. math::
       W \leftarrow W - \eta\,(S + \omega W)
 
-    with S of :func:`.scale_by_alice`. It keeps what GaLore keeps at the same rank, a number for
-    each column of the longer side, and with tracking r² numbers. Parameters that are not projected
-    take plain AdamW steps with the same learning rate.
+    with S of :func:`.scale_by_alice`. The state is GaLore's at the same rank, one number for each
+    column, and with tracking r² numbers. Unprojected parameters take plain AdamW steps with the
+    same learning rate.
 
     It is this composition::
 
@@ -58,7 +58,7 @@ def alice_adamw(
       mask: which parameters decay, as in ``optax.adamw``.
       scale: α; in the paper 0.3, and 0.25 for 1.3B.
       compensation_scale: α_c; in the paper 0.4, and 0.2 for 1.3B.
-      where: see :func:`low_rank_project`. The paper reports both with the output head trained by
+      where: see :func:`.low_rank_project`. The paper reports both with the output head trained by
         Adam, as here, and by Alice.
 
     Returns:

@@ -28,14 +28,14 @@ from natgalore_jax._src.params.plan import LeafPlan
 
 
 class Switch(NamedTuple):
-    """How a basis is replaced."""
+    """Settings of the switch of a basis."""
 
     leading: int | None  # l
     b3: float  # β₃
 
 
 def leading_kept(m: int, r: int, leading: int | None) -> int:
-    """How many leading eigenvectors stay: l, but so many that the complement has the others."""
+    """Number of leading eigenvectors that are kept: l, clipped to at most r, at least 2r − m."""
     return max(min(5 * r // 16 if leading is None else leading, r), 2 * r - m)
 
 
@@ -49,18 +49,18 @@ def switched_basis(
     U: jax.Array,
     tracked: Any,
 ) -> jax.Array:
-    """The bases of the next block of steps: leading eigenvectors and a part of their complement.
+    """New bases: leading eigenvectors, and samples of a basis of their complement.
 
     Args:
-      plan: of a matrix of which the shorter side is projected.
-      switch: see :class:`Switch`.
-      due: whether all matrices get a new basis. One without a basis gets its first one at its first
-        gradient that is finite and not zero.
-      keys: a key of random numbers for each matrix.
-      G, U, tracked: the gradient, and what the last step left. U is zero before the first basis.
+      plan: of a matrix whose shorter side is projected.
+      switch: settings.
+      due: whether all matrices are due for a refresh. The first refresh of a matrix is at its first
+        finite, non-zero gradient.
+      keys: a random key for each matrix.
+      G, U, tracked: the gradient, and the state of the last step. U is zero before the first basis.
 
     Returns:
-      Shape and dtype of U. A matrix whose gradient is zero or not finite keeps its basis.
+      Shape and dtype of U. A matrix with a zero or non-finite gradient keeps its basis.
     """
     mode, r = plan.projected_modes[0], U.shape[-1]
     order = (*plan.batch, *plan.modes[mode], *plan.modes[1 - mode])
@@ -82,7 +82,7 @@ def switched_basis(
 
         return jax.lax.cond((due | is_first) & usable, new, lambda: U)
 
-    # A loop and no batch: its branches stay branches, and it needs the memory of one matrix.
+    # vmap would turn cond into select and need the memory of all matrices: loop.
     new = jax.lax.map(of_one, (keys, matrices, bases, tracked))
     return place_like(new.reshape(U.shape), U)
 
@@ -127,7 +127,7 @@ def _subspace_iteration(b3, G, U, tracked):
 
 
 def sampled(key: jax.Array, total: int, number: int) -> jax.Array:
-    """So many of ``total`` numbers, uniformly and without repetition."""
+    """``number`` of ``total`` indices, uniformly without replacement."""
     return jax.lax.top_k(normal(key, (total,)), number)[1]
 
 
@@ -150,7 +150,7 @@ def low_rank_step(plan, b3, decays, eps, G, U, M, V, tracked):
 
 @kernel("plan")
 def compensated(plan, numbers, b1, G, U, R, omega, residual_energy, last_norm):
-    """``α (U ω + α_c C)`` and the state of C: ``U (ω − α_c R φ) + α_c G φ`` with one product."""
+    """``α (U ω + α_c C)`` and the state of C, by ``U (ω − α_c R φ) + α_c G φ``: one product."""
     scale, compensation_scale, limit = numbers
     dtype, axes = G.dtype, phi_axes(plan)
     G = G.astype(jnp.float32)

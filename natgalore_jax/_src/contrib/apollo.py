@@ -1,4 +1,4 @@
-"""APOLLO: the gradient itself, scaled by what Adam makes of a random projection of it."""
+"""APOLLO: gradients scaled by Adam's gain on a random projection."""
 
 import math
 from collections.abc import Sequence
@@ -33,10 +33,10 @@ class ScaleByApolloState(NamedTuple):
     """State of :func:`.scale_by_apollo`."""
 
     #: An optax.ScaleByAdamState. mu and nu are trees of parameters: batch + (rank, n) or (m, rank)
-    #: where a matrix is projected, else its own shape; dtype of the parameter (mu: mu_dtype).
+    #: where projected, else the parameter's shape; dtype of the parameter (mu: mu_dtype).
     adam: Any
-    #: The tree of parameters: batch, float32, the norm of each matrix's last scaled gradient,
-    #: or MaskedNode where nothing is projected or there is no limit.
+    #: The tree of parameters: batch, float32, the norm of each matrix's last scaled gradient;
+    #: MaskedNode where unprojected, or without a limit.
     update_norm: Any
 
 
@@ -54,32 +54,31 @@ def scale_by_apollo(
     axes: AxesLike = None,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Scales each channel of a gradient as Adam scales its random projection.
+    r"""Scale each channel of a gradient as Adam scales its random projection.
 
-    For one matrix with gradient G, turned so that its m rows are its shorter side,
+    For one matrix with gradient G, transposed if its columns are the shorter side,
 
     .. math::
       R = P G, \quad P_{ij} \sim \mathcal N(0, 1/r), \qquad N = \mathrm{Adam}(R), \qquad
       s_j = \lVert N_{:j} \rVert / \lVert R_{:j} \rVert, \qquad U = \alpha\, G \,\mathrm{diag}(s),
 
     or one :math:`s = \lVert N \rVert / \lVert R \rVert` for the whole matrix. A random projection
-    keeps the norms of the n columns on average, and norms are all that is asked of it: there is no
-    SVD, and the update has full rank. P (r, m) is drawn anew every T steps; the moments stay.
-    It is not stored but drawn again from its seed at every step, so the state is the moments of R.
+    preserves the norms of the n columns on average, and only norms are needed: there is no SVD, and
+    the update has full rank. P (r, m) changes every T steps, the moments are kept. P is regenerated
+    from its seed at every step, so that the state is the moments of R.
 
-    Parameters that are not projected take Adam's step, unscaled. R has the dtype of G; the norms
-    are float32.
+    Unprojected parameters take Adam's step, unscaled. R has the dtype of G; the norms are float32.
 
     Args:
       rank: r, clipped per matrix to its shorter side.
-      update_interval: T, steps for which one P is used.
+      update_interval: T, number of steps between changes of P.
       b1, b2, eps, mu_dtype: Adam's, as in ``optax.scale_by_adam``.
       scale: α, a number or a traced scalar.
-      granularity: ``"channel"``, an s for each column (each row if the columns are the shorter
-        side), or ``"tensor"``, one for each matrix.
-      norm_growth_limit: γ; the norm of a matrix's update may grow by at most this factor from one
-        step to the next. None: no limit. Put the learning rate after it.
-      where, axes: see :func:`low_rank_project`.
+      granularity: ``"channel"``, one s for each column (each row if the columns are the shorter
+        side), or ``"tensor"``, one s for each matrix.
+      norm_growth_limit: γ; limits the growth of the norm of a matrix's update per step. None: no
+        limit. Put the learning rate after this transformation.
+      where, axes: see :func:`.low_rank_project`.
       seed: of the projections.
 
     Returns:
@@ -87,7 +86,7 @@ def scale_by_apollo(
 
     Raises:
       TypeError, ValueError: at construction for an argument of a wrong type or value; at ``init``
-        as :func:`low_rank_project`; at ``update`` for gradients of other shapes than at ``init``.
+        as :func:`.low_rank_project`; at ``update`` for gradients of other shapes than at ``init``.
 
     References:
       Zhu et al., APOLLO: SGD-like memory, AdamW-level performance (2024), arXiv 2412.05270,
@@ -115,14 +114,14 @@ def scale_by_apollo(
         require_projection(settings, plans, params)
         leaves, treedef = jax.tree.flatten(params)
         low_rank = treedef.unflatten(
-            # Any basis does: only shapes, dtypes and shardings are taken from it.
+            # Any basis suffices: init needs only shapes, dtypes and shardings.
             low_rank_leaf(plan, leaf, start_factors(plan, leaf.dtype) if plan else (), project)
             for plan, leaf in zip(plans, leaves, strict=True)
         )
         with open_subspace({plan.path: plan for plan in plans if plan}):
             adam_state: Any = adam.init(low_rank)
         norms = [
-            # A sum of zeros has the sharding that the norm of an update will have.
+            # A sum of zeros has the sharding of later norms.
             jnp.sum(m.astype(jnp.float32), tuple(range(len(plan.batch), m.ndim)))
             if plan and norm_growth_limit is not None
             else optax.MaskedNode()
@@ -166,7 +165,7 @@ def _projected(plan, seed, leaf, window, G):
 
 @kernel("plan", "granularity")
 def _scaled(plan, granularity, numbers, G, R, N, last_norm):
-    """The update of one matrix, and its norm."""
+    """Update of one matrix, and its norm."""
     scale, limit = numbers
     U = scaling(plan, R, N, granularity) * G.astype(jnp.float32)
     if limit is not None:
@@ -177,15 +176,17 @@ def _scaled(plan, granularity, numbers, G, R, N, last_norm):
 def random_projection(
     plan: LeafPlan, seed: int, window: jax.typing.ArrayLike, leaf: int, dtype: Any
 ) -> jax.Array:
-    """``Pᵀ`` with entries from N(0, 1/r), the same for the same seed, window and leaf.
+    """``Pᵀ`` with entries from N(0, 1/r), determined by seed, window and leaf.
 
     Args:
-      plan: of a matrix of which one side is projected.
-      seed, window, leaf: of the run; which interval of steps; which parameter.
-      dtype: of the result. It is drawn in float32.
+      plan: of a matrix with one projected side.
+      seed: of the run.
+      window: number of the interval of steps.
+      leaf: number of the parameter.
+      dtype: of the result, which is sampled in float32.
 
     Returns:
-      Shape ``plan.factor_shape`` of the projected mode, so that batched matrices have their own.
+      Shape ``plan.factor_shape`` of the projected mode, different for each matrix of a batch.
     """
     (mode,) = plan.projected_modes
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), window), leaf)
@@ -204,12 +205,12 @@ def scaling(plan: LeafPlan, R: jax.Array, N: jax.Array, granularity: str) -> jax
     """``s = ‖N‖ / ‖R‖`` by channel or by matrix, and 0 where R is 0.
 
     Args:
-      plan: of a matrix of which one side is projected.
-      R, N: shape ``plan.low_rank_shape``: the projected gradient, and what Adam made of it.
+      plan: of a matrix with one projected side.
+      R, N: shape ``plan.low_rank_shape``: the projected gradient, and Adam's update.
       granularity: one of ``GRANULARITIES``.
 
     Returns:
-      float32, of as many axes as the parameter, to be multiplied with it.
+      float32, with as many axes as the parameter, for broadcasting.
     """
     axes = phi_axes(plan, by_channel=granularity == "channel")
     energy_N, energy_R = (jnp.sum(jnp.square(x.astype(jnp.float32)), axes.low) for x in (N, R))
@@ -219,12 +220,12 @@ def scaling(plan: LeafPlan, R: jax.Array, N: jax.Array, granularity: str) -> jax
 def limit_growth(
     batch: Sequence[int], U: jax.Array, last_norm: jax.Array, limit: jax.typing.ArrayLike
 ) -> tuple[jax.Array, jax.Array]:
-    """``U ← U · min(1, γ ‖U'‖ / ‖U‖)`` for each matrix, U' its update of the step before.
+    """``U ← U · min(1, γ ‖U'‖ / ‖U‖)`` for each matrix, U' its previous update.
 
     Args:
       batch: the axes of independent matrices.
       U: float32, the updates.
-      last_norm: batch, ``‖U'‖``; after a zero any norm is allowed.
+      last_norm: batch, ``‖U'‖``; no limit if it is zero.
       limit: γ.
 
     Returns:

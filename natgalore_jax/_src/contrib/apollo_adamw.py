@@ -27,14 +27,14 @@ def apollo_adamw(
     axes: AxesLike = None,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""APOLLO: full-rank steps, each channel of the gradient scaled as AdamW would scale it.
+    r"""APOLLO: full-rank steps with AdamW's scale for each channel of the gradient.
 
     .. math::
       W \leftarrow W - \eta\,(\alpha\, G \,\mathrm{diag}(s) + \omega W)
 
-    with s from Adam on a random projection of G, see :func:`.scale_by_apollo`. It keeps the moments
-    of an r × n projection and no basis: less than GaLore at the same rank. Parameters that are not
-    projected take plain AdamW steps with the same learning rate.
+    with s from Adam on a random projection of G, see :func:`.scale_by_apollo`. The state is the
+    moments of an r × n projection without a basis, less than GaLore's at the same rank. Unprojected
+    parameters take plain AdamW steps with the same learning rate.
 
     It is this composition::
 
@@ -54,8 +54,8 @@ def apollo_adamw(
         see :func:`.scale_by_apollo`.
       weight_decay: ω, decoupled; acts on the whole weight, unscaled by α.
       mask: which parameters decay, as in ``optax.adamw``.
-      scale: α, 1 in the paper. At a rank far below the shorter side m the norms of N are too
-        small, by about √(r / m), which a larger α makes up for.
+      scale: α, 1 in the paper. At a rank far below the shorter side m the norms of N are too small
+        by about √(r / m): compensate with a larger α.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``.
@@ -65,7 +65,7 @@ def apollo_adamw(
 
     References:
       Zhu et al., APOLLO: SGD-like memory, AdamW-level performance (2024), arXiv 2412.05270,
-      algorithm 1. Adam and weight decay here are those of ``optax.adamw``.
+      algorithm 1. Adam and weight decay here are as in ``optax.adamw``.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, natgalore_jax as ng
@@ -135,7 +135,7 @@ def apollo_mini_adamw(
       learning_rate, update_interval, b1, b2, eps, mu_dtype, weight_decay, mask, norm_growth_limit,
         where, axes, seed: see :func:`.apollo_adamw`. The paper pre-trains with a learning rate of
         0.01 or 0.02.
-      scale: α. The paper's √128 makes up for what rank 1 underestimates.
+      scale: α. The paper's √128 compensates for the small norms at rank 1.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``.

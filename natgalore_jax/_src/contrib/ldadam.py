@@ -1,4 +1,4 @@
-"""LDAdam: Adam in a subspace that moves at every step, with moments that know about it."""
+"""LDAdam: Adam in a subspace that changes at every step, with transported moments."""
 
 from typing import Any, NamedTuple
 
@@ -23,13 +23,13 @@ class ScaleByLDAdamState(NamedTuple):
     """State of :func:`.scale_by_ldadam`."""
 
     #: An optax.ScaleByAdamState. mu and nu are trees of parameters: batch + (rank, n) or (m, rank)
-    #: where a matrix is projected, else its own shape; dtype of the parameter (mu: mu_dtype).
+    #: where projected, else the parameter's shape; dtype of the parameter (mu: mu_dtype).
     adam: Any
     #: The tree of parameters: batch + the axes of the shorter side + (rank,), dtype of the
-    #: parameter, or MaskedNode where nothing is projected.
+    #: parameter; MaskedNode where unprojected.
     basis: Any
-    #: The tree of parameters: shape and dtype of the parameter, or MaskedNode where nothing is
-    #: projected or without error feedback.
+    #: The tree of parameters: shape and dtype of the parameter; MaskedNode where unprojected, or
+    #: without error feedback.
     error: Any
 
 
@@ -46,7 +46,7 @@ def scale_by_ldadam(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam in a low-rank subspace that follows gradient and momentum at every step.
 
-    For one matrix with gradient G, turned so that its rows are its shorter side, with
+    For one matrix with gradient G, transposed if its columns are the shorter side, with
     :math:`A = G` (:math:`A = G + E` with error feedback), hats for Adam's bias correction and
     squares by element,
 
@@ -61,33 +61,31 @@ def scale_by_ldadam(
       E &= A - P' P'^\top A + \tfrac{\beta_1}{1 - \beta_1} (P M - P' \tilde M)
       \end{align*}
 
-    One power step a time suffices because most of B lies in the old subspace; orth makes its
-    columns orthonormal by products of matrices alone, in the order of their size. The rule for V
-    rotates the variances and the squared means of the projected gradient separately.
-    Parameters that are not projected take Adam's step.
+    One power step suffices because most of B lies in the old subspace; orth orthonormalises columns
+    by matrix products, in the order of their size. The rule for V rotates the variances and the
+    squared means of the projected gradient separately. Unprojected parameters take Adam's step.
 
     Args:
       rank: r, clipped per matrix to its shorter side.
       b1, b2, eps, mu_dtype: Adam's, as in ``optax.scale_by_adam``.
-      rho: ρ, how much of the momentum is in B, by default as much as in M; 0 follows the newest
+      rho: ρ, weight of the momentum in B, by default β₁; with 0 the basis follows the newest
         gradient alone.
-      error_feedback: add to each gradient what the projections lost so far. E is a buffer of the
-        size of the parameter: half of what AdamW keeps, on top of basis and moments.
-      where, axes: see :func:`low_rank_project`.
+      error_feedback: add the accumulated projection error E to each gradient. E has the size of the
+        parameter, half of AdamW's state, in addition to basis and moments.
+      where, axes: see :func:`.low_rank_project`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with a :class:`.ScaleByLDAdamState`.
 
     Raises:
       TypeError, ValueError: at construction for an argument of a wrong type or value; at ``init``
-        as :func:`low_rank_project`; at ``update`` for gradients of other shapes than at ``init``.
-        A B that is zero or not finite leaves the basis as it was.
+        as :func:`.low_rank_project`; at ``update`` for gradients of other shapes than at ``init``.
+        A zero or non-finite B is not an error and leaves the basis unchanged.
 
     References:
       Robert et al., LDAdam: adaptive optimization from low-dimensional gradient statistics (2024),
-      arXiv 2410.16103. There the first basis is an SVD of the first gradient, here it is found by
-      eight power steps; there orth is a QR factorisation; there error feedback is part of the
-      method, here an option.
+      arXiv 2410.16103. The paper computes the first basis by an SVD, here by eight power steps; its
+      orth is a QR factorisation; its error feedback is not optional.
 
     Example:
       >>> import jax.numpy as jnp, natgalore_jax as ng
@@ -141,7 +139,7 @@ def scale_by_ldadam(
         R, new_bases, M_rotated, V_rotated = list(A), list(bases), list(M), list(V)
         for i, plan in enumerate(plans):
             if plan:
-                R[i], new_bases[i], M_rotated[i], V_rotated[i] = _moved(
+                R[i], new_bases[i], M_rotated[i], V_rotated[i] = _refreshed(
                     plan.unnamed, (b1, b2, rho), count, A[i], bases[i], M[i], V[i]
                 )
         N, adam_state = adam.update(
@@ -155,8 +153,8 @@ def scale_by_ldadam(
         if error_feedback:
             for i, plan in enumerate(plans):
                 if plan:
-                    then, now = (M[i], bases[i]), (M_rotated[i], new_bases[i])
-                    errors[i] = _error(plan.unnamed, b1, A[i], R[i], then, now, errors[i])
+                    old, new = (M[i], bases[i]), (M_rotated[i], new_bases[i])
+                    errors[i] = _error(plan.unnamed, b1, A[i], R[i], old, new, errors[i])
         return treedef.unflatten(out), ScaleByLDAdamState(
             with_dtypes_of(state.adam, adam_state),
             treedef.unflatten(new_bases),
@@ -172,8 +170,8 @@ def _sum(G, E):
 
 
 @kernel("plan")
-def _moved(plan, numbers, count, A, P, M, V):
-    """The gradient of one matrix in its next basis, that basis, and the moments in it."""
+def _refreshed(plan, numbers, count, A, P, M, V):
+    """Low-rank gradient of one matrix in its new basis, the new basis, and rotated moments."""
     b1, b2, rho = numbers
     P_new = next_basis(plan, A, P, M, count, b1, rho)
     C = overlap(plan, P_new, P)
@@ -186,12 +184,12 @@ def _back(plan, N, P):
 
 
 @kernel("plan")
-def _error(plan, b1, A, R, then, now, old):
-    """Error feedback: gradient and momentum less their projections, in the dtype of ``old``."""
-    (M, P), (M_rotated, P_new) = then, now
+def _error(plan, b1, A, R, old, new, old_error):
+    """Error feedback: gradient and momentum minus their projections, dtype of ``old_error``."""
+    (M, P), (M_rotated, P_new) = old, new
     past = b1 / (1 - b1)
     kept = project_back(plan, R + past * M_rotated, (P_new,))
-    return (A + past * project_back(plan, M, (P,)) - kept).astype(old.dtype)
+    return (A + past * project_back(plan, M, (P,)) - kept).astype(old_error.dtype)
 
 
 def ldadamw(
@@ -233,7 +231,7 @@ def ldadamw(
       TypeError, ValueError: as :func:`.scale_by_ldadam`.
 
     References:
-      Robert et al., LDAdam (2024), arXiv 2410.16103; what differs is at :func:`.scale_by_ldadam`.
+      Robert et al., LDAdam (2024), arXiv 2410.16103; :func:`.scale_by_ldadam` has the differences.
 
     Example:
       >>> import jax.numpy as jnp, natgalore_jax as ng

@@ -1,7 +1,7 @@
-"""One step of LDAdam's subspace and of the moments in it, for all matrices of a parameter at once.
+"""Refresh of LDAdam's subspace and moments, for all matrices of a parameter at once.
 
 ``P`` has the shape of a basis: batch, the axes of the projected mode, rank. ``M`` and ``V`` are in
-low-rank coordinates. ``count`` is the number of steps that they hold, t − 1 in the paper.
+low-rank coordinates. ``count`` is their number of steps, t − 1 in the paper.
 """
 
 import math
@@ -13,13 +13,14 @@ import jax.numpy as jnp
 
 from natgalore_jax._src.kernels.orthonormal import ordered_polar_factor, shifted
 from natgalore_jax._src.kernels.projection import contract, project, project_back
+from natgalore_jax._src.kernels.random import normal
 from natgalore_jax._src.params.placement import place_like, replicated
 from natgalore_jax._src.params.plan import LeafPlan
 
-# Power steps from a start that is no basis of any gradient.
+# Power steps of the first refresh.
 FIRST_STEPS = 8
-# Random directions in each power step, relative to the columns of P: without them a B whose image
-# is orthogonal to P would leave P where it is for ever.
+# Norm of random directions relative to the columns of P: without them a B whose image is orthogonal
+# to P would never change P.
 PROBE = 1e-4
 
 
@@ -32,26 +33,26 @@ def next_basis(
     b1: jax.typing.ArrayLike,
     rho: jax.typing.ArrayLike,
 ) -> jax.Array:
-    """``P' = polar(B Bᵀ (P + εΩ) D)`` with ``B = ρ P M̂ + (1 − ρ) A``; more steps at the first.
+    """``P' = polar(B Bᵀ (P + εΩ) D)`` with ``B = ρ P M̂ + (1 − ρ) A``; ``FIRST_STEPS`` at first.
 
-    The columns are ordered as by a QR factorisation, which the paper has, with weights D:
-    :func:`natgalore_jax._src.kernels.orthonormal.ordered_polar_factor`.
+    The weights D of :func:`natgalore_jax._src.kernels.orthonormal.ordered_polar_factor` order the
+    columns as the paper's QR factorisation does.
 
     Args:
-      plan: of a matrix of which one side is projected.
+      plan: of a matrix with one projected side.
       A: shape of the parameter.
-      P, M, count: what the last step left.
+      P, M, count: of the last step.
       b1: decay of M, for its bias correction.
       rho: weight of the momentum.
 
     Returns:
-      Shape and dtype of P; P itself for each matrix whose B is zero or not finite.
+      Shape and dtype of P; P itself for each matrix whose B is zero or non-finite.
     """
     letters = Letters.of(plan)
     P32, A, M = (x.astype(jnp.float32) for x in (P, A, M))
     momentum = project_back(plan, M / _correction(b1, count), (P32,))
     B = jnp.where(count > 0, rho * momentum + (1 - rho) * A, A)
-    # Squares of entries beyond 1e19 overflow float32, and those below 1e-19 vanish.
+    # Squares of entries beyond 1e19 overflow float32, and squares below 1e-19 underflow.
     others = tuple(a for a in range(A.ndim) if a not in plan.batch)
     largest = jnp.max(jnp.abs(B), others, keepdims=True)
     B = B / jnp.where(largest > 0, largest, 1.0)
@@ -67,7 +68,7 @@ def next_basis(
 
     size = math.prod(plan.mode_shape(plan.projected_modes[0]))
     key = jax.random.fold_in(jax.random.key(0), count)
-    W = jax.random.normal(key, P.shape[len(plan.batch) :], jnp.float32) / size**0.5
+    W = normal(key, P.shape[len(plan.batch) :]) / size**0.5
     start = P32 + PROBE * place_like(jnp.broadcast_to(W, P.shape), P32)
     with jax.default_matmul_precision("highest"):
         steps = jnp.where(count > 0, 1, FIRST_STEPS)
@@ -105,7 +106,7 @@ def rotated_moments(
 
 
 def _correction(decay: jax.typing.ArrayLike, count: jax.Array) -> jax.Array:
-    """``1 − βᵗ``, and 1 before the first step, when all moments are zero."""
+    """``1 − βᵗ``; 1 before the first step, when moments are zero."""
     return jnp.where(count > 0, 1 - jnp.asarray(decay, jnp.float32) ** count, 1.0)
 
 

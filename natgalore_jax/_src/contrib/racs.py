@@ -27,12 +27,13 @@ class ScaleByRacsState(NamedTuple):
     #: are trees of parameters, shape and dtype of the parameter (mu: mu_dtype), or MaskedNode.
     adam: Any
     #: q of the rows. The tree of parameters: batch + the axes of the rows, float32, in the unit of
-    #: the gradient squared where the rows are the longer side, else without unit; or MaskedNode.
+    #: the gradient squared if the rows are the longer side, else without unit; or MaskedNode.
     rows: Any
-    #: s of the columns, likewise, with the unit where the rows are the shorter side.
+    #: s of the columns. The tree of parameters: batch + the axes of the columns, float32, with the
+    #: unit if the rows are not the longer side; or MaskedNode.
     columns: Any
-    #: The tree of parameters: batch, float32, the norm of each matrix's last scaled gradient, or
-    #: MaskedNode where there is no limit.
+    #: The tree of parameters: batch, float32, the norm of each matrix's last scaled gradient;
+    #: MaskedNode without a limit.
     update_norm: Any
 
 
@@ -48,10 +49,10 @@ def scale_by_racs(
     where: Where = hidden_matrices,
     axes: AxesLike = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Scales the rows and the columns of a gradient by an approximation of its Fisher matrix.
+    r"""Scale the rows and the columns of a gradient by an approximation of its Fisher matrix.
 
-    For one matrix with gradient G, turned so that its m rows are its shorter side,
-    :math:`G^{\odot 2}` by element, from :math:`q = 1` and repeated,
+    For one matrix with gradient G, transposed if its columns are the shorter side,
+    :math:`G^{\odot 2}` by element, iterate from :math:`q = 1`
 
     .. math::
       s \leftarrow (G^{\odot 2})^\top q \,/\, \lVert q \rVert^2, \qquad
@@ -69,39 +70,38 @@ def scale_by_racs(
       U &= \alpha \tilde G \cdot \min(1, \gamma \varphi / \lVert \tilde G \rVert)
       \end{align*}
 
-    with φ the norm that the last :math:`\tilde G` had after this limit. The averages start at zero
-    and are not corrected for it, as in the paper: the first steps are up to
-    :math:`1 / (1 - \beta)` times as long, so begin with a warm-up of the learning rate.
+    with φ the norm of the last :math:`\tilde G` after its limit. The averages start at zero without
+    a bias correction, as in the paper: the first steps are up to :math:`1 / (1 - \beta)` times as
+    long. Start with a warm-up of the learning rate.
 
     The state of a matrix is m + n + 1 numbers of four bytes. Other parameters take Adam's step,
     unscaled by α. A row or a column whose gradients were all zero has a zero update.
 
     Args:
       decay: β.
-      iterations: how often s and q are computed; each reads G twice.
+      iterations: number of computations of s and q, each of which reads G twice.
       b1, b2, eps, mu_dtype: Adam's for the other parameters, as in ``optax.scale_by_adam``.
       scale: α, a number or a traced scalar.
-      norm_growth_limit: γ; None: no limit. Put the learning rate after it. After an update of zero
-        any norm is allowed.
-      where: which matrices are scaled, in the forms of :func:`low_rank_project`; by default those
-        within the network, whatever their size.
-      axes: see :func:`low_rank_project`.
+      norm_growth_limit: γ; None: no limit. Put the learning rate after this transformation. There
+        is no limit after a zero update.
+      where: which matrices are scaled, in the forms of :func:`.low_rank_project`; by default hidden
+        matrices of any size.
+      axes: see :func:`.low_rank_project`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with a :class:`.ScaleByRacsState`.
 
     Raises:
       TypeError, ValueError: at construction for an argument of a wrong type or value; at ``init``
-        if ``where`` selects no parameter, or one that is no matrix of floating-point numbers of at
-        least 16 bits; at ``update`` for gradients of other shapes than at ``init``. A gradient that
-        is not finite has an update that is not finite, and leaves the state of its matrix as it
-        was.
+        if ``where`` selects no parameter, or a parameter that is not a floating-point matrix of at
+        least 16 bits; at ``update`` for gradients of other shapes than at ``init``. A non-finite
+        gradient gives a non-finite update, and leaves the state of its matrix unchanged.
 
     References:
       Gong et al., Towards efficient optimizer design for LLM via structured Fisher approximation
       with a low-rank extension (2025), arXiv 2502.07752: equation 16 for s and q, with one gradient
-      for the expectation, q = 1 at first and five steps as there; algorithm 1. There the state is
-      bfloat16, and nothing is said about rows of zeros.
+      for the expectation, q = 1 at first and five steps as in the paper; algorithm 1. The paper's
+      state is bfloat16, and it does not mention rows of zeros.
 
     Example:
       >>> import jax.numpy as jnp, natgalore_jax as ng
@@ -127,7 +127,7 @@ def scale_by_racs(
             for plan, leaf in zip(plans, leaves, strict=True)
         ]
         return ScaleByRacsState(
-            adam.init(_others(treedef, leaves, plans)),
+            adam.init(_unscaled(treedef, leaves, plans)),
             *(treedef.unflatten(entries[field] for entries in empty) for field in range(3)),
         )
 
@@ -142,7 +142,7 @@ def scale_by_racs(
         shapes = [None if plan else jnp.shape(g) for plan, g in zip(plans, G, strict=True)]
         check_stored(updates, shapes, state.adam.mu, "moments")
 
-        N, adam_state = adam.update(_others(treedef, G, plans), state.adam)
+        N, adam_state = adam.update(_unscaled(treedef, G, plans), state.adam)
         out, q, s, norms = (treedef.flatten_up_to(x) for x in (N, *state[1:]))
         numbers = (decay, scale, norm_growth_limit)
         for i, plan in enumerate(plans):
@@ -160,8 +160,8 @@ def scale_by_racs(
 _NOTHING = (optax.MaskedNode(),) * 3
 
 
-def _others(treedef, leaves, plans):
-    """The leaves that Adam is for."""
+def _unscaled(treedef, leaves, plans):
+    """Mask the leaves that are scaled by row and column, for Adam."""
     return treedef.unflatten(
         optax.MaskedNode() if plan else x for plan, x in zip(plans, leaves, strict=True)
     )
@@ -169,7 +169,7 @@ def _others(treedef, leaves, plans):
 
 @kernel("plan", "with_norm")
 def _empty(plan, leaf, with_norm):
-    """The state of one matrix before its first gradient, sharded as sums of the gradient are."""
+    """Initial state of one matrix, sharded as sums of the gradient."""
     zeros = jnp.zeros_like(leaf, dtype=jnp.float32)
     norm = _norms(plan, zeros) if with_norm else optax.MaskedNode()
     return *(_over_others(plan, mode, zeros) for mode in (0, 1)), norm
@@ -197,11 +197,11 @@ def fixed_point(plan: LeafPlan, G: jax.Array, iterations: int) -> tuple[jax.Arra
     Args:
       plan: of matrices.
       G: float32, the gradient.
-      iterations: how often both are computed.
+      iterations: number of computations of both.
 
     Returns:
-      batch + the axes of the rows, batch + the axes of the columns, float32: zero where G is. Those
-      of the longer side have the unit of G squared.
+      batch + the axes of the rows, batch + the axes of the columns, float32: zero for rows and
+      columns of zeros. Scales of the longer side have the unit of G squared.
     """
     m, n = plan.mode_sizes
     short, long = (0, 1) if m <= n else (1, 0)
@@ -219,7 +219,7 @@ def fixed_point(plan: LeafPlan, G: jax.Array, iterations: int) -> tuple[jax.Arra
         q = _over_squared_norm(plan, _over_others(plan, short, _on_axes(plan, long, s) * square), s)
         return q, longer(q)
 
-    # q = 1, of which the squared norm is the number of its entries.
+    # q = 1, whose squared norm is its number of entries.
     s = _over_others(plan, long, square) / plan.mode_sizes[short]
     q, s = jax.lax.fori_loop(0, iterations - 1, step, (_over_others(plan, short, square), s))
     q = _over_squared_norm(plan, _over_others(plan, short, _on_axes(plan, long, s) * square), s)
@@ -228,14 +228,14 @@ def fixed_point(plan: LeafPlan, G: jax.Array, iterations: int) -> tuple[jax.Arra
 
 
 def _averaged(plan, old, new, decay):
-    """``β c + (1 − β) c'``; the old average of a matrix whose c' is not finite."""
+    """``β c + (1 − β) c'``; c for a matrix with a non-finite c'."""
     sides = tuple(range(len(plan.batch), new.ndim))
     usable = jnp.all(jnp.isfinite(new), sides, keepdims=True)
     return jnp.where(usable, decay * old + (1 - decay) * new, old)
 
 
 def _over_squared_norm(plan, x, of):
-    """``x / ‖of‖²`` for each matrix, and 0 of a matrix of zeros."""
+    """``x / ‖of‖²`` for each matrix; x if ``of`` is zero."""
     square = jnp.sum(jnp.square(of), tuple(range(len(plan.batch), of.ndim)))
     square = square.reshape(plan.batch_shape + (1,) * (x.ndim - len(plan.batch)))
     return x / jnp.where(square == 0, 1.0, square)
@@ -251,20 +251,20 @@ def _matrix_axes(plan):
 
 
 def _axes(plan, mode):
-    """The axes of a number for each row or column, or for each matrix, within its parameter."""
+    """Axes of one number per row, per column, or per matrix (mode None)."""
     owners = (*plan.batch, *(() if mode is None else plan.modes[mode]))
     others = tuple(a for a in range(len(plan.shape)) if a not in owners)
     return PhiAxes(owners, (), others, len(plan.batch))
 
 
 def _over_others(plan, mode, x):
-    """Sums over the other side: batch + the axes of one mode."""
+    """Sum over the other side: batch + the axes of one mode."""
     axes = _axes(plan, mode)
     return jnp.sum(x, axes.full).transpose([sorted(axes.owners).index(a) for a in axes.owners])
 
 
 def _on_axes(plan, mode, x):
-    """With as many axes as the parameter."""
+    """Expand to as many axes as the parameter, for broadcasting."""
     return on_axes_of_gradient(_axes(plan, mode), x)
 
 
@@ -288,7 +288,7 @@ def racs_adamw(
     .. math::
       W \leftarrow W - \eta\,(U + \omega W)
 
-    with U of :func:`.scale_by_racs`, which keeps m + n + 1 numbers of an m × n matrix and no
+    with U of :func:`.scale_by_racs`, whose state of an m × n matrix is m + n + 1 numbers without
     moments. Embeddings, output head and vectors take plain AdamW steps with the same learning rate.
 
     It is this composition::
@@ -303,7 +303,7 @@ def racs_adamw(
 
     Args:
       learning_rate: η, a number or a schedule. The paper pre-trains with 0.02, a tenth of the steps
-        as warm-up and a cosine to a tenth. It does not say at which rate Adam's parameters train.
+        as warm-up and a cosine to a tenth. It does not state the rate of Adam's parameters.
       decay, iterations, b1, b2, eps, mu_dtype, norm_growth_limit, where, axes: see
         :func:`.scale_by_racs`.
       weight_decay: ω, decoupled; acts on the whole weight, unscaled by α. 0 in the paper.
@@ -318,7 +318,8 @@ def racs_adamw(
 
     References:
       Gong et al. (2025), arXiv 2502.07752, algorithm 1 and table 9; see :func:`.scale_by_racs`. As
-      there, attention and MLPs are scaled, and Adam trains the rest, the output head included.
+      in the paper, attention and MLPs are scaled, and Adam trains all other parameters, including
+      the output head.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, natgalore_jax as ng

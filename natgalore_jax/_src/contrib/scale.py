@@ -19,11 +19,11 @@ NORMS = ("rms", "l2")
 class ScaleByColumnNormsState(NamedTuple):
     """State of :func:`.scale_by_column_norms`."""
 
-    #: An optax.ScaleByAdamState of the parameters that are no matrices: mu and nu are trees of
-    #: parameters, shape and dtype of the parameter (mu: mu_dtype), or MaskedNode at a matrix.
+    #: An optax.ScaleByAdamState of the parameters that are not matrices: mu and nu are trees of
+    #: parameters, shape and dtype of the parameter (mu: mu_dtype); MaskedNode for a matrix.
     adam: Any
-    #: The tree of parameters: shape of the parameter, its dtype or mu_dtype, at an output head;
-    #: MaskedNode elsewhere.
+    #: The tree of parameters: shape of the parameter, its dtype or mu_dtype, for an output head;
+    #: else MaskedNode.
     momentum: Any
 
 
@@ -39,40 +39,40 @@ def scale_by_column_norms(
     where: Where | None = None,
     axes: AxesLike = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Divides each column of a gradient by its norm; momentum for the output head alone.
+    r"""Divide each column of a gradient by its norm; momentum for the output head alone.
 
-    For one matrix with gradient G, a row for each of its m inputs and a column for each output,
+    For one matrix with gradient G, with m inputs as rows and outputs as columns,
 
     .. math::
       M \leftarrow \beta M + (1 - \beta) G \;\text{(output head)}, \qquad M = G \;\text{(others)},
       \qquad U_{:j} = M_{:j} \,/\, \max(\nu(M_{:j}), \varepsilon),
 
-    where ν is the root mean square of a column, ‖·‖ / √m, or its Euclidean norm. Nothing is stored
-    but the momentum of the head, mn numbers. Vectors take ``vector_ratio`` times Adam's step. The
-    norms are float32, and the momentum has no bias correction, of which U is independent.
+    where ν is the root mean square of a column, ‖·‖ / √m, or its Euclidean norm. The only state of
+    matrices is the momentum of the head, mn numbers. Vectors take ``vector_ratio`` times Adam's
+    step. The norms are float32. The momentum has no bias correction, on which U does not depend.
 
     Embeddings, (vocabulary, width), are matrices with a row for each token: their columns run over
-    the vocabulary. A model with tied embeddings has no output head, and nothing has momentum; with
-    ``head`` the table has it, and ``MatrixAxes(rows=1, cols=0)`` as its ``axes`` normalises the
-    gradient of each token, as in an output head.
+    the vocabulary. A model with tied embeddings has no output head, and no momentum by default:
+    select the table by ``head``, and set its ``axes`` to ``MatrixAxes(rows=1, cols=0)`` to
+    normalise the gradient of each token, as in an output head.
 
     Args:
-      norm: ν, ``"rms"``: columns of root mean square one, as in the published program, for which
-        the published learning rates are; ``"l2"``: of Euclidean norm one, as in the paper. They
-        differ by √m, so by a factor that depends on the matrix.
+      norm: ν. ``"rms"``: columns of root mean square one, as in the published program and for the
+        published learning rates; ``"l2"``: columns of Euclidean norm one, as in the paper. Updates
+        differ by √m, a factor that depends on the matrix.
       momentum: β of the output head.
       b1, b2: Adam's, for vectors.
-      eps: ε, the least norm, in the unit of a gradient, and Adam's ``eps``. A column of zeros stays
-        zero. Entries beyond 1e19 have squares that overflow float32, and their column vanishes.
-      mu_dtype: of momenta, the head's and Adam's; None: that of the parameter.
+      eps: ε, the smallest norm, in the unit of a gradient, and Adam's ``eps``. A column of zeros
+        stays zero. Squares of entries beyond 1e19 overflow float32, and their column becomes zero.
+      mu_dtype: dtype of the momenta of head and Adam; None: dtype of the parameter.
       vector_ratio: learning rate of vectors over that of matrices.
       head: which matrices are output heads, in the forms of ``where``; None: by their names, see
-        :func:`hidden_matrices` ("head", "lm_head", "logits", "classifier", ...).
-      where: which parameters are matrices, in the forms of :func:`low_rank_project`; None: all of
-        two axes or more that are not named as norms and biases of stacked layers. The others are
-        the vectors.
+        :func:`.hidden_matrices` ("head", "lm_head", "logits", "classifier", ...).
+      where: the matrices, in the forms of :func:`.low_rank_project`; None: all with
+        two axes or more, except norms and biases of stacked layers by their names. All other
+        parameters are vectors.
       axes: which axes are inputs (``rows``) and outputs (``cols``), as in
-        :func:`low_rank_project`; by default the last two, (in, out) as in Flax. For weights as
+        :func:`.low_rank_project`; by default the last two, (in, out) as in Flax. For weights as
         PyTorch stores them, (out, in), ``MatrixAxes(rows=-1, cols=-2)``.
 
     Returns:
@@ -80,10 +80,10 @@ def scale_by_column_norms(
 
     Raises:
       TypeError, ValueError: at construction for an argument of a wrong type or value; at ``init``
-        if there are parameters and no matrix among them, or for a matrix that is not of
-        floating-point numbers of at least 16 bits; at ``update`` for gradients of other shapes
-        than at ``init``. A gradient that is not finite makes its column NaN, and stays in the
-        momentum of a head: put ``optax.apply_if_finite`` around it.
+        if there are parameters and no matrix among them, or for a matrix that is not floating-point
+        of at least 16 bits; at ``update`` for gradients of other shapes than at ``init``. A
+        non-finite gradient makes its column NaN, and remains in the momentum of a head: put
+        ``optax.apply_if_finite`` around the optimizer.
 
     References:
       Glentis et al., Memory-efficient LLM pretraining via minimalist optimizer design (2025, ICML
@@ -112,7 +112,7 @@ def scale_by_column_norms(
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)
 
     def plans_of(tree):
-        """The plan of each matrix, and which of them are output heads."""
+        """Plans of matrices, and which of them are output heads."""
         plans = matrix_plans(where, axes, tree)
         heads = [bool(p and h) for p, h in zip(plans, selected(head, tree, "head"), strict=True)]
         return plans, heads
@@ -182,7 +182,7 @@ def _normalised(plan, norm, eps, G):
     G32 = G.astype(jnp.float32)
     square = jnp.sum(jnp.square(G32), rows, keepdims=True)
     length = jnp.sqrt(square / plan.mode_sizes[0] if norm == "rms" else square)
-    # Not a maximum, which may pass over a NaN.
+    # A maximum may ignore a NaN: use where.
     return (G32 / jnp.where(length < eps, eps, length)).astype(G.dtype)
 
 
@@ -237,8 +237,7 @@ def scale_sgd(
 
     References:
       Glentis et al., Memory-efficient LLM pretraining via minimalist optimizer design (2025, ICML
-      2026), arXiv 2506.16659; what is taken from the program and not from the paper is at
-      :func:`.scale_by_column_norms`.
+      2026), arXiv 2506.16659; :func:`.scale_by_column_norms` has the differences from the paper.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, natgalore_jax as ng

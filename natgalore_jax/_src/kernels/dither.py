@@ -6,8 +6,8 @@ import numpy as np
 
 from natgalore_jax._src.params.context import layer_index
 
-# Steps from one dither to the next, as fractions of 2³²: the golden ratio, which spreads the
-# dithers of one element over time as evenly as can be, and one that runs out of step with it.
+# Increments of the dither per step, as fractions of 2³²: the golden ratio, whose multiples have the
+# lowest discrepancy, and a second stride, out of phase with the first.
 STRIDES = (np.uint32(0x9E3779B9), np.uint32(0xC13FA9A9))
 
 _AXES = (np.uint32(0x85EBCA6B), np.uint32(0xC2B2AE35), np.uint32(0x27D4EB2F))
@@ -21,23 +21,23 @@ def dither(
     stride: np.uint32,
     first: jax.typing.ArrayLike | None = None,
 ) -> jax.Array:
-    """Numbers that each element takes from all over the range of 32 bits as the steps go by.
+    """A low-discrepancy sequence of 32-bit thresholds over the steps for each element.
 
-    Every element starts at its own place, a hash of its indices, and moves on by the stride at each
-    step. Over n steps it visits every part of the range nearly equally often, which random numbers
-    do with an error of √n: what rounding adds to an average over time is several times less. And it
-    costs a few integer operations, where a random generator would cost more than the optimizer.
+    An element starts at a hash of its indices and advances by the stride at every step. Over n
+    steps it visits every part of the range nearly equally often, whereas random numbers deviate by
+    √n: the rounding error of an average over time is several times smaller. A random generator
+    would cost more than the optimizer; this costs a few integer operations.
 
-    Indices are counted along each axis, so that nothing is flattened and a sharded array has the
-    dithers that it has on one device. (In ``shard_map`` indices are those of the shard.)
+    Indices are counted along each axis: nothing is flattened, and a sharded array has the same
+    dithers as on one device. (In ``shard_map`` the indices are local to the shard.)
 
     Args:
       shape: of the array that is rounded.
       step: scalar integer.
-      salt: another one for every array, so that no two are rounded alike.
+      salt: different for each array, so that roundings are independent.
       stride: one of ``STRIDES``.
-      first: the index of the first entry along the first axis. None: that of the layer that an
-        optimizer works on, or 0.
+      first: the index of the first entry along the first axis. None: the index of the current
+        layer in a layer-by-layer update, else 0.
 
     Returns:
       ``shape``, uint32.

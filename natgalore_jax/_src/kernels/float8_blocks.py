@@ -1,15 +1,15 @@
-"""Moments in eight bits: floats of four mantissa bits whose range follows the block they are in.
+"""Moments in 8 bits: floats with four mantissa bits and a range that follows the block.
 
 A block is up to ``block_size`` numbers along one axis that share a bound B on their absolute
 values. With c = 2^{E-K} and 2^E the first power of two that leaves room above B, a number x ≥ 0 is
-stored as the float x + c, cut to four bits of mantissa: K octaves from c to 2^E, sixteen steps in
-each. Near zero the steps are c/16 wide, and further out 3 to 6 percent of x; there is no search
-and no logarithm, only an addition and a shift. Because c is a power of two the grid does not move
-when B does, unless B crosses an octave: what is stored twice is stored exactly the second time.
+stored as the float x + c, truncated to four bits of mantissa: K octaves from c to 2^E with sixteen
+steps in each. Steps are c/16 near zero, and 3 to 6 percent of x further out. Encoding takes an
+addition and a shift. c is a power of two, so that the grid moves only when B crosses an octave:
+decoding and encoding again is exact.
 
-First moments have a sign and K = 8, second moments none and K = 16. Rounding is dithered
+First moments have a sign and K = 8; second moments have no sign and K = 16. Rounding is dithered
 (``kernels.dither``): with b2 = 0.999 a second moment changes by a thirtieth of a step, which
-rounding to nearest would never let it do.
+rounding to nearest would lose.
 """
 
 import math
@@ -24,12 +24,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from natgalore_jax._src.params.placement import has_explicit_sharding
 
 _MANTISSA = 4
-_SHIFT = 23 - _MANTISSA  # bits of a float32 that are cut off
+_SHIFT = 23 - _MANTISSA  # truncated bits of a float32
 _SIGN = 0x80
-_EXPONENT_OF_C = _MANTISSA + 2  # the smallest, so that no step and no floor is subnormal
+_EXPONENT_OF_C = _MANTISSA + 2  # smallest biased exponent: neither steps nor floors are subnormal
 _INFINITY, _NAN = np.uint32(0x7F800000), np.uint32(0x7FC00000)
 
-# A shorter axis is not divided into blocks if another can be: a bound takes four bytes.
+# A bound takes four bytes: a shorter axis has no blocks if another axis can have them.
 _SHORTEST_AXIS = 64
 
 
@@ -42,15 +42,15 @@ class Blocks(NamedTuple):
 
 
 def blocks_of(shape: Sequence[int], block_size: int, batch: int = 0) -> Blocks:
-    """The blocks of an array.
+    """The blocks of an array, along the shorter of its last two axes.
 
-    They run along the shorter of the last two axes: in gradients of networks and in their
-    low-rank coordinates, rows or columns of the longer side differ most in size.
+    In gradients and their low-rank coordinates, rows or columns of the longer side differ most in
+    size.
 
     Args:
       shape: of the array.
-      block_size: the most numbers in a block.
-      batch: the number of axes at the front along which no block may run.
+      block_size: the largest number of entries in a block.
+      batch: the number of leading axes without blocks.
     """
     ndim = len(shape)
     last = [a for a in (ndim - 2, ndim - 1) if a >= batch and shape[a] >= _SHORTEST_AXIS]
@@ -62,21 +62,21 @@ def blocks_of(shape: Sequence[int], block_size: int, batch: int = 0) -> Blocks:
 
 
 def blocks_between(shape: Sequence[int], bounds: Sequence[int]) -> Blocks:
-    """Blocks of an array, from the shapes of the array and of its scales."""
+    """Blocks of an array, from the shapes of the array and its block scales."""
     axis = next((a for a, (n, k) in enumerate(zip(shape, bounds, strict=True)) if n != k), 0)
     return Blocks(axis, math.ceil(shape[axis] / bounds[axis]), bounds[axis])
 
 
 def block_max(x: jax.Array, blocks: Blocks) -> jax.Array:
     """The largest absolute value of each block: the shape of x, but ``count`` along the axis."""
-    # XLA's maximum on CPUs passes over what is not a number.
+    # XLA's maximum on CPUs ignores NaN: replace it by infinity.
     return _by_block(jnp.max, jnp.where(jnp.isnan(x), jnp.inf, x), blocks)
 
 
 def block_sum(x: jax.Array, blocks: Blocks) -> jax.Array:
-    """The sum of the absolute values of each block, a bound that the compiler knows of constants.
+    """The sum of the absolute values of each block, a bound for initial states.
 
-    The largest of a million zeros it looks for at compile time, one by one.
+    XLA would evaluate the maximum of a constant array at compile time, element by element.
     """
     return _by_block(jnp.sum, x, blocks)
 
@@ -95,8 +95,8 @@ def _by_block(reduction, x: jax.Array, blocks: Blocks) -> jax.Array:
     return with_auto_axes(reduced, x, axis, (*x.shape[:axis], count, *x.shape[axis + 1 :]))
 
 
-def spread(bounds: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Repeat the numbers of :func:`block_max` for each element of the blocks."""
+def broadcast_blocks(bounds: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Broadcast one number per block, as from :func:`block_max`, to the elements of the blocks."""
     axis, size, count = blocks_between(shape, bounds.shape)
 
     def repeat(x):
@@ -113,20 +113,20 @@ def spread(bounds: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def encode(
     x: jax.Array, bounds: jax.Array, dither: jax.Array | None = None, *, is_second: bool
 ) -> jax.Array:
-    """Numbers as codes.
+    """Encode numbers.
 
     Args:
       x: float32; not negative for second moments.
-      bounds: float32, at least the absolute values in each block. What is above the octave of its
-        bound takes the largest code.
-      dither: shape of x, uint32, evenly distributed: a number between two codes takes each with
-        the probability that makes the mean exact. None: the nearest code.
-      is_second: which format.
+      bounds: float32, at least the absolute values in each block. Numbers above the octave of their
+        bound take the largest code.
+      dither: shape of x, uint32, evenly distributed, for stochastic rounding with an exact mean.
+        None: round to nearest.
+      is_second: whether x is a second moment.
 
     Returns:
       Shape of x, uint8.
     """
-    c_bits = spread(_bits_of_c(bounds, is_second), x.shape)
+    c_bits = broadcast_blocks(_bits_of_c(bounds, is_second), x.shape)
     magnitude = x if is_second else jnp.abs(x)
     shifted = _bits(magnitude + _float(c_bits)) - c_bits
     shifted += jnp.uint32(1 << (_SHIFT - 1)) if dither is None else dither >> (32 - _SHIFT)
@@ -137,12 +137,12 @@ def encode(
 
 
 def decode(codes: jax.Array, bounds: jax.Array, *, is_second: bool) -> jax.Array:
-    """The numbers that codes stand for, float32.
+    """Decode codes to float32.
 
-    A second moment of code 0 is half a step and not zero, so that nobody divides by zero where the
-    first moment of the same element is not.
+    Code 0 of a second moment is half a step instead of zero: a zero under a non-zero first moment
+    would be a division by zero.
     """
-    c_bits = spread(_bits_of_c(bounds, is_second), codes.shape)
+    c_bits = broadcast_blocks(_bits_of_c(bounds, is_second), codes.shape)
     c, code = _float(c_bits), codes.astype(jnp.uint32)
     if is_second:
         x = _float((code << _SHIFT) + c_bits) - c
@@ -152,21 +152,21 @@ def decode(codes: jax.Array, bounds: jax.Array, *, is_second: bool) -> jax.Array
 
 
 class MomentCodes(NamedTuple):
-    """One moment in 8 bits, beside its bounds; an array in floats stands for itself."""
+    """8-bit codes of one moment, and its block bounds."""
 
     codes: Any
     bounds: Any
 
 
 def load_moment(stored: Any, *, is_second: bool) -> jax.Array:
-    """A moment as floats, from codes or as it is."""
+    """Decode a moment; arrays pass through."""
     if not isinstance(stored, MomentCodes):
         return stored
     return decode(stored.codes, stored.bounds, is_second=is_second)
 
 
 def store_moment(x: jax.Array, like: Any, *, is_second: bool) -> Any:
-    """In codes, rounded to nearest, or in floats, as ``like`` is."""
+    """Store a moment in codes, rounded to nearest, or in floats, as ``like``."""
     if not isinstance(like, MomentCodes):
         return x.astype(like.dtype)
     bounds = block_max(x, blocks_between(x.shape, like.bounds.shape))
@@ -174,10 +174,10 @@ def store_moment(x: jax.Array, like: Any, *, is_second: bool) -> Any:
 
 
 def _bits_of_c(bounds: jax.Array, is_second: bool) -> jax.Array:
-    """c as the bits of a float32; not a number where the bound is none, and so is all it holds."""
+    """c as the bits of a float32; NaN for a non-finite bound, which makes its block NaN."""
     octaves = jnp.uint32(16 if is_second else 8)
     bits = _bits(bounds)
-    # Two steps of room: x + c and what a dither adds stay below the next power of two.
+    # x + c plus the dither must stay below the next power of two: leave two steps of room.
     top = ((bits + jnp.uint32(2 << _SHIFT)) >> 23) + 1
     c_bits = (jnp.maximum(top, octaves + _EXPONENT_OF_C) - octaves) << 23
     return jnp.where(bits < _INFINITY, c_bits, _NAN)
@@ -194,8 +194,8 @@ def _float(bits: jax.Array) -> jax.Array:
 def with_auto_axes(function, x: jax.Array, axis: int, shape: tuple[int, ...]) -> jax.Array:
     """``function(x)``, of the given shape, where ``axis`` of x or of the result may be sharded.
 
-    On explicit meshes JAX has no rule to divide a sharded axis into blocks larger than a shard.
-    The compiler has: it exchanges one number a block.
+    On explicit meshes JAX cannot reshape a sharded axis into blocks larger than a shard. XLA can on
+    automatic axes, where it communicates one number per block.
     """
     if not has_explicit_sharding(x):
         return function(x)

@@ -1,4 +1,4 @@
-"""The library's arithmetic: the same under every configuration of JAX, and compiled once."""
+"""Decorators for the library's arithmetic: independent of JAX's configuration, compiled once."""
 
 import functools
 from collections.abc import Callable
@@ -8,16 +8,14 @@ import jax
 
 
 def own_arithmetic(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Run ``function`` under the configuration of JAX that the library is written for.
+    """Run ``function`` under JAX's default configuration.
 
-    Configuration that a program sets for itself would change our numbers (precision of products,
-    random numbers) or make our kernels raise (promotion of ranks and dtypes). ``jax_enable_x64`` is
-    the exception: numbers of 64 bits have to pass through, so that kernels write dtypes out
-    wherever JAX has a default.
+    A program's own configuration would change numbers (precision of products, random numbers) or
+    make kernels raise (promotion of ranks and dtypes). ``jax_enable_x64`` is left alone because
+    64-bit numbers have to pass through; therefore kernels write dtypes out.
 
-    Products of float32 have the native precision of the hardware, TF32 on GPUs and one pass of
-    bfloat16 on TPUs, except where a kernel asks for more. What belongs to the user, an inner
-    optimizer or a loss, is called outside.
+    float32 products have the native precision of the hardware, TF32 on GPUs and one bfloat16 pass
+    on TPUs, except where a kernel sets a precision. Inner optimizers and losses run outside.
     """
 
     @functools.wraps(function)
@@ -34,15 +32,15 @@ def own_arithmetic(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def kernel(*static: str, inline: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A decorator for functions of the arrays of one parameter, at the top level of a module.
+    """Decorate a top-level function of the arrays of one parameter with ``jax.jit``.
 
-    A call without ``jax.jit`` then compiles nothing the second time: branches and loops that are
-    closures, made anew at each call, would be compiled at each call. Within ``jax.jit`` it changes
-    nothing, or with ``inline=False`` parameters of one shape share one part of the program.
+    Outside ``jax.jit``, branches and loops over closures would compile at every call; a decorated
+    function compiles once. Inside ``jax.jit`` it is inlined; with ``inline=False`` parameters of
+    one shape share one computation of the program.
 
     Args:
-      *static: names of the arguments that are no arrays; their values are hashable.
-      inline: whether the function is a part of what calls it.
+      *static: names of static arguments; their values are hashable.
+      inline: whether the function is inlined into its caller.
     """
 
     def decorated(function):

@@ -1,16 +1,15 @@
-"""Arrays of whole numbers, eight or four bits each, times a scale for each block.
+"""Linear codes: integers of 8 or 4 bits, times a scale for each block.
 
-A block is up to 256 numbers along one axis. With s its scale, ``x ≈ s c`` for whole numbers c up to
+A block is up to 256 numbers along one axis. With s its scale, ``x ≈ s c`` for integers c up to
 c_max = 127 or 7 in absolute value, rounded to nearest: the error of a number is at most s / 2, and
 s is the largest absolute value of the block over c_max.
 
-Scales are bfloat16. Codes are made with the rounded scale, and its rounding, by 1/256 at most,
-moves the largest number of a block by less than half a step: its code is c_max, its error no
-larger than that of others. Because s c_max is exact in float32, what is decoded and encoded again
-has the same codes and the same scales.
+Scales are bfloat16, and codes are computed from the rounded scale. Its rounding error of at most
+1/256 moves the largest number of a block by less than half a step, so that its code is still c_max.
+s c_max is exact in float32: decoding and encoding again gives the same codes and scales.
 
-Numbers of four bits stand two in a byte: neighbours along the last axis but one, so that a sharded
-axis stays where it is, and the last axis, along which a processor computes, is not interleaved.
+4-bit codes are packed in pairs: neighbours along the second to last axis, so that sharding is
+unchanged and the last, contiguous axis is not interleaved.
 """
 
 import math
@@ -27,7 +26,7 @@ from natgalore_jax._src.kernels.float8_blocks import (
     block_max,
     block_sum,
     blocks_of,
-    spread,
+    broadcast_blocks,
     with_auto_axes,
 )
 
@@ -43,16 +42,16 @@ class LinearCodes(NamedTuple):
     such trees.
     """
 
-    #: int8, the shape of the numbers; or uint8, two numbers of four bits in a byte, number 2k in
-    #: the lower half, plus 8: the last axis but one is half as long, rounded up.
+    #: int8 in the shape of the numbers; or uint8 with two 4-bit codes plus 8 in a byte, number 2k
+    #: in the lower half: the second to last axis is half as long, rounded up.
     codes: Any
-    #: bfloat16, the shape of the numbers but for one axis, which has an entry for each block.
-    #: MaskedNode where the codes are numbers themselves, of what has no axis.
+    #: bfloat16 in the shape of the numbers, except that one axis has an entry for each block.
+    #: MaskedNode for arrays without an axis, whose codes are the numbers themselves.
     scales: Any
 
 
 def coded_bits(dtype: Any) -> int | None:
-    """The bits of a number of this dtype if it is stored in codes, None if it is a float."""
+    """Bits of a code for int8 and int4, None for floats."""
     if dtype is None:
         return None
     return {jnp.dtype("int8"): 8, jnp.dtype("int4"): 4}.get(jnp.dtype(dtype))
@@ -68,37 +67,37 @@ def codes_shape(shape: Sequence[int], bits: int, batch: int = 0) -> tuple[int, .
 
 
 def relative_error(bits: int) -> float:
-    """Mean square of the rounding error of normal numbers in blocks of 256, relative to their own.
+    """Relative mean square of the rounding error of normal numbers in blocks of 256.
 
-    s² / 12 with s = 3 / c_max: three standard deviations is the largest of so many.
+    s² / 12 with s = 3 / c_max: the largest of 256 is at about three standard deviations.
     """
     return (3 / _largest_code(bits)) ** 2 / 12
 
 
 def encode(x: jax.Array, bits: int, batch: int = 0) -> LinearCodes:
-    """Numbers as codes, each the nearest.
+    """Encode numbers, rounded to nearest.
 
     Args:
-      x: floating-point, at least one axis that is not a batch axis. A block that is zero or below
-        bfloat16's normal numbers becomes zero.
+      x: floating-point, at least one axis that is not a batch axis. A block below bfloat16's normal
+        numbers becomes zero.
       bits: 8 or 4.
-      batch: the number of axes at the front along which there are no blocks.
+      batch: the number of leading axes without blocks.
     """
     return _encode(block_max, x, bits, batch)
 
 
 def encode_zeros(x: jax.Array, bits: int, batch: int = 0) -> LinearCodes:
-    """The codes of an array of zeros, which the compiler knows to be one."""
+    """Encode an array of zeros cheaply for the compiler, see :func:`.block_sum`."""
     return _encode(block_sum, x, bits, batch)
 
 
 def decode(
     coded: LinearCodes, shape: Sequence[int], dtype: Any = jnp.float32, batch: int = 0
 ) -> jax.Array:
-    """The numbers that codes stand for.
+    """Decode codes.
 
     Args:
-      coded: arrays, not trees of them.
+      coded: arrays, not trees.
       shape: of the numbers.
       dtype: of the result; products are float32.
       batch: as for :func:`encode`.
@@ -106,7 +105,7 @@ def decode(
     shape, codes = tuple(shape), coded.codes
     if codes.dtype == jnp.uint8:
         codes = _unpacked(codes, shape, _packed_axis(len(shape), batch))
-    scales = spread(coded.scales.astype(jnp.float32), shape)
+    scales = broadcast_blocks(coded.scales.astype(jnp.float32), shape)
     return (codes.astype(jnp.float32) * scales).astype(dtype)
 
 
@@ -119,12 +118,12 @@ def bits_of(coded: LinearCodes) -> int:
 
 
 def load(stored: Stored, shape: Sequence[int], dtype: Any, batch: int = 0) -> jax.Array:
-    """An array that is stored in codes, decoded in this dtype, or as it is."""
+    """Decode codes in this dtype; arrays pass through."""
     return decode(stored, shape, dtype, batch) if isinstance(stored, LinearCodes) else stored
 
 
 def store(x: jax.Array, like: Stored, batch: int = 0) -> Stored:
-    """In codes or floats, as ``like`` is."""
+    """Store x in codes or floats, as ``like``."""
     if isinstance(like, LinearCodes):
         return encode(x, bits_of(like), batch)
     return x.astype(like.dtype)
@@ -136,9 +135,9 @@ def _encode(
     x, largest = x.astype(jnp.float32), _largest_code(bits)
     scales = bound_of(x, blocks_of(x.shape, BLOCK_SIZE, batch)) / largest
     scales = scales.astype(jnp.bfloat16)
-    # Everything in a block with a number that is not finite is none.
+    # A non-finite number makes its whole block NaN.
     scales = jnp.where(jnp.isfinite(scales), jnp.where(scales < _TINY, 0, scales), jnp.nan)
-    s = spread(scales.astype(jnp.float32), x.shape)
+    s = broadcast_blocks(scales.astype(jnp.float32), x.shape)
     codes = jnp.clip(jnp.round(x / jnp.where(s > 0, s, 1.0)), -largest, largest)
     codes = jnp.where(s > 0, codes, 0.0).astype(jnp.int8)
     if bits == 4:
@@ -155,7 +154,7 @@ def _packed_axis(ndim: int, batch: int) -> int:
 
 
 def _packed(codes: jax.Array, batch: int) -> jax.Array:
-    """Neighbours in one byte, the first of them in the lower half."""
+    """Pack neighbours into one byte, the first in the lower half."""
     axis = _packed_axis(codes.ndim, batch)
 
     def pack(codes):
@@ -178,11 +177,11 @@ def _unpacked(codes: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
 
 
 def leaves_of(flatten: Callable[[Any], list[Any]], tree: Any) -> list[Any]:
-    """The entries of each leaf: arrays, :class:`LinearCodes` of arrays, or holes.
+    """The entries of each leaf: arrays, :class:`LinearCodes` of arrays, or MaskedNode.
 
     Args:
-      flatten: takes a tree of the parameters apart.
-      tree: such a tree, or LinearCodes of two.
+      flatten: flattens a tree of parameters.
+      tree: a tree of parameters, or LinearCodes of two trees.
     """
     if not isinstance(tree, LinearCodes):
         return flatten(tree)

@@ -1,10 +1,10 @@
-"""Orthonormal columns from products of matrices: no LAPACK, nothing that a mesh cannot shard.
+"""Orthonormal columns by matrix products, without LAPACK and on any sharding.
 
-The polar factor ``Y (YᵀY)^(−1/2)`` is the orthonormal matrix nearest to Y. A Newton–Schulz
-iteration finds it: with ``R = YᵀY / ‖YᵀY‖``, polynomials Z of R bring ``Z R Z`` to the identity,
-and their product is the inverse square root. In float32 one such pass brings singular values
-between 1e-3 and 1 to one, and smaller ones nearer by a factor of a thousand, so that passes are
-repeated until the columns are orthonormal.
+The polar factor ``Y (YᵀY)^(−1/2)`` is the orthonormal matrix nearest to Y, found by Newton–Schulz
+iteration: with ``R = YᵀY / ‖YᵀY‖``, polynomials Z of R bring ``Z R Z`` to the identity, and their
+product is the inverse square root. In float32 one pass brings singular values between 1e-3 and 1 to
+one and multiplies smaller singular values by a thousand. Passes are repeated until the columns are
+orthonormal.
 """
 
 import functools
@@ -13,17 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# δ, added to the normalised Gram matrix, which float32 knows to 1e-7: a pass stretches nothing by
-# more than δ^(−1/2).
+# δ, added to the normalised Gram matrix, whose float32 error is 1e-7: bounds the amplification of a
+# pass by δ^(−1/2).
 DAMPING = 1e-6
-# Polynomials of one pass: singular values of √δ and above become one to 1e-9.
+# Polynomials per pass: singular values of √δ and above become one to 1e-9.
 QUINTICS = 7
-# Each pass gains a factor of a thousand, and float32 ends at 1e-38.
+# Each pass gains a factor of a thousand, and the smallest normal float32 is 1e-38.
 MAX_PASSES = 12
-# ‖XᵀX − I‖ of columns that the next product with a matrix takes, and of those that one more quintic
-# makes orthonormal: its error is 5/16 of the third power.
+# Tolerances on ‖XᵀX − I‖: before the next power step, and before one last quintic, whose error is
+# 5/16 of the third power.
 CONDITIONED, NEARLY = 0.5, 0.01
-# ε, the share of the identity in a power step: ten times what rounding makes of a product.
+# ε, the weight of the identity in a power step: ten times the rounding error of a product.
 SHIFT = 1e-6
 # The last of the weights D that order columns.
 SMALLEST_WEIGHT = 1e-4
@@ -37,10 +37,10 @@ def polar_factor(Y: jax.Array) -> jax.Array:
 def ordered_polar_factor(Y: jax.Array) -> jax.Array:
     """``polar(Y D)`` with the weights of :func:`order_weights`, for ``Y = A P``.
 
-    ``P ← polar(A P D)`` ascends ``tr(Pᵀ A P D)`` for a positive semidefinite A, and the maximum is
+    ``P ← polar(A P D)`` ascends ``tr(Pᵀ A P D)`` for a positive semidefinite A, whose maximum is
     the eigenvectors in the order of their eigenvalues (Brockett 1991). Without weights the columns
-    are any rotation of them. Adam scales each coordinate of a gradient, and learns better where the
-    coordinates are close to single eigenvectors.
+    are an arbitrary rotation of the eigenvectors; Adam, which scales each coordinate, learns better
+    where coordinates are close to eigenvectors.
     """
     return polar_factor(Y * order_weights(Y.shape[1]))
 
@@ -51,7 +51,7 @@ def order_weights(r: int) -> jax.Array:
 
 
 def shifted(Y: jax.Array, P: jax.Array) -> jax.Array:
-    """``Y / ‖Y‖ + ε P``: if ``Y = A P`` for a positive semidefinite A, of full rank as P is."""
+    """``Y / ‖Y‖ + ε P``, of full rank if P is and ``Y = A P`` with A positive semidefinite."""
     norm = jnp.linalg.norm(Y)
     return Y / jnp.where(norm > 0, norm, 1.0) + SHIFT * P
 
@@ -59,8 +59,8 @@ def shifted(Y: jax.Array, P: jax.Array) -> jax.Array:
 def nearly_polar(Y: jax.Array, tolerance: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
     """X with the polar factor of Y and ``‖XᵀX − I‖ ≤ tolerance``, and XᵀX.
 
-    A tolerance of ``CONDITIONED`` leaves singular values between 0.7 and 1.3, which do to multiply
-    X by a matrix; ``NEARLY`` is for :func:`polished`.
+    A tolerance of ``CONDITIONED`` leaves singular values between 0.7 and 1.3, enough for a power
+    step; ``NEARLY`` is for :func:`polished`.
     """
 
     def is_far(carry):
@@ -72,7 +72,7 @@ def nearly_polar(Y: jax.Array, tolerance: jax.typing.ArrayLike) -> tuple[jax.Arr
         X = _times(X, _inverse_root(S))
         return X, _gram(X), count + 1
 
-    # Fourth powers of entries have to stay within float32.
+    # Fourth powers of entries must not overflow float32.
     largest = jnp.max(jnp.abs(Y))
     Y = Y / jnp.where(largest > 0, largest, 1.0)
     X, S, _ = jax.lax.while_loop(is_far, one_pass, (Y, _gram(Y), jnp.int32(0)))
@@ -80,7 +80,7 @@ def nearly_polar(Y: jax.Array, tolerance: jax.typing.ArrayLike) -> tuple[jax.Arr
 
 
 def polished(X: jax.Array, S: jax.Array) -> jax.Array:
-    """The polar factor of X with ``S = XᵀX``, if ``‖S − I‖ ≤ NEARLY``."""
+    """The polar factor of X, given ``S = XᵀX`` with ``‖S − I‖ ≤ NEARLY``."""
     return _times(X, _quintic(jnp.asarray((15 / 8, -10 / 8, 3 / 8), jnp.float32), S))
 
 
@@ -101,7 +101,7 @@ def _inverse_root(S: jax.Array) -> jax.Array:
 
 
 def _quintic(coefficients: jax.Array, R: jax.Array) -> jax.Array:
-    """``a I + b R + c R²``: a x + b x³ + c x⁵ of singular values, over x."""
+    """``a I + b R + c R²``, which maps singular values x to a x + b x³ + c x⁵ when applied."""
     a, b, c = coefficients
     return a * _identity(R) + b * R + c * _times(R, R)
 
@@ -120,18 +120,17 @@ def _times(A: jax.Array, B: jax.Array) -> jax.Array:
 
 @functools.cache
 def minimax_quintics(smallest: float, count: int) -> tuple[tuple[float, float, float], ...]:
-    """Odd quintics a x + b x³ + c x⁵ whose composition takes [smallest, 1] to one.
+    """Odd quintics a x + b x³ + c x⁵ whose composition maps [smallest, 1] to one.
 
-    Each is the one that is nearest to 1 on the interval that those before it leave, found by
-    exchange of its extrema (Remez). Composed greedily they are the best (Amsel et al., The Polar
-    Express, 2025, arXiv 2505.16932).
+    Each is the minimax approximation of 1 on the image of the previous interval (Remez exchange).
+    The greedy composition is optimal (Amsel et al., The Polar Express, 2025, arXiv 2505.16932).
 
     Args:
       smallest: above zero.
-      count: of polynomials.
+      count: number of polynomials.
 
     Returns:
-      (a, b, c) of each, in the order in which they are applied.
+      (a, b, c) of each, in the order of application.
     """
     low, high, found = smallest, 1.0, []
     for _ in range(count):
@@ -142,7 +141,7 @@ def minimax_quintics(smallest: float, count: int) -> tuple[tuple[float, float, f
 
 
 def _minimax_quintic(low: float, high: float) -> tuple[tuple[float, float, float], float]:
-    """The odd quintic nearest to 1 between two positive numbers, and its largest error."""
+    """The minimax odd quintic for 1 between two positive numbers, and its largest error."""
     if high - low < 1e-4:  # the limit of a short interval, whose equations are singular
         return (15 / 8, -10 / 8, 3 / 8), (high - low) ** 3
     inner = (3 * low + high) / 4, (low + 3 * high) / 4

@@ -1,6 +1,6 @@
-"""Into the subspace and back, for any number of modes, batch axes and shardings.
+"""Projection into the subspace and back, for any modes, batch axes and shardings.
 
-Nothing is flattened: a sharded axis that is merged with another would have to be gathered first.
+Nothing is flattened: merging a sharded axis with another axis would gather it.
 """
 
 import string
@@ -23,15 +23,15 @@ from natgalore_jax._src.params.placement import (
 )
 from natgalore_jax._src.params.plan import LeafPlan
 
-# The bases of one parameter: one for each projected mode.
+# Bases of one parameter, one for each projected mode.
 Factors = tuple[jax.Array, ...]
 
 
 def contract(subscripts: str, *operands: jax.Array, dtype=None, precision=None) -> jax.Array:
-    """``einsum`` accumulated in float32 at least, for sharded operands too.
+    """``einsum`` accumulated in float32 at least, also for sharded operands.
 
-    On a mesh with explicit axes a contraction over a sharded axis needs to be told the sharding of
-    its result: every axis that survives keeps the one that it had.
+    On a mesh with explicit axes a contraction over a sharded axis needs ``out_sharding``: every
+    remaining axis keeps its sharding.
     """
     dtype = dtype or jnp.result_type(*operands)
     accumulator = jnp.promote_types(dtype, jnp.float32)
@@ -47,7 +47,7 @@ def contract(subscripts: str, *operands: jax.Array, dtype=None, precision=None) 
 
     if all(x.dtype == accumulator for x in operands):
         return einsum(*operands).astype(dtype)
-    # XLA on CPUs has no kernel for some products of bfloat16 tensors into float32.
+    # XLA on CPUs has no kernel for some products of bfloat16 into float32: convert the operands.
     out = jax.lax.platform_dependent(
         *operands,
         cpu=lambda *xs: einsum(*(x.astype(accumulator) for x in xs)),
@@ -78,7 +78,7 @@ def project(
       plan: how this parameter is projected.
       G: shape of the parameter.
       factors: one basis per projected mode, in the order of the modes.
-      dtype: of the result; None is that of G.
+      dtype: of the result; None is the dtype of G.
 
     Returns:
       Shape ``plan.low_rank_shape``.
@@ -97,13 +97,13 @@ def project(
 def project_to_stored(plan: LeafPlan, G: jax.Array, factors: Sequence[jax.Array]) -> jax.Array:
     """:func:`project`, sharded as moments are stored.
 
-    Where a projected axis is divided, R is a sum over devices. It is summed in float32 and each
-    device receives the part that it stores, instead of all of it.
+    Over a sharded projected axis R is a sum over devices: a reduce-scatter in float32, so that each
+    device receives only its stored shard.
     """
     if not has_explicit_sharding(G):
         return project(plan, G, factors)
-    local = low_rank_names(plan, G, spread=False)
-    stored = low_rank_names(plan, G, spread=True)
+    local = low_rank_names(plan, G, stored=False)
+    stored = low_rank_names(plan, G, stored=True)
     summed = [n for i in plan.projected_modes for a in plan.modes[i] for n in names_of(G)[a]]
     if local == stored or len(plan.projected_modes) > 1:
         return placed(project(plan, G, factors), stored)
@@ -119,7 +119,7 @@ def project_to_stored(plan: LeafPlan, G: jax.Array, factors: Sequence[jax.Array]
         return R.astype(G.dtype)
 
     factors = [
-        place_factor(plan, mode, U, G, spread=False)
+        place_factor(plan, mode, U, G, stored=False)
         for mode, U in zip(plan.projected_modes, factors, strict=True)
     ]
     specs = [spec_of(names_of(U)) for U in factors]
@@ -166,7 +166,7 @@ class _Index:
         return self.batch + self.modes[mode] + self.ranks[mode]
 
     def arranged(self, low_modes: Sequence[int]) -> str:
-        """Batch axes, then the modes in order, those in ``low_modes`` as one axis each."""
+        """Batch axes, then the modes in order, with one rank axis for each of ``low_modes``."""
         return self.batch + "".join(
             self.ranks[i] if i in low_modes else axes for i, axes in enumerate(self.modes)
         )

@@ -1,6 +1,6 @@
 """Normal numbers that do not depend on ``jax_threefry_partitionable``.
 
-JAX reads it when a program is lowered, far from the kernel that asks for random numbers.
+JAX reads the option when a program is lowered, outside the configuration that kernels set.
 """
 
 import math
@@ -12,11 +12,11 @@ from jax.extend.random import threefry_2x32
 
 
 def normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """``jax.random.normal`` as it is with ``jax_threefry_partitionable``, JAX's default.
+    """``jax.random.normal`` with ``jax_threefry_partitionable``, JAX's default.
 
     Args:
       key: of the implementation "threefry2x32".
-      shape: of the result, fewer than 2³² numbers.
+      shape: of the result, with fewer than 2³² entries.
 
     Returns:
       float32.
@@ -25,7 +25,7 @@ def normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     low = jax.lax.iota(jnp.uint32, size)
     words = threefry_2x32(jax.random.key_data(key), jnp.concatenate([jnp.zeros_like(low), low]))
     bits = words[:size] ^ words[size:]
-    # 23 bits of mantissa below the exponent of one: from 1 to 2, excluded.
+    # 23 bits of mantissa below the exponent of one: a float in [1, 2).
     unit = jax.lax.bitcast_convert_type((bits >> 9) | np.uint32(0x3F800000), jnp.float32) - 1
     least = np.nextafter(np.float32(-1), np.float32(0))
     uniform = jnp.maximum(unit * (1 - least) + least, least)

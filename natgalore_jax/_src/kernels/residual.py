@@ -1,8 +1,8 @@
 """Residual update: ``E = G − P Pᵀ G``, rescaled by a rule and added back.
 
-Everything here is one parameter: N and R have the low-rank shape, G the full one. φ has one number
-for each column of a matrix if the rows are projected, for each row if the columns are, and one for
-the whole matrix if both sides are, or for Tucker.
+For one parameter: N and R have the low-rank shape, G the full shape. φ has one number for each
+column of a matrix if the rows are projected, for each row if the columns are projected, and for the
+whole matrix if both sides are projected, or for Tucker.
 """
 
 import math
@@ -25,13 +25,13 @@ from natgalore_jax._src.params.plan import LeafPlan
 
 Rule = Literal["none", "fira", "fisher"]
 
-# δ: the share of a column's mean squared gradient that is added to its Fisher entry. Where a basis
-# holds all of a column, rounding errors are not blown up to the size of an update.
+# δ: the share of a column's mean squared gradient that is added to its Fisher entry. Without it the
+# rounding errors of a column inside the subspace would be amplified to the size of an update.
 FISHER_DAMPING = 1e-4
 
-# κ: a gradient of more than this many times the average energy enters the average as if it had just
-# that. So one spike leaves the next updates near σ. A lasting change is still followed within a few
-# steps, because the average may nearly double in each.
+# κ: the energy of a gradient enters the average as at most this multiple of the average. Updates
+# stay near σ after a spike; a lasting change is followed within a few steps, because the average
+# may nearly double in each.
 SPIKE = 10.0
 
 
@@ -45,12 +45,12 @@ class Residual(NamedTuple):
 
     @property
     def keeps_norm(self) -> bool:
-        """Whether the limit compares with the norm of the last update, which is then stored."""
+        """Whether the limit needs the norm of the last update in the state."""
         return self.norm_growth_limit is not None and RULES[self.rule].rms is None
 
 
 class PhiAxes(NamedTuple):
-    """The axes of φ: batch, then those of the side that is not projected."""
+    """The axes of φ: batch axes, then axes of the unprojected side."""
 
     owners: tuple[int, ...]  # axes of G that φ has, in φ's order
     low: tuple[int, ...]  # axes of R that φ lacks
@@ -63,16 +63,16 @@ class Energies(NamedTuple):
 
     R: jax.Array
     G: jax.Array
-    #: ``‖g − P Pᵀ g‖² = ‖g‖² − ‖Pᵀ g‖²``, because P is orthonormal: it needs no product.
+    #: ``‖g − P Pᵀ g‖² = ‖g‖² − ‖Pᵀ g‖²``, because P is orthonormal.
     E: jax.Array
 
 
-class Outside(NamedTuple):
-    """One parameter, for a rule."""
+class RuleInputs(NamedTuple):
+    """Inputs of a residual rule for one parameter."""
 
     settings: Residual
     axes: PhiAxes
-    size: int  # numbers of G that one entry of φ is for
+    size: int  # entries of G for each entry of φ
     N: jax.Array
     energy: Energies
     basis_error: float
@@ -81,18 +81,18 @@ class Outside(NamedTuple):
 class ResidualRule(NamedTuple):
     """Rule of the residual update; a new rule is an entry of ``RULES`` and a name in ``Rule``."""
 
-    phi: Callable[[Outside, Any], tuple[jax.Array, Any]]  # φ and the new memory, from the old one
-    scale: float  # σ where none is given
-    rms: float | None  # of E diag(φ), where the rule makes it known: the limit then needs no memory
-    memory: Callable[[LeafPlan, Any], Any] | None = None  # before the first gradient
+    phi: Callable[[RuleInputs, Any], tuple[jax.Array, Any]]  # (inputs, memory) -> (φ, memory)
+    scale: float  # default σ
+    rms: float | None  # of E diag(φ), if the rule fixes it: the limit then needs no memory
+    memory: Callable[[LeafPlan, Any], Any] | None = None  # initial memory
 
 
-def _fira(x: Outside, memory: Any) -> tuple[jax.Array, Any]:
+def _fira(x: RuleInputs, memory: Any) -> tuple[jax.Array, Any]:
     """``‖N_:j‖ / ‖R_:j‖``."""
     return gain(jnp.sum(jnp.square(x.N), x.axes.low), x.energy.R), memory
 
 
-def _fisher(x: Outside, c: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _fisher(x: RuleInputs, c: jax.Array) -> tuple[jax.Array, jax.Array]:
     """``1 / √(c_j + δ mean_i G_ij²)`` with c the average of ``mean_i E_ij²``."""
     mean_square = x.energy.E / x.size
     if x.settings.norm_growth_limit is not None:
@@ -118,13 +118,14 @@ def with_residual(
     """``U = α P N + σ E diag(φ) = P (α N − σ R φ) + σ G φ``: one product, as without residual.
 
     Args:
-      settings, plan, factors, scale: what is done, to what; scale is α.
-      direction: batch, the sign that the residual takes.
+      settings, plan, factors: of the parameter.
+      scale: α.
+      direction: batch, the sign of the residual update.
       N, R, G: the inner update, the low-rank gradient, the gradient.
-      last_norm: the norm of the last residual update, or a hole unless ``settings.keeps_norm``.
-      fisher: the memory of the rule, c of the last step, or a hole if it has none.
-      basis_error: the share of a column's energy that is in E because P is stored in few bits,
-        and that ‖g‖² − ‖Pᵀ g‖² does not show; it is added to δ.
+      last_norm: the norm of the last residual update; MaskedNode unless ``settings.keeps_norm``.
+      fisher: the memory of the rule, c of the last step; MaskedNode for a rule without memory.
+      basis_error: the share of a column's energy that rounding of P moves into E without changing
+        ‖g‖² − ‖Pᵀ g‖²; it is added to δ.
 
     Returns:
       U in the dtype of N, and the new norm and Fisher entries.
@@ -133,7 +134,7 @@ def with_residual(
     N, R, G = (x.astype(jnp.float32) for x in (N, R, G))
     energy, rule = energies(axes, R, G), RULES[settings.rule]
     size = math.prod(plan.shape[a] for a in axes.full)
-    phi, fisher = rule.phi(Outside(settings, axes, size, N, energy, basis_error), fisher)
+    phi, fisher = rule.phi(RuleInputs(settings, axes, size, N, energy, basis_error), fisher)
     phi = jnp.multiply(settings.scale, phi)
     if settings.norm_growth_limit is not None:
         level = last_norm
@@ -145,7 +146,7 @@ def with_residual(
     phi = phi * jnp.expand_dims(direction, tuple(range(axes.batch_ndim, phi.ndim)))
 
     phi_low = jnp.expand_dims(phi, axes.low)
-    low = place_low_rank(plan, jnp.multiply(scale, N) - phi_low * R, G, spread=False)
+    low = place_low_rank(plan, jnp.multiply(scale, N) - phi_low * R, G, stored=False)
     if has_explicit_sharding(G):
         phi = placed(phi, [names_of(G)[a] for a in axes.owners])
     U = project_back(plan, low, factors) + on_axes_of_gradient(axes, phi) * G
@@ -165,7 +166,7 @@ RULES = {
 
 
 def phi_axes(plan: LeafPlan, *, by_channel: bool = True) -> PhiAxes:
-    """Of a φ with one number per channel where the plan allows it, else one per matrix."""
+    """Axes of a φ with one number per channel if the plan allows it, else one per matrix."""
     nb = len(plan.batch)
     if by_channel and len(plan.modes) == 2 and len(plan.projected_modes) == 1:
         (mode,) = plan.projected_modes
@@ -183,12 +184,12 @@ def energies(axes: PhiAxes, R: jax.Array, G: jax.Array) -> Energies:
     in_order = [sorted(axes.owners).index(a) for a in axes.owners]
     of_G = place_like(jnp.sum(jnp.square(G), axes.full).transpose(in_order), of_R)
     difference = of_G - of_R
-    # XLA's maximum on CPUs may pass over a NaN, which has to show in the update.
+    # A NaN must reach the update, and XLA's maximum on CPUs may ignore it: use where.
     return Energies(of_R, of_G, jnp.where(difference < 0, 0.0, difference))
 
 
 def on_axes_of_gradient(axes: PhiAxes, phi: jax.Array) -> jax.Array:
-    """φ with as many axes as G, to be multiplied with it."""
+    """φ with as many axes as G, for broadcasting."""
     in_place = phi.transpose([axes.owners.index(a) for a in sorted(axes.owners)])
     return jnp.expand_dims(in_place, axes.full)
 
@@ -200,7 +201,7 @@ def gain(energy_N: jax.Array, energy_R: jax.Array) -> jax.Array:
 
 
 def average(c: jax.Array, new: jax.Array, decay: jax.typing.ArrayLike) -> jax.Array:
-    """``β c + (1 − β) c'``, from the first non-zero c' on; non-finite c' are skipped."""
+    """``β c + (1 − β) c'``, starting at the first non-zero c'; non-finite c' are skipped."""
     mixed = new + jnp.where(c > 0, decay, 0.0) * (c - new)
     return jnp.where(jnp.isfinite(new), mixed, c)
 
@@ -211,11 +212,11 @@ def inverse_root(c: jax.Array) -> jax.Array:
 
 
 def without_spike(axes: PhiAxes, new: jax.Array, c: jax.Array) -> jax.Array:
-    """``new``, scaled down to a sum over a matrix of at most κ times the sum of ``c``."""
+    """``new`` with its sum over a matrix limited to κ times the sum of ``c``."""
     matrix = tuple(range(axes.batch_ndim, c.ndim))
-    known, total = (jnp.sum(x, matrix, keepdims=True) for x in (c, new))
-    is_spike = (known > 0) & (total > SPIKE * known) & jnp.isfinite(total)
-    return new * jnp.where(is_spike, SPIKE * known / total, 1.0)
+    old_sum, new_sum = (jnp.sum(x, matrix, keepdims=True) for x in (c, new))
+    is_spike = (old_sum > 0) & (new_sum > SPIKE * old_sum) & jnp.isfinite(new_sum)
+    return new * jnp.where(is_spike, SPIKE * old_sum / new_sum, 1.0)
 
 
 def limited(
@@ -225,7 +226,7 @@ def limited(
     level: jax.typing.ArrayLike,
     limit: jax.typing.ArrayLike,
 ) -> tuple[jax.Array, jax.Array]:
-    """φ such that the residual update's norm is at most ``limit`` times ``level``; the norm."""
+    """φ that limits the norm of the residual update to ``limit`` times ``level``; that norm."""
     squared = jnp.square(phi) * energy.E
     norm = jnp.sqrt(jnp.sum(squared, tuple(range(axes.batch_ndim, squared.ndim))))
     shrink = growth_shrink(norm, level, limit)
@@ -235,7 +236,7 @@ def limited(
 def growth_shrink(
     norm: jax.Array, level: jax.typing.ArrayLike, limit: jax.typing.ArrayLike
 ) -> jax.Array:
-    """``min(1, γ ℓ / ‖U‖)`` for an update U and a level ℓ, such as the last norm; 1 if ℓ is 0."""
+    """``min(1, γ ℓ / ‖U‖)`` for the norm of an update U and a level ℓ; 1 if ℓ is 0."""
     level = jnp.asarray(level)
     allowed = jnp.where(level > 0, limit * level, jnp.inf)
     return jnp.where(norm > allowed, allowed / norm, 1.0)

@@ -1,7 +1,7 @@
 """Moments and history in the coordinates of a new basis.
 
-``C = P'ᵀ P`` (r, r) takes coordinates in P to coordinates in P'. The arrays here are one matrix's:
-low-rank coordinates without batch axes. Rows of C have norms of at most one.
+``C = P'ᵀ P`` (r, r) maps coordinates in P to coordinates in P'; its rows have norms of at most one.
+Arrays are low-rank coordinates of one matrix, without batch axes.
 """
 
 from collections.abc import Mapping
@@ -15,18 +15,17 @@ TRANSITIONS = get_args(Transition)
 
 
 def change_of_basis(P_new: jax.Array, P: jax.Array, rounding: float = 0.0) -> jax.Array:
-    """``C = P'ᵀ P`` between orthonormal bases, with rows that are no longer than one.
+    """``C = P'ᵀ P`` between orthonormal bases, with rows of norm at most one.
 
-    The weights of a second moment in :func:`rotate_second_moment` are then a mean of old values,
-    which no number of changes makes larger than the largest of them. Bases that were rounded are
-    orthonormal no more, and rows of their product are longer at every change: each basis is
-    replaced by the orthonormal one next to it.
+    With such rows :func:`rotate_second_moment` takes weighted means, which never exceed the largest
+    old value. Rounded bases are not orthonormal, and moments would grow at every change: each basis
+    is replaced by its nearest orthonormal basis.
 
     Args:
       P_new: (m, r'), orthonormal, before it is rounded.
-      P: (m, r), orthonormal but for rounding.
-      rounding: the share of P that is rounding error, in squares. So much is missing from a row of
-        C even if both bases span the same space, and is not taken as a new direction.
+      P: (m, r), orthonormal up to rounding.
+      rounding: relative mean square of the rounding error of P. Rows of C lack this share even if
+        both bases span the same space; it does not count as a new direction.
 
     Returns:
       (r', r), float32.
@@ -50,8 +49,8 @@ def _inverse_root(S: jax.Array) -> jax.Array:
     def step(_, Z):
         return 1.5 * Z - 0.5 * _gram(Z, _gram(S, _gram(Z, Z)))
 
-    # From an eigenvalue of 0.1 to rounding errors; those of PᵀP are 1 ± 0.2 in four bits. The first
-    # step is from the identity.
+    # Converges for eigenvalues of 0.1 and above; PᵀP has 1 ± 0.2 in 4 bits. The first step starts
+    # at the identity.
     first = 1.5 * jnp.eye(S.shape[0], dtype=S.dtype) - 0.5 * S
     return jax.lax.fori_loop(0, 7, step, first)
 
@@ -76,9 +75,9 @@ def rotate_second_moment(V: jax.Array, C_of_axis: Mapping[int, jax.Array]) -> ja
     """``v'_i = Σ_j C_ij² v_j + (1 − Σ_j C_ij²) v̄`` along every projected axis.
 
     The variance of a sum of uncorrelated terms with weights C_ij is the sum with weights C_ij².
-    What a new direction has outside the old basis was never observed and takes the mean v̄ over
-    the old directions: left at zero, Adam would divide by almost nothing and leap there.
-    The rule keeps V non-negative, and its sum along the axis if both bases span the same space.
+    The part of a new direction outside the old basis was never observed. At zero, Adam would divide
+    by almost nothing there; therefore it takes the mean v̄ over the old directions. The rule keeps V
+    non-negative, and preserves its sum along the axis if both bases span the same space.
 
     Args:
       V: second moments in low-rank coordinates, non-negative, any dtype.
@@ -101,10 +100,9 @@ def rotate_centred(
 ) -> jax.Array:
     """``v'_i = κ μ'_i² + Σ_j C_ij² (v_j − κ μ_j²) + (1 − Σ_j C_ij²) v̄`` with ``κ = min v / μ²``.
 
-    Variances follow the rule for second moments, and the square of the new mean is added: that of
-    ``C μ`` can be larger than what :func:`rotate_second_moment` makes of V. κ is 1 or more. Where
-    both moments are divided by 1 − βᵗ before they are used, a variance of zero is
-    ``v = μ² / (1 − βᵗ)``; what every entry has to spare follows the mean.
+    Variances follow :func:`rotate_second_moment`, and the square of the new mean is added: rotating
+    V itself can give less than ``(C μ)²``. κ is 1 or more: where both moments are divided by
+    1 − βᵗ before use, a variance of zero is ``v = μ² / (1 − βᵗ)``.
 
     Args:
       V, mean: second and first moments in the old coordinates, ``V ≥ mean²``.
@@ -126,7 +124,7 @@ def rotate_centred(
         seen = jnp.moveaxis(jnp.tensordot(C * C, variance, axes=(1, axis)), 0, axis)
         variance = seen + unseen.reshape(shape) * average
         mean = rotate_linear(mean, {axis: C})
-    # A little more than the square, so that rounding to the dtype of V leaves it no less.
+    # ν ≥ μ² must survive rounding to the dtype of V: add two units of precision.
     square = kappa * new_mean * new_mean
     least = square * (1.0 + 2.0 * float(jnp.finfo(V.dtype).eps))
     return jnp.maximum(square + variance, least).astype(V.dtype)

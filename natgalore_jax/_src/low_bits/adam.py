@@ -1,4 +1,4 @@
-"""Adam with its moments in eight bits, without the moments in float32 in between."""
+"""Adam with moments in 8 bits that are never materialised in float32."""
 
 from typing import Any
 
@@ -26,16 +26,15 @@ def scale_by_adam_8bit(
 ) -> optax.GradientTransformationExtraArgs:
     r"""``optax.scale_by_adam`` with moments of one byte a number instead of four.
 
-    The step is Adam's, in float32, from the decoded moments; see :func:`quantize_state` for how
-    they are stored. Unlike there the bound of a block is not the largest value in it but an
-    average of its own,
+    The step is Adam's, in float32, from the decoded moments; :func:`quantize_state` describes the
+    codes. The bound of a block is not its largest value, as in :func:`quantize_state`, but
 
     .. math:: B \leftarrow \beta_1 B + (1 - \beta_1) \max |g|, \qquad
       B_v \leftarrow \beta_2 B_v + (1 - \beta_2) \max g^2,
 
-    which is never less and needs only the gradient, so that no moment is ever written down in
-    float32: the step takes less temporary memory than that of ``optax.scale_by_adam``, and on a
-    CPU little more time.
+    which is never less and depends only on the gradient, so that float32 moments are never
+    materialised: the step takes less temporary memory than ``optax.scale_by_adam``, and little more
+    time on a CPU.
 
     Args:
       b1, b2, eps, eps_root, nesterov: as in ``optax.scale_by_adam``.
@@ -66,7 +65,7 @@ def scale_by_adam_8bit(
     settings = EightBits(block_size, min_size, where)
     settings.check()
 
-    # The complements in Python's precision: in float32, 1 − 0.999 is off by a hundred-thousandth.
+    # 1 − 0.999 in float32 has a relative error of 1e-5: compute complements in Python floats.
     numbers = (b1, 1 - b1, b2, 1 - b2, eps, eps_root)
 
     @own_arithmetic
@@ -117,7 +116,7 @@ def adam_with_bits(
     eps: float,
     nesterov: bool = False,
 ) -> optax.GradientTransformation:
-    """Adam with moments in 8 bits, or as Optax stores them (None)."""
+    """Adam with moments in 8 bits, or in Optax's dtypes (None)."""
     if moment_bits is None:
         return optax.scale_by_adam(b1=b1, b2=b2, eps=eps, nesterov=nesterov)
     if moment_bits != 8 or isinstance(moment_bits, bool):
@@ -133,7 +132,7 @@ def _state(count, mu, nu, mu_scale, nu_scale) -> QuantizedState:
 
 @kernel("leaf", "nesterov", "dtype")
 def _step(leaf, nesterov, dtype, numbers, count, g, m, v, *scales):
-    """Update, moments and bounds of one parameter after a step; ``count`` are those before it."""
+    """Update, moments and bounds of one parameter after a step; ``count`` excludes this step."""
     b1, new1, b2, new2, *_ = numbers
     G, in_8_bits = jnp.asarray(g).astype(jnp.float32), not isinstance(scales[0], optax.MaskedNode)
     M, V = m.astype(jnp.float32), v.astype(jnp.float32)
@@ -151,7 +150,7 @@ def _step(leaf, nesterov, dtype, numbers, count, g, m, v, *scales):
 
 
 def _update(G, M, V, count, constants, *, nesterov):
-    """Adam's step from its new moments; ``count`` is the number of steps, this one included."""
+    """Adam's update from its new moments; ``count`` includes this step."""
     b1, new1, b2, _, eps, eps_root = constants
     M = M / (1 - b1 ** (count + 1)) if nesterov else M / (1 - b1**count)
     if nesterov:

@@ -1,4 +1,4 @@
-"""Any optimizer with its large moments in eight bits."""
+"""Any optimizer with its large moments in 8 bits."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -40,22 +40,22 @@ class QuantizedState(NamedTuple):
     #: The state of the inner optimizer. Where scales has an array: uint8, shape of the parameter.
     codes: Any
     #: A tree of the same structure: float32, a bound on the absolute values of each block, shape of
-    #: the parameter but for the axis that is divided; MaskedNode where nothing is in 8 bits.
+    #: the parameter except for the axis with blocks; MaskedNode where nothing is in 8 bits.
     scales: Any
 
 
 class _InnerState(StateType):
-    """The state of the inner optimizer, whose types say what the codes mean."""
+    """The state of the inner optimizer, whose types give the codes their meaning."""
 
     def inner(self, state):
         return jax.tree.map(
-            lambda codes, bounds: codes if _is_hole(bounds) else MomentCodes(codes, bounds),
+            lambda codes, bounds: codes if _is_masked(bounds) else MomentCodes(codes, bounds),
             state.codes,
             state.scales,
         )
 
     def parts(self, state):
-        # A scale stands for about as many numbers, whatever the side.
+        # The number of block scales is about proportional to the size of R, whatever the side.
         scales = Part(None, state.scales, LeafPlan.low_rank_size)
         return [Part(None, (state.count, state.codes)), scales]
 
@@ -64,7 +64,7 @@ register_type(QuantizedState, _InnerState())
 
 
 class EightBits(NamedTuple):
-    """The arguments that decide what is stored in 8 bits."""
+    """The arguments that select moments for storage in 8 bits."""
 
     block_size: int
     min_size: int
@@ -75,7 +75,7 @@ class EightBits(NamedTuple):
         check_integer("min_size", self.min_size, minimum=1)
 
     def batch_of_leaves(self, params: Any) -> list[int | None]:
-        """For each parameter whose moments are stored in 8 bits the number of its batch axes."""
+        """Number of batch axes of each parameter; None if its moments are not stored in 8 bits."""
         plans = current_subspace() or {}
         out: list[int | None] = []
         leaves = jax.tree_util.tree_leaves_with_path(params)
@@ -93,37 +93,38 @@ def quantize_state(
     min_size: int = 4096,
     where: Where = True,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Stores the moments of an optimizer in 8 bits, a quarter of their memory in float32.
+    r"""Store the moments of an optimizer in 8 bits, a quarter of their memory in float32.
 
     Every moment of the inner state that has the shape of its parameter is stored as one byte a
     number and a float32 for each block; the inner optimizer works on float32 arrays that exist
-    only during its step. The type of the inner state says what is a moment
-    (:func:`register_state`). Everything else (counts, step sizes, weights, factored and centred
-    statistics, Fisher matrices, gradient histories, moments of small parameters) stays as it is.
+    only during its step. The registered type of the inner state declares its moments
+    (:func:`register_state`). All other arrays (counts, step sizes, weights, factored and centred
+    statistics, Fisher matrices, gradient histories, moments of small parameters) are unchanged.
     With B the largest absolute value of a block and :math:`c = 2^{-K}` times the power of two above
-    it, x is stored as
+    B, x is stored as
 
     .. math:: \operatorname{sign}(x) \cdot \mathrm{fl}_4(|x| + c),
 
     a float with four bits of mantissa: the error of a number is at most a sixteenth of
-    :math:`|x| + c`. First moments have a sign and K = 8; second moments have none and K = 16, so
-    that their roots cover the same range. A second moment is never read as zero, so that no update
-    blows up. Rounding is dithered: right on average over the steps, or a second moment, which
-    changes by a thousandth a step, would stand still.
+    :math:`|x| + c`. First moments have a sign and K = 8; second moments have no sign and K = 16, so
+    that their roots cover the same range. A second moment is never decoded as zero, so that updates
+    stay bounded. Rounding is dithered and exact on average over the steps; rounding to nearest
+    would freeze second moments, which change by a thousandth a step.
 
-    Inside a subspace the moments follow the basis as float32 ones do, one layer at a time. For Adam
-    :func:`scale_by_adam_8bit` is faster and needs no float32 moments even then: at the full size of
-    a model the wrapper's step has taken four times that of float32 Adam on a CPU.
+    Inside a subspace the codes are transported at a refresh like float32 moments, one layer at a
+    time. For Adam use :func:`scale_by_adam_8bit`, which is faster and has no float32 moments even
+    during a step: at the full size of a model the wrapper's step has taken four times as long as
+    float32 Adam's on a CPU.
 
     Args:
       inner: any transformation with a state of registered types: Optax's, and your own.
-      block_size: the most numbers that share a bound, at least 32. Blocks run along the shorter of
-        the last two axes (if it has 64 entries, else another), so that a token of an embedding has
-        blocks of its own.
-      min_size: arrays of fewer elements stay as they are.
+      block_size: the largest number of entries that share a bound, at least 32. Blocks run along
+        the shorter of the last two axes (if it has 64 entries, else another), so that each token of
+        an embedding has its own blocks.
+      min_size: arrays of fewer elements are unchanged.
       where: the parameters whose moments are stored in 8 bits: a callable ``(path, leaf) -> bool``
-        or a pytree of booleans (a prefix is enough). All by default: the embeddings, which others
-        leave out because blocks across tokens of different frequency lose the rare ones, too.
+        or a pytree of booleans (a prefix is enough). All by default, embeddings included: other
+        libraries exclude embeddings, because their blocks mix tokens of different frequency.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with a :class:`QuantizedState`. Updates have the
@@ -131,7 +132,7 @@ def quantize_state(
 
     Raises:
       TypeError, ValueError: for an argument of a wrong type or value; at ``init`` for an inner
-        transformation of whose state no type is registered.
+        state without any registered type.
 
     References:
       Dettmers et al., 8-bit optimizers via block-wise quantization (2022), whose codes are decades
@@ -169,7 +170,7 @@ def quantize_state(
         moments = _moments(treedef, jax.tree.structure(updates))
         decoded = [
             (at_least_float32(x) if number in moments else x)
-            if _is_hole(scale)
+            if _is_masked(scale)
             else _decode(moments[number][1], x, scale)
             for number, (x, scale) in enumerate(zip(stored, scales, strict=True))
         ]
@@ -183,8 +184,9 @@ def quantize_state(
         for number, (x, scale, value) in enumerate(
             zip(stored, scales, treedef.flatten_up_to(inner_state), strict=True)
         ):
-            if _is_hole(scale):
-                value = value.astype(x.dtype)
+            if _is_masked(scale):
+                # Not of random keys, which have no other dtype.
+                value = value if value.dtype == x.dtype else value.astype(x.dtype)
             else:
                 is_second = moments[number][1]
                 value, scale = _stored(number, is_second, value, scale, state.count)
@@ -208,24 +210,23 @@ def _decode(is_second, codes, scale):
 
 @kernel("salt", "is_second")
 def _stored(salt, is_second, value, scale, count):
-    """Codes and bounds of what a moment is after a step."""
+    """Codes and bounds of a moment after a step."""
     value = value.astype(jnp.float32)
     scale = block_max(value, blocks_between(value.shape, scale.shape))
     return dithered(value, scale, count, salt, is_second), scale
 
 
 def _moments(treedef: Any, params_treedef: Any) -> dict[int, tuple[int, bool]]:
-    """The moments that may be stored in 8 bits, by their numbers in the flat state.
+    """Moments that may be stored in 8 bits: position in the state to (parameter, is_second).
 
-    The number of its parameter, and whether it is a second one. Centred pairs are left out: after
-    rounding, a variance could be negative.
+    Without centred pairs, whose variance could be negative after rounding.
     """
     state, found = treedef.unflatten(range(treedef.num_leaves)), {}
     registered = registered_entries(state, params_treedef)
     if treedef.num_leaves and not registered:
         raise ValueError(
             "quantize_state needs an inner transformation whose state has a registered type, got "
-            f"{_types_in(state)}: use natgalore_jax.register_state to say what its fields mean"
+            f"{_types_in(state)}: declare its fields by natgalore_jax.register_state"
         )
     for meaning, fields in registered:
         centred = {
@@ -242,7 +243,7 @@ def _moments(treedef: Any, params_treedef: Any) -> dict[int, tuple[int, bool]]:
 
 
 def _types_in(state: Any) -> str:
-    """The names of the types of a state and of what is in it."""
+    """Names of the types of a state and its inner states."""
     names = []
 
     def visit(x):
@@ -254,7 +255,7 @@ def _types_in(state: Any) -> str:
     return ", ".join(dict.fromkeys(names)) or type(state).__name__
 
 
-def _is_hole(x: Any) -> bool:
+def _is_masked(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode)
 
 
@@ -262,7 +263,7 @@ def _is_hole(x: Any) -> bool:
 def start(
     value: jax.Array, block_size: int, batch: int, is_second: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """Codes and bounds of what an array starts with, rounded to nearest."""
+    """Codes and bounds of an initial moment, rounded to nearest."""
     value = value.astype(jnp.float32)
     bounds = block_sum(value, blocks_of(value.shape, block_size, batch))
     return encode(value, bounds, is_second=is_second), bounds
@@ -271,14 +272,14 @@ def start(
 def dithered(
     value: jax.Array, bounds: jax.Array, count: jax.typing.ArrayLike, salt: int, is_second: bool
 ) -> jax.Array:
-    """Codes of a moment after a step."""
+    """Codes of a moment after a step, with dithered rounding."""
     noise = dither(value.shape, count, salt, STRIDES[0 if is_second else 1])
     return encode(value, bounds, noise, is_second=is_second)
 
 
 @own_arithmetic
 def at_least_float32(x: jax.Array) -> jax.Array:
-    """float32 within a step; fewer bits are for the state between steps."""
+    """Convert narrower floats to float32 for the computation within a step."""
     x = jnp.asarray(x)
     is_narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
     return x.astype(jnp.float32) if is_narrow else x

@@ -1,4 +1,4 @@
-"""Rounding to bfloat16 that is right on average."""
+"""Stochastic rounding to bfloat16."""
 
 from typing import Any
 
@@ -14,23 +14,23 @@ from natgalore_jax._src.params.checks import check_integer
 
 @own_arithmetic
 def stochastic_round(x: jax.Array, step: jax.typing.ArrayLike, seed: int = 0) -> jax.Array:
-    r"""Rounds to bfloat16, up or down with the probabilities that make the mean exact.
+    r"""Round stochastically to bfloat16, with an exact mean.
 
     A number between neighbours :math:`a < x < b` becomes b with probability
-    :math:`(x - a) / (b - a)`. The probabilities are frequencies: each element has its own sequence
-    of thresholds over the steps, evenly spread and cheaper than random numbers, so that the mean
-    over n steps is right to about 1/n instead of :math:`1 / \sqrt n`.
+    :math:`(x - a) / (b - a)`. Each element has its own low-discrepancy sequence of thresholds over
+    the steps, cheaper than random numbers: the mean over n steps has an error of about 1/n instead
+    of :math:`1 / \sqrt n`.
 
     Args:
       x: real floating-point, any shape and sharding; computed in float32.
-      step: scalar integer, another one each time.
-      seed: a Python integer, another one for each array.
+      step: scalar integer, different each time.
+      seed: a Python integer, different for each array.
 
     Returns:
-      Shape of x, bfloat16. Infinities and what is not a number stay what they are.
+      Shape of x, bfloat16. Infinities and NaN are unchanged.
 
     Raises:
-      TypeError: if x is not real floating-point or the seed is no integer.
+      TypeError: if x is not real floating-point or the seed is not an integer.
 
     Example:
       A third of a step of bfloat16 above 1, rounded 300 times:
@@ -57,21 +57,20 @@ def apply_updates_stochastic(
 ) -> Any:
     r"""``optax.apply_updates`` that rounds bfloat16 parameters with :func:`.stochastic_round`.
 
-    A bfloat16 weight has eight bits: an update of less than 1/512 of it is lost by rounding to
-    nearest, at every step. Here the sum is computed in float32, and a small update moves the weight
-    now and then. An update that is bfloat16 itself has lost up to 0.4 percent before: optimizers
-    return float32 updates if they are given float32 gradients. Their moments are bfloat16 even
-    then, unless they were initialised with float32 parameters (:func:`chain`).
+    A bfloat16 weight has a precision of eight bits: rounding to nearest loses every update of less
+    than 1/512 of the weight. Here the sum is computed in float32, and a small update moves the
+    weight at some of the steps. Pass float32 gradients to the optimizer, so that its updates are
+    float32: rounding an update to bfloat16 first loses up to 0.4 percent. The moments are bfloat16
+    even then, unless the optimizer was initialised with float32 parameters (:func:`.chain`).
 
     Args:
-      params: the parameters. Those that are not bfloat16 are updated as ``optax.apply_updates``
-        does.
-      updates: a tree of the same structure, of float32 arrays where it matters.
+      params: the parameters. Parameters of other dtypes are updated by ``optax.apply_updates``.
+      updates: a tree of the same structure, preferably float32 for bfloat16 parameters.
       step: scalar integer, the step count.
       seed: a Python integer.
 
     Returns:
-      New parameters, in their dtypes.
+      New parameters, in the same dtypes.
 
     Raises:
       TypeError, ValueError: as :func:`.stochastic_round`; if the trees differ.

@@ -1,4 +1,4 @@
-"""Weights in eight bits that small updates still move."""
+"""Weights in 8 bits with stochastic rounding."""
 
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from natgalore_jax._src.kernels.float8_blocks import (
     block_max,
     blocks_between,
     blocks_of,
-    spread,
+    broadcast_blocks,
 )
 from natgalore_jax._src.kernels.kernel import own_arithmetic
 from natgalore_jax._src.kernels.linear_codes import LinearCodes, Stored, decode, leaves_of, tree_of
@@ -21,7 +21,7 @@ from natgalore_jax._src.params.checks import check_float_dtype, check_integer
 from natgalore_jax._src.params.where import KeyPath, Where, hidden_matrices, selected
 
 _LARGEST = np.float32(127)
-# A new scale leaves the largest weight of its block a sixteenth to grow.
+# A new scale leaves room for the largest weight of its block to grow by a sixteenth.
 _ROOM = np.float32(1 + 1 / 16)
 _TINY = np.float32(jnp.finfo(jnp.bfloat16).tiny)
 
@@ -29,10 +29,10 @@ _TINY = np.float32(jnp.finfo(jnp.bfloat16).tiny)
 class QuantizedWeights(NamedTuple):
     """Parameters, some of them in 8 bits, from :func:`.quantize_weights`."""
 
-    count: jax.typing.ArrayLike  #: shape (), int32: how often they were rounded
+    count: jax.typing.ArrayLike  #: shape (), int32: number of roundings
     #: The tree of parameters: int8 where scales has an array, elsewhere the parameter itself.
     codes: Any
-    #: The tree of parameters: bfloat16, the shape of the parameter but for one axis, which has an
+    #: The tree of parameters: bfloat16 in the shape of the parameter, except that one axis has an
     #: entry for each block; MaskedNode where the parameter is not in 8 bits.
     scales: Any
 
@@ -41,28 +41,27 @@ class QuantizedWeights(NamedTuple):
 def quantize_weights(
     params: Any, where: Where = hidden_matrices, block_size: int = 256
 ) -> QuantizedWeights:
-    r"""Stores weights in 8 bits, with a scale for each block: 1.01 bytes a number.
+    r"""Store weights in 8 bits, with a scale for each block: 1.01 bytes a number.
 
-    A weight is :math:`w = s c` with a whole number c from −127 to 127 and a bfloat16 scale s for
-    each block of up to ``block_size`` weights along one of the last two axes. Here c is the
-    nearest. :func:`.per_layer` trains such weights: it decodes those of one layer at a time, and
-    rounds what the optimizer makes of them up or down with the probabilities that make the mean
-    exact. An update of a hundredth of s then moves one weight in a hundred, where the nearest
-    number would be the old one for ever.
+    A weight is :math:`w = s c` with an integer c from −127 to 127, rounded to nearest, and a
+    bfloat16 scale s for each block of up to ``block_size`` weights along one of the last two axes.
+    :func:`.per_layer` trains such weights: it decodes one layer at a time and rounds updated
+    weights stochastically, so that the mean is exact. An update of a hundredth of s moves one
+    weight in a hundred, whereas rounding to nearest would lose it.
 
-    Where s stays, a weight that is not updated stays as it is. So s is kept as long as the largest
-    of the block is between 127/2 and 127 times s, and otherwise made anew, a sixteenth larger than
-    it needs to be: nothing is clipped, and a block is rounded anew only when its largest weight
-    has grown by that much or halved.
+    A new scale would round weights that have no update. Therefore s is kept as long as the largest
+    weight of the block is between 127/2 and 127 times s, and a new scale is a sixteenth larger than
+    necessary: nothing is clipped, and the scale changes only after the largest weight has grown by
+    a sixteenth or halved.
 
     Args:
       params: any tree of arrays.
       where: the weights that are stored in 8 bits: a callable ``(path, leaf) -> bool``, a pytree of
-        booleans, or the default :func:`hidden_matrices`.
-      block_size: the most weights that share a scale, at least 16.
+        booleans, or the default :func:`.hidden_matrices`.
+      block_size: the largest number of weights that share a scale, at least 16.
 
     Returns:
-      A :class:`.QuantizedWeights`, which is a pytree of plain arrays: save it as it is.
+      A :class:`.QuantizedWeights`, a pytree of plain arrays that checkpoints can store.
 
     Raises:
       TypeError, ValueError: for an argument of a wrong type or value, and, with its path, for a
@@ -70,7 +69,7 @@ def quantize_weights(
 
     References:
       Zhang et al., Q-GaLore (2024): weights in 8 bits with stochastic rounding and projected
-      gradients; there each block has a new scale at each step.
+      gradients, with a new scale for each block at each step.
 
     Example:
       >>> import jax, jax.numpy as jnp, natgalore_jax as ng
@@ -94,14 +93,14 @@ def quantize_weights(
 
 @own_arithmetic
 def dequantize_weights(weights: QuantizedWeights, dtype: Any = jnp.float32) -> Any:
-    """The tree of parameters, those in 8 bits decoded in this dtype.
+    """Decode parameters in 8 bits.
 
     Args:
-      weights: what :func:`.quantize_weights` or a step of :func:`.per_layer` returned.
-      dtype: of what was in 8 bits; float32 is exact.
+      weights: from :func:`.quantize_weights` or a step of :func:`.per_layer`.
+      dtype: of the decoded parameters; float32 is exact.
 
     Returns:
-      A tree of plain arrays; what was not in 8 bits is as it was.
+      The tree of parameters; those not in 8 bits are unchanged.
 
     Example:
       >>> import jax.numpy as jnp, natgalore_jax as ng
@@ -116,7 +115,7 @@ def dequantize_weights(weights: QuantizedWeights, dtype: Any = jnp.float32) -> A
 
 
 def weight_leaves(params: Any) -> tuple[Any, list[Stored]]:
-    """The structure of a tree of parameters, and its leaves as they are stored."""
+    """Structure of a tree of parameters, and its stored leaves."""
     if not isinstance(params, QuantizedWeights):
         leaves, treedef = jax.tree.flatten(params)
         return treedef, leaves
@@ -125,13 +124,13 @@ def weight_leaves(params: Any) -> tuple[Any, list[Stored]]:
 
 
 def decoded(params: Any, dtype: Any) -> Any:
-    """The tree of parameters with those in 8 bits in this dtype, None for float32."""
+    """The tree of parameters with 8-bit leaves decoded in this dtype, None for float32."""
     treedef, leaves = weight_leaves(params)
     return treedef.unflatten(read_weight(w, dtype or jnp.float32) for w in leaves)
 
 
 def with_weight_leaves(params: Any, leaves: list[Stored]) -> Any:
-    """The tree of parameters after an update."""
+    """The tree of parameters with new leaves after an update."""
     treedef, _ = weight_leaves(params)
     if not isinstance(params, QuantizedWeights):
         return treedef.unflatten(leaves)
@@ -141,7 +140,7 @@ def with_weight_leaves(params: Any, leaves: list[Stored]) -> Any:
 
 @own_arithmetic
 def read_weight(stored: Stored, dtype: Any) -> jax.Array:
-    """A weight decoded in this dtype, or as it is."""
+    """Decode a weight in this dtype; arrays pass through."""
     if not isinstance(stored, LinearCodes):
         return stored
     return decode(stored, stored.codes.shape, dtype)
@@ -155,14 +154,14 @@ def write_weight(
     salt: int,
     layer: jax.typing.ArrayLike = 0,
 ) -> Stored:
-    """A weight as ``old`` is stored, right on average.
+    """Store a weight as ``old`` is stored, with stochastic rounding.
 
     Args:
-      x: the new weight, float32 where it is stored in 8 bits.
-      old: what it is stored as now.
-      count: another number at each update.
-      salt: another number for each parameter.
-      layer: which layer the first one in x is.
+      x: the new weight, float32 if it is stored in 8 bits.
+      old: the stored weight before the update.
+      count: different at each update.
+      salt: different for each parameter.
+      layer: index of the first layer in x.
     """
     if not isinstance(old, LinearCodes):
         return x
@@ -192,12 +191,12 @@ def _nearest(path: KeyPath, leaf: Any, block_size: int) -> LinearCodes:
 
 
 def _new_scales(peak: jax.Array) -> jax.Array:
-    """Scales for blocks with these largest numbers, float32 but of bfloat16's precision."""
+    """Scales for blocks with these largest numbers, float32 with bfloat16's precision."""
     scales = (peak * (_ROOM / _LARGEST)).astype(jnp.bfloat16).astype(jnp.float32)
-    # Everything in a block with a number that is not finite is none.
+    # A non-finite number makes its whole block NaN.
     return jnp.where(jnp.isfinite(scales), jnp.where(scales < _TINY, 0, scales), jnp.nan)
 
 
 def _ratio(x: jax.Array, scales: jax.Array) -> jax.Array:
-    s = spread(scales, x.shape)
+    s = broadcast_blocks(scales, x.shape)
     return jnp.where(s > 0, x / jnp.where(s > 0, s, 1.0), 0.0)

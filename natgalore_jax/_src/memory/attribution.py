@@ -28,7 +28,7 @@ def nbytes(leaf: Any) -> int:
 def attribute(
     tx: optax.GradientTransformation, state: Any, treedef: Any
 ) -> tuple[list[list[Piece]], int]:
-    """The pieces of each parameter, and the bytes of what belongs to none.
+    """The pieces of each parameter, and the bytes of all other arrays.
 
     Args:
       tx: the transformation.
@@ -41,8 +41,8 @@ def attribute(
     try:
         owners = owners_of(tx, state, treedef)
     except Exception:
-        # The state itself is sound, but tx looks into the parameters at init, and Optax's stand-in
-        # for them has nothing to look at. What is raised then depends on tx alone.
+        # optax.tree.map_params calls init with placeholders, for which an init that reads its
+        # parameters raises any error: count the whole state as shared.
         owners = [None] * len(leaves)
     pieces: list[list[Piece]] = [[] for _ in range(treedef.num_leaves)]
     shared = 0
@@ -58,7 +58,7 @@ def attribute(
 def alternatives(plan: LeafPlan, pieces: Sequence[Piece]) -> dict[str, int]:
     """Bytes of the state of one projected matrix by the side that is projected.
 
-    Empty for Tucker, and for optimizers without a stored basis of ours: their side is no choice.
+    Empty for Tucker, and for optimizers without a stored basis, which have no choice of side.
     """
     if len(plan.modes) > 2 or not any(piece.part == "basis" for piece in pieces):
         return {}
@@ -83,7 +83,7 @@ def _moved_bytes(piece: Piece, old: LeafPlan, new: LeafPlan) -> int:
     if size is None:
         shape = old.low_rank_shape[len(old.batch) :]
         is_low_rank = len(piece.shape) >= len(shape) and piece.shape[-len(shape) :] == shape
-        # A norm per layer may have the shape of R by chance.
+        # A norm per layer may have the shape of R by chance: only inner arrays scale.
         if not (is_low_rank and piece.part == "inner"):
             return piece.bytes
         size = LeafPlan.low_rank_size

@@ -9,40 +9,40 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class StepMemory:
-    """The compiler's account of one training step on one of its devices, in bytes.
+    """The compiler's memory analysis of one training step on one device, in bytes.
 
-    Arguments, results and temporaries are facts. The compiler lays the temporaries, in which
-    gradients, activations and the update follow one another, into one block: how it is divided is
-    a convention. Workspaces of LAPACK or cuSOLVER and what an allocator rounds up are in neither.
+    The compiler has one block of temporaries, which gradients, activations and the update share
+    over time: its split into gradients and activations is a convention. Workspaces of LAPACK or
+    cuSOLVER and the rounding of allocators are not included.
     """
 
     argument_bytes: int  #: weights, optimizer state, batch
-    result_bytes: int  #: that do not take the place of a donated argument
-    gradient_bytes: int  #: of those that exist at the same time, of the temporaries
+    result_bytes: int  #: results that do not reuse a donated argument
+    gradient_bytes: int  #: temporaries: gradients that exist at the same time
     activation_bytes: int  #: all other temporaries: activations, working memory of the update
-    host_bytes: int  #: arguments in the memory of the host, in none of the others
+    host_bytes: int  #: arguments in host memory, not included above
 
     @property
     def total_bytes(self) -> int:
-        """At the peak, on the device."""
+        """Peak memory on the device."""
         kept = self.argument_bytes + self.result_bytes
         return kept + self.gradient_bytes + self.activation_bytes
 
     def to_dict(self) -> dict[str, int]:
-        """All of it, ready for JSON."""
+        """All fields and the total, for JSON."""
         return dataclasses.asdict(self) | {"total_bytes": self.total_bytes}
 
 
 def step_memory(compiled: jax.stages.Compiled, gradients: int) -> StepMemory:
-    """The account of a compiled step, of whose temporaries ``gradients`` bytes are gradients.
+    """Memory of a compiled step with ``gradients`` bytes of gradients among its temporaries.
 
     Raises:
-      ValueError: if the backend gives none.
+      ValueError: if the backend has no memory analysis.
     """
     analysis = compiled.memory_analysis()
     if analysis is None:
-        raise ValueError("step: this backend gives no account of the memory of compiled programs")
-    # The compiler may use the room of gradients again before it has all of them.
+        raise ValueError("step: this backend has no memory analysis of compiled programs")
+    # The compiler may reuse the memory of gradients before all of them exist.
     gradients = min(gradients, analysis.temp_size_in_bytes)
     return StepMemory(
         argument_bytes=analysis.argument_size_in_bytes,
@@ -54,7 +54,7 @@ def step_memory(compiled: jax.stages.Compiled, gradients: int) -> StepMemory:
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Of arrays or their shapes; those without a sharding are whole on every device."""
+    """Bytes per device of arrays or their shapes, replicated if without a sharding."""
     total = 0
     for leaf in jax.tree.leaves(tree):
         sharding = getattr(leaf, "sharding", None)

@@ -1,4 +1,4 @@
-"""The LLaMA models of the GaLore papers, as sizes and as shapes of parameters."""
+"""Sizes and parameter shapes of the LLaMA models of the GaLore papers."""
 
 from typing import Any, NamedTuple
 
@@ -6,7 +6,7 @@ import jax
 
 
 class LlamaSizes(NamedTuple):
-    """Names as in ``ModelConfig`` of ``examples/llama``, which makes its presets of these."""
+    """Sizes for the presets of ``ModelConfig`` in ``examples/llama``, with its names."""
 
     vocab_size: int
     hidden: int  # width of the residual stream
@@ -23,12 +23,12 @@ LLAMA_SIZES = {
     "1b": LlamaSizes(32_000, 2048, 5461, 24, 32, 32),
     "7b": LlamaSizes(32_000, 4096, 11008, 32, 32, 32),
 }
-# Of GaLore's experiments with these models.
+# Ranks of GaLore's experiments.
 LLAMA_RANKS = {"60m": 128, "130m": 256, "350m": 256, "1b": 512, "7b": 1024}
 
 
 def llama_shapes(sizes: LlamaSizes, dtype: str) -> dict[str, Any]:
-    """The tree of parameters without their values, the layers in one stack."""
+    """Shapes of the tree of parameters, with the layers in one stack."""
     hidden, inner, vocab = sizes.hidden, sizes.intermediate, sizes.vocab_size
     kv = hidden // sizes.heads * sizes.kv_heads
 

@@ -19,7 +19,7 @@ _PARTS = ("basis", "history", "inner", "other")
 
 @dataclasses.dataclass(frozen=True)
 class ParameterMemory:
-    """One parameter, and the bytes of what the optimizer keeps for it."""
+    """One parameter, and the bytes of its optimizer state."""
 
     path: str
     shape: tuple[int, ...]
@@ -29,11 +29,11 @@ class ParameterMemory:
     layers: int  # independent matrices in the parameter, 1 if it is not projected
     weight_bytes: int
     basis_bytes: int
-    history_bytes: int  # the Gram matrices included
-    inner_bytes: int  # moments, and all else that optimizers keep for this parameter
-    other_bytes: int  # norms for the limit on the residual
+    history_bytes: int  # Gram matrices included
+    inner_bytes: int  # moments and other state of optimizers
+    other_bytes: int  # memory of the residual
     adamw_bytes: int
-    alternatives: Mapping[str, int]  # state_bytes by side; empty if there is no other
+    alternatives: Mapping[str, int]  # state_bytes by side; empty if there is no choice
 
     @property
     def projected(self) -> bool:
@@ -46,7 +46,7 @@ class ParameterMemory:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryGroup:
-    """Parameters that differ in nothing but their names; ``parameter`` is the first of them."""
+    """Parameters that differ only in their names; ``parameter`` is the first of them."""
 
     paths: tuple[str, ...]
     parameter: ParameterMemory
@@ -64,29 +64,29 @@ class MemoryReport:
     """
 
     parameters: tuple[ParameterMemory, ...]  #: in the order of the tree
-    shared_bytes: int  #: step counters and all else that belongs to no one parameter
-    adamw_state_bytes: int  #: of optax.adamw on the same parameters, its counter included
+    shared_bytes: int  #: step counters and other state that belongs to no single parameter
+    adamw_state_bytes: int  #: of optax.adamw on the same parameters, counter included
     step: StepMemory | None = None  #: of the compiled step, if one was given
 
     @property
     def weight_bytes(self) -> int:
-        """Of the parameters themselves."""
+        """Sum over the parameters themselves."""
         return sum(p.weight_bytes for p in self.parameters)
 
     @property
     def total_state_bytes(self) -> int:
-        """Of all arrays that ``tx.init(params)`` makes."""
+        """Sum over all arrays of ``tx.init(params)``."""
         return sum(p.state_bytes for p in self.parameters) + self.shared_bytes
 
     @property
     def part_bytes(self) -> dict[str, int]:
-        """The sum of each part; together they are ``total_state_bytes``."""
+        """Sum of each part; the sum of all parts is ``total_state_bytes``."""
         sums = {part: sum(getattr(p, f"{part}_bytes") for p in self.parameters) for part in _PARTS}
         return {**sums, "shared": self.shared_bytes}
 
     @property
     def alternative_state_bytes(self) -> dict[str, int]:
-        """The total with all projected matrices on another side; empty if there are none."""
+        """Total with all projected matrices on another side; empty without a choice."""
         sides = next((p.alternatives for p in self.parameters if p.alternatives), {})
         return {
             side: sum(p.alternatives.get(side, p.state_bytes) for p in self.parameters)
@@ -96,7 +96,7 @@ class MemoryReport:
 
     @property
     def groups(self) -> tuple[MemoryGroup, ...]:
-        """Parameters of the same shape and treatment together, in order of appearance."""
+        """Groups of parameters of the same shape and treatment, in order of appearance."""
         members: dict[str, list[ParameterMemory]] = {}
         for p in self.parameters:
             members.setdefault(repr(dataclasses.replace(p, path="")), []).append(p)
@@ -129,41 +129,40 @@ def memory_report(
     step: jax.stages.Compiled | None = None,
     live_gradients: int | None = None,
 ) -> MemoryReport:
-    r"""Bytes of an optimizer's state by parameter and part, beside AdamW's.
+    r"""Bytes of an optimizer's state by parameter and part, compared with AdamW's.
 
-    Nothing is computed and no array is made: ``tx.init`` is traced with shapes and dtypes. The sum
-    is exactly that of all leaves of ``tx.init(params)``. For an m × n matrix at rank r, with a
-    history of s gradients and a inner states per element (2 for Adam), the numbers stored are
+    No array is allocated: ``tx.init`` is traced with shapes and dtypes. The total is exactly the
+    sum over all leaves of ``tx.init(params)``. For an m × n matrix at rank r, with a history of s
+    gradients and a inner states per element (2 for Adam), the state has
 
     .. math::
       \underbrace{mr}_{\text{basis}} + \underbrace{s\,rn + s^2 + s + 1}_{\text{history}}
       + \underbrace{a\,rn}_{\text{inner}} \;\text{(left)}, \qquad
       nr + s\,mr + s^2 + s + 1 + a\,mr \;\text{(right)},
 
-    and :math:`(m + n)r + s\,r^2 + s^2 + s + 1 + a\,r^2` with both sides projected, each in its own
-    dtype: basis and moments in that of the parameter unless told otherwise, columns of the history
-    likewise, the :math:`s^2 + s + 1` small numbers in four bytes each.
+    numbers, and :math:`(m + n)r + s\,r^2 + s^2 + s + 1 + a\,r^2` with both sides projected. By
+    default basis, moments and columns of the history have the dtype of the parameter; the
+    :math:`s^2 + s + 1` small numbers have four bytes each.
 
-    The report also has the bytes of the alternatives: what each projected matrix would cost if its
-    shorter, longer, or both sides were projected at the same rank. Arrays that have the
-    shape of the low-rank gradient, the basis and the history change; the rest of the state (the
-    factors of Adafactor, full-size moments behind an ``optax.chain``) is counted as it is. The
-    scales of 8-bit moments are counted in proportion, and what is too small for 8 bits stays so.
+    The report also has the bytes of alternatives: the state of each projected matrix if its
+    shorter, longer, or both sides were projected at the same rank. Basis, history and arrays in the
+    shape of the low-rank gradient change; other state (the factors of Adafactor, full-size moments
+    outside the subspace) does not. Scales of 8-bit moments change in proportion, and moments too
+    small for 8 bits are assumed to stay so.
 
-    Given a compiled training step the report also has the rest of what a device must hold: the
-    gradients, and the activations with the working memory of the update. A step can be compiled
-    from shapes ahead of time, ``jax.jit(train_step, donate_argnums=...).lower(*shapes).compile()``,
-    at the price of seconds and of no array.
+    Given a compiled training step the report also has the gradients, and the activations with the
+    working memory of the update. Compile a step from shapes, without allocating arrays, by
+    ``jax.jit(train_step, donate_argnums=...).lower(*shapes).compile()``.
 
     Args:
       tx: any Optax transformation, of this library or not, however nested.
       params: the parameters, or their shapes: arrays, ``jax.ShapeDtypeStruct``, an abstract
-        ``nnx.State``. A sharded parameter is counted whole, over all its devices.
-      step: a compiled training step, for ``report.step``: a :class:`.StepMemory` of one device. The
-        CPU's compiler makes float32 copies of bfloat16 matrices, which then count.
+        ``nnx.State``. A sharded parameter is counted once, over all its devices.
+      step: a compiled training step, for ``report.step``: a :class:`.StepMemory` of one device. On
+        CPUs it includes float32 copies of bfloat16 matrices, which the compiler makes.
       live_gradients: the bytes of the gradients that exist at the same time on a device. None (the
-        default): those of all parameters, in their dtypes and shardings. With :func:`.per_layer` it
-        is the largest of the embedding part, one layer and the head part.
+        default): gradients of all parameters, in their dtypes and shardings. For
+        :func:`.per_layer` give the largest of the embedding part, one layer and the head part.
 
     Returns:
       A :class:`MemoryReport`. A transformation that does not support ``optax.tree.map_params``
@@ -172,9 +171,9 @@ def memory_report(
 
     Raises:
       TypeError: if ``tx`` has no ``init``.
-      ValueError: if ``live_gradients`` comes without a step, or the step's backend gives no account
-        of its memory.
-      TypeError, ValueError: what ``tx.init`` raises on these parameters.
+      ValueError: if ``live_gradients`` comes without a step, or the step's backend has no memory
+        analysis.
+      TypeError, ValueError: from ``tx.init`` on these parameters.
 
     Example:
       A matrix of 64 × 256 bfloat16 at rank 8: 64 · 8 numbers of basis, 2 · 8 · 256 of moments.
@@ -216,13 +215,12 @@ def memory_report(
     if step is not None:
         gradients = bytes_per_device(params) if live_gradients is None else live_gradients
         whole_step = step_memory(step, gradients)
-    # Without shardings: they do not count here, and init would need the mesh of explicit ones.
+    # Explicit shardings would make init need their mesh, and bytes do not depend on them.
     params = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), jax.eval_shape(lambda p: p, params)
     )
     with record_plans() as recorded:
-        # A new function each time: eval_shape would not trace a function that it has seen, and
-        # nothing would be recorded.
+        # eval_shape caches by function and would not record plans again: pass a new function.
         state = jax.eval_shape(lambda p: tx.init(p), params)
     plans: dict[str, dict[LeafPlan, None]] = {}
     for plan in recorded:
@@ -269,7 +267,7 @@ def _rank(plan: LeafPlan) -> int | tuple[int, ...]:
 
 
 def _treatment(p: ParameterMemory) -> dict[str, Any]:
-    """A row without its name, for JSON."""
+    """Fields of a row except its path, for JSON."""
     row: dict[str, Any] = dataclasses.asdict(p)
     row |= {"projected": p.projected, "state_bytes": p.state_bytes}
     row["shape"] = list(p.shape)
@@ -279,7 +277,7 @@ def _treatment(p: ParameterMemory) -> dict[str, Any]:
 
 
 def _format(report: MemoryReport) -> str:
-    """One row per group and a total, the same state with other sides projected, and the step."""
+    """Table of groups and total, table of alternative sides, and table of the step."""
     blocks = [align(_group_rows(report)), *_alternative_block(report), *_step_block(report)]
     return "\n\n".join(blocks)
 
@@ -317,7 +315,7 @@ def _group_rows(report: MemoryReport) -> list[list[str]]:
 
 
 def _alternative_block(report: MemoryReport) -> list[str]:
-    """The same state with the short, the long or both sides projected, if any are."""
+    """Table of the state with the short, the long or both sides projected, if there is a choice."""
     totals = report.alternative_state_bytes
     if not totals:
         return []
@@ -346,7 +344,7 @@ def _step_block(report: MemoryReport) -> list[str]:
         ["total", _cell(step.total_bytes)],
     ]
     if step.host_bytes:
-        rows.append(["in the host's memory", _cell(step.host_bytes)])
+        rows.append(["in host memory", _cell(step.host_bytes)])
     return [align(rows)]
 
 
@@ -355,7 +353,7 @@ def _cell(count: int) -> str:
 
 
 def _label(group: MemoryGroup) -> str:
-    """One name for a group: keys that differ are a star."""
+    """Name of a group, with a star for keys that differ."""
     names = [path.split("/") for path in group.paths]
     if len({len(name) for name in names}) > 1:
         return f"{group.paths[0]}, …"

@@ -6,7 +6,7 @@ _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 def format_bytes(count: int) -> str:
-    """Three significant digits and a decimal unit: 1 kB is 1000 bytes."""
+    """Format bytes with three significant digits and a decimal unit: 1 kB is 1000 bytes."""
     value, unit = float(count), 0
     while value >= 999.5 and unit < len(_UNITS) - 1:
         value, unit = value / 1000, unit + 1
@@ -17,7 +17,7 @@ def format_bytes(count: int) -> str:
 
 
 def align(rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell: the first left-aligned, all others right-aligned."""
+    """Align columns: the first to the left, all others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(

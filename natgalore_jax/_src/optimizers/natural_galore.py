@@ -21,7 +21,7 @@ from natgalore_jax._src.subspace.project import low_rank_project
 from natgalore_jax._src.subspace.project_back import NORM_GROWTH_LIMIT, project_back
 from natgalore_jax._src.subspace.woodbury import DampingMode, Schedule, woodbury_natural_gradient
 
-# Of scale, residual, norm_growth_limit and residual_scale.
+# scale, residual, norm_growth_limit, residual_scale
 _CLOSER_DEFAULTS = (1.0, "none", NORM_GROWTH_LIMIT, None)
 
 
@@ -45,12 +45,12 @@ def natural_galore(
     norm_growth_limit: float | None = NORM_GROWTH_LIMIT,
     residual_scale: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Projection, natural gradient and the way back in one transformation.
+    r"""Projection, natural gradient and projection back in one transformation.
 
-    In :func:`natgalore_jax.chain` it opens a subspace for whatever follows, so that the moments of
-    an inner optimizer are low-rank. Anywhere else, such as in ``optax.chain``, it is a complete
-    transformation of full-shape gradients into full-shape natural gradients
-    :math:`\alpha P F^{-1} P^\top G`, and what follows keeps full-size states.
+    In :func:`natgalore_jax.chain` it opens a subspace for the following transformations, so that
+    the moments of an inner optimizer are low-rank. Anywhere else, such as in ``optax.chain``, it
+    maps full-shape gradients to full-shape natural gradients :math:`\alpha P F^{-1} P^\top G`, and
+    the following transformations have full-size states.
 
     Args:
       rank, update_interval, side, method, transition, stagger, where, axes, basis_dtype, seed:
@@ -95,7 +95,7 @@ def natural_galore(
     closed = chain(*parts, closer)
     tx = Composite(*closed)
     tx.members, tx.parts, tx.closer = closed.members, parts, closer
-    # A number that optax.inject_hyperparams has made an array was given, and must not be compared.
+    # Arrays from optax.inject_hyperparams may be traced and cannot be compared: not defaults.
     tx.closer_is_default = not any(isinstance(x, jax.Array) for x in given) and (
         given == _CLOSER_DEFAULTS
     )
@@ -124,12 +124,12 @@ def natural_galore_adamw(
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdamW with natural gradients in a low-rank subspace and outside of it.
 
-    For a user of ``optax.adamw`` this differs:
+    Differences from ``optax.adamw``:
 
     * ``learning_rate`` is the rate of the hidden matrices. Embeddings, head, norms and biases take
-      plain AdamW steps at ``unprojected_ratio`` times that rate. A single rate for all parameters,
-      as in ``optax.adamw``, has to be low enough for the hidden matrices and is then too low for
-      embedding and head (docs/experiments.md, "The ratio of the two rates").
+      plain AdamW steps at ``unprojected_ratio`` times that rate. A single rate that is low enough
+      for the hidden matrices is too low for embedding and head (docs/experiments.md, "The ratio of
+      the two rates").
     * Hidden matrices (:func:`hidden_matrices`) keep their moments in a subspace of ``rank``
       dimensions, so that the state is a fraction of AdamW's: :func:`memory_report`.
     * Their update is
@@ -142,10 +142,10 @@ def natural_galore_adamw(
     :math:`F_R` is the diagonal Fisher matrix of the directions of the subspace
     (:func:`compact_natural_gradient`), :math:`F_E` the Fisher matrix of the columns of the residual
     (:func:`project_back`, "fisher"). Together they take r + n numbers for a matrix, so that the
-    state is as small as GaLore's. Adam has Nesterov's momentum, and entries of N against the newest
-    gradient are dropped. docs/experiments.md has the gain of each part.
+    state is as small as GaLore's. Adam has Nesterov's momentum, and entries of N that oppose the
+    newest gradient are dropped. docs/experiments.md has the gain of each part.
 
-    It is this composition, for every setting that is not among the arguments::
+    It equals this composition, which gives access to all other settings::
 
       ng.chain(
           ng.low_rank_project(rank, update_interval, side, where=where, axes=axes,
@@ -160,20 +160,20 @@ def natural_galore_adamw(
       )
 
     Args:
-      learning_rate: η of the hidden matrices, a number or a schedule. 0.005 is a good start at the
-        sizes that were tried; coming from ``optax.adamw``, start with its rate or twice that.
+      learning_rate: η of the hidden matrices, a number or a schedule. Start with 0.005, or with one
+        to two times a tuned rate of ``optax.adamw``.
       rank, update_interval, side, where, axes, basis_dtype, seed: see :func:`low_rank_project`.
         With a tuple for ``rank`` the Fisher matrix has ``modes=len(rank)``.
       b1, b2, eps: Adam's, as in ``optax.adamw``. Adam runs on the low-rank gradient.
       weight_decay: ω, decoupled; acts on the whole weight, unscaled by α.
       mask: which parameters decay, as in ``optax.adamw``.
       scale, residual, residual_scale: α, the rule of the residual and σ; see :func:`project_back`.
-        Leave α at 1: the rate of the hidden matrices is ``learning_rate``. ``residual="none"`` is
-        for :func:`.low_rank_steps` and :func:`.data_parallel_step`.
+        Leave α at 1 and set ``learning_rate``. Use ``residual="none"`` for :func:`.low_rank_steps`
+        and :func:`.data_parallel_step`.
       unprojected_ratio: the rate of the parameters that are neither projected nor hidden matrices,
-        over ``learning_rate``. Hidden matrices that ``where`` leaves out keep ``learning_rate``.
-      moment_bits: None: Adam's moments in the dtype of the parameter. 8: both in 8 bits, where they
-        have 4096 numbers (:func:`scale_by_adam_8bit`).
+        over ``learning_rate``. Hidden matrices that ``where`` leaves out have ``learning_rate``.
+      moment_bits: None: Adam's moments in the dtype of the parameter. 8: both moments in 8 bits for
+        arrays of at least 4096 entries (:func:`scale_by_adam_8bit`).
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``.
@@ -266,7 +266,7 @@ def galore_adamw(
     With ``residual="fira"`` it is Fira. With ``method="svd", stagger=False`` it is GaLore as
     published (``galore-torch``; with ``side="long"`` it is ``optax.contrib.galore``).
 
-    It is this composition, for every setting that is not among the arguments::
+    It equals this composition, which gives access to all other settings::
 
       ng.chain(
           ng.low_rank_project(rank, update_interval, side, method, "keep", stagger, where, axes,
@@ -278,12 +278,12 @@ def galore_adamw(
       )
 
     Args:
-      learning_rate: η of the parameters that are not projected, a number or a schedule; α η is the
-        rate of the projected ones. This is the parametrisation of the GaLore papers.
+      learning_rate: η of the unprojected parameters, a number or a schedule; projected parameters
+        have the rate α η. This is the parametrisation of the GaLore papers.
       weight_decay, mask, b1, b2, eps, moment_bits: see :func:`natural_galore_adamw`.
       rank, update_interval, side, method, stagger, where, axes, basis_dtype, seed: see
-        :func:`low_rank_project`. The moments are kept as they are when the basis changes, as
-        published; with method "power" this is nearly the same as rotating them.
+        :func:`low_rank_project`. The moments are kept at a refresh, as published; with method
+        "power" this is nearly the same as rotating them.
       scale, residual: see :func:`project_back`.
 
     Returns:

@@ -27,16 +27,16 @@ def published_galore_adamw(
     where: Where = hidden_matrices,
     axes: AxesLike = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""GaLore as ``galore-torch`` 1.0 runs it (``GaLoreAdamW``).
+    r"""GaLore as in ``galore-torch`` 1.0 (``GaLoreAdamW``), to reproduce published numbers.
 
-    An exact SVD of every matrix in the same step, moments kept when the basis changes, ε inside
-    the bias correction, weight decay after the step. For training use :func:`galore_adamw`, which
-    is many times faster at a refresh; this one reproduces published numbers.
+    It has an exact SVD of every matrix in the same step, moments kept at a refresh, ε inside the
+    bias correction, and weight decay after the step. For training use :func:`galore_adamw`, whose
+    refresh is many times faster.
 
     Args:
       learning_rate, rank, update_interval, scale, b1, b2, eps, weight_decay, mask, where, axes: as
         in :func:`galore_adamw`, with the defaults of ``galore-torch``.
-      side: ``"short"`` is its "std", ``"long"`` its "reverse_std" (which, other than here, takes
+      side: ``"short"`` is its "std", ``"long"`` its "reverse_std" (which, unlike here, projects
         the columns of a square kernel (in, out)), ``"both"`` its "full".
 
     Returns:
@@ -78,21 +78,21 @@ def published_natural_galore_adamw(
     where: Where = hidden_matrices,
     axes: AxesLike = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Natural GaLore as its published code runs it, which is not as its paper writes it.
+    r"""Natural GaLore as in its published code, which differs from its paper.
 
     Both sides are projected, :math:`R = P^\top G Q` (r, r); the damping is absolute; history and
-    moments are kept as they are when the bases change, so that for ``history`` steps after a
-    refresh the Fisher matrix mixes coordinates of two subspaces.
+    moments are kept at a refresh, so that the Fisher matrix mixes coordinates of two subspaces for
+    ``history`` steps.
 
-    That code also has online variants of GaLore and of itself, whose bases take small AdamW steps
-    and are never made orthonormal again, so that they cease to be projections. They have no preset
-    here: ``galore_adamw(..., method="online")`` and ``low_rank_project(..., method="online")`` have
-    Oja's rule instead, orthonormal at every step.
+    The code's online variants of GaLore and Natural GaLore have no preset: their bases take small
+    AdamW steps without orthonormalisation, and cease to be projections. Use
+    ``galore_adamw(..., method="online")`` or ``low_rank_project(..., method="online")``, with Oja's
+    rule and orthonormal bases.
 
     Args:
       learning_rate, rank, update_interval, scale, history, damping, b1, b2, eps, weight_decay,
         mask, where, axes: as in :func:`natural_galore` and :func:`galore_adamw`, with the defaults
-        of that code; ``damping`` is absolute.
+        of the published code; ``damping`` is absolute.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``.
@@ -101,8 +101,8 @@ def published_natural_galore_adamw(
       TypeError, ValueError: as :func:`natural_galore`.
 
     References:
-      The repository of Natural GaLore (2024). The signs of its bases come from another library,
-      so that runs agree step for step up to the first refresh and in kind after it.
+      The repository of Natural GaLore (2024). The signs of its bases come from another library:
+      runs agree step for step up to the first refresh, and qualitatively after it.
 
     Example:
       >>> import jax.numpy as jnp, natgalore_jax as ng
@@ -133,19 +133,19 @@ def paper_natural_galore_adamw(
     where: Where = hidden_matrices,
     axes: AxesLike = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Natural GaLore as its paper writes it: one-sided, on the shorter side.
+    r"""Natural GaLore as in its paper: one-sided, on the shorter side.
 
-    Equation 12 has ε inside the root. What the paper does not state, or states otherwise:
+    Equation 12 has ε inside the root. Choices where the paper is silent or differs:
 
-    * it has no λ beyond "a small constant", no s, no ε and nothing about the history at a refresh;
-      here they are the published code's λ, the s = 10 of the paper's first version, Adam's ε and
-      "keep";
-    * equations 10 to 12 have no bias correction; here the moments are corrected as in Adam, to
-      which section 2.4 hands the natural gradient;
-    * equation 9 has no scale α, here that of GaLore: ``scale=1.0`` is the equation;
-    * section 2.2 always projects on the left, section 2.4 refers to GaLore, which projects the
-      shorter side, as here;
-    * the G of section 2.4 has the newest gradient and s before it; here s with the newest.
+    * the paper has no λ beyond "a small constant", no s, no ε and no rule for the history at a
+      refresh; this preset has the published code's λ, the s = 10 of the paper's first version,
+      Adam's ε and "keep";
+    * equations 10 to 12 have no bias correction; this preset corrects the moments as in Adam, which
+      takes the natural gradient in section 2.4;
+    * equation 9 has no scale α; this preset has GaLore's (``scale=1.0`` is the equation);
+    * section 2.2 always projects on the left; this preset projects the shorter side as GaLore, to
+      which section 2.4 refers;
+    * the G of section 2.4 has the newest gradient and s earlier gradients; here s in total.
 
     It is this composition::
 

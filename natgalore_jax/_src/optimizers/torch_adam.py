@@ -1,8 +1,8 @@
-"""AdamW as Hugging Face's transformers wrote it and the published GaLore codes copied it.
+"""AdamW of Hugging Face's transformers, which the published GaLore codes copied.
 
-Two differences from ``optax.adamw`` exceed rounding: ε is added to √v before the bias correction,
-so that at step t it acts as ε / √(1 − β₂ᵗ), thirty times larger at first; and the weight decay
-comes after the step and shrinks the new weight.
+Two differences from ``optax.adamw`` exceed rounding. ε is added to √v before the bias correction,
+so that at step t it acts as ε / √(1 − β₂ᵗ), initially thirty times larger. Weight decay acts on the
+new weight, after the step.
 """
 
 from typing import Any

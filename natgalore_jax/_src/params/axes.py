@@ -12,19 +12,19 @@ from natgalore_jax._src.params.where import entry_per_leaf
 class MatrixAxes:
     """The axes of a parameter that form the rows and the columns of its matrix.
 
-    Every axis that is named by neither is a batch axis: a parameter of shape ``(L, m, n)`` with
+    All other axes are batch axes: a parameter of shape ``(L, m, n)`` with
     ``MatrixAxes(rows=1, cols=2)`` is L independent m × n matrices. Several axes on one side are
-    one long side: the query kernel of an attention layer, ``(embed, heads, head_dim)``, is an
+    flattened: the query kernel of an attention layer, ``(embed, heads, head_dim)``, is an
     ``embed × (heads · head_dim)`` matrix with ``MatrixAxes(rows=0, cols=(1, 2))``.
 
     Args:
-      rows: one axis or several, negative ones count from the end.
-      cols: likewise. Rows and columns share no axis.
+      rows: one axis or several; negative axes count from the end.
+      cols: one axis or several, none of them in ``rows``.
 
     Raises:
-      TypeError: if an axis is no integer.
-      ValueError: if a side has no axis or an axis is named twice. Axes outside of a parameter's
-        shape are found when the transformation sees the parameter, and the error names its path.
+      TypeError: if an axis is not an integer.
+      ValueError: if a side has no axis or an axis is named twice. Axes out of range are an error of
+        ``init``, with the path of the parameter.
 
     Example:
       >>> import natgalore_jax as ng
@@ -62,7 +62,7 @@ def _is_axes(x: Any) -> bool:
 
 
 def axes_per_leaf(axes: AxesLike, tree: Any) -> list[MatrixAxes | None]:
-    """``axes`` in any of its forms, as one entry per leaf of ``tree``; None is the default."""
+    """One entry per leaf of ``tree`` from any form of ``axes``; None is the default."""
     if callable(axes):
         axes = axes(tree)
     entries = entry_per_leaf("axes", axes, tree, _is_axes)

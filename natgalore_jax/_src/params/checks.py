@@ -26,7 +26,7 @@ def check_integer(name: str, value: Any, minimum: int, maximum: int | None = Non
 
 
 def check_interval(name: str, value: Any) -> None:
-    """A number of steps. Step counts are int32, and they stop at its largest number."""
+    """Check a number of steps; step counts are int32 and saturate."""
     check_integer(name, value, minimum=1, maximum=2**31 - 1)
 
 
@@ -43,7 +43,7 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
 
 
 def check_float_dtype(name: str, value: Any, others: str = "") -> None:
-    """A floating-point dtype, or None for the default."""
+    """Check for a floating-point dtype, or None for the default."""
     if isinstance(value, jax.Array):
         raise TypeError(f"{name} must be a dtype, got the array {value}{_INJECTED}")
     try:
@@ -55,7 +55,7 @@ def check_float_dtype(name: str, value: Any, others: str = "") -> None:
 
 
 def check_stored_dtype(name: str, value: Any) -> None:
-    """A floating-point dtype, int8, int4, or None for the default."""
+    """Check for a floating-point dtype, int8, int4, or None for the default."""
     if not isinstance(value, jax.Array):
         with contextlib.suppress(TypeError):
             if jnp.dtype(value) in (jnp.int8, jnp.int4):
@@ -64,7 +64,7 @@ def check_stored_dtype(name: str, value: Any) -> None:
 
 
 def check_number(name: str, value: Any, *, above: float | None = None) -> None:
-    """A real number or a scalar array; the value of a traced one cannot be checked."""
+    """Check for a real number or a scalar array; values of traced arrays are not checked."""
     is_array = hasattr(value, "dtype") and getattr(value, "ndim", None) == 0
     if isinstance(value, (bool, str)) or not (isinstance(value, Real) or is_array):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
@@ -73,16 +73,16 @@ def check_number(name: str, value: Any, *, above: float | None = None) -> None:
 
 
 def check_decay(name: str, value: Any) -> None:
-    """A number from 0, included, to 1, excluded; the value of a traced one cannot be checked."""
+    """Check for a number in [0, 1); values of traced arrays are not checked."""
     check_number(name, value)
     if not isinstance(value, jax.core.Tracer) and not 0.0 <= float(value) < 1.0:
         raise ValueError(f"{name} must be at least 0 and less than 1, got {value}")
 
 
 def check_unused(name: str, value: Any, default: Any, where: str) -> None:
-    """An argument that would be ignored is at its default.
+    """Check that an ignored argument is at its default.
 
-    A number that ``optax.inject_hyperparams`` has made an array may be the default.
+    Arrays pass, because ``optax.inject_hyperparams`` makes arrays of defaults too.
     """
     if value is default or (default is not None and isinstance(value, jax.Array)):
         return

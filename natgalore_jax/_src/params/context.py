@@ -1,8 +1,8 @@
 """Context of a subspace, for the transformations inside it and for layer-by-layer updates.
 
-``init`` receives only the low-rank tree, in which a projected matrix and an untouched one look the
-same, and transformations may be nested inside others that know nothing of subspaces
-(``optax.MultiSteps``, ``optax.masked``). So the open subspace is looked up by the path of a leaf.
+The low-rank tree that ``init`` receives does not show which matrices are projected, and Optax's
+wrappers (``optax.MultiSteps``, ``optax.masked``) pass nothing else on. Therefore transformations
+look up the plan of a leaf by its path in a context variable.
 """
 
 import contextlib
@@ -20,8 +20,7 @@ _open: contextvars.ContextVar[Mapping[str, LeafPlan] | None] = contextvars.Conte
 _layer: contextvars.ContextVar["LayerView | None"] = contextvars.ContextVar(
     "layer_view", default=None
 )
-# A function that JAX traced for one view must not be taken for another: this is a part of the key
-# under which it looks for what it has traced.
+# Part of JAX's tracing-cache key: a function traced for one view must not be reused for another.
 _layer_key = jax.make_user_context(None)
 _recorded: contextvars.ContextVar[list[LeafPlan] | None] = contextvars.ContextVar(
     "recorded_plans", default=None
@@ -30,7 +29,7 @@ _recorded: contextvars.ContextVar[list[LeafPlan] | None] = contextvars.ContextVa
 
 @contextlib.contextmanager
 def open_subspace(plans: Mapping[str, LeafPlan]) -> Iterator[None]:
-    """Announces the projected leaves, by path, to what is initialised in this context."""
+    """Make the projected leaves, by path, the current subspace."""
     recorded = _recorded.get()
     if recorded is not None:
         recorded.extend(plans.values())
@@ -48,7 +47,7 @@ def current_subspace() -> Mapping[str, LeafPlan] | None:
 
 @contextlib.contextmanager
 def record_plans() -> Iterator[list[LeafPlan]]:
-    """Collects the plans of every subspace that is opened in this context, however deep."""
+    """Collect the plans of all subspaces opened in this context, nested ones included."""
     plans: list[LeafPlan] = []
     token = _recorded.set(plans)
     try:
@@ -58,20 +57,20 @@ def record_plans() -> Iterator[list[LeafPlan]]:
 
 
 class LayerView(NamedTuple):
-    """Part of the parameters that :func:`.per_layer` gives to ``update`` instead of all.
+    """Part of the parameters that :func:`.per_layer` passes to ``update``.
 
-    Stacked parameters, (L, ...), are one of their layers, (1, ...), and parameters that are not
-    active are zeros whose updates nobody reads.
+    Stacked parameters, (L, ...), are one of their layers, (1, ...). Inactive parameters are zeros
+    whose updates are discarded.
     """
 
-    lengths: Mapping[str, int]  # L for each parameter by path, 1 where it is not stacked
+    lengths: Mapping[str, int]  # by path: L, or 1 for a parameter that is not stacked
     active: frozenset[str]  # paths
-    index: jax.Array  # shape (), int32: which layer
+    index: jax.Array  # shape (), int32: number of the layer
 
 
 @contextlib.contextmanager
 def layer_view(view: LayerView) -> Iterator[None]:
-    """Announces that updates in this context are of one layer."""
+    """Make updates in this context updates of one layer."""
     token = _layer.set(view)
     try:
         with _layer_key(object()):
@@ -81,25 +80,25 @@ def layer_view(view: LayerView) -> Iterator[None]:
 
 
 def is_active(plan: LeafPlan) -> bool:
-    """Whether the update of a leaf is asked for."""
+    """Whether the update of a leaf is used."""
     view = _layer.get()
     return view is None or plan.path in view.active
 
 
 def layer_index() -> jax.Array | int:
-    """Number of the first layer of the stacked parameters that is here."""
+    """Index of the first layer of the stacked parameters in this view."""
     view = _layer.get()
     return 0 if view is None else view.index
 
 
 def matrices_of(plan: LeafPlan) -> tuple[int, jax.Array | int]:
-    """Number of matrices of the whole parameter, and number of the first matrix that is here."""
+    """Number of matrices of the whole parameter, and index of the first matrix in this view."""
     view = _layer.get()
     if view is None:
         return plan.layers, 0
     if plan.path not in view.lengths:
         raise ValueError(
-            f"{plan.path} is no parameter that per_layer was given: "
+            f"{plan.path} is not a parameter of per_layer: "
             f"{', '.join(sorted(view.lengths)[:6])}, ...; a transformation around a subspace must "
             "keep the tree of the parameters"
         )

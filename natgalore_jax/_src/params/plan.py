@@ -26,20 +26,20 @@ SIDES = get_args(Side)
 class LeafPlan:
     """One projected parameter: its modes, and the rank of each mode that is projected.
 
-    A matrix has the two modes rows and columns; Tucker has one mode per axis. A mode is a group of
-    axes. In low-rank coordinates the axes are ordered batch, then modes, and each projected mode
-    has become one axis of length rank.
+    A mode is a group of axes. A matrix has two modes, rows and columns; Tucker has one per axis.
+    In low-rank coordinates the axes are batch, then modes; a projected mode is one axis of length
+    rank.
     """
 
     path: str
     shape: tuple[int, ...]
     batch: tuple[int, ...]  # axes of independent matrices
     modes: tuple[tuple[int, ...], ...]  # the axes of each mode
-    ranks: tuple[int | None, ...]  # rank of each mode, None where the mode is kept whole
+    ranks: tuple[int | None, ...]  # rank of each mode, None for a mode that is not projected
 
     @property
     def unnamed(self) -> "LeafPlan":
-        """The same for all parameters of this shape."""
+        """The plan without its path, equal for all parameters of this shape."""
         return dataclasses.replace(self, path="")
 
     @property
@@ -118,10 +118,7 @@ def check_rank(rank: Any) -> None:
 
 
 def plan_tree(settings: PlanSettings, tree: Any) -> list[LeafPlan | None]:
-    """One entry per leaf of ``tree``: its plan, or None where the leaf is not projected.
-
-    ``tree`` is the parameters or anything of their structure and shapes, such as the gradients.
-    """
+    """One entry per leaf of ``tree``, parameters or gradients: its plan, or None if unprojected."""
     leaves = [
         (path, shape_and_dtype(path, leaf))
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -135,7 +132,7 @@ def plan_tree(settings: PlanSettings, tree: Any) -> list[LeafPlan | None]:
 
 
 def require_projection(settings: PlanSettings, plans: Sequence[LeafPlan | None], tree: Any) -> None:
-    """An optimizer that projects nothing is a mistake in ``where`` or in the rank."""
+    """Raise if nothing is projected, which is a mistake in ``where`` or in the rank."""
     leaves = [
         (path, jnp.shape(x))
         for path, x in jax.tree_util.tree_leaves_with_path(tree)
@@ -154,7 +151,7 @@ def _plan_leaf(
     settings: PlanSettings, path: KeyPath, leaf: Any, axes: MatrixAxes | None
 ) -> LeafPlan | None:
     shape, by_default = tuple(leaf.shape), settings.where is hidden_matrices
-    if 0 in shape:  # a stack of no layers: there is nothing to do
+    if 0 in shape:  # a stack of no layers
         return None
     _check_dtype(path, leaf)
     if isinstance(settings.rank, Sequence):
@@ -171,7 +168,7 @@ def _plan_leaf(
 
 
 def matrix_plans(where: Where, axes: AxesLike, tree: Any) -> list[LeafPlan | None]:
-    """As :func:`plan_tree`, for optimizers that project nothing: no mode has a rank."""
+    """:func:`plan_tree` without ranks, for optimizers that project nothing."""
     plans: list[LeafPlan | None] = []
     for (path, leaf), leaf_axes, is_chosen in zip(
         jax.tree_util.tree_leaves_with_path(tree),
@@ -191,7 +188,7 @@ def matrix_plans(where: Where, axes: AxesLike, tree: Any) -> list[LeafPlan | Non
 
 
 def require_matrices(plans: Sequence[LeafPlan | None], tree: Any, treatment: str) -> None:
-    """An optimizer of matrices that is given none is a mistake in ``where``."""
+    """Raise if no matrix is selected, which is a mistake in ``where``."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     shapes = [f"{KeyPath(p)} {jnp.shape(x)}" for p, x in leaves if 0 not in jnp.shape(x)]
     if shapes and all(plan is None for plan in plans):
@@ -211,7 +208,7 @@ def _check_dtype(path: KeyPath, leaf: Any) -> None:
 
 
 def check_bits(path: KeyPath, dtype: Any) -> None:
-    """Bases and histories in the dtype of a parameter need 16 bits; JAX promotes nothing less."""
+    """Check for 16 bits or more: JAX does not promote narrower floats."""
     if jnp.finfo(dtype).bits < 16:
         raise TypeError(
             f"{path}: only parameters of 16 bits or more can be projected or have a history, got "
@@ -233,8 +230,8 @@ def _plan_tucker(
     batch = tuple(range(len(shape) - len(ranks)))
     modes = tuple((a,) for a in range(len(batch), len(shape)))
     sizes = [shape[a] for (a,) in modes]
-    others = [math.prod(sizes) // max(size, 1) for size in sizes]
-    clipped = tuple(min(r, size, rest) for r, size, rest in zip(ranks, sizes, others, strict=True))
+    columns = [math.prod(sizes) // max(size, 1) for size in sizes]
+    clipped = tuple(min(entries) for entries in zip(ranks, sizes, columns, strict=True))
     return LeafPlan(str(path), shape, batch, modes, clipped)
 
 
@@ -255,7 +252,7 @@ def _matrix_modes(
 
 
 def _projected_sides(side: str, m: int, n: int) -> tuple[bool, bool]:
-    """Whether the rows and whether the columns are projected; a tie goes to the rows."""
+    """Whether the rows and whether the columns are projected; rows for a square matrix."""
     left = {
         "short": m <= n,
         "long": m >= n,

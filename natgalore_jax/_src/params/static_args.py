@@ -1,11 +1,11 @@
-"""Arguments of a factory that cannot change while training runs."""
+"""Arguments of a factory that are static during training."""
 
 import inspect
 from collections.abc import Callable
 from typing import Any
 
-# They decide the shapes of the state, the structure of the compiled program, or are callables that
-# optax.inject_hyperparams would take for schedules.
+# Arguments that shape the state or the compiled program, and callables that
+# optax.inject_hyperparams would call as schedules.
 _STRUCTURAL = frozenset(
     {
         "rank",
@@ -33,7 +33,7 @@ _STRUCTURAL = frozenset(
         "error_feedback",
         "cautious",
         "nesterov",
-        # Decays: with bfloat16 parameters optax.inject_hyperparams rounds 0.999 to 1.
+        # Decays: optax.inject_hyperparams would round 0.999 to 1 for bfloat16 parameters.
         "b1",
         "b2",
         "b3",
@@ -56,13 +56,13 @@ def structural_args(factory: Callable[..., Any]) -> tuple[str, ...]:
 
     ``optax.inject_hyperparams`` turns every number among the arguments into an array of the state
     and every callable into a schedule. A rank, an interval or a history length must stay a Python
-    number, and ``where``, ``axes`` and ``mask`` are no schedules; the rest (``learning_rate``,
-    ``damping``, ``scale``, ``weight_decay``, ``eps``, ``norm_growth_limit``, ...) can be injected,
-    as a number that is changed in the state or as a schedule.
+    number, and ``where``, ``axes`` and ``mask`` are not schedules. All other arguments
+    (``learning_rate``, ``damping``, ``scale``, ``weight_decay``, ``eps``, ``norm_growth_limit``,
+    ...) can be injected, as a number that is changed in the state or as a schedule.
 
-    Decays (``b1``, ``b2``, ``rho``, ``fisher_decay``, ...) are among the names, because the arrays
-    have the dtype of the parameters: in bfloat16 0.999 is 1, and a moment never changes. To inject
-    one take its name out of ``static_args`` and give ``hyperparam_dtype=jnp.float32``.
+    Decays (``b1``, ``b2``, ``rho``, ``fisher_decay``, ...) are among the names, because injected
+    arrays have the dtype of the parameters: in bfloat16 0.999 is 1, and a moment never changes. To
+    inject a decay, remove its name from ``static_args`` and set ``hyperparam_dtype=jnp.float32``.
 
     Args:
       factory: :func:`natural_galore_adamw`, any other transformation of this library, or your own

@@ -13,8 +13,7 @@ import numpy as np
 class KeyPath(tuple):
     """A JAX key path (a tuple of keys) that also reads as text.
 
-    ``str(path)`` is ``"layers/0/attention/q"``, and ``"attention" in path`` looks for that text,
-    because this is what a rule about names wants to ask.
+    ``str(path)`` is ``"layers/0/attention/q"``, and ``"attention" in path`` searches that text.
     """
 
     def __str__(self) -> str:
@@ -25,7 +24,7 @@ class KeyPath(tuple):
 
 
 def shape_and_dtype(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
-    """Of a parameter: an array, the shape of one, or a Python number."""
+    """Shape and dtype of a parameter: an array, a ``ShapeDtypeStruct`` or a Python number."""
     if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
         return jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype)
     if isinstance(leaf, (bool, int, float, complex)):
@@ -37,17 +36,17 @@ def shape_and_dtype(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
     )
 
 
-# Rules about one part of a name, from the model libraries of JAX and from checkpoints converted
-# from PyTorch. "emb" and "ln" stand at the end of a word, or they would be in many other ones.
+# Rules for one part of a name, from the model libraries of JAX and from checkpoints converted from
+# PyTorch. "emb" and "ln" match whole words only, because many other names contain them.
 _EMBEDDING = re.compile(r"embed|(^|_)emb$|^(wte|wpe|vocab)$|^rel.*(pos|bias)")
 _HEAD = re.compile(
     r"^(head|classifier|logits|logits_dense|to_logits|qa_outputs|vocab_projector"
     r"|seq_relationship)$|(?<!multi)_head$"
 )
 _ROUTER = re.compile(r"router|^shared_expert_gate$")
-# Vectors, which stacked layers turn into something of the shape of a matrix.
+# Vectors, which have the shape of a matrix in stacked layers.
 _VECTOR = re.compile(r"norm|(^|_)ln(_|\d|$)|^(scale|bias|offset|gamma|beta)$")
-# Names that mean an embedding or a head where they stand, and something else elsewhere.
+# Names of an embedding or a head at this position only.
 _SHARED, _DECODER = ("shared", "weight"), ("predictions", "decoder")
 _AT_THE_ROOT = frozenset({"output", "proj_out", "score"})
 _WRAPPERS = frozenset({"params", "model", "module", "target"})
@@ -58,10 +57,10 @@ Where = Callable[[Any, Any], bool] | Any
 def hidden_matrices(path: Any, leaf: Any = None) -> bool:
     """The default rule for ``where``: the weight matrices inside a network.
 
-    True for floating-point parameters of at least two axes, unless their name says that they are
-    something else. A name consists of the keys of the path, each split at ``.`` and ``/``
-    (``transformer.wte.weight``, ``vit/~/head``), and of the elements of keys that are tuples.
-    Left out are names with a part, in lower case, that marks
+    True for floating-point parameters of at least two axes, except for the names below. The parts
+    of a name are the keys of the path, each split at ``.`` and ``/`` (``transformer.wte.weight``,
+    ``vit/~/head``), and the elements of keys that are tuples. A parameter is left out if a part of
+    its name, in lower case, marks
 
     * a table of tokens or positions: contains ``embed``, is ``emb``, ``wte``, ``wpe`` or ``vocab``,
       ends with ``_emb``, starts with ``rel`` and contains ``pos`` or ``bias``; ``shared.weight``;
@@ -70,12 +69,12 @@ def hidden_matrices(path: Any, leaf: Any = None) -> bool:
       ``multi_head``); ``predictions.decoder``; ``output``, ``proj_out`` or ``score`` at the root;
     * a router of experts: contains ``router``, or is ``shared_expert_gate``; ``gate`` (not of
       experts) below a part that contains ``moe``, or with one side less than an eighth of the
-      other one. The experts themselves are projected;
+      other side. The experts themselves are projected;
     * the vectors of stacked layers: contains ``norm`` or the word ``ln``, is ``scale``, ``bias``,
       ``offset``, ``gamma`` or ``beta``, or is the last part and ends with ``_bias``.
 
-    Used as ``where``, it also leaves out every matrix with a side that is not larger than the rank:
-    nothing would be saved.
+    As ``where`` it also leaves out matrices with a side no larger than the rank, because projection
+    would save nothing.
 
     Args:
       path: the key path of the parameter, or its name.
@@ -105,7 +104,7 @@ def hidden_matrices(path: Any, leaf: Any = None) -> bool:
 
 
 def all_matrices(path: Any, leaf: Any) -> bool:
-    """Embeddings, output heads and hidden matrices: no vectors, stacked ones included."""
+    """Embeddings, output heads and hidden matrices, without stacked vectors."""
     leaf, parts = shape_and_dtype(tuple(path), leaf), _parts(tuple(path))
     if len(leaf.shape) < 2 or not jnp.issubdtype(leaf.dtype, jnp.floating):
         return False
@@ -114,7 +113,7 @@ def all_matrices(path: Any, leaf: Any) -> bool:
 
 
 def output_heads(path: Any, leaf: Any) -> bool:
-    """The matrices whose name marks an output head, as :func:`hidden_matrices` reads names."""
+    """Matrices whose name marks an output head by the rules of :func:`hidden_matrices`."""
     return all_matrices(path, leaf) and _is_named_a_head(_parts(tuple(path)))
 
 
@@ -122,7 +121,7 @@ def _parts(key: Any) -> list[str]:
     """The parts of a key path, a key or a name, in lower case."""
     if isinstance(key, (tuple, list)):
         return [part for inner in key for part in _parts(inner)]
-    for field in ("key", "name", "idx"):  # of JAX's kinds of keys; a dict's key may be a tuple
+    for field in ("key", "name", "idx"):  # of JAX's key types; a dict's key may be a tuple
         if hasattr(key, field):
             return _parts(getattr(key, field))
     return [part for part in re.split(r"[./]", str(key).lower()) if part]
@@ -147,16 +146,16 @@ def _is_named_otherwise(parts: list[str], shape: tuple[int, ...]) -> bool:
         return True
     if "gate" not in parts or any("expert" in part for part in parts):
         return False
-    # Also the name of a matrix of gated MLPs, whose sides are of about the same size.
+    # "gate" is also a matrix of gated MLPs, whose sides are of similar size.
     small, large = sorted(shape[-2:])
     return any("moe" in part for part in parts) or 8 * small < large
 
 
 def selected(where: Where, tree: Any, name: str = "where") -> list[bool]:
-    """``where`` in any of its forms, as one boolean per leaf of ``tree``; errors say ``name``."""
+    """One boolean per leaf of ``tree`` from any form of ``where``; errors begin with ``name``."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     for path, leaf in leaves:
-        shape_and_dtype(path, leaf)  # for its error, before where is asked
+        shape_and_dtype(path, leaf)  # for its error, before where is called
     if callable(where):
         return [bool(where(KeyPath(path), leaf)) for path, leaf in leaves]
     flags = entry_per_leaf(name, where, tree)
@@ -169,15 +168,16 @@ def selected(where: Where, tree: Any, name: str = "where") -> list[bool]:
 def entry_per_leaf(
     name: str, prefix: Any, tree: Any, is_entry: Callable[[Any], bool] | None = None
 ) -> list[Any]:
-    """An argument that is a prefix of the tree of parameters, as one entry per leaf of ``tree``.
+    """One entry per leaf of ``tree`` from a prefix of the tree of parameters.
 
-    Where ``tree`` has nothing (None, or the ``MaskedNode`` of ``optax.masked`` and
-    ``optax.partition``) the prefix may have anything, an entry for what was left out.
+    Where ``tree`` has no leaves (None, or the ``MaskedNode`` of ``optax.masked`` and
+    ``optax.partition``), any entry of the prefix is accepted and ignored.
 
     Args:
-      name: of the argument.
-      prefix, tree: see above.
-      is_entry: of a node of the prefix that is an entry, such as None.
+      name: of the argument, for errors.
+      prefix: the argument.
+      tree: the parameters.
+      is_entry: whether a node of the prefix is an entry although it is not a leaf, such as None.
     """
 
     def entries(prefix, tree, path):
@@ -185,15 +185,15 @@ def entry_per_leaf(
             return []
         if (is_entry is not None and is_entry(prefix)) or jax.tree_util.all_leaves([prefix]):
             return [prefix] * len(jax.tree.leaves(tree))
-        (wanted, wanted_kind), (given, given_kind) = map(_one_level, (tree, prefix))
-        if given_kind != wanted_kind:
+        (expected, expected_kind), (received, received_kind) = map(_one_level, (tree, prefix))
+        if received_kind != expected_kind:
             raise ValueError(
-                f"{name} is no prefix of the tree of parameters: {KeyPath(path)} is {wanted_kind} "
-                f"there, but received {given_kind}"
+                f"{name} is not a prefix of the tree of parameters: {KeyPath(path)} is "
+                f"{expected_kind}, but received {received_kind}"
             )
         return [
             entry
-            for (key, child), (_, own) in zip(wanted, given, strict=True)
+            for (key, child), (_, own) in zip(expected, received, strict=True)
             for entry in entries(own, child, (*path, *key))
         ]
 
@@ -201,5 +201,5 @@ def entry_per_leaf(
 
 
 def _one_level(node: Any) -> tuple[list[tuple[Any, Any]], Any]:
-    """The children of a node with their keys, and what kind of node it is."""
+    """The children of a node with their keys, and the type of the node."""
     return jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)

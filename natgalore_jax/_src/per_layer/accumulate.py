@@ -1,4 +1,4 @@
-"""Gradients of several micro-batches averaged in the subspace, as one transformation."""
+"""Accumulation of low-rank gradients over micro-batches, as one transformation."""
 
 from typing import Any, NamedTuple
 
@@ -10,17 +10,17 @@ from natgalore_jax._src.training.low_rank_steps import low_rank_steps
 
 
 class AccumulatedState(NamedTuple):
-    """State of an optimizer that takes its step after several micro-batches."""
+    """State of :func:`.per_layer`'s optimizer with ``accumulate`` above one."""
 
     mini_step: jax.typing.ArrayLike  #: shape (), int32: micro-batches of the unfinished step
     opt_state: Any  #: of the optimizer
-    mean: Any  #: the mean of their low-rank gradients; their shapes and dtypes
+    mean: Any  #: mean of the low-rank gradients so far, in their shapes and dtypes
 
 
 def accumulated(tx: Any, number: int) -> optax.GradientTransformationExtraArgs:
-    """``tx`` with one step for ``number`` gradients, of which only low-rank ones are kept.
+    """``tx`` with one step for ``number`` gradients, whose low-rank gradients are averaged.
 
-    The basis of a step is decided by its first gradient. Updates in between are zero.
+    The first gradient of a step determines its basis. Updates in between are zero.
 
     Raises:
       TypeError, ValueError: as :func:`.low_rank_steps`, and for a residual.
@@ -28,9 +28,9 @@ def accumulated(tx: Any, number: int) -> optax.GradientTransformationExtraArgs:
     steps = low_rank_steps(tx)
     if steps.needs_full:
         raise ValueError(
-            "a residual needs the whole gradient of a step, which is not there when low-rank "
+            "a residual needs the full gradient of a step, which does not exist when low-rank "
             "gradients are accumulated: make the optimizer with residual='none', or accumulate "
-            "whole gradients with optax.MultiSteps(tx, ...)"
+            "full gradients with optax.MultiSteps(tx, ...)"
         )
 
     def init_fn(params):

@@ -1,6 +1,6 @@
-"""The backward pass of a model of stacked layers, to be run one part at a time.
+"""Backward pass of a model of stacked layers, one part at a time.
 
-A list of leaves is in the order of :class:`Parts`; one layer's leaves are (1, ...).
+Lists of leaves are in the order of :class:`Parts`; leaves of one layer are (1, ...).
 """
 
 from collections.abc import Callable, Sequence
@@ -29,26 +29,26 @@ class Backward(NamedTuple):
     """State of the backward pass after the forward pass and the head's backward pass."""
 
     loss: jax.Array
-    early: tuple[int, ...]  # parameters whose gradients are complete: those of the head alone
-    late: tuple[int, ...]  # parameters of the embedding, tied ones included
+    early: tuple[int, ...]  # parameters of the head alone, whose gradients are complete
+    late: tuple[int, ...]  # parameters of the embedding, tied parameters included
     early_gradients: Leaves
-    dx: Leaves  # the gradient by the output of the last layer
-    # (index, one layer's leaves, dx) to their gradients and the dx of the layer before.
+    dx: Leaves  # gradient with respect to the output of the last layer
+    # (index, leaves of one layer, dx) -> (gradients of the leaves, dx of the previous layer)
     layer: Callable[[jax.Array, Leaves, Leaves], tuple[Leaves, Leaves]]
-    embed: Callable[[Leaves], Leaves]  # dx to the gradients of the late parameters
+    embed: Callable[[Leaves], Leaves]  # dx -> gradients of the late parameters
 
 
 def start_backward(functions: Functions, parts: Parts, W: Sequence[Any], batch: Any) -> Backward:
-    """Runs the model and keeps the input of every layer; what is inside a layer is recomputed.
+    """Run the model and the head's backward pass, with the inputs of layers as checkpoints.
 
-    ``W`` are weights as they are stored; gradients are of what they stand for.
+    ``W`` are stored weights; gradients are with respect to the decoded weights.
     """
     W = [
         w if i in parts.stacked else read_weight(to_device(w), x.dtype)
         for i, (w, x) in enumerate(zip(W, parts.shapes, strict=True))
     ]
-    late = _reaching_embed(functions, parts, W, batch)
-    early = tuple(i for i in parts.others if i not in late)
+    late = _used_by_embed(functions, parts, W, batch)
+    early = tuple(i for i in parts.unstacked if i not in late)
     early_W, late_W, stack = ([W[i] for i in part] for part in (early, late, parts.stacked))
 
     def embed(late_W):
@@ -92,21 +92,21 @@ def start_backward(functions: Functions, parts: Parts, W: Sequence[Any], batch: 
     return Backward(loss, early, late, early_G, dx, layer_backward, embed_backward)
 
 
-def _reaching_embed(
+def _used_by_embed(
     functions: Functions, parts: Parts, W: Sequence[Any], batch: Any
 ) -> tuple[int, ...]:
-    """The parameters that the input of the first layer depends on."""
-    others = parts.others
+    """Parameters on which the input of the first layer depends."""
+    numbers = parts.unstacked
 
     def embed(leaves, batch):
-        leaves = dict(zip(others, leaves, strict=True))
+        leaves = dict(zip(numbers, leaves, strict=True))
         return _float_part(functions.embed(parts.without_stack(leaves), batch))
 
-    leaves = [W[i] for i in others]
+    leaves = [W[i] for i in numbers]
     jaxpr = jax.make_jaxpr(embed)(leaves, batch)
-    unused = len(jaxpr.jaxpr.invars) - len(others)
-    found = sources_of_outputs(jaxpr, [1 << i for i in others] + [0] * unused)
-    return tuple(i for i in others if any(sources & (1 << i) for sources in found))
+    batch_leaves = len(jaxpr.jaxpr.invars) - len(numbers)
+    found = sources_of_outputs(jaxpr, [1 << i for i in numbers] + [0] * batch_leaves)
+    return tuple(i for i in numbers if any(sources & (1 << i) for sources in found))
 
 
 def _is_float(x: Any) -> bool:
@@ -114,12 +114,12 @@ def _is_float(x: Any) -> bool:
 
 
 def _float_part(x: Any) -> Leaves:
-    """The leaves that have a gradient: masks, positions and random keys pass through."""
+    """Leaves with a gradient, without masks, positions and random keys."""
     return [leaf for leaf in jax.tree.leaves(x) if _is_float(leaf)]
 
 
 def _with_floats(x: Any, floats: Leaves) -> Any:
-    """x with other leaves that have a gradient."""
+    """Replace the leaves of x that have a gradient."""
     leaves, treedef = jax.tree.flatten(x)
     new = iter(floats)
     return treedef.unflatten(next(new) if _is_float(leaf) else leaf for leaf in leaves)

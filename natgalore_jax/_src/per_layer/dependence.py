@@ -1,6 +1,6 @@
 """Dependence of a function's outputs on its inputs, read from its jaxpr.
 
-A set of inputs is an integer with one bit for each of them, so that unions are cheap.
+A set of inputs is an integer with one bit for each input, so that unions are cheap.
 """
 
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ from jax.extend import core
 def sources_of_outputs(jaxpr: core.ClosedJaxpr, sources: Sequence[int]) -> list[int]:
     """Sources of each output, given the sources of each input.
 
-    Nothing that is returned is missing; an operation that is not known to be more selective is
-    taken to use all of its operands for all of its results.
+    The result is conservative: an operation without a rule below is assumed to use all of its
+    operands for all of its results.
 
     Args:
       jaxpr: of the function.
-      sources: one bit set for each input, 0 for an input that does not matter.
+      sources: one bit set for each input, 0 for an irrelevant input.
 
     Returns:
       One bit set for each output: the union over the inputs that reach it.
@@ -75,7 +75,7 @@ def _constants_and_carry(params: Any) -> tuple[int, int]:
     """Numbers of constants and of carried operands of a scan."""
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]
-    constants, carry, _ = params["ft_in"].unpack()  # jax 0.12 has trees of them
+    constants, carry, _ = params["ft_in"].unpack()  # trees in jax 0.12
     return len(list(constants)), len(list(carry))
 
 

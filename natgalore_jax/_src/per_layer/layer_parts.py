@@ -1,4 +1,4 @@
-"""Parameters taken apart: the layers of a stack, and everything else."""
+"""Split of the parameters into a stack of layers and unstacked parameters."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -21,12 +21,12 @@ class Parts:
     treedef: Any
     paths: tuple[str, ...]
     shapes: tuple[jax.ShapeDtypeStruct, ...]
-    stack_treedef: Any  # of the subtree that is the stack
+    stack_treedef: Any  # of the subtree of stacked parameters
     stacked: tuple[int, ...]  # in the order of its leaves
     length: int  # L
 
     @property
-    def others(self) -> tuple[int, ...]:
+    def unstacked(self) -> tuple[int, ...]:
         return tuple(i for i in range(len(self.paths)) if i not in self.stacked)
 
     @property
@@ -34,7 +34,7 @@ class Parts:
         return self.with_length(1)
 
     def with_length(self, length: int) -> list[jax.ShapeDtypeStruct]:
-        """The parameters of a model of so many layers."""
+        """Shapes of the parameters of a model with ``length`` layers."""
         return [
             with_length(x, 0 if i in self.stacked else None, length)
             for i, x in enumerate(self.shapes)
@@ -45,13 +45,13 @@ class Parts:
         return self.treedef.unflatten(leaves.get(i, x) for i, x in enumerate(self.shapes))
 
 
-def divide(params: Any, layers: Selector, weight_dtype: Any = None) -> Parts:
-    """Finds the stack and the number of its layers.
+def split_params(params: Any, layers: Selector, weight_dtype: Any = None) -> Parts:
+    """Find the stack and the number of its layers.
 
     Args:
       params: the parameters.
-      layers: where the stack is.
-      weight_dtype: what those in 8 bits are decoded in, None for float32.
+      layers: selector of the stack.
+      weight_dtype: dtype of decoded 8-bit parameters, None for float32.
 
     Raises:
       ValueError: if there is no stack or its leaves do not have the same number of layers.
@@ -89,18 +89,18 @@ def _select(tree: Any, layers: Selector) -> Any:
 
 
 def take_layer(tree: Any, index: jax.Array, axis: int = 0) -> Any:
-    """One layer, with an axis of length one where the layers were, in the devices' memory."""
+    """One layer, with a layer axis of length one, in device memory."""
     return to_device(jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, index, 1, axis), tree))
 
 
 def put_layer(tree: Any, value: Any, index: jax.Array, axis: int = 0) -> Any:
-    """The tree with another layer, in the memory where it is."""
+    """Replace one layer of a tree, in host or device memory."""
 
     def put(x, value):
         value = stored_like(value.astype(x.dtype), x)
         if jax.typeof(value).sharding.mesh.empty:
-            # XLA's GPU compiler otherwise keeps whole stacks transposed for the loop over the
-            # layers, to suit a product. On sharded values the constraint would gather them.
+            # XLA on GPUs may transpose whole stacks for a product in the loop over the layers: fix
+            # the layout. Not for sharded values, which the constraint would gather.
             value = with_layout_constraint(value, Layout(tuple(range(value.ndim))))
         return jax.lax.dynamic_update_slice_in_dim(x, value, index, axis)
 
@@ -108,7 +108,7 @@ def put_layer(tree: Any, value: Any, index: jax.Array, axis: int = 0) -> Any:
 
 
 def with_length(x: jax.ShapeDtypeStruct, axis: int | None, length: int) -> jax.ShapeDtypeStruct:
-    """With so many layers, if x has an axis of layers."""
+    """The shape of x with ``length`` layers along ``axis``, if it has a layer axis."""
     if axis is None:
         return x
     shape = (*x.shape[:axis], length, *x.shape[axis + 1 :])

@@ -1,4 +1,4 @@
-"""An optimizer's update of a few parameters, as a part of its update of all of them."""
+"""Update of some of the parameters by an optimizer of all parameters."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from natgalore_jax._src.per_layer.state_layout import StateLayout
 
 
 class SplitOptimizer(NamedTuple):
-    """An optimizer, and what its parameters and its state consist of."""
+    """An optimizer, and the layout of its parameters and its state."""
 
     tx: optax.GradientTransformationExtraArgs
     apply_updates: Callable[[Any, Any, Any], Any]  # (params, updates, opt_state) -> params
@@ -24,11 +24,11 @@ class SplitOptimizer(NamedTuple):
 
 
 class PartUpdate(NamedTuple):
-    """Result of an update, leaf by leaf."""
+    """Result of an update, by leaf."""
 
-    params: list[jax.Array]  # of the active parameters
-    own: list[jax.Array]  # the state of the active parameters
-    shared: list[jax.Array]  # the state that belongs to no parameter
+    params: list[jax.Array]  # the active parameters
+    own: list[jax.Array]  # state of the active parameters
+    shared: list[jax.Array]  # state that belongs to no parameter
 
 
 def update_part(
@@ -40,22 +40,22 @@ def update_part(
     own: Sequence[jax.Array],
     shared: Sequence[jax.Array],
 ) -> PartUpdate:
-    """Runs the optimizer on all parameters, of which only the active ones are real.
+    """Run the optimizer on the tree of all parameters, with zeros for inactive parameters.
 
-    The others are zeros, so that the tree is the one that masks, labels and schedules were made
-    for. Nothing that is returned depends on them, and XLA removes what is computed from them.
+    The tree thereby matches masks, labels and schedules. No result depends on the zeros, and XLA
+    removes their computations.
 
     Args:
-      optimizer: see there.
-      active: numbers of parameters.
-      index: which layer the stacked ones among them are.
-      G, W: gradients and values of the active parameters, stacked ones (1, ...). The optimizer
-        sees values in the dtypes of ``parts``; updates are applied to them as they are here.
-      own: the state of the active parameters, ``layout.of(active)``, likewise.
-      shared: the rest of the state, ``layout.shared``.
+      optimizer: of all parameters.
+      active: numbers of the active parameters.
+      index: number of the layer, for stacked parameters.
+      G, W: gradients and values of the active parameters, (1, ...) if stacked. The optimizer
+        receives values in the dtypes of ``parts``; updates are applied to the values given here.
+      own: state of the active parameters, ``layout.of(active)``, one layer if stacked.
+      shared: all other state, ``layout.shared``.
 
     Raises:
-      ValueError: if what happens to one parameter depends on another one.
+      ValueError: if the update of one parameter depends on another parameter.
     """
     tx, apply_updates, parts, layout = optimizer
     lengths = {
@@ -95,7 +95,7 @@ def update_part(
 def _filled(
     shapes: Sequence[jax.ShapeDtypeStruct], numbers: Sequence[int], values: Sequence[jax.Array]
 ) -> list[jax.Array]:
-    """The values at their places, zeros elsewhere."""
+    """The values at their positions, zeros elsewhere."""
     given = dict(zip(numbers, values, strict=True))
     return [given[i] if i in given else jnp.zeros(x.shape, x.dtype) for i, x in enumerate(shapes)]
 
@@ -103,7 +103,7 @@ def _filled(
 def _check_independence(
     parts: Parts, layout: StateLayout, active: Sequence[int], jaxpr: core.ClosedJaxpr
 ) -> None:
-    """Active outputs depend on active inputs alone, shared outputs on no parameter."""
+    """Check that active outputs depend on active inputs only, shared outputs on no parameter."""
     of_parameters = [1 << i for i in range(len(parts.paths))]
     of_state = [0 if owner is None else 1 << owner for owner in layout.owners]
     sources = sources_of_outputs(jaxpr, [0, *of_parameters, *of_parameters, *of_state])
@@ -116,7 +116,7 @@ def _check_independence(
             culprits = [path for i, path in enumerate(parts.paths) if foreign & (1 << i)]
             raise ValueError(
                 f"{name} depends on {', '.join(culprits[:3])}{', ...' if culprits[3:] else ''}. "
-                "per_layer updates one layer before the gradients of the others exist, so that "
-                "what happens to a parameter must depend on that parameter and on the step alone. "
-                "For optax.clip_by_global_norm give clip_norm to per_layer"
+                "per_layer updates one layer before the gradients of other layers exist, so that "
+                "the update of a parameter must depend on that parameter and the step only. "
+                "Instead of optax.clip_by_global_norm set clip_norm of per_layer"
             )

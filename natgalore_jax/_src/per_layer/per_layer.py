@@ -1,4 +1,4 @@
-"""Training steps that never hold the gradient of more than one layer."""
+"""Training step with the gradient of one layer at a time."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from natgalore_jax._src.kernels.kernel import own_arithmetic
 from natgalore_jax._src.low_bits.weights import (
     QuantizedWeights,
     decoded,
@@ -24,7 +25,7 @@ from natgalore_jax._src.params.checks import (
 )
 from natgalore_jax._src.per_layer.accumulate import accumulated
 from natgalore_jax._src.per_layer.backward import Functions, start_backward
-from natgalore_jax._src.per_layer.layer_parts import Selector, divide, put_layer, take_layer
+from natgalore_jax._src.per_layer.layer_parts import Selector, put_layer, split_params, take_layer
 from natgalore_jax._src.per_layer.part_update import SplitOptimizer, update_part
 from natgalore_jax._src.per_layer.state_layout import StateLayout, state_layout
 from natgalore_jax._src.training.in_place import in_place
@@ -36,22 +37,22 @@ CLIP_MODES = ("previous", "layer")
 class PerLayerState(NamedTuple):
     """State of :func:`.per_layer`."""
 
-    opt_state: Any  #: what the optimizer's init makes of all parameters, the layers stacked
-    grad_norm: jax.Array  #: shape (), float32: the norm of the last gradient, 0 before the first
+    opt_state: Any  #: ``tx.init`` of all parameters, with stacked layers
+    grad_norm: jax.Array  #: shape (), float32: norm of the last gradient, 0 before the first step
 
 
 class PerLayerMetrics(NamedTuple):
     """Measurements of a step of :func:`.per_layer`, before any update."""
 
-    loss: jax.Array  #: shape (), what head returned
-    grad_norm: jax.Array  #: shape (), float32: of the gradient of all parameters, unclipped
+    loss: jax.Array  #: shape (), from ``head``
+    grad_norm: jax.Array  #: shape (), float32: of the unclipped gradient of all parameters
 
 
 class PerLayer(NamedTuple):
     """Result of :func:`.per_layer`."""
 
     init: Callable[[Any], PerLayerState]  #: ``params -> state``
-    #: ``(params, state, batch) -> (params, state, metrics)``; jitted, takes over params and state.
+    #: ``(params, state, batch) -> (params, state, metrics)``; jitted, donates params and state.
     step: Callable[[Any, PerLayerState, Any], tuple[Any, PerLayerState, PerLayerMetrics]]
 
 
@@ -67,7 +68,7 @@ def per_layer(
     apply_updates: Callable[[Any, Any, Any], Any] | None = None,
     weight_dtype: Any = None,
 ) -> PerLayer:
-    r"""A training step in which the whole gradient never exists.
+    r"""Training step that updates each layer within the backward pass.
 
     The model is
 
@@ -75,65 +76,62 @@ def per_layer(
       \mathrm{loss} = \mathrm{head}(W, x_L, b)
 
     with the parameters of its L layers stacked, (L, ...). The forward pass keeps the input of each
-    layer. The backward pass goes from the last layer to the first; each layer is computed anew
-    from its input, and its weights and their optimizer state are updated in place as soon as its
-    gradient is there, which is then forgotten. Instead of all gradients and updates there are those
-    of one layer, or of the embedding or the head if that is larger. docs/per_layer.md has numbers.
+    layer. The backward pass recomputes each layer from its input, from the last layer to the first,
+    and updates its weights and optimizer state in place as soon as its gradient is computed. The
+    peak memory includes gradients and updates of one layer only, or of the embedding or the head if
+    that is larger. docs/per_layer.md has measurements.
 
-    The numbers are those of the ordinary step, ``tx.update`` of all gradients, up to rounding:
-    refreshes fall on the same matrices at the same steps, counters count once a step. So are the
-    states: ``state.opt_state`` is what ``tx.init(params)`` makes, and either step can go on from
-    the other's.
+    Results equal the ordinary step, ``tx.update`` of all gradients, up to rounding: refreshes fall
+    on the same matrices at the same steps, and counters count once per step. ``state.opt_state``
+    has the structure of ``tx.init(params)``, so that either step can continue from the other.
 
-    What the optimizer does to one layer must not depend on the gradients of others. This is found
-    out when the step is traced, from the program itself, and is an error. Inside of one stacked
-    parameter it cannot be seen: a norm over all layers (``optax.scale_by_trust_ratio``,
-    Adafactor's clipping) becomes a norm of each layer.
+    The update of one layer must not depend on the gradients of other layers, which is checked when
+    the step is traced. The check cannot see inside a stacked parameter: a norm over all layers
+    (``optax.scale_by_trust_ratio``, Adafactor's clipping) becomes a norm of each layer.
 
     Args:
       tx: any Optax transformation.
       embed: ``(params, batch) -> x``, the input of the first layer. ``params`` is the tree of all
-        parameters, with ``jax.ShapeDtypeStruct`` in the place of the stacked ones.
+        parameters, with ``jax.ShapeDtypeStruct`` instead of stacked parameters.
       layer: ``(layer_params, x) -> x``, one layer. ``layer_params`` is the subtree ``layers``
-        without the leading axis. x is any pytree; what is not floating-point (masks, positions, a
-        random key, the number of the layer) passes through and may change as well.
+        without the leading axis. x is any pytree; leaves that are not floating-point (masks,
+        positions, a random key, the number of the layer) pass through and may change.
       head: ``(params, x, batch) -> loss``, a scalar. Parameters that ``embed`` uses too are tied:
         their gradient is the sum of both.
-      layers: where the stacked parameters are: a key or attribute of ``params``, or a function
+      layers: selects the stacked parameters: a key or attribute of ``params``, or a function
         ``params -> subtree``.
       clip_norm: c; gradients are multiplied by ``min(1, c / norm)``. None: no clipping.
-      clip_mode: whose norm. The norm of the whole gradient is known only when it is too late, so
-        ``"previous"`` takes that of the last step (the first step is not clipped), and
-        ``"layer"`` clips each layer by its own norm, and so the embedding with what is tied to it,
-        and the rest. A norm that is not finite clips nothing.
-      accumulate: micro-batches in one step. ``step`` takes one micro-batch; the last one of a step
-        updates, the others leave the parameters alone. Low-rank gradients are accumulated, as with
-        :func:`.low_rank_steps`, in a state of their size (``opt_state`` then is an
-        :class:`.AccumulatedState`): the optimizer must come from :func:`chain`, without a residual.
-        Otherwise ``optax.MultiSteps(tx, k)`` as ``tx`` accumulates whole gradients. Clipping and
-        metrics are those of the micro-batch.
-      apply_updates: ``(params, updates, opt_state) -> params`` with the state before the step, in
-        the place of ``optax.apply_updates``; for bfloat16 parameters, for example,
+      clip_mode: which norm. The norm of the whole gradient is known only after the updates:
+        ``"previous"`` uses the norm of the last step (the first step is not clipped); ``"layer"``
+        clips each layer by its own norm, and the embedding (with tied parameters) and the head by
+        theirs. A non-finite norm clips nothing.
+      accumulate: micro-batches in one step. ``step`` takes one micro-batch; parameters change at
+        the last micro-batch of a step. Low-rank gradients are accumulated as with
+        :func:`.low_rank_steps` (``opt_state`` is an :class:`.AccumulatedState`): the optimizer must
+        come from :func:`.chain`, without a residual. To accumulate full gradients instead, pass
+        ``optax.MultiSteps(tx, k)`` as ``tx``. Clipping and metrics are per micro-batch.
+      apply_updates: ``(params, updates, opt_state) -> params`` with the state before the step,
+        instead of ``optax.apply_updates``; for bfloat16 parameters, for example,
         ``lambda params, updates, state: ng.training.apply_updates_stochastic(params, updates,
         state[0].count)``.
-      weight_dtype: for parameters in 8 bits (:func:`.quantize_weights`): the dtype in which model
-        and optimizer see them, decoded one layer at a time; None is float32. Their gradients have
-        it too. Whatever it is, updates are added to the exact weights in float32, also by
-        ``apply_updates``, and then rounded stochastically.
+      weight_dtype: for parameters in 8 bits (:func:`.quantize_weights`): the dtype of decoded
+        weights and gradients for model and optimizer, one layer at a time; None is float32. Updates
+        are always added to the exact weights in float32, also by ``apply_updates``, and then
+        rounded stochastically.
 
     Returns:
       A :class:`.PerLayer` of ``init`` and ``step``. ``step`` is jitted and donates parameters and
-      state: use what it returns.
+      state: do not use them again.
 
     Raises:
       TypeError, ValueError: for an argument of a wrong type or value; at ``init`` and ``step`` for
-        parameters without a stack, for a stack that the optimizer treats otherwise than its layers
-        (the axis of the layers in a projected matrix, for one), and for an optimizer that mixes
-        parameters, such as ``optax.clip_by_global_norm``.
+        parameters without a stack, for an optimizer that treats a stack differently from its layers
+        (such as a layer axis in a projected matrix), and for an optimizer that mixes parameters,
+        such as ``optax.clip_by_global_norm``.
 
     References:
       Lv et al., Full parameter fine-tuning for large language models with limited resources (2023),
-      for updates within the backward pass; GaLore (2024) has them per layer.
+      for updates within the backward pass; GaLore (2024) for updates per layer.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, natgalore_jax as ng
@@ -185,11 +183,11 @@ def per_layer(
         weight_dtype,
     )
 
-    # Jitted, so that nothing is decoded where only shapes matter.
+    # Under jit XLA removes the decoding of weights whose values init does not use.
     init_from_codes = jax.jit(lambda params: settings.tx.init(decoded(params, weight_dtype)))
 
     def init(params):
-        state_layout(settings.tx, divide(params, layers, weight_dtype))  # for its errors
+        state_layout(settings.tx, split_params(params, layers, weight_dtype))  # for its errors
         if isinstance(params, QuantizedWeights):
             opt_state = init_from_codes(params)
         else:
@@ -216,7 +214,7 @@ class _Settings(NamedTuple):
 def _step(
     settings: _Settings, params: Any, state: PerLayerState, batch: Any
 ) -> tuple[Any, PerLayerState, PerLayerMetrics]:
-    parts = divide(params, settings.layers, settings.weight_dtype)
+    parts = split_params(params, settings.layers, settings.weight_dtype)
     layout = state_layout(settings.tx, parts)
     _, W = weight_leaves(params)
     count = params.count if isinstance(params, QuantizedWeights) else 0
@@ -266,7 +264,7 @@ def _step(
         return stack, states, dx, squared + of_layer
 
     _, of_head = update_now(backward.early, backward.early_gradients)
-    # The stacks are carried, which changes them in place; scanned over they would be written anew.
+    # Stacks in the carry are updated in place; as inputs and outputs of a scan they are copied.
     carry = ([W[i] for i in stacked], [S[k] for k in of_layers], backward.dx, of_head)
     stack, states, dx, squared = jax.lax.fori_loop(0, parts.length, update_layer, carry)
     _assign(W, stacked, stack)
@@ -285,7 +283,7 @@ def _apply_updates(params: Any, updates: Any, opt_state: Any) -> Any:
 
 
 def _distinct(tree: Any) -> Any:
-    """The tree with every array in one place only: no buffer can be donated twice."""
+    """Copy repeated arrays of a tree, because no buffer can be donated twice."""
     leaves, treedef = jax.tree.flatten(tree)
     seen: set[int] = set()
     for i, leaf in enumerate(leaves):
@@ -306,6 +304,7 @@ def _state_leaves(layout: StateLayout, opt_state: Any) -> list[Any]:
     return leaves
 
 
+@own_arithmetic
 def _clipped(
     settings: _Settings, G: Sequence[jax.Array], squared: jax.Array, last_norm: jax.Array
 ) -> list[jax.Array]:

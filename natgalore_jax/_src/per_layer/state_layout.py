@@ -21,8 +21,8 @@ class StateLayout:
     treedef: Any
     shapes: tuple[jax.ShapeDtypeStruct, ...]
     paths: tuple[str, ...]
-    owners: tuple[int | None, ...]  # the parameter, None for what all parameters share
-    layer_axes: tuple[int | None, ...]  # where the layers of a stacked owner are
+    owners: tuple[int | None, ...]  # number of the parameter, None for shared leaves
+    layer_axes: tuple[int | None, ...]  # layer axis, for a stacked owner
 
     def of(self, parameters: Sequence[int]) -> list[int]:
         """The leaves that belong to these parameters."""
@@ -40,10 +40,10 @@ class StateLayout:
 
 
 def state_layout(tx: optax.GradientTransformation, parts: Parts) -> StateLayout:
-    """The layout of ``tx.init``, found by comparing states of models of different depth.
+    """Layout of ``tx.init``, from a comparison of states of models of different depth.
 
     Raises:
-      ValueError: where the axis of the layers cannot be taken apart.
+      ValueError: if the state cannot be split by layer.
     """
     state, plans = _init(tx, parts, parts.length)
     deeper, _ = _init(tx, parts, parts.length + 1)
@@ -52,7 +52,7 @@ def state_layout(tx: optax.GradientTransformation, parts: Parts) -> StateLayout:
     if jax.tree.structure(deeper) != treedef:
         raise ValueError(
             f"the optimizer's state has another structure for {parts.length + 1} layers than for "
-            f"{parts.length}, so that it cannot be taken apart"
+            f"{parts.length}, so that it cannot be split by layer"
         )
     paths = tuple(str(KeyPath(path)) for path, _ in entries)
     owners, axes = [], []
@@ -66,8 +66,10 @@ def state_layout(tx: optax.GradientTransformation, parts: Parts) -> StateLayout:
         axis = _layer_axis(path, here.shape, there.shape, parts.length)
         is_stacked = owner in parts.stacked
         if axis is not None and not is_stacked:
-            raise ValueError(f"{path} of the optimizer's state has layers but is of no layer")
-        # An entry of a stacked parameter without an axis of layers is the same for all of them.
+            raise ValueError(
+                f"{path} of the optimizer's state has a layer axis but no stacked parameter"
+            )
+        # An entry of a stacked parameter without a layer axis is shared by all layers.
         owners.append(None if is_stacked and axis is None else owner)
         axes.append(axis)
     shapes = tuple(jax.tree.leaves(state))
@@ -77,9 +79,9 @@ def state_layout(tx: optax.GradientTransformation, parts: Parts) -> StateLayout:
 def _init(
     tx: optax.GradientTransformation, parts: Parts, length: int
 ) -> tuple[Any, list[LeafPlan]]:
-    """The state for so many layers, as shapes, and how the parameters are projected."""
+    """Shapes of the state for ``length`` layers, and the plans of projected parameters."""
     with record_plans() as plans:
-        # A new function each time: eval_shape does not run one again that it knows.
+        # eval_shape caches by function and would not record plans again: pass a new function.
         params = parts.treedef.unflatten(parts.with_length(length))
         state = jax.eval_shape(lambda params: tx.init(params), params)
     return state, plans
@@ -98,13 +100,13 @@ def _layer_axis(path: str, here: tuple, there: tuple, length: int) -> int | None
 
 
 def _check_plans(parts: Parts, whole: Sequence[LeafPlan], single: Sequence[LeafPlan]) -> None:
-    """One layer is projected as it is within the stack."""
+    """Check that a single layer is projected in the same way as within the stack."""
     stacked = {parts.paths[i] for i in parts.stacked}
     for plan in whole:
         if plan.path in stacked and 0 not in plan.batch:
             raise ValueError(
-                f"{plan.path}: axis 0 of {plan.shape}, that of the layers, is an axis of the "
-                "matrix that is projected; leave the parameter out through where, or change axes"
+                f"{plan.path}: axis 0 of {plan.shape}, the layer axis, is an axis of the projected "
+                "matrix; leave the parameter out through where, or change axes"
             )
     as_single = [
         dataclasses.replace(p, shape=(1, *p.shape[1:])) if p.path in stacked else p for p in whole
@@ -112,6 +114,6 @@ def _check_plans(parts: Parts, whole: Sequence[LeafPlan], single: Sequence[LeafP
     if as_single != list(single):
         names = {p.path for p in as_single} ^ {p.path for p in single} or stacked
         raise ValueError(
-            "where or axes decide differently about one layer than about the stack, for "
+            "where or axes treat one layer differently from the stack, for "
             f"{', '.join(sorted(names))}"
         )

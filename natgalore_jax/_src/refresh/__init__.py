@@ -1,1 +1,1 @@
-"""New bases for the matrices that are due, and the state that moves with them."""
+"""Refresh of bases that are due for it, and transport of basis-dependent state."""

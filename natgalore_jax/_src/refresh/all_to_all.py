@@ -1,8 +1,8 @@
-"""Stacks sharded along any axes, resharded by whole layers, and back.
+"""All-to-all resharding of stacks, from any sharded axes to the layer axis, and back.
 
-For use within ``jax.shard_map``: arrays are the parts that one device has. ``of`` has the mesh axes
-that divide each axis of the whole array, ``names`` all of them, those of the layers first. One
-exchange for each other mesh axis, in the order of ``names``, gives every device whole layers.
+For use within ``jax.shard_map``: arrays are local shards. ``of`` has the mesh axes of each axis of
+the global array, ``names`` all mesh axes, beginning with the layer axis's. After one all-to-all for
+each other mesh axis, in the order of ``names``, every device has whole layers.
 """
 
 import math
@@ -13,17 +13,17 @@ import jax
 from natgalore_jax._src.params.placement import Names
 
 
-def to_shares(x: jax.Array, axis: int, of: Sequence[Names], names: Names) -> jax.Array:
-    """This device's layers, whole.
+def shard_by_layer(x: jax.Array, axis: int, of: Sequence[Names], names: Names) -> jax.Array:
+    """Reshard so that the layer axis is sharded over all mesh axes, and no other axis is.
 
     Args:
-      x: this device's part; its layers are a multiple of the devices that they are dealt out to.
-      axis: the one of the layers.
-      of, names: see above; ``of[axis]`` is what ``names`` begin with.
+      x: local shard; the sizes of the mesh axes that are added divide its number of layers.
+      axis: the layer axis.
+      of, names: see above; ``names`` begins with ``of[axis]``.
     """
     for name in names[len(of[axis]) :]:
         at = _axis_with(of, name)
-        if at is None:  # whole on all devices of this mesh axis
+        if at is None:  # replicated over this mesh axis
             size = x.shape[axis] // jax.lax.axis_size(name)
             start = jax.lax.axis_index(name) * size
             x = jax.lax.dynamic_slice_in_dim(x, start, size, axis)
@@ -35,8 +35,8 @@ def to_shares(x: jax.Array, axis: int, of: Sequence[Names], names: Names) -> jax
     return x
 
 
-def from_shares(x: jax.Array, axis: int, of: Sequence[Names], names: Names) -> jax.Array:
-    """The way back from :func:`to_shares`."""
+def unshard_by_layer(x: jax.Array, axis: int, of: Sequence[Names], names: Names) -> jax.Array:
+    """Inverse of :func:`shard_by_layer`."""
     for at, own in enumerate(of):
         if at != axis:
             x = _reordered(x, at, own, _as_received(own, names))
@@ -54,12 +54,12 @@ def _axis_with(of: Sequence[Names], name: str) -> int | None:
 
 
 def _as_received(own: Names, names: Names) -> Names:
-    """The order of the chunks along an axis after the exchanges: the last one is outermost."""
+    """Order of the chunks along an axis after the all-to-alls: the last mesh axis is outermost."""
     return tuple(name for name in reversed(names) if name in own)
 
 
 def _reordered(x: jax.Array, axis: int, order: Names, wanted: Names) -> jax.Array:
-    """Chunks along an axis that are numbered by mesh axes, outermost first, in another order."""
+    """Reorder chunks along an axis from one order of mesh axes, outermost first, to another."""
     if order == wanted:
         return x
     sizes = [jax.lax.axis_size(name) for name in order]

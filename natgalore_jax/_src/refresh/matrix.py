@@ -1,4 +1,4 @@
-"""Refresh of one matrix: new bases, and its basis-dependent state in their coordinates."""
+"""Refresh of one matrix: new bases, and transport of its basis-dependent state."""
 
 import dataclasses
 import math
@@ -29,7 +29,7 @@ from natgalore_jax._src.params.plan import LeafPlan
 
 @dataclasses.dataclass(frozen=True)
 class RefreshSettings:
-    """The arguments of ``low_rank_project`` that decide when and how a basis changes."""
+    """The arguments of ``low_rank_project`` for the schedule and method of refreshes."""
 
     update_interval: int
     method: str
@@ -39,7 +39,7 @@ class RefreshSettings:
 
 
 class Due(NamedTuple):
-    """Of a parameter's matrices, in the order of its batch axes: bool, (layers,)."""
+    """Refresh flags of a parameter's matrices, in the order of its batch axes: bool, (layers,)."""
 
     is_due: jax.Array
     is_first: jax.Array  # whether the basis is only a start
@@ -58,7 +58,7 @@ def _index_of(plan: LeafPlan, layer: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _layer_of(plan: LeafPlan, G: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
-    """One layer of a gradient, its axes in the order of the modes."""
+    """One layer of a gradient, with axes in the order of the modes."""
     kept = [a for a in range(G.ndim) if a not in plan.batch]
     for axis, i in sorted(zip(plan.batch, index, strict=True), reverse=True, key=lambda x: x[0]):
         G = jax.lax.dynamic_index_in_dim(G, i, axis, keepdims=False)
@@ -68,7 +68,7 @@ def _layer_of(plan: LeafPlan, G: jax.Array, index: tuple[jax.Array, ...]) -> jax
 class Matrix(NamedTuple):
     """One matrix of a parameter, without batch axes: gradient, bases and basis-dependent state."""
 
-    tensor: jax.Array  # its axes in the order of the modes
+    tensor: jax.Array  # axes in the order of the modes
     basis: StoredFactors
     basis_states: list[Any]
 
@@ -76,7 +76,7 @@ class Matrix(NamedTuple):
 def take_matrix(
     plan: LeafPlan, G: jax.Array, basis: StoredFactors, basis_states: Any, layer: jax.Array
 ) -> Matrix:
-    """One matrix of a parameter by its number, int32."""
+    """Matrix number ``layer``, int32, of a parameter."""
     index = _index_of(plan, layer)
     return Matrix(_layer_of(plan, G, index), *_take_tree((basis, basis_states), index))
 
@@ -84,7 +84,7 @@ def take_matrix(
 def put_matrix(
     plan: LeafPlan, stored: tuple[StoredFactors, Any], new: tuple[StoredFactors, Any], layer: Any
 ) -> tuple[StoredFactors, Any]:
-    """Bases and basis-dependent state of a parameter, with one matrix replaced."""
+    """Replace bases and basis-dependent state of one matrix of a parameter."""
     return _put_tree(stored, new, _index_of(plan, layer))
 
 
@@ -95,12 +95,12 @@ def refresh_matrix(
     key: jax.Array,
     is_first: jax.Array,
 ) -> tuple[StoredFactors, Any]:
-    """New bases of one matrix, and its basis-dependent state in their coordinates.
+    """Refresh the bases of one matrix and transport its basis-dependent state.
 
     Args:
-      settings: how.
+      settings: of the refresh.
       plan: of the parameter.
-      matrix: what there is.
+      matrix: gradient, old bases and state.
       key: for the random methods and the probes.
       is_first: scalar boolean, whether the basis is only a start.
 
@@ -131,8 +131,8 @@ def _refreshed(settings, plan, tensor, basis, basis_states, key, is_first):
             is_right=len(plan.modes) == 2 and mode == 1,
         )
         if settings.transition != "keep":
-            # Of the new basis before it is rounded: rounding moves it to and fro at every refresh.
-            # Moments average over that; followed, it would add up.
+            # From the new basis before rounding: rounding errors differ at every refresh, and if
+            # moments followed them, the errors would add up.
             C = change_of_basis(P_new, P, _rounding_of(U))
             C_of_axis[plan.low_rank_axes[mode]] = C
         U_new = store(P_new.reshape(shape), U)
@@ -143,7 +143,7 @@ def _refreshed(settings, plan, tensor, basis, basis_states, key, is_first):
 
 
 def _rounding_of(stored: Stored) -> float:
-    """The share of a stored basis that is rounding error, in squares; 0 for float32."""
+    """Relative mean square of the rounding error of a stored basis; 0 for float32."""
     if isinstance(stored, LinearCodes):
         return relative_error(bits_of(stored))
     eps = float(jnp.finfo(stored.dtype).eps)
@@ -151,19 +151,19 @@ def _rounding_of(stored: Stored) -> float:
 
 
 def _unfold(plan: LeafPlan, tensor: jax.Array, mode: int) -> jax.Array:
-    """The tensor as a matrix whose rows are one mode; the axes are in the order of the modes."""
+    """Matricisation of the tensor with one mode as rows."""
     start = sum(len(axes) for axes in plan.modes[:mode])
     rows = range(start, start + len(plan.modes[mode]))
     order = [*rows, *(a for a in range(tensor.ndim) if a not in rows)]
     tensor = tensor.transpose(order)
     if tensor.ndim == 2:
-        return _with_whole_rows(tensor)
+        return _sharded_by_columns(tensor)
     tensor = replicated(tensor)
     return tensor.reshape(plan.mode_sizes[mode], math.prod(tensor.shape[len(rows) :]))
 
 
-def _with_whole_rows(G: jax.Array) -> jax.Array:
-    """G sharded by columns alone, so that ``G Gᵀ`` is a sum over devices."""
+def _sharded_by_columns(G: jax.Array) -> jax.Array:
+    """Shard G by columns alone, so that ``G Gᵀ`` is a sum over devices."""
     if not has_explicit_sharding(G):
         return G
     of_rows, of_columns = names_of(G)

@@ -1,9 +1,8 @@
 """New bases for the matrices that are due for a refresh, and transport of their state.
 
-Parameters of one kind share one program: a loop over the matrices that are due, which picks one,
-refreshes it and puts it back. A program for each parameter would take the compiler as many times as
-long, and so would one that differs between parameters by a constant, such as their number: XLA
-compiles equal kernels once, so that here all numbers are data.
+Parameters of one kind share one program, a loop over the matrices that are due: one program per
+parameter would multiply the compile time. XLA compiles equal kernels once, and constants such as
+the number of a parameter would make kernels differ; therefore all numbers are data.
 """
 
 import functools
@@ -33,10 +32,10 @@ from natgalore_jax._src.refresh.schedule import due_matrices
 from natgalore_jax._src.refresh.sharded import groups_of, refresh_group
 from natgalore_jax._src.states.transport import is_basis_state
 
-# A program for parameters of one kind takes at most so many of them, because to pick one of N it
-# has N branches of N arguments, and at most so many bytes of gradients: they all have to be there
-# when it runs, where a gradient alone can be used and freed before the next one is made.
-MOST_PARAMETERS, MOST_BYTES = 64, 2**22
+# Limits of one program for parameters of one kind. It selects one of N parameters by N branches of
+# N arguments, and all its gradients are live at once, where XLA could otherwise free each gradient
+# before the next is computed.
+MAX_PARAMETERS, MAX_BYTES = 64, 2**22
 
 
 @own_arithmetic
@@ -51,28 +50,28 @@ def refresh(
     axis_name: str | None = None,
     is_scheduled: jax.typing.ArrayLike = True,
 ) -> tuple[list[StoredFactors], list[Any]]:
-    """Refreshes what is due at this step, and nothing else.
+    """Refresh the matrices that are due at this step.
 
-    A matrix is due at its first gradient that is finite and not zero, whenever that is, and from
-    then on when the schedule says so: an expert without tokens at step 0 does not train in an
-    arbitrary subspace for an interval. Its first refresh may also fall between the micro-batches
-    of an accumulation, because what was accumulated before is zero.
+    A matrix is due for its first refresh at its first finite, non-zero gradient, and from then on
+    by the schedule: an expert without tokens at step 0 does not train in an arbitrary subspace for
+    an interval. A first refresh may also fall between the micro-batches of an accumulation, because
+    the accumulated gradient is zero until then.
 
-    Matrices are refreshed one at a time, in place: a ``cond`` for each would become a ``select``
-    under ``vmap`` and run every refresh at every step, and the workspace is that of one matrix.
-    Matrices that are divided over the devices of a mesh with explicit axes are dealt out, each
-    whole to one device (:func:`refresh_group`).
+    Matrices are refreshed one at a time, in place, with the workspace of one matrix: a ``cond`` for
+    each would become a ``select`` under ``vmap`` and run every refresh at every step. Matrices that
+    are sharded on a mesh with explicit axes are resharded so that each device refreshes whole
+    matrices (:func:`refresh_group`).
 
     Args:
-      settings: when and how.
+      settings: of the refresh.
       plans, gradients, bases, basis_states: one entry for each projected leaf. A basis is one array
-        per projected mode, or codes of one; basis_states are any pytree of
-        :class:`natgalore_jax._src.refresh.matrix.BasisState`.
+        per projected mode, or its codes; basis_states are any pytree of
+        :class:`natgalore_jax._src.states.transport.BasisState`.
       step: scalar int32.
       accumulation: see :func:`due_matrices`.
-      axis_name: of devices that have gradients of their own, of which the mean counts. Those of the
-        due matrices alone are exchanged, one at a time.
-      is_scheduled: scalar boolean; where it is False only first refreshes are due.
+      axis_name: of devices with different gradients, whose mean is used. Only gradients of matrices
+        that are due are summed over the devices, one at a time.
+      is_scheduled: scalar boolean; if False, only first refreshes are due.
 
     Returns:
       The new bases and basis-dependent states.
@@ -84,9 +83,9 @@ def refresh(
         sum(totals), settings.update_interval, accumulation, stagger=settings.stagger, step=step
     )
     end = jnp.where(is_scheduled, end, begin)
-    # The numbers of the first matrices of all parameters in the row of the schedule.
+    # Position of the first matrix of each parameter in the schedule.
     offsets = np.cumsum((0, *totals[:-1]))
-    # By the step of the optimizer: accumulated inside or outside of the subspace, the same bases.
+    # From the optimizer's step: the bases do not depend on where gradients are accumulated.
     step_key = jax.random.fold_in(jax.random.key(settings.seed), step // accumulation)
     schedule = _Schedule(begin, end, step_key)
 
@@ -95,10 +94,10 @@ def refresh(
         *(jax.tree.flatten(own, is_leaf=is_basis_state) for own in basis_states), strict=True
     )
     # Always 0, but opaque to XLA: serialises the loops, which bounds peak memory.
-    turn = jnp.zeros([], jnp.int32)
-    dealt = groups_of(plans, gradients, bases, basis_states) if axis_name is None else []
-    for is_dealt, numbers in [(True, x) for x in dealt] + [
-        (False, x) for x in _kinds(plans, gradients, bases, nodes, {i for x in dealt for i in x})
+    token = jnp.zeros([], jnp.int32)
+    groups = groups_of(plans, gradients, bases, basis_states) if axis_name is None else []
+    for is_resharded, numbers in [(True, x) for x in groups] + [
+        (False, x) for x in _kinds(plans, gradients, bases, nodes, {i for x in groups for i in x})
     ]:
         own_plans = tuple(plans[i] for i in numbers)
         place = _Place(
@@ -107,11 +106,11 @@ def refresh(
             offset=jnp.asarray(offsets[list(numbers)], jnp.int32),
         )
         own = [[x[i] for i in numbers] for x in (gradients, bases, nodes)]
-        if is_dealt:
-            found = _refresh_dealt(settings, own_plans, schedule, place, *own)
+        if is_resharded:
+            found = _refresh_resharded(settings, own_plans, schedule, place, *own)
         else:
-            *found, turn = _refresh_kind(
-                settings, own_plans[0].unnamed, axis_name, schedule, place, *own, turn
+            *found, token = _refresh_kind(
+                settings, own_plans[0].unnamed, axis_name, schedule, place, *own, token
             )
         for i, basis, leaves in zip(numbers, *found, strict=True):
             new_bases[i], new_states[i] = basis, treedefs[i].unflatten(leaves)
@@ -119,7 +118,7 @@ def refresh(
 
 
 class _Schedule(NamedTuple):
-    """Matrices that are due for a refresh at a step: from ``begin`` to before ``end`` of all."""
+    """Range of matrices that are due for a refresh at a step, [begin, end), and the step's key."""
 
     begin: jax.Array
     end: jax.Array
@@ -130,15 +129,14 @@ class _Place(NamedTuple):
     """Positions of parameters among all parameters; int32, (parameters,)."""
 
     leaf: jax.Array  # the number of the parameter
-    start: jax.Array  # the first of its matrices that is here, in per_layer
-    offset: jax.Array  # of its matrices in the row of all
+    start: jax.Array  # its first matrix in the current view of per_layer, else 0
+    offset: jax.Array  # of its matrices in the schedule
 
 
 def _kinds(plans, gradients, bases, nodes, done) -> list[list[int]]:
-    """The parameters that share a program, but for those that are done.
+    """Parameters that share a program, without those in ``done``.
 
-    The backward pass has the gradients of the last layers first, and so the last are refreshed
-    first.
+    In reverse order, because the backward pass computes the gradients of the last layers first.
     """
     kinds: dict[Hashable, list[int]] = defaultdict(list)
     for i, plan in enumerate(plans):
@@ -148,17 +146,19 @@ def _kinds(plans, gradients, bases, nodes, done) -> list[list[int]]:
     shared = []
     for numbers in kinds.values():
         G = gradients[numbers[0]]
-        most = max(1, min(MOST_PARAMETERS, MOST_BYTES // (G.size * G.dtype.itemsize)))
+        most = max(1, min(MAX_PARAMETERS, MAX_BYTES // (G.size * G.dtype.itemsize)))
         shared += [numbers[max(end - most, 0) : end] for end in range(len(numbers), 0, -most)]
     return sorted(shared, key=max, reverse=True)
 
 
 @kernel("settings", "plan", "axis_name", inline=False)
-def _refresh_kind(settings, plan, axis_name, schedule, place, gradients, bases, basis_states, turn):
-    """The loop over the due matrices of parameters of one kind.
+def _refresh_kind(
+    settings, plan, axis_name, schedule, place, gradients, bases, basis_states, token
+):
+    """Loop over the due matrices of parameters of one kind.
 
     Returns:
-      The new bases and basis-dependent states of each parameter, and the turn.
+      The new bases and basis-dependent states of each parameter, and the token.
     """
     layers = plan.layers
     due = _due(plan, schedule, place, bases)
@@ -167,8 +167,8 @@ def _refresh_kind(settings, plan, axis_name, schedule, place, gradients, bases, 
         return jnp.any(carry[0])
 
     def refresh_next(carry):
-        left, bases, basis_states, turn = carry
-        number = jnp.argmax(left).astype(jnp.int32) + turn
+        left, bases, basis_states, token = carry
+        number = jnp.argmax(left).astype(jnp.int32) + token
         leaf, layer = number // layers, number % layers
         take = [functools.partial(_take_one, plan, i) for i in range(len(gradients))]
         matrix = jax.lax.switch(leaf, take, layer, gradients, bases, basis_states)
@@ -179,17 +179,17 @@ def _refresh_kind(settings, plan, axis_name, schedule, place, gradients, bases, 
         )
         new = refresh_matrix(settings, plan, matrix, own_key, due.is_first[number])
         bases, basis_states = _put_one(plan, (bases, basis_states), new, leaf, layer)
-        return left.at[number].set(False), bases, basis_states, jnp.minimum(turn, number)
+        return left.at[number].set(False), bases, basis_states, jnp.minimum(token, number)
 
     def refresh_all(carry):
         return jax.lax.while_loop(is_left, refresh_next, carry)
 
-    carry = (due.is_due, list(bases), list(basis_states), turn)
-    # A loop of no iterations is not free on a CPU: a third of an ordinary step went there.
-    _, bases, basis_states, turn = jax.lax.cond(
-        jnp.any(due.is_due) | (turn > 0), refresh_all, lambda carry: carry, carry
+    carry = (due.is_due, list(bases), list(basis_states), token)
+    # On CPUs loops without iterations took a third of a step: skip them by a cond.
+    _, bases, basis_states, token = jax.lax.cond(
+        jnp.any(due.is_due) | (token > 0), refresh_all, lambda carry: carry, carry
     )
-    return bases, basis_states, turn
+    return bases, basis_states, token
 
 
 def _take_one(plan, i, layer, gradients, bases, basis_states):
@@ -197,10 +197,9 @@ def _take_one(plan, i, layer, gradients, bases, basis_states):
 
 
 def _put_one(plan, stored, new, leaf, layer):
-    """Bases and basis-dependent state, with one matrix of parameter number ``leaf`` replaced.
+    """Replace bases and basis-dependent state of one matrix of parameter number ``leaf``.
 
-    The number counts down on the way through the parameters, so that what each one compiles to is
-    the same.
+    Every parameter compares a decremented number with 0, so that all compile to the same kernel.
     """
     bases, basis_states = list(stored[0]), list(stored[1])
     if len(bases) == 1:
@@ -219,8 +218,8 @@ def _put_one(plan, stored, new, leaf, layer):
     return bases, basis_states
 
 
-def _refresh_dealt(settings, plans, schedule, place, gradients, bases, basis_states):
-    """Refresh of parameters that are sharded over devices."""
+def _refresh_resharded(settings, plans, schedule, place, gradients, bases, basis_states):
+    """Refresh a group of parameters that are sharded over devices."""
     plan = plans[0]
     is_due, is_first = (x.reshape(len(plans), -1) for x in _due(plan, schedule, place, bases))
     first = [
@@ -267,7 +266,7 @@ def _keys(settings, plan, schedule, place):
 def matrix_key(
     method: str, step_key: jax.Array, leaf: jax.typing.ArrayLike, number: jax.typing.ArrayLike
 ) -> jax.Array:
-    """The key of one matrix of a leaf at a step."""
+    """Random key of one matrix of a leaf at a step."""
     if method in PROBED:
         return step_key
     return jax.random.fold_in(jax.random.fold_in(step_key, leaf), number)
@@ -275,15 +274,15 @@ def matrix_key(
 
 @kernel("batch")
 def first_gradients(G: jax.Array, started: jax.Array, *, batch: tuple[int, ...]) -> jax.Array:
-    """Matrices with their first gradient that is finite and not zero.
+    """Matrices with their first finite, non-zero gradient.
 
     Args:
       G: of a parameter.
-      started: batch, bool; if all have, G is not read.
+      started: batch, bool; if all are True, G is not read.
       batch: the axes of independent matrices.
 
     Returns:
-      As ``started``.
+      Batch, bool.
     """
     axes = tuple(a for a in range(G.ndim) if a not in batch)
 

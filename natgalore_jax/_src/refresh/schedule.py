@@ -10,19 +10,17 @@ from natgalore_jax._src.kernels.kernel import kernel
 def due_matrices(
     total: int, interval: int, accumulation: int, *, stagger: bool, step: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The range of matrices that are refreshed at this step, of all that stand in one row.
+    """The range of matrices that are due for a refresh at this step.
 
-    At step 0 every matrix is due, so that every matrix has a basis of its gradient from then on.
-
-    With ``stagger`` the refreshes are spread evenly: matrix q of N is due in slot ``⌊q T / N⌋`` of
-    the T slots of an interval. So the matrices from ``⌈t N / T⌉`` to ``⌈(t + 1) N / T⌉ − 1`` are
-    due in slot t.
+    At step 0 every matrix is due. With ``stagger`` the refreshes are spread evenly: matrix q of N
+    is due in slot ``⌊q T / N⌋`` of the T slots of an interval. Slot t therefore has the matrices
+    from ``⌈t N / T⌉`` to ``⌈(t + 1) N / T⌉ − 1``.
 
     Args:
-      total: N, the matrices of all projected leaves.
+      total: N, the number of matrices of all projected leaves.
       interval: steps between two refreshes of a matrix, a multiple of ``accumulation``.
-      accumulation: refreshes happen only at multiples of it, so that the gradients that are summed
-        inside the subspace share one basis.
+      accumulation: refreshes fall on its multiples, so that the gradients that are summed inside
+        the subspace share one basis.
       stagger: spread the refreshes over the interval instead of doing all in one step.
       step: scalar int32.
 

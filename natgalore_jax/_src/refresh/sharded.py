@@ -1,10 +1,9 @@
-"""Refresh of sharded matrices: each device refreshes some whole matrices.
+"""Refresh of sharded matrices: each device refreshes whole matrices.
 
-The layers of a stack, or several parameters of one shape, are dealt out, as many at a time as there
-are devices and only if one of them is due: in one exchange each device receives a matrix whole,
-with what is stored for it, and in another what it found goes back to where it is stored. No device
-ever has more than the matrix that it factorises. Layers that lie whole on different devices already
-are not exchanged.
+The layers of a stack, or several parameters of one shape, are resharded by layer, as many at a time
+as there are devices and only if one of them is due. One all-to-all gathers each matrix and its
+state on one device, another all-to-all returns the results. A device never has more than the matrix
+that it refreshes. Layers that are whole on different devices already are not communicated.
 """
 
 import dataclasses
@@ -27,7 +26,7 @@ from natgalore_jax._src.params.placement import (
     spec_of,
 )
 from natgalore_jax._src.params.plan import LeafPlan
-from natgalore_jax._src.refresh.all_to_all import from_shares, to_shares
+from natgalore_jax._src.refresh.all_to_all import shard_by_layer, unshard_by_layer
 from natgalore_jax._src.refresh.matrix import (
     Due,
     RefreshSettings,
@@ -49,8 +48,8 @@ def groups_of(
 ) -> list[tuple[int, ...]]:
     """Parameters that are resharded together: a stack alone, single matrices by shape.
 
-    A single matrix without another of its shape is not among them, nor is anything that lies whole
-    on every device, nor one layer of a stack in :func:`.per_layer`.
+    Excluded are single matrices of a unique shape, replicated parameters, and layers of a stack in
+    :func:`.per_layer`.
     """
     if is_layer_view():
         return []
@@ -60,13 +59,13 @@ def groups_of(
         if not has_explicit_sharding(G):
             continue
         devices, of = _devices(plan, G), names_of(G)
-        # JAX takes no single layer out of a divided axis, not even one of a single device.
+        # JAX cannot index a sharded axis, not even if its mesh axis has size one.
         if any(of[a] for a in plan.batch) or (devices > 1 and plan.layers > 1):
             groups.append((i,))
         elif devices > 1:
             stored = jax.tree.leaves(basis_states[i], is_leaf=is_basis_state)
             arrays, treedef = jax.tree.flatten((bases[i], stored))
-            kind = (dataclasses.replace(plan, path=""), jax.typeof(G))
+            kind = (plan.unnamed, jax.typeof(G))
             singles[kind, treedef, *map(jax.typeof, arrays)].append(i)
     for alike in singles.values():
         devices = _devices(plans[alike[0]], gradients[alike[0]])
@@ -76,7 +75,7 @@ def groups_of(
 
 
 def _names(plan: LeafPlan, G: jax.Array) -> Names:
-    """Mesh axes over which G is sharded; the axes of its layers first, so that layers stay."""
+    """Mesh axes over which G is sharded, mesh axes of its layers first."""
     of = names_of(G)
     order = [*plan.batch, *(a for a in range(G.ndim) if a not in plan.batch)]
     return tuple(name for a in order for name in of[a])
@@ -107,44 +106,43 @@ def refresh_group(
     due: Sequence[Due],
     keys: Sequence[jax.Array],
 ) -> list[Found]:
-    """Refreshes what is due of a group of :func:`groups_of`.
+    """Refresh the matrices of a group of :func:`groups_of` that are due.
 
     Args:
-      settings: how.
-      plans, gradients, bases, basis_states: as in ``refresh.refresh``, of the parameters of
-        the group.
-      due: of each parameter, the matrices that are due.
-      keys: of each parameter those of its matrices, for the random methods and the probes.
+      settings: of the refresh.
+      plans, gradients, bases, basis_states: as in ``refresh.refresh``, for the group.
+      due: for each parameter, which of its matrices are due.
+      keys: for each parameter, the keys of its matrices, for the random methods and the probes.
 
     Returns:
-      The new bases and basis-dependent states of each parameter, where they were.
+      The new bases and basis-dependent states of each parameter, sharded as before.
     """
     is_due, is_first = map(jnp.concatenate, zip(*due, strict=True))
     matrix_keys = jnp.concatenate(keys)
 
-    def deal_out(stored):
+    def reshard_and_refresh(stored):
         groups = [_Group(G, *x) for G, x in zip(gradients, stored, strict=True)]
-        return _dealt(settings, plans, groups, is_due, matrix_keys, is_first)
+        return _refresh_by_layer(settings, plans, groups, is_due, matrix_keys, is_first)
 
     stored = list(zip(bases, basis_states, strict=True))
-    return jax.lax.cond(jnp.any(is_due), deal_out, lambda stored: stored, stored)
+    return jax.lax.cond(jnp.any(is_due), reshard_and_refresh, lambda stored: stored, stored)
 
 
-def _dealt(settings, plans, groups, is_due, matrix_keys, is_first):
-    """Whole matrices to devices, refresh of the matrices that are due, and back."""
+def _refresh_by_layer(settings, plans, groups, is_due, matrix_keys, is_first):
+    """Reshard by layer, refresh the matrices that are due, and reshard back."""
     is_stack = len(plans) == 1
     plan, names = plans[0] if is_stack else _stacked(plans), _names(plans[0], groups[0].G)
     layer_axis, *other_batch = plan.batch
     mesh = jax.typeof(groups[0].G).sharding.mesh
     arrays, treedef = jax.tree.flatten(groups[0])
-    axes = [layer_axis] + [0] * (len(arrays) - 1)  # G, and what is stored
+    axes = [layer_axis] + [0] * (len(arrays) - 1)  # of G, bases and state
     layouts = [[*([] if is_stack else [()]), *names_of(x)] for x in arrays]
     of_layers = layouts[0][layer_axis]
     for of in layouts[1:]:
         if of[0] != of_layers:
             raise ValueError(
-                f"{plan.path}: the layers of its state must be divided as its own, over "
-                f"{of_layers}, got {of[0]}: use natgalore_jax.training.state_shardings"
+                f"{plan.path}: the layers of its state must be sharded over {of_layers}, as the "
+                f"parameter, got {of[0]}: use natgalore_jax.training.state_shardings"
             )
 
     length = plan.shape[layer_axis] // math.prod(mesh.shape[n] for n in of_layers)
@@ -152,8 +150,8 @@ def _dealt(settings, plans, groups, is_due, matrix_keys, is_first):
     padding = max(devices - length, 0)
     shape = tuple(1 if a == layer_axis else n for a, n in enumerate(plan.shape))
     own_plan = dataclasses.replace(plan, shape=shape)
-    others = math.prod(plan.shape[a] for a in other_batch)
-    is_due_layer = is_due.reshape(-1, others)
+    matrices = math.prod(plan.shape[a] for a in other_batch)  # per layer
+    is_due_layer = is_due.reshape(-1, matrices)
 
     def on_each_device(groups, is_due, matrix_keys, is_first):
         parts = [*zip(*map(jax.tree.leaves, groups), strict=True)]
@@ -162,38 +160,40 @@ def _dealt(settings, plans, groups, is_due, matrix_keys, is_first):
         first = length * jax.lax.axis_index(of_layers) if of_layers else 0
 
         def refresh_some(i, stored):
-            """As many layers as there are devices; the last layers may overlap the ones before."""
+            """As many layers as there are devices; the last slice may overlap its predecessor."""
             start = jnp.minimum(i * devices, length + padding - devices)
             here = start + jnp.arange(devices, dtype=jnp.int32)
             is_next = (here >= i * devices) & (here < length)
             is_wanted = is_next & jnp.any(is_due[first + here], -1)
 
-            def exchange(stored):
+            def reshard(stored):
                 some = [
                     jax.lax.dynamic_slice_in_dim(x, start, devices, axis)
                     for x, axis in zip([G, *stored], axes, strict=True)
                 ]
                 own = [
-                    to_shares(x, axis, of, names)
+                    shard_by_layer(x, axis, of, names)
                     for x, axis, of in zip(some, axes, layouts, strict=True)
                 ]
-                layer = to_shares(jnp.where(is_next, first + here, -1), 0, [of_layers], names)[0]
+                numbers = jnp.where(is_next, first + here, -1)
+                layer = shard_by_layer(numbers, 0, [of_layers], names)[0]
                 own = refresh_own(treedef.unflatten(own), layer)
                 back = [
-                    from_shares(x, 0, of, names) for x, of in zip(own, layouts[1:], strict=True)
+                    unshard_by_layer(x, 0, of, names)
+                    for x, of in zip(own, layouts[1:], strict=True)
                 ]
                 return [
                     jax.lax.dynamic_update_slice_in_dim(x, y, start, 0)
                     for x, y in zip(stored, back, strict=True)
                 ]
 
-            return jax.lax.cond(jnp.any(is_wanted), exchange, lambda stored: stored, stored)
+            return jax.lax.cond(jnp.any(is_wanted), reshard, lambda stored: stored, stored)
 
         def refresh_own(group, layer):
-            """The one layer that this device has now."""
+            """Refresh the layer of this device."""
 
             def refresh_due(i, stored):
-                number = layer * others + i
+                number = layer * matrices + i
 
                 def renew(stored):
                     basis, basis_states = stored
@@ -207,7 +207,7 @@ def _dealt(settings, plans, groups, is_due, matrix_keys, is_first):
                 return jax.lax.cond(is_own, renew, lambda stored: stored, stored)
 
             stored = (group.basis, group.basis_states)
-            return jax.tree.leaves(jax.lax.fori_loop(0, others, refresh_due, stored))
+            return jax.tree.leaves(jax.lax.fori_loop(0, matrices, refresh_due, stored))
 
         stored = jax.lax.fori_loop(0, math.ceil(length / devices), refresh_some, stored)
         stored = [x[:length] for x in stored]
@@ -217,17 +217,17 @@ def _dealt(settings, plans, groups, is_due, matrix_keys, is_first):
         return [structure.unflatten([x[i] for x in stored]) for i in range(len(plans))]
 
     specs = [jax.tree.map(lambda x: spec_of(names_of(x)), group) for group in groups]
-    whole = PartitionSpec()
+    replicated = PartitionSpec()
     return jax.shard_map(
         on_each_device,
-        in_specs=(specs, whole, whole, whole),
+        in_specs=(specs, replicated, replicated, replicated),
         out_specs=[tuple(spec[1:]) for spec in specs],
         axis_names=explicit_axes_of(groups[0].G),
     )(list(groups), is_due_layer, matrix_keys, is_first)
 
 
 def _stacked(plans: Sequence[LeafPlan]) -> LeafPlan:
-    """The plan of single matrices of one shape as the layers of a stack."""
+    """Plan of a stack of single matrices of one shape."""
     plan = plans[0]
     return dataclasses.replace(
         plan,
@@ -238,8 +238,5 @@ def _stacked(plans: Sequence[LeafPlan]) -> LeafPlan:
     )
 
 
-def _padded(x: jax.Array, axis: int, padding: int, value: int = 0) -> jax.Array:
-    if not padding:
-        return x
-    widths = [(0, padding if a == axis else 0) for a in range(x.ndim)]
-    return jnp.pad(x, widths, constant_values=value)
+def _padded(x: jax.Array, axis: int, padding: int) -> jax.Array:
+    return jnp.pad(x, [(0, padding if a == axis else 0) for a in range(x.ndim)]) if padding else x

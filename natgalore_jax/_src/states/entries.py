@@ -1,7 +1,7 @@
 """Meaning of the arrays in an optimizer's state, registered by the state's type.
 
-A type that is registered says which of its fields are trees of parameters, and what becomes of
-their entries when a basis changes. Arrays of any other type are kept as they are.
+A registered type declares which of its fields are trees of parameters, and how their entries are
+transported at a refresh. Arrays of any other type are kept.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ class FirstMoment:
     """A field that is linear in the gradients: a momentum, a previous or accumulated gradient.
 
     Attributes:
-      resets: whether ``transition="reset"`` makes it zero. Set False where zero means something
-        else than "nothing seen so far", as in a previous gradient; it then rotates.
+      resets: whether ``transition="reset"`` sets it to zero. Set False if zero is not the initial
+        value, as in a previous gradient; the field then rotates.
     """
 
     resets: bool = True
@@ -37,12 +37,12 @@ class SecondMoment:
     """A field that is a non-negative mean, sum or bound of squares (or sizes) of gradients.
 
     Attributes:
-      mean: for centred moments, the field of the first moment μ whose square is subtracted from
-        this ν; ν ≥ μ² then holds after every change of the basis. None: nothing is subtracted.
-      resets: whether ``transition="reset"`` makes it zero. Set False where the optimizer divides by
-        it before it adds the newest gradient; it then rotates.
-      axes: for factored statistics, a function of the parameter's shape that gives, for each array
-        of an entry, the axes of the parameter that its axes are. None: one array of all axes.
+      mean: for centred moments, the field of the first moment μ whose square the optimizer
+        subtracts from this ν; ν ≥ μ² is preserved at a refresh. None: ν is not centred.
+      resets: whether ``transition="reset"`` sets it to zero. Set False if the optimizer divides by
+        it before adding the newest gradient; the field then rotates.
+      axes: for factored statistics, a function of the parameter's shape that returns, for each
+        array of an entry, the axes of the parameter that it has. None: one array of all axes.
     """
 
     mean: str | None = None
@@ -67,43 +67,43 @@ class Change(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Some arrays of a state, for an account of its memory."""
+    """Arrays of a state that are reported together in memory reports."""
 
-    name: str | None  # "basis", "history", "inner" or "other"; None: that of the state around it
-    tree: Any  # arrays; if ``size`` is None, other states may be among them
-    # How many numbers there are of one parameter, up to a factor that does not depend on the side.
-    # None: as many as before, or as many as R has where an inner array has the shape of R.
+    name: str | None  # "basis", "history", "inner" or "other"; None: inherited from the outer state
+    tree: Any  # arrays; states too if ``size`` is None
+    # Size for one parameter, up to a factor that does not depend on the projected side. None: the
+    # side changes the size of inner arrays that have the shape of R, and of no others.
     size: Callable[[LeafPlan], int] | None = None
 
 
 class StateType:
-    """Meaning of a type of states; subclasses are registered beside their states."""
+    """Meaning of a type of states; subclasses are registered next to the state's definition."""
 
     roles: Mapping[str, Role] = {}
 
     def entries(self, state: Any, flatten: Callable[[Any], list[Any]]) -> dict[str, Sequence[Any]]:
-        """For each field that is a tree of parameters, its entries; ``flatten`` takes it apart."""
+        """Entries of each field that is a tree of parameters; ``flatten`` flattens such a tree."""
         return {}
 
     def inner(self, state: Any) -> Any:
-        """The other fields of the state, in which other states may be."""
+        """All other fields of the state, which may contain states."""
         return ()
 
     def parts(self, state: Any) -> Sequence[Part] | None:
-        """All arrays of the state, by what they are for; None: all for the same."""
+        """All arrays of the state by part; None: one part, inherited from the outer state."""
         return None
 
     def moves(self, field: str, entry: Any, shape: tuple[int, ...], batch: int) -> bool:
-        """Whether an entry follows the basis; its arrays then have batch axes first."""
+        """Whether an entry is transported at a refresh; its arrays then have batch axes first."""
         return True
 
     def moved(self, fields: Fields, change: Change) -> Fields:
-        """The entries of one matrix, without batch axes, after a change of the basis."""
+        """Transport the entries of one matrix, without batch axes, to the new basis."""
         raise NotImplementedError
 
 
 class Moments(StateType):
-    """A state whose fields are moments, in any wrapper."""
+    """A state whose fields are moments."""
 
     def __init__(self, roles: Mapping[str, Role]):
         self.roles = dict(roles)
@@ -124,7 +124,7 @@ class Moments(StateType):
 
     def moved(self, fields, change):
         new: Fields = {}
-        # Means first: a centred moment needs the new one.
+        # Means first: a centred moment needs the new mean.
         for name in sorted(fields, key=lambda name: isinstance(self.roles[name], SecondMoment)):
             role, entry = self.roles[name], fields[name]
             is_second = isinstance(role, SecondMoment)
@@ -155,42 +155,40 @@ _REGISTERED: dict[type, StateType] = {}
 
 
 def register_type(state_type: type, meaning: StateType) -> None:
-    """Registers a type of states with a meaning of its own."""
+    """Register the meaning of a type of states."""
     _REGISTERED[state_type] = meaning
 
 
 def register_state(state_type: type, /, **fields: FirstMoment | SecondMoment) -> type:
-    r"""Registers what the fields of an optimizer's state mean.
+    r"""Register the meaning of the fields of an optimizer's state.
 
     When a basis changes from P to P', :func:`low_rank_project` transports the state of the
     optimizers inside the subspace: with :math:`C = P'^\top P`, a first moment becomes
-    :math:`C M`; a second moment becomes
-    :math:`v'_i = \sum_j C_{ij}^2 v_j + (1 - \sum_j C_{ij}^2)\, \bar v`; and a centred one
+    :math:`C M`, a second moment
+    :math:`v'_i = \sum_j C_{ij}^2 v_j + (1 - \sum_j C_{ij}^2)\, \bar v`, and a centred second moment
     :math:`v'_i = \kappa \mu_i'^2 + \sum_j C_{ij}^2 (v_j - \kappa \mu_j^2)
     + (1 - \sum_j C_{ij}^2)\, \bar v` with :math:`\kappa = \min v / \mu^2 \ge 1`.
-    :func:`quantize_state` stores first moments in codes with a sign, second moments in codes
-    without one, and centred pairs in full.
+    :func:`quantize_state` stores first moments in signed codes, second moments in unsigned codes,
+    and centred pairs in full precision.
 
-    What a field means is looked up by the type of the state, within chains, masks and other
-    wrappers, and never guessed from names or shapes. The states of Optax are registered, but for
-    statistics that have no meaning in other coordinates: step sizes, bets, estimates of the
-    Hessian, parameters. A field that is not registered is kept as it is at a refresh, and in full
-    precision by :func:`quantize_state`.
+    The meaning of a field is looked up by the type of the state, within chains, masks and other
+    wrappers, and never guessed from names or shapes. The states of Optax are registered, except for
+    statistics without a meaning in other coordinates: step sizes, bets, estimates of the Hessian,
+    parameters. Unregistered fields are kept at a refresh, and :func:`quantize_state` keeps them in
+    full precision.
 
     Args:
-      state_type: the type of the state, a NamedTuple or a dataclass that is a pytree. Its
-        subclasses have the same meaning unless they are registered themselves. A second call
-        replaces the first.
-      fields: for each field that is a tree of parameters a :class:`FirstMoment` or a
-        :class:`SecondMoment`. None at all: every field is kept.
+      state_type: the type of the state, a NamedTuple or a dataclass that is a pytree. Subclasses
+        inherit the meaning unless they are registered themselves. A second call replaces the first.
+      fields: a :class:`FirstMoment` or a :class:`SecondMoment` for each field that is a tree of
+        parameters. Without any, every field is kept.
 
     Returns:
       ``state_type``.
 
     Raises:
-      TypeError: if ``state_type`` is not a type, or a field is given something else.
-      ValueError: for a field that the type does not have, or a ``mean`` that is not among the
-        first moments.
+      TypeError: if ``state_type`` is not a type, or a field is neither kind of moment.
+      ValueError: for a field that the type does not have, or a ``mean`` that is not a first moment.
 
     Example:
       >>> import typing, natgalore_jax as ng
@@ -203,14 +201,14 @@ def register_state(state_type: type, /, **fields: FirstMoment | SecondMoment) ->
     """
     if not inspect.isclass(state_type):
         raise TypeError(f"state_type must be a type, got {state_type!r}")
-    known = getattr(state_type, "_fields", None) or [
+    names = getattr(state_type, "_fields", None) or [
         *getattr(state_type, "__dataclass_fields__", ())
     ]
     for name, role in fields.items():
         if not isinstance(role, (FirstMoment, SecondMoment)):
             raise TypeError(f"{name} must be a FirstMoment or a SecondMoment, got {role!r}")
-        if name not in known:
-            raise ValueError(f"{state_type.__name__} has the fields {list(known)}, got {name!r}")
+        if name not in names:
+            raise ValueError(f"{state_type.__name__} has the fields {list(names)}, got {name!r}")
         mean = role.mean if isinstance(role, SecondMoment) else None
         if mean is not None and not isinstance(fields.get(mean), FirstMoment):
             raise ValueError(f"the mean of {name} must be a FirstMoment of the state, got {mean!r}")
@@ -219,7 +217,7 @@ def register_state(state_type: type, /, **fields: FirstMoment | SecondMoment) ->
 
 
 def meaning_of(state: Any) -> StateType | None:
-    """Registered meaning of the type of a state or of its nearest base."""
+    """Meaning of the nearest registered base of a state's type."""
     return next((_REGISTERED[t] for t in type(state).__mro__ if t in _REGISTERED), None)
 
 
@@ -233,7 +231,7 @@ def registered_entries(
       treedef: the structure of the parameters.
 
     Returns:
-      The meaning of each registered state, and for each of its fields one entry a parameter.
+      The meaning of each registered state, and one entry per parameter for each of its fields.
     """
     found = []
     for node in jax.tree.leaves(state, is_leaf=lambda x: meaning_of(x) is not None):
@@ -245,16 +243,16 @@ def registered_entries(
 
 
 def entries_of(tree: Any, treedef: Any) -> list[Any]:
-    """The entry of each parameter in a tree of them: an array, several, or a MaskedNode.
+    """The entry of each parameter in a tree of parameters: an array, several, or a MaskedNode.
 
-    A mask may leave out whole branches. A tree of another structure has no entries: all are masked.
+    A mask may cover whole branches. In a tree of another structure all parameters are masked.
     """
     numbers = treedef.unflatten(range(treedef.num_leaves))
 
     def below(x, part):
-        return jax.tree.map(lambda _: x, part) if _is_hole(x) else x
+        return jax.tree.map(lambda _: x, part) if _is_masked(x) else x
 
-    for candidate in (lambda: tree, lambda: jax.tree.map(below, tree, numbers, is_leaf=_is_hole)):
+    for candidate in (lambda: tree, lambda: jax.tree.map(below, tree, numbers, is_leaf=_is_masked)):
         try:
             return treedef.flatten_up_to(candidate())
         except ValueError:
@@ -263,7 +261,7 @@ def entries_of(tree: Any, treedef: Any) -> list[Any]:
 
 
 def parts_of(state: Any, name: str = "inner") -> Iterator[tuple[Part, Any]]:
-    """Each array of a state, in the order of states within states, and the part that it is of."""
+    """Each array of a state with its part, depth first."""
 
     def parts(x: Any) -> Sequence[Part] | None:
         meaning = meaning_of(x)
@@ -281,7 +279,7 @@ def parts_of(state: Any, name: str = "inner") -> Iterator[tuple[Part, Any]]:
 
 
 def owners_of(tx: optax.GradientTransformation, state: Any, treedef: Any) -> list[int | None]:
-    """For each array of a state the number of its parameter; None: of no one parameter.
+    """For each array of a state the number of its parameter; None for shared arrays.
 
     Args:
       tx: the transformation, which must support ``optax.tree.map_params``.
@@ -315,5 +313,5 @@ def _is_codes(x: Any) -> bool:
     return isinstance(x, MomentCodes)
 
 
-def _is_hole(x: Any) -> bool:
+def _is_masked(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode)

@@ -1,4 +1,4 @@
-"""Meaning of the fields of Optax's states; a field that is missing here is kept at a refresh."""
+"""Meaning of the fields of Optax's states; other fields are kept at a refresh."""
 
 import numpy as np
 import optax
@@ -8,12 +8,12 @@ from optax._src import transform  # three types of states that Optax does not ex
 from natgalore_jax._src.states.entries import FirstMoment, Role, SecondMoment, register_state
 
 _FIRST, _SECOND = FirstMoment(), SecondMoment()
-# Gradients that wait for others, or are compared with the next one.
+# Accumulated gradients, and previous gradients that are compared with the next gradient.
 _GRADIENT = FirstMoment(resets=False)
 
 
 def _all_but(position: int):
-    """Adafactor's factors lack one of the two largest axes, in NumPy's order of equal ones."""
+    """Axes of Adafactor's factors, which lack one of the two largest axes (ties as in NumPy)."""
 
     def axes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
         if len(shape) < 2:
@@ -27,13 +27,13 @@ def _all_but(position: int):
 _CENTRED: dict[str, Role] = {"mu": _FIRST, "nu": SecondMoment(mean="mu")}
 
 _MOMENTS: dict[type, dict[str, Role]] = {
-    # adam, adamw, nadam, radam, yogi, lamb, adopt. Adamax has a bound on sizes as its ν, which the
-    # rule for second moments averages as well.
+    # adam, adamw, nadam, radam, yogi, lamb, adopt; adamax, whose ν bounds sizes and may be averaged
+    # as a second moment.
     optax.ScaleByAdamState: {"mu": _FIRST, "nu": _SECOND},
     optax.ScaleByAmsgradState: {"mu": _FIRST, "nu": _SECOND, "nu_max": _SECOND},
-    # ν is the second moment of g − μ. contrib.acprop divides by that of the step before.
+    # ν is the second moment of g − μ. contrib.acprop divides by ν of the previous step.
     optax.ScaleByBeliefState: {"mu": _FIRST, "nu": SecondMoment(resets=False)},
-    # v averages differences of gradients, g is the last one.
+    # v averages differences of gradients, g is the last gradient.
     optax.ScaleByAdanState: {"m": _FIRST, "v": _FIRST, "n": _SECOND, "g": _GRADIENT},
     optax.ScaleByAdaDeltaState: {"e_g": _SECOND, "e_x": _SECOND},
     optax.ScaleByRssState: {"sum_of_squares": _SECOND},
@@ -42,7 +42,7 @@ _MOMENTS: dict[type, dict[str, Role]] = {
     optax.ScaleByRStdDevState: _CENTRED,
     transform.ScaleByRStdDevWithCountState: _CENTRED,
     optax.ScaleByLionState: {"mu": _FIRST},
-    optax.ScaleByNovogradState: {"mu": _FIRST},  # its ν is the norm of a whole gradient
+    optax.ScaleByNovogradState: {"mu": _FIRST},  # ν is the norm of the whole gradient
     optax.ScaleByRpropState: {"prev_updates": _GRADIENT},
     # μ are bounds on the squares along each axis, ν is a momentum.
     optax.ScaleBySM3State: {
@@ -62,10 +62,10 @@ _MOMENTS: dict[type, dict[str, Role]] = {
     contrib.ScaleByAdemamixState: {"m1": _FIRST, "m2": _FIRST, "nu": _SECOND},
     contrib.ScaleBySimplifiedAdEMAMixState: {"m": _FIRST, "n": _SECOND},
     contrib.MuonState: {"mu": _FIRST},
-    contrib.SophiaState: {"mu": _FIRST},  # its ν is a diagonal of the Hessian, of either sign
+    contrib.SophiaState: {"mu": _FIRST},  # ν is the diagonal of the Hessian, of either sign
     contrib.MomoState: {"exp_avg": _FIRST},
     contrib.MomoAdamState: {"exp_avg": _FIRST, "exp_avg_sq": _SECOND},
-    # The step size never falls and is a quotient of the sum of gradients and what goes with it.
+    # grad_sum determines a step size that never falls: a reset would be inconsistent with it.
     contrib.ProdigyState: {"exp_avg": _FIRST, "exp_avg_sq": _SECOND, "grad_sum": _GRADIENT},
     contrib.DAdaptAdamWState: {
         "exp_avg": _FIRST,

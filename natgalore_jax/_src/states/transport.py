@@ -1,4 +1,4 @@
-"""Basis-dependent state of the optimizers inside a subspace, which a refresh transports."""
+"""Basis-dependent state of the optimizers inside a subspace, transported at a refresh."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -14,15 +14,15 @@ from natgalore_jax._src.states.entries import Change, Fields, StateType, registe
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BasisState:
-    """Fields of one state for one parameter, in the coordinates of its bases."""
+    """Fields of one state for one parameter, in low-rank coordinates."""
 
     fields: Fields  # the entry of each field; arrays have batch axes first
     meaning: StateType = dataclasses.field(metadata={"static": True})
-    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # of the parameter here
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # low-rank
     batch: int = dataclasses.field(metadata={"static": True})
 
     def moved(self, transition: str, C_of_axis: Mapping[int, jax.Array]) -> "BasisState":
-        """One matrix's state in the coordinates of the new basis, without batch axes."""
+        """Transport the state of one matrix, without batch axes, to the new basis."""
         change = Change(transition, C_of_axis, self.shape, self.batch)
         return dataclasses.replace(self, fields=self.meaning.moved(self.fields, change))
 
@@ -31,7 +31,7 @@ def is_basis_state(x: Any) -> bool:
     return isinstance(x, BasisState)
 
 
-# By the numbers of the arrays in the flat state, so that they can be put back.
+# Keys are the positions of the arrays in the flat state, for :func:`put_back`.
 BasisStates = dict[tuple[int, ...], BasisState]
 
 
@@ -46,7 +46,7 @@ def find_basis_states(
       plans: one entry for each parameter.
 
     Returns:
-      For each parameter its basis_states, and what :func:`put_back` needs to put them back.
+      The basis-dependent state of each parameter, and the skeleton for :func:`put_back`.
     """
     values, state_treedef = jax.tree.flatten(state)
     numbered = state_treedef.unflatten(range(len(values)))
@@ -79,7 +79,7 @@ def put_back(skeleton: Any, basis_states: Sequence[BasisStates]) -> Any:
 def basis_states_of_all(
     states: Sequence[Any], treedef: Any, plans: Sequence[LeafPlan | None]
 ) -> tuple[list[list[BasisStates]], list[Any]]:
-    """:func:`find_basis_states` in several states; each parameter gets a list with one of each."""
+    """:func:`find_basis_states` in several states, as one list for each parameter."""
     found = [find_basis_states(state, treedef, plans) for state in states]
     of_leaf = [[basis_states[leaf] for basis_states, _ in found] for leaf in range(len(plans))]
     return of_leaf, [skeleton for _, skeleton in found]

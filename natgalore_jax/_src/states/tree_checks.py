@@ -1,4 +1,4 @@
-"""Checks that the trees at update are the trees at init."""
+"""Checks that trees at ``update`` match the trees at ``init``."""
 
 import functools
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from natgalore_jax._src.kernels.kernel import own_arithmetic
 from natgalore_jax._src.kernels.linear_codes import LinearCodes, bits_of, codes_shape
 from natgalore_jax._src.params.context import open_subspace
 from natgalore_jax._src.params.plan import LeafPlan
@@ -38,10 +39,10 @@ def _listed(paths: set[str]) -> str:
 
 
 def with_dtypes_of(old: Any, new: Any) -> Any:
-    """A new state in the dtypes of the old one, where it has floating-point arrays.
+    """Cast floating-point arrays of a new state to the dtypes of the old state.
 
-    Those of Optax take over the dtype of the gradients at the first step: a second compilation, and
-    an error in ``jax.lax.scan``.
+    States of Optax change to the dtype of the gradients at the first step, which compiles a second
+    time and is an error in ``jax.lax.scan``.
     """
     if jax.tree.structure(old) != jax.tree.structure(new):
         return new
@@ -54,15 +55,16 @@ def with_dtypes_of(old: Any, new: Any) -> Any:
     return jax.tree.map(cast, old, new)
 
 
+@own_arithmetic
 def update_dtypes(updates: Any, params: Any) -> list[Any]:
-    """Dtype of the update of each leaf, as in Optax: moments have the dtype of the parameters."""
+    """Dtype of the update of each leaf: the wider of gradient and parameter, as in Optax."""
     leaves, treedef = jax.tree.flatten(updates)
     params = leaves if params is None else treedef.flatten_up_to(params)
     return [jnp.result_type(g, w) for g, w in zip(leaves, params, strict=True)]
 
 
 def check_params(updates: Any, params: Any) -> None:
-    """The updates have the structure and the shapes of the parameters."""
+    """Check that the updates have the structure and the shapes of the parameters."""
     params = flatten_like(updates, params, "the parameters")
     for (path, g), w in zip(jax.tree_util.tree_leaves_with_path(updates), params, strict=True):
         if jnp.shape(w) != jnp.shape(g):
@@ -76,8 +78,7 @@ def check_bases(updates: Any, plans: Sequence[LeafPlan | None], bases: Sequence[
     """Check that the bases made at init fit the updates' shapes.
 
     Args:
-      bases: for each leaf what the state holds for every mode: an array, :class:`LinearCodes` of
-        arrays or ``MaskedNode``.
+      bases: for each leaf and mode an array, :class:`LinearCodes` of arrays or ``MaskedNode``.
     """
     for (path, g), plan, entries in zip(
         jax.tree_util.tree_leaves_with_path(updates), plans, bases, strict=True
@@ -95,7 +96,7 @@ def check_bases(updates: Any, plans: Sequence[LeafPlan | None], bases: Sequence[
         if received != expected:
             raise ValueError(
                 f"{KeyPath(path)}: the update has shape {g.shape}, which needs bases of shapes "
-                f"{_shapes(expected)}, but those made at init have {_shapes(received)}"
+                f"{_shapes(expected)}, but the bases made at init have {_shapes(received)}"
             )
 
 
@@ -126,22 +127,22 @@ def check_moments(updates: Any, plans: Sequence[LeafPlan | None], moments: Any) 
     Args:
       moments: a tree of the parameters, in low-rank coordinates where a leaf is projected.
     """
-    known = flatten_like(updates, moments, "the parameters at init")
+    moments = flatten_like(updates, moments, "the parameters at init")
     for (path, g), plan, moment in zip(
-        jax.tree_util.tree_leaves_with_path(updates), plans, known, strict=True
+        jax.tree_util.tree_leaves_with_path(updates), plans, moments, strict=True
     ):
         expected = plan.low_rank_shape if plan else jnp.shape(g)
         if jnp.shape(moment) != expected:
             raise ValueError(
                 f"{KeyPath(path)}: the update has shape {jnp.shape(g)}, which needs moments of "
-                f"shape {expected}, but those made at init have {jnp.shape(moment)}"
+                f"shape {expected}, but the moments made at init have {jnp.shape(moment)}"
             )
 
 
 def check_stored(
     updates: Any, expected: Sequence[tuple[int, ...] | None], stored: Any, what: str
 ) -> None:
-    """What was made at init has the shape that the updates need; None: nothing is stored."""
+    """Check that arrays made at init have the shapes ``expected``; None: nothing is stored."""
     entries = flatten_like(updates, stored, "the parameters at init")
     for (path, g), shape, entry in zip(
         jax.tree_util.tree_leaves_with_path(updates), expected, entries, strict=True
@@ -150,7 +151,7 @@ def check_stored(
         if received != shape:
             raise ValueError(
                 f"{KeyPath(path)}: the update has shape {jnp.shape(g)}, which needs {what} of "
-                f"shape {shape or 'none'}, but what was made at init has {received or 'none'}"
+                f"shape {shape or 'none'}, but at init it had {received or 'none'}"
             )
 
 
@@ -166,7 +167,7 @@ def check_inner_states(
 ) -> None:
     """Check that the states of the inner transformations fit the updates' shapes.
 
-    Only they know about the axes that are not projected. Costs a trace of ``init`` the first time.
+    The bases do not determine the unprojected axes. Costs a trace of ``init`` the first time.
     """
     leaves = jax.tree_util.tree_leaves_with_path(updates)
     low_rank = tuple(
@@ -176,15 +177,15 @@ def check_inner_states(
     expected = _states_of(tuple(inner), jax.tree.structure(updates), low_rank, tuple(plans))
     if jax.tree.structure(expected) != jax.tree.structure(list(states)):
         return
-    for (path, have), want in zip(
+    for (path, actual), wanted in zip(
         jax.tree_util.tree_leaves_with_path(list(states)), jax.tree.leaves(expected), strict=True
     ):
-        if jnp.shape(have) != want.shape:
+        if jnp.shape(actual) != wanted.shape:
             of_leaf = [f"{KeyPath(p)} {g.shape}" for p, g in leaves if _contains(path, p)]
             raise ValueError(
                 f"the update of {' or '.join(of_leaf)} has another shape than at init: "
                 f"{KeyPath(path[1:])} in the state of an inner transformation would have shape "
-                f"{want.shape}, but has {jnp.shape(have)}"
+                f"{wanted.shape}, but has {jnp.shape(actual)}"
             )
 
 

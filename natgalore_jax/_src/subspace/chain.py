@@ -1,4 +1,4 @@
-"""``optax.chain`` that knows about subspaces."""
+"""``optax.chain`` with subspaces."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,9 +20,9 @@ class Chain(optax.GradientTransformationExtraArgs):
 
 
 class Composite(Chain):
-    """A complete transformation that :func:`chain` takes apart, to run what follows inside."""
+    """A complete transformation that :func:`chain` splits, to run what follows inside."""
 
-    parts: tuple[Any, ...]  # a LowRankProject and what belongs inside of its subspace
+    parts: tuple[Any, ...]  # a LowRankProject and transformations inside its subspace
     closer: ProjectBack
     closer_is_default: bool
 
@@ -32,33 +32,33 @@ def chain(*transforms: Any) -> Chain:
 
     From a :func:`low_rank_project` (or :func:`natural_galore`) to the matching
     :func:`project_back`, every transformation is initialised with and runs on the low-rank tree:
-    projected matrices are replaced by their :math:`R`, every other leaf is itself, and ``params``
-    is projected too. So the moments of any Optax optimizer are as small as R, and a transformation
-    that looks at shapes sees the low-rank ones. A subspace that is open at the end is closed there,
-    with the arguments of its ``natural_galore``, or with ``project_back()``.
+    projected matrices are replaced by their :math:`R`, every other leaf is unchanged, and
+    ``params`` is projected too. The moments of any Optax optimizer are then as small as R. A
+    subspace that is open at the end is closed there, with the arguments of its ``natural_galore``,
+    or with ``project_back()``.
 
     One subspace may follow another. Without a subspace it is ``optax.chain``.
 
-    A state keeps the dtypes that it has at ``init``, those of the parameters, whatever the dtype of
-    the gradients: bfloat16 moments for bfloat16 parameters, also if gradients are float32. (Those
-    of ``optax.adamw`` become float32 at the first step, which compiles a second program and is an
-    error in ``jax.lax.scan``.) For float32 moments of bfloat16 parameters initialise with their
-    float32 shapes, ``tx.init(optax.tree.cast(params, jnp.float32))``. Updates have the dtype that
-    they have with ``optax.chain``: the wider one of gradients and state.
+    A state keeps its dtypes from ``init``, the dtypes of the parameters: bfloat16 moments for
+    bfloat16 parameters, also with float32 gradients. (The moments of ``optax.adamw`` become float32
+    at the first step, which compiles a second program and is an error in ``jax.lax.scan``.) For
+    float32 moments of bfloat16 parameters use
+    ``tx.init(optax.tree.cast(params, jnp.float32))``. Updates have the same dtype as with
+    ``optax.chain``, the wider of gradients and state.
 
     Args:
       *transforms: Optax transformations and the parts of this library. ``optax.MultiSteps``
-        inside a subspace accumulates low-rank gradients; the refresh interval must then be a
-        multiple of its number of steps, because the gradients that are summed must share a basis,
-        and there must be no residual, which would be that of single gradients.
+        inside a subspace accumulates low-rank gradients. The refresh interval must then be a
+        multiple of its number of steps, because the accumulated gradients must share a basis, and
+        a residual, which needs the mean full gradient, is an error.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` of full-shape updates. Its state is a tuple with
-      one entry per transformation, in order, :func:`natural_galore` counting for its parts.
+      one entry per transformation, in order; :func:`natural_galore` has the entries of its parts.
 
     Raises:
-      ValueError: for a subspace inside a subspace, a ``project_back`` without one, an interval
-        that is no multiple of the accumulation, or an accumulation with a residual.
+      ValueError: for a subspace inside a subspace, a ``project_back`` without a subspace, an
+        interval that is not a multiple of the accumulation, or an accumulation with a residual.
       TypeError: for anything that is not a transformation.
 
     Example:
@@ -89,7 +89,7 @@ def chain(*transforms: Any) -> Chain:
 
 
 def check_states(members: Sequence[Any], states: Sequence[Any]) -> None:
-    """There are as many states as the members of a chain have."""
+    """Check the number of states of a chain."""
     expected = sum(m.number_of_states if isinstance(m, Subspace) else 1 for m in members)
     if len(states) != expected:
         raise ValueError(
@@ -105,7 +105,7 @@ def update_members(
     params: Any,
     extra_args: dict[str, Any],
 ) -> tuple[Any, tuple[Any, ...]]:
-    """One after the other, each with its own of the states."""
+    """Update by each member in order, with its own states."""
     new_states: list[Any] = []
     for member in members:
         at = len(new_states)
@@ -120,7 +120,7 @@ def update_members(
 
 
 def _members(transforms: tuple[Any, ...]) -> list[Any]:
-    """Transformations and subspaces, in order."""
+    """Group transformations into members: subspaces, and transformations outside."""
     members: list[Any] = []
     opener: LowRankProject | None = None
     inner: list[Any] = []
@@ -174,13 +174,13 @@ def _transformation(tx: Any) -> optax.GradientTransformation:
 
 
 def _accumulation(inner: list[Any], opener: LowRankProject) -> int:
-    """The steps of an ``optax.MultiSteps`` among the inner transformations, 1 without one."""
+    """Steps of an ``optax.MultiSteps`` among the inner transformations, else 1."""
     steps = 1
     for tx in inner:
         multi = tx if isinstance(tx, optax.MultiSteps) else getattr(tx.update, "__self__", None)
         if isinstance(multi, optax.MultiSteps):
-            every_k = multi._every_k_schedule  # the only place where Optax keeps it
-            with jax.ensure_compile_time_eval():  # a chain may be made inside jit
+            every_k = multi._every_k_schedule  # not public in Optax
+            with jax.ensure_compile_time_eval():  # chain may be called inside jit
                 early, late = (int(jnp.asarray(every_k(jnp.asarray(t)))) for t in (0, 2**30))
             if early != late:
                 raise ValueError(

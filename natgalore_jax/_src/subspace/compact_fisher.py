@@ -1,4 +1,4 @@
-"""The natural gradient with a compact Fisher matrix, around an inner optimizer."""
+"""Natural gradient with a compact Fisher matrix, around an inner optimizer."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -39,7 +39,7 @@ class CompactFisherState(NamedTuple):
 
     count: jax.typing.ArrayLike  #: shape (), int32: steps taken
     #: A tree of parameters per mode (rows, columns; one per axis for Tucker): float32, batch + (r,)
-    #: or batch + (r, r), the factor of that mode; MaskedNode where it is not projected.
+    #: or batch + (r, r), the factor of that mode; MaskedNode for an unprojected mode.
     fisher: tuple[Any, ...]
     inner: Any  #: the state of the inner optimizer
 
@@ -79,10 +79,10 @@ def compact_natural_gradient(
     modes: int = 2,
     cautious: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Preconditions what an inner optimizer makes of the low-rank gradient, in r or r² numbers.
+    r"""Precondition the update of an inner optimizer with a Fisher matrix of r or r² numbers.
 
-    With R the low-rank gradient of a matrix whose rows are projected, and N what the inner
-    optimizer makes of it,
+    With R the low-rank gradient of a matrix whose rows are projected, and N the update of the inner
+    optimizer,
 
     .. math::
       A_t = \beta A_{t-1} + (1 - \beta)\, R R^\top, \qquad
@@ -91,25 +91,25 @@ def compact_natural_gradient(
       (A_t + \lambda I)^{p}\, N .
 
     :math:`A \otimes I_n` is the empirical Fisher matrix of the columns of R, averaged over columns
-    and steps: the limit of a long history of :func:`woodbury_natural_gradient`, whose memory does
-    not grow with it. Near the eigenvectors of A, which a basis of dominant directions consists of,
-    its diagonal is enough. It acts on the update, after Adam and not before, because Adam undoes
-    any scaling of the directions that it is given: Adam divides a direction by about the root of
-    its Fisher entry, this with p = −1/2 by the root once more, which makes a natural gradient. It
-    keeps the update's norm, so that it changes the direction and leaves the step size to the inner
-    optimizer. If columns are projected the factor acts from the right; if both sides are, there is
-    one factor for each, with p / 2 each, as in Shampoo; and so on for Tucker.
+    and steps: the limit of a long history of :func:`woodbury_natural_gradient`, in constant memory.
+    The diagonal suffices for a basis of dominant directions, which are near the eigenvectors of A.
+    The matrix acts on the update and not on the gradient, because Adam undoes any scaling of the
+    directions of its input. Adam divides a direction by about the root of its Fisher entry, and
+    p = −1/2 divides by the root again, which makes a natural gradient. The update keeps its norm,
+    so that the inner optimizer still determines the step size. If columns are projected, the factor
+    acts from the right; if both sides are projected, there is one factor for each with p / 2, as in
+    Shampoo; and so on for Tucker.
 
-    With ``cautious`` only those entries of :math:`\tilde N` are kept that have the sign of the same
-    entry of R, and divided by the share of them in the matrix (by 0.05 at least): momentum does
-    not act where the newest gradient contradicts it, and the mean step stays.
+    With ``cautious`` entries of :math:`\tilde N` whose sign differs from the same entry of R are
+    set to zero, and the others divided by their share in the matrix (at least 0.05): momentum does
+    not act against the newest gradient, and the mean step size is preserved.
 
-    It belongs in a subspace (:func:`natgalore_jax.chain`). Parameters that are not
-    projected are left to the inner optimizer.
+    Use it in a subspace (:func:`natgalore_jax.chain`). Unprojected parameters take the update of
+    the inner optimizer.
 
     Args:
-      inner: the transformation whose updates are preconditioned, Adam for instance. None: the
-        low-rank gradient itself.
+      inner: the transformation whose updates are preconditioned, such as Adam. None: the low-rank
+        gradient is preconditioned.
       decay: β.
       damping: ρ, without a unit ("relative"), or λ in units of gradient² ("absolute"); a number
         above zero or a schedule of the step count.
@@ -117,13 +117,13 @@ def compact_natural_gradient(
       exponent: p, from −1 to 0, excluded.
       structure: ``"diagonal"``, r numbers and no factorisation, or ``"full"``, r² numbers and an
         eigendecomposition of every factor at every step.
-      modes: the modes of what is projected: 2 for matrices, the length of the rank for Tucker.
-      cautious: drop what points against the gradient. ``inner`` must give updates along the
-        gradient, as ``optax.scale_by_adam`` does, and not yet multiplied by minus a learning rate.
+      modes: number of modes: 2 for matrices, the length of the rank for Tucker.
+      cautious: drop entries that oppose the gradient. Updates of ``inner`` must point along the
+        gradient, as with ``optax.scale_by_adam``, without a negative learning rate.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with a :class:`CompactFisherState`. Updates keep
-      their shape and dtype; factors are float32. A gradient that is not finite does not enter A.
+      their shape and dtype; factors are float32. Non-finite gradients do not enter A.
 
     Raises:
       TypeError, ValueError: for an argument of a wrong type or value, and for ``cautious`` where it
@@ -132,8 +132,8 @@ def compact_natural_gradient(
 
     References:
       Natural GaLore (2024) for the natural gradient in the subspace; Gupta et al., Shampoo (2018),
-      for the factors; Anil et al. (2021) for keeping the norm ("grafting"); Liang et al., Cautious
-      Optimizers (2024).
+      for the factors; Anil et al. (2021) for preserving the norm ("grafting"); Liang et al.,
+      Cautious Optimizers (2024).
 
     Example:
       >>> import jax.numpy as jnp, optax, natgalore_jax as ng
@@ -159,23 +159,23 @@ def compact_natural_gradient(
     if inner is None and structure == "diagonal":
         check_unused("cautious", cautious, False, "on the low-rank gradient itself (inner=None)")
     relative, diagonal = damping_mode == "relative", structure == "diagonal"
-    # Where the low-rank axis of each mode stands in R. A mode of a matrix may have several axes.
+    # The low-rank axis of each mode in R. The unprojected mode of a matrix may have several axes.
     axes = (0, -1) if modes == 2 else tuple(range(modes))
     settings = _Settings(axes, diagonal, relative, float(exponent), cautious)
-    within = optax.with_extra_args_support(inner if inner is not None else optax.identity())
+    inner_tx = optax.with_extra_args_support(inner if inner is not None else optax.identity())
 
     def init_fn(params):
         leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
         factors = [_start(KeyPath(path), leaf, axes, diagonal) for path, leaf in leaves]
         return CompactFisherState(
-            jnp.zeros([], jnp.int32), _trees(treedef, factors, modes), within.init(params)
+            jnp.zeros([], jnp.int32), _trees(treedef, factors, modes), inner_tx.init(params)
         )
 
     def update_fn(updates, state, params=None, **extra_args):
         current = damping(state.count) if callable(damping) else damping
         R, treedef = jax.tree.flatten(updates)
         columns = [flatten_like(updates, tree, "the parameters at init") for tree in state.fisher]
-        updates, inner_state = within.update(updates, state.inner, params, **extra_args)
+        updates, inner_state = inner_tx.update(updates, state.inner, params, **extra_args)
 
         out, factors = [], []
         for r, n, *entries in zip(R, treedef.flatten_up_to(updates), *columns, strict=True):
@@ -202,7 +202,7 @@ class _Settings(NamedTuple):
 
 @kernel("settings")
 def _preconditioned(settings, decay, damping, R, N, own):
-    """The update of one parameter, in the dtype of N, and its new factors by mode."""
+    """Update of one parameter, in the dtype of N, and its new factors by mode."""
     axes, diagonal, relative, exponent, cautious = settings
     nb = next(A.ndim for A in own.values()) - (1 if diagonal else 2)
     dtype, N = N.dtype, N.astype(jnp.float32)
@@ -221,7 +221,7 @@ def _preconditioned(settings, decay, damping, R, N, own):
 
 @own_arithmetic
 def _start(path: KeyPath, leaf: Any, axes: Sequence[int], diagonal: bool) -> dict[int, jax.Array]:
-    """Empty factors of one parameter by mode, with the sharding of later factors."""
+    """Zero factors of one parameter by mode, with the sharding of later factors."""
     plans = current_subspace()
     if plans is None:
         raise ValueError(
@@ -242,7 +242,7 @@ def _start(path: KeyPath, leaf: Any, axes: Sequence[int], diagonal: bool) -> dic
 
 
 def _trees(treedef: Any, factors: Sequence[dict[int, jax.Array]], modes: int) -> tuple[Any, ...]:
-    """One tree per mode, with holes, from the factors of each leaf by mode."""
+    """One tree per mode, masked where unprojected, from the factors of each leaf by mode."""
     return tuple(
         treedef.unflatten(own.get(mode, optax.MaskedNode()) for own in factors)
         for mode in range(modes)

@@ -1,4 +1,4 @@
-"""The last gradients of one parameter, and the natural gradient computed from them.
+"""History of the last gradients of one parameter, and the natural gradient from it.
 
 Shapes: B are the batch axes of the parameter, s the length of the history, K the axes of one
 gradient, k its number of elements. Formulas are for one matrix, with ``H`` (k, s).
@@ -19,12 +19,7 @@ from natgalore_jax._src.kernels.linear_codes import (
     store,
 )
 from natgalore_jax._src.kernels.rotation import rotate_linear
-from natgalore_jax._src.params.placement import (
-    has_explicit_sharding,
-    in_auto_axes,
-    place_like,
-    zeros_on_axes,
-)
+from natgalore_jax._src.params.placement import in_auto_axes, place_like, zeros_on_axes
 from natgalore_jax._src.params.plan import LeafPlan
 from natgalore_jax._src.states.entries import Part, StateType, register_type
 
@@ -32,16 +27,16 @@ from natgalore_jax._src.states.entries import Part, StateType, register_type
 class History(NamedTuple):
     """A ring buffer of gradients with its Gram matrix.
 
-    In the state of a transformation each field is a tree of parameters with such arrays, and with
-    MaskedNode where a parameter has no history.
+    In the state of a transformation each field is a tree of parameters, with MaskedNode where a
+    parameter has no history.
     """
 
-    #: B + (s,) + K, history_dtype: the columns of H, zero where never filled. In 8 or 4 bits
-    #: LinearCodes of two such trees, the blocks within each column.
+    #: B + (s,) + K, history_dtype: the columns of H, initially zero. In 8 or 4 bits LinearCodes of
+    #: two such trees, with blocks within each column.
     columns: Any
     gram: Any  #: B + (s, s), float32: HᵀH
     checksum: Any  #: B + (s,), float32: of the bits of each column, equal for copies
-    filled: Any  #: B, int32: the number of gradients seen since the start or a reset, up to s
+    filled: Any  #: B, int32: number of gradients since the start or a reset, up to s
 
 
 class _PastGradients(StateType):
@@ -57,7 +52,7 @@ class _PastGradients(StateType):
         ]
 
     def moved(self, fields, change):
-        """One matrix's history in the coordinates of a new basis: rotated, or emptied."""
+        """Rotate or reset the history of one matrix."""
         if change.transition == "reset":
             return jax.tree.map(jnp.zeros_like, fields)
         stored_columns, shape = fields["columns"], change.matrix_shape
@@ -67,8 +62,8 @@ class _PastGradients(StateType):
             h = rotate_linear(load(stored, shape, jnp.float32), change.C_of_axis)
             return _put_column(columns, store(h, stored), i, 0)
 
-        # Column by column, in place: a product of all at once makes XLA lay out the whole buffer
-        # with s innermost, and copy it there and back at every step.
+        # For one product with all columns XLA would lay out the buffer with s innermost, and copy
+        # it there and back at every step: rotate column by column, in place.
         length = fields["gram"].shape[-1]
         columns = jax.lax.fori_loop(0, length, rotate, stored_columns)
 
@@ -86,7 +81,7 @@ register_type(History, _PastGradients())
 
 
 def empty_history(length: int, batch_ndim: int, gradient: jax.Array, dtype: Any) -> History:
-    """For gradients of this shape and sharding, B + K with ``batch_ndim`` batch axes."""
+    """Empty history for gradients of this shape and sharding, B + K."""
     batch_shape, bits = gradient.shape[:batch_ndim], coded_bits(dtype)
 
     def zeros_of(shape: tuple[int, ...]) -> jax.Array:
@@ -122,22 +117,22 @@ def natural_gradient(
 ) -> tuple[jax.Array, History]:
     r"""``h̃ = (λI + HHᵀ)⁻¹ h_t = H (λI + HᵀH)⁻¹ e_t``, with ``h_t = h`` the newest column of H.
 
-    Because ``h_t`` is itself a column of H, one s × s solve and one product suffice, and nothing
-    cancels: the two-term form ``(h_t − H(λI + HᵀH)⁻¹Hᵀh_t)/λ`` loses all digits in float32 once
-    ``λmax(HᵀH)/λ`` is near 1e7. Nearly parallel columns make ``λI + HᵀH`` ill-conditioned itself;
-    docs/mathematics.md has the errors. The Gram matrix changes by the row and column ``Hᵀh_t``:
-    O(k s) operations, where computing it anew would take O(k s²).
+    Because ``h_t`` is a column of H, one s × s solve and one product suffice, without cancellation:
+    the two-term form ``(h_t − H(λI + HᵀH)⁻¹Hᵀh_t)/λ`` loses all digits in float32 once
+    ``λmax(HᵀH)/λ`` is near 1e7. Nearly parallel columns make ``λI + HᵀH`` itself ill-conditioned;
+    docs/mathematics.md has the errors. The Gram matrix is updated by the row and column ``Hᵀh_t``,
+    in O(k s) operations instead of O(k s²).
 
     Args:
-      history: of the gradients before this one.
+      history: of the previous gradients.
       h: B + K, the newest gradient; rounded to the dtype of the history before use.
-      slot: scalar int32, the column that it takes, that of the oldest gradient.
+      slot: scalar int32, the column of the oldest gradient, which h replaces.
       damping: scalar; λ in units of gradient², or ρ with ``λ = ρ tr(HᵀH) / filled`` if relative.
-      relative: which of the two.
+      relative: whether ``damping`` is relative.
 
     Returns:
-      h̃ (B + K, float32), and the history with h in it. A gradient that is not finite gives an h̃
-      that is not finite and leaves the history as it was, or it would spoil the next s steps.
+      h̃ (B + K, float32), and the history with h in it. A non-finite gradient gives a non-finite h̃
+      and does not enter the history, where it would spoil the next s steps.
     """
     columns, nb = history.columns, history.filled.ndim
     s = history.gram.shape[-1]
@@ -153,12 +148,12 @@ def natural_gradient(
     lam = place_like(jnp.broadcast_to(jnp.asarray(damping, jnp.float32), filled.shape), filled)
     if relative:
         lam = lam * jnp.sum(energy, -1) / filled
-    # With a relative λ an all-zero history has λ = 0; any positive λ gives its answer, zero.
+    # An all-zero history has a relative λ of 0; any positive λ gives the solution, zero.
     lam = jnp.maximum(lam, jnp.finfo(jnp.float32).tiny)
     w = in_auto_axes(_solve, energy)(gram, energy, checksum, slot, lam)
 
-    # The write waits for w, hence for the read of the old columns, and the sum reads the new ones:
-    # in this order XLA updates the buffer in place, in any other it copies it, the largest of all.
+    # XLA updates the columns, the largest buffer, in place only if the write depends on the read of
+    # the old columns (through w) and the sum reads the new columns. Any other order copies them.
     finite = jnp.isfinite(h_energy) & jnp.all(jnp.isfinite(w), axis=-1)
     kept = jax.tree.map(lambda x, y: jnp.where(_expand(finite, x.ndim), x, y), stored, oldest)
     columns = _put_column(columns, kept, slot, nb)
@@ -178,30 +173,29 @@ def natural_gradient(
 def _solve(gram, energy, checksum, slot, damping):
     """``(λI + HᵀH)⁻¹ e_t`` up to vectors that H maps to zero, by Cholesky in float32.
 
-    If the newest gradient also stands in an older column, ``e_t`` has a part of size one in the
-    null space of H, which λ⁻¹ amplifies and H must cancel. So equal columns are merged into one
-    with the weight √(their number), for which HHᵀ is the same, and the null vectors are gone.
+    If an older column equals the newest gradient, ``e_t`` has a component of size one in the null
+    space of H, which λ⁻¹ amplifies and H must cancel. Merging equal columns into one with the
+    weight √(their number) leaves HHᵀ unchanged and removes these null vectors.
     """
     s, eps = gram.shape[-1], jnp.finfo(jnp.float32).eps
     rows, cols = energy[..., :, None], energy[..., None, :]
-    # Sums in another order differ in the last bits; the checksums of copies are equal.
+    # Sums in another order differ in the last bits, whereas checksums of copies are equal.
     parallel = (jnp.abs(gram - rows) <= 8 * eps * rows) & (jnp.abs(gram - cols) <= 8 * eps * cols)
     copies = parallel & (checksum[..., :, None] == checksum[..., None, :])
     copies = copies | jnp.eye(s, dtype=bool)
-    # Of equal columns the newest stays.
     age = jnp.mod(slot - jnp.arange(s, dtype=jnp.int32), s)
-    stays = ~jnp.any(copies & (age[None, :] < age[:, None]), axis=-1)
-    weight = jnp.where(stays, jnp.sqrt(jnp.sum(copies, -1).astype(jnp.float32)), 0.0)
+    is_newest = ~jnp.any(copies & (age[None, :] < age[:, None]), axis=-1)
+    weight = jnp.where(is_newest, jnp.sqrt(jnp.sum(copies, -1).astype(jnp.float32)), 0.0)
     K = gram * weight[..., :, None] * weight[..., None, :]
     identity = jnp.broadcast_to(jnp.eye(s, dtype=jnp.float32), K.shape)
     A = K + damping[..., None, None] * identity
-    # An entry is off by δ ‖h_i‖ ‖h_j‖ with δ of about eps (see _inner), which moves the eigenvalues
-    # of the matrix scaled to a unit diagonal by s δ at most; Cholesky moves them as much. A smaller
-    # λ would leave a matrix of nearly parallel gradients indefinite or singular: no less than this
-    # is added. One step of refinement takes that back where eigenvalues are above it.
+    # Entries have errors of δ ‖h_i‖ ‖h_j‖ with δ of about eps (see _inner), which move eigenvalues
+    # of the matrix scaled to a unit diagonal by at most s δ; Cholesky moves them as much. With a
+    # smaller λ the matrix of nearly parallel gradients could be indefinite: add a jitter. One step
+    # of iterative refinement removes its effect on larger eigenvalues.
     rounding = (4 + s) * eps * energy * weight**2
-    raised = jnp.maximum(rounding - damping[..., None], 0.0)
-    L = jnp.linalg.cholesky(A + raised[..., None] * identity)
+    jitter = jnp.maximum(rounding - damping[..., None], 0.0)
+    L = jnp.linalg.cholesky(A + jitter[..., None] * identity)
 
     def solve(b):
         return jax.scipy.linalg.cho_solve((L, True), b[..., None])[..., 0]
@@ -216,7 +210,7 @@ def _solve(gram, energy, checksum, slot, damping):
 def _products(columns: Stored, h: jax.Array, nb: int) -> jax.Array:
     """``Hᵀ h``, B + (s,)."""
     if isinstance(columns, LinearCodes):
-        # One column at a time: all of them decoded are the memory that codes are there to save.
+        # One column at a time: decoding all at once would take the memory that codes save.
         rows = jax.lax.map(
             lambda i: _product(load(_column(columns, i, nb), h.shape, jnp.float32, nb), h, nb),
             jnp.arange(columns.codes.shape[nb]),
@@ -233,9 +227,9 @@ def _product(g: jax.Array, h: jax.Array, nb: int) -> jax.Array:
 def _inner(x: jax.Array, y: jax.Array, nb: int) -> jax.Array:
     """Inner products over the axes from ``nb`` on, to a few units in the last place.
 
-    A matrix-vector product on CPUs adds up one term after the other: at 10⁷ elements its relative
-    error is 10⁻³, and 10⁴ times that of the product of two vectors, which the diagonal of the Gram
-    matrix would have. A fused sum is accurate, and makes no float32 copy of a bfloat16 history.
+    A matrix-vector product on CPUs sums sequentially: at 10⁷ elements its relative error is 10⁻³,
+    10⁴ times the error of the product of two vectors on the diagonal of the Gram matrix. A fused
+    sum is accurate, and makes no float32 copy of a bfloat16 history.
     """
     product = x.astype(jnp.float32) * y.astype(jnp.float32)
     return jnp.sum(product, axis=tuple(range(nb, product.ndim)))
@@ -244,10 +238,10 @@ def _inner(x: jax.Array, y: jax.Array, nb: int) -> jax.Array:
 def _checksum(h: jax.Array, nb: int) -> jax.Array:
     """24 bits of a checksum of each gradient's bits, as float32.
 
-    In integers: copies have equal sums in any order of summation, and gradients that differ in the
-    last bit of an element do not. A sum of floats rounds such a difference away.
+    Integer sums of copies are equal in any order of summation, and differ for gradients that differ
+    in the last bit of an element, which a sum of floats would round away.
     """
-    # Zero has two signs, and adding zero leaves one of them.
+    # Adding zero turns -0 into +0.
     out = jax.lax.bitcast_convert_type(h.astype(jnp.float32) + 0.0, jnp.uint32)
     for axis in range(h.ndim - 1, nb - 1, -1):
         i = jnp.arange(1, h.shape[axis] + 1, dtype=jnp.uint32) * jnp.uint32(0x9E3779B1)
@@ -257,14 +251,14 @@ def _checksum(h: jax.Array, nb: int) -> jax.Array:
 
 
 def _with_row(gram: jax.Array, row: jax.Array, diagonal: jax.Array, slot: jax.Array) -> jax.Array:
-    """The Gram matrix with a new row and column ``slot``, and ``diagonal`` where they cross."""
+    """The Gram matrix with a new row and column ``slot``, and ``diagonal`` at their crossing."""
     row = jnp.where(jnp.arange(row.shape[-1]) == slot, diagonal[..., None], row)
     gram = _put(gram, row, slot, gram.ndim - 2)
     return _put(gram, row, slot, gram.ndim - 1)
 
 
 def _column(columns: Stored, i: jax.typing.ArrayLike, nb: int) -> Stored:
-    """One of the columns, as it is stored, B + K."""
+    """One of the columns as stored, B + K."""
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, nb, keepdims=False), columns)
 
 
@@ -278,10 +272,3 @@ def _put(array: jax.Array, value: jax.Array, slot: jax.Array, axis: int) -> jax.
 
 def _expand(x: jax.Array, ndim: int) -> jax.Array:
     return jnp.expand_dims(x, tuple(range(x.ndim, ndim)))
-
-
-def _one_entry(x: jax.Array, nb: int) -> jax.Array:
-    """A number that needs x, B: its first entry, or the sum where that cannot be sliced."""
-    if has_explicit_sharding(x):
-        return jnp.sum(x, axis=tuple(range(nb, x.ndim)))
-    return x[(..., *([0] * (x.ndim - nb)))]

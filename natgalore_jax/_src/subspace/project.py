@@ -1,4 +1,4 @@
-"""Gradients into the subspace."""
+"""Projection of gradients into a low-rank subspace."""
 
 import functools
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ from natgalore_jax._src.refresh.matrix import RefreshSettings
 from natgalore_jax._src.states.entries import Part, StateType, register_type
 
 UPDATE_INTERVAL = 200
-# They find the same basis whatever the seed.
+# Methods without randomness.
 DETERMINISTIC = ("svd", "eigh")
 
 
@@ -36,7 +36,7 @@ class LowRankProjectState(NamedTuple):
 
     count: jax.typing.ArrayLike  #: shape (), int32: steps taken
     #: One tree of parameters per mode: (rows, columns) for matrices, one per axis for Tucker.
-    #: Its leaves are batch + mode + (rank,), basis_dtype, or MaskedNode where nothing is projected.
+    #: Its leaves are batch + mode + (rank,), basis_dtype, or MaskedNode where unprojected.
     #: In 8 or 4 bits LinearCodes of two such tuples, codes and scales.
     basis: Any
 
@@ -73,7 +73,7 @@ def low_rank_project(
     basis_dtype: Any = None,
     seed: int = 0,
 ) -> LowRankProject:
-    r"""Projects the gradient of every selected matrix onto a low-rank subspace of itself.
+    r"""Project the gradient of every selected matrix onto a low-rank subspace of itself.
 
     For one matrix W of shape (m, n) with gradient G the low-rank gradient is
 
@@ -84,50 +84,49 @@ def low_rank_project(
     axes; with a tuple for ``rank`` it is a tensor with one basis per mode (Tucker). R has the
     dtype of G; products are accumulated in float32, factorisations are float32.
 
-    It opens a subspace: what follows in :func:`natgalore_jax.chain`, up to :func:`project_back`,
-    sees R in the place of G. It cannot stand alone or in ``optax.chain``, where the other
-    transformations would be initialised with the full shapes.
+    It opens a subspace: the following transformations in :func:`natgalore_jax.chain`, up to
+    :func:`project_back`, receive R instead of G. It is an error alone or in ``optax.chain``, which
+    would initialise the other transformations with full shapes.
 
     Args:
       rank: r, clipped per matrix to its smaller side. A tuple has one entry for each of the last
         ``len(rank)`` axes of the selected parameters, which then have more than two modes.
-      update_interval: T, steps between two refreshes of a basis; 1 refreshes at every step, as
-        "online" always does.
+      update_interval: T, steps between two refreshes of a basis; "online" updates every basis at
+        every step.
       side: which side is projected. ``"short"``: the shorter, as in the paper and ``galore-torch``
-        "std", which learns better than the longer at the same rank; ``"long"``: the longer, as in
-        ``optax.contrib.galore``, with the smallest moments; ``"left"`` (rows), ``"right"``
+        "std"; it learns better than the longer side at the same rank. ``"long"``: the longer, as in
+        ``optax.contrib.galore``, with the smallest moments. ``"left"`` (rows), ``"right"``
         (columns), ``"both"``. Square matrices: rows.
-      method: how a basis is found. ``"power"``: five block power steps ``P ← polar(G Gᵀ P)`` from
-        the previous basis and a tenth of random directions, which find what G has outside of it;
-        eight where that basis has nothing of G. Products of matrices alone, with the polar factor
-        ``Y (YᵀY)^(−1/2)`` by Newton–Schulz iteration: many times cheaper than an SVD, without
-        LAPACK, and the basis moves continuously. Weights in the last step turn the columns towards
-        single singular vectors, in which Adam learns better. ``"svd"``, ``"eigh"`` (of G Gᵀ):
-        exact; ``"randomized"``: randomised SVD; these call LAPACK on a CPU, where
-        ``OPENBLAS_NUM_THREADS=1`` keeps it from taking the cores from XLA. ``"gaussian"``: random,
-        needs no gradient. ``"online"``: a small step of Oja's rule at every step of training. A
-        basis that has nothing of G starts anew at once; what dominates G where P has something
-        weaker is inside after some hundred steps (in eight bits it may never be: its first small
-        steps are rounded away).
-      transition: what becomes of moments and history when P changes to P'. ``"rotate"``: linear
-        ones by ``P'ᵀP``, second moments by its squares; ``"reset"``: zero; ``"keep"``: untouched,
-        as in the published code. The type of a state says which of its fields are moments:
-        :func:`register_state`. What is not registered is kept.
+      method: how a basis is computed. ``"power"``: five block power steps ``P ← polar(G Gᵀ P)``
+        from the previous basis plus random directions a tenth as large, or eight steps if the
+        previous basis captures too little of G. It needs only matrix products (the polar factor
+        ``Y (YᵀY)^(−1/2)`` by Newton–Schulz iteration): many times cheaper than an SVD, and the
+        basis moves continuously. Weights in the last step turn the columns towards singular
+        vectors, in which Adam learns better. ``"svd"``, ``"eigh"`` (of G Gᵀ): exact.
+        ``"randomized"``: randomised SVD. These three call LAPACK on a CPU, and LAPACK and XLA
+        oversubscribe the cores: set ``OPENBLAS_NUM_THREADS=1``. ``"gaussian"``: random.
+        ``"online"``: a small step of Oja's rule at every training step. A basis that captures too
+        little of G restarts at once; directions of G stronger than the weakest in P are inside
+        after some hundred steps (in 8 bits perhaps never, because small steps are rounded away).
+      transition: transport of basis-dependent state when P changes to P'. ``"rotate"``: first
+        moments and history by ``P'ᵀP``, second moments by its squares; ``"reset"``: zero;
+        ``"keep"``: unchanged, as in the published code. :func:`register_state` declares which
+        fields of a state are moments; unregistered fields are kept.
       stagger: spread the refreshes of all matrices evenly over the interval, so that no step does
-        them all. None: True. Apart from that every matrix is refreshed at its first gradient.
+        all of them. None: True. The first refresh of a matrix is at its first gradient.
       where: the parameters to project: a callable ``(path, leaf) -> bool``, a pytree of booleans
         (a prefix of the parameters' tree is enough), or the default :func:`hidden_matrices`.
       axes: a :class:`MatrixAxes`, a pytree of them (None: the default), or a callable of the
         parameters that returns one. Default: the last two axes.
       basis_dtype: dtype of the bases; None is the dtype of the parameter. ``"int8"`` or ``"int4"``
-        stores them in codes, two numbers a byte in four bits, with a bfloat16 scale for each block
-        of up to 256, rounded to nearest at a refresh; what is computed uses the decoded P, in the
-        dtype of the gradient. An error is at most half a scale, a 254th (14th) of the largest
-        number of its block, so that P is no longer quite orthonormal: ‖PᵀP − I‖₂ is 0.01 (0.2).
-        Every refresh starts anew from an orthonormal basis, so that errors do not add up.
-        docs/memory.md has numbers. Four bits are not for "online", whose small steps they lose.
-      seed: for the random methods, and the random directions of "power" and "online". 0 for "svd"
-        and "eigh", which have no use for it.
+        stores codes with a bfloat16 scale for each block of up to 256 numbers, rounded to nearest
+        at a refresh. Products use the decoded P in the dtype of the gradient. The error is at most
+        half a scale, a 254th (14th) of the largest number of its block, so that P is not exactly
+        orthonormal: ‖PᵀP − I‖₂ is 0.01 (0.2). Errors do not add up, because every refresh computes
+        an orthonormal basis. docs/memory.md has measurements. "online" cannot use 4 bits, in which
+        its small steps are rounded away.
+      seed: for the random methods, and the random directions of "power" and "online". Leave it at 0
+        for "svd" and "eigh".
 
     Returns:
       A transformation for :func:`natgalore_jax.chain`, with a :class:`LowRankProjectState`.
@@ -138,8 +137,8 @@ def low_rank_project(
         "online", a seed with "svd" and "eigh", ``side`` or ``axes`` with Tucker; at ``init``,
         with the path of the parameter, for a tuple rank on a matrix, axes that overlap or are out
         of range, an integer or complex parameter selected by ``where``, or no parameter selected.
-        A gradient that is zero or not finite at a refresh leaves the basis as it was; at the first
-        refresh of a matrix the next gradient that is neither takes its place.
+        A zero or non-finite gradient is not an error: it leaves the basis unchanged, and delays the
+        first refresh of a matrix.
 
     References:
       Zhao et al., GaLore (2024), "Adam with GaLore" in appendix B; Halko et al. (2011)
@@ -176,13 +175,13 @@ def low_rank_project(
     check_stored_dtype("basis_dtype", basis_dtype)
     if method == "online" and coded_bits(basis_dtype) == 4:
         raise ValueError(
-            'method="online" changes the basis by small steps, which rounding to four bits loses: '
+            'method="online" changes the basis by small steps, which rounding to 4 bits loses: '
             'use basis_dtype="int8" or another method'
         )
     rank = int(rank) if not isinstance(rank, (tuple, list)) else tuple(int(r) for r in rank)
 
-    # Two of them are equal if they are one object, as Optax's are: a tuple of functions is equal
-    # if its functions are, and jax.jit would take one for the other as a static argument.
+    # Transformations are tuples of functions: with shared functions two of them would compare equal
+    # and jax.jit would confuse them as static arguments. Each gets functions of its own.
     tx = LowRankProject(*(functools.partial(_outside_of_chain) for _ in range(2)))
     tx.plan = PlanSettings(rank, side, where, axes)
     tx.refresh = RefreshSettings(
@@ -195,15 +194,15 @@ def low_rank_project(
 def _outside_of_chain(*args: Any, **kwargs: Any) -> Any:
     del args, kwargs
     raise ValueError(
-        "low_rank_project changes the shapes of the updates, so that what follows it must be "
-        "initialised inside the subspace: use natgalore_jax.chain(low_rank_project(...), ...) "
-        "in the place of optax.chain or of the bare transformation"
+        "low_rank_project changes the shapes of the updates, so that transformations after it must "
+        "be initialised inside the subspace: use natgalore_jax.chain(low_rank_project(...), ...) "
+        "instead of optax.chain or of the bare transformation"
     )
 
 
 @own_arithmetic
 def start_factors(plan: LeafPlan, dtype: Any) -> Factors:
-    """An orthonormal start for each basis of one parameter."""
+    """Orthonormal start for each basis of one parameter."""
     factors = []
     for mode in plan.projected_modes:
         P = start_basis(plan.mode_sizes[mode], plan.rank_of(mode)).astype(dtype)

@@ -1,4 +1,4 @@
-"""Updates out of the subspace, with or without what the subspace missed."""
+"""Projection of updates back to full shape, with or without a residual."""
 
 import functools
 from collections.abc import Sequence
@@ -28,24 +28,24 @@ class ProjectBackState(NamedTuple):
     """State of :func:`project_back` with a residual."""
 
     #: The tree of parameters: batch, float32: +1 if the inner updates of a matrix point along its
-    #: gradient, −1 if they already descend, 0 while no update told, or MaskedNode where nothing is
-    #: projected. One for each matrix, so that no update waits for the gradients of all others.
+    #: gradient, −1 if they already descend, 0 until the first non-zero update; MaskedNode where
+    #: unprojected. One per matrix: a shared sign would depend on the gradients of all parameters.
     direction: Any
-    #: The tree of parameters: batch, float32, the norm of each matrix's last residual update,
-    #: or MaskedNode where nothing is projected, without a limit, or if the residual is not "fira".
+    #: The tree of parameters: batch, float32, the norm of each matrix's last residual update;
+    #: MaskedNode where unprojected, without a limit, or if the residual is not "fira".
     residual_norm: Any
-    #: The tree of parameters: batch + the side that is not projected, float32, the average of the
-    #: mean square of each column (row) of the residual, or MaskedNode where nothing is projected or
-    #: the residual is not "fisher".
+    #: The tree of parameters: batch + the unprojected side, float32, the average of the mean square
+    #: of each column (row) of the residual; MaskedNode where unprojected, or if the residual is not
+    #: "fisher".
     residual_fisher: Any
 
 
-class _OfResidual(StateType):
+class _ResidualMemory(StateType):
     def parts(self, state):
         return [Part("other", tuple(state))]
 
 
-register_type(ProjectBackState, _OfResidual())
+register_type(ProjectBackState, _ResidualMemory())
 
 
 class ProjectBack(optax.GradientTransformationExtraArgs):
@@ -62,47 +62,46 @@ def project_back(
     residual_scale: float | None = None,
     residual_decay: float | None = None,
 ) -> ProjectBack:
-    r"""Takes low-rank updates back to the shapes of the parameters.
+    r"""Project low-rank updates back to the shapes of the parameters.
 
     .. math:: U = \alpha P N, \qquad \alpha N Q^\top, \qquad\text{or}\qquad \alpha P N Q^\top,
 
-    where N is what the transformations inside the subspace made of R. With ``residual`` the part
-    of the gradient outside the subspace, :math:`E = G - P P^\top G`, is added:
+    where N is the update of the transformations inside the subspace. ``residual`` adds the part of
+    the gradient outside the subspace, :math:`E = G - P P^\top G`:
 
     .. math:: U = \alpha P N + \sigma\,E\,\mathrm{diag}(\varphi),
 
-    with φ per column if the rows are projected, per row if the columns are, and one number for the
-    whole matrix if both sides are (the same for Tucker). ``"fira"`` is Fira's rule, the
-    factor by which the inner optimizer changed the projected part of the column:
+    with φ per column if the rows are projected, per row if the columns are projected, and one
+    number for the whole matrix if both sides are projected, or for Tucker. ``"fira"`` is Fira's
+    rule, the gain of the inner optimizer on the projected part of the column:
 
     .. math:: \varphi_j = \lVert N_{:j} \rVert / \lVert R_{:j} \rVert .
 
-    ``"fisher"`` is a natural gradient outside the subspace: the Fisher matrix of E is approximated
-    by one number per column, :math:`c_j = \mathrm{EMA}_\beta(\tfrac1m \sum_i E_{ij}^2)`, and the
-    residual is multiplied by the inverse of its root,
+    ``"fisher"`` is a natural gradient outside the subspace. It approximates the Fisher matrix of E
+    by one number per column, :math:`c_j = \mathrm{EMA}_\beta(\tfrac1m \sum_i E_{ij}^2)`, and
+    multiplies the residual by the inverse root:
 
     .. math:: \varphi_j = 1 / \sqrt{c_j + \delta\,\tfrac1m \sum_i G_{ij}^2},
        \qquad \delta = 10^{-4},
 
-    where δ keeps rounding errors small where the subspace holds all of a column: the entries of the
+    where δ bounds the amplification of rounding errors inside the subspace. The entries of the
     residual update have a root mean square of about σ. α does not act on
     the residual. If the inner updates already descend (a learning rate inside the subspace), the
-    residual takes their sign, found at the first update that is not zero.
+    residual takes their sign, which is determined at the first non-zero update.
 
     Args:
       scale: α, a number or a traced scalar. GaLore uses 0.25 with a learning rate of 0.01.
       residual: ``"none"``, ``"fira"`` or ``"fisher"``. "fira" needs no memory, "fisher" one number
-        for each column; neither needs a product beyond those without residual.
+        for each column; neither needs an additional product.
       norm_growth_limit: γ, the limit on spikes, or None for no limit. The norm of a matrix's
-        residual update is at most γ times its level. For "fisher" the level is known, σ √(m n), so
-        that the limit has no memory: after a vanishing gradient the next update has its full size.
-        A spike, moreover, enters c as ten times c at most, and does not shrink the updates after
-        it. For "fira" the level is the norm at the last step, as published: an update that was
-        small once grows back by a factor of γ a step. Put the learning rate after ``project_back``,
-        or its warm-up is limited as well.
+        residual update is at most γ times its level. For "fisher" the level is σ √(m n), without
+        memory: after a vanishing gradient the next update has its full size. A spike enters c as at
+        most ten times c, and does not shrink later updates. For "fira" the level is the norm at the
+        last step, as published: after a small update the norm grows by a factor of γ a step. Put
+        the learning rate after ``project_back``, or its warm-up is limited as well.
       residual_scale: σ, a number or a traced scalar. None: 1 for "fira", as published, and 0.4 for
         "fisher", twice the root mean square of AdamW's updates: best with α = 1.
-      residual_decay: β of "fisher"; None: 0.9. Short: c follows the size of the gradient within
+      residual_decay: β of "fisher"; None: 0.9, with which c follows the size of the gradient within
         ten steps.
 
     Returns:
@@ -110,14 +109,14 @@ def project_back(
 
     Raises:
       TypeError, ValueError: for an argument of a wrong type or value, as ``norm_growth_limit`` ≤ 1,
-        and for arguments without an effect: those of the residual without one, ``residual_decay``
-        with "fira".
+        and for arguments without an effect: arguments of the residual with ``residual="none"``,
+        ``residual_decay`` with "fira".
 
     References:
       Zhao et al., GaLore (2024), "Adam with GaLore" in appendix B, for α; Chen et al., Fira (2024),
       arXiv 2410.01623, for "fira" (norm-based scaling) and the limit (norm-growth limiter); Gong
       et al., Towards efficient optimizer design for LLM via structured Fisher approximation (2025),
-      for the Fisher matrix of what a low-rank approximation leaves out.
+      for the Fisher matrix of the residual of a low-rank approximation.
 
     Example:
       >>> import jax.numpy as jnp, optax, natgalore_jax as ng
@@ -143,8 +142,7 @@ def project_back(
         check_unused("residual_scale", residual_scale, None, "without a residual")
     if residual == "none" or RULES[residual].memory is None:
         check_unused("residual_decay", residual_decay, None, 'without residual="fisher"')
-    # Two of them are equal if they are one object, as Optax's are: a tuple of functions is equal
-    # if its functions are, and jax.jit would take one for the other as a static argument.
+    # As in low_rank_project, transformations with shared functions would compare equal.
     tx = ProjectBack(*(functools.partial(_outside_of_chain) for _ in range(2)))
     tx.scale, tx.residual = scale, None
     if residual != "none":
@@ -166,7 +164,7 @@ def _outside_of_chain(*args: Any, **kwargs: Any) -> Any:
 def init_back(
     settings: ProjectBack, treedef: Any, plans: Sequence[LeafPlan | None], low_rank: Sequence[Any]
 ) -> ProjectBackState | optax.EmptyState:
-    """The state for parameters whose low-rank forms are ``low_rank``."""
+    """Initial state for parameters with the low-rank leaves ``low_rank``."""
     if settings.residual is None:
         return optax.EmptyState()
     memory = RULES[settings.residual.rule].memory
@@ -197,13 +195,13 @@ def update_back(
     G: Sequence[jax.Array],
     basis_error: float = 0.0,
 ) -> tuple[list[jax.Array], ProjectBackState | optax.EmptyState]:
-    """Full-shape updates from low-rank ones; every sequence has one entry per leaf.
+    """Full-shape updates from low-rank updates; every sequence has one entry per leaf.
 
     Args:
-      N: what came out of the transformations inside the subspace.
-      R: the low-rank gradient that went in.
-      G: the full gradient; without a residual anything of its shapes and shardings.
-      basis_error: the mean square of the errors that the bases are stored with, over their own.
+      N: the updates of the transformations inside the subspace.
+      R: the low-rank gradients.
+      G: the full gradients; without a residual anything of their shapes and shardings.
+      basis_error: relative mean square of the rounding errors of the stored bases.
     """
     if settings.residual is None:
         updates = [
@@ -211,7 +209,7 @@ def update_back(
             for plan, factor, n, g in zip(plans, factors, N, G, strict=True)
         ]
         return updates, state
-    assert isinstance(state, ProjectBackState), "with a residual, init_back makes no other state"
+    assert isinstance(state, ProjectBackState), "state of init_back with a residual"
     directions, norms, fishers = map(treedef.flatten_up_to, state)
     updates = list(N)
     for i, plan in enumerate(plans):
@@ -233,7 +231,7 @@ def update_back(
 @kernel("plan")
 def _back(plan, scale, factors, N, G):
     """The update of one parameter without a residual, in the dtype of N."""
-    low = place_low_rank(plan, scale * N, G, spread=False)
+    low = place_low_rank(plan, scale * N, G, stored=False)
     return back(plan, low, factors).astype(N.dtype)
 
 
@@ -257,11 +255,11 @@ def _back_with_residual(plan, rule, basis_error, numbers, scale, factors, state,
     return update, direction, norm, fisher
 
 
-def _direction(known: jax.Array, N: jax.Array, R: jax.Array) -> jax.Array:
-    """Whether N points along R or against it, decided once for each matrix.
+def _direction(last: jax.Array, N: jax.Array, R: jax.Array) -> jax.Array:
+    """Sign of ⟨N, R⟩, decided once for each matrix.
 
-    Only at the first update is the answer certain: later, momentum may point anywhere.
+    Only the first update determines it, because later momentum may point anywhere.
     """
     products = N.astype(jnp.float32) * R.astype(jnp.float32)
-    along = jnp.sum(products, tuple(range(known.ndim, R.ndim)))
-    return jnp.where((known == 0) & jnp.isfinite(along), jnp.sign(along), known)
+    along = jnp.sum(products, tuple(range(last.ndim, R.ndim)))
+    return jnp.where((last == 0) & jnp.isfinite(along), jnp.sign(along), last)

@@ -40,12 +40,12 @@ from natgalore_jax._src.subspace.project_back import ProjectBack, init_back, upd
 
 @dataclasses.dataclass(frozen=True)
 class Subspace:
-    """One subspace of a chain, with the states of opener, inner transformations and closer."""
+    """One subspace of a chain; its states are opener, inner transformations and closer."""
 
     opener: LowRankProject
     inner: tuple[optax.GradientTransformationExtraArgs, ...]
     closer: ProjectBack
-    accumulation: int  # steps that an optax.MultiSteps inside gathers before it updates
+    accumulation: int  # steps of an optax.MultiSteps inside, else 1
 
     @property
     def number_of_states(self) -> int:
@@ -58,8 +58,8 @@ class Subspace:
             inner = [tx.init(low_rank) for tx in self.inner]
         if self.accumulation == 1 and _holds(optax.MultiStepsState, inner):
             raise ValueError(
-                "optax.MultiSteps inside a subspace must stand in natgalore_jax.chain itself, not "
-                "inside another transformation, so that refreshes wait for its steps"
+                "optax.MultiSteps inside a subspace must be an argument of natgalore_jax.chain, "
+                "not inside another transformation, so that refreshes fall on its multiples"
             )
         if self.closer.residual is not None and _holds(optax.ApplyEvery, inner):
             raise ValueError(with_residual_error("optax.apply_every", self.closer.residual.rule))
@@ -68,7 +68,7 @@ class Subspace:
 
     @own_arithmetic
     def _start(self, params):
-        """Plan and bases of each leaf, and the leaves in low-rank coordinates."""
+        """Plans, initial state of the opener, and the leaves in low-rank coordinates."""
         plans = plan_tree(self.opener.plan, params)
         require_projection(self.opener.plan, plans, params)
         leaves, treedef = jax.tree.flatten(params)
@@ -97,7 +97,7 @@ class Subspace:
     def update(
         self, updates: Any, states: Sequence[Any], params: Any, extra_args: dict[str, Any]
     ) -> tuple[Any, list[Any]]:
-        """The three steps below, in one."""
+        """:meth:`refresh`, :meth:`project` and :meth:`update_from_low_rank` in one."""
         opened = self._open(updates, states, params)
         inner_states = self._refresh(opened, updates, states)
         factors = opened.factors(updates)
@@ -119,9 +119,9 @@ class Subspace:
         axis_name: str | None = None,
         is_scheduled: jax.typing.ArrayLike = True,
     ) -> list[Any]:
-        """New bases where they are due, and what is stored in their coordinates; no new count.
+        """States with refreshed bases and transported basis-dependent state; the count stays.
 
-        Where ``is_scheduled`` is False, only of matrices that had no gradient so far.
+        With ``is_scheduled=False`` only matrices without a gradient so far are due for a refresh.
         """
         opened = self._open(grads, states)
         inner_states = self._refresh(opened, grads, states, axis_name, is_scheduled)
@@ -137,7 +137,7 @@ class Subspace:
     ) -> tuple[Any, list[Any]]:
         """Full-shape updates, and the states of the next step.
 
-        Without a residual ``full``, the gradient that ``low`` is the projection of, may be None.
+        ``full`` is the gradient whose projection is ``low``; without a residual it may be None.
         """
         opened = self._open(params, states)
         check_low_rank(low, params, opened.plans)
@@ -147,7 +147,7 @@ class Subspace:
         return self._update(opened, factors, low, states, params, full, extra_args)
 
     def _open(self, updates: Any, states: Sequence[Any], params: Any = None) -> "_Opened":
-        """The bases of a full-shape tree, which is projected as when the states were made."""
+        """Plans and stored bases for a full-shape tree, checked against ``init``."""
         opener, *inner_states, _ = states
         columns = _by_mode(
             opener, lambda tree: flatten_like(updates, tree, "the parameters at init")
@@ -164,7 +164,7 @@ class Subspace:
         return _Opened(jax.tree.structure(updates), plans, stored)
 
     def _refresh(self, opened, grads, states, axis_name=None, is_scheduled=True):
-        """New bases in ``opened`` where they are due; returns the inner states carried over."""
+        """Refresh the bases in ``opened``; returns the transported inner states."""
         opener, *inner_states, _ = states
         plans, G = opened.plans, jax.tree.leaves(grads)
         settings, of_leaf, skeletons = self.opener.refresh, [[] for _ in plans], None
@@ -189,7 +189,7 @@ class Subspace:
         return inner_states
 
     def _update(self, opened, factors, low, states, params, full, extra_args):
-        """Update by the inner transformations on the low-rank tree, and projection back."""
+        """Update by the inner transformations on the low-rank tree, and project back."""
         opener, *inner_states, closed = states
         low_params = None if params is None else opened.project(params, factors)
         updates, new_inner = low, []
@@ -197,7 +197,7 @@ class Subspace:
             updates, new_state = tx.update(updates, state, low_params, **extra_args)
             new_inner.append(with_dtypes_of(state, new_state))
 
-        assert full is not None or self.closer.residual is None, "a residual is a part of full"
+        assert full is not None or self.closer.residual is None, "a residual needs full"
         N, R, G = map(
             opened.treedef.flatten_up_to, (updates, low, params if full is None else full)
         )
@@ -211,13 +211,13 @@ class Subspace:
         return opened.treedef.unflatten(out), [opener, *new_inner, closed]
 
     def _closed(self, opened: "_Opened", opener: LowRankProjectState) -> LowRankProjectState:
-        """The state with the bases of ``opened``."""
+        """State of the opener with the bases of ``opened``."""
         is_coded = isinstance(opener.basis, LinearCodes)
         trees = self._basis_trees(opened.treedef, opened.plans, opened.stored, is_coded)
         return opener._replace(basis=trees)
 
     def _basis_trees(self, treedef, plans, factors, is_coded) -> Any:
-        """The state's form of the factors: one tree for each mode."""
+        """Layout of the factors in the state: one tree for each mode."""
         trees = []
         for mode in range(self.opener.number_of_modes):
             column = [
@@ -232,14 +232,14 @@ class Subspace:
 
 @dataclasses.dataclass
 class _Opened:
-    """The bases of a tree of parameters, taken out of the state once in an update."""
+    """Plans and bases of a tree of parameters, by leaf."""
 
     treedef: Any
     plans: list[LeafPlan | None]
-    stored: list[StoredFactors]  # of each leaf; arrays or codes
+    stored: list[StoredFactors]  # arrays or codes
 
     def factors(self, tree: Any, low: Any = None) -> list[Any]:
-        """The bases of each leaf as arrays, placed for a product with the leaf of ``tree``.
+        """The bases of each leaf as arrays, sharded for a product with the leaf of ``tree``.
 
         Codes are decoded in the dtype of the gradient, ``low`` or ``tree``.
         """
@@ -253,7 +253,7 @@ class _Opened:
         ]
 
     def project(self, tree: Any, factors: Sequence[Factors]) -> Any:
-        """A full-shape tree in the coordinates of the bases."""
+        """Project a full-shape tree."""
         return self.treedef.unflatten(
             project_to_stored(plan.unnamed, x, f) if plan else x
             for plan, x, f in zip(
@@ -264,16 +264,16 @@ class _Opened:
 
 @kernel("plan", "dtype")
 def _loaded(plan: LeafPlan, dtype: Any, stored: StoredFactors, leaf: jax.Array) -> Factors:
-    """The bases of one parameter, decoded, where a product with the parameter wants them."""
+    """Decode the bases of one parameter, and shard them for a product with it."""
     modes, nb = plan.projected_modes, len(plan.batch)
     return tuple(
-        place_factor(plan, i, load(P, plan.factor_shape(i), dtype, nb), leaf, spread=False)
+        place_factor(plan, i, load(P, plan.factor_shape(i), dtype, nb), leaf, stored=False)
         for i, P in zip(modes, stored, strict=True)
     )
 
 
 def _by_mode(opened: LowRankProjectState, flatten: Any) -> list[list[Any]]:
-    """For each mode the stored factors of each leaf."""
+    """Stored factors by mode and leaf."""
     basis = opened.basis
     trees = map(LinearCodes, *basis) if isinstance(basis, LinearCodes) else basis
     return [leaves_of(flatten, tree) for tree in trees]
@@ -286,9 +286,9 @@ def _holds(kind: type, states: list[Any]) -> bool:
 
 def with_residual_error(what: str, rule: str) -> str:
     return (
-        f"{what} inside a subspace updates with the sum of several gradients, and "
-        f"project_back(residual={rule!r}) would add the residual of each single one at once: put "
-        "optax.MultiSteps around the whole chain, take the chain apart with "
+        f"{what} inside a subspace updates with the sum of several gradients, but "
+        f"project_back(residual={rule!r}) would add the residual of each single gradient: put "
+        "optax.MultiSteps around the whole chain, split the chain by "
         "natgalore_jax.training.low_rank_steps, or use residual='none'"
     )
 
@@ -296,7 +296,7 @@ def with_residual_error(what: str, rule: str) -> str:
 def low_rank_leaf(
     plan: LeafPlan | None, leaf: Any, factors: Factors, project: Any = project_to_stored
 ) -> Any:
-    """The leaf that the inner transformations are initialised with, as ``project`` divides it."""
+    """The leaf for ``init`` of the inner transformations, sharded as ``project`` shards R."""
     if plan is None:
         return leaf
     if isinstance(leaf, jax.ShapeDtypeStruct):
@@ -305,10 +305,10 @@ def low_rank_leaf(
 
 
 def _placed(plan: LeafPlan, factors: StoredFactors, leaf: Any) -> StoredFactors:
-    """The bases of one parameter where they are stored."""
+    """Shard the bases of one parameter for storage."""
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return factors
     return tuple(
-        jax.tree.map(lambda x, mode=mode: place_factor(plan, mode, x, leaf, spread=True), P)
+        jax.tree.map(lambda x, mode=mode: place_factor(plan, mode, x, leaf, stored=True), P)
         for mode, P in zip(plan.projected_modes, factors, strict=True)
     )

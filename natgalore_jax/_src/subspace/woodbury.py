@@ -1,4 +1,4 @@
-"""The natural gradient as a transformation."""
+"""Natural gradient from a history of gradients, as a transformation."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
@@ -37,7 +37,7 @@ class WoodburyState(NamedTuple):
     """State of :func:`woodbury_natural_gradient`."""
 
     count: jax.typing.ArrayLike  #: shape (), int32: steps taken
-    history: History  #: of trees of parameters; see there for shapes and dtypes
+    history: History  #: of trees of parameters
 
 
 def woodbury_natural_gradient(
@@ -46,7 +46,7 @@ def woodbury_natural_gradient(
     damping_mode: DampingMode = "relative",
     history_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Preconditions gradients with the inverse of the damped empirical Fisher matrix.
+    r"""Precondition gradients with the inverse of the damped empirical Fisher matrix.
 
     With :math:`h_t = \mathrm{vec}(R_t)` and the last s gradients
     :math:`H = [h_{t-s+1}, \dots, h_t]` of one matrix, :math:`k \times s`,
@@ -57,7 +57,7 @@ def woodbury_natural_gradient(
 
     The last form is the Woodbury identity simplified by :math:`h_t = H e_s`: one s × s Cholesky
     solve and one product, with no cancellation in float32. The Gram matrix :math:`H^\top H` changes
-    by one row and column a step. Until s gradients have been seen, those seen are used.
+    by one row and column a step. The first s − 1 steps use the gradients so far.
 
     The result is always finite. Its relative error is :math:`10^{-5}` for weakly correlated
     gradients and grows with 1/μ, μ the smallest eigenvalue of :math:`\lambda I_s + H^\top H` scaled
@@ -66,25 +66,24 @@ def woodbury_natural_gradient(
     less than a thousandth a step and a :math:`\lambda` below :math:`10^{-6} \lVert h \rVert^2`)
     differences between gradients are rounding errors, and count less than in exact arithmetic.
 
-    Inside a subspace (:func:`natgalore_jax.chain`) it acts on the projected matrices and leaves
-    every other parameter alone. Outside of one it acts on every floating-point leaf at full size:
-    each matrix (the last two axes) is one block of the Fisher matrix, each vector or scalar too.
+    Inside a subspace (:func:`natgalore_jax.chain`) it acts on the projected matrices only. Outside
+    of a subspace it acts on every floating-point leaf at full size: each matrix (the last two
+    axes), vector or scalar is one block of the Fisher matrix.
 
     Args:
-      history: s, the number of gradients kept. The state is ``history`` times the size of what is
-        preconditioned, the largest part of the optimizer's memory by far.
+      history: s, the number of gradients kept. The state is s times the size of the preconditioned
+        gradients, by far the largest part of the optimizer's memory.
       damping: λ in units of gradient² ("absolute"), or ρ without a unit ("relative"); a number
         above zero or a schedule of the step count. The published code has 1e-3, absolute; the paper
         states none.
       damping_mode: ``"absolute"``: λ = damping. ``"relative"``: λ = damping · tr(HᵀH) / s, with s
-        the number of gradients seen so far, which makes the direction independent of the scale
-        of the loss. An absolute λ does nothing to gradients with norms far below √λ.
-      history_dtype: dtype of the stored gradients; None is the dtype of the gradient's parameter.
-        ``"int8"`` or ``"int4"`` stores them in codes as ``basis_dtype`` of
-        :func:`low_rank_project` does bases; numbers without an axis stay floats.
-        A gradient is rounded to it before use, so that H and HᵀH agree: in four bits with a
-        relative error of a tenth, which is visible in natural gradients of gradients that are
-        nearly parallel. The Gram matrix and the solve are float32 always.
+        the number of gradients so far, which makes the direction independent of the scale of the
+        loss. An absolute λ leaves gradients with norms far below √λ unchanged up to scale.
+      history_dtype: dtype of the stored gradients; None is the dtype of the parameter.
+        ``"int8"`` or ``"int4"`` stores codes, as ``basis_dtype`` of :func:`low_rank_project`;
+        scalars stay floats. A gradient is rounded before use, so that H and HᵀH agree: in 4 bits
+        with a relative error of a tenth, which is visible in natural gradients of nearly parallel
+        gradients. The Gram matrix and the solve are always float32.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with a :class:`WoodburyState`. Updates keep their
@@ -95,8 +94,8 @@ def woodbury_natural_gradient(
       TypeError: if an argument has the wrong type.
 
     References:
-      Natural GaLore (2024), section 2.4, equations 14 to 17, in two terms and with the newest
-      gradient beside the s before it; Woodbury, Inverting modified matrices (1950).
+      Natural GaLore (2024), section 2.4, equations 14 to 17, in two terms and with s gradients
+      before the newest; Woodbury, Inverting modified matrices (1950).
 
     Example:
       The second of two gradients, preconditioned, against the dense solve:
@@ -169,7 +168,7 @@ def woodbury_natural_gradient(
 
 @kernel("is_relative")
 def _natural_gradient(is_relative, H, h, slot, damping):
-    """Of one parameter, in the dtype of h, and its new history."""
+    """Natural gradient of one parameter, in the dtype of h, and its new history."""
     h = jnp.asarray(h)
     natural, H = natural_gradient(H, h, slot, damping, relative=is_relative)
     return natural.astype(h.dtype), H
@@ -177,11 +176,11 @@ def _natural_gradient(is_relative, H, h, slot, damping):
 
 def _transposed(treedef: Any, histories: Sequence[History | None], is_coded: bool) -> History:
     """A history of trees, from one history for each leaf of a tree."""
-    holes = History(*(optax.MaskedNode() for _ in History._fields))
+    masked = History(*(optax.MaskedNode() for _ in History._fields))
     fields = (
-        zip(*(holes if H is None else H for H in histories), strict=True)
+        zip(*(masked if H is None else H for H in histories), strict=True)
         if histories
-        else [()] * len(holes)
+        else [()] * len(masked)
     )
     columns, *rest = fields
     return History(tree_of(treedef, columns, is_coded), *map(treedef.unflatten, rest))

@@ -1,4 +1,4 @@
-"""A training step in which devices exchange low-rank gradients."""
+"""Data-parallel training step that sums low-rank gradients over devices."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,33 +27,32 @@ def data_parallel_step(
 
     .. math:: P^\top \Bigl(\tfrac1D \sum_d G_d\Bigr) = \tfrac1D \sum_d P^\top G_d .
 
-    So r × n numbers are summed over the devices in the place of m × n for each matrix whose rows
-    are projected. A matrix whose basis is due at this step is exchanged as a whole, once: on
-    average one in ``update_interval`` (all of them at the first step). Parameters that are not
-    projected are exchanged in full. The numbers are those of the ordinary step with the mean
-    gradient, to float error.
+    The all-reduce of a matrix whose rows are projected has r × n instead of m × n numbers. Full
+    gradients are summed for unprojected parameters, and for matrices that are due for a refresh: on
+    average one in ``update_interval`` at each step, and all at the first step. The result equals
+    the ordinary step with the mean gradient up to rounding.
 
-    With ``micro_batches`` the rows of each device are taken in so many parts, one after another;
-    their low-rank gradients are averaged first and exchanged once, and bases follow the first part.
+    With ``micro_batches`` each device splits its rows and processes the parts one after another.
+    Their low-rank gradients are averaged and summed over devices once; bases depend on the first
+    part.
 
     Args:
       loss: ``(params, batch) -> scalar``, the mean over the rows of the batch.
-      tx: an optimizer for :func:`.low_rank_steps`, without a residual: the residual needs the mean
-        of the whole gradients, so that nothing would be saved. ``residual="none"`` of
-        :func:`natural_galore_adamw`; :func:`galore_adamw` has none. "online" refreshes every basis
-        at every step, and saves nothing either.
+      tx: an optimizer for :func:`.low_rank_steps`, without a residual, which needs the full mean
+        gradient: :func:`.natural_galore_adamw` with ``residual="none"``, or :func:`.galore_adamw`.
+        "online" refreshes every basis at every step, which sums full gradients.
       mesh: the devices. Axes other than ``axis_name`` are left to the compiler.
-      axis_name: the axis of the mesh that rows are divided over.
-      micro_batches: parts that the rows of a device are taken in.
+      axis_name: the mesh axis over which rows are sharded.
+      micro_batches: number of parts of the rows of a device.
 
     Returns:
-      ``step(params, state, batch) -> (params, state, loss)``, jitted; params and state are donated.
-      They are replicated over the axis. The leaves of the batch have rows on their first axis, a
+      ``step(params, state, batch) -> (params, state, loss)``, jitted. params and state are donated,
+      and replicated over the axis. The leaves of the batch have rows on their first axis, a
       multiple of the number of devices times ``micro_batches``.
 
     Raises:
       TypeError, ValueError: as :func:`.low_rank_steps`; for an optimizer with a residual, an axis
-        that the mesh does not have, and ``micro_batches`` below one.
+        that is not in the mesh, and ``micro_batches`` below one.
 
     Example:
       >>> import jax, jax.numpy as jnp, natgalore_jax as ng
@@ -69,29 +68,29 @@ def data_parallel_step(
     steps = low_rank_steps(tx)
     check_integer("micro_batches", micro_batches, minimum=1)
     if axis_name not in mesh.axis_names:
-        raise ValueError(f"axis_name={axis_name!r} is no axis of the mesh, {mesh.axis_names}")
+        raise ValueError(f"axis_name={axis_name!r} is not an axis of the mesh, {mesh.axis_names}")
     if steps.needs_full:
         raise ValueError(
-            "data_parallel_step exchanges low-rank gradients, and project_back(residual=...) needs "
-            "the mean of the whole ones: make the optimizer with residual='none', or let jax.jit "
-            "share an ordinary step"
+            "data_parallel_step sums low-rank gradients over devices, and "
+            "project_back(residual=...) needs the full mean gradient: use residual='none', or "
+            "jax.jit of an ordinary step with a sharded batch"
         )
-    rows, same = PartitionSpec(axis_name), PartitionSpec()
+    sharded, replicated = PartitionSpec(axis_name), PartitionSpec()
 
     def on_one_device(params, state, batch):
-        # Gradients of replicated parameters would be summed over the devices, in full.
+        # JAX would sum full gradients of replicated parameters over devices: make them varying.
         own = jax.lax.pcast(params, axis_name, to="varying")
         if micro_batches == 1:
             value, grads = jax.value_and_grad(loss)(own, batch)
             state, low = steps.exchange(grads, state, axis_name)
         else:
-            value, state, mean = in_parts(own, state, batch)
+            value, state, mean = by_micro_batch(own, state, batch)
             low = jax.lax.pmean(mean, axis_name)
         updates, state = steps.update(low, state, params)
         return optax.apply_updates(params, updates), state, jax.lax.pmean(value, axis_name)
 
-    def in_parts(own, state, batch):
-        def take(carry, part):
+    def by_micro_batch(own, state, batch):
+        def accumulate(carry, part):
             total, state, mean = carry
             position, batch = part
             value, grads = jax.value_and_grad(loss)(own, batch)
@@ -99,23 +98,23 @@ def data_parallel_step(
             return (total + value, state, mean), None
 
         parts = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
-        nothing = optax.tree.zeros_like(steps.project(own, state))
+        zeros = optax.tree.zeros_like(steps.project(own, state))
         like = jax.eval_shape(loss, own, jax.tree.map(lambda x: x[0], parts))
         total = jax.lax.pcast(jnp.zeros([], like.dtype), axis_name, to="varying")
-        carry, _ = jax.lax.scan(take, (total, state, nothing), (jnp.arange(micro_batches), parts))
-        total, state, mean = carry
+        inputs = (jnp.arange(micro_batches), parts)
+        (total, state, mean), _ = jax.lax.scan(accumulate, (total, state, zeros), inputs)
         return total / micro_batches, state, mean
 
-    shared = jax.shard_map(
+    sharded_step = jax.shard_map(
         on_one_device,
         mesh=mesh,
-        in_specs=(same, same, rows),
-        out_specs=(same, same, same),
+        in_specs=(replicated, replicated, sharded),
+        out_specs=(replicated, replicated, replicated),
         axis_names={axis_name},
     )
 
     def step(params, state, batch):
-        # On a mesh with explicit axes shard_map takes nothing that is not divided yet.
-        return shared(params, state, jax.device_put(batch, NamedSharding(mesh, rows)))
+        # On a mesh with explicit axes shard_map requires inputs that are sharded already.
+        return sharded_step(params, state, jax.device_put(batch, NamedSharding(mesh, sharded)))
 
     return jax.jit(step, donate_argnums=(0, 1))

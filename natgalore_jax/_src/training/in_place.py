@@ -1,4 +1,4 @@
-"""Training steps that give up their state, and give it back where it was."""
+"""``jax.jit`` with donation that preserves shardings and memory kinds."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,12 +8,12 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 
 
 class InPlace:
-    """Result of :func:`.in_place`: called, lowered and traced like a function of ``jax.jit``."""
+    """Result of :func:`.in_place`, used like a function of ``jax.jit``."""
 
     def __init__(self, step: Callable[..., Any], number: int):
         self._step, self._number = step, number
-        self._anywhere = jax.jit(step, donate_argnums=tuple(range(number)))
-        self._there: dict[Any, Any] = {}  # by the shardings of what is given up
+        self._on_device = jax.jit(step, donate_argnums=tuple(range(number)))
+        self._with_host: dict[Any, Any] = {}  # by the shardings of donated arguments
 
     def __call__(self, *args: Any) -> Any:
         return self._jitted(args)(*args)
@@ -24,22 +24,22 @@ class InPlace:
     def _jitted(self, args: tuple) -> Any:
         leaves, treedef = jax.tree.flatten(args[: self._number])
         if not any(_is_on_host(x) for x in leaves):
-            return self._anywhere
-        # Without its shardings jax.jit gives an output the buffer of any input of its shape, which
-        # may be in the other memory: the program ends when the result is made.
-        shardings = tuple(x.sharding for x in leaves)
-        if (treedef, shardings) not in self._there:
+            return self._on_device
+        # Without out_shardings jax.jit may give an output a donated buffer in the other memory, and
+        # the program crashes.
+        shardings = tuple(getattr(x, "sharding", None) for x in leaves)
+        if (treedef, shardings) not in self._with_host:
             given = treedef.unflatten(shardings)
-            self._there[treedef, shardings] = jax.jit(
+            self._with_host[treedef, shardings] = jax.jit(
                 self._step,
                 donate_argnums=tuple(range(self._number)),
-                out_shardings=(*given, _replicated(shardings[0])),
+                out_shardings=(*given, _replicated(next(filter(None, shardings)))),
             )
-        return self._there[treedef, shardings]
+        return self._with_host[treedef, shardings]
 
 
 def in_place(step: Callable[..., Any], number: int = 1) -> InPlace:
-    """``jax.jit`` of a training step, in place, that also takes arrays in host memory.
+    """``jax.jit`` of a training step with donated state, also in host memory.
 
     Args:
       step: ``(*state, *rest) -> (*state, result)``, with the same trees, shapes and dtypes in
@@ -47,8 +47,8 @@ def in_place(step: Callable[..., Any], number: int = 1) -> InPlace:
       number: the number of arguments that are ``state``. They are donated: do not use them again.
 
     Returns:
-      The jitted step. What comes back is where it was: on the devices or the host, sharded as
-      given. ``result`` is on the devices, replicated if some of the state is on the host.
+      The jitted step. The new state has the shardings and memory kinds of the old state. ``result``
+      is on the devices, replicated if some of the state is in host memory.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, natgalore_jax as ng
@@ -67,9 +67,9 @@ def in_place(step: Callable[..., Any], number: int = 1) -> InPlace:
 
 
 def _is_on_host(x: Any) -> bool:
-    """Whether an array, or the shape of one, is in the memory of the host; traced ones never are.
+    """Whether an array, or its shape, is in host memory; False for traced arrays.
 
-    A step within another jitted function is a part of it and gives up nothing.
+    A step within another jitted function is inlined and donates nothing.
     """
     sharding = None if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
     return getattr(sharding, "memory_kind", None) == "pinned_host"

@@ -1,4 +1,4 @@
-"""An update in three steps, for gradients that are summed or sent as low-rank ones."""
+"""An update in three steps, to sum low-rank gradients over micro-batches or devices."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,31 +13,31 @@ from natgalore_jax._src.subspace.subspace import Subspace
 
 
 class LowRankSteps(NamedTuple):
-    """The parts of an update; what :func:`.low_rank_steps` returns."""
+    """The parts of an update; result of :func:`.low_rank_steps`."""
 
-    #: ``(grads, state, axis_name=None, is_scheduled=True) -> state``: new bases where they are due
-    #: at this count; with ``is_scheduled=False`` only of matrices without a gradient so far, which
-    #: may follow at any micro-batch.
+    #: ``(grads, state, axis_name=None, is_scheduled=True) -> state``: refresh of the matrices that
+    #: are due for it; with ``is_scheduled=False`` only matrices without a gradient so far are due,
+    #: at any micro-batch.
     refresh: Callable[..., optax.OptState]
     #: ``(grads, state) -> low``: R where a parameter is projected, elsewhere the gradient itself.
     project: Callable[[Any, optax.OptState], Any]
-    #: ``(low, state, params, full=None, **extra_args) -> (updates, state)``: what is left of the
+    #: ``(low, state, params, full=None, **extra_args) -> (updates, state)``: the other steps of the
     #: update.
     update: Callable[..., tuple[Any, optax.OptState]]
-    #: Whether update needs ``full``, the gradient that ``low`` is the projection of: a residual.
+    #: Whether update needs the full gradient ``full``, for a residual.
     needs_full: bool
 
     def exchange(
         self, grads: Any, state: optax.OptState, axis_name: str
     ) -> tuple[optax.OptState, Any]:
-        """Sum over devices that have gradients of their own.
+        """Refresh, and average low-rank gradients over devices with different gradients.
 
-        They exchange the low-rank gradients, and whole ones only of matrices whose basis is due,
-        on average one in ``update_interval`` at each step. For use within ``jax.shard_map`` or
-        ``jax.pmap``; :func:`.data_parallel_step` does all of it.
+        Full gradients are summed only for matrices that are due for a refresh, on average one in
+        ``update_interval`` at each step. For use within ``jax.shard_map`` or ``jax.pmap``;
+        :func:`.data_parallel_step` is the whole training step.
 
         Args:
-          grads: of the mean loss of this device's rows, as many on each device.
+          grads: of the mean loss of this device's rows, whose number is the same on all devices.
           state: of the optimizer, the same on all devices.
           axis_name: of the devices.
 
@@ -56,20 +56,20 @@ class LowRankSteps(NamedTuple):
         position: jax.typing.ArrayLike,
         axis_name: str | None = None,
     ) -> tuple[optax.OptState, Any]:
-        """Takes the gradient of one micro-batch into the mean of a step's low-rank gradients.
+        """Add the gradient of one micro-batch to the mean low-rank gradient of a step.
 
         Args:
           grads: of this micro-batch.
-          state: of the optimizer. The first micro-batch of a step refreshes it; a matrix that has
-            had no gradient before has its first refresh at any.
-          mean: of the low-rank gradients of this step so far; of the shapes that ``project`` gives.
-          position: how many they are, int32; at 0 the old mean does not matter.
-          axis_name: of devices that have gradients of their own. Their bases are due to the mean of
-            all gradients of the first micro-batch; the means stay those of each device.
+          state: of the optimizer. The first micro-batch of a step refreshes it; the first refresh
+            of a matrix may be at any micro-batch.
+          mean: of the low-rank gradients of this step so far, in the shapes of ``project``.
+          position: number of micro-batches so far, int32; at 0 the old mean is ignored.
+          axis_name: of devices with different gradients. Bases are computed from the mean gradient
+            of the first micro-batch over all devices; each device has its own mean.
 
         Returns:
-          The new state and mean. After the last micro-batch ``update`` takes the mean, or with
-          ``axis_name`` ``jax.lax.pmean`` of it.
+          The new state and mean. After the last micro-batch pass the mean to ``update``, or with
+          ``axis_name`` its ``jax.lax.pmean``.
         """
         state = self.refresh(grads, state, axis_name=axis_name, is_scheduled=position == 0)
         return state, _mean(position, mean, self.project(grads, state))
@@ -77,50 +77,49 @@ class LowRankSteps(NamedTuple):
 
 @own_arithmetic
 def _mean(position: jax.typing.ArrayLike, mean: Any, new: Any) -> Any:
-    """The mean of ``position`` trees with another one."""
+    """Mean of ``mean`` over ``position`` trees and one more tree."""
     return jax.tree.map(
         lambda m, x: jnp.where(position == 0, x, m + (x - m) / (position + 1)), mean, new
     )
 
 
 def low_rank_steps(tx: optax.GradientTransformation) -> LowRankSteps:
-    r"""The update of an optimizer taken apart, to work with low-rank gradients in between.
+    r"""Split the update of an optimizer, to sum low-rank gradients in between.
 
     For ``steps = low_rank_steps(tx)``
 
     .. code-block:: python
 
-      state = steps.refresh(grads, state)                 # P ← P', what is stored follows
+      state = steps.refresh(grads, state)                 # P ← P', transport of state
       low = steps.project(grads, state)                   # R = PᵀG
-      updates, state = steps.update(low, state, params)   # U = α P N(R) and what follows
+      updates, state = steps.update(low, state, params)   # U = α P N(R), later transformations
 
-    is ``updates, state = tx.update(grads, state, params)``. ``project`` is linear in the gradient,
-    so that sums and means of gradients can be taken of R instead, exactly:
+    equals ``updates, state = tx.update(grads, state, params)``. ``project`` is linear in the
+    gradient, so that sums and means of gradients can be computed exactly from R:
 
-    * Gradient accumulation: ``refresh`` with the gradient of the first micro-batch, which thereby
-      decides the basis of the whole step; ``project`` each micro-batch's gradient and average the
-      results, or leave both to ``accumulate``; one ``update``. The accumulator has the size of R,
-      r/m of that of G for each matrix whose m rows are projected, and the inner optimizer runs once
-      a step. (``optax.MultiSteps`` inside the chain has the small accumulator as well, but runs all
-      that surrounds it for each micro-batch.)
-    * Data parallelism: the devices exchange R in the place of G, see ``exchange`` and
+    * Gradient accumulation: ``refresh`` with the gradient of the first micro-batch, which
+      determines the basis of the whole step; ``project`` each micro-batch's gradient and average
+      the results (``accumulate`` does both); one ``update``. The accumulator has the size of R, r/m
+      of the size of G for a matrix whose m rows are projected, and the inner optimizer runs once
+      per step. (``optax.MultiSteps`` inside the chain has the small accumulator too, but runs the
+      other transformations for each micro-batch.)
+    * Data parallelism: sum R instead of G over devices, see ``exchange`` and
       :func:`.data_parallel_step`.
 
-    ``refresh`` leaves the step count alone: call it once before each ``update``, also where no
-    refresh is due, which it finds out itself; twice at one count would move bases and moments
-    twice. Only ``update`` counts. Its ``params`` are required, for the shapes; ``low`` has to have
-    the dtypes that ``project`` gave. Extra arguments go to the transformations.
+    Call ``refresh`` exactly once before each ``update``, at every step: it follows the schedule of
+    refreshes but leaves the step count to ``update``, so that two calls would transport state
+    twice. ``update`` requires ``params``, for the shapes, and ``low`` in the dtypes of ``project``.
+    Extra arguments go to the transformations.
 
     A residual (``project_back(residual=...)``) is :math:`E\,\mathrm{diag}(\varphi)` with
-    :math:`E = G - P P^\top G`. It is linear in G once φ is known, but φ belongs to the mean
-    gradient of the step, and "fisher" and the limit on the norm's growth take from it the norms
-    of the columns of E, which are not sums over micro-batches or devices. And E itself is as
-    large as G. Nothing smaller than the mean gradient determines the update, therefore
-    ``update`` then takes it as ``full``, and ``low`` is ``project(full, state)``.
+    :math:`E = G - P P^\top G`. Given φ it is linear in G, but φ depends on the mean gradient of the
+    step: "fisher" and the limit on the norm's growth need the norms of the columns of E, which are
+    not sums over micro-batches or devices. E itself is as large as G. Therefore ``update`` then
+    needs the mean gradient as ``full``, with ``low = project(full, state)``.
 
     Args:
-      tx: what :func:`natgalore_jax.chain` returns, with one subspace that comes first; so do
-        :func:`natural_galore_adamw`, :func:`galore_adamw`, :func:`natural_galore` and the
+      tx: a result of :func:`natgalore_jax.chain` that begins with its only subspace, such as
+        :func:`.natural_galore_adamw`, :func:`.galore_adamw`, :func:`.natural_galore` and the
         published variants.
 
     Returns:
@@ -128,9 +127,9 @@ def low_rank_steps(tx: optax.GradientTransformation) -> LowRankSteps:
 
     Raises:
       TypeError: if ``tx`` is anything else, such as ``optax.chain`` or ``optax.MultiSteps`` around
-        a subspace, which hide it.
-      ValueError: if the chain has no subspace, several, or a transformation before its subspace.
-        ``steps.update`` raises it for a residual without ``full``, and for shapes that do not fit.
+        a subspace.
+      ValueError: if the chain has no subspace, several, or a transformation before its subspace;
+        from ``steps.update`` for a residual without ``full``, and for wrong shapes.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, natgalore_jax as ng
@@ -168,25 +167,25 @@ def low_rank_steps(tx: optax.GradientTransformation) -> LowRankSteps:
             raise ValueError("update needs params, for the shapes of the updates: got None")
         if residual is not None and full is None:
             raise ValueError(
-                f"project_back(residual={residual.rule!r}) adds what the subspace misses of the "
-                "gradient, which the low-rank gradient does not tell: give update the whole "
-                "gradient as full=..., or make the optimizer with residual='none'"
+                f"project_back(residual={residual.rule!r}) adds the residual of the gradient, "
+                "which the low-rank gradient does not determine: pass the full gradient to update "
+                "as full=..., or make the optimizer with residual='none'"
             )
         updates, own = subspace.update_from_low_rank(low, state[:inside], params, full, extra_args)
-        updates, rest = update_members(after, updates, state[inside:], params, extra_args)
-        return updates, (*own, *rest)
+        updates, outer = update_members(after, updates, state[inside:], params, extra_args)
+        return updates, (*own, *outer)
 
     return LowRankSteps(refresh, project, update, residual is not None)
 
 
 def _parts(tx: Any) -> tuple[Subspace, tuple[Any, ...]]:
-    """The one subspace of a chain, which comes first, and what follows it."""
+    """The only subspace of a chain, which comes first, and the later members."""
     if not isinstance(tx, Chain):
         raise TypeError(
-            "low_rank_steps takes what natgalore_jax.chain returns, as natural_galore_adamw and "
-            f"galore_adamw do, got {type(tx).__name__}. A transformation around it (optax.chain, "
-            "optax.MultiSteps, optax.inject_hyperparams, ...) hides the subspace: give the chain "
-            "itself, or put the transformation into it"
+            "low_rank_steps takes a result of natgalore_jax.chain, such as natural_galore_adamw or "
+            f"galore_adamw, got {type(tx).__name__}. A wrapper (optax.chain, optax.MultiSteps, "
+            "optax.inject_hyperparams, ...) hides the subspace: pass the chain itself, or put the "
+            "transformation into it"
         )
     at = [i for i, member in enumerate(tx.members) if isinstance(member, Subspace)]
     if len(at) != 1:
@@ -196,8 +195,8 @@ def _parts(tx: Any) -> tuple[Subspace, tuple[Any, ...]]:
         )
     if at[0] > 0:
         raise ValueError(
-            f"{at[0]} transformation(s) before the subspace need the full gradient, which is not "
-            "there when low-rank gradients are summed: put them inside, after low_rank_project. "
+            f"{at[0]} transformation(s) before the subspace need the full gradient, which does not "
+            "exist when low-rank gradients are summed: put them inside, after low_rank_project. "
             "optax.clip_by_global_norm clips the norm of the low-rank gradient there"
         )
     subspace, *after = tx.members

@@ -1,4 +1,4 @@
-"""State and weights in the memory of the host, fetched while they are needed."""
+"""State and weights in host memory, fetched to the devices when needed."""
 
 from typing import Any
 
@@ -9,21 +9,21 @@ from natgalore_jax._src.params.checks import check_integer
 
 
 def to_host(tree: Any, min_size: int = 4096) -> Any:
-    """The tree with its large arrays in the memory of the host.
+    """Move the large arrays of a tree to host memory.
 
-    They keep their sharding: every host holds what its devices had. Works under ``jax.jit`` too.
-    :func:`.per_layer` takes weights that are there, and fetches one layer of them at a time.
+    Arrays keep their sharding: every host has the shards of its devices. It works under ``jax.jit``
+    too. :func:`.per_layer` accepts weights in host memory, and fetches one layer at a time.
 
     Args:
       tree: arrays, of any dtype.
-      min_size: elements; smaller arrays stay. A copy has a latency whatever its size.
+      min_size: elements; smaller arrays stay on the devices, because a copy has a fixed latency.
 
     Returns:
       The same tree; :func:`.to_device` is the inverse.
 
     Raises:
       TypeError, ValueError: if ``min_size`` is not a positive integer.
-      NotImplementedError: on a CPU before jax 0.10.2, which has no separate memory of the host.
+      NotImplementedError: on a CPU before jax 0.10.2, which has no separate host memory.
 
     Example:
       >>> import jax, jax.numpy as jnp, natgalore_jax as ng
@@ -32,7 +32,7 @@ def to_host(tree: Any, min_size: int = 4096) -> Any:
       ('pinned_host', 'device')
     """
     check_integer("min_size", min_size, minimum=1)
-    # There device_put leaves arrays where they are, and says nothing.
+    # Older CPU backends silently ignore the memory kind.
     if jax.default_backend() == "cpu" and jax.__version_info__ < (0, 10, 2):
         raise NotImplementedError(
             f"arrays in host memory need jax 0.10.2 or newer on a CPU, found jax {jax.__version__}"
@@ -43,10 +43,10 @@ def to_host(tree: Any, min_size: int = 4096) -> Any:
 
 
 def to_device(tree: Any) -> Any:
-    """The tree in the memory of the devices. What is there already is not copied.
+    """Move the arrays of a tree to device memory; arrays on the devices are not copied.
 
     Args:
-      tree: arrays, of any dtype, in either memory.
+      tree: arrays, of any dtype, in host or device memory.
 
     Returns:
       The same tree; :func:`.to_host` is the inverse.
@@ -65,23 +65,23 @@ def to_device(tree: Any) -> Any:
 def offload_state(
     inner: optax.GradientTransformation, min_size: int = 4096
 ) -> optax.GradientTransformationExtraArgs:
-    """``inner`` with its large arrays in the memory of the host between steps.
+    """Keep the large arrays of the state of ``inner`` in host memory between steps.
 
-    ``update`` fetches them, runs ``inner.update`` and stores them again: the numbers are those of
-    ``inner``. Compiled together with the backward pass, XLA decides when each array travels; the
-    devices hold all of the state at once at most. With :func:`.per_layer` around it they hold
-    the state of one layer, and the rest travels while other layers are computed.
+    ``update`` fetches them, runs ``inner.update`` and stores them again, with the same numbers as
+    ``inner``. In one program with the backward pass, XLA schedules the copies, and the peak on the
+    devices includes at most the whole state. Inside :func:`.per_layer` it includes the state of one
+    layer, and copies overlap with the computation of other layers.
 
-    Between the host and a device lie 10 to 60 GB/s: 5.7 GB of state, there and back, take 0.2 to
-    1.1 seconds of each step.
+    The bandwidth between host and device is 10 to 60 GB/s: 5.7 GB of state take 0.2 to 1.1 seconds
+    of each step in both directions.
 
     Args:
-      inner: any transformation, that of a whole optimizer or of a part.
-      min_size: elements; smaller arrays of the state stay on the devices, as counts have to.
+      inner: any transformation, a whole optimizer or a part.
+      min_size: elements; smaller arrays of the state, such as counts, stay on the devices.
 
     Returns:
-      A transformation with the state of ``inner``. A step that donates it is jitted by
-      :func:`.in_place`, or by ``jax.jit`` with the ``out_shardings`` of everything.
+      A transformation with the state of ``inner``. Jit a step that donates the state by
+      :func:`.in_place`, or by ``jax.jit`` with ``out_shardings`` for all outputs.
 
     Raises:
       TypeError, ValueError: if ``min_size`` is not a positive integer.
@@ -108,7 +108,7 @@ def offload_state(
 
 
 def stored_like(x: Any, old: Any) -> Any:
-    """x in the memory that ``old`` is in."""
+    """Put x in the memory of ``old``."""
     return jax.device_put(x, jax.memory.Space.Host) if _is_on_host(old) else x
 
 

@@ -1,4 +1,4 @@
-"""Shardings of an optimizer's state, from the shardings of its parameters."""
+"""Shardings of an optimizer's state, from the shardings of the parameters."""
 
 from typing import Any
 
@@ -17,33 +17,31 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: An
 
     =============================================== ================================
     basis P, ``(L, m, r)``                          ``(l, a, None)``
-    moments and everything like R, ``(L, r, n)``    ``(l, None, b)``
+    moments and other arrays like R, ``(L, r, n)``  ``(l, None, b)``
     a stored history, ``(L, s, r, n)``              ``(l, None, None, b)``
     Fisher entries, ``(L, r)`` and ``(L, n)``       ``(l, None)`` and ``(l, b)``
     =============================================== ================================
 
-    and likewise for the other sides. A mesh axis that would be left idle, that of b in P and that
-    of a in R, goes to an axis that is left, first m or n, then L, where it divides its length:
-    ``(l, (a, b), None)`` and ``(l, None, (b, a))``. So nothing large is held twice, at the price of
-    gathering P (m × r numbers for each matrix) in every step for which b is an axis. Numbers that
-    all parameters share are on every device. (:func:`.ldadamw` and :func:`.apollo_adamw` leave axes
-    that the projection frees idle.)
+    and correspondingly for the other sides. Large arrays are not replicated over the freed mesh
+    axes, b of P and a of R: these shard another axis, first m or n, then L, whose length they
+    divide, ``(l, (a, b), None)`` and ``(l, None, (b, a))``. If b is an axis, every step gathers P
+    (m × r numbers for each matrix). Numbers that all parameters share are replicated.
+    (:func:`.ldadamw` and :func:`.apollo_adamw` replicate over freed mesh axes.)
 
     On a mesh with explicit axes, the default of ``jax.make_mesh``, ``jax.jit(tx.init)`` has these
-    shardings without being told, and an update keeps those that the state came with.
+    shardings by itself, and an update preserves the shardings of the state.
 
     Args:
       tx: any Optax transformation.
       params: the parameters: arrays or ``jax.ShapeDtypeStruct``.
-      shardings: a ``jax.sharding.NamedSharding`` for each of them, or one for all; None: those
-        that ``params`` have.
+      shardings: a ``jax.sharding.NamedSharding`` for each parameter, or one for all; None: the
+        shardings of ``params``.
 
     Returns:
       A ``NamedSharding`` for each array of the state, in the structure of the state.
 
     Raises:
-      ValueError: for a parameter without a ``NamedSharding``, with its path, and for several
-        meshes.
+      ValueError: for a parameter without a ``NamedSharding``, and for several meshes.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, natgalore_jax as ng
@@ -78,21 +76,20 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: An
 def with_shardings(
     tx: optax.GradientTransformation, params: Any, shardings: Any = None
 ) -> optax.GradientTransformationExtraArgs:
-    """An optimizer that knows where its parameters are, for meshes with automatic axes.
+    """Run an optimizer on explicit axes, for parameters on a mesh with automatic axes.
 
-    On a mesh with explicit axes the type of a gradient says how it is divided, and the refresh of
-    bases is divided likewise: stacked layers on different devices are refreshed where they are. On
-    automatic axes XLA decides alone, which serves rows and columns well, but gathers a stack
-    whose layers lie on different devices whole. The result of this function has explicit axes
-    within its ``update``, and nothing else is changed: same numbers, same state.
+    On explicit axes the type of a gradient has its sharding, and the refresh of bases is sharded
+    too: stacked layers on different devices are refreshed where they are. On automatic axes XLA
+    decides alone, which works well for sharded rows and columns, but gathers a stack with sharded
+    layers. Numbers and state are unchanged.
 
     Args:
-      tx: an Optax transformation that works on explicit axes, as those of this library do.
+      tx: an Optax transformation that supports explicit axes, as all of this library do.
       params, shardings: see :func:`.state_shardings`.
 
     Returns:
       A transformation for these parameters on this mesh; ``tx`` itself if its axes are explicit.
-      :func:`.low_rank_steps` and :func:`.per_layer` take ``tx``, not this.
+      Pass ``tx``, and not this transformation, to :func:`.low_rank_steps` and :func:`.per_layer`.
 
     Raises:
       ValueError: see :func:`.state_shardings`.
@@ -118,7 +115,7 @@ def with_shardings(
     def init_fn(params):
         state = tx.init(params)
         if not all(isinstance(x, jax.Array) for x in jax.tree.leaves(params)):
-            return state  # of shapes, or of what Optax takes for parameters to find its fields
+            return state  # of shapes, or of placeholders of optax.tree.map_params
         return jax.tree.map(jax.lax.with_sharding_constraint, state, of_state)
 
     @jax.jit  # explicit_axes is for use within jit
@@ -140,7 +137,7 @@ def with_shardings(
 
 
 def _shardings(params: Any, shardings: Any) -> Any:
-    """One for each parameter."""
+    """One sharding for each parameter."""
     if shardings is None:
         return jax.tree.map(lambda x: getattr(x, "sharding", None), params)
     is_sharding = lambda x: isinstance(x, jax.sharding.Sharding)  # noqa: E731

@@ -189,10 +189,10 @@ def parse_plan(text: str) -> Plan | FailedPlan:
     r"""Reads the actions `1. tool(arguments)` of a text, up to `join()` or the end mark.
 
     Every action begins a line, or follows another; they are numbered from 1 without gaps. Lines
-    that do not begin as an action (thoughts, fences, explanations) and what follows an action in
-    its line are passed over. Arguments are Python's literals with or without names, JSON's
-    constants, and references: `$1`, `${1}`, `$1.field`, in quotes or not. Within a longer text `$5`
-    is five dollars if the plan has fewer calls.
+    that do not begin as an action (thoughts, fences, explanations, `Step 1: tool(`, `1. tool (`)
+    and what follows an action in its line are passed over. Arguments are Python's literals with or
+    without names, JSON's constants, and references: `$1`, `${1}`, `$1.field`, in quotes or not.
+    Within a longer text `$5` is five dollars if the plan has fewer calls.
 
     Never raises: a text that holds no plan gives a `FailedPlan` that says why.
 

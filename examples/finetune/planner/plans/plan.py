@@ -296,19 +296,14 @@ def read_string(content: str) -> str | Ref | Text:
 def write_string(value: str | Ref | Text) -> str:
     """The string that `read_string` reads as `value`.
 
-    >>> write_string(Ref(1, ".id")), write_string(Text(("at ", Ref(1), ".")))
-    ('$1.id', 'at ${1}.')
+    >>> write_string(Ref(1, ".id")), write_string(Text(("at ", Ref(1), ", ", Ref(2), ".5")))
+    ('$1.id', 'at $1, ${2}.5')
     """
-    match value:
-        case str():
-            return _DOLLARS.sub(_double, value)
-        case Ref():
-            simple = re.fullmatch(_SIMPLE, value.path)
-            return f"${value.call}{value.path}" if simple else _in_braces(value)
+    parts = value.parts if isinstance(value, Text) else (value,)
     written = []
-    for part, following in zip(value.parts, (*value.parts[1:], ""), strict=True):
+    for part, following in zip(parts, (*parts[1:], ""), strict=True):
         if isinstance(part, Ref):
-            written.append(_in_braces(part))
+            written.append(_write_reference(part, following if isinstance(following, str) else ""))
         else:
             # The dollar of a reference joins those before it.
             before = _DOLLARS_OR_END if isinstance(following, Ref) else _DOLLARS
@@ -316,8 +311,11 @@ def write_string(value: str | Ref | Text) -> str:
     return "".join(written)
 
 
-def _in_braces(ref: Ref) -> str:
-    return f"${{{ref.call}{ref.path}}}"
+def _write_reference(ref: Ref, following: str) -> str:
+    """A reference before a text, in braces only where the end would be misread."""
+    plain = f"${ref.call}{ref.path}"
+    match = REFERENCE.match(plain + following)
+    return plain if match and match.end() == len(plain) else f"${{{ref.call}{ref.path}}}"
 
 
 def _double(dollars: re.Match[str]) -> str:

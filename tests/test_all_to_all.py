@@ -1,4 +1,4 @@
-"""Stacks dealt out by their layers over eight simulated devices, and back."""
+"""Stacks resharded by layer over eight simulated devices, and back."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from natgalore_jax._src.params.placement import spec_of
-from natgalore_jax._src.refresh.all_to_all import from_shares, to_shares
+from natgalore_jax._src.refresh.all_to_all import shard_by_layer, unshard_by_layer
 
 MESH_SHAPE, MESH_AXES = (2, 2, 2), ("a", "b", "c")
 LAYERS, ROWS, COLUMNS = 8, 8, 12
@@ -16,13 +16,13 @@ LAYOUTS = [
     ((), ("c", "a"), ("b",)),
     (("b",), (), ("c", "a")),
     (("a", "b", "c"), (), ()),
-    (("c",), ("a",), ()),  # whole over b
-    ((), (), ()),
+    (("c",), ("a",), ()),  # replicated over b
+    ((), (), ()),  # replicated
 ]
 
 
 @pytest.mark.parametrize("of", LAYOUTS)
-def test_every_device_has_its_layers_whole_and_gives_them_back(of):
+def test_resharding_by_layer_and_back(of):
     mesh = jax.make_mesh(MESH_SHAPE, MESH_AXES)
     of_layers = of[0]
     others = [n for n in ("b", "c", "a") if n not in of_layers]
@@ -31,16 +31,16 @@ def test_every_device_has_its_layers_whole_and_gives_them_back(of):
     spec = spec_of(of)
 
     def there_and_back(part):
-        own = to_shares(part, 0, of, names)
-        return own, from_shares(own, 0, of, names)
+        own = shard_by_layer(part, 0, of, names)
+        return own, unshard_by_layer(own, 0, of, names)
 
     with jax.set_mesh(mesh):
-        divided = jax.sharding.reshard(x, spec)
-        shares, back = jax.jit(
+        sharded = jax.sharding.reshard(x, spec)
+        by_layer, back = jax.jit(
             jax.shard_map(there_and_back, in_specs=spec, out_specs=(jax.P(names), spec))
-        )(divided)
+        )(sharded)
     np.testing.assert_array_equal(back, x)
-    assert back.sharding.is_equivalent_to(divided.sharding, 3)
-    np.testing.assert_array_equal(shares, x)
-    sizes = {shard.data.shape for shard in shares.addressable_shards}
+    assert back.sharding.is_equivalent_to(sharded.sharding, 3)
+    np.testing.assert_array_equal(by_layer, x)
+    sizes = {shard.data.shape for shard in by_layer.addressable_shards}
     assert sizes == {(LAYERS // 8, ROWS, COLUMNS)}
