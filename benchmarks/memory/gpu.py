@@ -34,11 +34,12 @@ from examples.llama.memory.step_memory import of_compiled, predict, resident
 from examples.llama.plan.candidates import STEPS, has_rank, optimizer_arguments
 from examples.llama.training.build import abstract_run
 
+TINY_RANK = 8
 TINY = {"layers": "2", "hidden": "32", "intermediate": "48"}
 PRESETS = {
     "7b": ["--preset", "7b"],
     "1b": ["--preset", "1b"],
-    "tiny": [*(x for k, v in TINY.items() for x in (f"--model.{k}", v)), "--rank", "8"],
+    "tiny": [x for k, v in TINY.items() for x in (f"--model.{k}", v)],
 }
 METHODS = (
     "adamw",
@@ -66,6 +67,7 @@ def cases(
     data: tuple[str, ...],
     seq_len: int,
     large_batch: int,
+    interval: int,
     more: list[str],
 ) -> Iterator[Case]:
     """One row with and without updates per layer, then a large batch, with layers recomputed."""
@@ -74,8 +76,11 @@ def cases(
             for method in methods:
                 for step in steps:
                     base = [*PRESETS[preset], *more]
-                    rank = parse(base).optimizer.rank if has_rank(method) else None
+                    rank = None
+                    if has_rank(method):
+                        rank = TINY_RANK if preset == "tiny" else parse(base).optimizer.rank
                     arguments = [*base, *optimizer_arguments(method, rank), "--data", *data]
+                    arguments += [] if rank is None else ["--interval", str(interval)]
                     arguments += ["--batch-size", str(rows), "--seq-len", str(seq_len)]
                     arguments += ["--model.dtype", "bfloat16", "--model.param-dtype", "bfloat16"]
                     arguments += ["--model.stacked", *STEPS[step]]
@@ -119,7 +124,7 @@ def main(
       allow_cpu: run without an accelerator, whose memory then is neither limited nor measured.
       output: where the results go.
     """
-    more = ["--interval", str(interval), "--cache-dir", str(cache_dir)]
+    more = ["--cache-dir", str(cache_dir)]
     more += [] if vocab_size is None else ["--vocab-size", str(vocab_size)]
     device = {} if estimate else _child("device", {}, None)
     if device.get("platform") == "cpu" and not allow_cpu:
@@ -133,7 +138,7 @@ def main(
         "steps": rows,
         "update_s": {},
     }
-    for case in cases(presets, methods, data, seq_len, large_batch, more):
+    for case in cases(presets, methods, data, seq_len, large_batch, interval, more):
         row = case._asdict() | {"tokens": case.rows * seq_len}
         if estimate:
             run = abstract_run(parse(case.arguments))
@@ -159,7 +164,7 @@ def main(
             print(_line(rows[-1]), flush=True)
             save(results, output)
     if not estimate and timed in presets:
-        for case in cases((timed,), methods, data, seq_len, 1, more):
+        for case in cases((timed,), methods, data, seq_len, 1, interval, more):
             if case.step == "ordinary":
                 arguments = {"arguments": case.arguments, "steps": 2 * interval}
                 results["update_s"][case.method] = _child("update", arguments, None)
