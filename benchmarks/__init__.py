@@ -1,4 +1,4 @@
-"""Benchmarks, each a module with a command: ``python -m benchmarks.step_time``."""
+"""Benchmarks; each program is a module: ``python -m benchmarks.optimizer.step_time``."""
 
 import os
 

@@ -15,8 +15,8 @@ import numpy as np
 import tyro
 from flax import nnx
 
-from benchmarks._environment import RESULTS, environment, print_targets, target, write
-from benchmarks._timing import median
+from benchmarks.common.environment import RESULTS, environment, print_targets, target, write
+from benchmarks.common.timing import median
 from examples.llama.model.generate import generate
 from examples.llama.weights.files import load_llama
 

@@ -14,7 +14,7 @@ from typing import Any
 import matplotlib.figure
 import tyro
 
-from benchmarks._environment import RESULTS
+from benchmarks.common.environment import RESULTS
 
 FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "overview.png"
 # Method, its two tuned rates in file names, and colour.

@@ -13,20 +13,20 @@ import optax
 import natgalore_jax as ng
 from natgalore_jax._src.memory.compare import compare_memory, format_comparison
 from natgalore_jax._src.memory.llama_sizes import LLAMA_RANKS, LLAMA_SIZES, llama_shapes
-from natgalore_jax._src.memory.shapes_file import DTYPES, read_shapes
 from natgalore_jax._src.params.plan import SIDES
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = _parser()
     options = parser.parse_args(argv)
     given = [f"--{name}" for name in ("rank", "dtype", "side") if getattr(options, name)]
-    has_model = options.preset is not None or options.shapes is not None
-    if given and not has_model:
-        parser.error(f"{given[0]} needs a model, --preset or --shapes")
+    if given and options.preset is None:
+        parser.error(f"{given[0]} needs a model, --preset")
     try:
-        memory = [_memory(options)] if has_model else []
-    except (OSError, ValueError) as error:
+        memory = [] if options.preset is None else [_memory(options)]
+    except ValueError as error:
         parser.error(str(error))
     print("\n\n".join([_environment(), *memory]))
 
@@ -37,20 +37,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Print versions and devices; given a model, the memory of optimizer states.",
         allow_abbrev=False,
     )
-    model = parser.add_mutually_exclusive_group()
-    model.add_argument("--preset", choices=LLAMA_SIZES, help="a LLaMA of the GaLore papers")
-    model.add_argument(
-        "--shapes",
-        metavar="FILE.json",
-        help='names and shapes of the parameters, {"mlp": {"kernel": [512, 2048]}, "scale": '
-        '{"shape": [512], "dtype": "float32"}}',
-    )
-    parser.add_argument(
-        "--rank", type=_rank, help="of the subspaces; GaLore's for a preset, or else 128"
-    )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, help="of parameters; bfloat16 for a preset, or else float32"
-    )
+    parser.add_argument("--preset", choices=LLAMA_SIZES, help="a LLaMA of the GaLore papers")
+    parser.add_argument("--rank", type=_rank, help="of the subspaces (default: GaLore's)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of parameters (default: bfloat16)")
     parser.add_argument("--side", choices=SIDES, help="which side is projected (default: short)")
     return parser
 
@@ -85,18 +74,13 @@ def _lines(rows: list[list[str]]) -> str:
 
 
 def _memory(options: Any) -> str:
-    if options.preset is not None:
-        params = llama_shapes(LLAMA_SIZES[options.preset], options.dtype or "bfloat16")
-        name, rank = f"LLaMA {options.preset}", options.rank or LLAMA_RANKS[options.preset]
-    else:
-        params = read_shapes(options.shapes, options.dtype or "float32")
-        name, rank = options.shapes, options.rank or 128
-    side = options.side or "short"
+    params = llama_shapes(LLAMA_SIZES[options.preset], options.dtype or "bfloat16")
+    rank, side = options.rank or LLAMA_RANKS[options.preset], options.side or "short"
     reports = compare_memory(params, rank, side)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     return "\n\n".join(
         [
-            f"{name}: {count:,} parameters; rank {rank}, side {side}",
+            f"LLaMA {options.preset}: {count:,} parameters; rank {rank}, side {side}",
             format_comparison(reports),
             "Natural GaLore, by parameter:",
             str(reports["Natural GaLore"]),

@@ -236,7 +236,7 @@ plt.show()
 
 # %% [markdown]
 # Eight devices follow one device with either optimizer. The optimizer without a residual learns more slowly on this problem:
-# that is the price of the smaller exchange. `python -m benchmarks.exchange` reads the bytes of all collectives from compiled
+# that is the price of the smaller exchange. `python -m benchmarks.distributed.exchange` reads the bytes of all collectives from compiled
 # programs of a LLaMA (docs/multi_host.md).
 #
 # ## A checkpoint, onto another mesh

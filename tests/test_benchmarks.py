@@ -2,28 +2,20 @@
 
 import json
 import math
+import pathlib
+import re
 
 import jax
 import optax
 import pytest
 
-from benchmarks import (
-    _gpu_run,
-    accumulation,
-    compile_time,
-    curvature,
-    gpu_memory,
-    memory_breakdown,
-    per_layer,
-    quantization,
-    refresh,
-    step_time,
-)
-from benchmarks._environment import target
-from benchmarks._floor import accelerator_bounds, bytes_moved, floor_seconds, operations
-from benchmarks._shapes import hidden_shapes, matrices
-from benchmarks._step_bytes import step_bytes
-from benchmarks._training_share import training_operations
+from benchmarks.common.environment import target
+from benchmarks.common.shapes import hidden_shapes, matrices
+from benchmarks.memory import gpu, gpu_run, per_layer
+from benchmarks.memory.step_bytes import step_bytes
+from benchmarks.optimizer import compile_time, curvature, quantization, refresh, step_time
+from benchmarks.optimizer.floor import accelerator_bounds, bytes_moved, floor_seconds, operations
+from benchmarks.optimizer.training_share import training_operations
 from examples.llama.data import DataConfig
 from examples.llama.model.config import MODEL_PRESETS
 from examples.llama.training.train_step import make_model
@@ -59,6 +51,17 @@ def test_floor_of_one_matrix_by_hand():
     assert accelerator_bounds(335, 1)["H100"] == pytest.approx(1e-10)
     assert accelerator_bounds(1, 197)["TPU v5e"] == pytest.approx(1 / 0.819e12)
     assert accelerator_bounds(1, 197_000)["TPU v5e"] == pytest.approx(1e-9)
+
+
+def test_the_readme_lists_every_program():
+    folder = pathlib.Path(__file__).parents[1] / "benchmarks"
+    table = re.findall(r"^\| \[?`([\w.]+)`", (folder / "README.md").read_text(), re.M)
+    modules = {
+        ".".join(p.relative_to(folder).with_suffix("").parts).removesuffix(".__main__")
+        for p in folder.rglob("*.py")
+        if "tyro.cli(" in p.read_text()
+    }
+    assert modules | {"memory.tables"} == set(table)
 
 
 OPTIMIZERS = ("optax.adamw", "galore_adamw")
@@ -165,29 +168,6 @@ def test_step_time_refuses_a_sample_that_misses_the_refresh():
         step_time.main(interval=10, sample_every=4)
 
 
-def test_accumulation(tmp_path):
-    output = tmp_path / "accumulation.json"
-    accumulation.main(
-        presets=("60m",), preset="nano", layers=1, rank=8, number=2, rounds=3, output=output
-    )
-    results = json.loads(output.read_text())
-    assert results["environment"].keys() == ENVIRONMENT
-    # 8 layers of four 512 × 512 and three 512 × 1376 at rank 128: R has a quarter of the numbers.
-    hidden, rest = 8 * (4 * 512**2 + 3 * 512 * 1376), (2 * 32_000 + 17) * 512
-    row = results["memory"]["60m"]
-    assert row["full_bytes"] == 2 * (hidden + rest)
-    assert row["subspace_bytes"] == 2 * (hidden // 4 + rest)
-    ways = results["cost"]["ways"]
-    R = 4 * 8 * (4 * 128 + 3 * 352)  # of nano, float32
-    assert ways["subspace"]["accumulator_bytes"] == ways["inside"]["accumulator_bytes"] == R
-    assert ways["around"]["accumulator_bytes"] == 4 * (4 * 128**2 + 3 * 128 * 352)
-    for name, row in ways.items():
-        assert len(results["cost"]["samples_ms"][name]) == 6
-        assert row["total_bytes"] == row["kept_bytes"] + row["temporary_bytes"]
-        assert row["kept_bytes"] > 3 * R and row["mean_ms"] > 0
-    assert len(results["targets"]) == 3
-
-
 def test_per_layer(tmp_path):
     sizes = {"layers": 4, "vocab_size": 64, "batch_size": 1, "seq_len": 8}
     output = tmp_path / "per_layer.json"
@@ -207,16 +187,6 @@ def test_per_layer(tmp_path):
     assert [len(row["step_s"]) for row in rows] == [0, 1]
 
 
-@pytest.mark.usefixtures("fast_compile")
-def test_memory_breakdown(tmp_path):
-    output, figure = tmp_path / "breakdown.json", tmp_path / "breakdown.png"
-    memory_breakdown.main(sizes=("nano",), tokens=8, output=output, figure=figure)
-    results = json.loads(output.read_text())
-    assert results["environment"].keys() == ENVIRONMENT and figure.exists()
-    for bar in results["bars"]:
-        assert bar["total"] == sum(bar["parts"].values())
-
-
 TINY = {
     "presets": ("tiny",),
     "methods": ("adamw",),
@@ -233,16 +203,16 @@ def test_gpu_memory(tmp_path, monkeypatch):
 
     def child(task, arguments, fraction):
         assert fraction is None
-        return getattr(_gpu_run, task)(**arguments)
+        return getattr(gpu_run, task)(**arguments)
 
-    monkeypatch.setattr(gpu_memory, "_child", child)
+    monkeypatch.setattr(gpu, "_child", child)
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"It was on day {i} that the sea was calm." for i in range(4000)))
     output = tmp_path / "gpu_memory.json"
     with pytest.raises(SystemExit, match="error: no accelerator here; --estimate predicts"):
-        gpu_memory.main(**TINY, output=output)
+        gpu.main(**TINY, output=output)
     data = {"data": (str(text),), "cache_dir": tmp_path / "cache"}
-    results = gpu_memory.main(**TINY, **data, steps=3, interval=2, allow_cpu=True, output=output)
+    results = gpu.main(**TINY, **data, steps=3, interval=2, allow_cpu=True, output=output)
     assert json.loads(output.read_text()) == results
     assert results["measured_on"]["platform"] == "cpu" and not results["estimates_only"]
     assert [row["step"] for row in results["steps"]] == [
@@ -255,15 +225,15 @@ def test_gpu_memory(tmp_path, monkeypatch):
         assert len(set(row["losses"])) == 3
     assert results["update_s"]["adamw"]["median_s"] > 0
     # 24 GB of a device of 80 GB, of which 0.95 were found.
-    assert gpu_memory._fraction("24GB", 76 * 10**9) == pytest.approx(0.3)
-    assert gpu_memory._fraction("24GB", 16 * 10**9) is None
+    assert gpu._fraction("24GB", 76 * 10**9) == pytest.approx(0.3)
+    assert gpu._fraction("24GB", 16 * 10**9) is None
 
 
 @pytest.mark.usefixtures("fast_compile")
 def test_gpu_memory_estimates(tmp_path):
     output = tmp_path / "gpu_memory.json"
     sizes = {**TINY, "large_batch": 1}
-    results = gpu_memory.main(**sizes, limits=("10MB", "1kB"), estimate=True, output=output)
+    results = gpu.main(**sizes, limits=("10MB", "1kB"), estimate=True, output=output)
     assert results["estimates_only"] and results["measured_on"] is None
     for row in results["steps"]:
         assert row["estimated_to_fit"] == {"10MB": True, "1kB": False}

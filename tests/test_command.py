@@ -1,7 +1,6 @@
 """python -m natgalore_jax."""
 
 import dataclasses
-import json
 import re
 
 import jax
@@ -15,7 +14,6 @@ from examples.llama.model.llama import Llama
 from examples.llama.run_config import RUN_PRESETS
 from natgalore_jax.__main__ import main
 from natgalore_jax._src.memory.llama_sizes import LLAMA_RANKS, LLAMA_SIZES, LlamaSizes, llama_shapes
-from natgalore_jax._src.memory.shapes_file import read_shapes
 
 METHODS = (
     "AdamW",
@@ -62,7 +60,15 @@ def test_table_of_a_preset_is_that_of_the_readme(capsys):
     output = capsys.readouterr().out
     sizes = ("232 MB", "164 MB", "164 MB", "290 MB", "87.2 MB")
     assert states(output) == dict(zip(METHODS, sizes, strict=True))
-    assert "58,073,600 parameters; rank 128, side auto" in output
+    assert "58,073,600 parameters; rank 128, side short" in output
+
+
+def test_options_of_the_model_reach_the_table(capsys):
+    """In float32 the two moments of AdamW have twice the bytes."""
+    main(["--preset", "60m", "--rank", "64", "--dtype", "float32", "--side", "both"])
+    output = capsys.readouterr().out
+    assert states(output)["AdamW"] == "465 MB"
+    assert "rank 64, side both" in output
 
 
 def test_shapes_of_a_llama_are_those_of_the_model():
@@ -80,52 +86,9 @@ def test_presets_are_those_of_the_example():
         assert RUN_PRESETS[name]["optimizer"].rank == LLAMA_RANKS[name]
 
 
-def test_shapes_from_a_file(tmp_path, capsys):
-    file = tmp_path / "shapes.json"
-    file.write_text(
-        json.dumps(
-            {
-                "mlp": {"up": [64, 256], "scale": {"shape": [], "dtype": "bfloat16"}},
-                "shape": {"shape": [4]},
-            }
-        )
-    )
-    tree = jax.tree.map(lambda x: (x.shape, str(x.dtype)), read_shapes(file, "float16"))
-    assert tree == {
-        "mlp": {"up": ((64, 256), "float16"), "scale": ((), "bfloat16")},
-        "shape": ((4,), "float16"),
-    }
-    main(["--shapes", str(file), "--rank", "8", "--dtype", "bfloat16", "--side", "left"])
-    # By hand: basis 64 · 8 and two moments of 8 · 256 numbers; 5 more numbers, two moments each.
-    assert states(capsys.readouterr().out)["GaLore"] == "9.24 kB"
-    assert 2 * (64 * 8 + 2 * 8 * 256 + 2 * 5) + 8 == 9244
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", "is not JSON"),
-        ("[[2, 3]]", r"an object of names and shapes is required, got \[\[2, 3\]\]"),
-        ("{}", "at least one parameter is required, got {}"),
-        ('{"a": {"w": [2, 0]}}', r"a/w: a shape is a list of positive integers.*got \[2, 0\]"),
-        ('{"a": [true]}', r"a: a shape is .*got \[true\]"),
-        ('{"a": "2x3"}', 'a: a shape is .*got "2x3"'),
-        ('{"a": [2], "a": [3]}', "keys must be unique, duplicate key: 'a'"),
-        ('{"a": {"shape": [2], "dtype": "int8"}}', 'a: dtype must be one of float32.*got "int8"'),
-        ('{"a": {"shape": [2], "size": 2}}', "a has a shape and, at most, a dtype; got size"),
-        ('{"w": [8, 8]}', "where selects no parameter to project at rank 128"),
-    ],
-)
-def test_bad_files_are_one_line(tmp_path, capsys, content, message):
-    file = tmp_path / "shapes.json"
-    file.write_text(content)
-    assert re.search(message, rejected(capsys, "--shapes", str(file)))
-
-
-def test_bad_options_are_one_line(tmp_path, capsys):
-    assert "No such file" in rejected(capsys, "--shapes", str(tmp_path / "none.json"))
+def test_bad_options_are_one_line(capsys):
     assert "--rank needs a model" in rejected(capsys, "--rank", "8")
     assert "a positive integer, got '0'" in rejected(capsys, "--preset", "60m", "--rank", "0")
+    too_high = rejected(capsys, "--preset", "60m", "--rank", "9999")
+    assert "where selects no parameter to project at rank 9999" in too_high
     assert "invalid choice: '3b'" in rejected(capsys, "--preset", "3b")
-    both = rejected(capsys, "--preset", "60m", "--shapes", "x.json")
-    assert "not allowed with argument" in both

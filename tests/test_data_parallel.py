@@ -11,7 +11,7 @@ from composed import composed_adamw
 from tolerances import LOSSES, PARAMETERS
 
 import natgalore_jax as ng
-from benchmarks._collectives import exchanged_bytes
+from benchmarks.distributed.collectives import exchanged_bytes
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

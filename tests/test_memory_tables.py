@@ -2,10 +2,10 @@
 
 import pytest
 
-from benchmarks.memory_tables import (
+from benchmarks.common.shapes import llama_shapes
+from benchmarks.memory.tables import (
     counts,
     exact_bytes,
-    llama_shapes,
     paper_estimate,
     table_1,
     table_5,

@@ -1,10 +1,10 @@
-"""The arithmetic of benchmarks.processes, with measurements that are made up."""
+"""The arithmetic of benchmarks.distributed.processes, with measurements that are made up."""
 
 import json
 
 import pytest
 
-from benchmarks import processes
+from benchmarks.distributed import processes
 
 SPEEDS = {1: [1.0, 100.0, 50.0], 2: [1.0, 80.0, 80.0]}  # the first step is warm-up
 

@@ -16,15 +16,14 @@ import optax
 import pytest
 
 import natgalore_jax as ng
-from benchmarks.quality import workers
-from benchmarks.quality.__main__ import main
-from benchmarks.quality.files import read, write
-from benchmarks.quality.methods import METHODS, choose, muon
-from benchmarks.quality.presets import PRESETS
-from benchmarks.quality.record import diverged, thinned
-from benchmarks.quality.run_spec import Run, prepare
-from benchmarks.quality.sweep import Sweep, runs
-from benchmarks.quality.train import excerpt
+from benchmarks.common.result_files import read, write
+from benchmarks.common.sweep import command, environment
+from benchmarks.pretraining.__main__ import main
+from benchmarks.pretraining.methods import METHODS, choose, muon
+from benchmarks.pretraining.presets import PRESETS
+from benchmarks.pretraining.run_spec import Run, prepare
+from benchmarks.pretraining.sweep import Sweep, runs
+from benchmarks.pretraining.train import diverged, excerpt, thinned
 from examples.common.errors import ConfigError
 from examples.common.metrics import of_kind
 from examples.llama.data import DataConfig, load_splits
@@ -57,7 +56,7 @@ def spec(places, tmp_path):
 
 
 def arguments(spec):
-    return workers.command(spec)[3:]
+    return command(spec, "benchmarks.pretraining")[3:]
 
 
 def test_a_run_writes_one_small_file(spec, capsys):
@@ -153,7 +152,7 @@ def test_a_sweep_goes_on_and_survives_failures(spec, tmp_path):
     common = ["--preset", "tiny", "--steps", "3", "--root", str(spec.root)]
     common += ["--cache-dir", str(spec.cache_dir), "--corpora", spec.corpus]
     grid = ["--methods", "adamw", "galore@rank=99", "--seeds", "1", "--learning-rates", "0.01"]
-    command = [sys.executable, "-m", "benchmarks.quality", "sweep", "--workers", "2"]
+    command = [sys.executable, "-m", "benchmarks.pretraining", "sweep", "--workers", "2"]
     first = subprocess.run([*command, *common, *grid], cwd=ROOT, capture_output=True, text=True)
     assert first.returncode == 1, first.stderr
     assert "2 runs, 0 done, time not known" in first.stdout
@@ -175,7 +174,7 @@ def test_a_sweep_goes_on_and_survives_failures(spec, tmp_path):
 
 
 def test_a_sweep_that_is_told_to_end_takes_its_runs_along(spec):
-    command = [sys.executable, "-m", "benchmarks.quality", "sweep", "--preset", "tiny"]
+    command = [sys.executable, "-m", "benchmarks.pretraining", "sweep", "--preset", "tiny"]
     command += ["--steps", "1000000", "--root", str(spec.root), "--cache-dir", str(spec.cache_dir)]
     command += ["--corpora", spec.corpus, "--methods", "adamw", "--learning-rates", "0.01"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -252,10 +251,10 @@ def test_the_two_rates_of_a_run(tmp_path):
 def test_environment_keeps_what_the_user_set(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--a=b")
     monkeypatch.setenv("MALLOC_TOP_PAD_", "7")
-    own = workers.environment(2)
+    own = environment(2)
     assert own["XLA_FLAGS"] == "--a=b --xla_cpu_multi_thread_eigen=false"
     assert own["MALLOC_TOP_PAD_"] == "7" and own["MALLOC_MMAP_MAX_"] == "0"
-    assert workers.environment(1)["XLA_FLAGS"] == "--a=b"
+    assert environment(1)["XLA_FLAGS"] == "--a=b"
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -369,7 +368,7 @@ def test_thinned_losses_are_means_of_windows():
 
 
 def test_chosen_arguments_are_values():
-    changes = choose("galore@rank=16,transition=rotate,stagger=True,scale=0.5").changes
-    assert changes == {"rank": 16, "transition": "rotate", "stagger": True, "scale": 0.5}
+    changes = choose("galore@rank=16,side=long,stagger=True,scale=0.5").changes
+    assert changes == {"rank": 16, "side": "long", "stagger": True, "scale": 0.5}
     with pytest.raises(ConfigError, match="no argument 'learning_rate'"):
         choose("galore@learning_rate=1")

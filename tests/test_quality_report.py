@@ -7,16 +7,15 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from benchmarks.quality import pages
-from benchmarks.quality.__main__ import main
-from benchmarks.quality.fairness import check_tuned
-from benchmarks.quality.files import write
-from benchmarks.quality.run_spec import Run, prepare
-from benchmarks.quality.search import Rates
-from benchmarks.quality.summary import Point, separated, steps_to, summarise
-from benchmarks.quality.sweep import Sweep, runs
-from benchmarks.quality.tables import course, label, losses, tuning, verdicts
-from benchmarks.quality.tuning import tuned_rates
+from benchmarks.common.result_files import write
+from benchmarks.pretraining.__main__ import main
+from benchmarks.pretraining.report import BEGIN, END, check_tuned, fill
+from benchmarks.pretraining.run_spec import ROOT, Run, prepare
+from benchmarks.pretraining.show import Show, show
+from benchmarks.pretraining.summary import Point, separated, steps_to, summarise
+from benchmarks.pretraining.sweep import Sweep, runs
+from benchmarks.pretraining.tables import course, label, losses, tuning, verdicts
+from benchmarks.pretraining.tuning import Rates, tuned_rates
 from examples.common.errors import ConfigError
 
 
@@ -271,14 +270,14 @@ def test_label_shows_what_was_changed():
 
 
 def test_block_of_a_page_is_filled_again_and_again():
-    page = f"before\n\n{pages.BEGIN}\nold\n{pages.END}\n\nafter\n"
-    once = pages.fill(page, "\n| a |\n| b |\n")
-    assert once == f"before\n\n{pages.BEGIN}\n| a |\n| b |\n{pages.END}\n\nafter\n"
-    assert pages.fill(once, "| a |\n| b |") == once
-    assert pages.fill("no block\n", "x") == "no block\n"
-    for wrong in (pages.BEGIN, pages.END, pages.END + pages.BEGIN, page + page):
+    page = f"before\n\n{BEGIN}\nold\n{END}\n\nafter\n"
+    once = fill(page, "\n| a |\n| b |\n")
+    assert once == f"before\n\n{BEGIN}\n| a |\n| b |\n{END}\n\nafter\n"
+    assert fill(once, "| a |\n| b |") == once
+    assert fill("no block\n", "x") == "no block\n"
+    for wrong in (BEGIN, END, END + BEGIN, page + page):
         with pytest.raises(ConfigError, match="once each"):
-            pages.fill(wrong, "x")
+            fill(wrong, "x")
 
 
 @pytest.fixture
@@ -297,9 +296,9 @@ def root(tmp_path):
 
 def test_report_fills_the_documentation(root, tmp_path, capsys):
     readme, docs = tmp_path / "README.md", tmp_path / "docs"
-    readme.write_text(f"# Title\n{pages.BEGIN}\n{pages.END}\nend\n")
+    readme.write_text(f"# Title\n{BEGIN}\n{END}\nend\n")
     docs.mkdir()
-    (docs / "experiments.md").write_text(f"{pages.BEGIN}\nold\n{pages.END}\n")
+    (docs / "experiments.md").write_text(f"{BEGIN}\nold\n{END}\n")
     command = ["report", "--root", str(root), "--docs", str(docs), "--readme", str(readme)]
     assert main(command) == 0
     texts = [p.read_text() for p in (readme, docs / "experiments.md", docs / "quality.md")]
@@ -346,11 +345,10 @@ def test_show_prints_a_suite(root, capsys):
     assert "AdamW" in text and "**0.01 × 4**" in text
 
 
-def test_overlay_draws_two_suites(root, tmp_path):
-    picture = tmp_path / "pictures" / "overlay.png"
-    command = ["overlay", "--root", str(root), "--before", "tune", "--method", "adamw"]
-    assert main([*command, "--output", str(picture)]) == 0
-    assert picture.read_bytes().startswith(b"\x89PNG")
+@pytest.mark.parametrize("suite", sorted(path.name for path in ROOT.iterdir()))
+def test_every_committed_suite_is_shown(suite):
+    """Also runs of methods and arguments that the library has no more: the pages quote them."""
+    assert "| rate × ratio |" in show(Show(suite=suite))
 
 
 def test_show_puts_runs_beside_others(root, tmp_path, capsys):

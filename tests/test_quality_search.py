@@ -5,18 +5,18 @@ from collections import defaultdict
 
 import pytest
 
-from benchmarks.quality.files import read_suite, write
-from benchmarks.quality.run_spec import prepare
-from benchmarks.quality.search import (
+from benchmarks.common.result_files import read_suite, write
+from benchmarks.finetuning.sweep import next_rates
+from benchmarks.pretraining.run_spec import prepare
+from benchmarks.pretraining.sweep import Sweep, run_sweep, runs
+from benchmarks.pretraining.tuning import (
     START,
     Rates,
     best_point,
     is_bracketed,
     next_points,
-    next_rates,
+    tuned_rates,
 )
-from benchmarks.quality.sweep import Sweep, run_sweep, runs
-from benchmarks.quality.tuning import tuned_rates
 from examples.common.errors import ConfigError
 
 GRID = (0.001, 0.002, 0.005, 0.01, 0.02, 0.04, 0.08)
@@ -108,7 +108,7 @@ def test_a_sweep_searches_until_every_method_has_the_runs_of_the_default(tmp_pat
             write(record, run.path)
         return []
 
-    monkeypatch.setattr("benchmarks.quality.sweep.run_all", make)
+    monkeypatch.setattr("benchmarks.common.sweep.run_all", make)
     sweep = Sweep(
         methods=tuple(best), corpora=("sotu",), seeds=(1,), root=tmp_path, preset="tiny",
         search=True, budget=5,

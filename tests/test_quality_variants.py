@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import natgalore_jax as ng
-from benchmarks.quality.variants import recipe
+from benchmarks.pretraining.variants import recipe
 
 
 def test_the_recipe_in_parts_is_the_default():

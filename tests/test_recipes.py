@@ -42,7 +42,7 @@ def test_it_trains(name, capsys):
     results = outcome(name)
     for losses, *_ in results.values() if isinstance(results, dict) else [results]:
         assert np.isfinite(losses).all() and losses[-1] < 0.9 * losses[0]
-    # Python would find a script named like a package in the place of the package.
+    # Python would find a script named like a package instead of the package.
     assert importlib.util.find_spec(name) is None
 
 

@@ -10,7 +10,7 @@ import pytest
 from composed import composed_adamw
 
 import natgalore_jax as ng
-from benchmarks.compile_time import equations
+from benchmarks.optimizer.compile_time import equations
 from natgalore_jax._src.refresh.schedule import due_matrices
 
 

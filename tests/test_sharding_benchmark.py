@@ -1,9 +1,9 @@
-"""What benchmarks/sharding.py reads from programs, against counts by hand."""
+"""What benchmarks/distributed/sharding.py reads from programs, against counts by hand."""
 
 import pytest
 
-from benchmarks import sharding
-from benchmarks._collectives import sent_bytes
+from benchmarks.distributed import sharding
+from benchmarks.distributed.collectives import sent_bytes
 
 PROGRAM = """
 ENTRY %main (p: f32[8]) -> f32[8] {

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import state_layout
-from benchmarks.state_layout import Scheme
+from benchmarks.distributed import state_layout
+from benchmarks.distributed.state_layout import Scheme
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "sharding.md"
 
@@ -37,7 +37,7 @@ KILO = 2 * 1024  # bytes of as many numbers
 )
 def test_a_stack_by_hand(monkeypatch, scheme, part, optimizer, training):
     """8 matrices of 128 × 64 at rank 32: 64 K numbers, P has 16 K, R 32 K, as do M and V each."""
-    monkeypatch.setitem(state_layout.NATURAL_RANKS, "stack", 32)
+    monkeypatch.setitem(state_layout.LLAMA_RANKS, "stack", 32)
     params = {"w": jax.ShapeDtypeStruct((8, 128, 64), jnp.bfloat16)}
     found = state_layout.per_device(params, scheme, "stack")
     assert found.weights * part == 64 * KILO

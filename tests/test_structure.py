@@ -32,6 +32,7 @@ ORDERS = {
         "plan",
     ],
     "examples/finetune": ["encoder", "planner"],
+    "benchmarks": ["common", "pretraining", "finetuning", "memory", "optimizer", "distributed"],
 }
 
 

@@ -6,11 +6,13 @@ Digests notice what readers do not: a flipped bit within numbers.
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from examples.common.config import Json, differences
@@ -136,7 +138,7 @@ class Checkpoints:
             raise self._failed(error) from error
 
     def _failed(self, error: Exception) -> CheckpointError:
-        complete = [int(p.name) for p in self._directory.glob("*") if p.name.isdigit()]
+        complete = kept(self._directory)
         left = f"the one of micro-step {max(complete)} is complete" if complete else "there is none"
         lines = str(error).splitlines() or [type(error).__name__]
         return CheckpointError(
@@ -187,6 +189,69 @@ class Checkpoints:
                 raise
 
 
+def kept(directory: Path) -> list[int]:
+    """Micro-steps of the complete checkpoints in a directory, in order."""
+    return sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit())
+
+
+def read_checkpoint(
+    directory: Path, number: int, like: Callable[[Json], Any] | None = None
+) -> tuple[Json, Any]:
+    """Configuration and parts of the state of a checkpoint, without changing the directory.
+
+    Damage is not looked for: see :func:`damage`.
+
+    Args:
+      directory: that of :class:`Checkpoints`, of a run that may be in progress.
+      number: micro-step of the checkpoint.
+      like: from the configuration to the shapes of some fields of the state, a dict by their names.
+        The other fields are not read. Arrays are in host memory. None reads no state.
+    """
+    # A manager would create, clean up or warn.
+    checkpoint = (directory / str(number)).absolute()
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        config = reader.restore(checkpoint / "config")
+    if like is None:
+        return config, None
+    shapes = like(config)
+    how = jax.tree.map(lambda x: ocp.RestoreArgs(restore_type=np.ndarray, dtype=x.dtype), shapes)
+    state = ocp.args.PyTreeRestore(shapes, restore_args=how, partial_restore=True)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        return config, reader.restore(checkpoint / "state", args=state)
+
+
+def steps_done(directory: Path) -> dict[int, tuple[int, int]]:
+    """Steps that are done, and batches of an unfinished step, by the name of the checkpoint.
+
+    A step has as many batches as "accumulate" of the configuration says.
+    """
+    done = {}
+    for number in kept(directory):
+        like = {"micro_step": jax.ShapeDtypeStruct((), np.int32)}
+        config, state = read_checkpoint(directory, number, lambda _, like=like: like)
+        done[number] = divmod(int(state["micro_step"]), config.get("accumulate", 1))
+    return done
+
+
+def renumber(directory: Path, accumulate: int) -> None:
+    """Name checkpoints by the batches of their steps if a step has `accumulate` of them.
+
+    Orbax takes the highest number for the newest checkpoint. Checkpoints of unfinished steps are
+    deleted: no other number of batches continues them.
+    """
+    names = {}
+    for number, (step, batches) in steps_done(directory).items():
+        if batches:
+            shutil.rmtree(directory / str(number))
+        else:
+            names[number] = step * accumulate
+    grows = any(new > old for old, new in names.items())
+    # No name is taken twice on the way, wherever this is interrupted.
+    for old in sorted(names, reverse=grows):
+        if names[old] != old:
+            (directory / str(old)).rename(directory / str(names[old]))
+
+
 def _loss(metrics: Json) -> float:
     return metrics["loss"]
 
@@ -224,7 +289,7 @@ def damage(checkpoint: Path) -> str | None:
         if path is None:
             return f"{checkpoint / name}: the file is missing"
         if path.stat().st_size != size:
-            return f"{path}: {path.stat().st_size} bytes in the place of {size}"
+            return f"{path}: {path.stat().st_size} bytes instead of {size}"
         if _digest(path) != digest:
             return f"{path}: the content is not what was written"
     return None

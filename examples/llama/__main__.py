@@ -19,13 +19,16 @@ from examples.common.reporter import Reporter, make_reporter
 from examples.llama.data import load_splits, ngram_perplexity
 from examples.llama.distributed.processes import abort_peers, several_processes, start
 from examples.llama.loop import Result, train
-from examples.llama.model.adapters import make_linear
+from examples.llama.model.adapters import without_adapters
 from examples.llama.model.config import MODEL_PRESETS
-from examples.llama.model.generate import Sampling, generate
+from examples.llama.model.generate import Sampling
 from examples.llama.model.llama import with_params
-from examples.llama.report import describe, summary_table
+from examples.llama.report import describe, next_commands, summary_table
 from examples.llama.run_config import RunConfig, run_preset
+from examples.llama.sample import continued
+from examples.llama.weights.files import PretrainedLlama, replace_llama
 from examples.llama.weights.initial import start_from
+from examples.llama.weights.runs import EXPORT
 
 SAMPLE_TOKENS = 100
 
@@ -92,7 +95,7 @@ def run(config: RunConfig, console: Console) -> int:
 
 
 def _write_results(result: Result, run_dir: Path, console: Console, reporter: Reporter) -> None:
-    """Summary, curves and sample of a finished run."""
+    """Summary, curves, sample and export of a finished run."""
     summary = summarize(result)
     write_json(run_dir / "summary.json", summary)
     plot_run(
@@ -101,11 +104,19 @@ def _write_results(result: Result, run_dir: Path, console: Console, reporter: Re
         {name: summary["validation"][name] for name in ("bigram", "unigram")},
         title=summary["name"],
     )
-    text = write_sample(result, result.config.output.sample)
+    trained = pretrained(result)
+    text = write_sample(trained, result.config)
     (run_dir / "sample.txt").write_text(text + "\n")
+    replace_llama(trained, run_dir / EXPORT)
     reporter.note(f"\n{text}\n")
     console.print(summary_table(summary))
-    console.print(f"files in {run_dir}", highlight=False)
+    console.print(
+        f"files in {run_dir}; in the Hugging Face layout {run_dir / EXPORT}", highlight=False
+    )
+    if not result.config.output.quiet:
+        # One line each, whatever the width of the terminal, to be copied.
+        for command in next_commands(result):
+            console.print(command, highlight=False, markup=False, soft_wrap=True)
 
 
 def summarize(result: Result) -> Record:
@@ -135,20 +146,27 @@ def summarize(result: Result) -> Record:
     return summary
 
 
-def write_sample(result: Result, prompt: str) -> str:
-    """`prompt`, or as much of its end as leaves room, continued by the model."""
-    tokenizer, room = result.splits.tokenizer, result.config.model.max_length
-    ids = tokenizer.encode(prompt, add_special_tokens=False).ids or [result.splits.end_of_text]
-    ids = ids[-(room // 2) :]
-    model = with_params(result.config.model, result.weights, make_linear(result.config.adapter))
-    key = jax.random.key(result.config.seed)
-    length = min(SAMPLE_TOKENS, room - len(ids))
-    sampling = Sampling(temperature=0.8, top_k=50)
-    text = tokenizer.decode(
-        ids + generate(model, [ids], length, sampling=sampling, key=key).tokens[0]
+def pretrained(result: Result) -> PretrainedLlama:
+    """The trained model without adapters, and its tokenizer."""
+    config, splits = result.config, result.splits
+    params = without_adapters(config.adapter, result.weights)
+    model = with_params(config.model, params)
+    return PretrainedLlama(model, config.model, splits.tokenizer, None, (splits.end_of_text,))
+
+
+def write_sample(trained: PretrainedLlama, config: RunConfig) -> str:
+    """The prompt of `config`, continued by the model."""
+    assert trained.tokenizer is not None
+    return "".join(
+        continued(
+            trained.model,
+            trained.tokenizer,
+            config.output.sample,
+            SAMPLE_TOKENS,
+            Sampling(temperature=0.8, top_k=50),
+            jax.random.key(config.seed),
+        )
     )
-    # A model that has learned little may emit control characters, which a terminal would obey.
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 if __name__ == "__main__":

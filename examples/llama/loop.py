@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 import natgalore_jax as ng
-from examples.common.checkpoints import Checkpoints, quarantine
+from examples.common.checkpoints import Checkpoints
 from examples.common.errors import ConfigError
 from examples.common.lora import partition
 from examples.common.metrics import Clock, MetricsLog, of_kind, replace_text
@@ -25,7 +25,8 @@ from examples.llama.memory.peak import RunMemory, describe, observed_peak
 from examples.llama.memory.step_memory import StepMemory, of_compiled
 from examples.llama.model.adapters import make_linear
 from examples.llama.result import Result as Result
-from examples.llama.run_config import RunConfig, differences
+from examples.llama.resume import prepare, recounted, resume_point
+from examples.llama.run_config import RunConfig
 from examples.llama.training.build import first_state, make_step, on_the_host
 from examples.llama.training.evaluate import make_eval_step, mean_nll, perplexity
 from examples.llama.training.faults import Guard
@@ -58,7 +59,7 @@ def train(
       reporter: Is told about progress. Without it nothing is printed.
       should_stop: Asked after each micro-batch and before each batch of an evaluation; once true,
         the run is saved and ends. A run that is resumed begins with the evaluation that was due.
-      initial: Gives the weights to start from, of a model without adapters, in the place of random
+      initial: Gives the weights to start from, of a model without adapters, instead of random
         ones. Not called by a run that is resumed.
 
     Returns:
@@ -68,9 +69,10 @@ def train(
     them writes and reports.
 
     Raises:
-      ConfigError: if `run_dir` holds a run that is not to be resumed, or one with another
-        configuration, or nothing but damaged checkpoints; if the optimizer does not fit the model,
-        ReLoRA or the accumulation; if the loss jumps after too many rollbacks.
+      ConfigError: if `run_dir` holds a run that is not to be resumed, or one with more steps or a
+        configuration that differs in more than `run_config.differences` allows, or nothing but
+        damaged checkpoints; if the optimizer does not fit the model, ReLoRA or the accumulation;
+        if the loss jumps after too many rollbacks.
       CheckpointError: if a checkpoint cannot be written.
     """
     splits = splits if splits is not None else load_splits(config.data)
@@ -85,18 +87,14 @@ def train(
     if devices.leads:
         run_dir.mkdir(parents=True, exist_ok=True)
         if config.output.resume:
-            _drop_damaged(run_dir, reporter)
+            prepare(run_dir, config, _identity(config, splits), reporter)
     devices.wait("run directory")
     output = config.output
     with Checkpoints(
         run_dir / "checkpoints", keep=output.keep, keep_best=output.keep_best
     ) as checkpoints:
         identity = _identity(config, splits)
-        done = checkpoints.resume_point(
-            identity, run_dir, resume=output.resume, differences=differences
-        )
-        if output.resume:
-            reporter.note(f"resuming after step {done // config.accumulate}")
+        done = resume_point(checkpoints, run_dir, config, identity, reporter)
         log = MetricsLog()
         if devices.leads:
             replace_text(run_dir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
@@ -105,19 +103,6 @@ def train(
         with log:
             run = _Run(config, splits, tx, reporter, log, checkpoints, devices, initial)
             return run.run(should_stop)
-
-
-def _drop_damaged(run_dir: Path, reporter: Reporter) -> None:
-    """Leaves a checkpoint that is as it was written to be the newest."""
-    checkpoints = run_dir / "checkpoints"
-    damaged = quarantine(checkpoints)
-    for what in damaged:
-        reporter.note(f"damaged, using the checkpoint before: {what}")
-    if damaged and not any(p.name.isdigit() for p in checkpoints.iterdir()):
-        raise ConfigError(
-            f"{run_dir}: every checkpoint is damaged and was moved to {run_dir / 'damaged'}: "
-            "pass --overwrite to start anew"
-        )
 
 
 def _identity(config: RunConfig, splits: Splits) -> dict[str, Any]:
@@ -359,6 +344,8 @@ class _Run:
         """Takes the state of the newest checkpoint, and returns what else is in it."""
         assert self.checkpoints is not None
         self.state, data = self.checkpoints.restore(self.state)
+        before = self.checkpoints.config().get("accumulate", self.config.accumulate)
+        self.state = recounted(self.state, before, self.config.accumulate)
         # Of before there was anything else.
         return data if "positions" in data else {"positions": [data], "guard": None}
 
@@ -368,6 +355,11 @@ class _Run:
         self.guard.restore(data["guard"])
         self._micro_step = int(self.state.micro_step)
         self.batches.go_to(data["positions"])
+        assert self.checkpoints is not None
+        step, unfinished = divmod(self._micro_step, self.config.accumulate)
+        extended = self.checkpoints.config().get("steps") == step < self.config.steps
+        if extended and not unfinished and self.config.adapter.merges_after(step):
+            self.state = self.merge(self.state)  # Not done by the run that ended here.
 
     def _is_due(self, step: int, every: int) -> bool:
         return step % every == 0 or step == self.config.steps

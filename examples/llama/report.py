@@ -1,9 +1,16 @@
 """Descriptions of records and summaries for the terminal."""
 
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
 from rich.table import Table
 
 from examples.common.metrics import Record
+from examples.llama.data import DataConfig
 from examples.llama.memory.peak import peak_rows
+from examples.llama.result import Result
 
 
 def summary_table(summary: Record) -> Table:
@@ -30,6 +37,40 @@ def summary_table(summary: Record) -> Table:
         row("  of the bigram model", f"{summary[split]['bigram']:.1f}")
         row("  of the unigram model", f"{summary[split]['unigram']:.1f}")
     return table
+
+
+def next_commands(result: Result) -> list[str]:
+    """Command lines that sample, evaluate and export a finished run."""
+    config, run_dir = result.config, result.config.run_dir
+    held_out = ["--data", *config.data.data, "--split", "test"]
+    if config.data.split_seed != DataConfig().split_seed:
+        held_out += ["--split-seed", str(config.data.split_seed)]
+    if config.seq_len != config.model.max_length:
+        held_out += ["--seq-len", str(config.seq_len)]
+    prompt = ["--prompt", config.output.sample]
+    if config.output.sample.startswith("-"):  # It would be read as an option.
+        prompt = ["=".join(prompt)]
+    return [
+        _command("sample", run_dir, *prompt),
+        _command("evaluate", run_dir, *held_out),
+        _command(
+            "export", run_dir, "--to", str(run_dir.with_name(f"{run_dir.name}-step{result.steps}"))
+        ),
+    ]
+
+
+def _command(module: str, run_dir: Path, *options: str) -> str:
+    return shlex.join([_python(), "-m", f"examples.llama.{module}", str(run_dir), *options])
+
+
+def _python() -> str:
+    """The interpreter of this program, as briefly as the shell finds it."""
+    found = shutil.which("python")
+    if found is not None and Path(found).absolute() == Path(sys.executable).absolute():
+        return "python"
+    here = Path.cwd()
+    path = Path(sys.executable)
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 def describe(record: Record) -> str:

@@ -38,7 +38,9 @@ class OutputConfig:
     name: str | None = None
     """Directory under runs/; by default preset, optimizer and adapter."""
     resume: bool = False
-    """Continue this run from its last checkpoint."""
+    """Continue this run from its last checkpoint. --steps, --learning-rate, --warmup and --floor
+    may differ from before, and --batch-size with --accumulate if their product is the same and
+    both --accumulate are above 1. What shapes the model or the optimizer's state may not."""
     overwrite: bool = False
     """Delete an earlier run of the same name first."""
     root: Path = Path("runs")
@@ -64,16 +66,18 @@ class OutputConfig:
 class RunConfig:
     """Pre-train a LLaMA on text.
 
-    Writes runs/NAME with config.json, metrics.jsonl, curves.png, sample.txt, summary.json and
-    checkpoints. Ctrl-C or SIGTERM saves and stops after the current batch (exit code 130 or 143);
-    --resume goes on from there. Errors end with exit code 1, wrong arguments with 2.
+    Writes runs/NAME with config.json, metrics.jsonl, curves.png, sample.txt, summary.json,
+    checkpoints and, at the end, the weights in the Hugging Face layout. Ctrl-C or SIGTERM saves and
+    stops after the current batch (exit code 130 or 143); --resume goes on from there. Errors end
+    with exit code 1, wrong arguments with 2.
     """
 
     preset: PresetName = "nano"
     """Sizes of the model and of the run; every other option overrides a part of it."""
     init_from: str | None = None
-    """Continue from published LLaMA weights: a GGUF file, a directory in the Hugging Face layout, a
-    name on its hub, or `smollm2-135m-instruct`. Model and tokenizer are those of the weights."""
+    """Continue from trained weights: the directory of a run, a directory in the Hugging Face layout
+    such as RUN/export, a GGUF file, a name on the hub, or `smollm2-135m-instruct`. Model and
+    tokenizer are those of the weights."""
     steps: int = 600
     """Optimizer steps."""
     batch_size: int = 16
@@ -92,7 +96,7 @@ class RunConfig:
     """Store the matrices of the layers in 8 bits, decoded one layer at a time and rounded
     stochastically after each update. Needs --per-layer. An evaluation decodes all of them."""
     offload: Literal["none", "state", "weights"] = "none"
-    """What is kept in the memory of the host between uses: the optimizer's state, with --per-layer
+    """Kept in host memory between uses: the optimizer's state, with --per-layer
     fetched layer by layer; or the weights of the layers too, which needs --per-layer."""
     seed: int = 0
     """Of the initial weights, the order of the data and the optimizer's random subspaces."""
@@ -234,6 +238,10 @@ def _paper(steps: int, rank: int, interval: int = 200) -> dict[str, Any]:
 # The text itself is compared, whatever was left out of it.
 HARMLESS = ("output.", "distributed.", "faults.", "data.cache_dir", "data.skip_bad_lines")
 
+# What has an influence, but neither on the shapes of the state nor on its meaning.
+ADJUSTABLE = ("steps", "schedule.", "optimizer.learning_rate")
+_BATCHES = ("batch_size", "accumulate")
+
 RUN_PRESETS: dict[str, dict[str, Any]] = {
     "nano": {"steps": 600, "batch_size": 16, "optimizer": OptimizerConfig(rank=32)},
     "9m": {
@@ -259,5 +267,28 @@ def run_preset(name: str) -> RunConfig:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Fields that differ and influence the trained model, as "field: old -> new"."""
-    return config.differences(old, new, defaults=RunConfig().to_dict(), harmless=HARMLESS)
+    """Fields that a resumed run may not have otherwise, as "field: old -> new"."""
+    harmless = (*HARMLESS, *ADJUSTABLE)
+    changed = config.differences(old, new, defaults=RunConfig().to_dict(), harmless=harmless)
+    may = _BATCHES if _same_steps(old, new) else ()
+    return [text for text in changed if text.split(":")[0] not in may]
+
+
+def adjustments(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Fields that differ, influence the trained model and may, as "field: old -> new"."""
+    changed = config.differences(old, new, defaults=RunConfig().to_dict(), harmless=HARMLESS)
+    return [text for text in changed if text not in differences(old, new)]
+
+
+def _same_steps(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether two configurations divide the same rows into batches, for states of one structure.
+
+    Without an accumulation the optimizer's state has no sum of gradients. ReLoRA's restarts of the
+    learning rate count batches.
+    """
+    rows, numbers = (
+        [x.get("batch_size", 1) * x.get("accumulate", 1) for x in (old, new)],
+        [x.get("accumulate", 1) for x in (old, new)],
+    )
+    one_structure = min(numbers) > 1 or new["accumulate_in_subspace"]
+    return rows[0] == rows[1] and one_structure and new["adapter"]["kind"] != "relora"

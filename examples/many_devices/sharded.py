@@ -1,4 +1,4 @@
-"""Pre-training on a mesh, on one page: weights, state and batches are divided over the devices.
+"""Pre-training on a mesh, on one page: weights, state and batches sharded over devices.
 
     python -m examples.many_devices.sharded --devices 8             # on a CPU, as if it were eight
     python -m examples.many_devices.sharded --devices 4 --steps 40  # goes on, on four

@@ -3,9 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, NoReturn
 
-import jinja2
-import jinja2.sandbox
-
 from examples.common.errors import WeightsError
 
 
@@ -28,6 +25,8 @@ class ChatTemplate(NamedTuple):
         Raises:
           WeightsError: if the template cannot be used or refuses the messages.
         """
+        import jinja2.sandbox  # Only models with a template need it.
+
         # As transformers renders them; the sandbox, because a template is a program of others.
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True
@@ -42,4 +41,6 @@ class ChatTemplate(NamedTuple):
 
 
 def _refuse(message: str) -> NoReturn:
+    import jinja2
+
     raise jinja2.TemplateError(message)

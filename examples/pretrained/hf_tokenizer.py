@@ -59,7 +59,12 @@ def write_tokenizer(
 ) -> None:
     """Writes both, and `tokens` by names such as eos_token, for this module and transformers."""
     tokenizer.save(str(directory / TOKENIZER))
-    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **tokens}
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        # Otherwise transformers 4 deletes spaces before punctuation when it decodes.
+        "clean_up_tokenization_spaces": False,
+        **tokens,
+    }
     if chat_template is not None:
         settings["chat_template"] = chat_template.text
     (directory / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")

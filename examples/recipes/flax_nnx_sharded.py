@@ -1,4 +1,4 @@
-"""Flax NNX with sharding metadata: weights and optimizer state are spread over the devices.
+"""Flax NNX with sharding metadata: weights and optimizer state sharded over devices.
 
 On a CPU: JAX_NUM_CPU_DEVICES=8 NPROC=32 python examples/recipes/flax_nnx_sharded.py
 """

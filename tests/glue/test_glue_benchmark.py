@@ -7,11 +7,12 @@ import pathlib
 import pytest
 import tiny_encoder as tiny
 
-from benchmarks.glue.runs import Run, make
-from benchmarks.glue.show import Show, check, read_groups, table
-from benchmarks.glue.sweep import Sweep, command, run_sweep, runs
-from benchmarks.quality.files import write
-from benchmarks.quality.tables import PLUS_MINUS
+from benchmarks.common.result_files import write
+from benchmarks.common.sweep import command
+from benchmarks.finetuning.runs import Run, make
+from benchmarks.finetuning.show import Show, check, read_groups, table
+from benchmarks.finetuning.sweep import Sweep, run_sweep, runs
+from benchmarks.pretraining.tables import PLUS_MINUS
 from examples.common.errors import ConfigError
 from examples.finetune.encoder.run_config import preset_config
 
@@ -30,7 +31,7 @@ def test_one_run(common, monkeypatch):
     def small(*names):
         return dataclasses.replace(preset_config(*names), max_length=16, batch_size=6)
 
-    monkeypatch.setattr("benchmarks.glue.runs.preset_config", small)
+    monkeypatch.setattr("benchmarks.finetuning.runs.preset_config", small)
     run = Run(**common, rank=4, learning_rate=1e-3)
     record = make(run)
     assert run.path.name == "natural-galore-r4-lr0.001-seed1.json"
@@ -55,7 +56,7 @@ def test_a_sweep_tunes_and_goes_on(common, monkeypatch):
             write(record_of(run, 5e-4 if run.rank else 1e-4), run.path)
         return []
 
-    monkeypatch.setattr("benchmarks.glue.sweep.run_all", make_all)
+    monkeypatch.setattr("benchmarks.common.sweep.run_all", make_all)
     tune = Sweep(**common, tune=True, suite="tune", seeds=(100,), methods=("adamw", "lora"))
     assert run_sweep(tune) == 0
     rates = {key: sorted(r.learning_rate for r in made if r.rank == key) for key in (0, 4, 8)}
@@ -74,7 +75,7 @@ def test_a_sweep_tunes_and_goes_on(common, monkeypatch):
         (2, "lora", 5e-4),
     ]
     run = runs(main)[1]
-    words = command(run)[3:]
+    words = command(run, "benchmarks.finetuning")[3:]
     assert words[:1] == ["run"] and words[words.index("--learning-rate") + 1] == "0.0005"
     with pytest.raises(ConfigError, match=r"galore has no tuned learning rate at rank 8"):
         runs(Sweep(**common, methods=("galore",), ranks=(8,)))
@@ -90,7 +91,7 @@ def test_a_sweep_refines_downwards(common, monkeypatch):
             write(record_of(run, 1e-4 if run.method == "adamw" else 2e-4), run.path)
         return []
 
-    monkeypatch.setattr("benchmarks.glue.sweep.run_all", make_all)
+    monkeypatch.setattr("benchmarks.common.sweep.run_all", make_all)
     for method, rank, rate in (("adamw", 0, 1e-4), ("lora", 8, 1e-3)):
         run = Run(**common, suite="tune", method=method, rank=rank, learning_rate=rate)
         write(record_of(run, rate), run.path)
@@ -106,7 +107,7 @@ def test_a_sweep_refines_downwards(common, monkeypatch):
 def test_what_adamw_and_lora_ignore_is_not_of_their_runs(common):
     def asked(method, rank):
         run = Run(**common, method=method, rank=rank, embeddings="full", moment_bits=None)
-        assert "--moment-bits None" in " ".join(command(run))
+        assert "--moment-bits None" in " ".join(command(run, "benchmarks.finetuning"))
         found = run.config().method
         return found.embeddings, found.moment_bits
 

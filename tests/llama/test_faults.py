@@ -269,7 +269,7 @@ def test_a_rollback_needs_checkpoints():
 
 @pytest.mark.skipif(resource is None, reason="the limit is one of POSIX")
 def test_a_disk_without_room_ends_the_run_and_leaves_the_checkpoint_before(model, tmp_path):
-    """A limit on the size of files stands for the full disk: EFBIG in the place of ENOSPC."""
+    """A limit on the size of files stands for the full disk: EFBIG instead of ENOSPC."""
     model()
     # Before the disk is full, so that all is compiled and in the cache on disk.
     expected = train(run_config(), splits=tiny.splits()).state

@@ -12,7 +12,7 @@ from examples.llama.model import generate as generate_module
 from examples.llama.model.adapters import AdapterConfig, make_linear
 from examples.llama.model.config import ModelConfig
 from examples.llama.model.decode import empty_caches, extend
-from examples.llama.model.generate import Sampling, generate, pad_left, sample
+from examples.llama.model.generate import Sampling, generate, pad_left, sample, stream
 from examples.llama.model.llama import Llama, stack_layers, with_params
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -199,3 +199,17 @@ def test_bad_arguments_are_refused(model, change, message):
 def test_bad_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**settings)
+
+
+def test_a_stream_is_what_is_generated(model):
+    """Up to the longest row, and up to an end mark."""
+    sampled = {"sampling": Sampling(temperature=1.0, top_p=0.9), "key": KEY}
+    whole = generate(model, [PROMPTS[1]], 18, pad_to=6, **sampled).tokens[0]
+    assert list(stream(model, PROMPTS[1], 18, pad_to=6, **sampled)) == whole
+    end = (whole[4], 99)
+    found = generate(model, [PROMPTS[1]], 18, pad_to=6, end_ids=end, **sampled)
+    assert found.ended == [True]
+    assert list(stream(model, PROMPTS[1], 18, pad_to=6, end_ids=end, **sampled)) == found.tokens[0]
+    assert list(stream(model, [1], 0)) == []
+    with pytest.raises(ValueError, match="max_length=24"):
+        next(stream(model, [1] * 20, 5))

@@ -24,7 +24,7 @@ from examples.finetune.encoder.weights import MATRICES, module_name
 Params = dict[str, Any]
 
 # Peak rates where none is given, for the batches and epochs of `make finetune`. The first four were
-# tuned by `benchmarks.glue` at rank 8; each of the others is that of the one among them whose
+# tuned by `benchmarks.finetuning` at rank 8; each of the others is that of the one among them whose
 # updates are about as large.
 LEARNING_RATES = {
     "adamw": 5e-5,

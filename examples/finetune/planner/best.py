@@ -1,13 +1,12 @@
 """The best epoch, and its model."""
 
-import shutil
 from pathlib import Path
 
 from examples.common.metrics import Record, of_kind
 from examples.common.train_state import Params
 from examples.finetune.planner.prepare import Prepared
 from examples.llama.model.llama import with_params
-from examples.llama.weights.files import PretrainedLlama, open_weights, read_params, save_llama
+from examples.llama.weights.files import PretrainedLlama, open_weights, read_params, replace_llama
 
 MODEL = "model"
 
@@ -20,7 +19,7 @@ def best_epoch(records: list[Record]) -> Record:
 
 
 def save_best(params: Params, prepared: Prepared, run_dir: Path) -> None:
-    """Writes plain weights in the Hugging Face layout, in the place of those before."""
+    """Writes plain weights in the Hugging Face layout, instead of those before."""
     chat = prepared.chat
     model = PretrainedLlama(
         with_params(prepared.model, params),
@@ -29,13 +28,7 @@ def save_best(params: Params, prepared: Prepared, run_dir: Path) -> None:
         chat.template,
         chat.end_ids,
     )
-    # Whole or not there at all.
-    unfinished, directory = run_dir / f"{MODEL}.unfinished", run_dir / MODEL
-    shutil.rmtree(unfinished, ignore_errors=True)
-    save_llama(model, unfinished)
-    if directory.exists():
-        shutil.rmtree(directory)
-    unfinished.rename(directory)
+    replace_llama(model, run_dir / MODEL)
 
 
 def read_best(prepared: Prepared, run_dir: Path) -> Params:

@@ -66,7 +66,7 @@ class RunConfig:
     limit: int | None = None
     """Train on so many rows only, drawn at random, the same for every seed."""
     eval_limit: int | None = None
-    """Records of the validation and of the test split that are looked at, likewise; by default
+    """Records of the validation and of the test split to evaluate on, drawn at random; by default
     all of them."""
     eval_batch_size: int = 8
     """Plans that are written at a time."""

@@ -38,16 +38,30 @@ class Corpus(NamedTuple):
 
 def load_corpus(config: DataConfig) -> Corpus:
     """Reads every source of `config.data`; a streamed data set keeps its own validation split."""
+    if _is_streamed(config):
+        return Corpus(*hub.read_splits(config))
+    return Corpus(*split_documents(_documents(config), config.split_seed))
+
+
+def load_documents(config: DataConfig) -> list[str]:
+    """All documents of `config.data`, of whichever split; of a streamed data set the first ones."""
+    if _is_streamed(config):
+        return [text for texts in hub.read_splits(config) for text in texts]
+    return _documents(config)
+
+
+def _is_streamed(config: DataConfig) -> bool:
     if not config.data or not all(config.data):
         raise DataError("no data: name at least one file, directory or data set")
-    if hub.is_hub(config):
-        return Corpus(*hub.read_splits(config))
+    return hub.is_hub(config)
+
+
+def _documents(config: DataConfig) -> list[str]:
     try:
-        documents = [text for source in config.data for text in _read(source, config)]
+        return [text for source in config.data for text in _read(source, config)]
     # Directories that may not be listed; what goes wrong inside a file is reported with it.
     except OSError as error:
         raise DataError(f"{error.filename}: {error.strerror}") from error
-    return Corpus(*split_documents(documents, config.split_seed))
 
 
 def _read(source: str, config: DataConfig) -> Iterator[str]:

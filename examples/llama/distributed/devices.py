@@ -168,7 +168,7 @@ class ShardedDevices(SharedDevices):
         return jax.tree.map(_placed, tree, self.weights_at(tree))
 
     def local(self, tree: Any) -> Any:
-        """In the memory of the host: no device need have room for all of it."""
+        """In host memory: no device need have room for all of it."""
         return jax.tree.map(_whole, tree)
 
 

@@ -29,7 +29,7 @@ class DistributedConfig:
     process_id: int | None = None
     """Which of them this is, from 0; with the coordinator's address."""
     sharding: Literal["replicated", "full"] = "replicated"
-    """Weights and optimizer state whole on every device, or divided over all of them."""
+    """Weights and optimizer state replicated, or sharded over all devices."""
     heartbeat_timeout: int = 30
     """Seconds without a sign of life after which a process counts as dead, and the others end."""
 

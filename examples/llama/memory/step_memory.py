@@ -51,7 +51,7 @@ def of_compiled(
     """The memory of a compiled step, where the backend gives an account of it.
 
     The total is the compiler's own: arguments, results that are not in their place, temporaries.
-    What is kept in the memory of the host is not in it, and what is kept is then not divided.
+    Arrays in host memory are not counted, and the kept bytes are then not split into parts.
     """
     if compiled.memory_analysis() is None:
         return None
@@ -88,7 +88,7 @@ def predict(
 
     Args:
       config: the run.
-      tx: an optimizer to use in the place of the one that `config` names.
+      tx: an optimizer to use instead of the one that `config` names.
       run: `abstract_run(config, tx)`, if it is there already.
 
     Raises:
@@ -134,7 +134,7 @@ class _Baseline(NamedTuple):
 
     compiled_temporary: int  # bytes, in the dtypes that it was compiled in
     gradients: int  # bytes, in the dtypes of the configuration
-    activations: int  # likewise
+    activations: int  # bytes, in the dtypes of the configuration
 
 
 def _baseline_of(config: RunConfig) -> _Baseline:
@@ -206,7 +206,7 @@ def saved_bytes(config: RunConfig) -> int:
 def _divided(report: ng.MemoryReport, state: TrainState, kept: int) -> StepMemory:
     """`kept` bytes of a device divided into the weights, the optimizer's state, and the rest."""
     optimizer = _nbytes(state.opt_state)
-    # The report counts what is divided over devices whole.
+    # The report counts sharded arrays whole.
     is_whole = report.total_state_bytes == optimizer
     parts = dict(report.part_bytes) if is_whole else {"state": optimizer}
     parts["accumulated"] = _nbytes(state.accumulated)

@@ -11,8 +11,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from examples.common.lora import LoRALinear, on_rows
+from examples.common.lora import LoRALinear, Tree, merge_adapters, on_rows
 from examples.llama.model.config import ModelConfig
 from examples.llama.model.llama import INIT_STD, MakeLinear, dense
 
@@ -100,3 +101,22 @@ def _lora(
     base = dense(inputs, outputs, config, rngs)
     # A stream of its own for A: W0 is what a model without adapters starts from.
     return LoRALinear(base, adapter.rank, adapter.scale, nnx.Rngs(params=rngs.adapter()))
+
+
+def without_adapters(adapter: AdapterConfig, weights: Tree) -> Tree:
+    """Weights of the model without adapters: adapters merged, factorised weights multiplied out.
+
+    Both models compute the same outputs, to rounding. Products are computed in float32.
+    """
+    if adapter.kind == "none":
+        return weights
+    if adapter.kind != "factorised":
+        return merge_adapters(weights, adapter.scale)
+    flat: Tree = flatten_dict(weights)
+    for path in [path for path in flat if path[-1] == "lora_a"]:
+        A, B = (flat.pop((*path[:-1], name)) for name in ("lora_a", "lora_b"))
+        product = jnp.matmul(
+            A.astype(jnp.float32), B.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+        )
+        flat[(*path[:-1], "kernel")] = product.astype(A.dtype)
+    return unflatten_dict(flat)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -125,6 +125,35 @@ def generate(
     return Generated(texts, ended, middle - begin, seconds, int(steps))
 
 
+def stream(
+    model: Llama,
+    prompt: Sequence[int],
+    length: int,
+    *,
+    sampling: Sampling = GREEDY,
+    end_ids: Sequence[int] = (),
+    key: jax.Array | None = None,
+    pad_to: int = PAD_TO,
+) -> Iterator[int]:
+    """The tokens that :func:`generate` adds to one prompt, each as soon as it is known.
+
+    The arguments and errors are those of :func:`generate`.
+    """
+    _check(model, [prompt], length, sampling, key, pad_to)
+    if length == 0:
+        return
+    key = jax.random.key(0) if key is None else key
+    tokens, starts = pad_left([prompt], pad_to)
+    token, caches = _read(model, tokens, starts, key, length, sampling)
+    for step in range(1, length + 1):
+        if int(token[0]) in end_ids:
+            return
+        yield int(token[0])
+        if step < length:
+            slot = tokens.shape[1] + step - 1
+            token, caches = _next(model, token, starts, caches, slot, key, step, sampling)
+
+
 def pad_left(prompts: Sequence[Sequence[int]], multiple: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """Tokens (B, T) int32 with zeros on the left, and where each row starts, (B,) int32."""
     width = -(-max(map(len, prompts)) // multiple) * multiple
@@ -150,6 +179,22 @@ def _read(
     return sample(model.logits(x[:, -1]), sampling, jax.random.fold_in(key, 0)), caches
 
 
+@functools.partial(jax.jit, static_argnames="sampling", donate_argnames="caches")
+def _next(
+    model: Llama,
+    token: jax.Array,
+    starts: jax.Array,
+    caches: Caches,
+    slot: jax.Array | int,
+    key: jax.Array,
+    step: jax.Array | int,
+    sampling: Sampling,
+) -> tuple[jax.Array, Caches]:
+    """The token after the one in `slot`, of each row (B,)."""
+    x, caches = extend(model, token[:, None], starts, caches, slot)
+    return sample(model.logits(x[:, 0]), sampling, jax.random.fold_in(key, step)), caches
+
+
 @functools.partial(jax.jit, static_argnames=("length", "sampling", "ends"))
 def _write(
     model: Llama,
@@ -167,8 +212,8 @@ def _write(
 
     def write_token(carry):
         step, tokens, ended, caches = carry
-        x, caches = extend(model, tokens[:, step - 1, None], starts, caches, width + step - 1)
-        token = sample(model.logits(x[:, 0]), sampling, jax.random.fold_in(key, step))
+        before, slot = tokens[:, step - 1], width + step - 1
+        token, caches = _next(model, before, starts, caches, slot, key, step, sampling)
         if ends:  # After its end a row repeats the end mark.
             token = jnp.where(ended, ids[0], token)
         return step + 1, tokens.at[:, step].set(token), ended | jnp.isin(token, ids), caches

@@ -44,7 +44,7 @@ class Llama(nnx.Module):
     ``layers.<i>.{attention_norm,mlp_norm}.scale (D,)``, ``norm.scale (D,)`` and, unless the
     embeddings are tied, ``head.kernel (D, V)``. With ``config.stacked`` the ``<i>`` is not there
     and every parameter of ``layers`` has a leading axis L. ``make_linear`` may put something else
-    in the place of the linear maps of the layers.
+    instead of the linear maps of the layers.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, make_linear: MakeLinear = dense):
@@ -191,6 +191,15 @@ def with_params(
     """The model that has these parameters, a pure dict; nothing is initialised."""
     model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), make_linear=make_linear))
     return nnx.merge(nnx.graphdef(model), params)
+
+
+def abstract_params(config: ModelConfig, make_linear: MakeLinear = dense) -> dict[str, Any]:
+    """Shapes and dtypes of all parameters, a pure dict."""
+
+    def make() -> Llama:
+        return Llama(config, rngs=nnx.Rngs(0), make_linear=make_linear)
+
+    return nnx.to_pure_dict(nnx.state(nnx.eval_shape(make), nnx.Param))
 
 
 def stack_layers(params: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""Published LLaMA weights: read from GGUF and Hugging Face files, and written to the latter."""
+"""LLaMA weights: read from runs, GGUF and Hugging Face files, and written to the latter."""
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,14 +12,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tokenizers import Tokenizer
 
 from examples.common.errors import WeightsError
+from examples.llama.data.tokenizer import end_of_text, load_tokenizer
 from examples.llama.model.config import ModelConfig
-from examples.llama.model.llama import Llama, with_params
-from examples.llama.weights import gguf, hf_config, names
+from examples.llama.model.llama import Llama, abstract_params, with_params
+from examples.llama.weights import hf_config, names, runs
 from examples.pretrained import fill, locate_model, read_tensors, tensors_of, write_tensors
 from examples.pretrained.chat import ChatTemplate
-from examples.pretrained.gguf_file import open_gguf
-from examples.pretrained.gguf_tokenizer import gguf_tokenizer
 from examples.pretrained.hf_tokenizer import (
+    TOKENIZER,
     read_chat_template,
     read_tokenizer,
     write_tokenizer,
@@ -28,6 +29,7 @@ from examples.pretrained.tensors import Tensors
 
 FILES = ("*.json", "*.jinja", "*.safetensors")
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
 
 Params = dict[str, Any]
 
@@ -56,36 +58,49 @@ class PretrainedLlama(NamedTuple):
 
 
 def load_llama(
-    name: str, *, stacked: bool = False, dtype: str = "float32", param_dtype: str = "float32"
+    name: str,
+    *,
+    stacked: bool = False,
+    dtype: str = "float32",
+    param_dtype: str = "float32",
+    step: int | None = None,
 ) -> PretrainedLlama:
-    """A model from a GGUF file, a directory in the Hugging Face layout, a package or a hub.
+    """A model from a run of `examples.llama`, a GGUF file, a directory in the Hugging Face layout,
+    a package or a hub.
 
     Args:
-      name: a path ``model.gguf``; a directory with ``config.json``, ``model.safetensors`` (or its
-        parts and their index) and, where there are any, ``tokenizer.json`` and
-        ``tokenizer_config.json``; ``smollm2-135m-instruct``, for the pip package that brings it
-        along; or a name on the Hugging Face hub.
+      name: the directory of a run; a path ``model.gguf``; a directory with ``config.json``,
+        ``model.safetensors`` (or its parts and their index) and, where there are any,
+        ``tokenizer.json`` and ``tokenizer_config.json``; ``smollm2-135m-instruct``, for
+        the pip package that brings it along; or a name on the Hugging Face hub.
       stacked: keep the layers in one stack, as `per_layer` training needs them.
       dtype: what products are computed in.
       param_dtype: what the weights become, whatever the file has.
+      step: of a run, the step of the checkpoint; the newest one by default.
 
     Raises:
       WeightsError: names the file and the tensors at fault: missing, cut off or damaged files, an
         unknown architecture, and a report of all tensors that are missing or of another shape.
     """
-    file = open_weights(name)
+    file = open_weights(name, step)
     config = dataclasses.replace(file.config, stacked=stacked, dtype=dtype, param_dtype=param_dtype)
     model = with_params(config, read_params(file, config))
     return PretrainedLlama(model, config, file.tokenizer, file.chat_template, file.end_ids)
 
 
-def open_weights(name: str) -> WeightsFile:
+def open_weights(name: str, step: int | None = None) -> WeightsFile:
     """Everything but the tensors.
 
     Raises:
       WeightsError: as :func:`load_llama`.
     """
     path = locate_model(name, FILES)
+    if runs.is_run(path):
+        return _open_run(path, step)
+    if (path / runs.EXPORT / CONFIG).exists():
+        path = path / runs.EXPORT
+    if step is not None:
+        raise WeightsError(f"{name}: no checkpoints in this directory, so no step {step}")
     return _open_gguf(path) if path.is_file() else _open_directory(path)
 
 
@@ -95,8 +110,7 @@ def read_params(file: WeightsFile, config: ModelConfig) -> Params:
     Raises:
       WeightsError: as :func:`load_llama`.
     """
-    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
-    expected: dict[Any, Any] = flatten_dict(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    expected: dict[Any, Any] = flatten_dict(abstract_params(config))
     stored = names.stored_as(expected, config, file.names)
     filled = fill(expected, stored, file.tensors(), source=str(file.path))
     known = {file.names["head"]} if config.tied_embeddings else set()
@@ -108,9 +122,28 @@ def read_params(file: WeightsFile, config: ModelConfig) -> Params:
     return unflatten_dict(filled.params)
 
 
+def replace_llama(pretrained: PretrainedLlama, directory: Path) -> None:
+    """:func:`save_llama` into a directory that appears with all its files, instead of an older one.
+
+    Raises:
+      WeightsError: if the directory has other files than those of a model.
+    """
+    directory = directory.resolve()  # "." has no name.
+    if directory.exists() and any(directory.iterdir()):
+        path = directory / CONFIG
+        if not path.exists() or read_json(path).get("model_type") != "llama":
+            raise WeightsError(f"{directory}: not empty, and no exported model to be replaced")
+    unfinished = directory.with_name(f"{directory.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    save_llama(pretrained, unfinished)
+    if directory.exists():
+        shutil.rmtree(directory)
+    unfinished.rename(directory)
+
+
 def save_llama(pretrained: PretrainedLlama, directory: Path) -> None:
-    """Writes `config.json`, `model.safetensors` and the tokenizer, to be read by
-    :func:`load_llama` and by transformers."""
+    """Writes `config.json`, `generation_config.json`, `model.safetensors` and the tokenizer, to be
+    read by :func:`load_llama` and by transformers."""
     model, config, tokenizer, chat_template, end_ids = pretrained
     directory.mkdir(parents=True, exist_ok=True)
     flat: dict[Any, Any] = flatten_dict(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
@@ -126,13 +159,40 @@ def save_llama(pretrained: PretrainedLlama, directory: Path) -> None:
         if "bos_token" in tokens:
             raw["bos_token_id"] = tokenizer.token_to_id(tokens["bos_token"])
         write_tokenizer(tokenizer, chat_template, tokens, directory)
-    (directory / CONFIG).write_text(json.dumps(raw, indent=2) + "\n")
+    _write_json(directory / CONFIG, raw)
+    _write_json(directory / GENERATION, {key: raw[key] for key in ("bos_token_id", "eos_token_id")})
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _open_run(path: Path, step: int | None) -> WeightsFile:
+    run = runs.saved_run(path, step)
+    tokenizer = load_tokenizer(str(path / TOKENIZER))
+
+    def tensors() -> Tensors:
+        flat: dict[Any, Any] = flatten_dict(runs.read_weights(run))
+        return tensors_of(flat, names.stored_as(flat, run.model, names.HUGGING_FACE))
+
+    return WeightsFile(
+        path=path,
+        config=run.model,
+        tokenizer=tokenizer,
+        chat_template=None,
+        end_ids=(end_of_text(tokenizer),),
+        tensors=tensors,
+        names=names.HUGGING_FACE,
+        types={},
+    )
 
 
 def _open_directory(path: Path) -> WeightsFile:
     raw = read_json(path / CONFIG)
+    if "preset" in raw and "model_type" not in raw:
+        raise WeightsError(f"{path}: a run of examples.llama without checkpoints")
     config = hf_config.config_of(raw, path / CONFIG)
-    generation = path / "generation_config.json"
+    generation = path / GENERATION
     settings = read_json(generation) if generation.exists() else {}
     # Null, which transformers writes for what was not set, says nothing.
     ends = [source.get("eos_token_id") for source in (settings, raw)]
@@ -153,6 +213,14 @@ def _open_directory(path: Path) -> WeightsFile:
 
 
 def _open_gguf(path: Path) -> WeightsFile:
+    try:
+        from examples.llama.weights import gguf
+        from examples.pretrained.gguf_file import open_gguf
+        from examples.pretrained.gguf_tokenizer import gguf_tokenizer
+    except ImportError as error:
+        raise WeightsError(
+            f"{path}: needs {error.name}: python -m pip install 'natgalore-jax[pretrained]'"
+        ) from error
     file = open_gguf(path)
     config = gguf.config_of(file)
     tokenizer = gguf_tokenizer(file.metadata, path)

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tokenizers import Tokenizer
 
-from examples.common.errors import ConfigError, DataError, WeightsError
+from examples.common.errors import CheckpointError, ConfigError, DataError, WeightsError
 from examples.llama.data.tokenizer import load_tokenizer, plain_text, vocabulary_size
 from examples.llama.model.config import ModelConfig
 from examples.llama.run_config import RunConfig, run_preset
+from examples.llama.weights.files import WeightsFile, open_weights, read_params
 
 TOKENIZER = "tokenizer.json"
 
@@ -46,7 +47,8 @@ def start_from(config: RunConfig) -> Start:
         tokenizer = load_tokenizer(str(saved[1]))
         note = f"model and tokenizer from {run_dir}"
     else:
-        file = _using(_weights_module().open_weights, config.init_from)
+        _check_apart(config)
+        file = _using(open_weights, config.init_from)
         model, tokenizer = file.config, _tokenizer(config, file)
         types = ", ".join(f"{count} {name}" for name, count in file.types.items())
         note = f"weights from {file.path}" + (f", stored as {types}" if types else "")
@@ -54,10 +56,7 @@ def start_from(config: RunConfig) -> Start:
     config = dataclasses.replace(config, model=model)
 
     def weights() -> Params:
-        module = _weights_module()
-        return _using(
-            lambda name: module.read_params(module.open_weights(name), model), config.init_from
-        )
+        return _using(lambda name: read_params(open_weights(name), model), config.init_from)
 
     return Start(config, tokenizer, weights, note)
 
@@ -78,6 +77,15 @@ def overlay(weights: Params, given: Params) -> Params:
             f"or relora; there is no place for {'.'.join(map(str, min(homeless, key=str)))}"
         )
     return unflatten_dict(flat | {places[path]: array for path, array in given.items()})
+
+
+def _check_apart(config: RunConfig) -> None:
+    """That --overwrite does not delete the weights before they are read."""
+    path, run_dir = Path(str(config.init_from)).resolve(), config.run_dir.resolve()
+    if config.output.overwrite and path.is_relative_to(run_dir):
+        raise ConfigError(
+            f"--overwrite would delete --init-from {config.init_from}: pass another --name"
+        )
 
 
 def _saved_model(path: Path) -> ModelConfig:
@@ -116,14 +124,18 @@ def _merge(config: RunConfig, model: ModelConfig) -> ModelConfig:
     return dataclasses.replace(model, **free)
 
 
-def _tokenizer(config: RunConfig, file: Any) -> Tokenizer:
+def _tokenizer(config: RunConfig, file: WeightsFile) -> Tokenizer:
     """That of the weights, or the one that is given, which must be the same."""
-    given = config.data.tokenizer and load_tokenizer(config.data.tokenizer)
-    if file.tokenizer is None and not given:
+    given = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
+    own = file.tokenizer
+    if given is not None:
+        tokenizer = given
+    elif own is not None:
+        tokenizer = _using(lambda path: plain_text(own, path), str(file.path))
+    else:
         raise ConfigError(f"{file.path}: no tokenizer: pass the one of the weights, --tokenizer")
-    tokenizer = given or _using(lambda path: plain_text(file.tokenizer, path), str(file.path))
-    if given and file.tokenizer is not None:
-        ids = [t.get_vocab(with_added_tokens=True) for t in (given, file.tokenizer)]
+    if given is not None and own is not None:
+        ids = [t.get_vocab(with_added_tokens=True) for t in (given, own)]
         other = sorted(t for t in ids[0].keys() | ids[1].keys() if ids[0].get(t) != ids[1].get(t))
         if other:
             raise ConfigError(
@@ -139,18 +151,8 @@ def _tokenizer(config: RunConfig, file: Any) -> Tokenizer:
     return tokenizer
 
 
-def _weights_module() -> Any:
-    try:
-        from examples.llama.weights import files
-    except ImportError as error:
-        raise ConfigError(
-            f"--init-from needs {error.name}: python -m pip install 'natgalore-jax[pretrained]'"
-        ) from error
-    return files
-
-
 def _using(function: Callable[[str], Any], name: str | None) -> Any:
     try:
         return function(str(name))
-    except (WeightsError, DataError) as error:
+    except (CheckpointError, DataError, WeightsError) as error:
         raise ConfigError(str(error)) from error

@@ -32,8 +32,8 @@ METHODS = get_args(Method)
 # Methods that call LAPACK, which may fail.
 FACTORISING = ("svd", "eigh", "randomized")
 
-# Power steps of a refresh from the previous basis and from a start; benchmarks/refresh.py measures
-# the share of the energy of the best basis that they capture on gradients of a real model.
+# Power steps of a refresh from the previous basis and from a start; benchmarks.optimizer.refresh
+# measures the share of the energy of the best basis that they capture on gradients of a model.
 WARM_STEPS, COLD_STEPS = 5, 8
 # Randomised SVD: columns beyond the rank, and power steps (Halko, Martinsson & Tropp 2011, §4.4).
 OVERSAMPLING, SKETCH_STEPS = 8, 2

@@ -1,0 +1,1 @@
+"""Environment, time and shapes of measurements; result files; runs in processes of their own."""

@@ -1,0 +1,82 @@
+"""One process of `benchmarks.distributed.processes`: training of examples/llama as a line of JSON.
+
+``python -m benchmarks.distributed.process_run SETTINGS`` takes the settings as JSON.
+"""
+
+import dataclasses
+import json
+import sys
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from tokenizers import Tokenizer, models
+
+from examples.common.metrics import of_kind
+from examples.llama.data import Splits
+from examples.llama.distributed.processes import DistributedConfig, start
+from examples.llama.loop import train
+from examples.llama.run_config import RunConfig, run_preset
+
+
+class RunSettings(NamedTuple):
+    """What is trained, and by which process of how many."""
+
+    preset: str
+    batch_size: int
+    seq_len: int
+    steps: int
+    processes: int
+    process: int
+    address: str  # of process 0
+
+
+def main(settings: RunSettings) -> dict[str, Any]:
+    """Tokens a second of each step, by the clock of the program, and its last loss."""
+    config = _config(settings)
+    start(config.distributed)
+    result = train(config, splits=_random_text(config.model.vocab_size, settings))
+    steps = of_kind(result.records, "train")
+    return {
+        "tokens_per_second": [record["tokens_per_second"] for record in steps],
+        "last_loss": steps[-1]["loss"],
+        "devices": jax.device_count(),
+    }
+
+
+def _config(settings: RunSettings) -> RunConfig:
+    several = DistributedConfig(
+        coordinator_address=settings.address,
+        num_processes=settings.processes,
+        process_id=settings.process,
+    )
+    config = run_preset(settings.preset)
+    return dataclasses.replace(
+        config,
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        seq_len=settings.seq_len,
+        output=dataclasses.replace(config.output, log_every=1, eval_every=settings.steps),
+        distributed=several if settings.processes > 1 else DistributedConfig(),
+    )
+
+
+def _random_text(vocab_size: int, settings: RunSettings) -> Splits:
+    """What the tokens are does not matter to the time of a step."""
+    random = np.random.default_rng(0)
+    row = settings.seq_len + 1
+    held_out = random.integers(0, vocab_size, row, np.int32)  # An evaluation is one batch.
+    return Splits(
+        train=random.integers(0, vocab_size, 100 * settings.batch_size * row, np.int32),
+        validation=held_out,
+        test=held_out,
+        tokenizer=Tokenizer(models.BPE()),
+        vocab_size=vocab_size,
+        end_of_text=0,
+        documents={"train": 1, "validation": 1, "test": 1},
+        fingerprint="random",
+    )
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(RunSettings(*json.loads(sys.argv[1])))))

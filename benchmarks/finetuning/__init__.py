@@ -1,0 +1,1 @@
+"""Which optimizer fine-tunes the better encoder: ``python -m benchmarks.finetuning --help``."""

@@ -1,0 +1,39 @@
+"""``python -m benchmarks.finetuning --help``."""
+
+import signal
+import sys
+
+import tyro
+
+from benchmarks.finetuning.runs import Run, make
+from benchmarks.finetuning.show import Show, show
+from benchmarks.finetuning.sweep import Sweep, run_sweep
+from examples.common.cli import exit_code
+
+Command = Run | Sweep | Show
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command and returns its exit code."""
+    return exit_code(
+        lambda: run(tyro.cli(Command, prog="python -m benchmarks.finetuning", args=argv))
+    )
+
+
+def run(command: Command) -> int:
+    """Does what a command says."""
+    match command:
+        case Run():
+            done = make(command) is None
+            print(f"{command.path} {'was there already' if done else 'written'}")
+        case Sweep():
+            return run_sweep(command)
+        case Show():
+            show(command)
+    return 0
+
+
+if __name__ == "__main__":
+    # A sweep that is told to end takes its runs along.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(main())

@@ -1,1 +1,0 @@
-"""Which optimizer fine-tunes the better encoder: ``python -m benchmarks.glue --help``."""

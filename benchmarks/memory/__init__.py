@@ -1,0 +1,1 @@
+"""Bytes of optimizer states and of whole training steps."""

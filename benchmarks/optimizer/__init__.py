@@ -1,0 +1,1 @@
+"""Cost and effect of the optimizer's update alone."""

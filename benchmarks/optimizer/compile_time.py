@@ -1,0 +1,128 @@
+"""Time that the first update takes to trace and to compile, beside optax.contrib.galore's.
+
+``python -m benchmarks.optimizer.compile_time`` makes optimizers for many unstacked matrices, equal
+ones and of several shapes, and measures the processor time of tracing (to StableHLO) and of
+compiling, and the equations of the jaxpr, those of inner functions counted at every call. Every
+measurement is a process of its own, without a compilation cache.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import tyro
+
+import natgalore_jax as ng
+from benchmarks.common.environment import RESULTS, environment, print_targets, target, write
+
+RANK = 4
+SHAPES = {
+    "equal": [(32, 48)],
+    "seven shapes": [(32, 32), (32, 48), (48, 32), (32, 64), (64, 32), (48, 48), (24, 40)],
+}
+OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "optax.adamw": lambda: optax.adamw(1e-3),
+    "optax.contrib.galore": lambda: optax.contrib.galore(1e-3, rank=RANK),
+    "galore_adamw": lambda: ng.galore_adamw(1e-3, rank=RANK),
+    "natural_galore_adamw": lambda: ng.natural_galore_adamw(1e-3, rank=RANK),
+}
+
+
+def main(
+    matrices: tuple[int, ...] = (10, 40, 200, 1000),
+    optimizers: tuple[str, ...] = tuple(OPTIMIZERS),
+    output: Path = RESULTS / "compile_time.json",
+) -> dict[str, Any]:
+    """Measure tracing and compiling.
+
+    Args:
+      matrices: how many.
+      optimizers: of ``OPTIMIZERS``.
+      output: where the results go.
+    """
+    results: dict[str, Any] = {"environment": environment(0), "rank": RANK, "runs": []}
+    for shapes in SHAPES:
+        for number in matrices:
+            for optimizer in optimizers:
+                run = _in_own_process(optimizer, number, shapes)
+                results["runs"].append(run)
+                print(
+                    f"{shapes:12} {number:5} {optimizer:22} trace {run['trace_s']:6.2f}  compile "
+                    f"{run['compile_s']:7.2f}  equations {run['equations']:7}",
+                    flush=True,
+                )
+    results["targets"] = list(_targets(results["runs"]))
+    print_targets(results["targets"])
+    write(results, output)
+    return results
+
+
+def measure(optimizer: str, number: int, shapes: str) -> dict[str, Any]:
+    """Processor seconds and equations of one update."""
+    kinds = SHAPES[shapes]
+    params = {f"{i}": jnp.zeros(kinds[i % len(kinds)]) for i in range(number)}
+    tx = OPTIMIZERS[optimizer]()
+    state = tx.init(params)
+    start = time.process_time()
+    traced = jax.jit(tx.update).trace(params, state, params)
+    lowered = traced.lower()
+    between = time.process_time()
+    lowered.compile()
+    end = time.process_time()
+    return {
+        "optimizer": optimizer,
+        "matrices": number,
+        "shapes": shapes,
+        "trace_s": between - start,
+        "compile_s": end - between,
+        "equations": equations(traced.jaxpr.jaxpr),
+    }
+
+
+def _in_own_process(*arguments: Any) -> dict[str, Any]:
+    code = "import json, sys; from benchmarks.optimizer.compile_time import measure; "
+    code += "print(json.dumps(measure(*json.loads(sys.argv[1]))))"
+    command = [sys.executable, "-c", code, json.dumps(arguments)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def equations(jaxpr: Any) -> int:
+    """Equations of a jaxpr, those of inner ones counted at every call."""
+    values = [list(eqn.params.values()) for eqn in jaxpr.eqns]
+    inner = jax.tree.leaves(values, is_leaf=lambda x: hasattr(x, "jaxpr"))
+    return len(jaxpr.eqns) + sum(equations(x.jaxpr) for x in inner if hasattr(x, "jaxpr"))
+
+
+def _targets(runs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    def find(optimizer):
+        return next(
+            (
+                r
+                for r in runs
+                if (r["optimizer"], r["matrices"], r["shapes"]) == (optimizer, 200, "equal")
+            ),
+            None,
+        )
+
+    def seconds(run):
+        return run["trace_s"] + run["compile_s"]
+
+    peer = find("optax.contrib.galore")
+    for optimizer in ("galore_adamw", "natural_galore_adamw"):
+        own = find(optimizer)
+        if own and peer:
+            name = f"{optimizer}, 200 equal matrices"
+            yield target(f"{name}, to optax.contrib.galore", seconds(own) / seconds(peer), 2.0)
+            yield target(f"{name}, equations", own["equations"], 10_000)
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)

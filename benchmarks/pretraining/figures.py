@@ -1,0 +1,133 @@
+"""PNG plots of the results."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.figure
+import matplotlib.ticker
+
+from benchmarks.pretraining.methods import METHODS
+from benchmarks.pretraining.summary import Group, Point, Row
+from benchmarks.pretraining.tables import label
+from benchmarks.pretraining.tuning import Rates, Tuned
+
+Groups = Mapping[Group, Mapping[tuple[str, Rates], Row]]
+
+# The methods that the comparison is about have colours; the others are grey, told apart by dashes.
+COLOURS = {
+    "natural-galore": "tab:red",
+    "adamw": "black",
+    "muon": "tab:brown",
+    "galore": "tab:blue",
+    "fira": "tab:green",
+    "apollo-mini": "tab:orange",
+    "natural-galore-paper": "tab:purple",
+    "natural-galore-published": "tab:pink",
+}
+_DASHES = ("-", "--", ":", "-.")
+_CEILING = 1.2  # nats above the lowest loss that a panel still shows
+
+
+def steps(groups: Groups, path: Path) -> None:
+    """Mean validation loss over steps, a panel for each preset and corpus."""
+    _curves(groups, path, "step", lambda point: point.step)
+
+
+def time(groups: Groups, path: Path) -> None:
+    """Mean validation loss over the time spent in training steps."""
+    _curves(groups, path, "seconds in training steps", lambda point: point.seconds)
+
+
+def size(groups: Groups, path: Path) -> None:
+    """Final test loss over the bytes of the optimizer's state."""
+    figure, panels = _panels(groups)
+    for axes, rows in panels:
+        for row in (r for r in rows if not r.diverged):
+            at = (row.state_bytes / 2**20, row.test)
+            colour = COLOURS.get(row.method, "gray")
+            axes.errorbar(*at, yerr=row.test_std or 0, fmt="o", color=colour, markersize=5)
+            axes.annotate(
+                label(row.method), at, (4, 4), textcoords="offset points", fontsize=7, color=colour
+            )
+        axes.set(xlabel="optimizer state, MiB", ylabel="test loss, nats per token")
+        axes.margins(x=0.35)  # Room for the names.
+    figure.savefig(path, dpi=120)
+
+
+def learning_rates(tuned: Mapping[str, Tuned], path: Path) -> None:
+    """Final validation loss over each of the two rates, the other one at its best.
+
+    A cross at the top is a divergence.
+    """
+    figure = matplotlib.figure.Figure(figsize=(12, 5), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    names = ("rate of hidden matrices", "ratio of the other parameters' rate to it")
+    top = min(t.loss for t in tuned.values()) + _CEILING
+    for axes, field, xlabel in zip(panels, ("hidden", "ratio"), names, strict=True):
+        for number, (method, found) in enumerate(tuned.items()):
+            fixed = found.rates._replace(**{field: 0.0})
+            curve = {
+                getattr(rates, field): loss
+                for rates, loss in sorted(found.curve.items())
+                if rates._replace(**{field: 0.0}) == fixed
+            }
+            style = _style(method, number)
+            usable = {rate: loss for rate, loss in curve.items() if loss is not None}
+            axes.plot(list(usable), list(usable.values()), marker="o", markersize=4, **style)
+            lost = [rate for rate, loss in curve.items() if loss is None]
+            axes.plot(lost, [top] * len(lost), "x", color=style["color"], clip_on=False)
+        axes.set(xlabel=xlabel, xscale="log", ylim=(None, top))
+        axes.grid(which="both", alpha=0.2)
+    panels[0].set(ylabel="final validation loss, nats per token")
+    panels[1].legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def _curves(groups: Groups, path: Path, xlabel: str, x: Callable[[Point], float]) -> None:
+    figure, panels = _panels(groups)
+    for axes, rows in panels:
+        shown = [r for r in rows if not r.diverged]
+        for number, row in enumerate(shown):
+            axes.plot(
+                [x(point) for point in row.curve],
+                [point.loss for point in row.curve],
+                **_style(row.method, number),
+            )
+        lowest = min((r.validation for r in shown), default=0.0)
+        axes.set(ylim=(lowest - 0.05, lowest + _CEILING))
+        axes.set(xlabel=xlabel, ylabel="validation loss, nats per token")
+        axes.legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+
+
+def _panels(groups: Groups) -> tuple[matplotlib.figure.Figure, list[tuple[Any, Sequence[Row]]]]:
+    # A Figure of its own, not pyplot: nothing global, no window system.
+    columns = min(2, len(groups))
+    lines = -(-len(groups) // columns)
+    figure = matplotlib.figure.Figure(figsize=(6.5 * columns, 5 * lines), layout="constrained")
+    all_axes = figure.subplots(lines, columns, squeeze=False).ravel()
+    for unused in all_axes[len(groups) :]:
+        unused.remove()
+    panels = []
+    for axes, (group, rows) in zip(all_axes, groups.items(), strict=False):
+        axes.set_title(", ".join(group))
+        axes.grid(alpha=0.2)
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(8))
+        panels.append((axes, _drawn_last(rows.values())))
+    return figure, panels
+
+
+def _drawn_last(rows: Iterable[Row]) -> Sequence[Row]:
+    """The rows with those that have a colour at the end, over the others."""
+    return sorted(rows, key=lambda row: row.method in COLOURS)
+
+
+def _style(method: str, number: int) -> dict[str, Any]:
+    known = method in COLOURS
+    return {
+        "color": COLOURS.get(method, "gray"),
+        "linestyle": "-" if known else _DASHES[number % len(_DASHES)],
+        "linewidth": 1.8 if known else 1.0,
+        "label": label(method) if method in METHODS or not known else method,
+    }

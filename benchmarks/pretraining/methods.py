@@ -1,0 +1,279 @@
+"""The methods that are compared. A new one is one row of ``METHODS``."""
+
+import ast
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
+
+import jax
+import optax
+
+import natgalore_jax as ng
+from benchmarks.pretraining.variants import recipe
+from examples.common.errors import ConfigError
+from examples.common.optimizers import OPTIMIZERS, decayed, with_unprojected_ratio
+from examples.llama.model.adapters import AdapterConfig
+from examples.llama.run_config import RunConfig
+
+PAPER_SCALE = 0.25  # of GaLore
+
+
+class Setting(NamedTuple):
+    """Arguments for a method; its factory gets those that it has a parameter for."""
+
+    learning_rate: optax.Schedule
+    rank: int
+    update_interval: int
+    seed: int
+    steps: int
+    unprojected_ratio: float = 1.0
+    weight_decay: float = 0.0
+    mask: Callable[[Any], Any] = decayed
+
+
+class Method(NamedTuple):
+    """One row of the comparison.
+
+    ``factory(**arguments)`` makes the optimizer, where the arguments are those of the setting that
+    the factory knows, and then ``fixed``. ``configure`` changes the run itself, for methods that
+    change the model.
+    """
+
+    label: str
+    factory: Callable[..., optax.GradientTransformation]
+    fixed: Mapping[str, Any] = MappingProxyType({})
+    configure: Callable[[RunConfig, Setting], RunConfig] | None = None
+    # α by which the factory multiplies the updates of hidden matrices, beside its learning rate.
+    scale: float = 1.0
+    # A ratio of the two rates that is part of the method, and not tuned.
+    ratio: float | None = None
+
+
+def muon(
+    learning_rate: optax.ScalarOrSchedule, weight_decay: float = 0.0, consistent_rms: float = 0.2
+) -> optax.GradientTransformation:
+    """Muon for the hidden matrices, AdamW for embedding, head and norms.
+
+    Updates have the root mean square of AdamW's (Liu et al. 2025, "Muon is scalable for LLM
+    training"), so that one learning rate serves both parts. The hidden matrices alone decay.
+    """
+    return optax.partition(
+        {
+            True: optax.contrib.muon(
+                learning_rate,
+                weight_decay=weight_decay,
+                consistent_rms=consistent_rms,
+                muon_weight_dimension_numbers=optax.contrib.MuonDimensionNumbers(-2, -1),
+            ),
+            # Not the one that comes with Muon, which has Nesterov's momentum.
+            False: optax.adamw(learning_rate, weight_decay=0.0),
+        },
+        lambda params: jax.tree.map_with_path(ng.hidden_matrices, params),
+    )
+
+
+def optax_galore(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int,
+    update_interval: int,
+    scale: float = PAPER_SCALE,
+    weight_decay: float = 0.0,
+    mask: Any = None,
+) -> optax.GradientTransformation:
+    """``optax.contrib.galore`` on the hidden matrices: the longer side, an SVD of all at once."""
+    return optax.contrib.galore(
+        learning_rate,
+        rank=rank,
+        update_proj_gap=update_interval,
+        scale=scale,
+        weight_decay=weight_decay,
+        mask=mask,
+        # By default it would project embedding and head too.
+        weight_dimension_numbers=lambda params: jax.tree.map_with_path(
+            lambda path, leaf: (
+                optax.contrib.GaLoreDimensionNumbers(0, 1)
+                if ng.hidden_matrices(path, leaf)
+                else None
+            ),
+            params,
+        ),
+    )
+
+
+def _adapter(
+    kind: Literal["factorised", "lora", "relora"],
+) -> Callable[[RunConfig, Setting], RunConfig]:
+    """The model's matrices replaced by low-rank ones, which AdamW trains."""
+
+    def change(config: RunConfig, setting: Setting) -> RunConfig:
+        adapter = AdapterConfig(
+            kind=kind,
+            rank=setting.rank,
+            alpha=float(setting.rank),
+            merge_every=setting.update_interval,
+            restart_warmup=max(setting.update_interval // 10, 1),
+        )
+        return dataclasses.replace(config, adapter=adapter)
+
+    return change
+
+
+_ONLINE = {"method": "online", "scale": PAPER_SCALE}
+_SVD = {"method": "svd", "stagger": False, "scale": PAPER_SCALE}
+
+_ALICE = {"scale": 0.3, "compensation_scale": 0.4}
+_ADAMW = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
+
+METHODS: dict[str, Method] = {
+    "adamw": Method("AdamW", optax.adamw, _ADAMW),
+    "adamw-one-rate": Method("AdamW, one rate", optax.adamw, _ADAMW, ratio=1.0),
+    "adafactor": Method("Adafactor", OPTIMIZERS["adafactor"].factory),
+    "muon": Method("Muon with AdamW", muon),
+    "optax-galore": Method("GaLore, optax.contrib", optax_galore, scale=PAPER_SCALE),
+    "galore": Method("GaLore", ng.galore_adamw, _SVD, scale=PAPER_SCALE),
+    "galore-8bit": Method(
+        "GaLore, 8-bit moments", ng.galore_adamw, {**_SVD, "moment_bits": 8}, scale=PAPER_SCALE
+    ),
+    "natural-galore-paper": Method(
+        "Natural GaLore, paper", ng.paper_natural_galore_adamw, scale=PAPER_SCALE
+    ),
+    "natural-galore-published": Method(
+        "Natural GaLore, published code", ng.published_natural_galore_adamw, scale=PAPER_SCALE
+    ),
+    "galore-online": Method("GaLore, online", ng.galore_adamw, _ONLINE, scale=PAPER_SCALE),
+    # What the paper writes, spelled out: the defaults of this function are the recipe's.
+    "natural-galore-online": Method(
+        "Natural GaLore, paper, online",
+        recipe,
+        {
+            **_ONLINE,
+            "history": 10,
+            "nesterov": False,
+            "damping": 1e-3,
+            "damping_mode": "absolute",
+            "residual": "none",
+        },
+        scale=PAPER_SCALE,
+    ),
+    "ldadam": Method("LDAdam", ng.contrib.ldadamw),
+    "ldadam-error-feedback": Method(
+        "LDAdam with error feedback", ng.contrib.ldadamw, {"error_feedback": True}
+    ),
+    "apollo": Method("APOLLO", ng.contrib.apollo_adamw),
+    "apollo-mini": Method("APOLLO-Mini", ng.contrib.apollo_mini_adamw),
+    # α and α_c of the paper; embedding and head have AdamW, as with the other low-rank methods.
+    "alice": Method("Alice", ng.contrib.alice_adamw, _ALICE, scale=0.3),
+    "alice-0": Method(
+        "Alice without tracking", ng.contrib.alice_adamw, {**_ALICE, "b3": 0.0}, scale=0.3
+    ),
+    "racs": Method("RACS", ng.contrib.racs_adamw, {"scale": 0.05}, scale=0.05),
+    # Embedding and head are normalised as hidden matrices are, at one rate, as in its scripts.
+    "scale": Method("SCALE", ng.contrib.scale_sgd, ratio=1.0),
+    "scale-l2": Method("SCALE, Euclidean norms", ng.contrib.scale_sgd, {"norm": "l2"}, ratio=1.0),
+    "fira": Method(
+        "Fira", ng.galore_adamw, {"residual": "fira", "scale": PAPER_SCALE}, scale=PAPER_SCALE
+    ),
+    "natural-galore": Method("Natural GaLore, default", ng.natural_galore_adamw),
+    "factorised": Method(
+        "Low-rank weights W = BA", optax.adamw, _ADAMW, configure=_adapter("factorised")
+    ),
+    "lora": Method(
+        "LoRA on frozen initial weights", optax.adamw, _ADAMW, configure=_adapter("lora")
+    ),
+    "relora": Method("ReLoRA", optax.adamw, _ADAMW, configure=_adapter("relora")),
+}
+
+# For questions about the default alone: in no sweep unless they are named.
+VARIANTS = {"recipe": Method("Natural GaLore, in parts", recipe)}
+
+# The tables' ablations, by the names that the runs have. Those with a damping or a residual are
+# repeated as "recipe@...", where the residual "gain" is "fira".
+CHANGES = {
+    "natural-galore@moment_bits=8": "8-bit moments",
+    # So much damping leaves the identity, up to a factor that the kept norm takes away.
+    "natural-galore@damping=1e6": "without the Fisher matrix inside",
+    "natural-galore@residual=gain": "without the Fisher matrix outside",
+    "natural-galore@damping=1e6,residual=gain": "without either Fisher matrix",
+}
+
+
+class Chosen(NamedTuple):
+    """A method with what the command line changed about it."""
+
+    name: str
+    method: Method
+    changes: dict[str, Any]
+
+
+def choose(text: str) -> Chosen:
+    """A method by its name, or with other arguments: ``galore@rank=16,side=long``.
+
+    Raises:
+      ConfigError: if there is no such method, or it has no such argument.
+    """
+    name, _, changes = text.partition("@")
+    known_methods = {**METHODS, **VARIANTS}
+    if name not in known_methods:
+        raise ConfigError(f"method must be one of {', '.join(known_methods)}; got {name!r}")
+    method, chosen = known_methods[name], {}
+    known = inspect.signature(method.factory).parameters
+    if method.configure is not None:
+        known = {**known, **dict.fromkeys(Setting._fields)}
+    for item in filter(None, changes.split(",")):
+        key, _, value = item.partition("=")
+        if key not in known or key == "learning_rate":
+            raise ConfigError(f"{name} has no argument {key!r}; it has {', '.join(known)}")
+        chosen[key] = _literal(value)
+    return Chosen(name, method, chosen)
+
+
+def own_ratio(text: str) -> float | None:
+    """The ratio of the rates that is part of a method, None where both rates are tuned.
+
+    Of results too, whose methods or arguments the library may not have any more.
+    """
+    method = {**METHODS, **VARIANTS}.get(text.partition("@")[0])
+    return None if method is None else method.ratio
+
+
+def arguments(chosen: Chosen, setting: Setting) -> dict[str, Any]:
+    """All arguments of the factory, its own defaults included."""
+    signature = inspect.signature(chosen.method.factory)
+    values = {**chosen.method.fixed, **chosen.changes}
+    # What has no effect with a way of finding bases is refused.
+    unused = {"online": {"update_interval"}, "svd": {"seed"}, "eigh": {"seed"}}
+    dropped = unused.get(values.get("method", ""), set())
+    offered = {k: v for k, v in setting._asdict().items() if k not in dropped}
+    values = {**offered, **values}
+    bound = signature.bind(**{k: v for k, v in values.items() if k in signature.parameters})
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
+def make(chosen: Chosen, setting: Setting, values: dict[str, Any]) -> optax.GradientTransformation:
+    """The optimizer of ``values``, with the two rates of the setting.
+
+    A factory without the argument ``unprojected_ratio`` is given it from outside.
+    """
+    method = chosen.method
+    tx = method.factory(**values)
+    if "unprojected_ratio" in values:
+        return tx
+    return with_unprojected_ratio(tx, setting.unprojected_ratio * method.scale)
+
+
+def configure(chosen: Chosen, config: RunConfig, setting: Setting) -> RunConfig:
+    """The run that the method asks for."""
+    if chosen.method.configure is None:
+        return config
+    changes = {k: v for k, v in chosen.changes.items() if k in Setting._fields}
+    return chosen.method.configure(config, setting._replace(**changes))
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

@@ -1,0 +1,95 @@
+"""Sizes and texts at which optimizers are compared."""
+
+from typing import NamedTuple
+
+from examples.common.errors import ConfigError
+from examples.llama.model.config import MODEL_PRESETS, ModelConfig
+
+
+class Preset(NamedTuple):
+    """What all methods have in common at one size."""
+
+    model: ModelConfig
+    steps: int
+    rows: int  # of a step, over all its micro-batches
+    seq_len: int
+    rank: int
+    update_interval: int  # of every method that refreshes a subspace at intervals
+    validation_tokens: int  # that each point of the validation curve is the mean of
+    evaluations: int = 20
+
+
+PRESETS = {
+    # About a second: for tests, and to try a new row of the table of methods.
+    "tiny": Preset(
+        ModelConfig(
+            vocab_size=300,
+            hidden=16,
+            intermediate=24,
+            layers=1,
+            heads=2,
+            kv_heads=2,
+            max_length=16,
+        ),
+        steps=10,
+        rows=2,
+        seq_len=16,
+        rank=4,
+        update_interval=5,
+        validation_tokens=256,
+    ),
+    # 200 steps between refreshes are for runs of 10,000: here there would be one or two.
+    "nano": Preset(
+        MODEL_PRESETS["nano"],
+        steps=400,
+        rows=16,
+        seq_len=128,
+        rank=32,
+        update_interval=100,
+        validation_tokens=8 * 2048,
+    ),
+    "9m": Preset(
+        MODEL_PRESETS["9m"],
+        steps=300,
+        rows=8,
+        seq_len=256,
+        rank=64,
+        update_interval=100,
+        validation_tokens=8 * 2048,
+    ),
+    # The protocol of the GaLore papers, for an accelerator; the papers go on to 10,000 steps.
+    "60m": Preset(
+        MODEL_PRESETS["60m"],
+        steps=1000,
+        rows=512,
+        seq_len=256,
+        rank=128,
+        update_interval=200,
+        validation_tokens=4 * 131_072,
+    ),
+}
+
+
+CORPORA: dict[str, tuple[str, ...]] = {
+    "sotu": ("sotu",),
+    "shakespeare": ("shakespeare",),
+    # Streamed, for users with a network; the papers' own.
+    "c4": ("hf:allenai/c4:en",),
+}
+
+
+def resolve(corpus: str) -> tuple[str, tuple[str, ...]]:
+    """Name and sources of ``corpus``: a key of ``CORPORA``, or NAME=FILE[,FILE...] for other text.
+
+    Raises:
+      ConfigError: if it is neither.
+    """
+    name, given, files = corpus.partition("=")
+    if given and name and files and name not in CORPORA and "/" not in name:
+        return name, tuple(files.split(","))
+    if corpus not in CORPORA:
+        raise ConfigError(
+            f"corpus must be one of {', '.join(CORPORA)}, or a new name with its files, "
+            f"NAME=FILE[,FILE...]; got {corpus!r}"
+        )
+    return corpus, CORPORA[corpus]

@@ -1,0 +1,170 @@
+"""Many runs: which are planned, which are done, and the others one after another."""
+
+import itertools
+import statistics
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from benchmarks.common.result_files import Json, read_suite
+from benchmarks.common.sweep import sweep as sweep_runs
+from benchmarks.pretraining.methods import METHODS, choose, own_ratio
+from benchmarks.pretraining.run_spec import Common, Run, is_done
+from benchmarks.pretraining.summary import RECIPE
+from benchmarks.pretraining.tuning import Rates, curves, next_points, tuned_rates
+from examples.common.errors import ConfigError
+
+TUNED = "tuned"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep(Common):
+    """Make every run of a grid that is not done yet, each in a process of its own.
+
+    Runs go seed by seed, so that an unfinished sweep has few seeds of all methods rather than all
+    seeds of a few. Start it again and it goes on. A run that fails does not stop the others; the
+    exit code is then 1.
+    """
+
+    methods: tuple[str, ...] = tuple(METHODS)
+    """Methods, each with other arguments after an @ where wanted."""
+    corpora: tuple[str, ...] = ("sotu", "shakespeare")
+    """Texts."""
+    seeds: tuple[int, ...] = (1, 2, 3)
+    """Seeds."""
+    learning_rates: tuple[str, ...] = (TUNED,)
+    """Peak rates of the hidden matrices, or "tuned": each method's best of the tuning suite."""
+    ratios: tuple[float, ...] = (1.0,)
+    """Rates of the unprojected parameters over them, where the learning rates are numbers."""
+    search: bool = False
+    """Search both rates of each method, from the same start and by the same rule; as if at first
+    learning_rates and ratios were not given."""
+    budget: int = 10
+    """Runs of a search at least: as many as it takes to bracket the best rates, and as many as the
+    default optimizer of the library had."""
+    workers: int = 1
+    """Runs at a time, each on one core where there is more than one."""
+    tune_suite: str = "tune"
+    """Where "tuned" learning rates come from."""
+    tune_root: Path | None = None
+    """Root of the tuning suite, if it is another one."""
+    tune_preset: str | None = None
+    """Preset of the tuning suite, if it is another one."""
+    plan: bool = False
+    """Print what would be run, and stop."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.workers < 1:
+            raise ConfigError(f"workers must be at least 1, got {self.workers}")
+        if self.budget < 1:
+            raise ConfigError(f"budget must be at least 1, got {self.budget}")
+        for name in ("methods", "corpora", "seeds", "learning_rates", "ratios"):
+            if not getattr(self, name):
+                raise ConfigError(f"{name} must name at least one")
+        if self.search and (self.learning_rates != (TUNED,) or self.ratios != (1.0,)):
+            raise ConfigError("a search takes neither learning_rates nor ratios: it finds them")
+
+
+def runs(sweep: Sweep) -> list[Run]:
+    """The runs of a sweep, in the order in which they are made.
+
+    Raises:
+      ConfigError: if there is no such method, a learning rate is no number, or a tuned one is not
+        known.
+    """
+    for method in sweep.methods:
+        choose(method)
+    points = _searched(sweep) if sweep.search else {m: _given(sweep, m) for m in sweep.methods}
+    common = {f.name: getattr(sweep, f.name) for f in fields(Common)}
+    return [
+        Run(
+            **common,
+            method=method,
+            learning_rate=rates.hidden,
+            ratio=rates.ratio,
+            corpus=corpus,
+            seed=seed,
+            workers=sweep.workers,
+        )
+        for seed, corpus, method in itertools.product(sweep.seeds, sweep.corpora, sweep.methods)
+        for rates in points[method]
+    ]
+
+
+def run_sweep(sweep: Sweep) -> int:
+    """Makes the runs and returns the exit code."""
+    return sweep_runs(
+        "benchmarks.pretraining",
+        lambda: runs(sweep),
+        is_done,
+        _outcome,
+        workers=sweep.workers,
+        only_plan=sweep.plan,
+        searching=sweep.search,
+        estimate=lambda count: _estimate(sweep, count),
+    )
+
+
+def _searched(sweep: Sweep) -> dict[str, tuple[Rates, ...]]:
+    """What the search of each method needs next."""
+    done = curves(read_suite(sweep.root, sweep.suite), sweep.preset)
+    budget = max(sweep.budget, len(done.get(RECIPE, ())))
+    return {
+        method: next_points(done.get(method, {}), budget, fixed_ratio=own_ratio(method))
+        for method in sweep.methods
+    }
+
+
+def _given(sweep: Sweep, method: str) -> tuple[Rates, ...]:
+    """The rates that the command line names, or the tuned ones."""
+    if TUNED not in sweep.learning_rates:
+        fixed = own_ratio(method)
+        try:
+            hidden = [float(rate) for rate in sweep.learning_rates]
+        except ValueError as error:
+            raise ConfigError(f"a learning rate is a number or {TUNED!r}: {error}") from error
+        return tuple(
+            itertools.starmap(
+                Rates, itertools.product(hidden, sweep.ratios if fixed is None else (fixed,))
+            )
+        )
+    if len(sweep.learning_rates) > 1:
+        raise ConfigError(f"{TUNED!r} is the only learning rate where it is given")
+    if sweep.ratios != (1.0,):
+        raise ConfigError(
+            f"with {TUNED!r} learning rates, ratios are tuned too; got {sweep.ratios}"
+        )
+    preset = sweep.tune_preset or sweep.preset
+    tuned = tuned_rates(read_suite(sweep.tune_root or sweep.root, sweep.tune_suite), preset)
+    # With other arguments a method keeps its rates, unless it was tuned with them as well.
+    for name in (method, method.partition("@")[0]):
+        if name in tuned:
+            return (tuned[name].rates,)
+    raise ConfigError(
+        f"{method} has no tuned rates at {preset}: no usable run of it in the suite "
+        f"{sweep.tune_suite!r}"
+    )
+
+
+def _estimate(sweep: Sweep, count: int) -> str:
+    """How long ``count`` runs take, judging by the runs of the same preset and steps."""
+    if not count:
+        return ""
+    steps = sweep.steps
+    seconds = [
+        record["wall_seconds"]
+        for suite in sorted(p.name for p in sweep.root.glob("*") if p.is_dir())
+        for record in read_suite(sweep.root, suite)
+        if record["preset"] == sweep.preset
+        and (steps is None or record["configuration"]["run"]["steps"] == steps)
+    ]
+    if not seconds:
+        return ", time not known: no run of this preset is done"
+    minutes = statistics.median(seconds) * count / sweep.workers / 60
+    return f", about {minutes:.0f} min for the others with {sweep.workers} at a time"
+
+
+def _outcome(record: Json) -> str:
+    if record["diverged"]:
+        return "diverged"
+    return f"validation {record['final_validation_loss']:.4f}, test {record['test_loss']:.4f}"

@@ -1,0 +1,244 @@
+"""The results as Markdown: tables, and the generated pages."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from benchmarks.pretraining.methods import CHANGES, METHODS
+from benchmarks.pretraining.summary import RECIPE, REFERENCE, Group, Row, best, separated
+from benchmarks.pretraining.tuning import Rates, Tuned
+
+NOT_RUN = "not run"
+PLUS_MINUS = "\u00a0±\u00a0"  # Not to be broken into lines.
+COURSE = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)  # of a run
+
+
+def losses(
+    groups: Mapping[Group, Mapping[tuple[str, Rates], Row]], preset: str, methods: Iterable[str]
+) -> str:
+    """Final test losses of a preset, for ``methods`` and, in an unfinished table, "not run"."""
+    corpora = sorted(corpus for p, corpus in groups if p == preset)
+    rows = {corpus: list(groups[preset, corpus].values()) for corpus in corpora}
+    seeds = max(len(r.seeds) for of_corpus in rows.values() for r in of_corpus)
+    header = ["", "rate × ratio", "state, MiB"]
+    header += [f"test loss, {c}" for c in corpora]
+    header += [f"steps to AdamW's loss, {c}" for c in corpora]
+    header.append("ms a step")
+    lines = []
+    for method, rates in _keys(rows.values(), methods):
+        found = [
+            next((r for r in rows[c] if r.method == method and rates in (None, r.rates)), None)
+            for c in corpora
+        ]
+        present = [r for r in found if r is not None]
+        if not present:
+            lines.append([label(method), *[NOT_RUN] * (len(header) - 1)])
+            continue
+        lines.append(
+            [
+                label(method),
+                str(rates),
+                f"{present[0].state_bytes / 2**20:.2f}",
+                *(_loss(r, seeds) for r in found),
+                *(_steps(r) for r in found),
+                f"{1e3 * sum(r.step_seconds for r in present) / len(present):.0f}",
+            ]
+        )
+    return table(header, lines)
+
+
+def course(rows: Iterable[Row], shares: Sequence[float] = COURSE) -> str:
+    """Mean validation losses along the run, at shares of its steps."""
+    lines = []
+    for row in rows:
+        if row.curve:
+            losses = {point.step: point.loss for point in row.curve}
+            nearest = [min(losses, key=lambda s: abs(s - share * row.steps)) for share in shares]
+            cells = (f"{losses[step]:.3f}" for step in nearest)
+            lines.append([label(row.method), str(row.rates), *cells])
+    return table(["after", "rate × ratio", *(f"{100 * s:.0f} %" for s in shares)], lines)
+
+
+def verdicts(rows: Iterable[Row], recipe: str = RECIPE) -> list[str]:
+    """The recipe against each other method of a group, in one line each."""
+    rows = list(rows)
+    ours = best(rows, recipe)
+    if ours is None or ours.diverged:
+        return []
+    lines = []
+    for other in rows:
+        if other.method == recipe:
+            continue
+        if other.diverged:
+            lines.append(f"{label(other.method)} diverged")
+            continue
+        verdict = "the standard deviations overlap"
+        if separated(ours, other):
+            verdict = "lower by more than the standard deviations"
+        elif separated(other, ours):
+            verdict = "higher by more than the standard deviations"
+        elif None in (ours.test_std, other.test_std):
+            verdict = "one seed"
+        lines.append(f"{ours.test - other.test:+.3f} against {label(other.method)}: {verdict}")
+    return lines
+
+
+def tuning(tuned: Mapping[str, Tuned]) -> str:
+    """The tuned rates and their loss, how many runs found them, and all of these runs."""
+    lines = []
+    for method in _ordered(tuned):
+        found = tuned[method]
+        cells = (
+            f"{rates}: {'diverged' if loss is None else f'{loss:.3f}'}"
+            for rates, loss in sorted(found.curve.items())
+        )
+        edge = " (at the edge)" if found.at_edge else ""
+        lines.append(
+            [
+                label(method),
+                f"**{found.rates}**{edge}",
+                f"{found.loss:.3f}",
+                str(len(found.curve)),
+                "; ".join(cells),
+            ]
+        )
+    return table(["", "best rate × ratio", "loss", "runs", "all runs"], lines)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def label(method: str) -> str:
+    """What a method is called in a table, with what was changed about it."""
+    name, at, changes = method.partition("@")
+    text = METHODS[name].label if name in METHODS else name
+    return f"{text}, {CHANGES.get(method, changes.replace(',', ', '))}" if at else text
+
+
+def _keys(rows: Iterable[Iterable[Row]], methods: Iterable[str]) -> list[tuple[str, Rates | None]]:
+    """Method and rates of each line; a method that was not run has none."""
+    rates: dict[str, set[Rates]] = {}
+    for of_corpus in rows:
+        for row in of_corpus:
+            rates.setdefault(row.method, set()).add(row.rates)
+    return [
+        (method, pair) for method in methods for pair in sorted(rates.get(method, ())) or (None,)
+    ]
+
+
+def _ordered(methods: Iterable[str]) -> list[str]:
+    names = list(METHODS)
+    return sorted(methods, key=lambda m: (names.index(m) if m in names else len(names), m))
+
+
+def _loss(row: Row | None, seeds: int) -> str:
+    if row is None:
+        return NOT_RUN
+    if row.diverged:
+        return f"diverged ({row.diverged} of {len(row.seeds)})"
+    spread = "" if row.test_std is None else f"{PLUS_MINUS}{row.test_std:.3f}"
+    fewer = "" if len(row.seeds) == seeds else f" ({len(row.seeds)} of {seeds} seeds)"
+    return f"{row.test:.3f}{spread}{fewer}"
+
+
+def _steps(row: Row | None) -> str:
+    if row is None:
+        return NOT_RUN
+    if row.diverged:
+        return "diverged"
+    if row.method == REFERENCE:
+        return "100 %"
+    if row.to_reference is None:
+        return "not known"
+    return "not reached" if math.isinf(row.to_reference) else f"{100 * row.to_reference:.0f} %"
+
+
+# The comparison that the project is about; the other methods are in the long tables only.
+CORE = (
+    "adamw",
+    "adamw-one-rate",
+    "muon",
+    "galore",
+    "natural-galore-paper",
+    "natural-galore-published",
+    "fira",
+    "apollo-mini",
+    "natural-galore",
+)
+PLANNED = ("nano", "9m", "60m")
+
+Groups = Mapping[Group, Mapping[tuple[str, Rates], Row]]
+
+
+def short(groups: Groups, picture: str, link: str) -> str:
+    """The methods that the comparison is about, and one plot."""
+    parts = []
+    for preset in _presets(groups):
+        parts += [f"**{preset}**: {protocol(groups, preset)}", *_losses(groups, preset, CORE)]
+    parts.append(picture)
+    parts.append(f"All methods, rates and further plots: [{link}]({link}).")
+    return "\n\n".join(parts)
+
+
+def long_page(
+    groups: Groups,
+    tuned: Mapping[str, Mapping[str, Tuned]],
+    pictures: Mapping[str, str],
+) -> str:
+    """Everything there is to see."""
+    parts = [
+        "# Comparison of optimizers",
+        "Made by `python -m benchmarks.pretraining report` from the files in "
+        "`benchmarks/results/quality`; do not edit. "
+        "[benchmarks/README.md](../benchmarks/README.md#pretraining) says how the runs are made.",
+    ]
+    for preset in _presets(groups):
+        parts += [f"## {preset}", protocol(groups, preset), *_losses(groups, preset, METHODS)]
+        for corpus in sorted(c for p, c in groups if p == preset):
+            rows = groups[preset, corpus].values()
+            parts.append(f"Validation loss along the run on {corpus}, mean over seeds:")
+            parts.append(course(rows))
+            lines = verdicts(rows)
+            if lines:
+                ours = label(RECIPE)
+                parts.append(f"Test loss of {ours} on {corpus}, mean over seeds:")
+                parts.append("\n".join(f"- {line}" for line in lines))
+    parts += ["## Curves", *(pictures[name] for name in ("steps", "time", "size"))]
+    parts.append("## Learning rates")
+    for preset, of_preset in tuned.items():
+        parts.append(
+            f"Tuning at {preset}: final validation loss, mean over corpora and seeds. The rate is "
+            "that of the hidden matrices, the ratio that of the other parameters' rate to it."
+        )
+        parts.append(tuning(of_preset))
+    parts += [text for name, text in pictures.items() if name.startswith("learning-rate")]
+    return "\n\n".join(parts) + "\n"
+
+
+def _losses(groups: Groups, preset: str, methods: Iterable[str]) -> list[str]:
+    if not any(p == preset for p, _ in groups):
+        return []
+    run = {method for (p, _), rows in groups.items() if p == preset for method, _ in rows}
+    listed = [m for m in methods if m in run or m in CORE]
+    changed = sorted(run - set(listed) - set(METHODS))
+    return [losses(groups, preset, [*listed, *changed])]
+
+
+def protocol(groups: Groups, preset: str) -> str:
+    """How the runs of a preset were made."""
+    rows = [row for (p, _), of in groups.items() if p == preset for row in of.values()]
+    if not rows:
+        return "not run."
+    seeds = max(len(row.seeds) for row in rows)
+    shared = sorted({w for row in rows for w in row.workers})
+    at_a_time = " or ".join(map(str, shared))
+    plural = "" if seeds == 1 else "s"
+    return (
+        f"{rows[0].steps} steps, {seeds} seed{plural}, mean ± standard deviation of the test loss "
+        f"in nats per token; times with {at_a_time} run{'' if shared == [1] else 's'} at a time."
+    )
+
+
+def _presets(groups: Groups) -> list[str]:
+    return list(dict.fromkeys([*PLANNED, *(preset for preset, _ in groups)]))

@@ -1,0 +1,60 @@
+"""Weights of a run in the Hugging Face layout: `python -m examples.llama.export --help`."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from examples.common import cli
+from examples.llama.model.llama import with_params
+from examples.llama.weights.files import PretrainedLlama, open_weights, read_params, replace_llama
+from examples.llama.weights.runs import EXPORT
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a directory in the Hugging Face layout that transformers and --init-from load.
+
+    Adapters are merged, factorised weights multiplied out, weights in 8 bits decoded.
+    """
+
+    run: Annotated[str, tyro.conf.Positional]
+    """The directory of a run; or other weights that `examples.llama.sample` takes."""
+    step: int | None = None
+    """The step of the checkpoint; the newest one by default."""
+    to: Path | None = None
+    """The directory to write; by default RUN/export. An older export is replaced."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program and return its exit code."""
+    return cli.exit_code(lambda: run(cli.parse(ExportConfig, "examples.llama.export", argv)))
+
+
+def run(config: ExportConfig) -> int:
+    """Export, and print where to."""
+    directory = Path(config.run) / EXPORT if config.to is None else config.to
+    export(config.run, directory, config.step)
+    print(directory)
+    return 0
+
+
+def export(name: str, directory: Path, step: int | None = None) -> None:
+    """Write the weights called `name`, of a run those of one checkpoint, to a directory.
+
+    Raises:
+      WeightsError: if the weights cannot be read, or the directory has other files.
+      CheckpointError: if the checkpoint is damaged.
+    """
+    file = open_weights(name, step)
+    model = with_params(file.config, read_params(file, file.config))
+    replace_llama(
+        PretrainedLlama(model, file.config, file.tokenizer, file.chat_template, file.end_ids),
+        directory,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

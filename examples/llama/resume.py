@@ -1,0 +1,84 @@
+"""Runs that go on: the checkpoint that is used, and settings that differ from those before."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from examples.common.checkpoints import (
+    Checkpoints,
+    kept,
+    quarantine,
+    read_checkpoint,
+    renumber,
+    steps_done,
+)
+from examples.common.errors import ConfigError
+from examples.common.reporter import Reporter
+from examples.common.train_state import TrainState
+from examples.llama.run_config import RunConfig, adjustments, differences
+
+
+def prepare(run_dir: Path, config: RunConfig, identity: dict[str, Any], reporter: Reporter) -> None:
+    """Make the newest undamaged checkpoint the newest, counted in batches as `config` counts.
+
+    Raises:
+      ConfigError: if all checkpoints are damaged, or a step is unfinished whose batches `config`
+        divides in another way.
+    """
+    checkpoints = run_dir / "checkpoints"
+    damaged = quarantine(checkpoints)
+    for what in damaged:
+        reporter.note(f"damaged, using the checkpoint before: {what}")
+    numbers = kept(checkpoints)
+    if damaged and not numbers:
+        raise ConfigError(
+            f"{run_dir}: every checkpoint is damaged and was moved to {run_dir / 'damaged'}: "
+            "pass --overwrite to start anew"
+        )
+    if not numbers:
+        return
+    before, _ = read_checkpoint(checkpoints, numbers[-1])
+    accumulate = before.get("accumulate", config.accumulate)
+    if accumulate == config.accumulate or differences(before, identity):
+        return
+    step, batches = steps_done(checkpoints)[numbers[-1]]
+    if batches:
+        raise ConfigError(
+            f"{run_dir} was stopped within step {step + 1}, of {accumulate} batches: complete it "
+            f"with --accumulate {accumulate} --batch-size {before['batch_size']} --steps "
+            f"{step + 1} before another --accumulate"
+        )
+    renumber(checkpoints, config.accumulate)
+
+
+def resume_point(
+    checkpoints: Checkpoints,
+    run_dir: Path,
+    config: RunConfig,
+    identity: dict[str, Any],
+    reporter: Reporter,
+) -> int:
+    """Batches that a run in `run_dir` has trained on.
+
+    Raises:
+      ConfigError: if there are checkpoints and the run is not to be resumed, or settings differ
+        that have to be equal, or more steps are done than `config` asks for.
+    """
+    resume = config.output.resume
+    done = checkpoints.resume_point(identity, run_dir, resume=resume, differences=differences)
+    step = done // config.accumulate
+    if step > config.steps:
+        raise ConfigError(f"{run_dir} has done {step} steps, got steps={config.steps}")
+    if resume:
+        changed = adjustments(checkpoints.config(), identity) if done else []
+        reporter.note(", ".join([f"resuming after step {step}", *changed]))
+    return done
+
+
+def recounted(state: TrainState, before: int, after: int) -> TrainState:
+    """The state after whole steps of `before` batches, as a run with steps of `after` counts."""
+    if before == after:
+        return state
+    micro_step = state.micro_step // before * after
+    return state._replace(micro_step=jax.device_put(micro_step, state.micro_step.sharding))

@@ -1,0 +1,124 @@
+"""Continue prompts with a trained model: `python -m examples.llama.sample --help`."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import jax
+import tyro
+from tokenizers import Tokenizer
+
+from examples.common import cli
+from examples.common.errors import ConfigError
+from examples.llama.data.tokenizer import end_of_text
+from examples.llama.model.generate import Sampling, stream
+from examples.llama.model.llama import Llama
+from examples.llama.weights.files import load_llama
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Continue a text with a trained model, on the terminal, token by token."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """The directory of a run or of an export, a directory in the Hugging Face layout, a GGUF file,
+    a name on the hub, or smollm2-135m-instruct."""
+    prompt: str = ""
+    """The text to continue; by default the beginning of a document."""
+    samples: int = 1
+    """Continuations, one after the other."""
+    tokens: int = 100
+    """The most tokens of each; a row ends at the model's max_length too."""
+    temperature: float = 0.8
+    """0 takes the likeliest token, 1 samples from the model's distribution."""
+    top_k: int | None = None
+    """Sample among the k likeliest tokens only."""
+    top_p: float | None = 0.95
+    """Sample among the likeliest tokens whose probabilities sum to p only."""
+    seed: int = 0
+    """Of the samples."""
+    step: int | None = None
+    """Of a run: the step of the checkpoint; the newest one by default."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of weights and products."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program and return its exit code."""
+    return cli.exit_code(lambda: run(cli.parse(SampleConfig, "examples.llama.sample", argv)))
+
+
+def run(config: SampleConfig) -> int:
+    """Load the model and print its samples."""
+    if config.samples < 1 or config.tokens < 1:
+        raise ConfigError("--samples and --tokens must be at least 1")
+    try:
+        sampling = Sampling(config.temperature, config.top_k, config.top_p)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    loaded = load_llama(
+        config.model, dtype=config.dtype, param_dtype=config.dtype, step=config.step
+    )
+    if loaded.tokenizer is None:
+        raise ConfigError(f"{config.model}: no tokenizer.json")
+    for i in range(config.samples):
+        if config.samples > 1:
+            print(f"{'' if i == 0 else chr(10)}--- {i + 1} of {config.samples}")
+        text = continued(
+            loaded.model,
+            loaded.tokenizer,
+            config.prompt,
+            config.tokens,
+            sampling,
+            jax.random.fold_in(jax.random.key(config.seed), i),
+            loaded.end_ids,
+            add_special_tokens=True,
+        )
+        for part in text:
+            print(part, end="", flush=True)
+        print()
+    return 0
+
+
+def continued(
+    model: Llama,
+    tokenizer: Tokenizer,
+    prompt: str,
+    tokens: int,
+    sampling: Sampling,
+    key: jax.Array,
+    end_ids: tuple[int, ...] = (),
+    add_special_tokens: bool = False,
+) -> Iterator[str]:
+    """`prompt`, or as much of its end as leaves room, and its continuation, part by part.
+
+    With `add_special_tokens` the prompt begins as the tokenizer's file says: published models
+    expect that, and tokenizers of runs have nothing to add.
+    """
+    room = model.config.max_length
+    start = list(end_ids[:1]) or [end_of_text(tokenizer)]
+    ids = tokenizer.encode(prompt, add_special_tokens=add_special_tokens).ids or start
+    ids = ids[-max(1, room // 2, room - tokens) :]
+    shown = "" if ids == start else tokenizer.decode(ids)
+    yield printable(shown)
+    length = min(tokens, room - len(ids))
+    written = []
+    for token in stream(model, ids, length, sampling=sampling, end_ids=end_ids, key=key):
+        written.append(token)
+        text = tokenizer.decode(ids + written) if shown else tokenizer.decode(written)
+        # Of a character of several bytes, the first tokens decode to a replacement character.
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            yield printable(text[len(shown) :])
+            shown = text
+    rest = tokenizer.decode(ids + written) if shown else tokenizer.decode(written)
+    yield printable(rest[len(shown) :])
+
+
+def printable(text: str) -> str:
+    """Without control characters, which a model may emit and a terminal would obey."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""Commands on a finished run: the lines that the program ends with, and runs that start from it."""
+
+import contextlib
+import importlib
+import io
+import json
+import random
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from examples.common.metrics import of_kind, read_metrics
+from examples.llama.__main__ import main
+from examples.llama.evaluate import EvaluateConfig, evaluate
+from examples.llama.sample import main as sample
+from examples.llama.weights.files import load_llama
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
+ROOT = Path(__file__).parents[2]
+SIZES = [
+    "--model.hidden=16", "--model.intermediate=24", "--model.layers=2", "--model.heads=2",
+    "--model.kv-heads=1", "--vocab-size=280",
+]  # fmt: skip
+HOW = ["--seq-len=16", "--batch-size=2", "--optimizer=adamw", "--steps=2"]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """Options for a small text and for directories of the tests, which have a space in the name."""
+    directory = tmp_path_factory.mktemp("own runs")
+    words = random.Random(0).choices(["we", "the", "people", "of", "more", "perfect"], k=2000)
+    rows = [{"text": " ".join(words[i : i + 20])} for i in range(0, len(words), 20)]
+    text = directory / "text.jsonl"
+    text.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [f"--data={text}", f"--root={directory}", f"--cache-dir={directory / 'cache'}"]
+
+
+@pytest.fixture(scope="module")
+def finished(places, fast_compile):
+    """The directory of a run, and what the program printed."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert main([*places, *SIZES, *HOW, "--name=one", "--sample=-we the"]) == 0
+    return Path(places[1].removeprefix("--root=")) / "one", printed.getvalue()
+
+
+def command(finished, name):
+    """Arguments of one of the commands that the program ends with, and its module."""
+    lines = [shlex.split(line) for line in finished[1].splitlines()[-3:]]
+    words = next(line for line in lines if line[2] == f"examples.llama.{name}")
+    assert words[3] == str(finished[0])
+    return importlib.import_module(words[2]).main, words[3:]
+
+
+def test_the_sample_command(finished, capsys):
+    main, words = command(finished, "sample")
+    more = ["--samples", "2", "--tokens", "4", "--temperature", "0"]
+    assert main([*words, *more]) == 0
+    first, second = capsys.readouterr().out.split("--- 2 of 2\n")
+    assert first.startswith("--- 1 of 2\n-we the")
+    assert second.startswith("-we the") and len(second) > len("-we the\n")
+    assert first.split("\n")[1] == second.split("\n")[0]  # At a temperature of 0.
+
+
+def test_the_evaluate_command_gives_the_loss_of_the_run(finished, tmp_path, capsys):
+    main, words = command(finished, "evaluate")
+    assert main([*words, "--json", str(tmp_path / "loss.json")]) == 0
+    expected = of_kind(read_metrics(finished[0] / "metrics.jsonl"), "test")[-1]
+    found = json.loads((tmp_path / "loss.json").read_text())
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+    assert f"loss {expected['loss']:.4f}" in capsys.readouterr().out
+    # The export is the same model; the whole text is more than its test split.
+    whole = evaluate(EvaluateConfig(str(finished[0] / "export"), (words[2],), seq_len=16))
+    assert whole["tokens"] > 10 * found["tokens"]
+    size = sum(len(json.loads(line)["text"]) for line in Path(words[2]).read_text().splitlines())
+    nats = whole["bits_per_byte"] * size * np.log(2)
+    assert nats == pytest.approx(whole["loss"] * whole["tokens"])
+
+
+def test_the_export_command(finished, capsys):
+    main, words = command(finished, "export")
+    assert main(words) == 0
+    directory = Path(capsys.readouterr().out.strip())
+    assert directory == finished[0].with_name("one-step2")
+    files = [(d / "model.safetensors").read_bytes() for d in (directory, finished[0] / "export")]
+    assert files[0] == files[1]
+
+
+def test_as_programs(finished):
+    """The line as it is printed, in a shell."""
+    line = finished[1].splitlines()[-3] + " --tokens=2"
+    done = subprocess.run(line, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("-we the")
+    assert done.stderr == ""
+    interpreter = ROOT / shlex.split(line)[0] if "/" in shlex.split(line)[0] else sys.executable
+    assert Path(interpreter).absolute() == Path(sys.executable).absolute()
+
+
+@pytest.mark.parametrize("where", ["", "export"])
+def test_a_run_starts_from_a_run(finished, places, where):
+    source = finished[0] / where
+    options = [*places, *HOW, "--steps=1", "--learning-rate=0", "--overwrite", "--quiet"]
+    assert main([*options, f"--name=two{where}", f"--init-from={source}"]) == 0
+    run = finished[0].with_name(f"two{where}")
+    for a, b in zip(*(leaves(path) for path in (run, source)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    tokenizers = [(path / "tokenizer.json").read_text() for path in (run, source)]
+    assert tokenizers[0] == tokenizers[1]
+
+
+def leaves(path):
+    state = nnx.state(load_llama(str(path)).model, nnx.Param)
+    return [np.asarray(value) for _, value in sorted(nnx.to_flat_state(state))]
+
+
+def test_errors_are_one_line(finished, places, capsys):
+    run = str(finished[0])
+    again = [*places, *HOW, "--name=one", "--overwrite", f"--init-from={finished[0] / 'export'}"]
+    for program, words, message in (
+        (main, again, "--overwrite would delete --init-from"),
+        (sample, [run, "--top-p=2"], "top_p must be above 0"),
+        (sample, [run, "--step=7"], "no checkpoint of step 7; there are those of 2"),
+        (sample, [run, "--samples=0"], "--samples and --tokens must be at least 1"),
+        (command(finished, "evaluate")[0], [run, "--data=no.txt"], "no.txt: no such file"),
+        (command(finished, "evaluate")[0], [run, places[0], "--seq-len=999"], "max_length=128"),
+        (command(finished, "export")[0], [str(ROOT)], "config.json: No such file"),
+    ):
+        capsys.readouterr()
+        assert program(words) == 1
+        captured = capsys.readouterr()
+        assert message in captured.err
+        assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert (finished[0] / "export").is_dir()
+
+
+def test_the_extra_examples_is_enough():
+    """What only published weights need is not imported."""
+    program = (
+        "import sys; sys.modules.update(gguf=None, jinja2=None, transformers=None)\n"
+        "import examples.llama.__main__, examples.llama.sample, examples.llama.evaluate\n"
+        "import examples.llama.export\n"
+        "from examples.llama.weights.files import open_weights\n"
+        "open_weights('model.gguf')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1].endswith("WeightsError: model.gguf: no such file")

@@ -1,0 +1,157 @@
+"""Finished runs in the Hugging Face layout: one model in the run, the checkpoint and the export."""
+
+import dataclasses
+import json
+import shutil
+from importlib.util import find_spec
+
+import jax
+import numpy as np
+import pytest
+import tiny_run as tiny
+from flax import nnx
+from safetensors.numpy import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from examples.common.errors import CheckpointError, WeightsError
+from examples.common.optimizers import OptimizerConfig
+from examples.llama.__main__ import pretrained
+from examples.llama.export import export
+from examples.llama.loop import train
+from examples.llama.model.adapters import AdapterConfig
+from examples.llama.weights.files import load_llama, open_weights, replace_llama, save_llama
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
+WORDS = ["<|endoftext|>", *(f"w{i}" for i in range(1, tiny.VOCAB))]
+TIED = dataclasses.replace(tiny.MODEL, stacked=False, tied_embeddings=True, param_dtype="bfloat16")
+CASES = {
+    "stacked": {},
+    "tied": {"model": TIED},
+    "8 bits": {"weight_bits": 8, "per_layer": True},
+    "lora": {"adapter": AdapterConfig(kind="lora", rank=2, alpha=3.0)},
+    "factorised": {"adapter": AdapterConfig(kind="factorised", rank=4)},
+}
+TOKENS = np.random.default_rng(0).integers(0, tiny.VOCAB, (3, 8), np.int32)
+
+run = jax.jit(lambda model, ids: model(ids))
+
+
+def splits():
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token=WORDS[0]))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return dataclasses.replace(tiny.splits(), tokenizer=words)
+
+
+def trained(path, **changes):
+    """A run of two steps, with both checkpoints, at a rate that moves everything."""
+    adamw = OptimizerConfig(name="adamw", learning_rate=0.05)
+    output = {"eval_every": 4, "save_every": 1}
+    config = tiny.run_config(steps=2, output=output, optimizer=adamw, **changes)
+    return train(config, splits=splits(), run_dir=path)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, fast_compile):
+    """The directory of a run, not to be changed, and its result."""
+    directory = tmp_path_factory.mktemp("runs") / "run"
+    return directory, trained(directory, accumulate=2)
+
+
+def params(model):
+    return jax.tree.leaves(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_export_is_the_model(tmp_path, case):
+    result = trained(tmp_path / "run", **CASES[case])
+    model = pretrained(result)
+    replace_llama(model, tmp_path / "end")
+    export(str(tmp_path / "run"), tmp_path / "later")
+    tensors = [load_file(tmp_path / name / "model.safetensors") for name in ("end", "later")]
+    assert tensors[0].keys() == tensors[1].keys()
+    for name, tensor in tensors[0].items():
+        assert tensor.dtype == model.config.param_dtype
+        np.testing.assert_array_equal(tensor, tensors[1][name])
+
+    how = {"stacked": model.config.stacked, "param_dtype": model.config.param_dtype}
+    logits = run(model.model, TOKENS)
+    for name in ("end", "later", "run"):
+        loaded = load_llama(str(tmp_path / name), **how)
+        assert loaded.config == model.config
+        assert loaded.end_ids == (0,)
+        assert loaded.tokenizer.to_str() == model.tokenizer.to_str()
+        assert np.asarray(run(loaded.model, TOKENS)).tobytes() == np.asarray(logits).tobytes()
+    # To the run itself, whose adapters are products of their own.
+    np.testing.assert_allclose(
+        logits, result.apply(result.weights, TOKENS), rtol=0, atol=1e-5 * np.abs(logits).max()
+    )
+    assert np.std(logits) > 0.05
+
+
+def test_files(tmp_path, finished):
+    shutil.copytree(finished[0], tmp_path / "run")
+    export(str(tmp_path / "run"), tmp_path / "run" / "export")
+    directory = tmp_path / "run" / "export"
+    assert sorted(p.name for p in directory.iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert json.loads((directory / "generation_config.json").read_text())["eos_token_id"] == 0
+    settings = json.loads((directory / "tokenizer_config.json").read_text())
+    assert settings["eos_token"] == WORDS[0]
+    # Without its checkpoints a run is its export.
+    (tmp_path / "run" / "checkpoints").rename(tmp_path / "moved")
+    assert open_weights(str(tmp_path / "run")).path == directory
+
+
+def test_any_kept_step(tmp_path, finished):
+    directory, result = finished
+    last, before = (load_llama(str(directory), stacked=True, step=n).model for n in (2, 1))
+    expected = params(pretrained(result).model)
+    for a, b, c in zip(params(last), params(before), expected, strict=True):
+        np.testing.assert_array_equal(a, c)
+        assert np.any(np.asarray(a) != np.asarray(b))
+    with pytest.raises(WeightsError, match=r"no checkpoint of step 3; there are those of 1, 2"):
+        open_weights(str(directory), step=3)
+    export(str(directory), tmp_path / "hf", step=1)
+    again = load_llama(str(tmp_path / "hf"), stacked=True).model
+    for a, b in zip(params(again), params(before), strict=True):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(WeightsError, match="no step 1"):
+        open_weights(str(tmp_path / "hf"), step=1)
+
+
+def test_damage_and_other_files(tmp_path, finished):
+    shutil.copytree(finished[0], tmp_path / "run")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("")
+    for directory in ("other", "run"):
+        with pytest.raises(WeightsError, match="not empty"):
+            export(str(tmp_path / "run"), tmp_path / directory)
+    newest = tmp_path / "run" / "checkpoints" / "4"
+    file = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
+    with pytest.raises(CheckpointError, match="not what was written"):
+        export(str(tmp_path / "run"), tmp_path / "hf")
+
+
+@pytest.mark.skipif(not find_spec("transformers"), reason="needs transformers")
+@pytest.mark.parametrize("case", ["stacked", "tied", "lora"])
+def test_transformers_computes_the_same(tmp_path, case):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = pretrained(trained(tmp_path / "run", **CASES[case]))
+    save_llama(model, tmp_path / "hf")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    with torch.no_grad():
+        logits = theirs(torch.tensor(TOKENS.astype(np.int64))).logits.numpy()
+    ours = np.asarray(run(model.model, TOKENS))
+    np.testing.assert_allclose(logits, ours, rtol=0, atol=1e-5 * np.abs(ours).max())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert tokenizer("w3 w7")["input_ids"] == [3, 7]
+    assert tokenizer.eos_token == WORDS[0]
