@@ -209,14 +209,22 @@ def read_checkpoint(
     """
     # A manager would create, clean up or warn.
     checkpoint = (directory / str(number)).absolute()
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+    # One process reads alone; by default Orbax waits for all processes.
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(),
+        active_processes={jax.process_index()},
+        barrier_sync_key_prefix=f"process{jax.process_index()}",
+    )
+    json_handler = ocp.JsonCheckpointHandler(multiprocessing_options=alone)
+    with ocp.Checkpointer(json_handler, multiprocessing_options=alone) as reader:
         config = reader.restore(checkpoint / "config")
     if like is None:
         return config, None
     shapes = like(config)
     how = jax.tree.map(lambda x: ocp.RestoreArgs(restore_type=np.ndarray, dtype=x.dtype), shapes)
     state = ocp.args.PyTreeRestore(shapes, restore_args=how, partial_restore=True)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    tree_handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    with ocp.Checkpointer(tree_handler, multiprocessing_options=alone) as reader:
         return config, reader.restore(checkpoint / "state", args=state)
 
 
