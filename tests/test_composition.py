@@ -41,7 +41,7 @@ def assert_same_trajectory(tx, other, rtol=1e-5, atol=1e-6):
 
 def composition(factory, **given):
     """The chain that the docstring of a ready-made optimizer says it is, with these arguments."""
-    text = inspect.cleandoc(factory.__doc__).split("It is this composition", 1)[1]
+    text = inspect.cleandoc(factory.__doc__).split(" this composition", 1)[1]
     block = text.split("::\n\n", 1)[1].split("\n\n", 1)[0]
     values = {k: p.default for k, p in inspect.signature(factory).parameters.items()}
     return eval(inspect.cleandoc(block), {"ng": ng, "optax": optax, "jax": jax, **values, **given})

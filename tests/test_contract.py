@@ -154,7 +154,7 @@ def test_tree_get_finds_the_parts_of_a_state():
 
 def test_a_schedule_changes_the_damping_with_the_step_count():
     g = {"w": jnp.full((4, 6), 2.0)}
-    scheduled = ng.woodbury_natural_gradient(history=1, damping=lambda count: 1.0 + count)
+    scheduled = ng.woodbury_natural_gradient(1, lambda count: 1.0 + count, "absolute")
     state = scheduled.init(g)
     for count in range(3):
         updates, state = scheduled.update(g, state)

@@ -224,6 +224,13 @@ def test_a_whole_equinox_model_says_what_to_do(factory):
 
 
 def test_only_what_is_meant_to_be_public_is():
-    public = {name for name in vars(ng) if not name.startswith("_")}
-    assert all(vars(ng)[name].__module__.startswith("natgalore_jax.") for name in public)
-    assert {"chain", "natural_galore_adamw", "MatrixAxes"} <= public
+    for module, some in (
+        (ng, {"chain", "natural_galore_adamw", "MatrixAxes"}),
+        (ng.training, {"per_layer"}),
+        (ng.contrib, {"ldadamw"}),
+    ):
+        public = {k: v for k, v in vars(module).items() if not k.startswith("_")}
+        assert some <= public.keys()
+        submodules = [public.pop(name) for name in ("training", "contrib") if name in public]
+        assert submodules == ([ng.training, ng.contrib] if module is ng else [])
+        assert all(v.__module__.startswith("natgalore_jax.") for v in public.values())

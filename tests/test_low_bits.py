@@ -93,7 +93,7 @@ def test_gram_matrices_are_those_of_the_columns_as_they_are_stored():
 def test_natural_gradients_are_those_of_the_rounded_gradients(dtype, bits):
     """Against a dense solve in float64, with an odd vector, a matrix and a number."""
     shapes = {"vector": (7,), "matrix": (5, 9), "number": ()}
-    tx = ng.woodbury_natural_gradient(history=2, damping=0.3, history_dtype=dtype)
+    tx = ng.woodbury_natural_gradient(2, 0.3, "absolute", dtype)
     random = np.random.default_rng(1)
     grads = [
         {name: jnp.asarray(random.standard_normal(s), jnp.float32) for name, s in shapes.items()}
