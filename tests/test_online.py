@@ -46,7 +46,7 @@ def first_basis(tx, grads=GRADS):
 
 
 def test_galore():
-    tx = ng.galore_adamw(LR, **SETTINGS, side="left", eps=1e-3, scale=0.25)
+    tx = composed_adamw("adam", LR, **SETTINGS, side="left", eps=1e-3, scale=0.25)
     expected = galore(
         W,
         GRADS,

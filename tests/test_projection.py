@@ -32,7 +32,9 @@ def low_rank_shapes(tx, params):
 
 
 @pytest.mark.parametrize("side", ["left", "right", "both", "short", "long"])
-@pytest.mark.parametrize("method, residual", [("svd", False), ("power", False), ("power", True)])
+@pytest.mark.parametrize(
+    "method, residual", [("svd", "none"), ("power", "none"), ("power", "fira")]
+)
 def test_several_axes_on_one_side_are_one_long_side(side, method, residual):
     """An attention kernel (embed, heads, head_dim) is the matrix (embed, heads · head_dim)."""
     kernels = [{"q": normal(10, 3, 4, seed=t)} for t in range(5)]
