@@ -123,7 +123,7 @@ def test_each_transition_does_to_adam_what_it_says(transition):
         ng.low_rank_project(
             rank=4, update_interval=2, side="left", method="svd", transition=transition
         ),
-        ng.woodbury_natural_gradient(history=2, damping=10.0),
+        ng.woodbury_natural_gradient(2, 10.0, "absolute"),
         optax.scale_by_adam(),
     )
     state = tx.init(grads[0])

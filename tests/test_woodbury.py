@@ -21,7 +21,7 @@ def dense_natural_gradient(seen, length, damping, relative=False):
 
 def run(gradients, **settings):
     """The natural gradient after each of the gradients, one matrix, outside of a subspace."""
-    tx = ng.woodbury_natural_gradient(**settings)
+    tx = ng.woodbury_natural_gradient(**{"damping_mode": "absolute"} | settings)
     state = tx.init(jnp.asarray(gradients[0]))
     update = jax.jit(tx.update)
     out = []

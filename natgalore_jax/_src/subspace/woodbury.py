@@ -101,7 +101,7 @@ def woodbury_natural_gradient(
       The second of two gradients, preconditioned, against the dense solve:
 
       >>> import jax.numpy as jnp, natgalore_jax as ng
-      >>> tx = ng.woodbury_natural_gradient(history=5, damping=0.5)
+      >>> tx = ng.woodbury_natural_gradient(history=5, damping=0.5, damping_mode="absolute")
       >>> g1, g2 = jnp.array([3.0, 1.0]), jnp.array([2.0, 0.0])
       >>> _, state = tx.update(g1, tx.init(g1))
       >>> natural, state = tx.update(g2, state)
