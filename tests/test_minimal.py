@@ -96,6 +96,7 @@ def test_the_optimizer_projects_the_matrices_of_the_blocks(uninterrupted):
         assert parameter.projected == in_a_block, parameter.path
 
 
+@pytest.mark.slow
 def test_the_model_is_a_llama(uninterrupted):
     """The logits of examples/llama with the same weights."""
     params, tiny = uninterrupted[1], Tiny()
@@ -116,6 +117,7 @@ def test_the_model_is_a_llama(uninterrupted):
     np.testing.assert_allclose(logits, with_params(config, renamed)(rows), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_program(tmp_path, monkeypatch, capsys):
     """On all simulated devices; a second call finds the run finished and writes a sample again."""
     text, out = tmp_path / "text.txt", tmp_path / "out"
