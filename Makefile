@@ -67,7 +67,7 @@ functions: $(VENV)/.pretrained $(VENV)/.functions ## fine-tune SmolLM2 on 12 pla
 TESTING := NPROC=32 JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax-tests JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3
 SHARD ?= 1/1
 
-test: $(VENV)/.dev $(VENV)/.glue $(SNIPPETS) ## run the fast tests, about 6 minutes; ARGS="tests/test_basis.py -k power" for some of all tests
+test: $(VENV)/.dev $(VENV)/.glue $(SNIPPETS) ## run the fast tests, about 5 minutes; ARGS="tests/test_basis.py -k power" for some of all tests
 	$(TESTING) $(BIN)/python -m pytest -n 2 $(or $(ARGS),-m "not slow")
 
 test-all: $(VENV)/.dev $(VENV)/.glue $(SNIPPETS) ## run every test, about half an hour

