@@ -1,4 +1,4 @@
-"""Where and how a result was measured, and the file that it goes to."""
+"""Environment of a measurement, and the file of its result."""
 
 import datetime
 import importlib.metadata
@@ -18,7 +18,7 @@ _THREAD_SETTINGS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "NPROC", "XLA_FLA
 
 
 def environment(seed: int) -> dict[str, Any]:
-    """What has an influence on a measurement, as JSON values."""
+    """Everything that influences a measurement, as JSON values."""
     device = jax.devices()[0]
     return {
         "command": " ".join(["python", *sys.orig_argv[1:]]),

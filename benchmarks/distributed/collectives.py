@@ -1,4 +1,4 @@
-"""What devices exchange, read from a compiled program."""
+"""Bytes of the collectives of a compiled program."""
 
 import math
 import re

@@ -268,14 +268,17 @@ def parts_of(state: Any, name: str = "inner") -> Iterator[tuple[Part, Any]]:
         return None if meaning is None else meaning.parts(x)
 
     for node in jax.tree.leaves(state, is_leaf=lambda x: parts(x) is not None):
-        for part in parts(node) or ():
-            own = part._replace(name=part.name or name)
-            if part.size is None:
-                yield from parts_of(part.tree, part.name or name)
-            else:
-                yield from ((own, leaf) for leaf in jax.tree.leaves(part.tree))
-        if parts(node) is None:
+        found = parts(node)
+        if found is None:
             yield Part(name, node), node
+            continue
+        for part in found:
+            own_name = part.name or name
+            if part.size is None:
+                yield from parts_of(part.tree, own_name)
+            else:
+                own = part._replace(name=own_name)
+                yield from ((own, leaf) for leaf in jax.tree.leaves(part.tree))
 
 
 def owners_of(tx: optax.GradientTransformation, state: Any, treedef: Any) -> list[int | None]:
