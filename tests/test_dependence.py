@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from natgalore_jax._src.per_layer.dependence import sources_of_outputs
+from natgalore_jax._src.params.dependence import sources_of_outputs
 
 A, B, C = 1, 2, 4
 

@@ -130,10 +130,32 @@ def test_multisteps_hidden_inside_another_transformation_is_an_error():
         tx.init({"w": jnp.ones((6, 8))})
 
 
-def test_multisteps_with_a_schedule_is_an_error_inside():
-    growing = optax.MultiSteps(optax.sgd(0.1), lambda step: jnp.where(step < 10, 1, 2))
-    with pytest.raises(ValueError, match="constant number of steps, got a schedule from 1 to 2"):
-        ng.chain(ng.low_rank_project(rank=2, update_interval=4), growing)
+@pytest.mark.parametrize(
+    "every_k",
+    [
+        lambda step: jnp.where(step < 10, 1, 2),
+        lambda step: jnp.where(jnp.abs(step - 100) < 10, 4, 2),  # 2 at first and at last
+        optax.piecewise_constant_schedule(2, {10: 2, 20: 0.5}),
+    ],
+)
+def test_multisteps_with_a_schedule_is_an_error_inside(every_k):
+    changing = optax.MultiSteps(optax.sgd(0.1), every_k)
+    with pytest.raises(ValueError, match=r"constant number of steps.*around the chain"):
+        ng.chain(ng.low_rank_project(rank=2, update_interval=4), changing)
+
+
+@pytest.mark.parametrize("every_k", [lambda step: 2, lambda step: jnp.full([], 2)])
+def test_multisteps_with_a_constant_schedule_is_a_constant_inside(every_k):
+    def inside(steps):
+        return ng.chain(project(), optax.MultiSteps(optax.sgd(0.1), steps), ng.project_back())
+
+    grads = gradients(2 * K)
+    for got, expected in zip(run(inside(every_k), grads), run(inside(2), grads), strict=True):
+        assert_close(got[0], expected[0])
+    with pytest.raises(ValueError, match="multiple of the 2 steps"):
+        ng.chain(
+            ng.low_rank_project(rank=2, update_interval=3), optax.MultiSteps(optax.sgd(1), every_k)
+        )
 
 
 @pytest.mark.parametrize("residual", ["fira", "fisher"])

@@ -287,13 +287,16 @@ def test_with_shardings_outside_of_jit_without_params_and_with_extra_arguments()
     params = {"stack": params["stack"]}
     seen = []
 
-    def update(updates, state, params=None, *, value):
-        seen.append((jax.typeof(updates["stack"]).sharding.spec, params, value))
+    def update(updates, state, params=None, *, value, value_fn, name):
+        assert name == "loss"
+        seen.append((jax.typeof(updates["stack"]).sharding.spec, params, value_fn(value)))
         return updates, state
 
     tx = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
     told = ng.training.with_shardings(tx, params)
-    updates, _ = told.update(params, told.init(params), value=jnp.ones([]))
+    updates, _ = told.update(
+        params, told.init(params), value=jnp.ones([]), value_fn=lambda x: 2 * x, name="loss"
+    )
     assert updates["stack"].sharding.is_equivalent_to(params["stack"].sharding, 3)
     assert seen[0][0] == jax.P("x", None, None) and seen[0][1] is None
 

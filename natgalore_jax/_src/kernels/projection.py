@@ -57,9 +57,10 @@ def contract(subscripts: str, *operands: jax.Array, dtype=None, precision=None) 
 
 
 def _surviving_sharding(subscripts: str, operands: Sequence[jax.Array]) -> NamedSharding | None:
-    if not has_explicit_sharding(operands[0]):
+    explicit = [x for x in operands if has_explicit_sharding(x)]
+    if not explicit:
         return None
-    mesh = jax.typeof(operands[0]).sharding.mesh
+    mesh = jax.typeof(explicit[0]).sharding.mesh
     inputs, output = subscripts.split("->")
     axis_of = {}
     for letters, operand in zip(inputs.split(","), operands, strict=True):

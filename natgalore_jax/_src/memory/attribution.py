@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -40,9 +41,14 @@ def attribute(
     parts = {number: part for part, number in parts_of(numbered)}
     try:
         owners = owners_of(tx, state, treedef)
-    except Exception:
+    except Exception as error:
         # optax.tree.map_params calls init with placeholders, for which an init that reads its
-        # parameters raises any error: count the whole state as shared.
+        # parameters raises any error.
+        warnings.warn(
+            "this optimizer's init reads its parameters, which optax.tree.map_params does not "
+            f"support ({type(error).__name__}: {error}): all of its state is counted as shared",
+            stacklevel=3,
+        )
         owners = [None] * len(leaves)
     pieces: list[list[Piece]] = [[] for _ in range(treedef.num_leaves)]
     shared = 0

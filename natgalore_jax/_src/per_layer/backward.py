@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from natgalore_jax._src.low_bits.weights import read_weight
-from natgalore_jax._src.per_layer.dependence import sources_of_outputs
+from natgalore_jax._src.params.dependence import sources_of_outputs
 from natgalore_jax._src.per_layer.layer_parts import Parts
 from natgalore_jax._src.training.offload import to_device
 

@@ -9,7 +9,7 @@ import optax
 from jax.extend import core
 
 from natgalore_jax._src.params.context import LayerView, layer_view
-from natgalore_jax._src.per_layer.dependence import sources_of_outputs
+from natgalore_jax._src.params.dependence import sources_of_outputs
 from natgalore_jax._src.per_layer.layer_parts import Parts
 from natgalore_jax._src.per_layer.state_layout import StateLayout
 

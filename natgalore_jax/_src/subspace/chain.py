@@ -1,12 +1,13 @@
 """``optax.chain`` with subspaces."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from natgalore_jax._src.params.dependence import sources_of_outputs
 from natgalore_jax._src.states.tree_checks import with_dtypes_of
 from natgalore_jax._src.subspace.project import LowRankProject
 from natgalore_jax._src.subspace.project_back import ProjectBack, project_back
@@ -179,15 +180,7 @@ def _accumulation(inner: list[Any], opener: LowRankProject) -> int:
     for tx in inner:
         multi = tx if isinstance(tx, optax.MultiSteps) else getattr(tx.update, "__self__", None)
         if isinstance(multi, optax.MultiSteps):
-            every_k = multi._every_k_schedule  # not public in Optax
-            with jax.ensure_compile_time_eval():  # chain may be called inside jit
-                early, late = (int(jnp.asarray(every_k(jnp.asarray(t)))) for t in (0, 2**30))
-            if early != late:
-                raise ValueError(
-                    "optax.MultiSteps inside a subspace needs a constant number of steps, got a "
-                    f"schedule from {early} to {late}"
-                )
-            steps *= early
+            steps *= _constant_steps(multi._every_k_schedule)  # not public in Optax
     interval = opener.refresh.update_interval
     if steps > 1 and opener.refresh.method == "online":
         raise ValueError(
@@ -200,3 +193,16 @@ def _accumulation(inner: list[Any], opener: LowRankProject) -> int:
             "optax.MultiSteps accumulates inside the subspace"
         )
     return steps
+
+
+def _constant_steps(every_k: Callable[[jax.Array], Any]) -> int:
+    """Value of a schedule of ``optax.MultiSteps`` that does not depend on the step."""
+    with jax.ensure_compile_time_eval():  # chain may be called inside jit
+        step = jnp.zeros([], jnp.int32)
+        schedule = jax.make_jaxpr(lambda t: jnp.asarray(every_k(t)))(step)
+        if sources_of_outputs(schedule, [1]) != [0]:
+            raise ValueError(
+                "optax.MultiSteps inside a subspace needs a constant number of steps, got a "
+                "schedule that depends on the step: put optax.MultiSteps around the chain"
+            )
+        return int(jnp.asarray(every_k(step)))

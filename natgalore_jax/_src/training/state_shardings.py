@@ -1,5 +1,6 @@
 """Shardings of an optimizer's state, from the shardings of the parameters."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -118,22 +119,33 @@ def with_shardings(
             return state  # of shapes, or of placeholders of optax.tree.map_params
         return jax.tree.map(jax.lax.with_sharding_constraint, state, of_state)
 
-    @jax.jit  # explicit_axes is for use within jit
-    def explicit_update(updates, state, params, extra_args):
-        everywhere = jax.tree.map(lambda _: PartitionSpec(), extra_args)
+    # explicit_axes is for use within jit.
+    @partial(jax.jit, static_argnames="others")
+    def explicit_update(updates, state, params, arrays, others):
+        everywhere = jax.tree.map(lambda _: PartitionSpec(), arrays)
         update: Any = jax.sharding.explicit_axes(
-            lambda updates, state, params, extra: tx.update(updates, state, params, **extra),
+            lambda updates, state, params, arrays: tx.update(
+                updates, state, params, **arrays, **dict(others)
+            ),
             in_sharding=(specs, state_specs, None if params is None else specs, everywhere),
         )
         with jax.sharding.use_abstract_mesh(
             mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh
         ):
-            return update(updates, state, params, extra_args)
+            return update(updates, state, params, arrays)
 
     def update_fn(updates, state, params=None, **extra_args):
-        return explicit_update(updates, state, params, extra_args)
+        # A callable, as of a line search, or a name is no operand of a compiled function.
+        is_tree = {k: all(map(_is_operand, jax.tree.leaves(v))) for k, v in extra_args.items()}
+        arrays = {k: v for k, v in extra_args.items() if is_tree[k]}
+        others = tuple((k, v) for k, v in extra_args.items() if not is_tree[k])
+        return explicit_update(updates, state, params, arrays, others)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _is_operand(x: Any) -> bool:
+    return hasattr(x, "dtype") or isinstance(x, (bool, int, float, complex))
 
 
 def _shardings(params: Any, shardings: Any) -> Any:
