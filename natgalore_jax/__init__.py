@@ -19,6 +19,7 @@ from natgalore_jax._src.memory.report import (
 )
 from natgalore_jax._src.optimizers.natural_galore import (
     galore_adamw as galore_adamw,
+    lean_natural_galore_adamw as lean_natural_galore_adamw,
     natural_galore as natural_galore,
     natural_galore_adamw as natural_galore_adamw,
 )
@@ -47,9 +48,6 @@ from natgalore_jax._src.subspace.chain import (
 from natgalore_jax._src.subspace.compact_fisher import (
     CompactFisherState as CompactFisherState,
     compact_natural_gradient as compact_natural_gradient,
-)
-from natgalore_jax._src.subspace.gradient_history import (
-    History as History,
 )
 from natgalore_jax._src.subspace.project import (
     LowRankProjectState as LowRankProjectState,

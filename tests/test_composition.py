@@ -51,6 +51,7 @@ READY_MADE = [
     (ng.natural_galore_adamw, {"residual_scale": 0.3, "unprojected_ratio": 2.0, "scale": 0.5}),
     (ng.natural_galore_adamw, {"side": "both", "residual": "fira", "b1": 0.8, "eps": 1e-4}),
     (ng.natural_galore_adamw, {"basis_dtype": "int8", "seed": 3, "residual": "none"}),
+    (ng.lean_natural_galore_adamw, {"side": "both", "b1": 0.8, "b2": 0.9, "eps": 1e-4, "seed": 3}),
     (ng.galore_adamw, {"residual": "fira", "side": "long", "b2": 0.9}),
     (ng.galore_adamw, {"method": "svd", "stagger": False, "scale": 0.5}),
     (ng.paper_natural_galore_adamw, {"history": 3, "damping": 0.1}),

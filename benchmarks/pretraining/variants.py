@@ -11,6 +11,7 @@ INNER = {
     "adam": optax.scale_by_adam,
     "lion": lambda nesterov: optax.scale_by_lion(),
     "adam8": lambda nesterov: ng.scale_by_adam_8bit(nesterov=nesterov),
+    "lean": lambda nesterov: ng.scale_by_adam_8bit(nesterov=nesterov, min_size=256, per_token=True),
 }
 
 
@@ -25,7 +26,7 @@ def recipe(
     transition: Any = "rotate",
     stagger: bool | None = None,
     basis_dtype: Any = None,
-    inner: Literal["adam", "lion", "adam8"] = "adam",
+    inner: Literal["adam", "lion", "adam8", "lean"] = "adam",
     nesterov: bool = True,
     history: int | None = None,
     structure: str = "diagonal",

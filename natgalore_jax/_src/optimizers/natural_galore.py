@@ -10,7 +10,7 @@ import optax
 from natgalore_jax._src.kernels.basis import Method
 from natgalore_jax._src.kernels.residual import Rule
 from natgalore_jax._src.kernels.rotation import Transition
-from natgalore_jax._src.low_bits.adam import adam_with_bits
+from natgalore_jax._src.low_bits.adam import adam_with_bits, scale_by_adam_8bit
 from natgalore_jax._src.params.axes import AxesLike
 from natgalore_jax._src.params.checks import check_number
 from natgalore_jax._src.params.plan import Side
@@ -214,6 +214,85 @@ def natural_galore_adamw(
             cautious=True,
         ),
         project_back(scale, residual, residual_scale=residual_scale),
+        _scale_unprojected(unprojected_ratio, where),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def lean_natural_galore_adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int | tuple[int, ...] = 16,
+    update_interval: int = 200,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 1e-4,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    unprojected_ratio: float = 4.0,
+    side: Side = "short",
+    where: Where = hidden_matrices,
+    axes: AxesLike = None,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Natural GaLore with the smallest state: about a byte for each number of embedding and head.
+
+    Differences from :func:`natural_galore_adamw`:
+
+    * The rank is small, because most of what a high rank brings comes from the residual update
+      (docs/experiments.md).
+    * The moments and bases of hidden matrices are stored in 8 bits.
+    * Embedding and output head have a momentum in 8 bits and one second moment for each token
+      (:func:`scale_by_adam_8bit`, ``per_token``), not two float32 numbers for each weight.
+
+    It equals this composition, which gives access to all other settings::
+
+      ng.chain(
+          ng.low_rank_project(rank, update_interval, side, where=where, axes=axes,
+                              basis_dtype="int8", seed=seed),
+          ng.compact_natural_gradient(
+              ng.scale_by_adam_8bit(b1, b2, eps, nesterov=True, min_size=256,
+                                    per_token=None), cautious=True),
+          ng.project_back(1.0, "fisher"),
+          optax.masked(optax.scale(unprojected_ratio), lambda params: jax.tree.map_with_path(
+              lambda path, leaf: not ng.hidden_matrices(path, leaf), params)),
+          optax.add_decayed_weights(weight_decay, mask),
+          optax.scale_by_learning_rate(learning_rate),
+      )
+
+    Args:
+      learning_rate: η of the hidden matrices, a number or a schedule. Start with 0.005.
+      rank: a sixteenth of the width or less.
+      update_interval, b1, b2, eps, weight_decay, mask, unprojected_ratio, side, where, axes, seed:
+        see :func:`natural_galore_adamw`.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``.
+
+    Raises:
+      TypeError, ValueError: as its parts.
+
+    Example:
+      >>> import jax.numpy as jnp, natgalore_jax as ng
+      >>> params = {"embed": jnp.ones((1024, 128)), "mlp": jnp.ones((128, 512))}
+      >>> report = ng.memory_report(ng.lean_natural_galore_adamw(0.005, rank=8), params)
+      >>> report.total_state_bytes < 0.1 * report.adamw_state_bytes
+      True
+    """
+    opener = low_rank_project(
+        rank=rank,
+        update_interval=update_interval,
+        side=side,
+        where=where,
+        axes=axes,
+        basis_dtype="int8",
+        seed=seed,
+    )
+    adam = scale_by_adam_8bit(b1, b2, eps, nesterov=True, min_size=256, per_token=None)
+    return chain(
+        opener,
+        compact_natural_gradient(adam, modes=opener.number_of_modes, cautious=True),
+        project_back(1.0, "fisher"),
         _scale_unprojected(unprojected_ratio, where),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),

@@ -112,6 +112,14 @@ def all_matrices(path: Any, leaf: Any) -> bool:
     return is_embedding or not _is_named_a_vector(parts)
 
 
+def token_matrices(path: Any, leaf: Any) -> bool:
+    """Embeddings and output heads by the rules of :func:`hidden_matrices`."""
+    parts = _parts(tuple(path))
+    is_embedding = any(_EMBEDDING.search(part) for part in parts)
+    is_shared = _SHARED in itertools.pairwise(parts)
+    return all_matrices(path, leaf) and (is_embedding or is_shared or _is_named_a_head(parts))
+
+
 def output_heads(path: Any, leaf: Any) -> bool:
     """Matrices whose name marks an output head by the rules of :func:`hidden_matrices`."""
     return all_matrices(path, leaf) and _is_named_a_head(_parts(tuple(path)))
