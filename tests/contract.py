@@ -88,7 +88,7 @@ FACTORIES: Mapping[str, Callable[[], optax.GradientTransformation]] = {
     ),
     "galore_adamw with residual": lambda: ng.galore_adamw(0.01, **_project, residual="fira"),
     "scale_by_adam_8bit": lambda: ng.scale_by_adam_8bit(min_size=16),
-    "scale_by_adam_8bit per token": lambda: ng.scale_by_adam_8bit(min_size=16, per_token=True),
+    "scale_by_adam_8bit, factored": lambda: ng.scale_by_adam_8bit(min_size=16, factored=True),
     "lean_natural_galore_adamw": lambda: ng.lean_natural_galore_adamw(0.01, **_project),
     "8 bits in a subspace": lambda: ng.chain(
         ng.low_rank_project(**_project), ng.scale_by_adam_8bit(min_size=16), ng.project_back()

@@ -118,14 +118,15 @@ def test_table():
     ).splitlines()
     cells = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in lines}
     assert cells["AdamW"] == [
-        *("0.01 × 4", "1.50", "3.500 (1 of 2 seeds)", "4.300\u00a0±\u00a00.283"),
+        *("0.01 × 4", "1.50", "100 %", "3.500 (1 of 2 seeds)", "4.300\u00a0±\u00a00.283"),
         *("100 %", "100 %", "250"),
     ]
     assert cells["GaLore"] == [
-        *("0.01 × 4", "1.50", "not run", "3.800 (1 of 2 seeds)", "not run", "79 %", "250"),
+        *("0.01 × 4", "1.50", "100 %"),
+        *("not run", "3.800 (1 of 2 seeds)", "not run", "79 %", "250"),
     ]
-    assert cells["Fira"][3] == "diverged (1 of 2)" and cells["Fira"][5] == "diverged"
-    assert cells["Muon with AdamW"] == ["not run"] * 7
+    assert cells["Fira"][4] == "diverged (1 of 2)" and cells["Fira"][6] == "diverged"
+    assert cells["Muon with AdamW"] == ["not run"] * 8
     assert len({line.count("|") for line in lines}) == 1
 
 
@@ -298,24 +299,23 @@ def test_report_fills_the_documentation(root, tmp_path, capsys):
     readme, docs = tmp_path / "README.md", tmp_path / "docs"
     readme.write_text(f"# Title\n{BEGIN}\n{END}\nend\n")
     docs.mkdir()
-    (docs / "experiments.md").write_text(f"{BEGIN}\nold\n{END}\n")
     command = ["report", "--root", str(root), "--docs", str(docs), "--readme", str(readme)]
     assert main(command) == 0
-    texts = [p.read_text() for p in (readme, docs / "experiments.md", docs / "quality.md")]
-    for text in texts:
-        assert re.search(
-            r"\| Natural GaLore, default \| 0\.01 × 4 \| 1\.50 \| not run \| 3\.600", text
-        )
-        assert "diverged (1 of 1)" in text and "not run." in text
+    texts = [p.read_text() for p in (readme, docs / "quality.md")]
+    for text, rates in zip(texts, ("", r" 0\.01 × 4 \|"), strict=True):
+        line = rf"\| Natural GaLore, default \|{rates} 1\.50 \| 100 % \| not run \| 3\.600"
+        assert re.search(line, text)
+        assert "diverged (1 of 1)" in text
+    assert "Not run: 9m, 60m." in texts[0] and "not run." in texts[1]
     # Links work from where the page is.
-    for page, text in zip((readme, docs / "x", docs / "x"), texts, strict=True):
+    for page, text in zip((readme, docs / "x"), texts, strict=True):
         targets = re.findall(r"\]\(([^)#]+)", text)
         assert targets
         for target in targets:
             if "benchmarks" not in target:
                 assert (page.parent / target).exists(), target
-    assert "Adafactor" in texts[2] and "Adafactor" not in texts[0]
-    assert "one seed" in texts[2] and "0.04 × 4: diverged" in texts[2]
+    assert "Adafactor" in texts[1] and "Adafactor" not in texts[0]
+    assert "one seed" in texts[1] and "0.04 × 4: diverged" in texts[1]
     pictures = sorted(p.name for p in (docs / "figures").iterdir())
     assert pictures == [
         "quality-learning-rate-nano.png",

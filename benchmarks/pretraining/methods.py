@@ -176,6 +176,10 @@ METHODS: dict[str, Method] = {
         "Fira", ng.galore_adamw, {"residual": "fira", "scale": PAPER_SCALE}, scale=PAPER_SCALE
     ),
     "natural-galore": Method("Natural GaLore, default", ng.natural_galore_adamw),
+    # A sixteenth of the width of nano.
+    "natural-galore-lean": Method(
+        "Natural GaLore, lean", ng.lean_natural_galore_adamw, {"rank": 8}
+    ),
     "factorised": Method(
         "Low-rank weights W = BA", optax.adamw, _ADAMW, configure=_adapter("factorised")
     ),

@@ -29,7 +29,7 @@ class Report:
     tune_preset: str = "nano"
     """Preset whose tuned rates the presets have that were not tuned themselves."""
     docs: Path = Path("docs")
-    """Where quality.md, figures/ and, if it has a block for it, experiments.md are."""
+    """Where quality.md and figures/ are."""
     readme: Path = Path("README.md")
     """Gets the short tables, if it has a block for them."""
 
@@ -58,11 +58,9 @@ def make_report(report: Report) -> list[Path]:
     page = report.docs / "quality.md"
     page.write_text(long_page(groups, tuned, _links(names, report.docs)))
     written = [*names.values(), page]
-    for path in (report.readme, report.docs / "experiments.md"):
-        picture = _links({"steps": names["steps"]}, path.parent)
-        link = os.path.relpath(page, path.parent)
-        if fill_page(path, short(groups, picture["steps"], link)):
-            written.append(path)
+    link = os.path.relpath(page, report.readme.parent)
+    if fill_page(report.readme, short(groups, link)):
+        written.append(report.readme)
     return written
 
 

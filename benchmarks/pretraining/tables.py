@@ -9,17 +9,21 @@ from benchmarks.pretraining.tuning import Rates, Tuned
 
 NOT_RUN = "not run"
 PLUS_MINUS = "\u00a0±\u00a0"  # Not to be broken into lines.
+Groups = Mapping[Group, Mapping[tuple[str, Rates], Row]]
+
 COURSE = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)  # of a run
 
 
-def losses(
-    groups: Mapping[Group, Mapping[tuple[str, Rates], Row]], preset: str, methods: Iterable[str]
-) -> str:
-    """Final test losses of a preset, for ``methods`` and, in an unfinished table, "not run"."""
+def losses(groups: Groups, preset: str, methods: Iterable[str], *, brief: bool = False) -> str:
+    """Final test losses of a preset, for ``methods`` and, in an unfinished table, "not run".
+
+    ``brief`` leaves out rates, steps and times.
+    """
     corpora = sorted(corpus for p, corpus in groups if p == preset)
     rows = {corpus: list(groups[preset, corpus].values()) for corpus in corpora}
     seeds = max(len(r.seeds) for of_corpus in rows.values() for r in of_corpus)
-    header = ["", "rate × ratio", "state, MiB"]
+    reference = next((r for of in rows.values() for r in of if r.method == REFERENCE), None)
+    header = ["", "rate × ratio", "state, MiB", "of AdamW's"]
     header += [f"test loss, {c}" for c in corpora]
     header += [f"steps to AdamW's loss, {c}" for c in corpora]
     header.append("ms a step")
@@ -38,12 +42,14 @@ def losses(
                 label(method),
                 str(rates),
                 f"{present[0].state_bytes / 2**20:.2f}",
+                _share(present[0], reference),
                 *(_loss(r, seeds) for r in found),
                 *(_steps(r) for r in found),
                 f"{1e3 * sum(r.step_seconds for r in present) / len(present):.0f}",
             ]
         )
-    return table(header, lines)
+    kept = [0, *range(2, 4 + len(corpora))] if brief else range(len(header))
+    return table([header[i] for i in kept], ([line[i] for i in kept] for line in lines))
 
 
 def course(rows: Iterable[Row], shares: Sequence[float] = COURSE) -> str:
@@ -132,6 +138,12 @@ def _ordered(methods: Iterable[str]) -> list[str]:
     return sorted(methods, key=lambda m: (names.index(m) if m in names else len(names), m))
 
 
+def _share(row: Row, reference: Row | None) -> str:
+    if reference is None:
+        return "not known"
+    return f"{100 * row.state_bytes / reference.state_bytes:.0f} %"
+
+
 def _loss(row: Row | None, seeds: int) -> str:
     if row is None:
         return NOT_RUN
@@ -159,25 +171,26 @@ CORE = (
     "adamw",
     "adamw-one-rate",
     "muon",
+    "scale",
     "galore",
-    "natural-galore-paper",
-    "natural-galore-published",
     "fira",
     "apollo-mini",
     "natural-galore",
+    "natural-galore-lean",
 )
 PLANNED = ("nano", "9m", "60m")
 
-Groups = Mapping[Group, Mapping[tuple[str, Rates], Row]]
 
-
-def short(groups: Groups, picture: str, link: str) -> str:
-    """The methods that the comparison is about, and one plot."""
+def short(groups: Groups, link: str) -> str:
+    """The methods that the comparison is about."""
+    ran = [preset for preset in _presets(groups) if any(p == preset for p, _ in groups)]
     parts = []
-    for preset in _presets(groups):
-        parts += [f"**{preset}**: {protocol(groups, preset)}", *_losses(groups, preset, CORE)]
-    parts.append(picture)
-    parts.append(f"All methods, rates and further plots: [{link}]({link}).")
+    for preset in ran:
+        parts.append(f"**{preset}**: {protocol(groups, preset)}")
+        parts.append(losses(groups, preset, CORE, brief=True))
+    missing = ", ".join(preset for preset in _presets(groups) if preset not in ran)
+    parts.append(f"Not run: {missing}. " if missing else "")
+    parts[-1] += f"All methods, rates, times and curves: [{link}]({link})."
     return "\n\n".join(parts)
 
 

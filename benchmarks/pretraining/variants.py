@@ -11,7 +11,7 @@ INNER = {
     "adam": optax.scale_by_adam,
     "lion": lambda nesterov: optax.scale_by_lion(),
     "adam8": lambda nesterov: ng.scale_by_adam_8bit(nesterov=nesterov),
-    "lean": lambda nesterov: ng.scale_by_adam_8bit(nesterov=nesterov, min_size=256, per_token=True),
+    "lean": lambda nesterov: ng.scale_by_adam_8bit(nesterov=nesterov, min_size=256, factored=True),
 }
 
 

@@ -4,7 +4,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from natgalore_jax._src.kernels.float8_blocks import block_max, blocks_between, decode
@@ -25,7 +24,7 @@ def scale_by_adam_8bit(
     block_size: int = 256,
     min_size: int = 4096,
     where: Where = True,
-    per_token: Where | None = False,
+    factored: Where | None = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""``optax.scale_by_adam`` with moments of one byte a number instead of four.
 
@@ -39,20 +38,22 @@ def scale_by_adam_8bit(
     materialised: the step takes less temporary memory than ``optax.scale_by_adam``, and little more
     time on a CPU.
 
-    A parameter that ``per_token`` selects has one second moment for each index of the longer of its
-    last two axes, the tokens of an embedding or of an output head:
+    The second moments of a parameter that ``factored`` selects have rank one, as in Adafactor:
+    means of squares over rows and over columns, in the dtype of the parameter,
 
-    .. math:: v_i \leftarrow \beta_2 v_i + (1 - \beta_2)\, \tfrac1d \sum_j g_{ij}^2.
+    .. math::
+      r_i \leftarrow \beta_2 r_i + (1 - \beta_2)\, \overline{g_{i:}^2}, \qquad
+      c_j \leftarrow \beta_2 c_j + (1 - \beta_2)\, \overline{g_{:j}^2}, \qquad
+      v_{ij} = r_i\, c_j / \bar r,
 
-    These moments stay in the dtype of the parameter, so that the state of an embedding is about one
-    byte a number instead of two.
+    so that the state of an embedding is about one byte a number instead of two.
 
     Args:
       b1, b2, eps, eps_root, nesterov: as in ``optax.scale_by_adam``.
       block_size, min_size, where: see :func:`quantize_state`.
-      per_token: which parameters have one second moment per token, in the forms of ``where``;
-        None: embeddings and output heads, by their names (:func:`hidden_matrices`). Ignored for
-        parameters of one axis and for projected parameters.
+      factored: which parameters have factored second moments, over their last two axes, in the
+        forms of ``where``; None: embeddings and output heads, by their names
+        (:func:`hidden_matrices`). Ignored for parameters of one axis and for projected parameters.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with the state of
@@ -63,8 +64,8 @@ def scale_by_adam_8bit(
         for gradients of other shapes than at ``init``.
 
     References:
-      Kingma and Ba, Adam (2015); Dettmers et al., 8-bit optimizers (2022). One second moment per
-      token: Zhang et al., Adam-mini (2024), arXiv 2406.16793, for embedding and output layer.
+      Kingma and Ba, Adam (2015); Dettmers et al., 8-bit optimizers (2022). Factored
+      second moments: Shazeer and Stern, Adafactor (2018), arXiv 1804.04235, algorithm 2.
 
     Example:
       >>> import jax.numpy as jnp, natgalore_jax as ng
@@ -79,24 +80,19 @@ def scale_by_adam_8bit(
     check_boolean("nesterov", nesterov)
     settings = EightBits(block_size, min_size, where)
     settings.check()
-    per_token = token_matrices if per_token is None else per_token
+    factored = token_matrices if factored is None else factored
 
     # 1 − 0.999 in float32 has a relative error of 1e-5: compute complements in Python floats.
     numbers = (b1, 1 - b1, b2, 1 - b2, eps, eps_root)
 
     @own_arithmetic
     def init_fn(params):
-        batch, width = settings.batch_of_leaves(params), _axes_of_width(per_token, params)
+        batch, has_factors = settings.batch_of_leaves(params), _has_factors(factored, params)
         adam: Any = optax.scale_by_adam().init(params)
         treedef = jax.tree.structure(params)
         m, v = map(treedef.flatten_up_to, (adam.mu, adam.nu))
-        v = [
-            x if axis is None else jnp.sum(x, axis, keepdims=True)
-            for x, axis in zip(v, width, strict=True)
-        ]
-        batch_of_v = [nb if a is None else None for nb, a in zip(batch, width, strict=True)]
         m, m_scale = _stored(m, block_size, batch, is_second=False)
-        v, v_scale = _stored(v, block_size, batch_of_v, is_second=True)
+        v, v_scale = _stored(v, block_size, batch, has_factors, is_second=True)
         return _state(adam.count, *map(treedef.unflatten, (m, v, m_scale, v_scale)))
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -138,12 +134,16 @@ def adam_with_bits(
     return scale_by_adam_8bit(b1, b2, eps, nesterov=nesterov)
 
 
-def _stored(moments, block_size, batch, *, is_second):
-    """Codes and block scales of moments; a MaskedNode for those of which ``batch`` has None."""
-    pairs = [
-        (x, optax.MaskedNode()) if nb is None else start(x, block_size, nb, is_second=is_second)
-        for x, nb in zip(moments, batch, strict=True)
-    ]
+def _stored(moments, block_size, batch, has_factors=None, *, is_second):
+    """Zero moments and their block scales, MaskedNode for those that are not in 8 bits."""
+    none, pairs = optax.MaskedNode(), []
+    for x, nb, factors in zip(moments, batch, has_factors or [False] * len(batch), strict=True):
+        if factors:
+            pairs.append(((jnp.sum(x, -1), jnp.sum(x, -2)), (none, none)))
+        elif nb is None:
+            pairs.append((x, none))
+        else:
+            pairs.append(start(x, block_size, nb, is_second=is_second))
     return [x for x, _ in pairs], [scale for _, scale in pairs]
 
 
@@ -158,23 +158,39 @@ def _step(leaf, nesterov, dtype, numbers, count, g, m, v, m_scale, v_scale):
     """Update, moments and scales of one parameter after a step; ``count`` excludes this step."""
     b1, new1, b2, new2, *_ = numbers
     G = jnp.asarray(g).astype(jnp.float32)
-    M = _decoded(m, m_scale, is_second=False)
-    V = _decoded(v, v_scale, is_second=True)
-    square = G * G
-    if V.shape != G.shape:
-        width = -2 if V.shape[-2] != G.shape[-2] else -1
-        square = jnp.mean(square, width, keepdims=True)
-    M, V = b1 * M + new1 * G, b2 * V + new2 * square
-    U = _update(G, M, V, optax.safe_increment(count), numbers, nesterov=nesterov)
-    m, v = M.astype(m.dtype), V.astype(v.dtype)
+    peak = None
     if not isinstance(m_scale, optax.MaskedNode):
         peak = block_max(G, blocks_between(g.shape, m_scale.shape))
+    M = b1 * _decoded(m, m_scale, is_second=False) + new1 * G
+    is_factored = isinstance(v, tuple)
+    if is_factored:
+        V, v = _rank_one(b2, new2, G, v)
+    else:
+        V = b2 * _decoded(v, v_scale, is_second=True) + new2 * (G * G)
+    U = _update(G, M, V, optax.safe_increment(count), numbers, nesterov=nesterov)
+    if peak is None:
+        m = M.astype(m.dtype)
+        v = v if is_factored else V.astype(v.dtype)
+    else:
         m_scale = b1 * m_scale + new1 * peak
         m = dithered(M, m_scale, count, 2 * leaf, is_second=False)
-        if not isinstance(v_scale, optax.MaskedNode):
+        if not is_factored:
             v_scale = b2 * v_scale + new2 * (peak * peak)
             v = dithered(V, v_scale, count, 2 * leaf + 1, is_second=True)
     return U.astype(dtype), m, v, m_scale, v_scale
+
+
+def _rank_one(b2, new2, G, v):
+    """Second moments from their new factors, and these factors as they are stored."""
+    square = G * G
+    rows, columns = (
+        b2 * x.astype(jnp.float32) + new2 * jnp.mean(square, axis)
+        for x, axis in zip(v, (-1, -2), strict=True)
+    )
+    mean = jnp.mean(rows, -1, keepdims=True)
+    # Divide first: the product of two means of squares may underflow.
+    V = (rows / jnp.where(mean == 0, 1.0, mean))[..., None] * columns[..., None, :]
+    return V, tuple(x.astype(old.dtype) for x, old in zip((rows, columns), v, strict=True))
 
 
 def _decoded(stored, scale, *, is_second):
@@ -183,17 +199,14 @@ def _decoded(stored, scale, *, is_second):
     return decode(stored, scale, is_second=is_second)
 
 
-def _axes_of_width(per_token: Where, params: Any) -> list[int | None]:
-    """The shorter of the last two axes of each parameter with one second moment per token."""
+def _has_factors(factored: Where, params: Any) -> list[bool]:
+    """Whether the second moments of each parameter are factored."""
     plans = current_subspace() or {}
     leaves = jax.tree_util.tree_leaves_with_path(params)
+    chosen = selected(factored, params, "factored")
     return [
-        -2 + int(np.argmin(jnp.shape(leaf)[-2:]))
-        if chosen and jnp.ndim(leaf) > 1 and str(KeyPath(path)) not in plans
-        else None
-        for (path, leaf), chosen in zip(
-            leaves, selected(per_token, params, "per_token"), strict=True
-        )
+        is_chosen and jnp.ndim(leaf) > 1 and str(KeyPath(path)) not in plans
+        for (path, leaf), is_chosen in zip(leaves, chosen, strict=True)
     ]
 
 

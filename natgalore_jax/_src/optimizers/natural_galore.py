@@ -242,8 +242,8 @@ def lean_natural_galore_adamw(
     * The rank is small, because most of what a high rank brings comes from the residual update
       (docs/experiments.md).
     * The moments and bases of hidden matrices are stored in 8 bits.
-    * Embedding and output head have a momentum in 8 bits and one second moment for each token
-      (:func:`scale_by_adam_8bit`, ``per_token``), not two float32 numbers for each weight.
+    * Embedding and output head have a momentum in 8 bits and factored second moments
+      (:func:`scale_by_adam_8bit`), not two float32 numbers for each weight.
 
     It equals this composition, which gives access to all other settings::
 
@@ -252,7 +252,7 @@ def lean_natural_galore_adamw(
                               basis_dtype="int8", seed=seed),
           ng.compact_natural_gradient(
               ng.scale_by_adam_8bit(b1, b2, eps, nesterov=True, min_size=256,
-                                    per_token=None), cautious=True),
+                                    factored=None), cautious=True),
           ng.project_back(1.0, "fisher"),
           optax.masked(optax.scale(unprojected_ratio), lambda params: jax.tree.map_with_path(
               lambda path, leaf: not ng.hidden_matrices(path, leaf), params)),
@@ -288,7 +288,7 @@ def lean_natural_galore_adamw(
         basis_dtype="int8",
         seed=seed,
     )
-    adam = scale_by_adam_8bit(b1, b2, eps, nesterov=True, min_size=256, per_token=None)
+    adam = scale_by_adam_8bit(b1, b2, eps, nesterov=True, min_size=256, factored=None)
     return chain(
         opener,
         compact_natural_gradient(adam, modes=opener.number_of_modes, cautious=True),
