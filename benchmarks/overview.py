@@ -1,30 +1,26 @@
 """The picture of the README: loss and memory beside AdamW's, from committed results.
 
-``python -m benchmarks.overview`` draws docs/figures/overview.png from ``results/quality/tune`` (the
-validation loss of the tuning runs at the best rates, one seed, presidential addresses, nano) and
+``python -m benchmarks.overview`` draws docs/figures/overview.png from ``results/quality/main`` (test
+loss and bytes of optimizer state of each method at nano, on presidential addresses) and
 ``results/gpu_memory_estimates.json`` (a whole step of LLaMA 7B on 256 tokens, estimated).
 """
 
 import json
-import statistics
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import matplotlib.figure
+import matplotlib.ticker
 import tyro
 
 from benchmarks.common.environment import RESULTS
+from benchmarks.common.result_files import read_results
+from benchmarks.pretraining.summary import REFERENCE, Row, summarise
+from benchmarks.pretraining.tables import CORE, label
 
 FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "overview.png"
-# Method, its two tuned rates in file names, and colour.
-CURVES = (
-    ("adamw-one-rate", "lr0.003-x1", "lightgray"),
-    ("adamw", "lr0.0025-x4", "black"),
-    ("muon", "lr0.01-x2", "tab:brown"),
-    ("fira", "lr0.005-x4", "tab:green"),
-    ("natural-galore", "lr0.005-x4", "tab:red"),
-)
+OURS = ("natural-galore-lean", "natural-galore")
+GPU_GB = 24
 BARS = (
     ("AdamW", "adamw", "ordinary"),
     ("Natural GaLore, per layer", "natural-galore", "per layer"),
@@ -44,42 +40,64 @@ def main(output: Path = FIGURE) -> None:
     Args:
       output: where it goes.
     """
-    figure = matplotlib.figure.Figure(figsize=(9, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
-    for method, rates, colour in CURVES:
-        name, points = curve(method, rates)
-        left.plot(*zip(*points, strict=True), color=colour, label=name)
-    left.set(xlabel="step", ylabel="validation loss", ylim=(None, 5.2))
-    left.set_title("1.07 M parameters, tuned rates, one seed", fontsize=9)
-    left.legend(fontsize=8)
-    left.grid(alpha=0.2)
+    figure = matplotlib.figure.Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1.1, 1))
+    frontier(left)
+    bars(right)
+    figure.savefig(output, dpi=150)
+    print(f"written to {output.name}")
 
+
+def frontier(axes: Any) -> None:
+    """Test loss of each method over its bytes of state."""
+    rows = summarise(read_results(RESULTS / "quality", "main"))["nano", "sotu"].values()
+    by_method = {row.method: row for row in rows if row.method in CORE and not row.diverged}
+    full = by_method[REFERENCE].state_bytes
+    for method, row in by_method.items():
+        ours = method in OURS
+        style = {"fmt": "s" if ours else "o", "color": "tab:red" if ours else "0.25"}
+        at = (100 * row.state_bytes / full, row.test)
+        axes.errorbar(*at, yerr=row.test_std or 0, markersize=5, capsize=2, **style)
+        axes.annotate(
+            label(method).removeprefix("Natural GaLore, "),
+            at,
+            (6, 3),
+            textcoords="offset points",
+            fontsize=9,
+            color=style["color"],
+        )
+    axes.plot(*zip(*(_at(by_method[m], full) for m in OURS), strict=True), color="tab:red")
+    axes.set(xlabel="optimizer state, % of AdamW's", ylabel="test loss, nats per token")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+    axes.set_xticks([5, 10, 20, 50, 100])
+    axes.minorticks_off()
+    axes.set_xlim(4, 220)  # room for the names
+    axes.set_title("LLaMA of 1.07 M parameters, rates tuned for each method", fontsize=9)
+    axes.grid(alpha=0.2)
+
+
+def _at(row: Row, full: int) -> tuple[float, float]:
+    return 100 * row.state_bytes / full, row.test
+
+
+def bars(axes: Any) -> None:
+    """Memory of a step of LLaMA 7B by part."""
     for y, (_, method, step) in enumerate(BARS):
         start = 0.0
         for number, (part, size) in enumerate(memory(method, step).items()):
             label = part if y == 0 else None
-            right.barh(y, size, left=start, color=f"C{number}", label=label)
+            shade = str(0.2 + 0.2 * number) if number < 3 else "tab:red"
+            axes.barh(y, size, left=start, color=shade, label=label)
             start += size
-        right.text(start + 0.5, y, f"{start:.1f} GB", va="center", fontsize=8)
-    right.set_yticks(range(len(BARS)), [name for name, _, _ in BARS], fontsize=8)
-    right.invert_yaxis()
-    right.set(xlabel="GB, estimated", xlim=(0, 68))
-    right.set_title("A training step of LLaMA 7B, bfloat16, rank 1024", fontsize=9)
-    right.axvline(24, color="gray", linewidth=1, linestyle="--")
-    right.legend(fontsize=7, loc="lower right")
-    figure.savefig(output, dpi=120)
-    print(f"written to {output.name}")
-
-
-def curve(method: str, rates: str) -> tuple[str, list[tuple[int, float]]]:
-    """The method's name, and its validation loss after each number of steps."""
-    losses: dict[int, list[float]] = defaultdict(list)
-    directory = RESULTS / "quality" / "tune" / "sotu-nano"
-    runs = [_read(path) for path in sorted(directory.glob(f"{method}-{rates}-seed*.json"))]
-    for run in runs:
-        for step, _, loss, _ in run["validation"]:
-            losses[step].append(loss)
-    return runs[0]["label"], [(step, statistics.fmean(x)) for step, x in losses.items()]
+        axes.text(start + 0.5, y, f"{start:.1f} GB", va="center", fontsize=9)
+    axes.set_yticks(range(len(BARS)), [name for name, _, _ in BARS], fontsize=9)
+    axes.invert_yaxis()
+    axes.set(xlabel="GB, estimated from the compiled program", xlim=(0, 70))
+    axes.set_title("A training step of LLaMA 7B, bfloat16", fontsize=9)
+    axes.axvline(GPU_GB, color="black", linewidth=1, linestyle="--")
+    axes.text(GPU_GB + 0.5, len(BARS) - 0.55, f"a GPU of {GPU_GB} GB", fontsize=9)
+    axes.legend(fontsize=9, loc="center right")
 
 
 def memory(method: str, step: str) -> dict[str, float]:

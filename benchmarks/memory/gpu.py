@@ -48,6 +48,7 @@ METHODS = (
     "natural-galore",
     "natural-galore@moment_bits=8",
     "natural-galore@moment_bits=8,basis_dtype=int8",
+    "lean-natural-galore",
 )
 
 
@@ -79,6 +80,8 @@ def cases(
                     rank = None
                     if has_rank(method):
                         rank = TINY_RANK if preset == "tiny" else parse(base).optimizer.rank
+                        # A quarter of the width, as in GaLore's paper, and a sixteenth.
+                        rank = max(1, rank // 4) if method == "lean-natural-galore" else rank
                     arguments = [*base, *optimizer_arguments(method, rank), "--data", *data]
                     arguments += [] if rank is None else ["--interval", str(interval)]
                     arguments += ["--batch-size", str(rows), "--seq-len", str(seq_len)]

@@ -102,6 +102,7 @@ OPTIMIZERS: dict[str, Entry] = {
     "galore": Entry(ng.galore_adamw, 2e-2),
     "fira": Entry(ng.galore_adamw, 1e-2, {"residual": "fira"}),
     "natural-galore": Entry(ng.natural_galore_adamw, 5e-3),
+    "lean-natural-galore": Entry(ng.lean_natural_galore_adamw, 5e-3),
     "stored-gradients": Entry(_stored_gradients, 1e-2),
     "apollo": Entry(ng.contrib.apollo_adamw, 1e-2),
     "apollo-mini": Entry(ng.contrib.apollo_mini_adamw, 1e-2),
@@ -148,7 +149,7 @@ class OptimizerConfig:
     """Galore and natural-galore: store Adam's moments in 8 bits instead of the weights' dtype."""
     unprojected_ratio: float | None = None
     """Learning rate of embeddings, head and norms over that of the hidden matrices; by default 4
-    for natural-galore and, on random weights, for adamw, else 1. Galore and its relatives have it
+    for natural-galore, for lean-natural-galore and, on random weights, for adamw, else 1. Galore and its relatives have it
     in their scale."""
     scale: float | None = None
     """Low-rank: factor on the update of projected matrices."""
