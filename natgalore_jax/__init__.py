@@ -17,8 +17,10 @@ from natgalore_jax._src.memory.report import (
     MemoryReport as MemoryReport,
     memory_report as memory_report,
 )
-from natgalore_jax._src.optimizers.natural_galore import (
+from natgalore_jax._src.optimizers.galore import (
     galore_adamw as galore_adamw,
+)
+from natgalore_jax._src.optimizers.natural_galore import (
     lean_natural_galore_adamw as lean_natural_galore_adamw,
     natural_galore as natural_galore,
     natural_galore_adamw as natural_galore_adamw,
