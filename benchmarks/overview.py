@@ -1,7 +1,7 @@
 """The picture of the README: loss and memory beside AdamW's, from committed results.
 
-``python -m benchmarks.overview`` draws docs/figures/overview.png from ``results/quality/main`` (test
-loss and bytes of optimizer state of each method at nano, on presidential addresses) and
+``python -m benchmarks.overview`` draws docs/figures/overview.png from ``results/quality/main``
+(test loss and bytes of state of each method at nano, on presidential addresses) and
 ``results/gpu_memory_estimates.json`` (a whole step of LLaMA 7B on 256 tokens, estimated).
 """
 

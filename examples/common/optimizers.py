@@ -149,8 +149,8 @@ class OptimizerConfig:
     """Galore and natural-galore: store Adam's moments in 8 bits instead of the weights' dtype."""
     unprojected_ratio: float | None = None
     """Learning rate of embeddings, head and norms over that of the hidden matrices; by default 4
-    for natural-galore, for lean-natural-galore and, on random weights, for adamw, else 1. Galore and its relatives have it
-    in their scale."""
+    for both forms of natural-galore and, on random weights, for adamw, else 1. Galore and its
+    relatives have it in their scale."""
     scale: float | None = None
     """Low-rank: factor on the update of projected matrices."""
     side: Literal["short", "long", "left", "right", "both"] | None = None

@@ -135,13 +135,13 @@ def adam_with_bits(
 
 
 def _stored(moments, block_size, batch, has_factors=None, *, is_second):
-    """Zero moments and their block scales, MaskedNode for those that are not in 8 bits."""
-    none, pairs = optax.MaskedNode(), []
+    """Zero moments and their block scales, or factors, or MaskedNode where there are none."""
+    pairs: list[tuple[Any, Any]] = []
     for x, nb, factors in zip(moments, batch, has_factors or [False] * len(batch), strict=True):
         if factors:
-            pairs.append(((jnp.sum(x, -1), jnp.sum(x, -2)), (none, none)))
+            pairs.append((jnp.sum(x, -1), jnp.sum(x, -2)))
         elif nb is None:
-            pairs.append((x, none))
+            pairs.append((x, optax.MaskedNode()))
         else:
             pairs.append(start(x, block_size, nb, is_second=is_second))
     return [x for x, _ in pairs], [scale for _, scale in pairs]
@@ -162,9 +162,9 @@ def _step(leaf, nesterov, dtype, numbers, count, g, m, v, m_scale, v_scale):
     if not isinstance(m_scale, optax.MaskedNode):
         peak = block_max(G, blocks_between(g.shape, m_scale.shape))
     M = b1 * _decoded(m, m_scale, is_second=False) + new1 * G
-    is_factored = isinstance(v, tuple)
+    is_factored = v.ndim < G.ndim
     if is_factored:
-        V, v = _rank_one(b2, new2, G, v)
+        V, v, v_scale = _rank_one(b2, new2, G, v, v_scale)
     else:
         V = b2 * _decoded(v, v_scale, is_second=True) + new2 * (G * G)
     U = _update(G, M, V, optax.safe_increment(count), numbers, nesterov=nesterov)
@@ -180,17 +180,15 @@ def _step(leaf, nesterov, dtype, numbers, count, g, m, v, m_scale, v_scale):
     return U.astype(dtype), m, v, m_scale, v_scale
 
 
-def _rank_one(b2, new2, G, v):
-    """Second moments from their new factors, and these factors as they are stored."""
+def _rank_one(b2, new2, G, rows, columns):
+    """Second moments from their new factors, and the factors as they are stored."""
     square = G * G
-    rows, columns = (
-        b2 * x.astype(jnp.float32) + new2 * jnp.mean(square, axis)
-        for x, axis in zip(v, (-1, -2), strict=True)
-    )
-    mean = jnp.mean(rows, -1, keepdims=True)
+    r = b2 * rows.astype(jnp.float32) + new2 * jnp.mean(square, -1)
+    c = b2 * columns.astype(jnp.float32) + new2 * jnp.mean(square, -2)
+    mean = jnp.mean(r, -1, keepdims=True)
     # Divide first: the product of two means of squares may underflow.
-    V = (rows / jnp.where(mean == 0, 1.0, mean))[..., None] * columns[..., None, :]
-    return V, tuple(x.astype(old.dtype) for x, old in zip((rows, columns), v, strict=True))
+    V = (r / jnp.where(mean == 0, 1.0, mean))[..., None] * c[..., None, :]
+    return V, r.astype(rows.dtype), c.astype(columns.dtype)
 
 
 def _decoded(stored, scale, *, is_second):

@@ -6,11 +6,8 @@ import optax
 
 from natgalore_jax._src.memory.report import MemoryReport, memory_report
 from natgalore_jax._src.memory.table import align, format_bytes
-from natgalore_jax._src.optimizers.natural_galore import (
-    galore_adamw,
-    natural_galore,
-    natural_galore_adamw,
-)
+from natgalore_jax._src.optimizers.galore import galore_adamw
+from natgalore_jax._src.optimizers.natural_galore import natural_galore, natural_galore_adamw
 from natgalore_jax._src.subspace.chain import chain
 
 _COLUMNS = ("basis", "Fisher", "moments", "state", "of AdamW's", "with weights")
