@@ -96,6 +96,6 @@ def _package(option: str, name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ConfigError(
-            f"--log-to {option} needs the package {name}: "
+            f"--log-to {option} needs the package {name} ({error}): "
             "python -m pip install 'natgalore-jax[loggers]'"
         ) from error

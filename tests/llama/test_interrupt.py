@@ -11,6 +11,8 @@ from zygote import ROOT, Zygote, wait_until
 
 from examples.common.checkpoints import damage, kept
 from examples.common.interrupt import stop_on_signals
+from examples.common.reporter import Silent
+from examples.llama.__main__ import main
 
 pytestmark = [pytest.mark.usefixtures("fast_compile"), pytest.mark.timeout(0)]
 
@@ -20,6 +22,8 @@ PREEMPTION = 30.0  # Seconds that clouds leave between SIGTERM and the end of th
 DEAF = """
 import hashlib, sys
 from examples.common.interrupt import stop_on_signals
+from examples.common.reporter import Silent
+from examples.llama.__main__ import main
 with stop_on_signals(lambda: "right after the compilation") as stop:
     print("in C", flush=True)
     for _ in range(2):
@@ -96,6 +100,23 @@ def test_a_preempted_run_saves_in_time_and_goes_on(zygote, tmp_path, moments):
         trained = [step for kind, step, _ in small.losses(run) if kind == "train"]
         assert trained == list(range(1, last + 1))
         assert len(small.losses(run)) > before
+
+
+def test_a_signal_after_the_last_batch_counts(tmp_path, monkeypatch, capsys):
+    """The results are written when the run is resumed, which trains no further."""
+
+    class Stops(Silent):
+        def record(self, record):
+            if record["kind"] == "test":
+                signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("examples.llama.__main__.make_reporter", lambda *_: Stops())
+    arguments = small.arguments(tmp_path, name="late", steps=2)
+    summary = tmp_path / "runs" / "late" / "summary.json"
+    assert main(arguments) == 128 + signal.SIGTERM
+    assert "stopped at step 2, saved" in capsys.readouterr().out and not summary.exists()
+    assert main([*arguments, "--resume"]) == 0
+    assert summary.exists()
 
 
 def test_a_second_signal_leaves_the_last_checkpoint(zygote, tmp_path):
