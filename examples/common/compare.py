@@ -22,7 +22,7 @@ from examples.common.errors import ConfigError
 from examples.common.loggers import LoggerName, make_loggers
 from examples.common.methods import Tuning
 from examples.common.metrics import Clock, MetricsLog, Record, of_kind
-from examples.common.reporter import COMPILING, TRAINING, Reporter, evaluating
+from examples.common.reporter import COMPILING, STARTING, TRAINING, Reporter, evaluating
 from examples.common.train_state import Metrics, Params, TrainState, init_state
 
 ShouldStop = Callable[[], bool]
@@ -130,7 +130,7 @@ def train(
     resume: bool = False,
     first: Record | None = None,
     log_to: Sequence[LoggerName] = (),
-    options: str = "",
+    options: str,
 ) -> Result:
     """Fine-tune a model with one method.
 
@@ -162,7 +162,8 @@ def train(
         with MetricsLog(run_dir / "metrics.jsonl", resume_at=done, loggers=loggers) as log:
             if first is not None and not log.records:
                 log.write(**first)
-            run = _Run(set_up(), method, reporter, log, (checkpoints, identity))
+            with reporter.during(STARTING):
+                run = _Run(set_up(), method, reporter, log, (checkpoints, identity))
             result = run.run(should_stop)
     if result.finished:
         write_json(run_dir / "summary.json", result.summary())

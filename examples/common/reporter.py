@@ -28,6 +28,10 @@ COMPILING = Activity(
 )
 
 
+READING = Activity("reading model and data", "at once")
+STARTING = Activity("making the first state", "after the first batch")
+
+
 def evaluating(split: str) -> Activity:
     """An evaluation, which asks for a stop before each batch."""
     return Activity(f"evaluating on the {split} split", "at the next batch of the evaluation")

@@ -15,7 +15,7 @@ from examples.common.errors import ConfigError
 from examples.common.interrupt import stop_on_signals
 from examples.common.metrics import Record, of_kind
 from examples.common.plots import plot_run
-from examples.common.reporter import Reporter, make_reporter
+from examples.common.reporter import READING, Reporter, make_reporter
 from examples.llama.data import load_splits, ngram_perplexity
 from examples.llama.distributed.processes import abort_peers, several_processes, start
 from examples.llama.loop import Result, train
@@ -88,10 +88,11 @@ def run(config: RunConfig, console: Console) -> int:
     reporter = make_reporter(console, quiet or not leads, describe)
     reporter.note(f"{run_dir}: reading text and tokenizer")
     tokenizer = initial = None
-    if config.init_from is not None:
-        config, tokenizer, initial, note = start_from(config)
-        reporter.note(note)
-    splits = load_splits(config.data, tokenizer)
+    with reporter.during(READING):
+        if config.init_from is not None:
+            config, tokenizer, initial, note = start_from(config)
+            reporter.note(note)
+        splits = load_splits(config.data, tokenizer)
     if config.output.overwrite and leads and run_dir.exists():
         shutil.rmtree(run_dir)
     with stop_on_signals(lambda: reporter.activity.stops) as stop:

@@ -18,7 +18,7 @@ from examples.common.errors import ConfigError
 from examples.common.loggers import make_loggers
 from examples.common.lora import partition
 from examples.common.metrics import Clock, MetricsLog, of_kind, replace_text
-from examples.common.reporter import COMPILING, Reporter, Silent, evaluating
+from examples.common.reporter import COMPILING, STARTING, Reporter, Silent, evaluating
 from examples.common.train_state import Metrics, Params, TrainState
 from examples.llama.data import Splits, eval_batches, load_splits
 from examples.llama.distributed.batches import TrainBatches
@@ -108,7 +108,8 @@ def train(
             loggers = make_loggers(output.log_to, run_dir, config.to_dict(), step)
             log = MetricsLog(run_dir / "metrics.jsonl", resume_at=step, loggers=loggers)
         with log:
-            run = _Run(config, splits, tx, reporter, log, checkpoints, devices, initial)
+            with reporter.during(STARTING):
+                run = _Run(config, splits, tx, reporter, log, checkpoints, devices, initial)
             return run.run(should_stop)
 
 

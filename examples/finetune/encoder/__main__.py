@@ -9,7 +9,7 @@ from examples.common import cli
 from examples.common.compare import Result, compare
 from examples.common.config import write_json
 from examples.common.interrupt import stop_on_signals
-from examples.common.reporter import make_reporter
+from examples.common.reporter import READING, make_reporter
 from examples.finetune.encoder.baseline import baseline_scores
 from examples.finetune.encoder.data import TASKS
 from examples.finetune.encoder.loop import train
@@ -63,7 +63,8 @@ def run(config: RunConfig, console: Console) -> int:
     run_dir = config.run_dir
     reporter = make_reporter(console, config.output.quiet, describe)
     reporter.note(f"{run_dir}: reading the model and the rows")
-    prepared = prepare(config)
+    with reporter.during(READING):
+        prepared = prepare(config)
     for note in prepared.notes():
         reporter.note(note)
     if config.output.overwrite and run_dir.exists():

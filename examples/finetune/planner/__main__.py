@@ -10,7 +10,7 @@ from examples.common.compare import Result, compare
 from examples.common.config import write_json
 from examples.common.interrupt import stop_on_signals
 from examples.common.plots import plot_methods
-from examples.common.reporter import evaluating, make_reporter
+from examples.common.reporter import READING, evaluating, make_reporter
 from examples.finetune.planner.evaluate import Evaluator
 from examples.finetune.planner.loop import train
 from examples.finetune.planner.prepare import prepare
@@ -59,7 +59,8 @@ def run(config: RunConfig, console: Console) -> int:
     run_dir = config.run_dir
     reporter = make_reporter(console, config.output.quiet, describe, brief)
     reporter.note(f"{run_dir}: reading the model and the records")
-    prepared = prepare(config)
+    with reporter.during(READING):
+        prepared = prepare(config)
     for note in prepared.notes:
         reporter.note(note)
     if config.output.overwrite and run_dir.exists():
