@@ -22,8 +22,6 @@ PREEMPTION = 30.0  # Seconds that clouds leave between SIGTERM and the end of th
 DEAF = """
 import hashlib, sys
 from examples.common.interrupt import stop_on_signals
-from examples.common.reporter import Silent
-from examples.llama.__main__ import main
 with stop_on_signals(lambda: "right after the compilation") as stop:
     print("in C", flush=True)
     for _ in range(2):
@@ -70,7 +68,7 @@ def test_handlers_and_threads_are_given_back():
         assert stop() and stop.exit_code == 143
     assert signal.getsignal(signal.SIGTERM) is before
     assert signal.set_wakeup_fd(-1) == -1
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +123,7 @@ def test_a_second_signal_leaves_the_last_checkpoint(zygote, tmp_path):
     process = zygote.start(small.arguments(tmp_path, **options))
     wait_until(lambda: len(kept(run / "checkpoints")) > 1 or process.code() is not None, "none")
     process.send(signal.SIGINT)
+    wait_until(lambda: "SIGINT: saves and stops" in process.log(), "no answer", 10.0)
     process.send(signal.SIGINT)
     assert process.wait(PREEMPTION) == 128 + signal.SIGINT, process.log()
     assert all(
