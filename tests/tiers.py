@@ -14,6 +14,7 @@ FAST = {
     "test_minimal",
     *("test_cli", "test_data_files", "test_data_ngram", "test_data_packing", "test_data_split"),
     *("test_data_splits", "test_data_tokenizer"),
+    *("test_loggers", "test_reporter", "test_tables", "test_utilization"),
     *("test_glue_data", "test_glue_scores"),
     *("test_functions_data", "test_functions_metrics", "test_functions_parse"),
     *("test_functions_prompts", "test_functions_splits", "test_functions_write"),

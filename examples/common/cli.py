@@ -1,36 +1,110 @@
-"""Command lines: options to a configuration, errors to exit codes, signals to a flag.
-
-The training loop reads the flag of Ctrl-C and SIGTERM between steps.
-"""
+"""Command lines: options to a configuration and to a file of options, errors to exit codes."""
 
 import argparse
-import contextlib
-import signal
+import dataclasses
 import sys
-from collections.abc import Callable, Iterator
-from types import FrameType
+import typing
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
+import yaml
 
-from examples.common.errors import USER_ERRORS
+from examples.common.config import plain
+from examples.common.errors import USER_ERRORS, ConfigError
 
 T = TypeVar("T")
+OPTIONS = "config.yaml"
+"""File of a run with all of its options, for --config."""
+
+# Those of one start of a run, which a repetition does not have.
+_ONCE = ("resume", "overwrite")
 
 
-def parse(kind: type[T], program: str, argv: list[str] | None, default: T | None = None) -> T:
-    """The configuration that the command line of a program gives, from `default` on."""
+def parse(
+    kind: type[T],
+    program: str,
+    argv: Sequence[str] | None,
+    default: T | None = None,
+    *,
+    brief: str | None = None,
+) -> T:
+    """The configuration that the command line of a program gives, from `default` on.
+
+    With a `brief` help, --help prints that, and --help-all lists all options.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if brief is not None:
+        if {"-h", "--help"} & set(argv):
+            print(brief.strip())
+            raise SystemExit(0)
+        argv = ["--help" if word == "--help-all" else word for word in argv]
     more: dict[str, Any] = {} if default is None else {"default": default}
-    return tyro.cli(
-        kind,
-        prog=f"python -m {program}",
-        args=argv,
-        config=(tyro.conf.FlagCreatePairsOff,),
-        **more,
-    )
+    return tyro.cli(kind, prog=f"python -m {program}", args=argv, **more)
 
 
-def peek(argv: list[str] | None, **defaults: str) -> argparse.Namespace:
+def expand(argv: Sequence[str] | None, shorthands: Mapping[str, Sequence[str]]) -> list[str]:
+    """The command line with shorthands written out, after the options of its --config FILE.
+
+    Raises:
+      ConfigError: if the file cannot be read, or holds anything else than options.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path, action="append", default=[])
+    given, words = parser.parse_known_args(argv)
+    words = [word for path in given.config for word in _from_file(path)] + words
+    return [new for word in words for new in shorthands.get(word, [word])]
+
+
+def _from_file(path: Path) -> list[str]:
+    try:
+        found = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(found, dict) or any(isinstance(v, dict) for v in found.values()):
+        raise ConfigError(
+            f"{path}: expected a line for each option, such as `model.layers: 4`; {OPTIONS} of a "
+            "run has them all"
+        )
+    return [word for name, value in found.items() for word in _option(str(name), value)]
+
+
+def _option(name: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        group, dot, field = name.rpartition(".")
+        return [f"--{name}" if value else f"--{group}{dot}no-{field}"]
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)]
+    return [f"--{name}={value}"]
+
+
+def options_text(config: Any, program: str) -> str:
+    """All options of a configuration, by the names of the command line, as YAML."""
+    values = {k: v for k, v in _options(config, "").items() if k not in _ONCE}
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return f"# python -m {program} --config {OPTIONS} --name another\n{text}"
+
+
+def _options(config: Any, prefix: str) -> dict[str, Any]:
+    hints = typing.get_type_hints(type(config), include_extras=True)
+    found = {}
+    for field in dataclasses.fields(config):
+        value, marks = getattr(config, field.name), getattr(hints[field.name], "__metadata__", ())
+        renamed = [m.name for m in marks if getattr(m, "name", None) is not None]
+        name = prefix + (renamed[0] if renamed else field.name.replace("_", "-"))
+        if dataclasses.is_dataclass(value):
+            found |= _options(value, prefix if _WITHOUT_PREFIX in marks else f"{name}.")
+        else:
+            found[name] = plain(value)
+    return found
+
+
+_, _WITHOUT_PREFIX = typing.get_args(tyro.conf.OmitArgPrefixes[int])
+
+
+def peek(argv: Sequence[str] | None, **defaults: str) -> argparse.Namespace:
     """Options that decide the defaults of all others, such as a preset."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name, default in defaults.items():
@@ -38,12 +112,24 @@ def peek(argv: list[str] | None, **defaults: str) -> argparse.Namespace:
     return parser.parse_known_args(argv)[0]
 
 
+_WITH_PLACE = warnings.formatwarning
+
+
+def _format_warning(message: Any, category: type[Warning], *place: Any, **more: Any) -> str:
+    """One line for those about a user's files; others say where in the code they come from."""
+    if category is UserWarning:
+        return f"warning: {message}\n"
+    return _WITH_PLACE(message, category, *place, **more)
+
+
 def exit_code(
     program: Callable[[], int], on_error: Callable[[int], None] = lambda code: None
 ) -> int:
     """Exit code of a program; what the user can correct is printed as one line."""
     try:
-        return program()
+        with warnings.catch_warnings():
+            warnings.formatwarning = _format_warning
+            return program()
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         code = 1
@@ -52,37 +138,3 @@ def exit_code(
         code = 130
     on_error(code)
     return code
-
-
-class StopFlag:
-    """Calling it tells whether a stop was asked for; `signal` says by which signal."""
-
-    signal: int | None = None
-
-    def __call__(self) -> bool:
-        return self.signal is not None
-
-    @property
-    def exit_code(self) -> int:
-        """Of a run that was stopped; SIGTERM where another process got the signal."""
-        return 128 + (self.signal or signal.SIGTERM)
-
-    def _set(self, number: int, _frame: FrameType | None) -> None:
-        self.signal = number
-        # A second signal acts at once, for whoever cannot wait for the end of the step.
-        signal.signal(number, _DEFAULT[signal.Signals(number)])
-
-
-_DEFAULT = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-
-
-@contextlib.contextmanager
-def stop_on_signals() -> Iterator[StopFlag]:
-    """While inside, SIGINT and SIGTERM set the flag that this yields."""
-    flag = StopFlag()
-    before = {number: signal.signal(number, flag._set) for number in _DEFAULT}
-    try:
-        yield flag
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

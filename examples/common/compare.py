@@ -16,11 +16,13 @@ from rich.console import Console
 
 import natgalore_jax as ng
 from examples.common.checkpoints import Checkpoints
+from examples.common.cli import OPTIONS
 from examples.common.config import plain, write_json
 from examples.common.errors import ConfigError
+from examples.common.loggers import LoggerName, make_loggers
 from examples.common.methods import Tuning
 from examples.common.metrics import Clock, MetricsLog, Record, of_kind
-from examples.common.reporter import Reporter
+from examples.common.reporter import COMPILING, STARTING, TRAINING, Reporter, evaluating
 from examples.common.train_state import Metrics, Params, TrainState, init_state
 
 ShouldStop = Callable[[], bool]
@@ -38,6 +40,8 @@ class OutputConfig:
     """Delete an earlier run of the same name first."""
     root: Path = Path("runs")
     """Directory of all runs."""
+    log_to: tuple[LoggerName, ...] = ()
+    """Show the metrics in TensorBoard or Weights & Biases too."""
     quiet: bool = False
     """Print the summary only."""
 
@@ -125,6 +129,8 @@ def train(
     run_dir: Path | None = None,
     resume: bool = False,
     first: Record | None = None,
+    log_to: Sequence[LoggerName] = (),
+    options: str,
 ) -> Result:
     """Fine-tune a model with one method.
 
@@ -138,6 +144,8 @@ def train(
       run_dir: directory of metrics, checkpoints and summary; None writes nothing.
       resume: whether a run in `run_dir` may be continued.
       first: an evaluation before the first step.
+      log_to: loggers that receive the metrics too.
+      options: the whole configuration as a file for `--config`, written beside the metrics.
 
     Raises:
       ConfigError: if `run_dir` has a run that is not to be resumed, or one with another identity;
@@ -149,10 +157,13 @@ def train(
     with Checkpoints(run_dir / "checkpoints", keep=1) as checkpoints:
         done = checkpoints.resume_point(identity, run_dir, resume=resume)
         write_json(run_dir / "config.json", identity)
-        with MetricsLog(run_dir / "metrics.jsonl", resume_at=done) as log:
+        (run_dir / OPTIONS).write_text(options)
+        loggers = make_loggers(log_to, run_dir, identity, done)
+        with MetricsLog(run_dir / "metrics.jsonl", resume_at=done, loggers=loggers) as log:
             if first is not None and not log.records:
                 log.write(**first)
-            run = _Run(set_up(), method, reporter, log, (checkpoints, identity))
+            with reporter.during(STARTING):
+                run = _Run(set_up(), method, reporter, log, (checkpoints, identity))
             result = run.run(should_stop)
     if result.finished:
         write_json(run_dir / "summary.json", result.summary())
@@ -194,6 +205,7 @@ class _Run:
         batches = self.setup.batches(done)
         self.reporter.start(done, self.steps, self.method)
         self._clock.start()
+        activity = COMPILING
         try:
             while True:
                 ends_epoch = done > 0 and done % self.setup.steps_per_epoch == 0
@@ -204,7 +216,9 @@ class _Run:
                     tested = self._evaluate(self.setup.test, done, should_stop)
                     return self._result(done, tested)
                 batch = next(batches)
-                self.state, metrics = self.setup.step(self.state, batch)
+                with self.reporter.during(activity):
+                    self.state, metrics = self.setup.step(self.state, batch)
+                activity = TRAINING
                 done += 1
                 self._since.append((batch, metrics))
                 ends_epoch = done % self.setup.steps_per_epoch == 0
@@ -245,7 +259,8 @@ class _Run:
         for name in splits:
             if any(record["step"] == done for record in of_kind(self.log.records, name)):
                 continue
-            found = self.setup.evaluate(name, self.state.weights, should_stop)
+            with self.reporter.during(evaluating(name.replace("_", " "))):
+                found = self.setup.evaluate(name, self.state.weights, should_stop)
             if found is None:
                 return False
             self._check(found["loss"], done)
@@ -289,7 +304,7 @@ def compare(
     results = []
     for method in methods:
         result = train(method)
-        if not result.finished or (should_stop() and method != methods[-1]):
+        if not result.finished or should_stop():
             console.print(
                 f"{method}: stopped at step {result.steps}, saved; --resume goes on from there"
             )

@@ -5,21 +5,27 @@ import json
 import statistics
 import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self, TextIO
+
+from examples.common.loggers import Logger
 
 Record = dict[str, Any]
 
 
 class MetricsLog:
-    """Collects records in memory and, where a path is given, appends them to that file."""
+    """Collects records in memory, appends them to a file and sends them to loggers, if given."""
 
-    def __init__(self, path: Path | None = None, *, resume_at: int = 0):
+    def __init__(
+        self, path: Path | None = None, *, resume_at: int = 0, loggers: Sequence[Logger] = ()
+    ):
         """Opens `path`, keeping only what an earlier run recorded up to step `resume_at`.
 
         A run that was killed may have recorded steps after its last checkpoint. They will be
         run again, so they are dropped here.
         """
+        self._loggers = loggers
         self.records: list[Record] = [] if path is None else read_metrics(path)
         self._path = path
         self._file: TextIO | None = None
@@ -29,24 +35,31 @@ class MetricsLog:
         """Drops what was recorded of later steps."""
         self.records = [r for r in self.records if r["step"] <= step]
         if self._path is not None:
-            self.close()
+            self._close_file()
             replace_text(self._path, "".join(_line(r) for r in self.records))
             self._file = self._path.open("a")
 
     def write(self, **record: Any) -> Record:
         self.records.append(record)
+        for logger in self._loggers:
+            logger.write(record)
         if self._file is not None:
             try:
                 self._file.write(_line(record))
                 self._file.flush()
             except OSError as error:  # Such as that of a full disk, which does not name the file.
                 with contextlib.suppress(OSError):
-                    self.close()
+                    self._close_file()
                 self._file = None
                 raise OSError(error.errno, error.strerror, str(self._path)) from error
         return record
 
     def close(self) -> None:
+        for logger in self._loggers:
+            logger.close()
+        self._close_file()
+
+    def _close_file(self) -> None:
         if self._file is not None:
             self._file.close()
 

@@ -10,12 +10,12 @@ from rich.console import Console
 
 import natgalore_jax as ng
 from examples.common import cli
-from examples.common.cli import stop_on_signals
 from examples.common.config import write_json
 from examples.common.errors import ConfigError
+from examples.common.interrupt import stop_on_signals
 from examples.common.metrics import Record, of_kind
 from examples.common.plots import plot_run
-from examples.common.reporter import Reporter, make_reporter
+from examples.common.reporter import READING, Reporter, make_reporter
 from examples.llama.data import load_splits, ngram_perplexity
 from examples.llama.distributed.processes import abort_peers, several_processes, start
 from examples.llama.loop import Result, train
@@ -32,6 +32,29 @@ from examples.llama.weights.runs import EXPORT
 
 SAMPLE_TOKENS = 100
 
+BRIEF = """
+usage: python -m examples.llama [options]
+
+Pre-train a LLaMA on text. What most runs need:
+
+  --preset NAME          sizes of model and run: nano, 9m, 60m, 130m, ..., 7b
+  --data FILE ...        text to train on: files, directories, hf:NAME
+  --optimizer NAME       natural-galore (default), galore, fira, adamw, ...
+  --learning-rate RATE   its peak; each optimizer has its own default
+  --rank RANK            dimension of the gradient subspace
+  --steps STEPS          optimizer steps
+  --batch-size ROWS      rows in a batch; --accumulate batches make a step
+  --bf16                 products in bfloat16, weights in float32
+  --name NAME            directory of the run under runs/
+  --resume               continue the run from its last checkpoint
+
+  --config FILE          options from a file, such as runs/NAME/config.yaml
+  --help-all             all options, with the defaults of the preset
+
+Ctrl-C or SIGTERM saves and stops; --resume goes on from there.
+"""
+SHORTHANDS = {"--bf16": ("--model.dtype", "bfloat16")}
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program and return its exit code."""
@@ -47,10 +70,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str] | None) -> RunConfig:
     """The configuration: the preset, and what the command line overrides."""
+    argv = cli.expand(argv, SHORTHANDS)
     preset = cli.peek(argv, preset="nano").preset
     # An unknown name is left to tyro, which lists the known ones.
     default = run_preset(preset if preset in MODEL_PRESETS else "nano")
-    config = cli.parse(RunConfig, "examples.llama", argv, default)
+    config = cli.parse(RunConfig, "examples.llama", argv, default, brief=BRIEF)
     if config.model.vocab_size != default.model.vocab_size:
         raise ConfigError("the model's vocabulary follows the tokenizer's: use --vocab-size")
     return config
@@ -64,13 +88,14 @@ def run(config: RunConfig, console: Console) -> int:
     reporter = make_reporter(console, quiet or not leads, describe)
     reporter.note(f"{run_dir}: reading text and tokenizer")
     tokenizer = initial = None
-    if config.init_from is not None:
-        config, tokenizer, initial, note = start_from(config)
-        reporter.note(note)
-    splits = load_splits(config.data, tokenizer)
+    with reporter.during(READING):
+        if config.init_from is not None:
+            config, tokenizer, initial, note = start_from(config)
+            reporter.note(note)
+        splits = load_splits(config.data, tokenizer)
     if config.output.overwrite and leads and run_dir.exists():
         shutil.rmtree(run_dir)
-    with stop_on_signals() as stop:
+    with stop_on_signals(lambda: reporter.activity.stops) as stop:
         result = train(
             config,
             splits=splits,
@@ -85,7 +110,8 @@ def run(config: RunConfig, console: Console) -> int:
             f"the loss is not finite at step {result.steps}: try a --learning-rate below "
             f"{config.learning_rate:g}"
         )
-    if not result.finished:  # By a signal, which another process may have got.
+    # By a signal, which another process may have got, or which came after the last batch.
+    if not result.finished or stop():
         if leads:
             console.print(f"stopped at step {result.steps}, saved; --resume goes on from there")
         return stop.exit_code

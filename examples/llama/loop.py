@@ -13,10 +13,12 @@ import optax
 
 import natgalore_jax as ng
 from examples.common.checkpoints import Checkpoints
+from examples.common.cli import OPTIONS, options_text
 from examples.common.errors import ConfigError
+from examples.common.loggers import make_loggers
 from examples.common.lora import partition
 from examples.common.metrics import Clock, MetricsLog, of_kind, replace_text
-from examples.common.reporter import Reporter, Silent
+from examples.common.reporter import COMPILING, STARTING, Reporter, Silent, evaluating
 from examples.common.train_state import Metrics, Params, TrainState
 from examples.llama.data import Splits, eval_batches, load_splits
 from examples.llama.distributed.batches import TrainBatches
@@ -33,6 +35,7 @@ from examples.llama.training.faults import Guard
 from examples.llama.training.optimization import make_optimization
 from examples.llama.training.relora import make_merge
 from examples.llama.training.train_step import make_model
+from examples.llama.training.utilization import speed
 from examples.llama.weights.initial import TOKENIZER, overlay
 
 
@@ -76,6 +79,7 @@ def train(
       CheckpointError: if a checkpoint cannot be written.
     """
     splits = splits if splits is not None else load_splits(config.data)
+    options = options_text(config, "examples.llama")
     config = config.with_vocabulary(splits.vocab_size)
     devices = make_devices(config.distributed, config.batch_size)
     reporter = reporter if reporter is not None and devices.leads else Silent()
@@ -99,9 +103,13 @@ def train(
         if devices.leads:
             replace_text(run_dir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
             splits.tokenizer.save(str(run_dir / TOKENIZER))
-            log = MetricsLog(run_dir / "metrics.jsonl", resume_at=done // config.accumulate)
+            (run_dir / OPTIONS).write_text(options)
+            step = done // config.accumulate
+            loggers = make_loggers(output.log_to, run_dir, config.to_dict(), step)
+            log = MetricsLog(run_dir / "metrics.jsonl", resume_at=step, loggers=loggers)
         with log:
-            run = _Run(config, splits, tx, reporter, log, checkpoints, devices, initial)
+            with reporter.during(STARTING):
+                run = _Run(config, splits, tx, reporter, log, checkpoints, devices, initial)
             return run.run(should_stop)
 
 
@@ -169,6 +177,7 @@ class _Run:
         if checkpoints is not None and checkpoints.latest() is not None:
             self._resume()
         self.diverged = self.interrupted = False
+        self._compiled = False
         self.memory: StepMemory | None = None
         self._pending: tuple[int, Metrics] | None = None
         self._validation: tuple[int, float] | None = None  # Step and loss of the last one.
@@ -198,8 +207,8 @@ class _Run:
             self._evaluate("validation", step, should_stop)
         while not self.interrupted and self._micro_step < config.steps * config.accumulate:
             rows = self.batches.next()
-            if self.memory is None:
-                self._account(rows)
+            if not self._compiled:
+                self._compile(rows)
             self.state, metrics = self.step_fn(self.state, rows)
             stop = self.devices.agree(should_stop(), metrics)
             save = False
@@ -216,9 +225,11 @@ class _Run:
             if stop or self.diverged:
                 break
 
-    def _account(self, rows: Any) -> None:
+    def _compile(self, rows: Any) -> None:
         """Compiles the step, which its first call then finds compiled, and says what it takes."""
-        compiled = self.step_fn.lower(self.state, rows).compile()
+        with self.reporter.during(COMPILING):
+            compiled = self.step_fn.lower(self.state, rows).compile()
+        self._compiled = True
         self.memory = of_compiled(compiled, self.state, self.tx, self.config.per_layer)
         if self.memory is not None:
             self.reporter.note(describe(self.memory))
@@ -269,7 +280,7 @@ class _Run:
             return
         self.diverged |= not math.isfinite(metrics["loss"])
         if self.diverged or self._is_due(step, self.config.output.log_every):
-            metrics["tokens_per_second"] = round(self.config.tokens_per_step / seconds, 1)
+            metrics |= speed(self.config, self.config.tokens_per_step / seconds)
             if self.schedule is not None:
                 metrics["learning_rate"] = float(jnp.asarray(self.schedule(step - 1)))
             self._record("train", step, **metrics)
@@ -303,12 +314,13 @@ class _Run:
             process_count=jax.process_count(),
         )
         shared = (jax.tree.map(self.devices.share, batch) for batch in batches)
-        loss = mean_nll(
-            self.eval_step,
-            self.state.weights,
-            shared,
-            lambda: any(self.devices.gather(should_stop())),
-        )
+        with self.reporter.during(evaluating(split)):
+            loss = mean_nll(
+                self.eval_step,
+                self.state.weights,
+                shared,
+                lambda: any(self.devices.gather(should_stop())),
+            )
         if loss is None:
             self.interrupted = True
             return

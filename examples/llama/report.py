@@ -78,7 +78,8 @@ def describe(record: Record) -> str:
     text = f"ppl {record['perplexity']:.1f}"
     if record["kind"] != "train":
         return f"{record['kind']} {text}"
-    return f"loss {record['loss']:.3f}  {text}  {record['tokens_per_second']:,.0f} tokens/s"
+    mfu = f"  {100 * record['mfu']:.1f} % of peak" if "mfu" in record else ""
+    return f"loss {record['loss']:.3f}  {text}  {record['tokens_per_second']:,.0f} tokens/s{mfu}"
 
 
 def _bytes(number: int) -> str:

@@ -9,6 +9,7 @@ import tyro
 
 from examples.common import config
 from examples.common.errors import ConfigError as ConfigError
+from examples.common.loggers import LoggerName
 from examples.common.optimizers import (
     OptimizerConfig,
     default_learning_rate,
@@ -58,6 +59,8 @@ class OutputConfig:
     an evaluation has one; see --eval-every and --save-every."""
     sample: str = "My fellow citizens,"
     """The text that the sample at the end continues."""
+    log_to: tuple[LoggerName, ...] = ()
+    """Show the metrics in TensorBoard or Weights & Biases too."""
     quiet: bool = False
     """Print the summary only."""
 
@@ -66,10 +69,11 @@ class OutputConfig:
 class RunConfig:
     """Pre-train a LLaMA on text.
 
-    Writes runs/NAME with config.json, metrics.jsonl, curves.png, sample.txt, summary.json,
-    checkpoints and, at the end, the weights in the Hugging Face layout. Ctrl-C or SIGTERM saves and
-    stops after the current batch (exit code 130 or 143); --resume goes on from there. Errors end
-    with exit code 1, wrong arguments with 2.
+    Writes runs/NAME with config.yaml, config.json, metrics.jsonl, curves.png, sample.txt,
+    summary.json, checkpoints and, at the end, the weights in the Hugging Face layout. Ctrl-C or
+    SIGTERM saves and stops after the current batch (exit code 130 or 143), a second one at once;
+    --resume goes on from there. Errors end with exit code 1, wrong arguments with 2. --config FILE
+    reads options from a file, such as config.yaml of a run; --bf16 is --model.dtype bfloat16.
     """
 
     preset: PresetName = "nano"

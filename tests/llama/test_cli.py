@@ -1,7 +1,9 @@
 """The program as users start it: files, exit codes, and errors of one line."""
 
+import dataclasses
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +15,11 @@ import numpy as np
 import pytest
 
 from examples.common.checkpoints import Checkpoints
+from examples.common.cli import options_text
 from examples.common.metrics import of_kind, read_metrics
+from examples.finetune.encoder import __main__ as encoder
+from examples.finetune.planner import __main__ as planner
+from examples.llama import __main__ as llama
 from examples.llama.__main__ import main, parse
 from examples.llama.run_config import run_preset
 
@@ -75,6 +81,7 @@ def test_it_has_a_pulse(arguments, tmp_path):
     assert summary["tokens"] == 6 * 2 * 2 * 16
     assert summary["adamw_bytes"] > 8 * summary["parameters"]
     assert json.loads((run / "config.json").read_text())["optimizer"]["rank"] == 4
+    assert parse(["--config", str(run / "config.yaml")]) == parse([*arguments, *steps])
     assert (run / "sample.txt").read_text().startswith("My fellow citizens,")
     image = matplotlib.image.imread(run / "curves.png")
     assert len(np.unique(image.reshape(-1, image.shape[-1]), axis=0)) > 10
@@ -169,10 +176,97 @@ def test_a_preset_fills_what_is_not_given():
     assert config.steps == 10_000
 
 
-def test_help_names_the_choices(capsys):
+PROGRAMS = (llama, encoder, planner)
+
+
+def help_of(program, option, capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["--help"])
+        program.main([option])
     assert stop.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_is_a_screen_of_options_that_exist(program, capsys):
+    brief, whole = (help_of(program, option, capsys) for option in ("--help", "--help-all"))
+    lines = brief.splitlines()
+    assert len(lines) <= 24 and max(map(len, lines)) <= 80
+    options = {line.split()[0] for line in lines if line.startswith("  --")}
+    assert len(options - {"--config", "--help-all"}) == 10
+    for option in options - {"--help-all"}:
+        assert option in whole
+
+
+def test_all_of_the_help_names_the_choices(capsys):
+    text = " ".join(help_of(llama, "--help-all", capsys).split())
     for word in ("natural-galore", "adafactor", "--rank", "--interval", "--resume", "exit code"):
         assert word in text
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_no_flag_has_the_help_of_its_opposite(program, capsys):
+    """A flag that is shown alone would be the one that changes the default."""
+    shown = re.findall(r"(\S+, )?--(?:\S+\.)?no-\S+", help_of(program, "--help-all", capsys))
+    assert shown and all(shown)
+
+
+EXAMPLES = (
+    (llama, "--preset 60m --bf16 --per-layer --model.stacked --data a b --sample=-x"),
+    (llama, "--optimizer galore --learning-rate 5e-3 --clip-norm 1 --log-to wandb --resume"),
+    (encoder, "--preset galore-rank-8 --task rte --no-save-model --methods lora adamw"),
+    (planner, "--bf16 --parts sgd --details --limit 3 --moment-bits 8"),
+)
+
+
+@pytest.mark.parametrize(("program", "options"), EXAMPLES)
+def test_a_file_of_options_repeats_a_run(program, options, tmp_path):
+    config = program.parse(options.split())
+    file = tmp_path / "config.yaml"
+    file.write_text(options_text(config, "examples"))
+    output = dataclasses.replace(config.output, resume=False)
+    again = dataclasses.replace(config, output=output)
+    assert program.parse(["--config", str(file)]) == again
+    other = program.parse([f"--config={file}", "--seed", "7", "--name", "other"])
+    output = dataclasses.replace(output, name="other")
+    assert other == dataclasses.replace(again, seed=7, output=output)
+
+
+def test_a_file_of_some_options(tmp_path):
+    """Flags of the command line undo those of the file."""
+    file = tmp_path / "options.yaml"
+    file.write_text("# mine\npreset: 60m\nbf16: true\nmodel.stacked: true\nlearning-rate: 5e-3\n")
+    config = parse(["--config", str(file), "--model.no-stacked", "--steps", "3"])
+    assert config == parse(["--preset", "60m", "--bf16", "--learning-rate", "5e-3", "--steps", "3"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: {layers: 3}", "expected a line for each option, such as `model.layers: 4`"),
+        ("- steps", "expected a line for each option"),
+        ("steps: [", "not YAML"),
+        (None, "No such file"),
+    ],
+)
+def test_a_bad_file_of_options_is_an_error_of_one_line(tmp_path, capsys, text, message):
+    file = tmp_path / "options.yaml"
+    if text is not None:
+        file.write_text(text)
+    assert main(["--config", str(file)]) == 1
+    assert_one_line(capsys, message)
+
+
+def test_warnings_about_files_are_one_line():
+    """Others say where in the code they come from."""
+    program = (
+        "import warnings; from examples.common.cli import exit_code as run\n"
+        "def warn(*what): warnings.warn(*what); return 3\n"
+        "run(lambda: warn('a.txt: bad')); raise SystemExit(run(lambda: warn('old', FutureWarning)))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True
+    )
+    assert found.returncode == 3
+    mine, other, *_ = found.stderr.splitlines()
+    assert mine == "warning: a.txt: bad"
+    assert other.endswith("FutureWarning: old") and ":2:" in other

@@ -2,12 +2,13 @@
 
 import gzip
 import json
+import sys
 
 import pytest
 
 from examples.common.errors import DataError
 from examples.llama.data import DataConfig
-from examples.llama.data.corpus import load_corpus
+from examples.llama.data.corpus import load_corpus, load_documents
 from examples.llama.data.files import read_path
 
 
@@ -23,13 +24,19 @@ def test_every_format_yields_its_documents(tmp_path):
         "d/c4-train.00000-of-00001.json.gz": gzip.compress(_lines("fourth")),
         "e.txt.gz": gzip.compress("größe".encode()),
         "f.csv": b"not text",
+        "README": b"not text",
         ".hidden.txt": b"\xff",
+        ".git/a.txt": b"\xff",
     }
     for name, raw in content.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(raw)
     expected = ["one\ntwo\n", "first\u2028line", "second\nline", "third", "fourth", "größe"]
-    assert list(read_path(tmp_path)) == expected
+    others = (
+        r"2 file\(s\) of other kinds not read \(1 without extension, 1 \.csv\), the first: README"
+    )
+    with pytest.warns(UserWarning, match=others):
+        assert list(read_path(tmp_path)) == expected
     assert list(read_path(tmp_path / "b.jsonl")) == expected[1:3]
 
 
@@ -59,11 +66,18 @@ _BAD = [
     ("short.jsonl.gz", _TRUNCATED, "corrupt gzip file"),
     ("flipped.jsonl.gz", bytes(_FLIPPED), "corrupt gzip file"),
     ("plain.jsonl.gz", _lines("not gzipped"), "corrupt gzip file"),
-    ("table.parquet", b"x", "unknown extension"),
+    ("table.csv", b"x", "unknown extension"),
+    ("table.parquet", b"x", "not readable as Parquet"),
+    ("latin.txt", "größe".encode("latin-1"), "--skip-bad-lines leaves out such lines"),
+    ("utf16.txt", "größe".encode("utf-16"), "UTF-16, expected UTF-8: iconv -f UTF-16"),
+    ("utf16.jsonl.gz", gzip.compress(_lines("one").decode().encode("utf-16")), "UTF-16, expected"),
+    ("unmarked.txt", "ab\n".encode("utf-16-le"), "line 1: 2 NUL byte(s), the first at byte 1"),
+    ("nul.txt", b"one\nt\0wo\n", "line 2: 1 NUL byte(s), the first at byte 5"),
+    ("nul.jsonl", _lines("one", "t\0wo\0"), 'line 2: "text" holds 2 NUL character(s)'),
 ]
 
 
-@pytest.mark.parametrize(("name", "raw", "message"), _BAD, ids=[bad[0] for bad in _BAD])
+@pytest.mark.parametrize(("name", "raw", "message"), _BAD)
 def test_bad_file_is_named_in_one_line(tmp_path, name, raw, message):
     (tmp_path / name).write_bytes(raw)
     with pytest.raises(DataError) as caught:
@@ -83,9 +97,52 @@ def test_bad_lines_are_left_out_and_counted_when_asked(tmp_path):
     file.write_bytes(b"one\ntw\xc3\nthree\n")
     with pytest.warns(UserWarning, match=r"^1 bad line.*b\.txt: line 2: invalid UTF-8 at byte 6"):
         assert list(read_path(file, skip_bad_lines=True)) == ["one\nthree\n"]
+    file.write_bytes(b"one\nt\0wo\nthree\n")
+    with pytest.warns(UserWarning, match=r"^1 bad line.*b\.txt: line 2: 1 NUL byte"):
+        assert list(read_path(file, skip_bad_lines=True)) == ["one\nthree\n"]
     file.write_bytes(bad[0])
     with pytest.warns(UserWarning), pytest.raises(DataError, match="empty"):
         list(read_path(file, skip_bad_lines=True))
+    # Not one of its lines could be read.
+    file.write_bytes("one".encode("utf-16"))
+    with pytest.raises(DataError, match="UTF-16"):
+        list(read_path(file, skip_bad_lines=True))
+
+
+def test_the_column_of_the_text_has_a_name(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"content": "one", "text": 1}\n')
+    assert load_corpus_of(file, text_column="content") == ["one"]
+    with pytest.raises(DataError, match='string "text"; --text-column names it'):
+        load_corpus_of(file)
+
+
+def load_corpus_of(file, **options):
+    return load_documents(DataConfig(data=(str(file),), **options))
+
+
+def test_parquet(tmp_path):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    file = tmp_path / "a.parquet"
+    rows = {"text": ["one", None, " ", "t\0wo", "three\r\n"], "id": [1, 2, 3, 4, 5]}
+    parquet.write_table(arrow.table(rows), file, row_group_size=2)
+    with pytest.warns(UserWarning, match=r'^1 bad line.*a\.parquet: row 4: "text" holds 1 NUL'):
+        assert load_corpus_of(file, skip_bad_lines=True) == ["one", "three\n"]
+    with pytest.raises(DataError, match="row 4"):
+        load_corpus_of(file)
+    with pytest.raises(DataError, match='no column "content", there are text, id: --text-column'):
+        load_corpus_of(file, text_column="content")
+    with pytest.raises(DataError, match='column "id" has int64, expected string'):
+        load_corpus_of(file, text_column="id")
+
+
+def test_parquet_without_pyarrow_names_the_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "a.parquet").write_bytes(b"")
+    with pytest.raises(
+        DataError, match=r"a\.parquet: needs pyarrow: python -m pip install pyarrow"
+    ):
+        load_corpus_of(tmp_path / "a.parquet")
 
 
 @pytest.mark.parametrize(

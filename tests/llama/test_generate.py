@@ -107,6 +107,15 @@ def test_all_stop_once_all_have_ended(model, greedy):
     assert found.ended == [True]
 
 
+def test_it_stops_between_tokens_when_told(model):
+    """Asked before each 16 tokens after the first one."""
+    whole = generate(model, PROMPTS, 19, pad_to=8)
+    answers = iter([False, True])
+    found = generate(model, PROMPTS, 19, pad_to=8, should_stop=lambda: next(answers))
+    assert found.steps == 17 and found.ended == [False] * len(PROMPTS)
+    assert found.tokens == [row[:17] for row in whole.tokens]
+
+
 def test_low_rank_layers_and_new_parameters(model):
     """Any model of the training program; other weights of one do not compile again."""
     linear = make_linear(AdapterConfig(kind="lora", rank=2))

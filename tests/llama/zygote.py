@@ -43,7 +43,7 @@ class Run:
 
     def log(self) -> str:
         """What it has printed."""
-        return self._log.read_text()
+        return self._log.read_text() if self._log.exists() else ""
 
 
 class Zygote:

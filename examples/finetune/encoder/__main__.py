@@ -6,10 +6,10 @@ import sys
 from rich.console import Console
 
 from examples.common import cli
-from examples.common.cli import stop_on_signals
 from examples.common.compare import Result, compare
 from examples.common.config import write_json
-from examples.common.reporter import make_reporter
+from examples.common.interrupt import stop_on_signals
+from examples.common.reporter import READING, make_reporter
 from examples.finetune.encoder.baseline import baseline_scores
 from examples.finetune.encoder.data import TASKS
 from examples.finetune.encoder.loop import train
@@ -17,6 +17,28 @@ from examples.finetune.encoder.prepare import prepare
 from examples.finetune.encoder.protocols import PROTOCOLS
 from examples.finetune.encoder.report import describe, summary_table
 from examples.finetune.encoder.run_config import RunConfig, preset_config
+
+BRIEF = """
+usage: python -m examples.finetune.encoder [options]
+
+Fine-tune a BERT or RoBERTa with several methods. What most runs need:
+
+  --task NAME            a task of GLUE, movie-snippets, own or own-regression
+  --data DIRECTORY       files of rows: train and dev, .tsv or .jsonl
+  --model NAME           a directory, a name on the hub, or minilm
+  --methods NAME ...     adamw, lora, galore, natural-galore, ...
+  --learning-rate RATE   its peak; each method has its own default
+  --rank RANK            of the gradient subspace, and of LoRA's adapters
+  --epochs EPOCHS        how often each row is seen
+  --batch-size ROWS      rows in a batch
+  --name NAME            directory of the runs under runs/glue/
+  --resume               continue each method from its last checkpoint
+
+  --config FILE          options from a file, such as config.yaml of a run
+  --help-all             all options, with the defaults of --preset and --task
+
+Ctrl-C or SIGTERM saves and stops; --resume goes on from there.
+"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,13 +48,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str] | None) -> RunConfig:
     """The configuration: the preset of the task, and what the command line overrides."""
+    argv = cli.expand(argv, {})
     given = cli.peek(argv, preset="default", task="movie-snippets")
     # Unknown names are left to tyro, which lists the known ones.
     default = preset_config(
         given.preset if given.preset in PROTOCOLS else "default",
         given.task if given.task in TASKS else "movie-snippets",
     )
-    return cli.parse(RunConfig, "examples.finetune.encoder", argv, default)
+    return cli.parse(RunConfig, "examples.finetune.encoder", argv, default, brief=BRIEF)
 
 
 def run(config: RunConfig, console: Console) -> int:
@@ -40,12 +63,13 @@ def run(config: RunConfig, console: Console) -> int:
     run_dir = config.run_dir
     reporter = make_reporter(console, config.output.quiet, describe)
     reporter.note(f"{run_dir}: reading the model and the rows")
-    prepared = prepare(config)
+    with reporter.during(READING):
+        prepared = prepare(config)
     for note in prepared.notes():
         reporter.note(note)
     if config.output.overwrite and run_dir.exists():
         shutil.rmtree(run_dir)
-    with stop_on_signals() as stop:
+    with stop_on_signals(lambda: reporter.activity.stops) as stop:
 
         def tune(method: str) -> Result:
             given = {"run_dir": run_dir / method, "reporter": reporter, "should_stop": stop}

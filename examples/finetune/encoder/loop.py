@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from examples.common import compare
+from examples.common.cli import options_text
 from examples.common.compare import Result, Setup, ShouldStop
 from examples.common.metrics import Record
 from examples.common.reporter import Reporter, Silent
@@ -56,6 +57,8 @@ def train(
         should_stop,
         run_dir=run_dir,
         resume=config.output.resume,
+        log_to=config.output.log_to,
+        options=options_text(config, "examples.finetune.encoder"),
     )
     if run_dir is not None and result.finished and config.output.save_model:
         pretrained, labels = prepared.pretrained, prepared.rows.labels

@@ -35,9 +35,10 @@ class RunConfig:
     """Fine-tune a BERT or RoBERTa on sentences or pairs of sentences.
 
     Trains the model once with each of the methods and compares them. Writes runs/glue/NAME with
-    summary.json, and for each method config.json, metrics.jsonl, summary.json, the model and
-    checkpoints. Ctrl-C or SIGTERM saves and stops after the current batch (exit code 130 or 143);
-    --resume goes on from there. Errors end with exit code 1, wrong arguments with 2.
+    summary.json, and for each method config.yaml, config.json, metrics.jsonl, summary.json, the
+    model and checkpoints. Ctrl-C or SIGTERM saves and stops after the current batch (exit code 130
+    or 143), a second one at once; --resume goes on from there. Errors end with exit code 1, wrong
+    arguments with 2. --config FILE reads options from a file, such as config.yaml of a run.
     """
 
     preset: ProtocolName = "default"

@@ -6,17 +6,41 @@ import sys
 from rich.console import Console
 
 from examples.common import cli
-from examples.common.cli import stop_on_signals
 from examples.common.compare import Result, compare
 from examples.common.config import write_json
+from examples.common.interrupt import stop_on_signals
 from examples.common.plots import plot_methods
-from examples.common.reporter import make_reporter
+from examples.common.reporter import READING, evaluating, make_reporter
 from examples.finetune.planner.evaluate import Evaluator
 from examples.finetune.planner.loop import train
 from examples.finetune.planner.prepare import prepare
 from examples.finetune.planner.report import brief, describe, evaluation, summary_table
 from examples.finetune.planner.run_config import RunConfig
 from examples.finetune.planner.untrained import evaluate_untrained
+
+BRIEF = """
+usage: python -m examples.finetune.planner [options]
+
+Fine-tune a LLaMA on plans of tool calls. What most runs need:
+
+  --dataset NAME         nestful, bfcl or tinyagent
+  --data PATH            local files of the data set
+  --model NAME           a GGUF file, a directory, a name on the hub, or
+                         smollm2-135m-instruct
+  --methods NAME ...     adamw, lora, galore, natural-galore, ...
+  --learning-rate RATE   its peak; each method has its own default
+  --rank RANK            of the gradient subspace, and of LoRA's adapters
+  --epochs EPOCHS        how often each row is seen
+  --bf16                 products in bfloat16, weights in float32
+  --name NAME            directory of the runs under runs/function_calling/
+  --resume               continue each method from its last checkpoint
+
+  --config FILE          options from a file, such as config.yaml of a run
+  --help-all             all options
+
+Ctrl-C or SIGTERM saves and stops; --resume goes on from there.
+"""
+SHORTHANDS = {"--bf16": ("--dtype", "bfloat16")}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,7 +50,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str] | None) -> RunConfig:
     """The configuration that the command line says."""
-    return cli.parse(RunConfig, "examples.finetune.planner", argv)
+    argv = cli.expand(argv, SHORTHANDS)
+    return cli.parse(RunConfig, "examples.finetune.planner", argv, brief=BRIEF)
 
 
 def run(config: RunConfig, console: Console) -> int:
@@ -34,7 +59,8 @@ def run(config: RunConfig, console: Console) -> int:
     run_dir = config.run_dir
     reporter = make_reporter(console, config.output.quiet, describe, brief)
     reporter.note(f"{run_dir}: reading the model and the records")
-    prepared = prepare(config)
+    with reporter.during(READING):
+        prepared = prepare(config)
     for note in prepared.notes:
         reporter.note(note)
     if config.output.overwrite and run_dir.exists():
@@ -45,8 +71,9 @@ def run(config: RunConfig, console: Console) -> int:
         plans_at_once=config.eval_batch_size,
         new_tokens=config.new_tokens,
     )
-    with stop_on_signals() as stop:
-        untrained = evaluate_untrained(config, prepared, evaluator, run_dir, stop)
+    with stop_on_signals(lambda: reporter.activity.stops) as stop:
+        with reporter.during(evaluating("validation")):
+            untrained = evaluate_untrained(config, prepared, evaluator, run_dir, stop)
         if untrained is None:
             console.print("stopped; --resume begins anew")
             return stop.exit_code

@@ -102,8 +102,15 @@ class Evaluator:
             # Copies fill up the last batch, so that nothing is compiled for it.
             prompts += prompts[:1] * (size - len(prompts))
             generated = generate(
-                model, prompts, self._new_tokens, end_ids=chat.end_ids, pad_to=width
+                model,
+                prompts,
+                self._new_tokens,
+                end_ids=chat.end_ids,
+                pad_to=width,
+                should_stop=should_stop,
             )
+            if should_stop():
+                return None
             if width in self._compiled:
                 seconds.append(generated.prompt_seconds + generated.seconds)
             self._compiled.add(width)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.common import compare
+from examples.common.cli import options_text
 from examples.common.compare import Result, Setup, ShouldStop
 from examples.common.metrics import Record, of_kind
 from examples.common.reporter import Reporter
@@ -53,6 +54,8 @@ def train(
         should_stop,
         run_dir=run_dir,
         resume=config.output.resume,
+        log_to=config.output.log_to,
+        options=options_text(config, "examples.finetune.planner"),
         first={"kind": "validation", "step": 0, "epoch": 0.0, **untrained, "seconds": 0.0},
     )
 

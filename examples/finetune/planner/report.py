@@ -1,8 +1,10 @@
 """Descriptions of records and summaries for the terminal."""
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any
 
+from rich import box
+from rich.console import Group
 from rich.table import Table
 
 from examples.common.metrics import Record
@@ -38,26 +40,36 @@ def evaluation(found: dict[str, Any]) -> str:
     return f"loss {found['loss']:.3f}, {shares}"
 
 
-def summary_table(summary: dict[str, Any]) -> Table:
-    """The methods side by side, tested after their best epoch. Shares are in percent."""
-    runs = [summary["untrained"], *summary["methods"]]
-    table = Table(title=f"{summary['dataset']}, {summary['model']}, test split")
+def summary_table(summary: dict[str, Any]) -> Group:
+    """The methods side by side, tested after their best epoch, in 80 columns."""
+    scores = _table(
+        f"{summary['dataset']}, {summary['model']}: test split, %", (*_SHARES.values(), "loss")
+    )
+    costs = _table(
+        "costs", ("peak rate", "trained, M", "state, MiB", "training, min", "best epoch", "plan, s")
+    )
+    for run in (summary["untrained"], *summary["methods"]):
+        method, test = run.get("method", "untrained"), run["test"]
+        shares = [f"{100 * test['metrics'][name]:.1f}" for name in _SHARES]
+        scores.add_row(method, *shares, f"{test['loss']:.3f}")
+        trained = [""] * 5
+        if run is not summary["untrained"]:
+            trained = [
+                f"{run['learning_rate']:g}",
+                f"{run['trained_parameters'] / 1e6:.2f}",
+                f"{run['optimizer_bytes'] / 2**20:.2f}",
+                f"{run['seconds'] / 60:.1f}",
+                f"{run['best_epoch']:g}",
+            ]
+        costs.add_row(method, *trained, _seconds(test["seconds_per_plan"]))
+    return Group(scores, costs)
+
+
+def _table(title: str, columns: Iterable[str]) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
     table.add_column("", no_wrap=True)
-    for run in runs:
-        table.add_column(run.get("method", "untrained"), justify="right")
-
-    def add(text: str, key: str, show: Callable[[Any], str]) -> None:
-        table.add_row(text, *(show(run[key]) if key in run else "" for run in runs))
-
-    add("peak learning rate", "learning_rate", lambda x: f"{x:g}")
-    add("trained weights, M", "trained_parameters", lambda x: f"{x / 1e6:.2f}")
-    add("optimizer state, MiB", "optimizer_bytes", lambda x: f"{x / 2**20:.2f}")
-    add("training, min", "seconds", lambda x: f"{x / 60:.1f}")
-    add("best epoch", "best_epoch", lambda x: f"{x:g}")
-    add("loss", "test", lambda x: f"{x['loss']:.3f}")
-    for name, text in _SHARES.items():
-        add(f"{text}, %", "test", lambda x, name=name: f"{100 * x['metrics'][name]:.1f}")
-    add("latency of a plan, s", "test", lambda x: _seconds(x["seconds_per_plan"]))
+    for text in columns:
+        table.add_column(text.replace(" ", "\n"), justify="right")
     return table
 
 

@@ -35,9 +35,11 @@ class RunConfig:
 
     Trains the model once with each of the methods and compares them. Writes
     runs/function_calling/NAME with summary.json, curves.png and untrained.json, and for each method
-    config.json, metrics.jsonl, summary.json, predictions.md, predictions.json, the model of its
-    best epoch and checkpoints. Ctrl-C or SIGTERM saves and stops after the current step (exit code
-    130 or 143); --resume goes on from there. Errors end with exit code 1, wrong arguments with 2.
+    config.yaml, config.json, metrics.jsonl, summary.json, predictions.md, predictions.json, the
+    model of its best epoch and checkpoints. Ctrl-C or SIGTERM saves and stops after the current
+    step (exit code 130 or 143), a second one at once; --resume goes on from there. Errors end with
+    exit code 1, wrong arguments with 2. --config FILE reads options from a file, such as
+    config.yaml of a run; --bf16 is --dtype bfloat16.
     """
 
     dataset: DatasetName = "nestful"

@@ -67,7 +67,9 @@ def _documents(config: DataConfig) -> list[str]:
 def _read(source: str, config: DataConfig) -> Iterator[str]:
     paths = _locate(source) if source in PACKAGES else [Path(source).expanduser()]
     for path in paths:
-        yield from read_path(path, skip_bad_lines=config.skip_bad_lines)
+        yield from read_path(
+            path, text_column=config.text_column, skip_bad_lines=config.skip_bad_lines
+        )
 
 
 def _locate(name: str) -> list[Path]:

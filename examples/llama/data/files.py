@@ -1,65 +1,120 @@
-"""Documents in local files: plain text, JSON lines, and either of them gzipped."""
+"""Documents in local files: plain text and JSON lines, either of them gzipped, and Parquet."""
 
 import gzip
+import importlib
 import json
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from io import BufferedIOBase
 from pathlib import Path
 
 from examples.common.errors import DataError
 
 # `.json.gz` holds JSON lines too: it is the name under which C4 is published.
-SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".json.gz")
+SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
-def read_path(path: Path, *, skip_bad_lines: bool = False) -> Iterator[str]:
+def read_path(
+    path: Path, *, text_column: str = "text", skip_bad_lines: bool = False
+) -> Iterator[str]:
     r"""Yields the documents of a file, or of all text files below a directory in sorted order.
 
-    A text file is one document; a line of JSON is one document, its field "text". Line endings
-    become "\n", a byte order mark is dropped, blank JSON lines and empty documents are skipped.
-    With `skip_bad_lines` so are lines that are not UTF-8 or not such JSON: a warning for each file
-    says how many, and what is wrong with the first.
+    A text file is one document; a line of JSON, or a row of Parquet, is one document, its field
+    `text_column`. Line endings become "\n", a byte order mark is dropped, blank JSON lines and
+    empty documents are skipped. With `skip_bad_lines` so are lines that are not UTF-8, hold a NUL
+    or are not such JSON: a warning for each file says how many, and what is wrong with the first.
+    Another warning has the files of other kinds in a directory.
     """
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and _is_text(p))
+        found = sorted(p for p in path.rglob("*") if p.is_file() and not _is_hidden(p, path))
+        files = [p for p in found if p.name.endswith(SUFFIXES)]
         if not files:
             raise DataError(f"{path}: no {', '.join(SUFFIXES)} file in this directory")
+        _warn_of_others(path, [p for p in found if not p.name.endswith(SUFFIXES)])
     elif not path.exists():
         raise DataError(f"{path}: no such file or directory")
-    elif not _is_text(path):
+    elif not path.name.endswith(SUFFIXES):
         raise DataError(f"{path}: unknown extension (expected {', '.join(SUFFIXES)})")
     else:
         files = [path]
     for file in files:
-        yield from _read_file(file, skip_bad_lines)
+        bad: list[DataError] | None = [] if skip_bad_lines else None
+        read = _read_parquet if file.suffix == ".parquet" else _read_file
+        empty = True
+        for text in read(file, text_column, bad):
+            if text.strip():
+                empty = False
+                yield text.replace("\r\n", "\n")
+        if bad:
+            warnings.warn(f"{len(bad)} bad line(s) skipped, the first: {bad[0]}", stacklevel=2)
+        if empty:
+            raise DataError(f"{file}: the file is empty")
 
 
-def _is_text(path: Path) -> bool:
-    return path.name.endswith(SUFFIXES) and not path.name.startswith(".")
+def _is_hidden(path: Path, directory: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(directory).parts)
 
 
-def _read_file(path: Path, skip_bad_lines: bool) -> Iterator[str]:
+def _warn_of_others(directory: Path, others: Sequence[Path]) -> None:
+    kinds = Counter(p.suffix or "without extension" for p in others)
+    named = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
+    if others:
+        warnings.warn(
+            f"{directory}: {len(others)} file(s) of other kinds not read ({named}), "
+            f"the first: {others[0].name}",
+            stacklevel=3,
+        )
+
+
+def _read_parquet(path: Path, text_column: str, bad: list[DataError] | None) -> Iterator[str]:
+    try:
+        arrow, parquet = map(importlib.import_module, ("pyarrow", "pyarrow.parquet"))
+    except ImportError as error:
+        raise DataError(f"{path}: needs pyarrow: python -m pip install pyarrow") from error
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if text_column not in names:
+                raise DataError(
+                    f'{path}: no column "{text_column}", there are {", ".join(names)}: '
+                    "--text-column names it"
+                )
+            kind = str(file.schema_arrow.field(text_column).type)
+            if kind not in ("string", "large_string", "string_view"):
+                raise DataError(f'{path}: column "{text_column}" has {kind}, expected string')
+            number = 0
+            for batch in file.iter_batches(columns=[text_column]):
+                for text in batch.column(0).to_pylist():
+                    number += 1
+                    try:
+                        yield _without_nul(f"{path}: row {number}", text_column, text or "")
+                    except DataError as error:
+                        if bad is None:
+                            raise
+                        bad.append(error)
+    except (arrow.ArrowException, OSError) as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path}: not readable as Parquet ({first_line})") from error
+
+
+def _read_file(path: Path, text_column: str, bad: list[DataError] | None) -> Iterator[str]:
     json_lines = path.name.removesuffix(".gz").endswith((".json", ".jsonl"))
-    bad: list[DataError] | None = [] if skip_bad_lines else None
-    empty = True
+
+    def read(where: str, line: str) -> str:
+        return _parse(where, line, text_column) if json_lines else line
+
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            lines = _lines(path, file, _parse if json_lines else _keep, bad)
-            for text in lines if json_lines else ["".join(lines)]:
-                if text.strip():
-                    empty = False
-                    yield text.replace("\r\n", "\n")
+            lines = _lines(path, file, read, bad)
+            yield from lines if json_lines else ["".join(lines)]
     # A truncated stream raises EOFError, a damaged one zlib.error.
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}: corrupt gzip file ({error})") from error
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
-    if bad:
-        warnings.warn(f"{len(bad)} bad line(s) skipped, the first: {bad[0]}", stacklevel=2)
-    if empty:
-        raise DataError(f"{path}: the file is empty")
 
 
 def _lines(
@@ -68,6 +123,10 @@ def _lines(
     """What `read` makes of each line; what is wrong with others is added to `bad`, if given."""
     offset = 0
     for number, raw in enumerate(file, start=1):
+        if number == 1 and raw.startswith(_UTF16):
+            raise DataError(
+                f"{path}: UTF-16, expected UTF-8: iconv -f UTF-16 -t UTF-8 {path.name} > new.txt"
+            )
         where = f"{path}: line {number}"
         try:
             yield read(where, _decode(where, path, raw, offset))
@@ -79,19 +138,23 @@ def _lines(
 
 
 def _decode(where: str, path: Path, raw: bytes, offset: int) -> str:
+    of = " of the decompressed text" if path.suffix == ".gz" else ""
+    if b"\0" in raw:
+        raise DataError(
+            f"{where}: {raw.count(0)} NUL byte(s), the first at byte {offset + raw.index(0)}{of}: "
+            "not text, or UTF-16 without a byte order mark; --skip-bad-lines leaves out such lines"
+        )
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        of = " of the decompressed text" if path.suffix == ".gz" else ""
-        raise DataError(f"{where}: invalid UTF-8 at byte {offset + error.start}{of}") from error
+        raise DataError(
+            f"{where}: invalid UTF-8 at byte {offset + error.start}{of}: Latin-1 or another "
+            "encoding; convert the file, or --skip-bad-lines leaves out such lines"
+        ) from error
     return text.removeprefix("\ufeff") if offset == 0 else text
 
 
-def _keep(where: str, line: str) -> str:
-    return line
-
-
-def _parse(where: str, line: str) -> str:
+def _parse(where: str, line: str, text_column: str) -> str:
     if not line.strip():
         return ""
     try:
@@ -99,10 +162,22 @@ def _parse(where: str, line: str) -> str:
     # ValueError covers JSONDecodeError and integers of too many digits.
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: malformed JSON ({error})") from error
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise DataError(f'{where}: expected an object with a string "text"')
+    text = record.get(text_column) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise DataError(
+            f'{where}: expected an object with a string "{text_column}"; --text-column names it'
+        )
     try:
-        record["text"].encode("utf-8")
+        text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise DataError(f'{where}: "text" holds half a surrogate pair') from error
-    return record["text"]
+        raise DataError(f'{where}: "{text_column}" holds half a surrogate pair') from error
+    return _without_nul(where, text_column, text)
+
+
+def _without_nul(where: str, text_column: str, text: str) -> str:
+    if "\0" in text:
+        raise DataError(
+            f'{where}: "{text_column}" holds {text.count(chr(0))} NUL character(s): '
+            "--skip-bad-lines leaves out such rows"
+        )
+    return text

@@ -61,8 +61,8 @@ def read_splits(config: DataConfig) -> tuple[list[str], list[str], list[str]]:
     """Returns the first documents of each split: `max_documents` to train, a twentieth held out."""
     source = config.data[0]
     streams = open_streams(config)
-    train = list(texts_of(source, streams.train.skip(streams.skip).take(config.max_documents)))
-    held_out = [list(texts_of(source, stream)) for stream in streams.held_out]
+    train = list(texts_of(config, streams.train.skip(streams.skip).take(config.max_documents)))
+    held_out = [list(texts_of(config, stream)) for stream in streams.held_out]
     if len(held_out) == 1:
         half = len(held_out[0]) // 2
         held_out = [held_out[0][:half], held_out[0][half:]]
@@ -74,12 +74,16 @@ def read_splits(config: DataConfig) -> tuple[list[str], list[str], list[str]]:
     return train, held_out[0], held_out[1]
 
 
-def texts_of(source: str, stream: Any) -> Iterator[str]:
-    """Yields the field "text" of every record that has text."""
+def texts_of(config: DataConfig, stream: Any) -> Iterator[str]:
+    """Yields the text of every record that has one."""
+    source, column = config.data[0], config.text_column
     for record in _guard(source, iter(stream)):
-        text = record.get("text")
+        text = record.get(column)
         if not isinstance(text, str):
-            raise DataError(f'{source}: a record without a string "text": {sorted(record)}')
+            raise DataError(
+                f'{source}: a record without a string "{column}", it has {sorted(record)}: '
+                "--text-column names it"
+            )
         if text.strip():
             yield text
 

@@ -55,16 +55,16 @@ class _Documents(grain.IterDataset):
         # Shared out before it is skipped: the other way round, `datasets` shares out the skipping
         # too, and held-out documents would enter training. A process may so skip a few more.
         share = split_dataset_by_node(streams.train, *self._process).skip(streams.skip)
-        return _DocumentIterator(self._config.data[0], share)
+        return _DocumentIterator(self._config, share)
 
 
 class _DocumentIterator(grain.DatasetIterator):
-    def __init__(self, source: str, stream: Any):
+    def __init__(self, config: DataConfig, stream: Any):
         super().__init__()
-        self._source = source
+        self._config = config
         self._stream = stream
         self._start = stream.state_dict()
-        self._texts = hub.texts_of(source, stream)
+        self._texts = hub.texts_of(config, stream)
 
     def __next__(self) -> str:
         text = next(self._texts, None)
@@ -72,7 +72,7 @@ class _DocumentIterator(grain.DatasetIterator):
             self.set_state(self._start)
             text = next(self._texts, None)
         if text is None:
-            raise DataError(f"{self._source}: no documents for this process")
+            raise DataError(f"{self._config.data[0]}: no documents for this process")
         return text
 
     def get_state(self) -> dict[str, Any]:
@@ -80,7 +80,7 @@ class _DocumentIterator(grain.DatasetIterator):
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._stream.load_state_dict(state)
-        self._texts = hub.texts_of(self._source, self._stream)
+        self._texts = hub.texts_of(self._config, self._stream)
 
 
 class _PackRows(grain.IterDataset):

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -59,6 +59,7 @@ def sample(logits: jax.Array, sampling: Sampling, key: jax.Array) -> jax.Array:
 
 
 PAD_TO = 64
+_AT_ONCE = 16  # Tokens between two questions whether to stop.
 GREEDY = Sampling()
 
 
@@ -86,6 +87,7 @@ def generate(
     end_ids: Sequence[int] = (),
     key: jax.Array | None = None,
     pad_to: int = PAD_TO,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Generated:
     """Continues each prompt by at most `length` tokens.
 
@@ -102,6 +104,7 @@ def generate(
       key: a random key; needed unless the temperature is 0.
       pad_to: prompts are padded, on the left, to a multiple of so many tokens: the programs are
         compiled for each number of rows, padded width and `length`.
+      should_stop: asked every 16 tokens; once true, rows are cut off there.
 
     Raises:
       ValueError: if there is no prompt or an empty one, a row would be longer than the model's
@@ -117,12 +120,17 @@ def generate(
     first, caches = _read(model, tokens, starts, key, length, sampling)
     jax.block_until_ready(first)
     middle = time.perf_counter()
-    written, steps = _write(model, first, starts, caches, key, length, sampling, ends)
-    rows = np.asarray(written)[:, : int(steps)].tolist()
+    progress = _begin(first, caches, length, ends)
+    while (steps := int(progress.step)) < length and not np.all(progress.ended):
+        if should_stop():
+            break
+        until = min(steps + _AT_ONCE, length)
+        progress = _write(model, progress, starts, key, until, sampling, ends)
+    rows = np.asarray(progress.tokens)[:, :steps].tolist()
     seconds = time.perf_counter() - middle
     texts = [list(itertools.takewhile(lambda token: token not in ends, row)) for row in rows]
     ended = [len(text) < len(row) for text, row in zip(texts, rows, strict=True)]
-    return Generated(texts, ended, middle - begin, seconds, int(steps))
+    return Generated(texts, ended, middle - begin, seconds, steps)
 
 
 def stream(
@@ -195,37 +203,48 @@ def _next(
     return sample(model.logits(x[:, 0]), sampling, jax.random.fold_in(key, step)), caches
 
 
-@functools.partial(jax.jit, static_argnames=("length", "sampling", "ends"))
+class _Progress(NamedTuple):
+    """Rows that are being written."""
+
+    step: jax.Array  # new tokens of each row. shape=(), dtype=jnp.int32.
+    tokens: jax.Array  # (B, length); those from `step` on are zeros.
+    ended: jax.Array  # (B,): whether a row has come to an end mark.
+    caches: Caches
+
+
+def _begin(first: jax.Array, caches: Caches, length: int, ends: tuple[int, ...]) -> _Progress:
+    tokens = jnp.zeros((first.shape[0], length), jnp.int32).at[:, 0].set(first)
+    ended = jnp.isin(first, jnp.array(ends, jnp.int32))
+    return _Progress(jnp.ones([], jnp.int32), tokens, ended, caches)
+
+
+@functools.partial(jax.jit, static_argnames=("sampling", "ends"), donate_argnames="progress")
 def _write(
     model: Llama,
-    first: jax.Array,
+    progress: _Progress,
     starts: jax.Array,
-    caches: Caches,
     key: jax.Array,
-    length: int,
+    until: jax.Array | int,
     sampling: Sampling,
     ends: tuple[int, ...],
-) -> tuple[jax.Array, jax.Array]:
-    """All new tokens (B, length), of which so many steps were written."""
-    width = slots_of(caches) - (length - 1)
+) -> _Progress:
+    """The same rows with `until` new tokens, or fewer if all of them end before."""
+    width = slots_of(progress.caches) - (progress.tokens.shape[1] - 1)
     ids = jnp.array(ends, jnp.int32)
 
-    def write_token(carry):
-        step, tokens, ended, caches = carry
+    def write_token(progress):
+        step, tokens, ended, caches = progress
         before, slot = tokens[:, step - 1], width + step - 1
         token, caches = _next(model, before, starts, caches, slot, key, step, sampling)
         if ends:  # After its end a row repeats the end mark.
             token = jnp.where(ended, ids[0], token)
-        return step + 1, tokens.at[:, step].set(token), ended | jnp.isin(token, ids), caches
+        ended |= jnp.isin(token, ids)
+        return _Progress(step + 1, tokens.at[:, step].set(token), ended, caches)
 
-    def goes_on(carry):
-        step, _, ended, _ = carry
-        return (step < length) & ~jnp.all(ended)
+    def goes_on(progress):
+        return (progress.step < until) & ~jnp.all(progress.ended)
 
-    tokens = jnp.zeros((first.shape[0], length), jnp.int32).at[:, 0].set(first)
-    start = (jnp.ones([], jnp.int32), tokens, jnp.isin(first, ids), caches)
-    steps, tokens, _, _ = jax.lax.while_loop(goes_on, write_token, start)
-    return tokens, steps
+    return jax.lax.while_loop(goes_on, write_token, progress)
 
 
 def _check(

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import jax
 import tyro
-from rich.console import Console
+from rich import box
+from rich.console import Console, Group
 from rich.table import Table
 
 from examples.common import cli
@@ -113,10 +114,7 @@ def _row(candidate: Candidate, room: int, everything: bool, progress: Callable[[
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the program and returns its exit code."""
-    console = Console()
-    if not console.is_terminal:  # In a file or a pipe nothing needs to fit into 80 columns.
-        console = Console(width=160)
-    return cli.exit_code(lambda: run(argv, console))
+    return cli.exit_code(lambda: run(argv, Console()))
 
 
 def run(argv: list[str] | None, console: Console) -> int:
@@ -125,7 +123,6 @@ def run(argv: list[str] | None, console: Console) -> int:
         prog="python -m examples.llama.plan",
         args=argv,
         return_unknown_args=True,
-        config=(tyro.conf.FlagCreatePairsOff,),
     )
     memory, reserve = device_memory(plan.device_memory), _size("reserve", plan.reserve)
     room = memory - reserve
@@ -193,34 +190,44 @@ COLUMNS = {
 }
 
 
-def plan_table(title: str, rows: Sequence[Row], room: int) -> Table:
-    """One row for each setting; what fits is green."""
+def plan_table(title: str, rows: Sequence[Row], room: int) -> Group:
+    """One row for each setting, and one for its parts; what fits is green."""
     unit, scale = unit_of(room)
-    table = Table(
-        title=f"{title}; in {unit}",
-        caption="remat: layers are recomputed; per layer: they are updated one by one too; "
-        "≥ and ?: too large without the update's own memory",
+    settings = _table(f"{title}; in {unit}")
+    settings.caption = (
+        "remat: layers are recomputed; per layer: they are updated one by one too; "
+        "≥ and ?: too large without the update's own memory"
     )
-    table.add_column("optimizer", overflow="fold")
+    parts = _table(f"parts, in {unit}")
+    settings.add_column("optimizer", overflow="fold")
     for name in ("rank", "step", "rows"):
-        table.add_column(name, no_wrap=True)
-    for name in (*COLUMNS, "total", "room"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        candidate, parts = row.candidate, row.memory.parts
-        sizes = {c: sum(parts.get(p, 0) for p in names) for c, names in COLUMNS.items()}
+        settings.add_column(name, no_wrap=True)
+    for table, names in ((settings, ("total", "room")), (parts, COLUMNS)):
+        for name in names:
+            table.add_column(name, justify="right", no_wrap=True)
+    for number, row in enumerate(rows, start=1):
+        candidate, found = row.candidate, row.memory.parts
+        sizes = {c: sum(found.get(p, 0) for p in names) for c, names in COLUMNS.items()}
         cells = {c: f"{size / scale:.2f}" if size else "-" for c, size in sizes.items()}
         total, left = (f"{x / scale:.2f}" for x in (row.memory.total, room - row.memory.total))
         if not row.compiled:
             cells["update"], total, left = "?", f"≥ {total}", f"≤ {left}"
-        table.add_row(
+        style = "green" if row.fits(room) else "red"
+        settings.add_row(
+            str(number),
             candidate.optimizer,
             str(candidate.rank or "-"),
             candidate.step,
             str(candidate.config.batch_size),
-            *cells.values(),
             total,
             left,
-            style="green" if row.fits(room) else "red",
+            style=style,
         )
+        parts.add_row(str(number), *cells.values(), style=style)
+    return Group(settings, parts)
+
+
+def _table(title: str) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
+    table.add_column("", justify="right", no_wrap=True)
     return table

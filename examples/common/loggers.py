@@ -1,0 +1,101 @@
+"""Metrics for TensorBoard and Weights & Biases, beside the JSON lines of a run."""
+
+import importlib
+import os
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from examples.common.config import Json
+from examples.common.errors import ConfigError
+
+LoggerName = Literal["tensorboard", "wandb"]
+WANDB_ID = "wandb_id.txt"
+
+
+class Logger(Protocol):
+    """Receives every record of the metrics."""
+
+    def write(self, record: Json) -> None: ...
+    def close(self) -> None: ...
+
+
+def make_loggers(
+    names: Sequence[LoggerName], run_dir: Path, config: Json, step: int
+) -> list[Logger]:
+    """The loggers of a run that goes on after `step`.
+
+    Raises:
+      ConfigError: if the package of one is missing.
+    """
+    return [_LOGGERS[name](run_dir, config, step) for name in names]
+
+
+def scalars(record: Json) -> dict[str, float]:
+    """The numbers of a record by name, as "train/loss"; those of its metrics too."""
+    numbers = {**record, **record.get("metrics", {})}
+    return {
+        f"{record['kind']}/{name}": value
+        for name, value in numbers.items()
+        if isinstance(value, (int, float)) and name != "step"
+    }
+
+
+class _TensorBoard:
+    """Event files in RUN/tensorboard."""
+
+    def __init__(self, run_dir: Path, config: Json, step: int):
+        package = _package("tensorboard", "tensorboardX")
+        # What an earlier run recorded of later steps, which are run again, is not shown.
+        directory = str(run_dir / "tensorboard")
+        self._writer = package.SummaryWriter(directory, purge_step=step + 1 if step else None)
+
+    def write(self, record: Json) -> None:
+        for name, value in scalars(record).items():
+            self._writer.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    """A run of Weights & Biases; WANDB_PROJECT and WANDB_MODE=offline act as always."""
+
+    def __init__(self, run_dir: Path, config: Json, step: int):
+        package = _package("wandb", "wandb")
+        path = run_dir / WANDB_ID
+        if not path.exists():
+            path.write_text(uuid.uuid4().hex[:8])
+        self._run = package.init(
+            project=os.environ.get("WANDB_PROJECT", "natgalore-jax"),
+            name=run_dir.name,
+            id=path.read_text(),
+            resume="allow",
+            dir=run_dir,
+            config=config,
+        )
+        # Its own counter refuses steps that are run again after a rollback or a resume.
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, record: Json) -> None:
+        self._run.log({**scalars(record), "step": record["step"]})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+_LOGGERS: dict[LoggerName, Callable[[Path, Json, int], Logger]] = {
+    "tensorboard": _TensorBoard,
+    "wandb": _Wandb,
+}
+
+
+def _package(option: str, name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(
+            f"--log-to {option} needs the package {name} ({error}): "
+            "python -m pip install 'natgalore-jax[loggers]'"
+        ) from error

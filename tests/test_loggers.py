@@ -1,0 +1,86 @@
+"""Metrics in TensorBoard and Weights & Biases, by stand-ins for their packages."""
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from examples.common.errors import ConfigError
+from examples.common.loggers import make_loggers, scalars
+from examples.common.metrics import MetricsLog, read_metrics
+
+RECORDS = [
+    {"kind": "train", "step": 3, "loss": 2.5, "tokens_per_second": 10.0},
+    {"kind": "validation", "step": 3, "loss": 2.0, "metrics": {"f1": 0.5, "task": "own"}},
+]
+NUMBERS = [
+    {"train/loss": 2.5, "train/tokens_per_second": 10.0},
+    {"validation/loss": 2.0, "validation/f1": 0.5},
+]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What the stand-ins were called with."""
+    calls = []
+
+    def said(name):
+        return lambda *args, **kwargs: calls.append((name, *args, *kwargs.items()))
+
+    def writer(directory, purge_step):
+        calls.append(("open", directory, purge_step))
+        return SimpleNamespace(add_scalar=said("scalar"), close=said("close"))
+
+    def init(**options):
+        calls.append(("init", options))
+        return SimpleNamespace(define_metric=said("axis"), log=said("log"), finish=said("finish"))
+
+    for name, functions in (("tensorboardX", {"SummaryWriter": writer}), ("wandb", {"init": init})):
+        module = ModuleType(name)
+        vars(module).update(functions)
+        monkeypatch.setitem(sys.modules, name, module)
+    return calls
+
+
+def write(run_dir, name, step=0):
+    loggers = make_loggers([name], run_dir, {"rank": 4}, step)
+    with MetricsLog(run_dir / "metrics.jsonl", resume_at=step, loggers=loggers) as log:
+        for record in RECORDS:
+            log.write(**record)
+
+
+def test_numbers_have_the_kind_of_their_record():
+    assert [scalars(record) for record in RECORDS] == NUMBERS
+
+
+def test_tensorboard(tmp_path, calls):
+    write(tmp_path, "tensorboard")
+    values = [("scalar", *item, 3) for numbers in NUMBERS for item in numbers.items()]
+    assert calls == [("open", str(tmp_path / "tensorboard"), None), *values, ("close",)]
+    assert read_metrics(tmp_path / "metrics.jsonl") == RECORDS
+    write(tmp_path, "tensorboard", step=2)
+    assert ("open", str(tmp_path / "tensorboard"), 3) in calls
+
+
+def test_a_resumed_run_is_the_same_run_of_wandb(tmp_path, calls):
+    for _ in range(2):
+        write(tmp_path, "wandb")
+    (first, second) = [call[1] for call in calls if call[0] == "init"]
+    assert first == second and first["resume"] == "allow"
+    assert (first["name"], first["config"]) == (tmp_path.name, {"rank": 4})
+    logged = [call[1] for call in calls if call[0] == "log"]
+    assert logged == 2 * [{**numbers, "step": 3} for numbers in NUMBERS]
+    assert calls[-1] == ("finish",)
+    (tmp_path / "other").mkdir()
+    write(tmp_path / "other", "wandb")
+    *_, other = [call[1] for call in calls if call[0] == "init"]
+    assert other["id"] != first["id"]
+
+
+@pytest.mark.parametrize(("name", "package"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
+def test_a_missing_package_is_named(tmp_path, monkeypatch, name, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(
+        ConfigError, match=f"--log-to {name} needs the package {package} .*pip install"
+    ):
+        make_loggers([name], tmp_path, {}, 0)
