@@ -4,11 +4,13 @@ import json
 import math
 import pathlib
 import re
+import sys
 
 import jax
 import optax
 import pytest
 
+from benchmarks import gpu as all_on_gpu
 from benchmarks.common.environment import target
 from benchmarks.common.shapes import hidden_shapes, matrices
 from benchmarks.memory import gpu, gpu_run, per_layer
@@ -16,6 +18,7 @@ from benchmarks.memory.step_bytes import step_bytes
 from benchmarks.optimizer import compile_time, curvature, quantization, refresh, step_time
 from benchmarks.optimizer.floor import accelerator_bounds, bytes_moved, floor_seconds, operations
 from benchmarks.optimizer.training_share import training_operations
+from examples.common.errors import ConfigError
 from examples.llama.data import DataConfig
 from examples.llama.model.config import MODEL_PRESETS
 from examples.llama.training.train_step import make_model
@@ -326,3 +329,36 @@ def test_quantization(tmp_path):
     assert rows["ours"]["update_error"] < 0.2 < rows["linear"]["update_error"]
     adam, small = results["cost"]["adam"], results["cost"]["adam, 8 bits"]
     assert 0.25 < small["state_bytes"] / adam["state_bytes"] < 0.26
+
+
+def test_stages_on_a_gpu(tmp_path, monkeypatch, capsys):
+    ran = tmp_path / "ran"
+    command = [sys.executable, "-c", f"open({str(ran)!r}, 'a').write('x'); print('said')"]
+
+    def stages(output, text):
+        return [
+            all_on_gpu.Stage("long", 9, command, [], []),
+            all_on_gpu.Stage("bad", 1, [sys.executable, "-c", "raise SystemExit(3)"], [], []),
+            all_on_gpu.Stage("good", 1, command, [], []),
+            all_on_gpu.Stage(
+                "slow", 0.001, [sys.executable, "-c", "import time; time.sleep(60)"], [], []
+            ),
+        ]
+
+    assert {s.name for s in all_on_gpu.stages(tmp_path, "sotu")} >= {"memory-7b-lean", "60m-adamw"}
+    monkeypatch.setattr(all_on_gpu, "stages", stages)
+    with pytest.raises(SystemExit, match="no accelerator"):
+        all_on_gpu.main(output=tmp_path)
+    for _ in range(2):
+        assert all_on_gpu.main(minutes=2, allow_cpu=True, output=tmp_path) == 1
+    assert ran.read_text() == "x"  # "good" once, "long" never
+    records = {n: json.loads((tmp_path / f"{n}.json").read_text()) for n in ("bad", "good", "slow")}
+    assert {name: r["exit_code"] for name, r in records.items()} == {
+        "bad": 3,
+        "good": 0,
+        "slow": None,
+    }
+    assert records["good"]["last_lines"] == ["said"]
+    assert "long: left to the next start" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="only must name stages: long, bad, good, slow; got 'x'"):
+        all_on_gpu.main(only=("x",))

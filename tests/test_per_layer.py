@@ -41,6 +41,8 @@ def by_name(up, down, rest):
 
 OPTIMIZERS = {
     "default": lambda: ng.natural_galore_adamw(**LOW, weight_decay=0.1, mask=decayed),
+    # Moments of the stack have more than 256 numbers, those of a layer fewer.
+    "lean": lambda: ng.lean_natural_galore_adamw(**LOW, weight_decay=0.1, mask=decayed),
     "history, random keys, 8 bits": lambda: by_name(
         composed_adamw(
             "stored", **LOW, history=4, side="both", basis_dtype="int4", history_dtype="int8"

@@ -1,6 +1,7 @@
 """Any optimizer with its large moments in 8 bits."""
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -83,9 +84,12 @@ class EightBits(NamedTuple):
         leaves = jax.tree_util.tree_leaves_with_path(params)
         for (path, leaf), chosen in zip(leaves, selected(self.where, params), strict=True):
             leaf = shape_and_dtype(path, leaf)
-            is_large = leaf.size >= self.min_size and jnp.issubdtype(leaf.dtype, jnp.floating)
             plan = plans.get(str(KeyPath(path)))
-            out.append((len(plan.batch) if plan else 0) if chosen and is_large else None)
+            nb = len(plan.batch) if plan else 0
+            # Of one matrix, so that a stack of layers is stored as its layers are.
+            size = math.prod(leaf.shape[nb:])
+            is_large = size >= self.min_size and jnp.issubdtype(leaf.dtype, jnp.floating)
+            out.append(nb if chosen and is_large else None)
         return out
 
 
@@ -123,7 +127,8 @@ def quantize_state(
       block_size: the largest number of entries that share a bound, at least 32. Blocks run along
         the shorter of the last two axes (if it has 64 entries, else another), so that each token of
         an embedding has its own blocks.
-      min_size: arrays of fewer elements are unchanged.
+      min_size: moments of fewer elements are unchanged; of a stack that a subspace projects, those
+        of one layer count.
       where: the parameters whose moments are stored in 8 bits: a callable ``(path, leaf) -> bool``
         or a pytree of booleans (a prefix is enough). All by default, embeddings included: other
         libraries exclude embeddings, because their blocks mix tokens of different frequency.
