@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.overview`` draws docs/figures/overview.png from ``results/quality/main``
 (test loss and bytes of state of each method at nano, on presidential addresses) and
-``results/gpu_memory_estimates.json`` (a whole step of LLaMA 7B on 256 tokens, estimated).
+``results/gpu_memory_estimates*.json`` (a whole step of LLaMA 7B on 256 tokens, estimated).
 """
 
 import json
@@ -23,8 +23,9 @@ OURS = ("natural-galore-lean", "natural-galore")
 GPU_GB = 24
 BARS = (
     ("AdamW", "adamw", "ordinary"),
-    ("Natural GaLore, per layer", "natural-galore", "per layer"),
-    ("8-bit moments, 8-bit basis", "natural-galore@moment_bits=8,basis_dtype=int8", "per layer"),
+    ("AdamW, per layer", "adamw", "per layer"),
+    ("default, per layer", "natural-galore", "per layer"),
+    ("lean, per layer", "lean-natural-galore", "per layer"),
 )
 # What a step consists of beside the optimizer's state, which each method has other parts of.
 PARTS = {
@@ -102,7 +103,8 @@ def bars(axes: Any) -> None:
 
 def memory(method: str, step: str) -> dict[str, float]:
     """GB of a step on 256 tokens, by part."""
-    steps = _read(RESULTS / "gpu_memory_estimates.json")["steps"]
+    files = ("gpu_memory_estimates.json", "gpu_memory_estimates_lean.json")
+    steps = [step for file in files for step in _read(RESULTS / file)["steps"]]
     (found,) = (
         s["estimated_bytes"]
         for s in steps

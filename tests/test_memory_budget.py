@@ -13,8 +13,8 @@ from examples.llama.run_config import RUN_PRESETS
 from examples.llama.training.train_step import make_model
 
 
-def abstract_params(preset):
-    config = dataclasses.replace(MODEL_PRESETS[preset], param_dtype="bfloat16", stacked=True)
+def abstract_params(preset, dtype="bfloat16"):
+    config = dataclasses.replace(MODEL_PRESETS[preset], param_dtype=dtype, stacked=True)
     return jax.eval_shape(lambda: make_model(config, 0)[1])
 
 
@@ -26,6 +26,23 @@ def test_at_most_a_tenth_above_galore(preset):
         for factory in (ng.galore_adamw, ng.natural_galore_adamw)
     )
     assert galore < ours <= 1.1 * galore
+
+
+LEAN_PERCENT = dict(
+    zip(
+        ("nano", "9m", "60m", "130m", "350m", "1b", "7b"),
+        (5.2, 7.3, 8.2, 6.0, 4.1, 3.1, 2.5),
+        strict=True,
+    )
+)
+
+
+@pytest.mark.parametrize("preset", LEAN_PERCENT)
+def test_the_lean_state_over_adamws(preset):
+    tx = ng.lean_natural_galore_adamw(1e-2, rank=MODEL_PRESETS[preset].hidden // 16)
+    report = ng.memory_report(tx, abstract_params(preset, "float32"))
+    percent = 100 * report.total_state_bytes / report.adamw_state_bytes
+    assert round(percent, 1) == LEAN_PERCENT[preset]
 
 
 def test_a_history_is_far_above():

@@ -7,7 +7,11 @@ import optax
 from natgalore_jax._src.memory.report import MemoryReport, memory_report
 from natgalore_jax._src.memory.table import align, format_bytes
 from natgalore_jax._src.optimizers.galore import galore_adamw
-from natgalore_jax._src.optimizers.natural_galore import natural_galore, natural_galore_adamw
+from natgalore_jax._src.optimizers.natural_galore import (
+    lean_natural_galore_adamw,
+    natural_galore,
+    natural_galore_adamw,
+)
 from natgalore_jax._src.subspace.chain import chain
 
 _COLUMNS = ("basis", "Fisher", "moments", "state", "of AdamW's", "with weights")
@@ -22,6 +26,7 @@ def compare_memory(params: Any, rank: int, side: str) -> dict[str, MemoryReport]
         "Natural GaLore": natural_galore_adamw(1.0, **options),
         "Natural GaLore, history of 10": chain(natural_galore(**options), optax.adamw(1.0)),
         "Natural GaLore, 8 bits": natural_galore_adamw(1.0, moment_bits=8, **options),
+        "Natural GaLore, lean": lean_natural_galore_adamw(1.0, **options),
     }
     return {name: memory_report(tx, params) for name, tx in optimizers.items()}
 
