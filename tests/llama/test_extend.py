@@ -12,6 +12,7 @@ from examples.common.checkpoints import kept, steps_done
 from examples.common.errors import ConfigError
 from examples.common.metrics import of_kind, read_metrics
 from examples.common.optimizers import OptimizerConfig
+from examples.common.reporter import Silent
 from examples.common.schedule import ScheduleConfig
 from examples.llama.loop import train
 from examples.llama.model.adapters import AdapterConfig
@@ -39,15 +40,12 @@ def after(batches):
     return lambda: next(counter) >= batches
 
 
-class Notes:
-    """A reporter that keeps what it is told."""
+class Notes(Silent):
+    """A reporter that keeps its notes."""
 
     def __init__(self):
         self.notes = []
 
-    def start(self, *_): ...
-    def record(self, _): ...
-    def stop(self): ...
     def note(self, text):
         self.notes.append(text)
 
