@@ -54,11 +54,13 @@ def open_streams(config: DataConfig) -> HubStreams:
 
 
 def _held_out_documents(config: DataConfig) -> int:
+    if config.held_out is not None:
+        return config.held_out
     return max(1, round(HELD_OUT * config.max_documents))
 
 
 def read_splits(config: DataConfig) -> tuple[list[str], list[str], list[str]]:
-    """Returns the first documents of each split: `max_documents` to train, a twentieth held out."""
+    """Returns the first documents of each split: `max_documents` to train, `held_out` of others."""
     source = config.data[0]
     streams = open_streams(config)
     train = list(texts_of(source, streams.train.skip(streams.skip).take(config.max_documents)))
