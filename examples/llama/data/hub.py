@@ -91,7 +91,7 @@ def _load(source: str, name: str, subset: str | None) -> Any:
         import datasets
     except ImportError as error:
         raise DataError(
-            f"{source}: needs the datasets library: python -m pip install 'natgalore-jax[hub]'"
+            f"{source}: needs the datasets library: python -m pip install datasets"
         ) from error
     try:
         return datasets.load_dataset(name, subset, streaming=True)
