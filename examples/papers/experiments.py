@@ -26,7 +26,7 @@ class Experiment(NamedTuple):
 
     def runs(self, name: str) -> dict[str, Arguments]:
         """Command lines by name of the run."""
-        found = {}
+        found: dict[str, Arguments] = {}
         for variant, more in self.variants.items():
             run = "-".join([name.replace("/", "-"), *([variant] if variant else [])])
             place = ("--root", "runs/papers", "--name", run)
