@@ -119,7 +119,7 @@ def candidates(plan: PlanConfig, given: Sequence[str]) -> Iterator[list[Candidat
                     try:
                         config = _sized(parse([*arguments]))
                     except ConfigError as e:  # Weights in 8 bits need --per-layer, for example.
-                        error = e
+                        error = error or e
                         continue
                     group.append(Candidate(spec, step, arguments, config))
             if not group and error is not None:
