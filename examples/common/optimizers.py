@@ -35,6 +35,34 @@ def _adafactor(learning_rate, weight_decay: float = 0.0, mask=None):
     )
 
 
+def _galore_adafactor(
+    learning_rate,
+    rank: int,
+    update_interval: int = 200,
+    scale: float = 0.25,
+    side: Any = "short",
+    method: Any = "power",
+    stagger: bool | None = None,
+    where=ng.hidden_matrices,
+    basis_dtype=None,
+    seed: int = 0,
+):
+    return ng.chain(
+        ng.low_rank_project(
+            rank,
+            update_interval,
+            side,
+            method,
+            stagger=stagger,
+            where=where,
+            basis_dtype=basis_dtype,
+            seed=seed,
+        ),
+        _adafactor(learning_rate),
+        ng.project_back(scale),
+    )
+
+
 def _adamw_8bit(
     learning_rate,
     b1: float = 0.9,
@@ -100,6 +128,7 @@ OPTIMIZERS: dict[str, Entry] = {
     "adamw-8bit": Entry(_adamw_8bit, 2.5e-3, unprojected_ratio=4.0),
     "adafactor": Entry(_adafactor, 3e-3),
     "galore": Entry(ng.galore_adamw, 2e-2),
+    "galore-adafactor": Entry(_galore_adafactor, 1e-2),
     "fira": Entry(ng.galore_adamw, 1e-2, {"residual": "fira"}),
     "natural-galore": Entry(ng.natural_galore_adamw, 5e-3),
     "lean-natural-galore": Entry(ng.lean_natural_galore_adamw, 5e-3),

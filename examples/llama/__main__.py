@@ -10,6 +10,7 @@ from rich.console import Console
 
 import natgalore_jax as ng
 from examples.common import cli
+from examples.common.accelerators import announce_devices
 from examples.common.config import write_json
 from examples.common.errors import ConfigError
 from examples.common.interrupt import stop_on_signals
@@ -23,7 +24,7 @@ from examples.llama.model.adapters import without_adapters
 from examples.llama.model.config import MODEL_PRESETS
 from examples.llama.model.generate import Sampling
 from examples.llama.model.llama import with_params
-from examples.llama.report import describe, next_commands, summary_table
+from examples.llama.report import describe, next_commands, summary_table, warnings_of
 from examples.llama.run_config import RunConfig, run_preset
 from examples.llama.sample import continued
 from examples.llama.weights.files import PretrainedLlama, replace_llama
@@ -86,6 +87,8 @@ def run(config: RunConfig, console: Console) -> int:
     leads = jax.process_index() == 0
     run_dir, quiet = config.run_dir, config.output.quiet
     reporter = make_reporter(console, quiet or not leads, describe)
+    if leads:
+        announce_devices(reporter.note, None if config.distributed.enabled else 1)
     reporter.note(f"{run_dir}: reading text and tokenizer")
     tokenizer = initial = None
     with reporter.during(READING):
@@ -93,6 +96,8 @@ def run(config: RunConfig, console: Console) -> int:
             config, tokenizer, initial, note = start_from(config)
             reporter.note(note)
         splits = load_splits(config.data, tokenizer)
+    for warning in warnings_of(config, splits) if leads else ():
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
     if config.output.overwrite and leads and run_dir.exists():
         shutil.rmtree(run_dir)
     with stop_on_signals(lambda: reporter.activity.stops) as stop:

@@ -21,7 +21,7 @@ from examples.common.metrics import Clock, MetricsLog, of_kind, replace_text
 from examples.common.reporter import COMPILING, STARTING, Reporter, Silent, evaluating
 from examples.common.train_state import Metrics, Params, TrainState
 from examples.llama.data import Splits, eval_batches, load_splits
-from examples.llama.distributed.batches import TrainBatches
+from examples.llama.distributed.batches import TrainBatches, documents_end
 from examples.llama.distributed.devices import Devices, make_devices
 from examples.llama.memory.peak import RunMemory, describe, observed_peak
 from examples.llama.memory.step_memory import StepMemory, of_compiled
@@ -310,6 +310,7 @@ class _Run:
             getattr(self.splits, split),
             self.config.batch_size,
             self.config.seq_len,
+            documents_end=documents_end(self.config, self.splits),
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )

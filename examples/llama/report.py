@@ -8,9 +8,35 @@ from pathlib import Path
 from rich.table import Table
 
 from examples.common.metrics import Record
-from examples.llama.data import DataConfig
+from examples.llama.data import DataConfig, Splits, is_hub
 from examples.llama.memory.peak import peak_rows
+from examples.llama.model.config import MODEL_PRESETS
 from examples.llama.result import Result
+from examples.llama.run_config import RunConfig
+
+MOST_EPOCHS = 4  # From here on, repeated text is worth less and less.
+
+
+def warnings_of(config: RunConfig, splits: Splits) -> list[str]:
+    """What makes a run another one than its preset promises."""
+    found, length = [], len(splits.train)
+    epochs = config.steps * config.tokens_per_step / max(length, 1)
+    if config.data.rows == "documents":
+        rows = config.steps * config.batch_size * config.accumulate
+        epochs = rows / max(splits.documents["train"], 1)
+    if epochs > MOST_EPOCHS and not is_hub(config.data):
+        found.append(
+            f"the run reads its {length:,} tokens of training text {epochs:.0f} times: give more "
+            "text with --data, or fewer --steps"
+        )
+    wanted = MODEL_PRESETS[config.preset].vocab_size
+    asked_for = config.data.tokenizer is None and config.data.vocab_size == splits.vocab_size
+    if config.init_from is None and splits.vocab_size < wanted and not asked_for:
+        found.append(
+            f"the tokenizer has {splits.vocab_size:,} tokens and the preset {config.preset} "
+            f"{wanted:,}: the model is smaller than its name says"
+        )
+    return found
 
 
 def summary_table(summary: Record) -> Table:

@@ -41,7 +41,7 @@ def locate_model(name: str, files: Sequence[str]) -> Path:
     except ImportError as error:
         raise WeightsError(
             f"{name}: no such directory; to fetch it from the hub: "
-            "python -m pip install 'natgalore-jax[hub]'"
+            "python -m pip install huggingface_hub"
         ) from error
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(files)))

@@ -104,3 +104,28 @@ def test_bad_sizes():
         make_train_iterator(np.arange(99), batch_size=6, seq_len=8, seed=0, process_count=4)
     with pytest.raises(DataError, match="1 tokens: too short to evaluate"):
         next(eval_batches(np.arange(1), 2, 8))
+
+
+DOCUMENTS = np.array([5, 6, 7, 8, 9, 0, 4, 0, 1, 2, 3, 0], np.uint16)  # 0 ends each.
+ROWS = {(5, 6, 7, 0, -1), (4, 0, -1, -1, -1), (1, 2, 3, 0, -1)}  # Of 4 tokens at most.
+
+
+def test_rows_of_documents_are_cut_before_their_end_and_padded():
+    iterator = make_train_iterator(DOCUMENTS, batch_size=3, seq_len=4, seed=0, documents_end=0)
+    for batch in _take(iterator, 2):
+        assert set(map(tuple, batch.tolist())) == ROWS
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_evaluation_covers_every_document_once(processes):
+    found = []
+    for p in range(processes):
+        for batch in eval_batches(
+            DOCUMENTS, 2, 4, documents_end=0, process_index=p, process_count=processes
+        ):
+            assert batch["tokens"].min() == 0  # Padding has a token, and no part in the loss.
+            padded = np.where(batch["mask"], batch["tokens"][:, 1:], -1)
+            found += [
+                (int(t[0]), *r) for t, r in zip(batch["tokens"], padded.tolist(), strict=True)
+            ]
+    assert Counter(found) == Counter({**dict.fromkeys(ROWS, 1), (0, -1, -1, -1, -1): 1})

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
 
-from examples.common.errors import DataError
+from examples.common.errors import DataError, WeightsError
 from examples.llama.data import DataConfig, load_splits
 from examples.llama.data.split import split_documents
 from examples.llama.data.tokenizer import encode, end_of_text, load_tokenizer, train_tokenizer
@@ -83,6 +83,13 @@ def test_bad_file(tmp_path, content, message):
     with pytest.raises(DataError, match=message) as caught:
         load_tokenizer(str(path))
     assert str(path) in str(caught.value)
+
+
+def test_a_directory_has_one(tmp_path):
+    train_tokenizer(["a text"], 300).save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(str(tmp_path)).get_vocab_size() > 256
+    with pytest.raises(WeightsError, match="no such directory"):
+        load_tokenizer(str(tmp_path / "t5-base"))
 
 
 def test_file_without_end_of_text(tmp_path):

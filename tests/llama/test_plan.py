@@ -61,24 +61,29 @@ def plan(tmp_path, capsys, *arguments):
 
 def test_the_command_of_a_setting_that_fits(tmp_path, capsys):
     code, printed, results = plan(
-        tmp_path, capsys, "--device-memory", "150kB", "--reserve", "0.5kB", "--optimizers", "adamw"
+        tmp_path, capsys, "--device-memory", "400kB", "--reserve", "0.5kB", "--optimizers", "adamw"
     )
     assert code == 0
-    first, *others = results["settings"]
-    # 4 numbers of 2 bytes for each parameter, and what is beside them.
+    first = results["settings"][0]
+    # Moments of 2 bytes for each parameter, and the sum of gradients in 4.
     assert first["bytes"]["weights"] == 2 * (280 * 16 * 2 + 16 + 2 * (768 + 3 * 384 + 32))
-    assert first["bytes"]["inner"] == 2 * first["bytes"]["weights"]
+    assert first["bytes"]["inner"] == 4 * first["bytes"]["weights"]
     for row in results["settings"]:
         parts = {name: size for name, size in row["bytes"].items() if name != "total"}
         assert row["bytes"]["total"] == sum(parts.values())
-        assert row["fits"] == (row["compiled"] and row["bytes"]["total"] <= 149_500)
+        assert row["fits"] == (row["compiled"] and row["bytes"]["total"] <= 399_500)
     fitting = [row for row in results["settings"] if row["fits"]]
-    assert len(fitting) == 1 and fitting[0] == [first, *others][-1]  # Others are worse.
-    assert results["best"] == fitting[0]["command"] and results["best"] in printed.out
+    # The first that fits ends the search; then the same one with more rows.
+    assert len(fitting) == 2 and fitting == results["settings"][-2:]
+    assert fitting[0]["step"] == fitting[1]["step"]
+    assert fitting[0]["batch_size"] == 1 < fitting[1]["batch_size"]
+    assert results["best"] == fitting[1]["command"] and results["best"] in printed.out
     words = shlex.split(results["best"])
     assert words[:3] == ["python", "-m", "examples.llama"]
     config = parse(words[3:])
-    assert config.optimizer.name == "adamw" and config.batch_size == 1 and config.seq_len == 16
+    assert config.optimizer.name == "adamw" and config.seq_len == 16
+    assert config.batch_size * config.accumulate == 16  # As in the preset.
+    assert "rows of 16 tokens, 256 tokens a step" in printed.out
     assert config.model.param_dtype == "bfloat16" and config.model.stacked
     assert {"ordinary": 0, "remat": 1, "per layer": 2}[fitting[0]["step"]] == (
         2 * config.per_layer + config.model.remat
@@ -102,14 +107,14 @@ def test_the_choice(monkeypatch):
     total = {"ordinary": 50, "remat": 30, "per layer": 10}
 
     def row(candidate, room, everything, progress):
-        size = total[candidate.step] + 10 * (candidate.rank or 9)
+        size = total[candidate.step.removesuffix(", low-rank sums")] + 10 * (candidate.rank or 9)
         eight_bits = candidate.config.optimizer.moment_bits == 8
         return Row(candidate, StepMemory(size - 30 * eight_bits, {}, 0, {}), True)
 
     monkeypatch.setattr(planner, "_row", row)
     optimizers = ("galore", "galore@moment_bits=8", "adamw")
     groups = list(candidates(PlanConfig(optimizers=optimizers), SMALL))
-    assert [len(group) for group in groups] == [6, 6, 3]
+    assert [len(group) for group in groups] == [12, 12, 3]  # Galore: sums of whole or low-rank.
 
     def best(room, **options):
         found = search(groups, room, **options).best
@@ -121,12 +126,45 @@ def test_the_choice(monkeypatch):
     assert best(20) == ("galore@moment_bits=8", 4, "per layer")
     assert best(19) == ("galore@moment_bits=8", 2, "per layer")
     assert best(-30) is None
-    assert len(search(groups, 1000).rows) == 3 and len(search(groups, 1000, True).rows) == 15
+    assert len(search(groups, 1000).rows) == 1 and len(search(groups, 1000, True).rows) == 27
+
+
+def test_the_most_rows_that_fit(monkeypatch):
+    (group,) = candidates(PlanConfig(optimizers=("adamw",)), SMALL)
+    compiled = []
+
+    def memory(config):
+        """100 bytes, and 7 for each row."""
+        return StepMemory(100, {}, 0, {"activations": 7 * config.batch_size})
+
+    def row(candidate, room, everything, progress):
+        compiled.append(candidate.config.batch_size)
+        return Row(candidate, memory(candidate.config), True)
+
+    monkeypatch.setattr(planner, "_row", row)
+    monkeypatch.setattr(planner, "abstract_run", lambda config: config)
+    monkeypatch.setattr(planner, "lower_bound", memory)
+    for room, rows in ((107, 1), (113, 1), (114, 2), (159, 8), (212, 16), (10**9, 16)):
+        best = Row(group[0], memory(group[0].config), True)
+        found = planner.most_rows(best, room).candidate
+        assert found.config.batch_size == rows and found.config.accumulate == 16 // rows
+        assert f"--batch-size {rows} --accumulate {16 // rows}" in found.command
+    assert compiled == [2, 8, 16, 16]  # The one that is printed, and no other.
+
+
+def test_low_rank_sums_where_whole_gradients_have_no_room():
+    (group,) = candidates(PlanConfig(optimizers=("natural-galore",), ranks=(4,)), SMALL)
+    whole, sums = group[-2:]
+    assert (whole.step, sums.step) == ("per layer", "per layer, low-rank sums")
+    assert sums.config.accumulate_in_subspace and sums.config.optimizer.residual == "none"
+    assert not whole.config.accumulate_in_subspace and whole.config.accumulate == 16
 
 
 def test_options_of_the_program_hold_for_all_settings():
     given = [*SMALL, "--optimizer", "fira", "--batch-size", "8", "--per-layer", "--model.stacked"]
-    ((full, half),) = candidates(PlanConfig(dtype="float32"), given)
+    (group,) = candidates(PlanConfig(dtype="float32"), given)
+    full, half = group
+    assert full.config.accumulate == 2  # Of 8 rows, for the 16 of the preset.
     assert full.optimizer == half.optimizer == "fira" and (full.rank, half.rank) == (4, 2)
     assert full.config.batch_size == 8 and full.config.per_layer
     assert full.config.model.dtype == full.config.model.param_dtype == "float32"
@@ -137,7 +175,8 @@ def test_options_of_the_program_hold_for_all_settings():
 def test_steps_that_an_option_rules_out_are_left_out():
     spec = "galore@moment_bits=8,weight_bits=8"
     (group,) = candidates(PlanConfig(optimizers=(spec,), ranks=(4, 4)), SMALL)
-    assert [(c.step, c.rank) for c in group] == [("per layer", 4)]
+    steps = ("per layer", "per layer, low-rank sums")
+    assert [(c.step, c.rank) for c in group] == [(step, 4) for step in steps]
     assert group[0].config.weight_bits == group[0].config.optimizer.moment_bits == 8
 
 

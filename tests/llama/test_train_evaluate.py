@@ -17,7 +17,7 @@ from examples.common.schedule import ScheduleConfig, warmup_cosine
 from examples.llama.data import eval_batches
 from examples.llama.loop import train
 from examples.llama.training.evaluate import make_eval_step, mean_nll, perplexity
-from examples.llama.training.train_step import token_nll
+from examples.llama.training.train_step import mean_over_targets, token_nll
 
 TABLE = np.array([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8], [0.25, 0.5, 0.25]])
 TOKENS = np.array([0, 2, 1, 1, 2, 0, 0, 1, 2, 2, 1], np.int32)
@@ -48,6 +48,20 @@ def test_loss_of_each_token():
     np.testing.assert_allclose(
         token_nll(bigram_model, jnp.array(TABLE, jnp.float32), rows), expected, rtol=1e-6
     )
+
+
+def test_padding_has_no_loss_and_no_gradient():
+    rows = jnp.array([[0, 2, 1, -1], [1, -1, -1, -1]])
+    by_hand = -sum(math.log(TABLE[a, b]) for a, b in [(0, 2), (2, 1)]) / 2
+
+    def loss(table, rows):
+        return mean_over_targets(token_nll(bigram_model, table, rows), rows)
+
+    table = jnp.array(TABLE, jnp.float32)
+    value, gradient = jax.value_and_grad(loss)(table, rows)
+    assert value == pytest.approx(by_hand, rel=1e-6)
+    np.testing.assert_allclose(gradient, jax.grad(loss)(table, rows[:1, :3]))
+    assert loss(table, jnp.full((1, 4), -1)) == 0.0
 
 
 def test_perplexity_does_not_overflow():

@@ -15,6 +15,7 @@ from examples.common.optimizers import OptimizerConfig
 from examples.llama.loop import train
 from examples.llama.model.adapters import AdapterConfig
 from examples.llama.run_config import OutputConfig
+from examples.llama.training.build import abstract_run, make_step
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -50,6 +51,14 @@ def test_same_run_with_tied_embeddings_and_batches_accumulated():
 def test_same_run_with_batches_accumulated_in_the_subspace():
     galore = OptimizerConfig(name="galore", rank=4, update_interval=5, residual="none")
     assert_same_run(optimizer=galore, accumulate=2, accumulate_in_subspace=True)
+
+
+def test_a_plan_of_batches_accumulated_in_the_subspace():
+    galore = OptimizerConfig(name="galore", rank=4, update_interval=5, residual="none")
+    changes = {"accumulate": 2, "accumulate_in_subspace": True, "per_layer": True}
+    found = abstract_run(run_config(optimizer=galore, **changes))
+    # After the state of the whole stack has been traced.
+    make_step(found.config, found.apply, found.optimization, found.params)
 
 
 def test_clipping_takes_the_norm_of_the_step_before():

@@ -6,6 +6,7 @@ import sys
 from rich.console import Console
 
 from examples.common import cli
+from examples.common.accelerators import announce_devices
 from examples.common.compare import Result, compare
 from examples.common.config import write_json
 from examples.common.interrupt import stop_on_signals
@@ -58,6 +59,7 @@ def run(config: RunConfig, console: Console) -> int:
     """Train with each method, and write everything that belongs to the run."""
     run_dir = config.run_dir
     reporter = make_reporter(console, config.output.quiet, describe, brief)
+    announce_devices(reporter.note)
     reporter.note(f"{run_dir}: reading the model and the records")
     with reporter.during(READING):
         prepared = prepare(config)

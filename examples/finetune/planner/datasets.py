@@ -25,6 +25,7 @@ class Source(NamedTuple):
     path: Path | None  # None is the package.
     parts: tuple[str, ...]  # None of them are all.
     skip_unusable: bool
+    held_out: float = 0.1  # TinyAgent: share of the records that validate, and of those that test.
 
 
 class Dataset(NamedTuple):
@@ -43,12 +44,14 @@ def load_dataset(name: str, source: Source) -> Dataset:
     """
     if source.skip_unusable and name != "tinyagent":
         raise ConfigError(f"skip_unusable is for tinyagent; {name} has records of one quality")
+    if source.held_out != Source._field_defaults["held_out"] and name != "tinyagent":
+        raise ConfigError(f"held_out is for tinyagent; {name} has splits of its own")
     found = DATASETS[name](source)
     empty = [split for split in NAMES if not getattr(found.splits, split)]
     if empty:
         raise DataError(
-            f"{source.path or name}: the {empty[0]} split has no records: a tenth of them is held "
-            "out, by combination of tools"
+            f"{source.path or name}: the {empty[0]} split has no records: "
+            f"{source.held_out:g} of them are held out, by combination of tools"
         )
     return found
 
@@ -84,7 +87,7 @@ def _tinyagent(source: Source) -> Dataset:
     rejected: list[str] = []
     records = load_tinyagent(source.path, rejected if source.skip_unusable else None)
     notes = [f"{len(rejected)} unusable records left out, first {rejected[0]}"] if rejected else []
-    return Dataset(apply_splits(records, split_by_tools(records)), notes)
+    return Dataset(apply_splits(records, split_by_tools(records, held_out=source.held_out)), notes)
 
 
 def _known(parts: tuple[str, ...], all_parts: tuple[str, ...]) -> tuple[str, ...]:

@@ -59,7 +59,7 @@ def prepare(config: RunConfig) -> Prepared:
     Raises:
       ConfigError, DataError, WeightsError: for what cannot be used.
     """
-    source = Source(config.data, config.parts, config.skip_unusable)
+    source = Source(config.data, config.parts, config.skip_unusable, config.held_out)
     records, notes = load_dataset(config.dataset, source)
     file = open_weights(config.model)
     if file.tokenizer is None:

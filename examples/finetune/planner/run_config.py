@@ -50,6 +50,8 @@ class RunConfig:
     """Only these parts of NESTFUL or categories of BFCL."""
     skip_unusable: bool = False
     """TinyAgent: leave out records that cannot be used, and count them."""
+    held_out: float = 0.1
+    """TinyAgent: at most this share of the records validates, and another one tests."""
     methods: tuple[MethodName, ...] = ("adamw", "natural-galore")
     """Trained one after another: adamw lora galore natural-galore and others."""
     model: str = "smollm2-135m-instruct"
@@ -90,6 +92,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         names = ("epochs", "batch_size", "accumulate", "buckets", "limit", "eval_limit")
         compare.check(self, (*names, "eval_batch_size", "new_tokens", "max_length"))
+        if not 0 < self.held_out < 0.5:
+            raise ConfigError(f"held_out must be above 0 and below 0.5, got {self.held_out}")
         for name in ("warmup", "floor"):
             if not 0 <= getattr(self.schedule, name) <= 1:
                 raise ConfigError(

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+from examples.common.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -18,11 +21,15 @@ class DataConfig:
     """The field of JSON lines, column of .parquet files or of a streamed data set with the text."""
 
     tokenizer: str | None = None
-    """A tokenizer file (the JSON of the `tokenizers` library). Without it, a byte-level BPE is
-    trained on the training split."""
+    """A tokenizer file (the JSON of the `tokenizers` library), a directory that has one, or a name
+    on the hub, such as `t5-base`. Without it, a byte-level BPE is trained on the training split."""
 
     vocab_size: int = 4096
-    """Size of the tokenizer to train; ignored when a tokenizer file is given."""
+    """Size of the tokenizer to train; ignored when a tokenizer is given."""
+
+    rows: Literal["packed", "documents"] = "packed"
+    """Rows are full of documents that follow one another, or are a document each, cut to the length
+    of a row and padded. Padding has no loss."""
 
     cache_dir: Path = Path(".cache/llama")
     """Trained tokenizers and token arrays, keyed by the content of the text. Safe to delete."""
@@ -33,6 +40,19 @@ class DataConfig:
     max_documents: int = 20_000
     """For a streamed data set: documents that train the tokenizer and fill the training array."""
 
+    held_out: int | None = None
+    """For a streamed data set: documents that validate, and as many that test; by default a
+    twentieth of --max-documents."""
+
+    shuffle: int = 0
+    """For a streamed data set: documents that are shuffled at a time; 0 keeps its order."""
+
     skip_bad_lines: bool = False
     """Leave out lines of files that are not UTF-8, hold a NUL, or are not JSON with a text, and say
     how many they are. Without it the first of them is an error."""
+
+    def __post_init__(self) -> None:
+        if self.shuffle < 0:
+            raise ConfigError(f"shuffle must be at least 0, got {self.shuffle}")
+        if self.held_out is not None and self.held_out < 1:
+            raise ConfigError(f"held_out must be at least 1, got {self.held_out}")

@@ -54,11 +54,13 @@ def open_streams(config: DataConfig) -> HubStreams:
 
 
 def _held_out_documents(config: DataConfig) -> int:
+    if config.held_out is not None:
+        return config.held_out
     return max(1, round(HELD_OUT * config.max_documents))
 
 
 def read_splits(config: DataConfig) -> tuple[list[str], list[str], list[str]]:
-    """Returns the first documents of each split: `max_documents` to train, a twentieth held out."""
+    """Returns the first documents of each split: `max_documents` to train, `held_out` of others."""
     source = config.data[0]
     streams = open_streams(config)
     train = list(texts_of(config, streams.train.skip(streams.skip).take(config.max_documents)))
@@ -93,7 +95,7 @@ def _load(source: str, name: str, subset: str | None) -> Any:
         import datasets
     except ImportError as error:
         raise DataError(
-            f"{source}: needs the datasets library: python -m pip install 'natgalore-jax[hub]'"
+            f"{source}: needs the datasets library: python -m pip install datasets"
         ) from error
     try:
         return datasets.load_dataset(name, subset, streaming=True)

@@ -1,8 +1,12 @@
 """Rows of tokens: training batches without end, evaluation batches that cover every token once.
 
-A row holds `seq_len + 1` tokens, inputs `row[:-1]` and targets `row[1:]`. Consecutive rows share
-one token, so every token but the first of the split is a target exactly once. Documents follow
-one another; attention crosses their end-of-text tokens.
+A row holds `seq_len + 1` tokens, inputs `row[:-1]` and targets `row[1:]`.
+
+Packed rows are full: consecutive ones share one token, so every token but the first of the split
+is a target exactly once. Documents follow one another; attention crosses their end-of-text tokens.
+
+Rows of documents hold one each, as in the GaLore papers: `seq_len` tokens at most, the last of
+which ends the document, then `PAD`, which is no target.
 """
 
 from collections.abc import Iterator
@@ -11,6 +15,9 @@ import grain
 import numpy as np
 
 from examples.common.errors import DataError
+
+PAD = -1
+"""No token: neither read nor predicted."""
 
 
 class Rows:
@@ -28,12 +35,37 @@ class Rows:
         return self._tokens[start : start + self._seq_len + 1]
 
 
+class DocumentRows:
+    """The documents of a token array, each in a row, as a random-access source for Grain."""
+
+    def __init__(self, tokens: np.ndarray, seq_len: int, end_of_text: int):
+        ends = np.flatnonzero(tokens == end_of_text) + 1
+        self._tokens, self._seq_len = tokens, seq_len
+        self._bounds = np.append(0, ends)
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        start, end = self._bounds[index : index + 2]
+        return document_row(self._tokens[start:end], self._seq_len)
+
+
+def document_row(tokens: np.ndarray, seq_len: int) -> np.ndarray:
+    """A document and its end-of-text token, cut to `seq_len` tokens, in a row of `seq_len + 1`."""
+    row = np.full(seq_len + 1, PAD, np.int32)
+    length = min(len(tokens), seq_len)
+    row[: length - 1], row[length - 1] = tokens[: length - 1], tokens[-1]
+    return row
+
+
 def make_train_iterator(
     tokens: np.ndarray,
     *,
     batch_size: int,
     seq_len: int,
     seed: int,
+    documents_end: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator:
@@ -42,9 +74,14 @@ def make_train_iterator(
     Each epoch visits every full row once, in an order of its own drawn from `seed`; the last
     tokens that fill no row are left out. Batches run across the ends of epochs. `batch_size` is
     global: process p yields the p-th block of the batch that one process alone would yield.
+    With `documents_end`, the end-of-text token, rows are documents, and may hold `PAD`.
     `get_state` and `set_state` continue with identical batches.
     """
-    rows = Rows(tokens, seq_len)
+    rows = (
+        Rows(tokens, seq_len)
+        if documents_end is None
+        else DocumentRows(tokens, seq_len, documents_end)
+    )
     if len(rows) == 0:
         raise DataError(
             f"the training text holds {len(tokens)} tokens, fewer than one row of {seq_len + 1}: "
@@ -70,17 +107,28 @@ def eval_batches(
     batch_size: int,
     seq_len: int,
     *,
+    documents_end: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields {"tokens": int32 (B, seq_len + 1), "mask": float32 (B, seq_len)}, B as in training.
 
     The mask is 1 where a target is real. Over all batches (and processes) it marks every token
-    but the first exactly once; what fills the last row and the last batch is masked.
+    but the first exactly once; what fills the last row and the last batch is masked. With
+    `documents_end` rows are documents, whose ends beyond `seq_len` are not evaluated.
     """
     if len(tokens) < 2:
         raise DataError(f"the held-out text holds {len(tokens)} tokens: too short to evaluate")
     mine = process_slice(batch_size, process_index, process_count)
+    if documents_end is not None:
+        documents = DocumentRows(tokens, seq_len, documents_end)
+        for first in range(0, len(documents), batch_size):
+            batch = np.full((batch_size, seq_len + 1), PAD, np.int32)
+            for i in range(min(batch_size, len(documents) - first)):
+                batch[i] = documents[first + i]
+            real = (batch[mine, 1:] != PAD).astype(np.float32)
+            yield {"tokens": np.maximum(batch[mine], 0), "mask": real}
+        return
     targets = len(tokens) - 1
     per_batch = batch_size * seq_len
     starts = np.arange(batch_size)[:, None] * seq_len

@@ -8,7 +8,7 @@ import numpy as np
 from examples.common.errors import DataError
 from examples.llama.data import hub
 from examples.llama.data.config import DataConfig
-from examples.llama.data.packing import process_slice
+from examples.llama.data.packing import document_row, process_slice
 from examples.llama.data.splits import Splits
 from examples.llama.data.tokenizer import encode
 
@@ -19,23 +19,32 @@ def make_streaming_iterator(
     *,
     batch_size: int,
     seq_len: int,
+    seed: int = 0,
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator:
     """Yields {"tokens": int32 (batch_size // process_count, seq_len + 1)} without end.
 
-    Documents come in the order of the data set, again from its start when it ends. Each process
+    Documents come in the order of the data set, or with `config.shuffle` shuffled by `seed` within
+    windows of it, again from its start when it ends. Each process
     reads its own share of the shards (or of the documents, where the shards do not divide), so
     batches depend on the number of processes. The state is the position in the data set and the
     tokens left over from the last row: `set_state` continues with identical batches.
     """
     mine = process_slice(batch_size, process_index, process_count)
-    documents = _Documents(config, process_index, process_count)
+    documents: grain.IterDataset = _Documents(config, process_index, process_count)
+    if config.shuffle:
+        documents = grain.experimental.WindowShuffleIterDataset(
+            documents, window_size=config.shuffle, seed=seed
+        )
     tokens = documents.map(lambda text: encode(splits.tokenizer, [text]))
-    return iter(
+    rows = (
         _PackRows(tokens, seq_len)
-        .batch(mine.stop - mine.start)
-        .map(lambda batch: {"tokens": batch.astype(np.int32)})
+        if config.rows == "packed"
+        else tokens.map(lambda document: document_row(document, seq_len))
+    )
+    return iter(
+        rows.batch(mine.stop - mine.start).map(lambda batch: {"tokens": batch.astype(np.int32)})
     )
 
 

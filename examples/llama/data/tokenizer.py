@@ -1,11 +1,14 @@
 """Byte-level BPE: train, load, encode."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from examples.common.errors import DataError
+from examples.pretrained.hf_tokenizer import TOKENIZER
+from examples.pretrained.locate import locate_model
 
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "</s>", "<eos>", "[SEP]")
 """Names of the token that ends a document, in order of preference; the first is ours."""
@@ -34,7 +37,9 @@ def train_tokenizer(documents: Sequence[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(path: str) -> Tokenizer:
-    """Loads the JSON file of a `tokenizers.Tokenizer`."""
+    """Loads the JSON file of a `tokenizers.Tokenizer`, of a directory, or of a name on the hub."""
+    if not path.endswith(".json") and not Path(path).is_file():
+        path = str(locate_model(path, (TOKENIZER,)) / TOKENIZER)
     try:
         tokenizer = Tokenizer.from_file(path)
     # The bindings raise plain Exception for a missing file and for malformed JSON alike.

@@ -15,6 +15,11 @@ from examples.llama.distributed.devices import Devices
 from examples.llama.run_config import RunConfig
 
 
+def documents_end(config: RunConfig, splits: Splits) -> int | None:
+    """The token that ends rows that are documents, None for packed rows."""
+    return splits.end_of_text if config.data.rows == "documents" else None
+
+
 class TrainBatches:
     """Batches without end: each process reads its share of them."""
 
@@ -24,9 +29,11 @@ class TrainBatches:
         rows = {"batch_size": config.batch_size, "seq_len": config.seq_len}
         rows |= {"process_index": jax.process_index(), "process_count": jax.process_count()}
         self._rows = (
-            make_streaming_iterator(config.data, splits, **rows)
+            make_streaming_iterator(config.data, splits, seed=config.seed, **rows)
             if self._streamed
-            else make_train_iterator(splits.train, seed=config.seed, **rows)
+            else make_train_iterator(
+                splits.train, seed=config.seed, documents_end=documents_end(config, splits), **rows
+            )
         )
 
     def next(self) -> Any:

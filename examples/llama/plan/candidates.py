@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from examples.common.errors import ConfigError
 from examples.common.optimizers import OPTIMIZERS
 from examples.llama.__main__ import parse
-from examples.llama.run_config import RunConfig
+from examples.llama.run_config import RunConfig, run_preset
 
 # From the best to the least good by the losses of docs/quality.md; 8 bits cost nothing there.
 PREFERRED = (
@@ -21,6 +21,7 @@ PREFERRED = (
     "adamw",
     "adamw-8bit",
 )
+IN_SUBSPACE = ("--accumulate-in-subspace", "--residual", "none")
 # From the fastest to the slowest.
 STEPS = {"ordinary": (), "remat": ("--model.remat",), "per layer": ("--per-layer",)}
 
@@ -45,7 +46,8 @@ class PlanConfig:
     ranks: tuple[int, ...] = ()
     """By default the one of the run, and half of it."""
     batch_sizes: tuple[int, ...] = ()
-    """Rows in a batch; by default --batch-size, or one."""
+    """Rows in a batch; by default --batch-size, or the most that fit. Without --accumulate, batches
+    are accumulated to the rows of the preset's step."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """What matrix products are computed in."""
     param_dtype: Literal["float32", "bfloat16"] | None = None
@@ -74,6 +76,14 @@ class Candidate(NamedTuple):
     def command(self) -> str:
         return " ".join(("python -m examples.llama", *self.arguments))
 
+    def with_rows(self, batch_size: int) -> "Candidate":
+        """With another batch, and as many rows in a step."""
+        rows = self.config.batch_size * self.config.accumulate
+        arguments = list(self.arguments)
+        for option, value in (("--batch-size", batch_size), ("--accumulate", rows // batch_size)):
+            arguments[arguments.index(option) + 1] = str(value)
+        return self._replace(arguments=tuple(arguments), config=_sized(parse(arguments)))
+
 
 def candidates(plan: PlanConfig, given: Sequence[str]) -> Iterator[list[Candidate]]:
     """For each optimizer and batch size the settings, from the best to the least good.
@@ -89,29 +99,61 @@ def candidates(plan: PlanConfig, given: Sequence[str]) -> Iterator[list[Candidat
     optimizers = plan.optimizers or _given(given, "--optimizer") or PREFERRED
     ranks = plan.ranks or (base.optimizer.rank, max(base.optimizer.rank // 2, 1))
     batch_sizes = plan.batch_sizes or _given(given, "--batch-size") or (1,)
+    lengths = ("--seq-len", str(base.seq_len))
     dtypes = ("--model.dtype", plan.dtype, "--model.param-dtype", plan.param_dtype or plan.dtype)
     for spec in optimizers:
         for batch_size in batch_sizes:
             group, error = [], None
             for rank in sorted({*ranks}, reverse=True) if has_rank(spec) else (None,):
-                for step, flags in STEPS.items():
-                    if (base.per_layer and step != "per layer") or (
+                for step, flags in _steps(spec, base, int(batch_size), given):
+                    if (base.per_layer and "--per-layer" not in flags) or (
                         base.model.remat and step == "ordinary"
                     ):
                         continue  # The user has asked for another one.
-                    chosen = [*optimizer_arguments(spec, rank), "--batch-size", str(batch_size)]
+                    chosen = [*optimizer_arguments(spec, rank), *lengths]
+                    chosen += ["--batch-size", str(batch_size)]
+                    chosen += ["--accumulate", str(_accumulate(base, int(batch_size), given))]
                     chosen += dtypes
                     flags = [x for x in ("--model.stacked", *flags) if x not in given]
                     arguments = (*_without(given, chosen[::2]), *chosen, *flags)
                     try:
                         config = _sized(parse([*arguments]))
                     except ConfigError as e:  # Weights in 8 bits need --per-layer, for example.
-                        error = e
+                        error = error or e
                         continue
                     group.append(Candidate(spec, step, arguments, config))
             if not group and error is not None:
                 raise error
             yield group
+
+
+def free_batches(plan: PlanConfig, given: Sequence[str]) -> bool:
+    """Whether the plan decides how many rows a batch has."""
+    fixed = {"--batch-size", "--accumulate"} & {*given}
+    return not plan.batch_sizes and not fixed
+
+
+def _accumulate(base: RunConfig, batch_size: int, given: Sequence[str]) -> int:
+    """Batches of a step: those that are given, or as many as keep the rows of the preset's step."""
+    if "--accumulate" in given:
+        return base.accumulate
+    preset = run_preset(base.preset)
+    return max(1, preset.batch_size * preset.accumulate // batch_size)
+
+
+def _steps(
+    spec: str, base: RunConfig, batch_size: int, given: Sequence[str]
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Names and arguments of `STEPS`: with whole gradients accumulated, then with low-rank ones."""
+    name = spec.split("@")[0]
+    parameters = inspect.signature(OPTIMIZERS[name].factory).parameters
+    possible = _accumulate(base, batch_size, given) > 1 and "residual" in parameters
+    wanted = base.accumulate_in_subspace
+    for step, flags in STEPS.items():
+        if not wanted:
+            yield step, flags
+        if possible and OPTIMIZERS[name].fixed.get("residual", "none") == "none":
+            yield f"{step}, low-rank sums", (*flags, *IN_SUBSPACE)
 
 
 def has_rank(spec: str) -> bool:

@@ -15,8 +15,14 @@ from rich.table import Table
 from examples.common import cli
 from examples.common.errors import ConfigError
 from examples.llama.memory.sizes import format_bytes, parse_bytes, unit_of
-from examples.llama.memory.step_memory import StepMemory, lower_bound, predict
-from examples.llama.plan.candidates import Candidate, PlanConfig, candidates
+from examples.llama.memory.step_memory import (
+    StepMemory,
+    live_gradients,
+    lower_bound,
+    predict,
+    resident,
+)
+from examples.llama.plan.candidates import Candidate, PlanConfig, candidates, free_batches
 from examples.llama.training.build import abstract_run
 
 
@@ -62,8 +68,8 @@ def search(
     """Finds the best setting that takes at most `room` bytes.
 
     A step is compiled only if it can fit: what stays, and gradients and activations, are known
-    before. Within a group the first one that fits ends the search, unless `everything` is
-    asked for.
+    before. Within a group the first one that fits ends the search. After it only the same optimizer
+    at a higher rank is of interest, unless `everything` is asked for.
 
     Args:
       groups: settings, from the best to the least good. Optimizers are taken in this order, of
@@ -72,15 +78,24 @@ def search(
       everything: look at all of them.
       progress: is told what is compiled.
     """
-    rows, fitting = [], []
+    rows, fitting, refused = [], [], []
     for group in groups:
         for candidate in group:
-            row = _row(candidate, room, everything, progress)
+            if not everything and any(_is_worse(candidate, row.candidate) for row in fitting):
+                continue
+            try:
+                row = _row(candidate, room, everything, progress)
+            except ConfigError as error:  # An optimizer that the step or the sums do not suit.
+                refused.append(error)
+                progress(f"left out: {candidate.optimizer}, {candidate.step}: {error}")
+                continue
             rows.append(row)
             if row.fits(room):
                 fitting.append(row)
                 if not everything:
                     break
+    if not rows and refused:
+        raise refused[0]
     order = list(dict.fromkeys(c.config.optimizer.name for group in groups for c in group))
     # The first in order; of one optimizer, moments in 8 bits at a higher rank before a lower rank.
     best = min(
@@ -99,16 +114,52 @@ def search(
     return Plan(rows, best, nearest)
 
 
+def _is_worse(candidate: Candidate, fitting: Candidate) -> bool:
+    """Whether a setting is worse than one of an earlier group, which fits."""
+    same = candidate.config.optimizer.name == fitting.config.optimizer.name
+    return not same or (candidate.rank or 0) <= (fitting.rank or 0)
+
+
+def most_rows(best: Row, room: int, progress: Callable[[str], None] = lambda text: None) -> Row:
+    """The setting with the most rows in a batch that take at most `room` bytes.
+
+    Activations grow by the same bytes with every row. Two programs tell how many; the batch is then
+    compiled.
+    """
+    config = best.candidate.config
+    first, step = config.batch_size, config.batch_size * config.accumulate
+    sizes = [n for n in range(first + 1, step + 1) if step % n == 0]
+    if not sizes:
+        return best
+    probe = min(sizes, key=lambda size: abs(size - 4 * first))
+    more = lower_bound(abstract_run(best.candidate.with_rows(probe).config))
+    activations = more.parts["activations"] - best.memory.parts["activations"]
+    a_row = max(activations / (probe - first), 1)
+    left = room - best.memory.total
+    for size in reversed([n for n in sizes if (n - first) * a_row <= left]):
+        row = _row(best.candidate.with_rows(size), room, False, progress)
+        if row.fits(room):
+            return row
+    return best
+
+
 def _row(candidate: Candidate, room: int, everything: bool, progress: Callable[[str], None]) -> Row:
     start = time.perf_counter()
     run = abstract_run(candidate.config)
+    if not everything:  # Known before anything is compiled.
+        gradients = {"gradients": live_gradients(run.params, candidate.config.per_layer)}
+        kept = resident(run)._replace(temporary=gradients)
+        if kept.total > room:
+            return Row(candidate, kept, compiled=False)
     bound = lower_bound(run)
     if bound.total > room and not everything:
         return Row(candidate, bound, compiled=False)
     memory = predict(candidate.config, run=run)
     rank = f", rank {candidate.rank}" if candidate.rank else ""
     seconds = time.perf_counter() - start
-    progress(f"compiled {candidate.optimizer}{rank}, {candidate.step} step: {seconds:.0f} s")
+    rows = candidate.config.batch_size
+    what = f"{candidate.optimizer}{rank}, {candidate.step}, batch of {rows}"
+    progress(f"compiled {what}: {seconds:.0f} s")
     return Row(candidate, memory, compiled=True)
 
 
@@ -134,8 +185,15 @@ def run(argv: list[str] | None, console: Console) -> int:
         print(text, file=sys.stderr, flush=True)
 
     found = search(groups, room, plan.all, progress)
+    if found.best is not None and free_batches(plan, given):
+        best = most_rows(found.best, room, progress)
+        if best is not found.best:
+            found = found._replace(best=best, rows=[*found.rows, best])
     config = found.rows[0].candidate.config
-    title = f"{config.preset}: {format_bytes(memory)}, {format_bytes(reserve)} of it reserved"
+    title = (
+        f"{config.preset}: {format_bytes(memory)}, {format_bytes(reserve)} of it reserved; rows of "
+        f"{config.seq_len} tokens, {config.tokens_per_step:,} tokens a step"
+    )
     console.print(plan_table(title, found.rows, room))
     console.print(verdict(found, room), highlight=False, soft_wrap=True)
     if plan.json is not None:

@@ -18,7 +18,7 @@ from examples.common.train_state import Metrics, Params, TrainState, next_state
 from examples.llama.model.config import ModelConfig
 from examples.llama.model.llama import Llama
 from examples.llama.run_config import RunConfig
-from examples.llama.training.train_step import nll_of_logits
+from examples.llama.training.train_step import inputs_of, mean_over_targets, nll_of_logits
 
 
 class LayeredModel(NamedTuple):
@@ -35,13 +35,13 @@ def layered(config: ModelConfig) -> LayeredModel:
     whole, one_layer = nnx.graphdef(model), nnx.graphdef(model.layers)
 
     def embed(params: Params, rows: jax.Array) -> jax.Array:
-        return nnx.merge(whole, params).embed(rows[:, :-1])
+        return nnx.merge(whole, params).embed(inputs_of(rows))
 
     def layer(params: Params, x: jax.Array) -> jax.Array:
         return nnx.merge(one_layer, params)(x, jnp.arange(x.shape[1]))
 
     def head(params: Params, x: jax.Array, rows: jax.Array) -> jax.Array:
-        return nll_of_logits(nnx.merge(whole, params).logits(x), rows).mean()
+        return mean_over_targets(nll_of_logits(nnx.merge(whole, params).logits(x), rows), rows)
 
     return LayeredModel(embed, layer, head)
 

@@ -52,13 +52,24 @@ def make_model(
 
 def token_nll(apply: Apply, params: Params, rows: jax.Array) -> jax.Array:
     """Negative log-likelihood in nats, (B, T), of rows (B, T + 1) given what precedes."""
-    return nll_of_logits(apply(params, rows[:, :-1]), rows)
+    return nll_of_logits(apply(params, inputs_of(rows)), rows)
+
+
+def inputs_of(rows: jax.Array) -> jax.Array:
+    """All tokens but the last, (B, T). Padding, below 0, comes last, and reads as any token."""
+    return jnp.maximum(rows[:, :-1], 0)
 
 
 def nll_of_logits(logits: jax.Array, rows: jax.Array) -> jax.Array:
     """The same, given what the model makes of all tokens but the last, (B, T, V)."""
     logits = logits.astype(jnp.float32)
     return optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:])
+
+
+def mean_over_targets(nll: jax.Array, rows: jax.Array) -> jax.Array:
+    """The mean of (B, T) over the targets of rows (B, T + 1) that are no padding."""
+    is_target = rows[:, 1:] >= 0
+    return jnp.where(is_target, nll, 0.0).sum() / jnp.maximum(is_target.sum(), 1)
 
 
 def make_train_step(
@@ -77,10 +88,10 @@ def make_train_step(
     """
 
     def step(state: TrainState, rows: jax.Array) -> tuple[TrainState, Metrics]:
-        def mean_nll(params: Params) -> jax.Array:
-            return token_nll(apply, union(params, state.frozen), rows).mean()
+        def loss_of(params: Params) -> jax.Array:
+            return mean_over_targets(token_nll(apply, union(params, state.frozen), rows), rows)
 
-        loss, grads = jax.value_and_grad(mean_nll)(state.params)
+        loss, grads = jax.value_and_grad(loss_of)(state.params)
         now = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         if not skip_nonfinite:
             return take(state, grads, now)

@@ -219,7 +219,7 @@ def _open_gguf(path: Path) -> WeightsFile:
         from examples.pretrained.gguf_tokenizer import gguf_tokenizer
     except ImportError as error:
         raise WeightsError(
-            f"{path}: needs {error.name}: python -m pip install 'natgalore-jax[pretrained]'"
+            f"{path}: needs {error.name}: python -m pip install gguf jinja2"
         ) from error
     file = open_gguf(path)
     config = gguf.config_of(file)

@@ -108,11 +108,14 @@ def _check_plans(parts: Parts, whole: Sequence[LeafPlan], single: Sequence[LeafP
                 f"{plan.path}: axis 0 of {plan.shape}, the layer axis, is an axis of the projected "
                 "matrix; leave the parameter out through where, or change axes"
             )
-    as_single = [
-        dataclasses.replace(p, shape=(1, *p.shape[1:])) if p.path in stacked else p for p in whole
-    ]
-    if as_single != list(single):
-        names = {p.path for p in as_single} ^ {p.path for p in single} or stacked
+    # By path: how often a parameter is planned depends on what JAX has traced before.
+    as_single = {
+        p.path: dataclasses.replace(p, shape=(1, *p.shape[1:])) if p.path in stacked else p
+        for p in whole
+    }
+    alone = {p.path: p for p in single}
+    names = {k for k in as_single | alone if as_single.get(k) != alone.get(k)}
+    if names:
         raise ValueError(
             "where or axes treat one layer differently from the stack, for "
             f"{', '.join(sorted(names))}"

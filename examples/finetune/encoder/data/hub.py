@@ -29,8 +29,7 @@ def _load(task: Task, name: str) -> Any:
         import datasets
     except ImportError as error:
         raise DataError(
-            f"{task.name}: {hint}, or install the datasets library: "
-            "python -m pip install 'natgalore-jax[hub]'"
+            f"{task.name}: {hint}, or install the datasets library: python -m pip install datasets"
         ) from error
     try:
         return datasets.load_dataset(name, task.name)

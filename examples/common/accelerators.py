@@ -1,0 +1,60 @@
+"""Devices that a program uses, and accelerators of the machine that it does not."""
+
+import glob
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+
+import jax
+
+TPU_FILES = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")  # As in the Makefile.
+
+
+def announce_devices(note: Callable[[str], None], used: int | None = None) -> None:
+    """Note the devices of a program; warn on stderr about accelerators that are idle.
+
+    Args:
+      note: prints a line.
+      used: how many devices of this process compute; None: all of them.
+    """
+    kinds = Counter(device.device_kind for device in jax.devices())
+    note("devices: " + ", ".join(f"{count} x {kind}" for kind, count in kinds.items()))
+    for warning in (unused_accelerator(), _idle_devices(used)):
+        if warning is not None:
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
+
+
+def unused_accelerator() -> str | None:
+    """A sentence, if jax computes on the processor of a machine with an accelerator.
+
+    None if the user has asked for it with JAX_PLATFORMS.
+    """
+    if jax.default_backend() != "cpu" or os.environ.get("JAX_PLATFORMS"):
+        return None
+    found, extra = ("GPU", "cuda") if _has_gpu() else ("TPU", "tpu")
+    if extra == "tpu" and not any(glob.glob(pattern) for pattern in TPU_FILES):
+        return None
+    return (
+        f"this machine has a {found}, and jax computes on the processor: "
+        f"make DEVICE={extra} setup, or pip install '.[{extra}]' in a clone, installs a jax for it"
+    )
+
+
+def _idle_devices(used: int | None) -> str | None:
+    count = jax.local_device_count()
+    if jax.default_backend() == "cpu" or used is None or used >= count:
+        return None
+    return f"{count - used} of {count} devices are idle: use them with --distributed.devices"
+
+
+def _has_gpu() -> bool:
+    if shutil.which("nvidia-smi") is None:
+        return False
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return listed.returncode == 0 and "GPU" in listed.stdout

@@ -1,0 +1,96 @@
+"""Accelerators: which jax is installed, and what programs say about devices."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import jax
+import pytest
+
+from examples.common import accelerators
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path, monkeypatch):
+    """A machine whose nvidia-smi lists what the test says."""
+
+    def install(output: str, code: int = 0) -> None:
+        program = tmp_path / "nvidia-smi"
+        program.write_text(f"#!/bin/sh\necho '{output}'\nexit {code}\n")
+        program.chmod(0o755)
+
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setattr(accelerators, "TPU_FILES", (str(tmp_path / "accel[0-9]*"),))
+    install("no devices were found", 6)
+    return install
+
+
+def installed(tmp_path, *variables) -> list[str]:
+    """The extras that make would install."""
+    command = ["make", "-n", "setup", f"VENV={tmp_path / 'venv'}", *variables]
+    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    return re.findall(r"-e '\.(.*)'", made.stdout)
+
+
+def test_make_installs_jax_for_what_is_there(nvidia_smi, tmp_path):
+    no_tpu = f"TPU_FILES={tmp_path}/accel*"
+    assert installed(tmp_path, no_tpu) == ["", "[examples,hub]", "[dev]"]
+    nvidia_smi("GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-1)")
+    assert installed(tmp_path, no_tpu)[0] == "[cuda]"
+    assert installed(tmp_path, no_tpu, "DEVICE=cpu")[0] == ""
+    nvidia_smi("no devices were found", 6)
+    (tmp_path / "accel0").touch()
+    assert installed(tmp_path, no_tpu)[0] == "[tpu]"
+
+
+def test_make_refuses_another_device(tmp_path):
+    command = ["make", "-n", "setup", "DEVICE=gpu"]
+    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert made.returncode == 2 and 'cpu, cuda or tpu, got "gpu"' in made.stderr
+
+
+def test_an_unused_accelerator_is_a_warning(nvidia_smi, tmp_path, monkeypatch, capsys):
+    notes = []
+    accelerators.announce_devices(notes.append)
+    assert notes == [f"devices: {jax.device_count()} x cpu"] and capsys.readouterr().err == ""
+    nvidia_smi("GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-1)")
+    accelerators.announce_devices(notes.append)
+    error = capsys.readouterr().err
+    assert error.startswith("warning: this machine has a GPU") and "DEVICE=cuda" in error
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # Asked for.
+    assert accelerators.unused_accelerator() is None
+    monkeypatch.delenv("JAX_PLATFORMS")
+    nvidia_smi("", 6)
+    assert accelerators.unused_accelerator() is None
+    (tmp_path / "accel0").touch()
+    assert "has a TPU" in (accelerators.unused_accelerator() or "")
+
+
+def test_idle_devices_are_a_warning(monkeypatch, capsys):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_device_count", lambda: 8)
+    accelerators.announce_devices(lambda text: None, used=1)
+    assert "7 of 8 devices are idle" in capsys.readouterr().err
+    accelerators.announce_devices(lambda text: None)
+    assert capsys.readouterr().err == ""
+
+
+def test_hints_name_pinned_packages():
+    """What an error tells the user to install is on the index, or in the clone."""
+    pins = (ROOT / "constraints.txt").read_text().lower().replace("_", "-")
+    hints = [
+        (path, hint)
+        for path in (ROOT / "examples").rglob("*.py")
+        for hint in re.findall(r"python -m pip install ((?:[\w.-]+ ?)+)\"", path.read_text())
+    ]
+    assert len(hints) >= 4
+    for path, hint in hints:
+        for name in hint.split():
+            assert f"{name.lower().replace('_', '-')}==" in pins, (path, name)
+    texts = "".join(path.read_text() for path in (ROOT / "examples").rglob("*.py"))
+    assert "natgalore-jax[" not in texts

@@ -1,0 +1,163 @@
+"""The papers' experiments: every configuration, the table of the page, and one run of each kind."""
+
+import gzip
+import importlib
+import json
+import os
+import shlex
+from pathlib import Path
+
+import pytest
+
+from examples.common.optimizers import make_optimizer
+from examples.llama.data.tokenizer import train_tokenizer
+from examples.papers import __main__ as papers
+from examples.papers.cost import configurations, table
+from examples.papers.experiments import EXPERIMENTS, GLUE, LLAMA
+from examples.papers.results import glue_table
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # Read when `datasets` is imported.
+pytestmark = pytest.mark.usefixtures("fast_compile")
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_run_is_one_of_its_program(name):
+    experiment = EXPERIMENTS[name]
+    configs = configurations(name, experiment)
+    assert len({config.run_dir for config in configs.values()}) == len(experiment.variants)
+    if experiment.program != LLAMA:
+        return
+    for config in configs.values():
+        make_optimizer(config.optimizer, config.schedule, steps=9, accumulate=1, seed=0)
+        assert config.model.param_dtype == config.model.dtype == "bfloat16"
+        assert config.data.rows == "documents" and config.data.tokenizer == "t5-base"
+        throughput = name.startswith("throughput")
+        assert config.tokens_per_step == (256 if throughput else 512 * 256)
+
+
+def test_protocol_of_galore():
+    (config,) = configurations("c4-60m/galore", EXPERIMENTS["c4-60m/galore"]).values()
+    optimizer = config.optimizer
+    assert (optimizer.rank, optimizer.update_interval, optimizer.scale) == (128, 200, 0.25)
+    assert (config.learning_rate, config.unprojected_ratio) == (0.01, None)
+    assert (config.steps, config.schedule.warmup, config.schedule.floor) == (10_000, 0.1, 0.1)
+    assert config.seed == 42 and config.data.shuffle == 1000
+    rates = configurations("c4-1b/lora", EXPERIMENTS["c4-1b/lora"]).values()
+    assert [c.learning_rate for c in rates] == [0.01, 0.005, 0.001, 0.0005, 0.0001]
+    (single,) = configurations("c4-7b/galore-8bit", EXPERIMENTS["c4-7b/galore-8bit"]).values()
+    assert single.optimizer.moment_bits == 8 and single.optimizer.clip_norm == 1.0
+    assert (single.optimizer.update_interval, single.learning_rate) == (500, 0.005)
+
+
+def test_table_of_the_page():
+    page = (ROOT / "docs" / "papers.md").read_text()
+    found = page.split("<!-- papers:begin -->")[1].split("<!-- papers:end -->")[0].strip()
+    assert found == table(EXPERIMENTS)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Runs without a process for each."""
+    commands = []
+
+    def call(command):
+        commands.append(command)
+        return importlib.import_module(f"{command[2]}.__main__").main(command[3:])
+
+    monkeypatch.setattr(papers.subprocess, "call", call)
+    return commands
+
+
+@pytest.fixture
+def c4(tmp_path):
+    """Files as on the hub, and a tokenizer."""
+    texts = [f"number {i} is {' '.join(str(i * k % 97) for k in range(9))}" for i in range(200)]
+    (tmp_path / "c4").mkdir()
+    for split, part in {"train": texts[20:], "validation": texts[:20]}.items():
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in part)
+        (tmp_path / "c4" / f"{split}.json.gz").write_bytes(gzip.compress(lines.encode()))
+    train_tokenizer(texts, 300).save(str(tmp_path / "tokenizer.json"))
+    return ["--data", f"hf:{tmp_path / 'c4'}", "--tokenizer", str(tmp_path / "tokenizer.json")]
+
+
+TINY = shlex.split(
+    "--steps 2 --batch-size 2 --accumulate 2 --seq-len 16 --held-out 4 --shuffle 10 --rank 4 "
+    "--model.hidden 16 --model.intermediate 24 --model.layers 2 --model.heads 2 "
+    "--model.kv-heads 1 --max-documents 50 --quiet"
+)
+
+
+def test_pretraining_on_files_of_the_hub(c4, tmp_path, in_this_process, capsys):
+    pytest.importorskip("datasets", reason="the hub extra is not installed")
+    options = [*c4, *TINY, "--root", str(tmp_path / "runs"), "--cache-dir", str(tmp_path / "cache")]
+    assert papers.main(["c4-60m/galore", *options]) == 0
+    run = tmp_path / "runs" / "c4-60m-galore"
+    config = json.loads((run / "config.json").read_text())
+    assert config["data"]["rows"] == "documents" and config["model"]["dtype"] == "bfloat16"
+    assert "c4-60m-galore" in capsys.readouterr().out
+    assert papers.main(["c4-60m/galore", *options]) == 0  # Not once more.
+    assert len(in_this_process) == 1 and "done before" in capsys.readouterr().out
+
+
+def test_finetuning_on_files(tmp_path, in_this_process, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "function_calling"))
+    import tiny_planner
+
+    options = tiny_planner.command_line(tmp_path)
+    options += ["--root", str(tmp_path / "runs"), "--limit", "4", "--eval-limit", "1", "--quiet"]
+    options += ["--held-out", "0.1", "--epochs", "1", "--examples", "0"]
+    assert papers.main(["tinyagent/lora", *options]) == 0
+    assert "tinyagent-lora" in capsys.readouterr().out
+
+
+def test_glue_on_files(tmp_path, in_this_process, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "glue"))
+    import tiny_encoder
+
+    tensors = {k: v for k, v in tiny_encoder.weights("bert").items() if "classifier" not in k}
+    model = tiny_encoder.write_model(tmp_path / "model", tensors=tensors)
+    rows = [{"sentence": text, "label": y} for text, y in tiny_encoder.sentences(16)]
+    (tmp_path / "rows").mkdir()
+    for name in ("train", "dev"):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "rows" / f"{name}.jsonl").write_text(text)
+    experiment = EXPERIMENTS["glue/natural-galore-rank-4"]
+    of_one_task = {k: v for k, v in experiment.variants.items() if k.startswith("sst2")}
+    monkeypatch.setitem(papers.EXPERIMENTS, "glue/some", experiment._replace(variants=of_one_task))
+    options = ["--model", str(model), "--data", str(tmp_path / "rows"), "--rank", "2", "--quiet"]
+    options += ["--max-length", "8", "--epochs", "1", "--batch-size", "8"]
+    assert papers.main(["glue/some", *options, "--root", str(tmp_path / "runs")]) == 0
+    assert len(in_this_process) == 3
+    printed = capsys.readouterr().out
+    assert "average" in printed and "missing: cola" in printed
+
+
+def test_the_average_takes_the_best_rate_of_each_task(tmp_path):
+    runs = []
+    for task in GLUE:
+        for rate, score in ((1e-5, 0.5), (2e-5, 0.9 if task == "cola" else 0.7), (3e-5, 0.6)):
+            run = tmp_path / f"{task}-{rate}"
+            run.mkdir()
+            names = ("matthews", "pearson", "f1", "accuracy")
+            splits = ("validation", "validation_matched", "validation_mismatched")
+            metrics = {split: dict.fromkeys(names, score) for split in splits}
+            method = {"metrics": metrics, "learning_rate": rate}
+            (run / "summary.json").write_text(json.dumps({"task": task, "methods": [method]}))
+            runs.append(run)
+    *cells, average = list(glue_table(runs).columns[3].cells)
+    assert cells[0] == "90.00" and set(cells[1:]) == {"70.00"}
+    assert average == f"{(90 + 7 * 70) / 8:.2f}"
+    assert set(list(glue_table(runs).columns[2].cells)[:-1]) == {"2e-05"}
+
+
+@pytest.mark.parametrize("arguments", [["c4-60m/none"], ["none", "--print"]])
+def test_an_unknown_name(arguments, capsys):
+    assert papers.main(arguments) == 1
+    assert "no experiment is called" in capsys.readouterr().err
+
+
+def test_the_command_line_is_printed(capsys):
+    assert papers.main(["c4-60m/galore", "--print", "--steps", "5"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("python -m examples.llama --preset 60m") and line.endswith("--steps 5")
