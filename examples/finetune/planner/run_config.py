@@ -27,6 +27,8 @@ class OutputConfig(compare.OutputConfig):
     """Directory of all runs."""
     shown: int = 20
     """Predictions in predictions.md; predictions.json has all of them."""
+    side_by_side: int = 3
+    """Test questions to print at the end, with the plans before and after training."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class RunConfig:
     """Fine-tune a LLaMA to answer questions with plans of tool calls.
 
     Trains the model once with each of the methods and compares them. Writes
-    runs/function_calling/NAME with summary.json, curves.png and untrained.json, and for each method
+    runs/function_calling/NAME with summary.json, curves.png, untrained.json, and for each method
     config.json, metrics.jsonl, summary.json, predictions.md, predictions.json, the model of its
     best epoch and checkpoints. Ctrl-C or SIGTERM saves and stops after the current step (exit code
     130 or 143); --resume goes on from there. Errors end with exit code 1, wrong arguments with 2.
@@ -93,8 +95,10 @@ class RunConfig:
                 raise ConfigError(
                     f"{name} is a share from 0 to 1, got {getattr(self.schedule, name)}"
                 )
-        if self.output.shown < 0:
-            raise ConfigError(f"shown must not be negative, got {self.output.shown}")
+        for name in ("shown", "side_by_side"):
+            value = getattr(self.output, name)
+            if value < 0:
+                raise ConfigError(f"{name} must not be negative, got {value}")
 
     @property
     def run_dir(self) -> Path:
