@@ -16,7 +16,7 @@ from examples.finetune.planner.loop import train
 from examples.finetune.planner.predictions import side_by_side
 from examples.finetune.planner.prepare import prepare
 from examples.finetune.planner.report import brief, describe, evaluation, summary_table
-from examples.finetune.planner.run_config import RunConfig
+from examples.finetune.planner.run_config import PRESETS, RunConfig, preset_config
 from examples.finetune.planner.untrained import NAME as UNTRAINED, evaluate_untrained
 
 
@@ -26,8 +26,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> RunConfig:
-    """The configuration that the command line says."""
-    return cli.parse(RunConfig, "examples.finetune.planner", argv)
+    """The configuration: the preset, and what the command line overrides."""
+    preset = cli.peek(argv, preset="default").preset
+    # An unknown name is left to tyro, which lists the known ones.
+    default = preset_config(preset if preset in PRESETS else "default")
+    return cli.parse(RunConfig, "examples.finetune.planner", argv, default)
 
 
 def run(config: RunConfig, console: Console) -> int:

@@ -74,7 +74,9 @@ def _bfcl(source: Source) -> Dataset:
     def category(record):
         return re.sub(r"_\d.*", "", record.id)
 
-    return Dataset(apply_splits(records, split_by_tools(records, stratum=category, by_name=True)), [])
+    return Dataset(
+        apply_splits(records, split_by_tools(records, stratum=category, by_name=True)), []
+    )
 
 
 def _tinyagent(source: Source) -> Dataset:

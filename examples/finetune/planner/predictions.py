@@ -15,7 +15,6 @@ from examples.finetune.planner.evaluate import Prediction
 from examples.finetune.planner.plans.metrics import verdict
 from examples.finetune.planner.plans.parse import write_plan
 
-
 _JSON = "predictions.json"
 
 

@@ -13,10 +13,30 @@ from examples.finetune.planner.datasets import DATASETS
 from examples.finetune.planner.methods import MethodConfig, MethodName
 from examples.finetune.planner.prompts import PromptConfig
 
+# "small" is `make functions`: one call a plan, short prompts, an epoch that two cores can train.
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "small": {
+        "dataset": "bfcl",
+        "parts": ("simple_python", "multiple"),
+        "methods": ("natural-galore",),
+        "epochs": 1,
+        "batch_size": 4,
+        "accumulate": 1,
+        "max_length": 320,
+        "buckets": 2,
+        "limit": 240,
+        "eval_limit": 48,
+        "eval_batch_size": 16,
+        "new_tokens": 80,
+        "prompt": PromptConfig(examples=0, brief=True),
+    },
+}
+
 if TYPE_CHECKING:
-    DatasetName = str
+    DatasetName = PresetName = str
 else:  # The names that the command line offers.
-    DatasetName = Literal[tuple(DATASETS)]
+    DatasetName, PresetName = Literal[tuple(DATASETS)], Literal[tuple(PRESETS)]
 
 
 @dataclass(frozen=True)
@@ -42,6 +62,8 @@ class RunConfig:
     130 or 143); --resume goes on from there. Errors end with exit code 1, wrong arguments with 2.
     """
 
+    preset: PresetName = "default"
+    """"small" is `make functions`; every other option overrides a part of it."""
     dataset: DatasetName = "nestful"
     """Which data set, of a package unless --data is given."""
     data: Path | None = None
@@ -102,7 +124,8 @@ class RunConfig:
 
     @property
     def run_dir(self) -> Path:
-        return self.output.root / (self.output.name or self.dataset)
+        default = self.dataset if self.preset == "default" else f"{self.dataset}-{self.preset}"
+        return self.output.root / (self.output.name or default)
 
     @property
     def rows_per_step(self) -> int:
@@ -110,4 +133,9 @@ class RunConfig:
 
     def identity(self) -> dict[str, Any]:
         """All fields that influence the result of one of the methods, as JSON values."""
-        return compare.identity(self)
+        return compare.identity(self, "preset")
+
+
+def preset_config(preset: str) -> RunConfig:
+    """The configuration of a preset."""
+    return RunConfig(preset=preset, **PRESETS[preset])
