@@ -95,7 +95,7 @@ def test_a_sweep_goes_on_and_predicts(arguments, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("examples.finetune.encoder.__main__.make_reporter", lambda *_: Stops())
         assert main(sweep) == 128 + signal.SIGTERM
-    assert "adamw-lr0.02: stopped at step 4, saved; --resume goes on" in capsys.readouterr().out
+    assert "adamw-lr0.02: stopped at step 3, saved; --resume goes on" in capsys.readouterr().out
     assert main([*sweep, "--resume"]) == 0
     output = capsys.readouterr().out
     assert "the loss is not finite at step" in output and "by the validation rows" in output
