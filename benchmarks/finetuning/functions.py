@@ -186,8 +186,9 @@ def make(run: Run) -> Json | None:
             if not result.finished:
                 return None
             found = {"diverged": False, "records": result.records, **result.summary()}
-    record |= {"untrained": untrained["test"], **found}
-    write(record | {"wall_seconds": round(time.perf_counter() - start, 1)}, run.path)
+    seconds = {"wall_seconds": round(time.perf_counter() - start, 1)}
+    record |= {"untrained": untrained["test"], **found, **seconds}
+    write(record, run.path)
     shutil.rmtree(run.work_dir)
     return record
 

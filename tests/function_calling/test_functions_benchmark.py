@@ -57,7 +57,7 @@ def test_one_run_at_tiny_size(tmp_path, monkeypatch):
     common = {"data": data, "model": model, "limit": 4, "eval_limit": 1}
     one = Run(**common, root=tmp_path / "out", work=tmp_path / "work", method="lora")
     record = make(one)
-    assert json.loads(one.path.read_text()) == json.loads(json.dumps(record))
+    assert record is not None and json.loads(one.path.read_text()) == json.loads(json.dumps(record))
     assert one.path.name == "lora-lr0.0003-seed1.json"
     assert record["steps"] == 2 and not record["diverged"]
     assert record["untrained"]["plans"] == record["test"]["plans"] == 1
@@ -67,7 +67,8 @@ def test_one_run_at_tiny_size(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="limit: 4 -> 5"):
         make(dataclasses.replace(one, limit=5))
     worse = dataclasses.replace(one, method="adamw", learning_rate=1e30)
-    assert make(worse)["diverged"]
+    diverged = make(worse)
+    assert diverged is not None and diverged["diverged"]
 
 
 def test_a_sweep_tunes_all_methods_by_as_many_runs_and_goes_on(tmp_path, monkeypatch):

@@ -59,7 +59,7 @@ def train(
         resume=config.output.resume,
     )
     if run_dir is not None and result.finished and config.output.predict:
-        _predict(result, prepared, run_dir / "predictions")
+        write_predictions(result, prepared, run_dir / "predictions")
     if run_dir is not None and result.finished and config.output.save_model:
         pretrained, labels = prepared.pretrained, prepared.rows.labels
         save_model(
@@ -73,8 +73,8 @@ def train(
     return result
 
 
-def _predict(result: Result, prepared: Prepared, directory: Path) -> None:
-    """Write the predictions of the trained weights."""
+def write_predictions(result: Result, prepared: Prepared, directory: Path) -> None:
+    """Write what the trained weights predict for the rows of --predict."""
     predict, task = make_predict(result.tuning.model), prepared.task
     found = {}
     for split, encoded in prepared.predicted.items():
