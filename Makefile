@@ -70,11 +70,8 @@ pretrain: $(VENV)/.examples ## pre-train a small LLaMA on real text, about 5 min
 finetune: $(VENV)/.glue $(SNIPPETS) ## fine-tune a small BERT on movie reviews, about 15 minutes; ARGS="--help"
 	$(BIN)/python -m examples.finetune.encoder $(ARGS)
 
-# The smallest run in which something is learned; without these options it takes an accelerator.
-SMALL := --name small --methods natural-galore --learning-rate 2e-3 --limit 12 --eval-limit 4 --epochs 2 \
-  --batch-size 2 --accumulate 2 --max-length 512 --buckets 1 --examples 0 --negatives 1 --eval-batch-size 4 --new-tokens 96
-functions: $(VENV)/.pretrained $(VENV)/.functions ## fine-tune SmolLM2 on 12 plans of tool calls, some minutes; ARGS="--help"
-	$(BIN)/python -m examples.finetune.planner $(or $(ARGS),$(SMALL))
+functions: $(VENV)/.pretrained $(VENV)/.functions ## SmolLM2 learns to call functions, about 10 minutes; ARGS="--help"
+	$(BIN)/python -m examples.finetune.planner --preset small $(ARGS)
 
 # Many tests compile the same programs: what one has compiled, all workers and later runs have.
 TESTING := NPROC=32 JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax-tests JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3

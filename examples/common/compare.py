@@ -28,6 +28,10 @@ from examples.common.train_state import Metrics, Params, TrainState, init_state
 ShouldStop = Callable[[], bool]
 
 
+class Diverged(ConfigError):
+    """A loss that is not finite."""
+
+
 @dataclass(frozen=True)
 class OutputConfig:
     """What is written and shown. All of this may change when a run is resumed."""
@@ -148,8 +152,8 @@ def train(
       options: the whole configuration as a file for `--config`, written beside the metrics.
 
     Raises:
-      ConfigError: if `run_dir` has a run that is not to be resumed, or one with another identity;
-        if the loss is not finite.
+      ConfigError: if `run_dir` has a run that is not to be resumed, or one with another identity.
+      Diverged: if the loss is not finite.
     """
     if run_dir is None:
         return _Run(set_up(), method, reporter, MetricsLog(), None).run(should_stop)
@@ -282,7 +286,7 @@ class _Run:
 
     def _check(self, loss: float, done: int) -> None:
         if not math.isfinite(loss):
-            raise ConfigError(
+            raise Diverged(
                 f"{self.method}: the loss is not finite at step {done}: try a --learning-rate "
                 f"below {self.setup.learning_rate:g}, or --clip-norm 1"
             )

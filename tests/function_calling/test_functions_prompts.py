@@ -64,6 +64,17 @@ def test_prompt():
     assert "Examples" not in plain and "Whose" not in plain
 
 
+def test_a_brief_prompt_shows_a_plan_instead_of_rules():
+    prompt = write_prompt("Call Ann.", _TOOLS[:1], brief=True)
+    assert prompt.startswith("Tools:\n1. find(name: str)\n") and "Rules" not in prompt
+    before, form = prompt.split("Answer with calls of these tools in this form:\n")
+    assert "join" not in before
+    shown = parse_plan(form.partition("\n\nQuestion")[0])
+    assert shown.tools == ("tool",) and shown.joined
+    assert write_prompt("Call Ann.", _TOOLS[:1]).endswith("Question: Call Ann.\n")
+    assert prompt.endswith("<END_OF_PLAN>\n\nQuestion: Call Ann.\n")
+
+
 def test_nearest_is_by_words_and_stable():
     retriever = Retriever(_TRAIN)
     assert [r.id for r in retriever.nearest("some jazz", 2)] == ["1", "4"]

@@ -55,6 +55,25 @@ def test_combinations_stay_together_whatever_the_order_of_the_records():
     assert split_by_tools(records, seed=1).test != splits.test
 
 
+def test_a_split_by_name_has_tools_of_its_own():
+    rng = random.Random(0)
+    names = [f"t{i}" for i in range(60)]
+    records = []
+    for i in range(50):
+        offered = tuple(Tool(name) for name in rng.sample(names, rng.randint(1, 2)))
+        plan = Plan((Call(offered[0].name), Call(JOIN)))
+        records.append(Record(str(i), f"query {i}", offered, plan))
+    parts = apply_splits(records, split_by_tools(records, by_name=True))
+    assert all(parts) and sum(map(len, parts)) == 50
+    offered = [{tool.name for record in part for tool in record.tools} for part in parts]
+    assert not offered[0] & offered[1] and not offered[0] & offered[2]
+    assert not offered[1] & offered[2]
+    # By the tools that are called alone, some are on offer in another split.
+    parts = apply_splits(records, split_by_tools(records))
+    offered = [{tool.name for record in part for tool in record.tools} for part in parts]
+    assert offered[0] & (offered[1] | offered[2])
+
+
 def test_files_round_trip_and_damage_is_named(tmp_path):
     splits = split_by_tools(_records())
     path = tmp_path / "splits.json"

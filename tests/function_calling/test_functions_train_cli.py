@@ -44,10 +44,15 @@ def test_it_has_a_pulse(command, directory, tmp_path, capsys, monkeypatch):
     assert_one_line(capsys, "already has a run")
 
     assert main([*arguments, "--resume"]) == 0
-    output = capsys.readouterr().out
+    output, run = capsys.readouterr().out, tmp_path / "run"
     assert "train: 8 records" in output and "untrained: validation loss" in output
+    # The plans of one question, before training and after it.
+    (shown,) = json.loads((run / "untrained" / "predictions.json").read_text())
+    position = output.index(shown["id"])
+    for name in ("reference", "untrained", "lora", "galore"):
+        position = output.index(f"\n{name} ", position)
+    assert f"Question: {shown['question']}\n" in output
     assert "\x1b" not in output  # No terminal, no colours and no progress bar.
-    run = tmp_path / "run"
     summary = json.loads((run / "summary.json").read_text())
     assert summary["records"] == {"train": 8, "validation": 1, "test": 1}
     assert (run / "curves.png").stat().st_size > 1000

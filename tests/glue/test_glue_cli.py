@@ -7,9 +7,12 @@ import pytest
 import tiny_encoder as tiny
 from safetensors.numpy import load_file, save_file
 
+from examples.common.errors import ConfigError
 from examples.common.reporter import Silent
 from examples.finetune.encoder.__main__ import main, parse
+from examples.finetune.encoder.data import TASKS
 from examples.finetune.encoder.run_config import preset_config
+from examples.finetune.encoder.sweep import Outcome, best_outcomes
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -77,9 +80,66 @@ def test_it_has_a_pulse(arguments, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "runs" / "again" / "adamw" / "model").exists()
 
 
+def test_a_sweep_goes_on_and_predicts(arguments, tmp_path, capsys, monkeypatch):
+    """A rate that learns, stopped in the middle, and one that diverges."""
+    names = ("no", "yes")
+    tiny.write_rows(tmp_path / "rows", {"train": 24, "dev": 10, "test": 5}, names.__getitem__)
+    sweep = [*arguments, "--methods", "adamw", "--sweep-learning-rates", "1e30", "0.02"]
+    sweep += ["--predict", "--eval-batches", "1"]
+
+    class Stops(Silent):
+        def record(self, record):
+            if record["kind"] == "train" and record["step"] == 3:
+                signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("examples.finetune.encoder.__main__.make_reporter", lambda *_: Stops())
+        assert main(sweep) == 128 + signal.SIGTERM
+    assert "adamw-lr0.02: stopped at step 3, saved; --resume goes on" in capsys.readouterr().out
+    assert main([*sweep, "--resume"]) == 0
+    output = capsys.readouterr().out
+    assert "the loss is not finite at step" in output and "by the validation rows" in output
+    run = tmp_path / "runs" / "test"
+    summary = json.loads((run / "summary.json").read_text())
+    assert [method["learning_rate"] for method in summary["methods"]] == [0.02]
+    assert [(r["run"], r["diverged"], r["best"]) for r in summary["sweep"]] == [
+        ("adamw-lr0.02", False, True),
+        ("adamw-lr1e+30", True, False),
+    ]
+    assert summary["rows"] == {"train": 24, "validation": 8}
+    written = (run / "adamw-lr0.02" / "predictions" / "predictions.tsv").read_text()
+    lines = [line.split("\t") for line in written.splitlines()]
+    assert lines[0] == ["index", "prediction"]
+    assert [index for index, _ in lines[1:]] == ["0", "1", "2", "3", "4"]
+    assert {label for _, label in lines[1:]} <= set(names)
+
+
+def test_the_best_rate_of_a_sweep():
+    def outcome(method, rate, accuracy, loss):
+        summary = {
+            "metrics": {"validation": {"accuracy": accuracy}},
+            "losses": {"validation": loss},
+        }
+        return Outcome(method, rate, None if accuracy is None else summary)
+
+    task = TASKS["sst2"]
+    lora = [outcome("lora", 1e-4, 0.8, 0.2), outcome("lora", 1e-3, None, None)]
+    # The metric counts first, then the loss.
+    scores = ((0.8, 0.1), (0.9, 0.4), (0.9, 0.3), (None, None))
+    adamw = [outcome("adamw", 1e-5 * k, *pair) for k, pair in enumerate(scores, start=1)]
+    best = best_outcomes([*adamw, *lora], task)
+    assert [one.name for one in best] == ["adamw-lr3e-05", "lora-lr0.0001"]
+    with pytest.raises(ConfigError, match="lora: the loss is not finite at any rate"):
+        best_outcomes([*adamw, lora[1]], task)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["--eval-batches", "0"], "eval_batches must be at least 1, got 0"),
+        (["--sweep-learning-rates", "1e-4", "1e-4"], "sweep_learning_rates must be positive and"),
+        (["--sweep-learning-rates", "1", "--learning-rate", "1"], "not both"),
+        (["--predict"], "the test split is missing (none of test.tsv, test.jsonl)"),
         (["--model", "./nowhere"], "./nowhere: no such directory"),
         (["--data", "nowhere"], "nowhere: no such directory"),
         (["--task", "sst2"], 'train.jsonl: line 1: expected a string "sentence"'),

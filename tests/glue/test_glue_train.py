@@ -1,6 +1,7 @@
 """Fine-tuning of a tiny encoder: what each method trains, what it costs, and that it can go on."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from examples.common.metrics import of_kind
 from examples.common.train_state import init_state
 from examples.finetune.encoder.config import EncoderConfig
 from examples.finetune.encoder.data.batches import Layout, make_batch
-from examples.finetune.encoder.loop import train
+from examples.finetune.encoder.loop import train, write_predictions
 from examples.finetune.encoder.methods import LEARNING_RATES, MethodConfig, lora_on, set_up
 from examples.finetune.encoder.model import make_model
 from examples.finetune.encoder.prepare import prepare
@@ -54,6 +55,16 @@ def config(files, **changes):
 def finished(files):
     run = config(files)
     return train(run, "natural-galore", prepare(run))
+
+
+def test_predictions_are_in_the_order_of_the_file(files, finished, tmp_path):
+    rows = tiny.sentences(40, seed=5)
+    text = "".join(json.dumps({"sentence1": sentence}) + "\n" for sentence, _ in rows)
+    (files[1] / "test.jsonl").write_text(text)
+    prepared = prepare(config(files, output=OutputConfig(predict=True)))
+    write_predictions(finished, prepared, tmp_path)
+    lines = (tmp_path / "predictions.tsv").read_text().splitlines()
+    assert lines[1:] == [f"{i}\t{label}" for i, (_, label) in enumerate(rows)]
 
 
 @pytest.mark.parametrize("method", ["lora", "natural-galore"])

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from typing import Any
 
 from rich.console import Console
 
@@ -18,6 +19,7 @@ from examples.finetune.encoder.prepare import prepare
 from examples.finetune.encoder.protocols import PROTOCOLS
 from examples.finetune.encoder.report import describe, summary_table
 from examples.finetune.encoder.run_config import RunConfig, preset_config
+from examples.finetune.encoder.sweep import best_outcomes, sweep, sweep_record, sweep_table
 
 BRIEF = """
 usage: python -m examples.finetune.encoder [options]
@@ -71,21 +73,33 @@ def run(config: RunConfig, console: Console) -> int:
         reporter.note(note)
     if config.output.overwrite and run_dir.exists():
         shutil.rmtree(run_dir)
+    sweep_summary: dict[str, Any] = {}
     with stop_on_signals(lambda: reporter.activity.stops) as stop:
 
         def tune(method: str) -> Result:
             given = {"run_dir": run_dir / method, "reporter": reporter, "should_stop": stop}
             return train(config, method, prepared, **given)
 
-        results = compare(config.methods, tune, console, stop)
-    if results is None:
-        return stop.exit_code
+        if config.sweep_learning_rates:
+            outcomes = sweep(config, prepared, run_dir, reporter, console, stop)
+            if outcomes is None:
+                return stop.exit_code
+            best = best_outcomes(outcomes, prepared.task)
+            methods = [outcome.summary for outcome in best]
+            sweep_summary = {"sweep": sweep_record(outcomes, best)}
+            console.print(sweep_table(outcomes, best, prepared.task))
+        else:
+            results = compare(config.methods, tune, console, stop)
+            if results is None:
+                return stop.exit_code
+            methods = [result.summary() for result in results]
     summary = {
         "task": config.task,
         "model": config.model,
         "rows": {name: len(part.tokens) for name, part in prepared.encoded.items()},
         "truncated": prepared.truncated,
-        "methods": [result.summary() for result in results],
+        "methods": methods,
+        **sweep_summary,
         "baseline": None
         if prepared.task.regression
         else baseline_scores(prepared.task, prepared.rows),

@@ -17,6 +17,7 @@ from examples.finetune.encoder.methods import set_up
 from examples.finetune.encoder.prepare import Prepared
 from examples.finetune.encoder.run_config import RunConfig
 from examples.finetune.encoder.scores import scores
+from examples.finetune.encoder.submission import write_submission
 from examples.finetune.encoder.train_step import (
     decisions,
     make_predict,
@@ -60,6 +61,8 @@ def train(
         log_to=config.output.log_to,
         options=options_text(config, "examples.finetune.encoder"),
     )
+    if run_dir is not None and result.finished and config.output.predict:
+        write_predictions(result, prepared, run_dir / "predictions")
     if run_dir is not None and result.finished and config.output.save_model:
         pretrained, labels = prepared.pretrained, prepared.rows.labels
         save_model(
@@ -71,6 +74,17 @@ def train(
             run_dir / "model",
         )
     return result
+
+
+def write_predictions(result: Result, prepared: Prepared, directory: Path) -> None:
+    """Write what the trained weights predict for the rows of --predict."""
+    predict, task = make_predict(result.tuning.model), prepared.task
+    found = {}
+    for split, encoded in prepared.predicted.items():
+        outputs = predictions(predict, result.state.weights, encoded, prepared.layout)
+        assert outputs is not None, "nothing stops it"
+        found[split] = decisions(outputs, task.regression)
+    write_submission(task, prepared.rows.labels, found, directory)
 
 
 def _set_up(config: RunConfig, method: str, prepared: Prepared) -> Setup:

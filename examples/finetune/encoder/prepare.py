@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from examples.common.errors import ConfigError
-from examples.finetune.encoder.data import TASKS, Rows, Task, read_rows
+from examples.finetune.encoder.data import TASKS, Row, Rows, Task, read_predicted, read_rows
 from examples.finetune.encoder.data.batches import Layout
 from examples.finetune.encoder.data.encode import Encoded, encode, read_tokenizer
 from examples.finetune.encoder.run_config import RunConfig
@@ -23,6 +23,7 @@ class Prepared(NamedTuple):
     pretrained: Pretrained
     encoded: dict[str, Encoded]  # By split.
     layout: Layout
+    predicted: dict[str, Encoded]  # By split, with --predict.
 
     @property
     def tokenizer(self) -> Path:
@@ -65,6 +66,11 @@ def prepare(config: RunConfig) -> Prepared:
     """
     task = TASKS[config.task]
     rows = read_rows(task, config.data)
+    predicted = read_predicted(task, config.data, rows) if config.output.predict else {}
+    if config.eval_batches is not None:
+        count = config.eval_batches * config.batch_size
+        fewer = {name: _drawn(rows.splits[name], count) for name in task.held_out}
+        rows = rows._replace(splits=rows.splits | fewer)
     outputs = 1 if task.regression else len(rows.labels)
     directory = locate_model(config.model, FILES)
     pretrained = load_model(directory, outputs, config.seed, new_head=config.new_head)
@@ -76,15 +82,25 @@ def prepare(config: RunConfig) -> Prepared:
     tokenizer = read_tokenizer(directory / TOKENIZER, encoder)
     splits = dict(rows.splits)
     if config.limit is not None:
-        order = np.random.default_rng(0).permutation(len(splits["train"]))[: config.limit]
-        splits["train"] = [splits["train"][i] for i in sorted(order)]
+        splits["train"] = _drawn(splits["train"], config.limit)
+
+    def encode_all(parts: dict[str, list[Row]]) -> dict[str, Encoded]:
+        return {
+            name: encode(tokenizer, part, encoder, config.max_length, task.regression)
+            for name, part in parts.items()
+        }
+
     return Prepared(
         task,
         rows,
         pretrained._replace(config=encoder),
-        {
-            name: encode(tokenizer, part, encoder, config.max_length, task.regression)
-            for name, part in splits.items()
-        },
+        encode_all(splits),
         Layout(config.batch_size, config.max_length, encoder.pad_token),
+        encode_all(predicted),
     )
+
+
+def _drawn(rows: list[Row], count: int) -> list[Row]:
+    """So many rows, in their order; the same whatever the seed of a run."""
+    order = np.random.default_rng(0).permutation(len(rows))[:count]
+    return [rows[i] for i in sorted(order)]

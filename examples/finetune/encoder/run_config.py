@@ -28,6 +28,9 @@ class OutputConfig(compare.OutputConfig):
     """Steps between two lines of metrics."""
     save_model: bool = True
     """Write the fine-tuned model, as transformers reads it."""
+    predict: bool = False
+    """Write predictions for the test rows, in GLUE's files for submission: test.tsv or test.jsonl
+    in --data (mnli: test_matched, test_mismatched), or the hub's. Labels are not needed."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,12 @@ class RunConfig:
     """Tokens in a row; longer rows lose their ends, and are counted."""
     limit: int | None = None
     """Train on so many rows only, drawn at random, the same for every seed."""
+    eval_batches: int | None = None
+    """Evaluate on so many batches of each split only, of rows drawn at random, the same for every
+    seed."""
+    sweep_learning_rates: tuple[float, ...] = ()
+    """Train each method once with each of these peak rates, instead of one, and take the best by
+    the validation rows."""
     warmup: float = 0.1
     """Share of the steps in which the learning rate rises; then it falls to zero."""
     dropout: float | None = None
@@ -72,7 +81,15 @@ class RunConfig:
     output: tyro.conf.OmitArgPrefixes[OutputConfig] = field(default_factory=OutputConfig)
 
     def __post_init__(self) -> None:
-        compare.check(self, ("epochs", "batch_size", "limit"))
+        compare.check(self, ("epochs", "batch_size", "limit", "eval_batches"))
+        rates = self.sweep_learning_rates
+        if len(set(rates)) < len(rates) or not all(rate > 0 for rate in rates):
+            raise ConfigError(
+                "sweep_learning_rates must be positive and differ, got "
+                f"{' '.join(f'{rate:g}' for rate in rates)}"
+            )
+        if rates and self.method.learning_rate is not None:
+            raise ConfigError("give --learning-rate or --sweep-learning-rates, not both")
         # Two tokens begin and end a row, and RoBERTa has two more between sentences.
         if self.max_length < 8:
             raise ConfigError(f"max_length must be at least 8, got {self.max_length}")
@@ -90,7 +107,7 @@ class RunConfig:
 
     def identity(self) -> dict[str, Any]:
         """All fields that influence the result of one of the methods, as JSON values."""
-        return compare.identity(self, "preset")
+        return compare.identity(self, "preset", "sweep_learning_rates")
 
 
 def preset_config(preset: str, task: str) -> RunConfig:

@@ -14,10 +14,11 @@ from examples.common.plots import plot_methods
 from examples.common.reporter import READING, evaluating, make_reporter
 from examples.finetune.planner.evaluate import Evaluator
 from examples.finetune.planner.loop import train
+from examples.finetune.planner.predictions import side_by_side
 from examples.finetune.planner.prepare import prepare
 from examples.finetune.planner.report import brief, describe, evaluation, summary_table
-from examples.finetune.planner.run_config import RunConfig
-from examples.finetune.planner.untrained import evaluate_untrained
+from examples.finetune.planner.run_config import PRESETS, RunConfig, preset_config
+from examples.finetune.planner.untrained import NAME as UNTRAINED, evaluate_untrained
 
 BRIEF = """
 usage: python -m examples.finetune.planner [options]
@@ -50,9 +51,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> RunConfig:
-    """The configuration that the command line says."""
+    """The configuration: the preset, and what the command line overrides."""
     argv = cli.expand(argv, SHORTHANDS)
-    return cli.parse(RunConfig, "examples.finetune.planner", argv, brief=BRIEF)
+    preset = cli.peek(argv, preset="default").preset
+    # An unknown name is left to tyro, which lists the known ones.
+    default = preset_config(preset if preset in PRESETS else "default")
+    return cli.parse(RunConfig, "examples.finetune.planner", argv, default, brief=BRIEF)
 
 
 def run(config: RunConfig, console: Console) -> int:
@@ -99,6 +103,8 @@ def run(config: RunConfig, console: Console) -> int:
     write_json(run_dir / "summary.json", summary)
     curves = {method: r.records for method, r in zip(config.methods, results, strict=True)}
     plot_methods(curves, run_dir / "curves.png", f"{config.dataset}, {config.model}")
+    names = (UNTRAINED, *config.methods)
+    console.print(side_by_side(run_dir, names, config.output.side_by_side))
     console.print(summary_table(summary))
     console.print(f"files in {run_dir}", highlight=False)
     return 0

@@ -36,7 +36,7 @@ class Dataset(NamedTuple):
 
 
 def load_dataset(name: str, source: Source) -> Dataset:
-    """Reads a data set and splits it: no combination of tools is in two splits.
+    """Reads a data set and splits it: no combination of tools is in two splits, of BFCL no tool.
 
     Raises:
       ConfigError: for a part that it does not have, and options that it has no use for.
@@ -51,7 +51,7 @@ def load_dataset(name: str, source: Source) -> Dataset:
     if empty:
         raise DataError(
             f"{source.path or name}: the {empty[0]} split has no records: "
-            f"{source.held_out:g} of them are held out, by combination of tools"
+            f"{source.held_out:g} of them are held out, by their tools"
         )
     return found
 
@@ -77,7 +77,9 @@ def _bfcl(source: Source) -> Dataset:
     def category(record):
         return re.sub(r"_\d.*", "", record.id)
 
-    return Dataset(apply_splits(records, split_by_tools(records, stratum=category)), [])
+    return Dataset(
+        apply_splits(records, split_by_tools(records, stratum=category, by_name=True)), []
+    )
 
 
 def _tinyagent(source: Source) -> Dataset:

@@ -25,6 +25,8 @@ class Prediction:
     """What a model wrote."""
 
     record: Record
+    prompt: str
+    """The whole text that the model continued."""
     text: str
     ended: bool
     """Whether it came to an end by itself."""
@@ -115,8 +117,9 @@ class Evaluator:
                 seconds.append(generated.prompt_seconds + generated.seconds)
             self._compiled.add(width)
             for i, tokens, ended in zip(numbers, generated.tokens, generated.ended, strict=False):
-                record, text = part.records[i], chat.decode(tokens)
-                found[i] = Prediction(record, text, ended, score(record, text))
+                row, record, text = part.rows[i], part.records[i], chat.decode(tokens)
+                prompt = chat.decode(row.tokens[: row.prompt].tolist())
+                found[i] = Prediction(record, prompt, text, ended, score(record, text))
         return tuple(found[i] for i in range(len(found))), seconds
 
     def _unstacked(self, params: Params) -> Llama:

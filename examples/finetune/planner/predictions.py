@@ -1,4 +1,4 @@
-"""Questions with the plans that a model wrote, as files to read."""
+"""Questions with the plans that a model wrote: files to read, and some of them side by side."""
 
 import json
 from collections.abc import Sequence
@@ -6,9 +6,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich.console import Group
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
 from examples.finetune.planner.evaluate import Prediction
 from examples.finetune.planner.plans.metrics import verdict
 from examples.finetune.planner.plans.parse import write_plan
+
+_JSON = "predictions.json"
 
 
 def write_predictions(
@@ -17,7 +24,8 @@ def write_predictions(
     """Writes predictions.json, and the first `shown` as a table into predictions.md."""
     rows = [_row(prediction) for prediction in predictions]
     text = json.dumps(rows, indent=2, ensure_ascii=False)
-    (directory / "predictions.json").write_text(text + "\n", encoding="utf-8")
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / _JSON).write_text(text + "\n", encoding="utf-8")
     right = sum(prediction.scores.aware_success == 1 for prediction in predictions)
     lines = [
         f"# {title}",
@@ -32,12 +40,29 @@ def write_predictions(
     (directory / "predictions.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def side_by_side(run_dir: Path, names: Sequence[str], count: int) -> Group:
+    """Questions, evenly spaced over the split, each with the plans in RUN_DIR/NAME of all names."""
+    files = [json.loads((run_dir / name / _JSON).read_text(encoding="utf-8")) for name in names]
+    total = len(files[0])
+    count = min(count, total)
+    parts: list[Rule | Text | Table] = []
+    for i in (k * total // count for k in range(count)):
+        first = files[0][i]
+        plans = Table.grid(padding=(0, 2))
+        plans.add_row("reference", Text(first["reference"]), "")
+        for name, rows in zip(names, files, strict=True):
+            plans.add_row(name, Text(rows[i]["written"].strip()), Text(rows[i]["verdict"]))
+        parts += [Rule(first["id"]), Text(first["prompt"].strip() + "\n"), plans]
+    return Group(*parts)
+
+
 def _row(prediction: Prediction) -> dict[str, Any]:
     record, text = prediction.record, prediction.text
     said = verdict(record, text)
     return {
         "id": record.id,
         "question": record.query,
+        "prompt": prediction.prompt,
         "reference": write_plan(record.plan),
         "written": text,
         "verdict": said if prediction.ended else f"{said} (cut off: no end mark)",

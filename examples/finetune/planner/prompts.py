@@ -64,6 +64,13 @@ Rules:
 - After join() write {END_OF_PLAN}.
 """
 
+_BRIEF = f"""\
+Answer with calls of these tools in this form:
+1. tool(name="text", other=2)
+2. join()
+{END_OF_PLAN}
+"""
+
 _SEPARATOR = "###\n"
 
 
@@ -74,6 +81,7 @@ def write_prompt(
     *,
     instructions: Sequence[str] = (),
     details: bool = True,
+    brief: bool = False,
 ) -> str:
     """The text before a plan, up to the line after the question.
 
@@ -83,16 +91,18 @@ def write_prompt(
       examples: questions and their plans to show.
       instructions: further rules, such as today's date.
       details: describe parameters and results too, not just name them.
+      brief: show the form of a plan instead of explaining it.
     """
-    described = [_describe(tool, details) for tool in tools] + [_JOIN]
+    described = [_describe(tool, details) for tool in tools] + ([] if brief else [_JOIN])
     numbered = "\n".join(f"{i}. {text}" for i, text in enumerate(described, start=1))
-    rules = _RULES + "".join(f"- {rule}\n" for rule in instructions)
+    rules = (_BRIEF if brief else _RULES) + "".join(f"- {rule}\n" for rule in instructions)
     shown = "".join(
         f"{_question(example.query)}{write_plan(example.plan)}\n{_SEPARATOR}"
         for example in examples
     )
     shown = f"Examples:\n\n{shown}\n" if shown else ""
-    return f"{_TASK}\nTools:\n{numbered}\n\n{rules}\n{shown}{_question(query)}"
+    task = "" if brief else f"{_TASK}\n"
+    return f"{task}Tools:\n{numbered}\n\n{rules}\n{shown}{_question(query)}"
 
 
 def _question(query: str) -> str:
@@ -141,6 +151,8 @@ class PromptConfig:
     """The least number of tools on offer that the plan does not use, if there are so many."""
     details: bool = True
     """Describe parameters and results of tools."""
+    brief: bool = False
+    """Show the form of a plan in four lines instead of explaining it."""
     instructions: tuple[str, ...] = ()
     """Further rules, such as today's date."""
     prompt_seed: int = 0
@@ -193,6 +205,7 @@ def make_pair(record: Record, retriever: Retriever, config: PromptConfig) -> Pai
             examples,
             instructions=config.instructions,
             details=config.details,
+            brief=config.brief,
         ),
         write_plan(record.plan),
     )

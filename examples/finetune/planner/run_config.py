@@ -13,10 +13,30 @@ from examples.finetune.planner.datasets import DATASETS
 from examples.finetune.planner.methods import MethodConfig, MethodName
 from examples.finetune.planner.prompts import PromptConfig
 
+# "small" is `make functions`: one call a plan, short prompts, an epoch that two cores can train.
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "small": {
+        "dataset": "bfcl",
+        "parts": ("simple_python", "multiple"),
+        "methods": ("natural-galore",),
+        "epochs": 1,
+        "batch_size": 4,
+        "accumulate": 1,
+        "max_length": 320,
+        "buckets": 2,
+        "limit": 240,
+        "eval_limit": 48,
+        "eval_batch_size": 16,
+        "new_tokens": 80,
+        "prompt": PromptConfig(examples=0, brief=True),
+    },
+}
+
 if TYPE_CHECKING:
-    DatasetName = str
+    DatasetName = PresetName = str
 else:  # The names that the command line offers.
-    DatasetName = Literal[tuple(DATASETS)]
+    DatasetName, PresetName = Literal[tuple(DATASETS)], Literal[tuple(PRESETS)]
 
 
 @dataclass(frozen=True)
@@ -27,6 +47,8 @@ class OutputConfig(compare.OutputConfig):
     """Directory of all runs."""
     shown: int = 20
     """Predictions in predictions.md; predictions.json has all of them."""
+    side_by_side: int = 3
+    """Test questions to print at the end, with the plans before and after training."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +64,8 @@ class RunConfig:
     config.yaml of a run; --bf16 is --dtype bfloat16.
     """
 
+    preset: PresetName = "default"
+    """"small" is `make functions`; every other option overrides a part of it."""
     dataset: DatasetName = "nestful"
     """Which data set, of a package unless --data is given."""
     data: Path | None = None
@@ -99,12 +123,15 @@ class RunConfig:
                 raise ConfigError(
                     f"{name} is a share from 0 to 1, got {getattr(self.schedule, name)}"
                 )
-        if self.output.shown < 0:
-            raise ConfigError(f"shown must not be negative, got {self.output.shown}")
+        for name in ("shown", "side_by_side"):
+            value = getattr(self.output, name)
+            if value < 0:
+                raise ConfigError(f"{name} must not be negative, got {value}")
 
     @property
     def run_dir(self) -> Path:
-        return self.output.root / (self.output.name or self.dataset)
+        default = self.dataset if self.preset == "default" else f"{self.dataset}-{self.preset}"
+        return self.output.root / (self.output.name or default)
 
     @property
     def rows_per_step(self) -> int:
@@ -112,4 +139,9 @@ class RunConfig:
 
     def identity(self) -> dict[str, Any]:
         """All fields that influence the result of one of the methods, as JSON values."""
-        return compare.identity(self)
+        return compare.identity(self, "preset")
+
+
+def preset_config(preset: str) -> RunConfig:
+    """The configuration of a preset."""
+    return RunConfig(preset=preset, **PRESETS[preset])

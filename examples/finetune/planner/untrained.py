@@ -8,10 +8,12 @@ from typing import Any
 from examples.common.config import write_json
 from examples.common.errors import ConfigError
 from examples.finetune.planner.evaluate import Evaluator
+from examples.finetune.planner.predictions import write_predictions
 from examples.finetune.planner.prepare import Prepared
 from examples.finetune.planner.run_config import RunConfig
 
-FILE = "untrained.json"
+NAME = "untrained"
+FILE = f"{NAME}.json"
 
 
 def evaluate_untrained(
@@ -23,7 +25,8 @@ def evaluate_untrained(
 ) -> dict[str, Any] | None:
     """Its validation and test, `Evaluation.summary()`; None if it was told to stop.
 
-    It is written into `run_dir`, and read again by a run that goes on.
+    It is written into `run_dir`, and read again by a run that goes on. The test's predictions are
+    written into the directory `NAME` there.
 
     Raises:
       ConfigError: if there is a run that is not to be resumed.
@@ -51,6 +54,9 @@ def evaluate_untrained(
         if evaluation is None:
             return None
         found[split] = evaluation.summary()
-    run_dir.mkdir(parents=True, exist_ok=True)
+        if split == "test":
+            title = f"{config.dataset}, test split: {config.model}, untrained"
+            shown = config.output.shown
+            write_predictions(evaluation.predictions, run_dir / NAME, title=title, shown=shown)
     write_json(path, found)
     return found

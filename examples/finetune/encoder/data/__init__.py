@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from examples.common.errors import DataError
-from examples.finetune.encoder.data.files import read_directory
-from examples.finetune.encoder.data.hub import read_hub
-from examples.finetune.encoder.data.rows import Row as Row, Rows as Rows
+from examples.finetune.encoder.data.files import read_directory, read_unlabelled
+from examples.finetune.encoder.data.hub import read_hub, read_hub_unlabelled
+from examples.finetune.encoder.data.rows import Row as Row, Rows as Rows, unlabelled
 from examples.finetune.encoder.data.snippets import ARCHIVE, read_snippets
 from examples.finetune.encoder.data.tasks import TASKS as TASKS, Task as Task
 
@@ -24,3 +24,15 @@ def read_rows(task: Task, data: Path | None) -> Rows:
     if task.name.startswith("own"):
         raise DataError(f"--task {task.name} needs --data DIRECTORY with train and dev files")
     return read_hub(task)
+
+
+def read_predicted(task: Task, data: Path | None, rows: Rows) -> dict[str, list[Row]]:
+    """The rows whose labels --predict writes, from where `rows` came from; labels are 0.
+
+    Raises:
+      DataError: see `read_rows`; for files that are missing.
+    """
+    if task.name == "movie-snippets":
+        return {name: rows.splits[name] for name in task.predicted}
+    raw = read_hub_unlabelled(task) if data is None else read_unlabelled(task, data)
+    return unlabelled(task, raw, rows.splits["train"][0].second is not None)

@@ -15,6 +15,8 @@ _STEMS = {
     "validation_matched": ("dev_matched", "validation_matched"),
     "validation_mismatched": ("dev_mismatched", "validation_mismatched"),
     "test": ("test",),
+    "test_matched": ("test_matched",),
+    "test_mismatched": ("test_mismatched",),
 }
 _SUFFIXES = (".tsv", ".jsonl")
 _Malformed = list[str]
@@ -35,6 +37,23 @@ def read_directory(task: Task, directory: Path) -> Rows:
         rows = _read_tsv if path.suffix == ".tsv" else _read_json_lines
         raw[split] = list(rows(task, path, malformed))
     return make_rows(task, raw, len(malformed))
+
+
+def read_unlabelled(task: Task, directory: Path) -> dict[str, list[RawRow]]:
+    """The files of the splits to predict; labels are not looked at.
+
+    Raises:
+      DataError: names the file and line of what cannot be read, malformed rows too: each row of
+        the file is a row of the submission.
+    """
+    found = {}
+    for split in task.predicted:
+        path, malformed = _find(directory, split), []
+        rows = _read_tsv if path.suffix == ".tsv" else _read_json_lines
+        found[split] = list(rows(task, path, malformed, labelled=False))
+        if malformed:
+            raise DataError(f"{malformed[0]}: too few columns")
+    return found
 
 
 def _find(directory: Path, split: str) -> Path:
@@ -63,15 +82,17 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
             yield where, text.rstrip("\r")
 
 
-def _read_tsv(task: Task, path: Path, malformed: _Malformed) -> Iterator[RawRow]:
+def _read_tsv(
+    task: Task, path: Path, malformed: _Malformed, labelled: bool = True
+) -> Iterator[RawRow]:
     # Quotes mean nothing in these files.
     lines = _lines(path)
-    if task.header:
+    if task.header or not labelled:  # GLUE's test files all have one.
         where, header = next(lines, (str(path), ""))
         names = header.split("\t")
     else:
         where, names = str(path), list(task.tsv_order)
-    columns = _known_columns(task, names, where)
+    columns = _known_columns(task, names, where, labelled)
     for where, line in lines:
         cells = line.split("\t")
         # The files of MNLI have columns that their header does not name after those it does.
@@ -81,24 +102,28 @@ def _read_tsv(task: Task, path: Path, malformed: _Malformed) -> Iterator[RawRow]
             malformed.append(where)
             continue
         record = dict(zip(names, cells, strict=False))
-        yield from_mapping(record, columns, where, task.name in OPTIONAL_SECOND)
+        yield from_mapping(record, columns, where, task.name in OPTIONAL_SECOND, labelled)
 
 
-def _known_columns(task: Task, names: list[str], where: str) -> Columns:
+def _known_columns(task: Task, names: list[str], where: str, labelled: bool) -> Columns:
     """GLUE's names of the columns, or those of the data sets library."""
     optional = {None, "sentence2"} if task.name in OPTIONAL_SECOND else {None}
+    if not labelled:
+        optional |= {task.tsv.label, task.json.label}
     for columns in (task.tsv, task.json):
         if set(columns) - optional <= set(names):
             return columns
-    wanted = ", ".join(str(name) for name in task.tsv if name not in optional)
+    wanted = ", ".join(name for name in task.tsv if name is not None and name not in optional)
     raise DataError(f"{where}: expected the columns {wanted}; got {', '.join(names)}")
 
 
-def _read_json_lines(task: Task, path: Path, _malformed: _Malformed) -> Iterator[RawRow]:
+def _read_json_lines(
+    task: Task, path: Path, _malformed: _Malformed, labelled: bool = True
+) -> Iterator[RawRow]:
     for where, line in _lines(path):
         try:
             record = json.loads(line)
         # ValueError covers JSONDecodeError and integers of too many digits.
         except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: malformed JSON ({error})") from error
-        yield from_mapping(record, task.json, where, task.name in OPTIONAL_SECOND)
+        yield from_mapping(record, task.json, where, task.name in OPTIONAL_SECOND, labelled)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from examples.common.errors import DataError
-from examples.finetune.encoder.data.rows import Rows, from_mapping, make_rows
+from examples.finetune.encoder.data.rows import RawRow, Rows, from_mapping, make_rows
 from examples.finetune.encoder.data.tasks import Task
 
 NAME = "nyu-mll/glue"
@@ -11,16 +11,27 @@ NAME = "nyu-mll/glue"
 
 def read_hub(task: Task, name: str = NAME) -> Rows:
     """Reads the configuration of the task of a data set like GLUE on the Hugging Face hub."""
+    return make_rows(task, _read(task, name, ("train", *task.held_out), True))
+
+
+def read_hub_unlabelled(task: Task, name: str = NAME) -> dict[str, list[RawRow]]:
+    """The splits to predict; their labels, -1 in GLUE, are not looked at."""
+    return _read(task, name, task.predicted, False)
+
+
+def _read(
+    task: Task, name: str, wanted: tuple[str, ...], labelled: bool
+) -> dict[str, list[RawRow]]:
     splits = _load(task, name)
     raw = {}
-    for split in ("train", *task.held_out):
+    for split in wanted:
         if split not in splits:
             raise DataError(f"{name}: no split {split!r}; it has {', '.join(map(str, splits))}")
         raw[split] = [
-            from_mapping(record, task.json, f"{name}: {split} row {number}", False)
+            from_mapping(record, task.json, f"{name}: {split} row {number}", False, labelled)
             for number, record in enumerate(splits[split], start=1)
         ]
-    return make_rows(task, raw)
+    return raw
 
 
 def _load(task: Task, name: str) -> Any:

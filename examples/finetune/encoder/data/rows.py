@@ -33,8 +33,10 @@ class Rows(NamedTuple):
     left_out: int = 0  # Malformed rows of the official files.
 
 
-def from_mapping(record: Any, columns: Columns, where: str, second_optional: bool) -> RawRow:
-    """A row from a JSON object or a record of a data set."""
+def from_mapping(
+    record: Any, columns: Columns, where: str, second_optional: bool, labelled: bool = True
+) -> RawRow:
+    """A row from a JSON object or a record of a data set; without a label it is None."""
     if not isinstance(record, dict):
         raise DataError(f"{where}: expected an object")
     second = columns.second
@@ -43,13 +45,13 @@ def from_mapping(record: Any, columns: Columns, where: str, second_optional: boo
     for name in (columns.first, second):
         if name is not None and not isinstance(record.get(name), str):
             raise DataError(f'{where}: expected a string "{name}"')
-    if record.get(columns.label) is None:
+    if labelled and record.get(columns.label) is None:
         raise DataError(f'{where}: no "{columns.label}"')
     return RawRow(
         where,
         record[columns.first],
         None if second is None else record[second],
-        record[columns.label],
+        record[columns.label] if labelled else None,
     )
 
 
@@ -88,6 +90,24 @@ def make_rows(task: Task, raw: dict[str, list[RawRow]], left_out: int = 0) -> Ro
         where = raw["train"][0].where.partition(": line")[0]
         raise DataError(f"{where}: no training row of the class {', '.join(empty)}")
     return Rows(labels, splits, left_out)
+
+
+def unlabelled(task: Task, raw: dict[str, list[RawRow]], pairs: bool) -> dict[str, list[Row]]:
+    """Rows to predict the labels of; until then these are 0.
+
+    Raises:
+      DataError: for an empty split, and for one sentence where the task has `pairs`, or two.
+    """
+    for split, rows in raw.items():
+        if not rows:
+            raise DataError(f"{task.name}: the {split} split has no rows")
+        for row in rows:
+            if (row.second is not None) != pairs:
+                raise DataError(
+                    f"{row.where}: expected {'two sentences' if pairs else 'one sentence'}, as in "
+                    "the training rows"
+                )
+    return {name: [Row(r.first, r.second, 0) for r in rows] for name, rows in raw.items()}
 
 
 def _check_sentences(raw: dict[str, list[RawRow]]) -> None:

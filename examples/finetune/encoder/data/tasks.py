@@ -33,6 +33,12 @@ class Task:
     """Splits that are evaluated after every epoch."""
     test: tuple[str, ...] = ()
     """Splits with labels that are evaluated at the end."""
+    predicted: tuple[str, ...] = ("test",)
+    """Splits whose labels --predict writes."""
+    submission: tuple[str, ...] = ("predictions.tsv",)
+    """The file for each of them, by GLUE's name where GLUE asks for it."""
+    submits_names: bool = True
+    """Whether these files name the classes; else they number them from 0 on."""
     header: bool = True
     """Whether the first line of a TSV file names the columns; else they are in the order of
     `tsv_order`."""
@@ -74,10 +80,18 @@ TASKS: dict[str, Task] = {
             "cola",
             ("unacceptable", "acceptable"),
             ("matthews",),
+            submission=("CoLA.tsv",),
+            submits_names=False,
             header=False,
             tsv_order=("source", "label", "mark", "sentence"),
         ),
-        _single("sst2", ("negative", "positive"), ("accuracy",)),
+        _single(
+            "sst2",
+            ("negative", "positive"),
+            ("accuracy",),
+            submission=("SST-2.tsv",),
+            submits_names=False,
+        ),
         _pair(
             "mrpc",
             "sentence1",
@@ -85,6 +99,8 @@ TASKS: dict[str, Task] = {
             ("not_equivalent", "equivalent"),
             _BINARY_F1,
             tsv=Columns("#1 String", "#2 String", "Quality"),
+            submission=("MRPC.tsv",),
+            submits_names=False,
         ),
         _pair(
             "stsb",
@@ -93,6 +109,7 @@ TASKS: dict[str, Task] = {
             None,
             ("pearson", "spearman"),
             tsv=Columns("sentence1", "sentence2", "score"),
+            submission=("STS-B.tsv",),
             regression=True,
             range=(0.0, 5.0),
         ),
@@ -103,6 +120,8 @@ TASKS: dict[str, Task] = {
             ("not_duplicate", "duplicate"),
             _BINARY_F1,
             tsv=Columns("question1", "question2", "is_duplicate"),
+            submission=("QQP.tsv",),
+            submits_names=False,
             malformed_rows=True,
         ),
         _pair(
@@ -113,9 +132,11 @@ TASKS: dict[str, Task] = {
             ("accuracy",),
             tsv=Columns("sentence1", "sentence2", "gold_label"),
             validation=("validation_matched", "validation_mismatched"),
+            predicted=("test_matched", "test_mismatched"),
+            submission=("MNLI-m.tsv", "MNLI-mm.tsv"),
         ),
-        _pair("qnli", "question", "sentence", _ENTAILMENT, ("accuracy",)),
-        _pair("rte", "sentence1", "sentence2", _ENTAILMENT, ("accuracy",)),
+        _pair("qnli", "question", "sentence", _ENTAILMENT, ("accuracy",), submission=("QNLI.tsv",)),
+        _pair("rte", "sentence1", "sentence2", _ENTAILMENT, ("accuracy",), submission=("RTE.tsv",)),
         # The user's own rows: {"sentence1": ..., "sentence2": ..., "label": ...}, where sentence2
         # may be missing from all of them.
         _pair("own", "sentence1", "sentence2", None, ("accuracy",)),

@@ -1,7 +1,8 @@
 """Which records are held out: all that share a combination of tools fall on one side.
 
 A model that saw a combination in training could repeat its plan with other arguments; held-out
-combinations ask for plans of a new form, from tools that were seen in other company.
+combinations ask for plans of a new form, from tools that were seen in other company. Data sets of
+many tools are split by name instead: a held-out tool was not even on offer in training.
 """
 
 import hashlib
@@ -65,6 +66,7 @@ def split_by_tools(
     held_out: float = 0.1,
     seed: int = 0,
     stratum: Callable[[Record], str] = lambda record: "",
+    by_name: bool = False,
 ) -> Splits:
     """Groups by combination of tools, assigned by a hash of `seed` and the combination.
 
@@ -75,10 +77,14 @@ def split_by_tools(
       seed: another one, other splits.
       stratum: a class of records that shall be in every split. A combination belongs to the
         stratum of its first record.
+      by_name: put no tool, called or on offer, in two splits. A group is then all records that
+        tools connect, and its combination all of their tools.
     """
+    families = _families(records)
     groups: dict[tuple[str, ...], list[Record]] = {}
     for record in records:
-        groups.setdefault(tuple(sorted(record.combination)), []).append(record)
+        names = families[record.tools[0].name] if by_name else record.combination
+        groups.setdefault(tuple(sorted(names)), []).append(record)
     strata: dict[str, list[tuple[str, ...]]] = {}
     for tools, members in groups.items():
         strata.setdefault(stratum(members[0]), []).append(tools)
@@ -150,6 +156,16 @@ def fingerprint(records: Sequence[Record]) -> str:
     """A hash of ids, queries and tools, whatever the order of the records."""
     lines = sorted(json.dumps([record.id, record.query, record.plan.tools]) for record in records)
     return _digest(0, *lines)
+
+
+def _families(records: Sequence[Record]) -> dict[str, frozenset[str]]:
+    """The tools that records connect with each tool, itself among them."""
+    families: dict[str, frozenset[str]] = {}
+    for record in records:
+        names = frozenset(tool.name for tool in record.tools)
+        merged = names.union(*(families.get(name, names) for name in names))
+        families |= dict.fromkeys(merged, merged)
+    return families
 
 
 def _strings(group: Any, key: str, where: str) -> tuple[str, ...]:

@@ -1,0 +1,310 @@
+"""Function calling: AdamW, LoRA, GaLore and Natural GaLore, tuned by the same number of runs.
+
+``python -m benchmarks.finetuning.functions sweep`` makes all runs and continues after a stop; each
+run is `make functions` with another method, rate and seed.
+"""
+
+import shutil
+import signal
+import statistics
+import sys
+import time
+from collections import defaultdict
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import tyro
+
+from benchmarks.common import result_files
+from benchmarks.common.environment import RESULTS, environment
+from benchmarks.common.result_files import Json, read_results, read_suite, write
+from benchmarks.common.sweep import sweep as sweep_runs
+from benchmarks.pretraining.tables import PLUS_MINUS
+from examples.common.cli import exit_code, stop_on_signals
+from examples.common.compare import Diverged
+from examples.common.errors import ConfigError
+from examples.common.reporter import Silent
+from examples.finetune.planner.evaluate import Evaluator
+from examples.finetune.planner.loop import train
+from examples.finetune.planner.methods import MethodName
+from examples.finetune.planner.prepare import prepare
+from examples.finetune.planner.run_config import RunConfig, preset_config
+from examples.finetune.planner.untrained import evaluate_untrained
+
+PROGRAM = "benchmarks.finetuning.functions"
+# As many rates for each method. Low-rank updates have fewer dimensions and need higher rates.
+GRIDS = {
+    "adamw": (1e-5, 3e-5, 1e-4, 3e-4),
+    "lora": (1e-4, 3e-4, 1e-3, 3e-3),
+    "galore": (1e-4, 3e-4, 1e-3, 3e-3),
+    "natural-galore": (1e-4, 3e-4, 1e-3, 3e-3),
+}
+TUNE_SEED = 100
+_COLUMNS = (
+    *("learning rate", "seeds", "state, MiB", "test loss"),
+    *("success, %", "with arguments, %", "minutes"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """What all runs of a suite share."""
+
+    model: str = "smollm2-135m-instruct"
+    """The model, as in examples.finetune.planner."""
+    data: Path | None = None
+    """Files of the data set, as in examples.finetune.planner."""
+    limit: int | None = None
+    """Train on so many records; by default as in `make functions`."""
+    eval_limit: int | None = None
+    """Validate and test on so many records; by default as in `make functions`."""
+    suite: str = "main"
+    """Directory of runs that belong together."""
+    root: Path = RESULTS / "function_calling"
+    """Directory of all suites."""
+    work: Path = Path(".cache/function_calling")
+    """Directory of checkpoints of unfinished runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Common):
+    """Make one run and write its file."""
+
+    method: MethodName = "natural-galore"
+    """What trains the model."""
+    learning_rate: float = 3e-4
+    """Peak learning rate."""
+    seed: int = 1
+    """Of everything random."""
+    workers: int = 1
+    """Runs at a time, for the record."""
+
+    @property
+    def path(self) -> Path:
+        stage = "tune" if self.seed == TUNE_SEED else "seeds"
+        name = f"{self.method}-lr{self.learning_rate:g}-seed{self.seed}.json"
+        return self.root / self.suite / stage / name
+
+    @property
+    def work_dir(self) -> Path:
+        return self.work / self.suite / self.path.stem
+
+    def config(self) -> RunConfig:
+        """The configuration of the program."""
+        config = preset_config("small")
+        return replace(
+            config,
+            model=self.model,
+            data=self.data,
+            limit=config.limit if self.limit is None else self.limit,
+            eval_limit=config.eval_limit if self.eval_limit is None else self.eval_limit,
+            seed=self.seed,
+            method=replace(config.method, learning_rate=self.learning_rate),
+            output=replace(config.output, resume=True),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep(Common):
+    """Tune each method, then train it at its best rate with several seeds.
+
+    A rate is the best by the validation loss. Start it again and it goes on. A run that fails does
+    not stop the others; the exit code is then 1.
+    """
+
+    methods: tuple[MethodName, ...] = tuple(GRIDS)
+    """What trains the model."""
+    seeds: tuple[int, ...] = (1, 2, 3)
+    """Seeds after the tuning."""
+    workers: int = 1
+    """Runs at a time, each on one core where there is more than one."""
+    plan: bool = False
+    """Print what would be run by what is known now, and stop."""
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.methods) - set(GRIDS):
+            raise ConfigError(
+                f"methods must be some of {', '.join(GRIDS)}; got {', '.join(sorted(unknown))}"
+            )
+        if TUNE_SEED in self.seeds:
+            raise ConfigError(f"seeds must not contain {TUNE_SEED}, the seed of the tuning")
+
+
+@dataclass(frozen=True)
+class Show:
+    """Print a suite: mean ± standard deviation over the seeds, shares in percent."""
+
+    suite: str = "main"
+    """The suite."""
+    root: Path = RESULTS / "function_calling"
+    """Directory of all suites."""
+
+
+def is_done(run: Run) -> bool:
+    """Whether the run was made already.
+
+    Raises:
+      ConfigError: if it was made with another configuration.
+    """
+    return result_files.is_done(run.path, run.config().identity() | {"method_name": run.method})
+
+
+def make(run: Run) -> Json | None:
+    """Train and write the file; None if it was there already or the run was stopped."""
+    start = time.perf_counter()
+    if is_done(run):
+        return None
+    config = run.config()
+    prepared = prepare(config)
+    evaluator = Evaluator(
+        prepared,
+        batch_size=config.batch_size,
+        plans_at_once=config.eval_batch_size,
+        new_tokens=config.new_tokens,
+    )
+    record = {
+        "suite": run.suite,
+        "method": run.method,
+        "learning_rate": run.learning_rate,
+        "seed": run.seed,
+        "environment": environment(run.seed),
+        "workers": run.workers,
+        "configuration": config.identity() | {"method_name": run.method},
+        "rows": {name: len(split.rows) for name, split in prepared.splits.items()},
+    }
+    with stop_on_signals() as stop:
+        where = run.work / run.suite / "untrained"
+        untrained = evaluate_untrained(config, prepared, evaluator, where, stop)
+        if untrained is None:
+            return None
+        given = (prepared, evaluator, untrained["validation"], run.work_dir, Silent(), stop)
+        try:
+            result = train(config, run.method, *given)
+        except Diverged:
+            found = {"diverged": True}
+        else:
+            if not result.finished:
+                return None
+            found = {"diverged": False, "records": result.records, **result.summary()}
+    seconds = {"wall_seconds": round(time.perf_counter() - start, 1)}
+    record |= {"untrained": untrained["test"], **found, **seconds}
+    write(record, run.path)
+    shutil.rmtree(run.work_dir)
+    return record
+
+
+def runs(sweep: Sweep) -> list[Run]:
+    """The runs that are known by now: of the tuning, and of methods whose tuning is complete."""
+    common = {field.name: getattr(sweep, field.name) for field in fields(Common)}
+
+    def planned(method: str, rate: float, seed: int) -> Run:
+        given = {"method": method, "learning_rate": rate, "seed": seed, "workers": sweep.workers}
+        return Run(**common, **given)
+
+    tuned = _tuned(sweep.root, sweep.suite)
+    tuning = [
+        planned(method, rate, TUNE_SEED) for method in sweep.methods for rate in GRIDS[method]
+    ]
+    best = {
+        method: best_rate(method, tuned[method])
+        for method in sweep.methods
+        if tuned[method].keys() >= set(GRIDS[method])
+    }
+    final = [planned(method, best[method], seed) for seed in sweep.seeds for method in best]
+    return tuning + final
+
+
+def best_rate(method: str, losses: dict[float, float | None]) -> float:
+    """The rate of the lowest validation loss; None stands for a run that diverged."""
+    usable = {loss: rate for rate, loss in losses.items() if loss is not None}
+    if not usable:
+        raise ConfigError(f"{method}: the loss is not finite at any rate of the tuning")
+    return usable[min(usable)]
+
+
+def table(records: list[Json]) -> str:
+    """Markdown; one line for each method, after the model before training."""
+    groups: dict[tuple[str, float], list[Json]] = defaultdict(list)
+    for r in records:
+        if r["seed"] != TUNE_SEED and not r["diverged"]:
+            groups[r["method"], r["learning_rate"]].append(r)
+    if not groups:
+        raise ConfigError("no finished run after the tuning yet: go on with the sweep command")
+    lines = [
+        f"|  | {' | '.join(_COLUMNS)} |",
+        f"| {' | '.join(['---'] * (1 + len(_COLUMNS)))} |",
+    ]
+    before = records[0]["untrained"]
+    shares = [f"{100 * before['metrics'][name]:.1f}" for name in ("success", "aware_success")]
+    lines.append(f"| untrained | | | | {before['loss']:.3f} | {' | '.join(shares)} | |")
+    for (method, rate), group in groups.items():
+        edge = rate in (min(GRIDS[method]), max(GRIDS[method]))
+        cells = [
+            method,
+            f"{rate:g}{', end of the grid' if edge else ''}",
+            str(len(group)),
+            f"{group[0]['optimizer_bytes'] / 2**20:.2f}",
+            _spread([r["test"]["loss"] for r in group], 3),
+            *(
+                _spread([100 * r["test"]["metrics"][name] for r in group], 1)
+                for name in ("success", "aware_success")
+            ),
+            f"{statistics.median(r['seconds'] for r in group) / 60:.1f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _tuned(root: Path, suite: str) -> dict[str, dict[float, float | None]]:
+    """Validation losses of the tuning, by method and rate."""
+    found: dict[str, dict[float, float | None]] = defaultdict(dict)
+    for r in read_suite(root, suite):
+        if r["seed"] == TUNE_SEED:
+            loss = None if r["diverged"] else r["validation"]["loss"]
+            found[r["method"]][r["learning_rate"]] = loss
+    return found
+
+
+def _spread(values: list[float], digits: int) -> str:
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean}{PLUS_MINUS}{statistics.stdev(values):.{digits}f}"
+
+
+def _outcome(record: Json) -> str:
+    if record["diverged"]:
+        return "diverged"
+    found = record["validation"]
+    return f"validation loss {found['loss']:.3f}, success {100 * found['metrics']['success']:.1f}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command and return its exit code."""
+    return exit_code(
+        lambda: run(tyro.cli(Run | Sweep | Show, prog=f"python -m {PROGRAM}", args=argv))
+    )
+
+
+def run(command: Run | Sweep | Show) -> int:
+    match command:
+        case Run():
+            make(command)
+            return 0 if is_done(command) else 1
+        case Sweep():
+            return sweep_runs(
+                PROGRAM,
+                lambda: runs(command),
+                is_done,
+                _outcome,
+                workers=command.workers,
+                only_plan=command.plan,
+                searching=True,
+            )
+        case Show():
+            print(table(read_results(command.root, command.suite)))
+            return 0
+
+
+if __name__ == "__main__":
+    # A sweep that is told to end takes its runs along.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(main())

@@ -1,0 +1,33 @@
+"""Predictions of unlabelled rows, in the files that GLUE's server takes."""
+
+from pathlib import Path
+
+import numpy as np
+
+from examples.finetune.encoder.data import Task
+
+
+def write_submission(
+    task: Task, labels: tuple[str, ...], predictions: dict[str, np.ndarray], directory: Path
+) -> None:
+    """Write one file for each split of `task.predicted`, with the columns index and prediction.
+
+    Args:
+      task: names the files.
+      labels: of the classes, empty for a regression.
+      predictions: by split, as `train_step.decisions` returns them, in the order of the file.
+      directory: is made if it is missing.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    for split, name in zip(task.predicted, task.submission, strict=True):
+        lines = ["index\tprediction"]
+        for i, value in enumerate(predictions[split]):
+            lines.append(f"{i}\t{_written(task, labels, value)}")
+        (directory / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _written(task: Task, labels: tuple[str, ...], value: float) -> str:
+    if task.regression:
+        # The server refuses numbers outside of the range of the labels.
+        return f"{value if task.range is None else np.clip(value, *task.range):.3f}"
+    return labels[int(value)] if task.submits_names else str(int(value))
