@@ -20,9 +20,10 @@ from benchmarks.common.environment import RESULTS, environment
 from benchmarks.common.result_files import Json, read_results, read_suite, write
 from benchmarks.common.sweep import sweep as sweep_runs
 from benchmarks.pretraining.tables import PLUS_MINUS
-from examples.common.cli import exit_code, stop_on_signals
+from examples.common.cli import exit_code
 from examples.common.compare import Diverged
 from examples.common.errors import ConfigError
+from examples.common.interrupt import stop_on_signals
 from examples.common.reporter import Silent
 from examples.finetune.planner.evaluate import Evaluator
 from examples.finetune.planner.loop import train
@@ -172,7 +173,7 @@ def make(run: Run) -> Json | None:
         "configuration": config.identity() | {"method_name": run.method},
         "rows": {name: len(split.rows) for name, split in prepared.splits.items()},
     }
-    with stop_on_signals() as stop:
+    with stop_on_signals(lambda: "saves and stops after the current step") as stop:
         where = run.work / run.suite / "untrained"
         untrained = evaluate_untrained(config, prepared, evaluator, where, stop)
         if untrained is None:
