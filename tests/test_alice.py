@@ -205,6 +205,12 @@ def test_the_state_is_what_the_paper_counts_and_the_report_shows_it():
         ({"rank": 0}, ValueError, "rank must be at least 1, got 0"),
         ({"update_interval": 0}, ValueError, "update_interval must be at least 1, got 0"),
         ({"leading": -1}, ValueError, "leading must be at least 0, got -1"),
+        ({"leading": 129}, ValueError, "leading must be at most rank=128, got 129"),
+        (
+            {"compensation_scale": 0.0, "norm_growth_limit": 1.1},
+            ValueError,
+            "norm_growth_limit has no effect without a compensation",
+        ),
         ({"b3": 1.0}, ValueError, "b3 must be at least 0 and less than 1"),
         ({"compensation_scale": "much"}, TypeError, "compensation_scale must be a number"),
         ({"norm_growth_limit": 1.0}, ValueError, "norm_growth_limit must be greater than 1"),

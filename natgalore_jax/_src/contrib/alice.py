@@ -21,6 +21,7 @@ from natgalore_jax._src.params.checks import (
     check_integer,
     check_interval,
     check_number,
+    check_unused,
 )
 from natgalore_jax._src.params.context import matrices_of, open_subspace
 from natgalore_jax._src.params.placement import zeros_on_axes
@@ -147,12 +148,17 @@ def scale_by_alice(
     check_interval("update_interval", update_interval)
     if leading is not None:
         check_integer("leading", leading, minimum=0)
+        if leading > rank:
+            raise ValueError(f"leading must be at most rank={rank}, got {leading}")
     for name, value in (("b1", b1), ("b2", b2), ("b3", b3)):
         check_decay(name, value)
     for name, value in (("eps", eps), ("scale", scale), ("compensation_scale", compensation_scale)):
         check_number(name, value)
     if norm_growth_limit is not None:
         check_number("norm_growth_limit", norm_growth_limit, above=1.0)
+        if isinstance(compensation_scale, (int, float)) and compensation_scale == 0:
+            where_unused = "without a compensation (compensation_scale=0)"
+            check_unused("norm_growth_limit", norm_growth_limit, 1.01, where_unused)
     check_integer("seed", seed, minimum=0)
     settings = PlanSettings(int(rank), "short", where, axes)
     adam: Any = optax.scale_by_adam(b1=ADAM_B1, b2=ADAM_B2, eps=eps)
