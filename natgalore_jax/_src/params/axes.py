@@ -70,7 +70,7 @@ class MatrixAxes:
 
 AxesLike = MatrixAxes | None | Any | Callable[[Any], Any]
 
-_DEFAULT = MatrixAxes(rows=-2, cols=-1)
+DEFAULT = MatrixAxes(rows=-2, cols=-1)
 
 
 def _is_dimension_numbers(x: Any) -> bool:
@@ -93,7 +93,7 @@ def axes_per_leaf(axes: AxesLike, tree: Any) -> list[MatrixAxes | None]:
     entries = entry_per_leaf("axes", axes, tree, _is_axes)
     paths = [KeyPath(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
     return [
-        (None if as_in_optax else _DEFAULT) if entry is None else _matrix_axes(path, entry)
+        (None if as_in_optax else DEFAULT) if entry is None else _matrix_axes(path, entry)
         for path, entry in zip(paths, entries, strict=True)
     ]
 

@@ -127,7 +127,7 @@ def matrix_plans(where: Where, axes: AxesLike, tree: Any) -> list[LeafPlan | Non
     """:func:`plan_tree` without ranks, for optimizers that project nothing."""
 
     def plan(path: KeyPath, shape: tuple[int, ...], axes: MatrixAxes) -> LeafPlan:
-        return LeafPlan(str(path), shape, *_matrix_modes(path, shape, axes), (None, None))
+        return LeafPlan(str(path), shape, *matrix_modes(path, shape, axes), (None, None))
 
     return _plans(where, axes, tree, plan)
 
@@ -177,7 +177,7 @@ def _plan_leaf(
     by_default = settings.where is hidden_matrices
     if isinstance(settings.rank, Sequence):
         return _plan_tucker(settings, path, shape, by_default)
-    batch, modes = _matrix_modes(path, shape, axes)
+    batch, modes = matrix_modes(path, shape, axes)
     m, n = (math.prod(shape[a] for a in mode) for mode in modes)
     if by_default and min(m, n) <= settings.rank:
         return None
@@ -236,9 +236,10 @@ def _plan_tucker(
     return LeafPlan(str(path), shape, batch, modes, clipped)
 
 
-def _matrix_modes(
+def matrix_modes(
     path: KeyPath, shape: tuple[int, ...], axes: MatrixAxes
 ) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """The batch axes of a parameter, and the axes of its rows and columns."""
     ndim = len(shape)
     if ndim < 2:
         raise ValueError(f"{path}: a matrix needs at least two axes, got shape {shape}")
