@@ -174,13 +174,6 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), galore)
 
 
-def longer_side(x: jax.ShapeDtypeStruct, mesh: jax.sharding.Mesh) -> jax.NamedSharding:
-    """Shard the longer side of a matrix, replicate vectors."""
-    axis = int(np.argmax(x.shape))
-    replicate = x.ndim < 2 or x.shape[axis] % mesh.size != 0
-    return jax.NamedSharding(mesh, jax.P() if replicate else jax.P(*[None] * axis, "data"))
-
-
 def train(config: Config, tokens: np.ndarray, out: Path, mesh: jax.sharding.Mesh) -> Any:
     """The trained parameters and the losses that were printed."""
     train_tokens, held_out = np.split(tokens, [len(tokens) * 19 // 20])
@@ -198,7 +191,7 @@ def train(config: Config, tokens: np.ndarray, out: Path, mesh: jax.sharding.Mesh
 
     # Shardings before arrays: each device creates or reads nothing but its own shards.
     shapes = jax.eval_shape(init)
-    params_at = jax.tree.map(lambda x: longer_side(x, mesh), shapes[0])
+    params_at = ng.training.longer_side_shardings(shapes[0], mesh)
     state_at = (params_at, ng.training.state_shardings(tx, shapes[0], params_at))
 
     losses = []

@@ -24,6 +24,9 @@ from natgalore_jax._src.per_layer.per_layer import (
 from natgalore_jax._src.training.data_parallel import (
     data_parallel_step as data_parallel_step,
 )
+from natgalore_jax._src.training.for_nnx import (
+    for_nnx as for_nnx,
+)
 from natgalore_jax._src.training.in_place import (
     in_place as in_place,
 )
@@ -37,6 +40,7 @@ from natgalore_jax._src.training.offload import (
     to_host as to_host,
 )
 from natgalore_jax._src.training.state_shardings import (
+    longer_side_shardings as longer_side_shardings,
     state_shardings as state_shardings,
     with_shardings as with_shardings,
 )

@@ -137,6 +137,26 @@ def test_what_is_said_though_it_holds_anyway_is_accepted():
         ({"where": {"block": True}}, ValueError, "where is not a prefix of the tree of parameters"),
         ({"axes": {"block": None}}, ValueError, "axes is not a prefix of the tree of parameters"),
         ({"axes": {"block": (0, 1), "b": None}}, (TypeError, ValueError), "axes"),
+        (
+            {"axes": {"block": {"w": "rows"}, "b": None}},
+            TypeError,
+            "block/w: axes must be MatrixAxes, dimension numbers of optax.contrib, or None, got",
+        ),
+        (
+            {"axes": {"block": optax.contrib.MuonDimensionNumbers(0, (0, 1)), "b": None}},
+            ValueError,
+            "block/w: MuonDimensionNumbers(reduction_axis=0, output_axis=(0, 1)) is no matrix: ",
+        ),
+        (
+            {"axes": {"block": optax.contrib.GaLoreDimensionNumbers(0.5, 1), "b": None}},
+            TypeError,
+            "block/w: GaLoreDimensionNumbers(reduction_axis=0.5, output_axis=1) is no matrix: ",
+        ),
+        (
+            {"axes": {"block": optax.contrib.MuonDimensionNumbers(0, 2), "b": None}},
+            ValueError,
+            "block/w: MatrixAxes(rows=(0,), cols=(2,)) is out of range",
+        ),
         ({"axes": ng.MatrixAxes(0, 2)}, ValueError, "block/w: MatrixAxes(rows=(0,), cols=(2,)) is"),
         (
             {"axes": ng.MatrixAxes(1, -1)},

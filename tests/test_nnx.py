@@ -6,6 +6,9 @@ import numpy as np
 import optax
 from composed import composed_adamw
 from flax import nnx
+from jax.sharding import AxisType
+
+import natgalore_jax as ng
 
 
 class MLP(nnx.Module):
@@ -64,3 +67,63 @@ def test_nnx_optimizer_gives_the_same_as_optax_over_the_pure_state():
 
     losses = [float(step(model, optimizer)) for _ in range(12)]
     np.testing.assert_allclose(losses, train_functionally(tx, 12), rtol=1e-4)
+
+
+class ShardedMLP(nnx.Module):
+    def __init__(self, rngs):
+        init = nnx.initializers.lecun_normal()
+        columns = nnx.with_partitioning(init, (None, "model"))
+        rows = nnx.with_partitioning(init, ("model", None))
+        self.up = nnx.Linear(8, 24, kernel_init=columns, use_bias=False, rngs=rngs)
+        self.down = nnx.Linear(24, 8, kernel_init=rows, use_bias=False, rngs=rngs)
+        self.norm = nnx.LayerNorm(8, rngs=rngs)
+
+    def __call__(self, x):
+        return self.down(jax.nn.gelu(self.up(self.norm(x))))
+
+
+def test_metadata_of_the_state_is_that_of_its_own_arrays():
+    """And the steps are those without metadata."""
+    mesh = jax.make_mesh((4,), ("model",), (AxisType.Auto,), devices=jax.devices()[:4])
+    tx = ng.natural_galore_adamw(1e-2, rank=3, update_interval=5)
+
+    @nnx.jit
+    def step(model, optimizer):
+        value, grads = nnx.value_and_grad(loss)(model, X)
+        optimizer.update(model, grads)
+        return value
+
+    with jax.set_mesh(mesh):
+        model, losses = ShardedMLP(nnx.Rngs(0)), []
+        optimizer = nnx.Optimizer(model, ng.training.for_nnx(tx), wrt=nnx.Param)
+        state = nnx.state(optimizer, nnx.optimizer.OptState)
+        jax.tree.map(
+            lambda x, spec: jax.lax.with_sharding_constraint(x, spec),
+            nnx.as_pure(state),
+            nnx.as_pure(nnx.get_partition_spec(state)),
+        )
+        mu = optax.tree.get(optimizer.opt_state, "mu")
+        assert mu["up"]["kernel"].get_value().sharding.spec == jax.P(None, "model")
+        assert mu["down"]["kernel"].get_metadata("out_sharding") == jax.P("model", None)
+        basis = optax.tree.get(optimizer.opt_state, "basis")
+        assert basis[0]["up"]["kernel"].get_metadata("out_sharding") == jax.P("model", None)
+        losses = [float(step(model, optimizer)) for _ in range(8)]
+    model = ShardedMLP(nnx.Rngs(0))
+    # Parameters on no mesh leave the state alone.
+    optimizer = nnx.Optimizer(model, ng.training.for_nnx(tx), wrt=nnx.Param)
+    assert (
+        "out_sharding"
+        not in optax.tree.get(optimizer.opt_state, "mu")["up"]["kernel"].get_metadata()
+    )
+    np.testing.assert_allclose(losses, [float(step(model, optimizer)) for _ in range(8)], rtol=1e-4)
+
+
+def test_an_abstract_state_has_the_shardings_that_are_given():
+    mesh = jax.make_mesh((4,), ("model",), (AxisType.Auto,), devices=jax.devices()[:4])
+    shapes = nnx.as_pure(nnx.eval_shape(lambda: nnx.state(MLP(nnx.Rngs(0)), nnx.Param)))
+    tx = ng.training.for_nnx(
+        ng.galore_adamw(1e-2, rank=3), ng.training.longer_side_shardings(shapes, mesh)
+    )
+    optimizer = nnx.eval_shape(lambda: nnx.Optimizer(MLP(nnx.Rngs(0)), tx, wrt=nnx.Param))
+    mu = optax.tree.get(optimizer.opt_state, "mu")
+    assert mu["up"]["kernel"].get_metadata("out_sharding") == jax.P(None, "model")

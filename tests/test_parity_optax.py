@@ -106,6 +106,50 @@ def test_galore_adamw_is_the_same_chain():
     _assert_same(replay(tx, params, grads), expected)
 
 
+def test_attention_kernels_with_the_dimension_numbers_of_optax():
+    """Kernels of three and four axes, a matrix that is read as its transpose, and two without."""
+    dims = optax.contrib.GaLoreDimensionNumbers
+    axes = {
+        "query": dims(0, (1, 2)),
+        "out": dims((0, 1), 2),
+        "grouped": dims((0, 3), (1, 2)),
+        "transposed": dims(1, 0),
+        "untouched": None,
+        "bias": None,
+    }
+    shapes = {"query": (24, 3, 4), "out": (3, 4, 20), "grouped": (4, 3, 5, 6)}
+    shapes |= {"transposed": (24, 20), "untouched": (12, 9), "bias": (12,)}
+    rng = np.random.default_rng(0)
+    params = {k: rng.normal(size=s).astype(np.float32) for k, s in shapes.items()}
+    grads = {k: rng.normal(size=(60, *s)).astype(np.float32) for k, s in shapes.items()}
+    theirs = optax.contrib.galore(
+        LR, rank=RANK, update_proj_gap=INTERVAL, scale=SCALE, weight_dimension_numbers=axes
+    )
+    ours = ng.galore_adamw(
+        LR,
+        rank=RANK,
+        weight_decay=0.0,
+        update_interval=INTERVAL,
+        side="long",
+        method="svd",
+        stagger=False,
+        scale=SCALE,
+        where=True,
+        axes=axes,
+    )
+    _assert_same(replay(ours, params, grads), replay(theirs, params, grads))
+    state, their_state = (
+        jax.jit(tx.update)(jax.tree.map(lambda g: g[0], grads), tx.init(params), params)[1]
+        for tx in (ours, theirs)
+    )
+    for name, P in optax.tree.get(their_state, "projector").items():
+        bases = jax.tree.leaves([of_mode[name] for of_mode in optax.tree.get(state, "basis")])
+        assert len(bases) == (axes[name] is not None)
+        for Q in bases:
+            Q = Q.reshape(P.shape)
+            np.testing.assert_allclose(Q @ Q.T, P @ P.T, atol=1e-5, err_msg=name)
+
+
 @pytest.mark.parametrize("other", [{"side": "short"}, {"transition": "rotate"}, {"rank": 5}])
 def test_the_comparison_notices_another_algorithm(other):
     params, grads = recorded_tree()

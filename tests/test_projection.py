@@ -128,6 +128,47 @@ def test_where_in_each_of_its_forms(where, expected):
     assert projected(where) == expected
 
 
+def dimension_numbers(kind):
+    return getattr(optax.contrib, f"{kind}DimensionNumbers")
+
+
+every_kind = pytest.mark.parametrize("kind", ["Muon", "GaLore"])
+
+
+@every_kind
+def test_dimension_numbers_of_optax_in_each_form_of_axes(kind):
+    """As the equal MatrixAxes; None is no matrix, as in Optax."""
+    numbers = dimension_numbers(kind)
+    params = {"q": jnp.ones((9, 3, 10, 2)), "mlp": [jnp.ones((16, 24)), jnp.ones((16, 24))]}
+    optax_axes = {"q": numbers(0, [-2, -1]), "mlp": [numbers(), None]}
+    native = {"q": ng.MatrixAxes(0, (2, 3)), "mlp": [ng.MatrixAxes(0, 1), ng.MatrixAxes(0, 1)]}
+    where = {"q": True, "mlp": [True, False]}
+    expected = low_rank_shapes(sgd_inside(rank=4, axes=native, where=where), params)
+    assert expected == {"q": (3, 4, 10, 2), "mlp": [(4, 24), (16, 24)]}
+    for axes in (optax_axes, lambda params: optax_axes):
+        assert low_rank_shapes(sgd_inside(rank=4, axes=axes), params) == expected
+    prefix = {"q": numbers(0, (2, 3)), "mlp": None}
+    assert low_rank_shapes(sgd_inside(rank=4, axes=prefix), params)["mlp"] == [(16, 24), (16, 24)]
+    one = sgd_inside(rank=4, side="left", axes=numbers(reduction_axis=1, output_axis=0))
+    assert low_rank_shapes(one, {"a": jnp.ones((20, 8))}) == {"a": (4, 20)}
+
+
+@every_kind
+@pytest.mark.parametrize("around", ["masked", "partition"])
+def test_dimension_numbers_that_a_group_does_not_see(kind, around):
+    """None is no matrix there too, although no parameter of the group has dimension numbers."""
+    params = {"q": jnp.ones((8, 3, 4)), "other": jnp.ones((8, 8)), "up": jnp.ones((8, 24))}
+    axes = {"q": dimension_numbers(kind)(0, (1, 2)), "other": None, "up": ng.MatrixAxes(1, 0)}
+    tx = sgd_inside(rank=2, axes=axes)
+    if around == "masked":
+        tx = optax.masked(tx, {"q": False, "other": True, "up": True})
+    else:
+        labels = {"q": "rest", "other": "ours", "up": "ours"}
+        tx = optax.partition({"ours": tx, "rest": optax.sgd(0.1)}, labels)
+    trace = optax.tree.get(tx.init(params), "trace")
+    assert (trace["other"].shape, trace["up"].shape) == ((8, 8), (24, 2))
+
+
 @pytest.mark.parametrize(
     "axes",
     [

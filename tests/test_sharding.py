@@ -313,3 +313,55 @@ def test_errors():
     shardings = {"a": NamedSharding(meshes[0], jax.P()), "b": NamedSharding(meshes[1], jax.P())}
     with pytest.raises(ValueError, match="one mesh, got 2"):
         ng.training.state_shardings(tx, {"a": jnp.ones((8, 16)), "b": jnp.ones((8, 16))}, shardings)
+
+
+def test_the_longer_side_is_sharded():
+    mesh = jax.make_mesh((2, 4), ("d", "m"), (AxisType.Auto,) * 2)
+    shapes = {
+        "wide": (8, 16),
+        "tall": (16, 8),
+        "square": (8, 8),
+        "stack": (8, 12, 16),
+        "shorter": (8, 18),
+        "neither": (6, 18),
+        "bias": (8,),
+        "heads": (32, 6, 8),
+    }
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    axes = dict.fromkeys(shapes) | {"heads": ng.MatrixAxes(0, (1, 2))}
+
+    def specs(*args, **kwargs):
+        shardings = ng.training.longer_side_shardings(params, mesh, *args, **kwargs)
+        return {name: sharding.spec for name, sharding in shardings.items()}
+
+    over_m = {
+        "wide": (None, "m"),
+        "tall": ("m",),
+        "square": (None, "m"),
+        "stack": (None, None, "m"),
+        "shorter": ("m",),
+        "neither": (),
+        "bias": (),
+        "heads": (None, None, "m"),
+    }
+    assert specs("m", axes=axes) == {name: jax.P(*spec) for name, spec in over_m.items()}
+    # heads · head_dim, 48, is longer than 32, and has an axis of 8.
+    assert specs(axes=axes)["heads"] == jax.P(None, None, ("d", "m"))
+    assert specs("d", axes=axes)["heads"] == jax.P(None, "d")
+    assert specs()["tall"] == jax.P(("d", "m"))
+    with pytest.raises(ValueError, match=r"axis_name must be axes of the mesh, d, m, got \['x'\]"):
+        specs("x")
+
+
+def test_a_state_of_parameters_on_one_device():
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[3])
+    params = jax.device_put(start()[0], device)
+    tx = OPTIMIZERS["default"]()
+    shardings = ng.training.state_shardings(tx, params)
+    assert set(jax.tree.leaves(shardings)) == {device}
+    state = jax.jit(tx.init, out_shardings=shardings)(params)
+    assert {x.sharding for x in jax.tree.leaves(state)} == {device}
+    assert ng.training.with_shardings(tx, params).update is tx.update
+    params["bias"] = jax.device_put(params["bias"], jax.devices()[0])
+    with pytest.raises(ValueError, match="NamedSharding for every parameter"):
+        ng.training.state_shardings(tx, params)

@@ -20,7 +20,6 @@ import tyro
 from jax.sharding import NamedSharding
 
 import natgalore_jax as ng
-from examples.llama.distributed.devices import longer_side
 from examples.llama.model.config import ModelConfig
 from examples.many_devices import small_llama
 
@@ -43,7 +42,7 @@ def train(
     # Everything has its place before there is an array: each device makes its own parts.
     key = jax.random.key(0)
     shapes = jax.eval_shape(initial, key)
-    params_at = jax.tree.map(lambda x: longer_side(mesh, x.shape), shapes)
+    params_at = ng.training.longer_side_shardings(shapes, mesh)
     state_at = ng.training.state_shardings(tx, shapes, params_at)
     rows_at, everywhere = NamedSharding(mesh, jax.P("shard")), NamedSharding(mesh, jax.P())
 

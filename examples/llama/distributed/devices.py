@@ -157,7 +157,8 @@ class ShardedDevices(SharedDevices):
         return jax.set_mesh(self.mesh)
 
     def weights_at(self, shapes: Any) -> Any:
-        return jax.tree.map(lambda x: longer_side(self.mesh, x.shape), shapes)
+        # Layers, the first of three axes, stay whole: all devices work on the same one.
+        return ng.training.longer_side_shardings(shapes, self.mesh)
 
     def state_at(self, shapes: TrainState, tx: optax.GradientTransformation) -> Any:
         places = self.weights_at(shapes)
@@ -181,20 +182,6 @@ def make_devices(config: DistributedConfig, batch_size: int) -> Devices:
     if not config.enabled:
         return Devices()
     return (ShardedDevices if config.sharding == "full" else SharedDevices)(batch_size)
-
-
-def longer_side(mesh: jax.sharding.Mesh, shape: tuple[int, ...]) -> NamedSharding:
-    """The longer side of every matrix over all devices, or the other one if only that divides.
-
-    The longer one is a side of the low-rank gradient too, so that the optimizer exchanges bases
-    alone. Layers, the first of three axes, are not divided: all devices work on the same one.
-    """
-    spec: list[str | None] = [None] * len(shape)
-    for axis in sorted(range(len(shape))[-2:], key=lambda a: (shape[a], a), reverse=True):
-        if shape[axis] % mesh.size == 0:
-            (spec[axis],) = mesh.axis_names
-            break
-    return NamedSharding(mesh, jax.P(*spec))
 
 
 def _placed(x: Any, where: NamedSharding) -> jax.Array:

@@ -4,8 +4,10 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, cast
 
+import jax
+
 from natgalore_jax._src.params.checks import check_integer
-from natgalore_jax._src.params.where import entry_per_leaf
+from natgalore_jax._src.params.where import KeyPath, entry_per_leaf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +18,11 @@ class MatrixAxes:
     ``MatrixAxes(rows=1, cols=2)`` is L independent m × n matrices. Several axes on one side are
     flattened: the query kernel of an attention layer, ``(embed, heads, head_dim)``, is an
     ``embed × (heads · head_dim)`` matrix with ``MatrixAxes(rows=0, cols=(1, 2))``.
+
+    Wherever ``axes`` takes a ``MatrixAxes``, it takes Optax's
+    ``optax.contrib.MuonDimensionNumbers`` and ``optax.contrib.GaLoreDimensionNumbers`` too, with
+    ``reduction_axis`` as rows and ``output_axis`` as columns. In a tree with dimension numbers None
+    means as in Optax that a parameter is not projected; in a tree without, the default axes.
 
     Args:
       rows: one axis or several; negative axes count from the end.
@@ -30,6 +37,13 @@ class MatrixAxes:
       >>> import natgalore_jax as ng
       >>> ng.MatrixAxes(rows=0, cols=(1, 2))
       MatrixAxes(rows=(0,), cols=(1, 2))
+
+      >>> import jax.numpy as jnp, optax
+      >>> axes = {"query": optax.contrib.MuonDimensionNumbers(0, (1, 2)), "skip": None}
+      >>> tx = ng.galore_adamw(1e-2, rank=2, axes=axes)
+      >>> state = tx.init({"query": jnp.ones((8, 3, 4)), "skip": jnp.ones((8, 8))})
+      >>> {name: mu.shape for name, mu in optax.tree.get(state, "mu").items()}
+      {'query': (2, 3, 4), 'skip': (8, 8)}
     """
 
     rows: int | tuple[int, ...]
@@ -56,17 +70,43 @@ class MatrixAxes:
 
 AxesLike = MatrixAxes | None | Any | Callable[[Any], Any]
 
+DEFAULT = MatrixAxes(rows=-2, cols=-1)
+
+
+def _is_dimension_numbers(x: Any) -> bool:
+    """By fields and not by type: optax.contrib has several types, and may move them."""
+    return hasattr(x, "reduction_axis") and hasattr(x, "output_axis")
+
 
 def _is_axes(x: Any) -> bool:
-    return x is None or isinstance(x, MatrixAxes)
+    return x is None or isinstance(x, MatrixAxes) or _is_dimension_numbers(x)
 
 
 def axes_per_leaf(axes: AxesLike, tree: Any) -> list[MatrixAxes | None]:
-    """One entry per leaf of ``tree`` from any form of ``axes``; None is the default."""
+    """One entry per leaf of ``tree`` from any form of ``axes``; None for no matrix."""
     if callable(axes):
         axes = axes(tree)
+    # Read from the whole argument: optax.masked may hide all that have dimension numbers.
+    as_in_optax = any(
+        _is_dimension_numbers(x) for x in jax.tree.leaves(axes, is_leaf=_is_dimension_numbers)
+    )
     entries = entry_per_leaf("axes", axes, tree, _is_axes)
-    for entry in entries:
-        if not _is_axes(entry):
-            raise TypeError(f"axes must be MatrixAxes or None at every parameter, got {entry!r}")
-    return entries
+    paths = [KeyPath(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    return [
+        (None if as_in_optax else DEFAULT) if entry is None else _matrix_axes(path, entry)
+        for path, entry in zip(paths, entries, strict=True)
+    ]
+
+
+def _matrix_axes(path: KeyPath, entry: Any) -> MatrixAxes:
+    if isinstance(entry, MatrixAxes):
+        return entry
+    if not _is_dimension_numbers(entry):
+        raise TypeError(
+            f"{path}: axes must be MatrixAxes, dimension numbers of optax.contrib, or None, got "
+            f"{entry!r}"
+        )
+    try:
+        return MatrixAxes(rows=entry.reduction_axis, cols=entry.output_axis)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{path}: {entry} is no matrix: {error}") from error

@@ -1,8 +1,9 @@
 """Plan of the projection of each parameter, from names and shapes alone."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -119,16 +120,39 @@ def check_rank(rank: Any) -> None:
 
 def plan_tree(settings: PlanSettings, tree: Any) -> list[LeafPlan | None]:
     """One entry per leaf of ``tree``, parameters or gradients: its plan, or None if unprojected."""
-    leaves = [
-        (path, shape_and_dtype(path, leaf))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    ]
-    chosen = selected(settings.where, tree)
-    axes = axes_per_leaf(settings.axes, tree)
-    return [
-        _plan_leaf(settings, KeyPath(path), leaf, leaf_axes) if is_chosen else None
-        for (path, leaf), leaf_axes, is_chosen in zip(leaves, axes, chosen, strict=True)
-    ]
+    return _plans(settings.where, settings.axes, tree, functools.partial(_plan_leaf, settings))
+
+
+def matrix_plans(where: Where, axes: AxesLike, tree: Any) -> list[LeafPlan | None]:
+    """:func:`plan_tree` without ranks, for optimizers that project nothing."""
+
+    def plan(path: KeyPath, shape: tuple[int, ...], axes: MatrixAxes) -> LeafPlan:
+        return LeafPlan(str(path), shape, *matrix_modes(path, shape, axes), (None, None))
+
+    return _plans(where, axes, tree, plan)
+
+
+def _plans(
+    where: Where,
+    axes: AxesLike,
+    tree: Any,
+    plan: Callable[[KeyPath, tuple[int, ...], MatrixAxes], LeafPlan | None],
+) -> list[LeafPlan | None]:
+    """The plan of each leaf that is selected and not empty, or None."""
+    plans: list[LeafPlan | None] = []
+    for (keys, leaf), leaf_axes, is_chosen in zip(
+        jax.tree_util.tree_leaves_with_path(tree),
+        axes_per_leaf(axes, tree),
+        selected(where, tree),
+        strict=True,
+    ):
+        path, leaf = KeyPath(keys), shape_and_dtype(keys, leaf)
+        if not is_chosen or leaf_axes is None or 0 in leaf.shape:  # 0: a stack of no layers
+            plans.append(None)
+            continue
+        _check_dtype(path, leaf)
+        plans.append(plan(path, leaf.shape, leaf_axes))
+    return plans
 
 
 def require_projection(settings: PlanSettings, plans: Sequence[LeafPlan | None], tree: Any) -> None:
@@ -148,15 +172,12 @@ def require_projection(settings: PlanSettings, plans: Sequence[LeafPlan | None],
 
 
 def _plan_leaf(
-    settings: PlanSettings, path: KeyPath, leaf: Any, axes: MatrixAxes | None
+    settings: PlanSettings, path: KeyPath, shape: tuple[int, ...], axes: MatrixAxes
 ) -> LeafPlan | None:
-    shape, by_default = tuple(leaf.shape), settings.where is hidden_matrices
-    if 0 in shape:  # a stack of no layers
-        return None
-    _check_dtype(path, leaf)
+    by_default = settings.where is hidden_matrices
     if isinstance(settings.rank, Sequence):
         return _plan_tucker(settings, path, shape, by_default)
-    batch, modes = _matrix_modes(path, shape, axes)
+    batch, modes = matrix_modes(path, shape, axes)
     m, n = (math.prod(shape[a] for a in mode) for mode in modes)
     if by_default and min(m, n) <= settings.rank:
         return None
@@ -165,26 +186,6 @@ def _plan_leaf(
     return LeafPlan(
         str(path), shape, batch, modes, (rank if left else None, rank if right else None)
     )
-
-
-def matrix_plans(where: Where, axes: AxesLike, tree: Any) -> list[LeafPlan | None]:
-    """:func:`plan_tree` without ranks, for optimizers that project nothing."""
-    plans: list[LeafPlan | None] = []
-    for (path, leaf), leaf_axes, is_chosen in zip(
-        jax.tree_util.tree_leaves_with_path(tree),
-        axes_per_leaf(axes, tree),
-        selected(where, tree),
-        strict=True,
-    ):
-        shape, name = jnp.shape(leaf), KeyPath(path)
-        if not is_chosen or 0 in shape:
-            plans.append(None)
-            continue
-        _check_dtype(name, shape_and_dtype(path, leaf))
-        plans.append(
-            LeafPlan(str(name), shape, *_matrix_modes(name, shape, leaf_axes), (None,) * 2)
-        )
-    return plans
 
 
 def require_matrices(plans: Sequence[LeafPlan | None], tree: Any, treatment: str) -> None:
@@ -235,13 +236,13 @@ def _plan_tucker(
     return LeafPlan(str(path), shape, batch, modes, clipped)
 
 
-def _matrix_modes(
-    path: KeyPath, shape: tuple[int, ...], axes: MatrixAxes | None
+def matrix_modes(
+    path: KeyPath, shape: tuple[int, ...], axes: MatrixAxes
 ) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """The batch axes of a parameter, and the axes of its rows and columns."""
     ndim = len(shape)
     if ndim < 2:
         raise ValueError(f"{path}: a matrix needs at least two axes, got shape {shape}")
-    axes = axes or MatrixAxes(rows=-2, cols=-1)
     named = sum(axes.sides, ())
     if any(not -ndim <= a < ndim for a in named):
         raise ValueError(f"{path}: {axes} is out of range for a parameter of shape {shape}")

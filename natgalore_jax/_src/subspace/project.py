@@ -117,7 +117,8 @@ def low_rank_project(
       where: the parameters to project: a callable ``(path, leaf) -> bool``, a pytree of booleans
         (a prefix of the parameters' tree is enough), or the default :func:`hidden_matrices`.
       axes: a :class:`MatrixAxes`, a pytree of them (None: the default), or a callable of the
-        parameters that returns one. Default: the last two axes.
+        parameters that returns one. Default: the last two axes. Dimension numbers of
+        ``optax.contrib`` are taken too; beside them None means "not projected".
       basis_dtype: dtype of the bases; None is the dtype of the parameter. ``"int8"`` or ``"int4"``
         stores codes with a bfloat16 scale for each block of up to 256 numbers, rounded to nearest
         at a refresh. Products use the decoded P in the dtype of the gradient. The error is at most

@@ -1,13 +1,86 @@
-"""Shardings of an optimizer's state, from the shardings of the parameters."""
+"""Shardings of parameters, and of an optimizer's state from the shardings of the parameters."""
 
+import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import optax
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    SingleDeviceSharding,
+)
 
+from natgalore_jax._src.params.axes import DEFAULT, AxesLike, axes_per_leaf
+from natgalore_jax._src.params.plan import matrix_modes
 from natgalore_jax._src.params.where import KeyPath
+
+
+def longer_side_shardings(
+    params: Any,
+    mesh: Mesh | AbstractMesh,
+    axis_name: str | Sequence[str] | None = None,
+    axes: AxesLike = None,
+) -> Any:
+    """Shard each matrix along its longer side: the layout in which the optimizer sends least.
+
+    The longer side is also a side of the low-rank gradient, so that a step gathers bases alone
+    (docs/sharding.md has the communication of each layout). Pass the result to
+    :func:`state_shardings` for the state. Stacked layers stay together on every device.
+
+    Args:
+      params: the parameters: arrays or ``jax.ShapeDtypeStruct``.
+      mesh: a ``jax.sharding.Mesh`` or ``jax.sharding.AbstractMesh``.
+      axis_name: the mesh axis to shard over, or several that are used as one; None: all axes of
+        the mesh.
+      axes: the axes of each matrix, as for :func:`.low_rank_project`. A side of several axes is
+        sharded along the first of them that the devices divide.
+
+    Returns:
+      A ``jax.sharding.NamedSharding`` for each parameter. Square matrices are sharded along their
+      columns, matrices of which the devices divide only the shorter side along that side; vectors,
+      and matrices of which they divide no side, are replicated.
+
+    Raises:
+      ValueError: for an axis that the mesh does not have, and for ``axes`` that do not fit.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, natgalore_jax as ng
+      >>> mesh = jax.sharding.AbstractMesh((4,), ("data",))
+      >>> params = {"up": jnp.ones((6, 8)), "down": jnp.ones((8, 6)), "bias": jnp.ones(8)}
+      >>> shardings = ng.training.longer_side_shardings(params, mesh)
+      >>> {name: sharding.spec for name, sharding in shardings.items()}
+      {'up': P(None, 'data'), 'down': P('data',), 'bias': P()}
+    """
+    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or mesh.axis_names)
+    if unknown := [name for name in names if name not in mesh.axis_names]:
+        raise ValueError(
+            f"axis_name must be axes of the mesh, {', '.join(mesh.axis_names)}, got {unknown}"
+        )
+    devices = math.prod(mesh.shape[name] for name in names)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+
+    def spec(path: Any, shape: tuple[int, ...], axes: Any) -> PartitionSpec:
+        if len(shape) < 2:
+            return PartitionSpec()
+        _, (rows, columns) = matrix_modes(KeyPath(path), shape, axes or DEFAULT)
+        longer_first = sorted(
+            (columns, rows), key=lambda side: math.prod(shape[a] for a in side), reverse=True
+        )
+        for axis in sum(longer_first, ()):
+            if shape[axis] % devices == 0:
+                return PartitionSpec(*[None] * axis, names if len(names) > 1 else names[0])
+        return PartitionSpec()
+
+    return treedef.unflatten(
+        NamedSharding(mesh, spec(path, tuple(x.shape), leaf_axes))
+        for (path, x), leaf_axes in zip(leaves, axes_per_leaf(axes, params), strict=True)
+    )
 
 
 def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: Any = None) -> Any:
@@ -35,14 +108,17 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: An
     Args:
       tx: any Optax transformation.
       params: the parameters: arrays or ``jax.ShapeDtypeStruct``.
-      shardings: a ``jax.sharding.NamedSharding`` for each parameter, or one for all; None: the
-        shardings of ``params``.
+      shardings: a ``jax.sharding.NamedSharding`` for each parameter, or one for all, such as
+        those of :func:`longer_side_shardings`; None: the shardings of ``params``. One
+        ``jax.sharding.SingleDeviceSharding`` for all parameters is accepted too.
 
     Returns:
-      A ``NamedSharding`` for each array of the state, in the structure of the state.
+      A ``NamedSharding`` for each array of the state, in the structure of the state, or the
+      ``SingleDeviceSharding`` of the parameters.
 
     Raises:
-      ValueError: for a parameter without a ``NamedSharding``, and for several meshes.
+      ValueError: for a parameter without one of these, and for several meshes or devices. Other
+        kinds of shardings do not name the mesh axis of each side.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, natgalore_jax as ng
@@ -56,6 +132,8 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: An
       >>> init = jax.jit(tx.init, out_shardings=shardings)
     """
     given = _shardings(params, shardings)
+    if device := _single_device(given):
+        return jax.tree.map(lambda _: device, jax.eval_shape(tx.init, params))
     mesh = _mesh(given)
     explicit = AbstractMesh(
         mesh.axis_sizes, mesh.axis_names, axis_types=(AxisType.Explicit,) * len(mesh.axis_names)
@@ -89,7 +167,8 @@ def with_shardings(
       params, shardings: see :func:`.state_shardings`.
 
     Returns:
-      A transformation for these parameters on this mesh; ``tx`` itself if its axes are explicit.
+      A transformation for these parameters on this mesh; ``tx`` itself if its axes are explicit,
+      and for one device.
       Pass ``tx``, and not this transformation, to :func:`.low_rank_steps` and :func:`.per_layer`.
 
     Raises:
@@ -106,8 +185,10 @@ def with_shardings(
       (4, 6, 8)
     """
     given = _shardings(params, shardings)
-    mesh = _mesh(given)
     tx = optax.with_extra_args_support(tx)
+    if _single_device(given):
+        return tx
+    mesh = _mesh(given)
     if all(kind == AxisType.Explicit for kind in mesh.axis_types):
         return tx
     of_state = state_shardings(tx, params, shardings)
@@ -156,6 +237,13 @@ def _shardings(params: Any, shardings: Any) -> Any:
     return jax.tree.map(
         lambda s, part: jax.tree.map(lambda _: s, part), shardings, params, is_leaf=is_sharding
     )
+
+
+def _single_device(shardings: Any) -> SingleDeviceSharding | None:
+    """The device of all parameters, if they are on one device without a mesh."""
+    found = set(jax.tree.leaves(shardings, is_leaf=lambda x: x is None))
+    only = found.pop() if len(found) == 1 else None
+    return only if isinstance(only, SingleDeviceSharding) else None
 
 
 def _mesh(shardings: Any) -> Mesh | AbstractMesh:
