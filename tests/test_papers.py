@@ -5,6 +5,8 @@ import importlib
 import json
 import os
 import shlex
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,7 +67,7 @@ def in_this_process(monkeypatch):
         commands.append(command)
         return importlib.import_module(f"{command[2]}.__main__").main(command[3:])
 
-    monkeypatch.setattr(papers.subprocess, "call", call)
+    monkeypatch.setattr(papers, "run_program", call)
     return commands
 
 
@@ -149,6 +151,21 @@ def test_the_average_takes_the_best_rate_of_each_task(tmp_path):
     assert cells[0] == "90.00" and set(cells[1:]) == {"70.00"}
     assert average == f"{(90 + 7 * 70) / 8:.2f}"
     assert set(list(glue_table(runs).columns[2].cells)[:-1]) == {"2e-05"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_program_saves_before_it_stops(number, tmp_path):
+    code = f"""
+import os, signal, time
+signal.signal(signal.SIGTERM, lambda *_: exit(143))
+signal.signal(signal.SIGINT, lambda *_: exit(130))
+os.kill(os.getppid(), {int(number)})
+if {int(number)} == signal.SIGINT: os.kill(os.getpid(), {int(number)})  # As a terminal does.
+time.sleep(60)
+"""
+    handler = signal.getsignal(number)
+    assert papers.run_program([sys.executable, "-c", code]) == 128 + number
+    assert signal.getsignal(number) is handler
 
 
 @pytest.mark.parametrize("arguments", [["c4-60m/none"], ["none", "--print"]])

@@ -1,6 +1,7 @@
 """The papers' experiments by name: `python -m examples.papers`."""
 
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -64,11 +65,24 @@ def run_all(name: str, experiment: Experiment, options: list[str]) -> int:
         resume = ["--resume"] if directory.exists() else []
         # The name stands last: each run of a sweep has its own.
         command = [*line, *options, *resume, "--name", run_name]
-        code = subprocess.call([sys.executable, "-m", experiment.program, *command])
+        code = run_program([sys.executable, "-m", experiment.program, *command])
         if code:
             return code
     Console(width=120).print(results(experiment.program, directories))
     return 0
+
+
+def run_program(command: list[str]) -> int:
+    """The exit code of a process, which gets to save its run when this one is to stop."""
+    with subprocess.Popen(command) as process:
+        # A terminal sends SIGINT to both.
+        handlers = {signal.SIGINT: lambda *_: None, signal.SIGTERM: lambda *_: process.terminate()}
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        try:
+            return process.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _root(line: Sequence[str]) -> Path:

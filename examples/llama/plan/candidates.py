@@ -150,7 +150,7 @@ def _steps(
     possible = _accumulate(base, batch_size, given) > 1 and "residual" in parameters
     wanted = base.accumulate_in_subspace
     for step, flags in STEPS.items():
-        if not wanted:
+        if not (wanted and possible):
             yield step, flags
         if possible and OPTIMIZERS[name].fixed.get("residual", "none") == "none":
             yield f"{step}, low-rank sums", (*flags, *IN_SUBSPACE)

@@ -175,6 +175,9 @@ def run(argv: list[str] | None, console: Console) -> int:
         args=argv,
         return_unknown_args=True,
     )
+    # Options may be --name=value.
+    pairs = [word.split("=", 1) if word.startswith("--") else [word] for word in given]
+    given = [word for pair in pairs for word in pair]
     memory, reserve = device_memory(plan.device_memory), _size("reserve", plan.reserve)
     room = memory - reserve
     if room <= 0:
