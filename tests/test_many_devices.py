@@ -11,7 +11,6 @@ import optax
 import pytest
 
 import natgalore_jax as ng
-from examples.llama.distributed.devices import longer_side
 from examples.llama.model.config import ModelConfig
 from examples.many_devices import replicated, sharded, small_llama
 
@@ -76,7 +75,7 @@ def test_each_device_has_an_eighth():
     mesh = jax.sharding.AbstractMesh((8,), ("shard",))
     shapes = jax.eval_shape(lambda: small_llama.initial(jax.random.key(0)))
     tx = ng.natural_galore_adamw(1e-2, rank=small_llama.RANK)
-    at = jax.tree.map(lambda x: longer_side(mesh, x.shape), shapes)
+    at = ng.training.longer_side_shardings(shapes, mesh)
     arrays = jax.tree.leaves((shapes, jax.eval_shape(tx.init, shapes)))
     shardings = jax.tree.leaves((at, ng.training.state_shardings(tx, shapes, at)))
     whole = sum(math.prod(x.shape) for x in arrays)
@@ -92,7 +91,7 @@ def test_weights_are_gathered_and_not_activations():
     """The largest array that devices exchange is the largest matrix: 512 rows would be larger."""
     mesh = jax.sharding.Mesh(jax.devices(), ("shard",))
     shapes = jax.eval_shape(lambda: small_llama.initial(jax.random.key(0), MODEL))
-    at = jax.tree.map(lambda x: longer_side(mesh, x.shape), shapes)
+    at = ng.training.longer_side_shardings(shapes, mesh)
     rows = jax.ShapeDtypeStruct((64, MODEL.max_length + 1), jnp.int32)
     with jax.set_mesh(mesh):
         gradient = jax.jit(

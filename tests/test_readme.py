@@ -1,0 +1,103 @@
+"""The claims of the README are those of the result files, and it stays short."""
+
+import json
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from test_memory_budget import abstract_params
+
+import natgalore_jax as ng
+from benchmarks.common.result_files import read_results
+from benchmarks.pretraining.report import fill
+from benchmarks.pretraining.run_spec import ROOT as RUNS
+from benchmarks.pretraining.summary import summarise
+from benchmarks.pretraining.tables import short
+from examples.llama.model.config import MODEL_PRESETS
+
+ROOT = Path(__file__).parent.parent
+README = ROOT.joinpath("README.md").read_text()
+WORDS = " ".join(README.split())
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+@pytest.fixture(scope="module")
+def groups():
+    return summarise(read_results(RUNS, "main"))
+
+
+def test_at_most_700_words():
+    prose = re.sub(r"^```.*?^```$", "", README, flags=re.M | re.S)
+    assert len(prose.split()) <= 700
+
+
+def test_the_table_is_that_of_the_report(groups):
+    assert fill(README, short(groups, "docs/quality.md")) == README
+
+
+def test_losses_and_bytes(groups):
+    def row(method, corpus):
+        return next(r for (m, _), r in groups["nano", corpus].items() if m == method)
+
+    corpora = ("sotu", "shakespeare")
+    distance = {
+        method: [row("adamw", c).test - row(method, c).test for c in corpora]
+        for method in ("natural-galore", "natural-galore-lean")
+    }
+    default, lean = (f"{a:.2f} and {b:.2f}" for a, b in distance.values())
+    assert f"the default ends {default} nats below AdamW" in WORDS
+    full = row("adamw", "sotu").state_bytes
+    share = f"{100 * row('natural-galore-lean', 'sotu').state_bytes / full:.1f} %"
+    assert f"has {share} of AdamW's bytes and ends {lean} below its loss" in WORDS
+
+
+def test_a_step_of_llama_7b():
+    def estimate(file, method, step):
+        steps = json.loads((RESULTS / file).read_text())["steps"]
+        return next(
+            s["estimated_bytes"]["total"] / 1e9
+            for s in steps
+            if (s["preset"], s["method"], s["step"], s["rows"]) == ("7b", method, step, 1)
+        )
+
+    lean = estimate("gpu_memory_estimates_lean.json", "lean-natural-galore", "per layer")
+    adamw = estimate("gpu_memory_estimates.json", "adamw", "per layer")
+    assert f"{lean:.1f} GB instead of {adamw:.1f} GB" in WORDS
+
+
+@pytest.mark.parametrize(
+    ("file", "rank"), [("step_time_rank_32.json", 32), ("step_time.json", 128)]
+)
+def test_time_of_an_update(file, rank):
+    methods = json.loads((RESULTS / file).read_text())["methods"]
+    ours, adamw = (methods[m]["amortised_s"] for m in ("natural", "adamw"))
+    assert re.search(rf"at rank {rank} (takes )?{ours / adamw:.2f} times", WORDS)
+
+
+STATES = {
+    "`ng.natural_galore_adamw`": (ng.natural_galore_adamw, 4, {}),
+    "the same with `moment_bits=8`": (ng.natural_galore_adamw, 4, {"moment_bits": 8}),
+    "`ng.lean_natural_galore_adamw`": (ng.lean_natural_galore_adamw, 16, {}),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_state_at_1b_and_7b(name):
+    factory, share, settings = STATES[name]
+    cells = next(line for line in README.splitlines() if line.startswith(f"| {name}")).split("|")
+    for preset, cell in zip(("1b", "7b"), cells[3:5], strict=True):
+        params = abstract_params(preset)
+        tx = factory(1e-2, rank=MODEL_PRESETS[preset].hidden // share, **settings)
+        report = ng.memory_report(tx, params)
+        assert f"{report.total_state_bytes / 1e9:.2f}" == cell.strip()
+        assert f"{report.adamw_state_bytes / 1e9:.2f} |" in README
+
+
+def test_the_training_step_runs():
+    block = re.search(r"```python\n(import jax, jax.*?)```", README, re.S)
+    namespace = {}
+    exec(block[1], namespace)
+    assert jnp.isfinite(namespace["loss"])
+    assert jax.tree.all(jax.tree.map(lambda x: bool(jnp.isfinite(x).all()), namespace["params"]))
