@@ -20,8 +20,13 @@ RECIPES = sorted(
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
 
+TRAINERS = {"tunix_trainer": "tunix", "maxtext_trainer": "maxtext"}  # which no extra installs
+
+
 @functools.cache
 def outcome(name):
+    if package := TRAINERS.get(name):
+        pytest.importorskip(package, reason=f"{package} is not installed: docs/trainers.md")
     return importlib.import_module(f"examples.recipes.{name}").main()
 
 
@@ -70,6 +75,20 @@ def test_sharded_nnx_spreads_weights_and_state():
         for x in (mu, params[name]["kernel"]):
             expected = jax.NamedSharding(x.sharding.mesh, spec)
             assert x.sharding.is_equivalent_to(expected, 2) and len(x.sharding.device_set) == 8
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_trainer_resumes_with_the_state_in_its_shards(name):
+    losses, result = outcome(name)
+    assert len(losses) == 8 and losses[4] < losses[3]  # the second call went on
+    optimizer = result.optimizer  # of Tunix's trainer, and in MaxText's state
+    arrays = jax.tree.leaves(optimizer)
+    assert {int(x) for x in arrays if x.shape == () and x.dtype == jnp.uint32} == {8}
+    bases = jax.tree.leaves(optax.tree.get(optimizer.opt_state, "basis"))
+    assert bases
+    for x in bases:
+        assert x.shape[-1] == 4
+        assert x.sharding.shard_shape(x.shape) != x.shape or len(x.sharding.device_set) == 1
 
 
 def test_equinox_has_weights_of_outputs_times_inputs():

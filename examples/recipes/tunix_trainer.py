@@ -1,7 +1,7 @@
 """Tunix: full fine-tuning by its trainer, sharded, with its checkpoints and resume.
 
 pip install google-tunix
-XLA_FLAGS=--xla_force_host_platform_device_count=4 NPROC=32 python examples/recipes/tunix_trainer.py
+JAX_NUM_CPU_DEVICES=4 NPROC=32 python examples/recipes/tunix_trainer.py
 """
 
 import tempfile
