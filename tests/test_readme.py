@@ -30,7 +30,7 @@ def groups():
 
 def test_at_most_700_words():
     prose = re.sub(r"^```.*?^```$", "", README, flags=re.M | re.S)
-    assert len(prose.split()) <= 700
+    assert len([word for word in prose.split() if re.search(r"\w", word)]) <= 700
 
 
 def test_the_table_is_that_of_the_report(groups):

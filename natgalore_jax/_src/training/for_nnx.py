@@ -43,8 +43,8 @@ def for_nnx(
       >>> tx = ng.training.for_nnx(ng.galore_adamw(1e-2, rank=2))
       >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
       >>> specs = nnx.get_partition_spec(nnx.state(optimizer, nnx.optimizer.OptState))
-      >>> {str(spec) for spec in jax.tree.leaves(nnx.as_pure(specs))}
-      {"P(None, 'model')", 'P()', "P('model', None)"}
+      >>> sorted({str(spec) for spec in jax.tree.leaves(nnx.as_pure(specs))})
+      ["P('model', None)", 'P()', "P(None, 'model')"]
     """
     tx = optax.with_extra_args_support(tx)
 

@@ -55,7 +55,7 @@ def longer_side_shardings(
       >>> params = {"up": jnp.ones((6, 8)), "down": jnp.ones((8, 6)), "bias": jnp.ones(8)}
       >>> shardings = ng.training.longer_side_shardings(params, mesh)
       >>> {name: sharding.spec for name, sharding in shardings.items()}
-      {'up': P(None, 'data'), 'down': P('data',), 'bias': P()}
+      {'bias': P(), 'down': P('data',), 'up': P(None, 'data')}
     """
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or mesh.axis_names)
     if unknown := [name for name in names if name not in mesh.axis_names]:
