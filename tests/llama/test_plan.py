@@ -83,7 +83,7 @@ def test_the_command_of_a_setting_that_fits(tmp_path, capsys):
     config = parse(words[3:])
     assert config.optimizer.name == "adamw" and config.seq_len == 16
     assert config.batch_size * config.accumulate == 16  # As in the preset.
-    assert "rows of 16 tokens, 256 tokens a step" in printed.out
+    assert "rows of 16 tokens, 256 tokens a step" in " ".join(printed.out.split())
     assert config.model.param_dtype == "bfloat16" and config.model.stacked
     assert {"ordinary": 0, "remat": 1, "per layer": 2}[fitting[0]["step"]] == (
         2 * config.per_layer + config.model.remat
