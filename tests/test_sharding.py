@@ -303,7 +303,7 @@ def test_with_shardings_outside_of_jit_without_params_and_with_extra_arguments()
 
 def test_errors():
     tx = OPTIMIZERS["galore"]()
-    params = {"w": {"kernel": jnp.ones((8, 16))}}
+    params = {"w": {"kernel": jax.ShapeDtypeStruct((8, 16), jnp.float32)}}  # without a sharding
     with pytest.raises(ValueError, match=r"NamedSharding.*w/kernel|NamedSharding.*kernel"):
         ng.training.state_shardings(tx, params)
     meshes = [
