@@ -30,7 +30,7 @@ def main():
     with jax.set_mesh(mesh):
         graphdef, params = nnx.split(MLP(nnx.Rngs(0)), nnx.Param)
         # Optax on the arrays alone. nnx.Optimizer would copy the metadata of each parameter onto
-        # its state, whose arrays have other shapes: "model" would be asked of an axis of length 4.
+        # its state, whose arrays have other shapes: wrap tx in ng.training.for_nnx for it.
         params = nnx.as_pure(params)
         tx = ng.natural_galore_adamw(1e-2, rank=4, update_interval=10)
         state = tx.init(params)
