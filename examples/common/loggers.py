@@ -96,6 +96,5 @@ def _package(option: str, name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ConfigError(
-            f"--log-to {option} needs the package {name} ({error}): "
-            "python -m pip install 'natgalore-jax[loggers]'"
+            f"--log-to {option} needs the package {name} ({error}): python -m pip install {name}"
         ) from error
