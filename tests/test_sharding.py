@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from tolerances import PARAMETERS
 
 import natgalore_jax as ng
+from natgalore_jax._src.kernels.projection import contract
 
 STEPS, LEARNING_RATE = 20, 0.01
 RANK = 4
@@ -365,3 +366,11 @@ def test_a_state_of_parameters_on_one_device():
     params["bias"] = jax.device_put(params["bias"], jax.devices()[0])
     with pytest.raises(ValueError, match="NamedSharding for every parameter"):
         ng.training.state_shardings(tx, params)
+
+
+def test_one_operand_on_explicit_axes_decides_the_sharding_of_a_product():
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+    G = jax.device_put(jnp.ones((8, 16)), NamedSharding(mesh, jax.P(None, "x")))
+    R = jax.jit(lambda P, G: contract("mr,mn->rn", P, G))(jnp.ones((8, 2)), G)
+    assert jax.typeof(R).sharding.spec == jax.P(None, "x")
+    np.testing.assert_array_equal(R, np.full((2, 16), 8.0))
