@@ -328,7 +328,7 @@ def test_report_fills_the_documentation(root, tmp_path, capsys):
         assert len(np.unique(image.reshape(-1, image.shape[-1]), axis=0)) > 10
 
     assert main(command) == 0
-    assert [p.read_text() for p in (readme, docs / "experiments.md", docs / "quality.md")] == texts
+    assert [p.read_text() for p in (readme, docs / "quality.md")] == texts
 
 
 def test_report_makes_no_block_of_its_own(root, tmp_path):
