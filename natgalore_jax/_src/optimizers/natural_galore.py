@@ -17,7 +17,7 @@ from natgalore_jax._src.params.plan import Side
 from natgalore_jax._src.params.where import Where, hidden_matrices, selected
 from natgalore_jax._src.subspace.chain import Composite, chain
 from natgalore_jax._src.subspace.compact_fisher import compact_natural_gradient
-from natgalore_jax._src.subspace.project import low_rank_project
+from natgalore_jax._src.subspace.project import LowRankProject, low_rank_project
 from natgalore_jax._src.subspace.project_back import NORM_GROWTH_LIMIT, project_back
 from natgalore_jax._src.subspace.woodbury import DampingMode, Schedule, woodbury_natural_gradient
 
@@ -206,13 +206,9 @@ def natural_galore_adamw(
         basis_dtype=basis_dtype,
         seed=seed,
     )
-    return chain(
+    return _adamw_in(
         opener,
-        compact_natural_gradient(
-            adam_with_bits(moment_bits, b1, b2, eps, nesterov=True),
-            modes=opener.number_of_modes,
-            cautious=True,
-        ),
+        adam_with_bits(moment_bits, b1, b2, eps, nesterov=True),
         project_back(scale, residual, residual_scale=residual_scale),
         _scale_unprojected(unprojected_ratio, where),
         optax.add_decayed_weights(weight_decay, mask),
@@ -288,15 +284,22 @@ def lean_natural_galore_adamw(
         basis_dtype="int8",
         seed=seed,
     )
-    adam = scale_by_adam_8bit(b1, b2, eps, nesterov=True, min_size=256, factored=None)
-    return chain(
+    return _adamw_in(
         opener,
-        compact_natural_gradient(adam, modes=opener.number_of_modes, cautious=True),
+        scale_by_adam_8bit(b1, b2, eps, nesterov=True, min_size=256, factored=None),
         project_back(1.0, "fisher"),
         _scale_unprojected(unprojected_ratio, where),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
+
+
+def _adamw_in(
+    opener: LowRankProject, adam: optax.GradientTransformation, *closer_and_rest: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Cautious natural gradients of ``adam`` in the subspace that ``opener`` opens."""
+    natural = compact_natural_gradient(adam, modes=opener.number_of_modes, cautious=True)
+    return chain(opener, natural, *closer_and_rest)
 
 
 def _scale_unprojected(ratio: float, where: Where) -> optax.GradientTransformationExtraArgs:

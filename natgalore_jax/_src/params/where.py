@@ -115,9 +115,8 @@ def all_matrices(path: Any, leaf: Any) -> bool:
 def token_matrices(path: Any, leaf: Any) -> bool:
     """Embeddings and output heads by the rules of :func:`hidden_matrices`."""
     parts = _parts(tuple(path))
-    is_embedding = any(_EMBEDDING.search(part) for part in parts)
-    is_shared = _SHARED in itertools.pairwise(parts)
-    return all_matrices(path, leaf) and (is_embedding or is_shared or _is_named_a_head(parts))
+    is_for_tokens = _is_named_an_embedding(parts) or _is_named_a_head(parts)
+    return all_matrices(path, leaf) and is_for_tokens
 
 
 def output_heads(path: Any, leaf: Any) -> bool:
@@ -139,6 +138,10 @@ def _is_named_a_vector(parts: list[str]) -> bool:
     return any(_VECTOR.search(part) for part in parts) or "".join(parts[-1:]).endswith("_bias")
 
 
+def _is_named_an_embedding(parts: list[str]) -> bool:
+    return any(_EMBEDDING.search(part) for part in parts) or _SHARED in itertools.pairwise(parts)
+
+
 def _is_named_a_head(parts: list[str]) -> bool:
     if any(_HEAD.search(part) for part in parts) or _DECODER in itertools.pairwise(parts):
         return True
@@ -146,9 +149,7 @@ def _is_named_a_head(parts: list[str]) -> bool:
 
 
 def _is_named_otherwise(parts: list[str], shape: tuple[int, ...]) -> bool:
-    if any(rule.search(part) for rule in (_EMBEDDING, _ROUTER) for part in parts):
-        return True
-    if _SHARED in itertools.pairwise(parts):
+    if _is_named_an_embedding(parts) or any(_ROUTER.search(part) for part in parts):
         return True
     if _is_named_a_head(parts) or _is_named_a_vector(parts):
         return True

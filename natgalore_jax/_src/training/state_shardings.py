@@ -168,8 +168,8 @@ def with_shardings(
 
     Returns:
       A transformation for these parameters on this mesh; ``tx`` itself if its axes are explicit,
-      and for one device.
-      Pass ``tx``, and not this transformation, to :func:`.low_rank_steps` and :func:`.per_layer`.
+      and for one device. Pass ``tx``, and not this transformation, to :func:`.low_rank_steps` and
+      :func:`.per_layer`.
 
     Raises:
       ValueError: see :func:`.state_shardings`.
