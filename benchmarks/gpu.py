@@ -7,6 +7,7 @@ stage that is not done. ``--tiny --allow-cpu`` rehearses every stage on a CPU in
 """
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -45,6 +46,8 @@ def stages(output: Path, text: str) -> list[Stage]:
       output: directory of the results.
       text: of pre-training, as ``--corpora`` of :mod:`benchmarks.pretraining` takes it.
     """
+    # Results record command lines, which must not have directories of this machine.
+    output, tuned = (Path(os.path.relpath(path)) for path in (output, RESULTS / "quality"))
 
     def step_memory(name: str, preset: str, *methods: str) -> Stage:
         file = ["--output", str(output / f"step-memory-{name}.json")]
@@ -62,7 +65,7 @@ def stages(output: Path, text: str) -> list[Stage]:
         return Stage(
             f"60m-{method}",
             9,
-            [*command, "--tune-root", str(RESULTS / "quality"), "--root", str(output / "quality")],
+            [*command, "--tune-root", str(tuned), "--root", str(output / "quality")],
             ["--preset", "60m", "--dtype", "bfloat16", "--accumulate", "4"],
             ["--preset", "tiny"],
         )
