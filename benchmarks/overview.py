@@ -59,7 +59,7 @@ def frontier(axes: Any) -> None:
     for method, row in by_method.items():
         ours = method in OURS
         style = {"fmt": "s" if ours else "o", "color": "tab:red" if ours else "0.25"}
-        at = (100 * row.state_bytes / full, row.test)
+        at = _at(row, full)
         axes.errorbar(*at, yerr=row.test_std or 0, markersize=5, capsize=2, **style)
         axes.annotate(
             label(method).removeprefix("Natural GaLore, "),
@@ -81,6 +81,7 @@ def frontier(axes: Any) -> None:
 
 
 def _at(row: Row, full: int) -> tuple[float, float]:
+    """Percent of AdamW's bytes, ``full``, and loss."""
     return 100 * row.state_bytes / full, row.test
 
 
@@ -89,9 +90,8 @@ def bars(axes: Any) -> None:
     for y, (_, method, step) in enumerate(BARS):
         start = 0.0
         for number, (part, size) in enumerate(memory(method, step).items()):
-            label = part if y == 0 else None
             shade = str(0.2 + 0.2 * number) if number < 3 else "tab:red"
-            axes.barh(y, size, left=start, color=shade, label=label)
+            axes.barh(y, size, left=start, color=shade, label=part if y == 0 else None)
             start += size
         axes.text(start + 0.5, y, f"{start:.1f} GB", va="center", fontsize=9)
     axes.set_yticks(range(len(BARS)), [name for name, _, _ in BARS], fontsize=9)

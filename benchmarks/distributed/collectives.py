@@ -60,7 +60,7 @@ def _size(dtype: str, shape: str) -> int:
 
 
 def sent_bytes(hlo: str, devices: int) -> float:
-    """What one device sends if every collective is a ring of all devices, branches included.
+    """Bytes that one device sends if every collective is a ring of all devices, branches included.
 
     Each collective is counted once, also in a loop.
     """

@@ -19,7 +19,7 @@ from benchmarks.common import result_files
 from benchmarks.common.environment import RESULTS, environment
 from benchmarks.common.result_files import Json, read_results, read_suite, write
 from benchmarks.common.sweep import sweep as sweep_runs
-from benchmarks.pretraining.tables import PLUS_MINUS
+from benchmarks.pretraining.tables import mean_and_spread
 from examples.common.cli import exit_code
 from examples.common.compare import Diverged
 from examples.common.errors import ConfigError
@@ -49,7 +49,7 @@ _COLUMNS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Common:
-    """What all runs of a suite share."""
+    """Options common to all runs of a suite."""
 
     model: str = "smollm2-135m-instruct"
     """The model, as in examples.finetune.planner."""
@@ -72,7 +72,7 @@ class Run(Common):
     """Make one run and write its file."""
 
     method: MethodName = "natural-galore"
-    """What trains the model."""
+    """Method that trains the model."""
     learning_rate: float = 3e-4
     """Peak learning rate."""
     seed: int = 1
@@ -114,7 +114,7 @@ class Sweep(Common):
     """
 
     methods: tuple[MethodName, ...] = tuple(GRIDS)
-    """What trains the model."""
+    """Methods that train the model."""
     seeds: tuple[int, ...] = (1, 2, 3)
     """Seeds after the tuning."""
     workers: int = 1
@@ -173,12 +173,13 @@ def make(run: Run) -> Json | None:
         "configuration": config.identity() | {"method_name": run.method},
         "rows": {name: len(split.rows) for name, split in prepared.splits.items()},
     }
-    with stop_on_signals(lambda: "saves and stops after the current step") as stop:
+    reporter = Silent()
+    with stop_on_signals(lambda: reporter.activity.stops) as stop:
         where = run.work / run.suite / "untrained"
         untrained = evaluate_untrained(config, prepared, evaluator, where, stop)
         if untrained is None:
             return None
-        given = (prepared, evaluator, untrained["validation"], run.work_dir, Silent(), stop)
+        given = (prepared, evaluator, untrained["validation"], run.work_dir, reporter, stop)
         try:
             result = train(config, run.method, *given)
         except Diverged:
@@ -245,9 +246,9 @@ def table(records: list[Json]) -> str:
             f"{rate:g}{', end of the grid' if edge else ''}",
             str(len(group)),
             f"{group[0]['optimizer_bytes'] / 2**20:.2f}",
-            _spread([r["test"]["loss"] for r in group], 3),
+            mean_and_spread([r["test"]["loss"] for r in group], 3),
             *(
-                _spread([100 * r["test"]["metrics"][name] for r in group], 1)
+                mean_and_spread([100 * r["test"]["metrics"][name] for r in group], 1)
                 for name in ("success", "aware_success")
             ),
             f"{statistics.median(r['seconds'] for r in group) / 60:.1f}",
@@ -264,11 +265,6 @@ def _tuned(root: Path, suite: str) -> dict[str, dict[float, float | None]]:
             loss = None if r["diverged"] else r["validation"]["loss"]
             found[r["method"]][r["learning_rate"]] = loss
     return found
-
-
-def _spread(values: list[float], digits: int) -> str:
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    return mean if len(values) < 2 else f"{mean}{PLUS_MINUS}{statistics.stdev(values):.{digits}f}"
 
 
 def _outcome(record: Json) -> str:

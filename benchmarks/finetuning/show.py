@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.common.environment import RESULTS, print_targets, target
 from benchmarks.common.result_files import Json, read_results
-from benchmarks.pretraining.tables import PLUS_MINUS
+from benchmarks.pretraining.tables import mean_and_spread
 
 # Natural GaLore may be so many points below AdamW.
 MARGIN = 0.2
@@ -106,6 +106,4 @@ def _bytes(group: list[Json]) -> int:
 
 
 def _spread(group: list[Json], split: str, name: str) -> str:
-    values = [100 * r["metrics"][split][name] for r in group]
-    mean = f"{statistics.fmean(values):.1f}"
-    return mean if len(values) < 2 else f"{mean}{PLUS_MINUS}{statistics.stdev(values):.1f}"
+    return mean_and_spread([100 * r["metrics"][split][name] for r in group], 1)

@@ -29,7 +29,7 @@ class Report:
     tune_preset: str = "nano"
     """Preset whose tuned rates the presets have that were not tuned themselves."""
     docs: Path = Path("docs")
-    """Where quality.md and figures/ are."""
+    """Directory of quality.md and figures/."""
     readme: Path = Path("README.md")
     """Gets the short tables, if it has a block for them."""
 

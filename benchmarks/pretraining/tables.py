@@ -1,6 +1,7 @@
 """The results as Markdown: tables, and the generated pages."""
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 from benchmarks.pretraining.methods import CHANGES, METHODS
@@ -110,13 +111,19 @@ def tuning(tuned: Mapping[str, Tuned]) -> str:
     return table(["", "best rate × ratio", "loss", "runs", "all runs"], lines)
 
 
+def mean_and_spread(values: Sequence[float], digits: int) -> str:
+    """The mean and, of several values, their standard deviation."""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean}{PLUS_MINUS}{statistics.stdev(values):.{digits}f}"
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def label(method: str) -> str:
-    """What a method is called in a table, with what was changed about it."""
+    """Label of a method in a table, with the arguments that were changed."""
     name, at, changes = method.partition("@")
     text = METHODS[name].label if name in METHODS else name
     return f"{text}, {CHANGES.get(method, changes.replace(',', ', '))}" if at else text
@@ -239,7 +246,7 @@ def _losses(groups: Groups, preset: str, methods: Iterable[str]) -> list[str]:
 
 
 def protocol(groups: Groups, preset: str) -> str:
-    """How the runs of a preset were made."""
+    """Protocol of the runs of a preset."""
     rows = [row for (p, _), of in groups.items() if p == preset for row in of.values()]
     if not rows:
         return "not run."

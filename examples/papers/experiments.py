@@ -131,17 +131,16 @@ def _inner_optimizers() -> Iterable[tuple[str, Experiment]]:
         "galore-adafactor": "galore-adafactor",
     }
     ranks = {f"rank{rank}": ("--rank", str(rank)) for rank in (512, 1024)}
-    for name, optimizer in (full | inside).items():
-        more = _words(f"--steps 10000 --optimizer {optimizer}")
-        if name in full:
-            more, variants = (*more, *_words("--unprojected-ratio 1 --learning-rate 0.001")), None
-        else:
-            more, variants = (*more, *_words("--scale 0.25 --learning-rate 0.01")), ranks
-        given = {} if variants is None else {"variants": variants}
-        yield (
-            f"inner-1b/{name}",
-            _pretraining("1b", "Natural GaLore, figure 3", more, **given),
-        )
+
+    def experiment(name: str, optimizer: str, rates: str, **more) -> tuple[str, Experiment]:
+        arguments = _words(f"--steps 10000 --optimizer {optimizer} {rates}")
+        source = "Natural GaLore, figure 3"
+        return f"inner-1b/{name}", _pretraining("1b", source, arguments, **more)
+
+    for name, optimizer in full.items():
+        yield experiment(name, optimizer, "--unprojected-ratio 1 --learning-rate 0.001")
+    for name, optimizer in inside.items():
+        yield experiment(name, optimizer, "--scale 0.25 --learning-rate 0.01", variants=ranks)
 
 
 def _throughput() -> Iterable[tuple[str, Experiment]]:
