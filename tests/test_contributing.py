@@ -51,8 +51,13 @@ def patched(tmp_path_factory):
     """A copy of the library with all diffs applied."""
     folder = tmp_path_factory.mktemp("patched")
     shutil.copytree(ROOT / "natgalore_jax", folder / "natgalore_jax")
-    for name in ("tests/contract.py", "tests/composed.py", "docs/api.md"):
-        (folder / name).parent.mkdir(exist_ok=True)
+    for name in (
+        "tests/contract.py",
+        "tests/composed.py",
+        "examples/common/composed.py",
+        "docs/api.md",
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     for diff in DIFFS:
         apply(diff, folder)

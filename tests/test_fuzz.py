@@ -87,7 +87,7 @@ FACTORIES = {
     ng.galore_adamw: COMMON | METHOD | MOMENTS,
     ng.natural_galore_adamw: COMMON | MOMENTS,
     functools.partial(composed_adamw, "stored"): COMMON | METHOD | TRANSITION | STORED,
-    functools.partial(composed_adamw, "adam"): COMMON | METHOD | TRANSITION,
+    functools.partial(composed_adamw, "none"): COMMON | METHOD | TRANSITION,
 }
 
 
