@@ -23,7 +23,8 @@ import optax
 import tyro
 
 import natgalore_jax as ng
-from benchmarks.common.environment import RESULTS, environment, save, write
+from benchmarks.common.environment import RESULTS, environment, write_results
+from benchmarks.common.result_files import write
 from benchmarks.pretraining.variants import recipe
 
 # Losses are float32: what is smaller is zero.
@@ -182,13 +183,13 @@ def main(
     for problem in problems:
         rows = compare(problem, rank, interval, rates, tune, seeds)
         results["problems"].append({**dataclasses.asdict(problem), "methods": rows})
-        save(results, output)
+        write(results, output, allow_nan=True)
         print(f"\ncondition {problem.condition:g}, noise {problem.noise:g}: final / first loss")
         for name, row in rows.items():
             spread = "" if row["log_std"] is None else f"  std of log {row['log_std']:.2f}"
             edge = "  (edge of the grid)" if row["at_edge"] else ""
             print(f"  {name:36}{row['mean']:11.3e}{spread}  lr {row['learning_rate']:g}{edge}")
-    write(results, output)
+    write_results(results, output)
     return results
 
 

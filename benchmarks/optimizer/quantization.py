@@ -25,7 +25,7 @@ import optax
 import tyro
 
 import natgalore_jax as ng
-from benchmarks.common.environment import RESULTS, environment, print_targets, target, write
+from benchmarks.common.environment import RESULTS, environment, print_targets, target, write_results
 from benchmarks.common.shapes import hidden_shapes, matrices, random_tree
 from benchmarks.common.timing import median
 from benchmarks.optimizer.floor import Machine, floor_seconds, operations
@@ -83,7 +83,7 @@ def main(
         ],
     }
     _print(results)
-    write(results, output)
+    write_results(results, output)
     return results
 
 

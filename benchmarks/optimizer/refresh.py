@@ -20,7 +20,7 @@ import tyro
 
 import natgalore_jax as ng
 import natgalore_jax._src.subspace.subspace as _subspace
-from benchmarks.common.environment import RESULTS, environment, print_targets, target, write
+from benchmarks.common.environment import RESULTS, environment, print_targets, target, write_results
 from benchmarks.common.timing import median, seconds
 from benchmarks.optimizer.basis_energy import basis_energy
 from examples.llama.data import DataConfig
@@ -93,7 +93,7 @@ def main(
         ],
     }
     _print(results)
-    write(results, output)
+    write_results(results, output)
     return results
 
 
