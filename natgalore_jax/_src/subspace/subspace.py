@@ -19,10 +19,10 @@ from natgalore_jax._src.kernels.linear_codes import (
     relative_error,
     tree_of,
 )
-from natgalore_jax._src.kernels.projection import Factors, project_to_stored
+from natgalore_jax._src.kernels.projection import Factors, project, project_to_stored
 from natgalore_jax._src.params.context import open_subspace
 from natgalore_jax._src.params.placement import has_explicit_sharding, place_factor
-from natgalore_jax._src.params.plan import LeafPlan, plan_tree, require_projection
+from natgalore_jax._src.params.plan import LeafPlan, PlanSettings, plan_tree, require_projection
 from natgalore_jax._src.refresh.matrix import StoredFactors
 from natgalore_jax._src.refresh.refresh import refresh
 from natgalore_jax._src.states.transport import basis_states_of_all, put_back_all
@@ -302,6 +302,25 @@ def low_rank_leaf(
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(plan.low_rank_shape, leaf.dtype)
     return project(plan, leaf, factors)
+
+
+def init_low_rank(
+    settings: PlanSettings, inner: optax.GradientTransformation, params: Any
+) -> tuple[list[LeafPlan | None], list[Factors], Any]:
+    """Plans and starts of the bases of ``params``, and the state of ``inner`` on the low-rank tree.
+
+    For optimizers with projections of their own; R is sharded as a product.
+    """
+    plans = plan_tree(settings, params)
+    require_projection(settings, plans, params)
+    leaves, treedef = jax.tree.flatten(params)
+    factors = [
+        start_factors(plan, leaf.dtype) if plan else ()
+        for plan, leaf in zip(plans, leaves, strict=True)
+    ]
+    low = (low_rank_leaf(*x, project) for x in zip(plans, leaves, factors, strict=True))
+    with open_subspace({plan.path: plan for plan in plans if plan}):
+        return plans, factors, inner.init(treedef.unflatten(low))
 
 
 def _placed(plan: LeafPlan, factors: StoredFactors, leaf: Any) -> StoredFactors:
