@@ -77,9 +77,9 @@ def take_matrix(
 ) -> Matrix:
     """Matrix number ``layer``, int32, of a parameter."""
     index = _index_of(plan, layer)
-    leading = range(len(index))
+    tensor, leading = _layer_of(plan, G, index), range(len(index))
     stored = jax.tree.map(lambda x: _take(x, leading, index), (basis, basis_states))
-    return Matrix(_layer_of(plan, G, index), *stored)
+    return Matrix(tensor, *stored)
 
 
 def put_matrix(
