@@ -37,7 +37,7 @@ DTYPES = st.sampled_from([jnp.float32, jnp.bfloat16])
 
 
 class Case(NamedTuple):
-    """What is tried: parameters in some container, and an optimizer with some settings."""
+    """Parameters in some container, and an optimizer with some settings."""
 
     params: Any
     factory: Any

@@ -1,4 +1,4 @@
-"""What data-parallel devices exchange: whole gradients, or low-rank ones.
+"""Bytes that data-parallel devices sum: whole gradients, or low-rank ones.
 
 ``python -m benchmarks.distributed.exchange`` (a) compiles a training step of a LLaMA preset for
 eight simulated devices, once with means of whole gradients and once with

@@ -1,1 +1,1 @@
-"""Which optimizer fine-tunes the better encoder: ``python -m benchmarks.finetuning --help``."""
+"""Comparison of optimizers that fine-tune an encoder: ``python -m benchmarks.finetuning --help``."""

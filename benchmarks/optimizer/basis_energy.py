@@ -25,7 +25,7 @@ def basis_energy(
     data: DataConfig | None = None,
     batch: int | None = None,
 ) -> dict[str, Any]:
-    """Trains a preset with its own optimizer and looks at every refresh on the way.
+    """Train a preset with its own optimizer and measure every refresh on the way.
 
     Beside the optimizer that trains, one projection per interval sees the same gradients; each
     keeps its bases up by its own staggered schedule. Whenever a basis has changed, the old and

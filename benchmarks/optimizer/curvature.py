@@ -1,4 +1,4 @@
-"""Where second-order information helps: quadratic losses of known curvature.
+"""Gain of second-order information on quadratic losses of known curvature.
 
 ``python -m benchmarks.optimizer.curvature`` minimises ½ tr((W − W*)ᵀ A (W − W*)) + ½ tr((W − W*) B
 (W − W*)ᵀ) over an m × n matrix W. A and B have random eigenvectors and eigenvalues that are evenly
@@ -45,7 +45,7 @@ class Problem:
 
 
 def methods(rank: int, interval: int) -> dict[str, Factory]:
-    """What is compared. Without the Fisher matrices, everything else is as in the default."""
+    """The compared optimizers. Without Fisher matrices everything else is as in the default."""
     subspace: dict[str, Any] = {"rank": rank, "update_interval": interval}
     paper = functools.partial(ng.paper_natural_galore_adamw, scale=0.25, **subspace)
     default = functools.partial(ng.natural_galore_adamw, **subspace)
@@ -129,7 +129,7 @@ def compare(
 
 
 def _log_mean(losses: list[float]) -> float:
-    """What is not finite is worse than everything."""
+    """Mean of the logarithms; infinite if a loss is non-finite."""
     if not all(map(math.isfinite, losses)):
         return math.inf
     return statistics.fmean(math.log(max(x, _SMALLEST)) for x in losses)

@@ -1,4 +1,4 @@
-"""What a refresh of a basis costs, what it captures, and the memory that it takes.
+"""Time, captured energy and memory of a refresh.
 
 ``python -m benchmarks.optimizer.refresh`` measures (a) the time of a warm power refresh beside a
 randomised SVD, Gram matrix and eigenvectors, the exact SVD, and the same power steps by
