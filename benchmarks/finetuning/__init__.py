@@ -1,1 +1,1 @@
-"""Comparison of optimizers that fine-tune an encoder: ``python -m benchmarks.finetuning --help``."""
+"""Comparison of fine-tuning methods: ``python -m benchmarks.finetuning --help``."""
