@@ -25,7 +25,7 @@ from natgalore_jax._src.params.placement import has_explicit_sharding, place_fac
 from natgalore_jax._src.params.plan import LeafPlan, PlanSettings, plan_tree, require_projection
 from natgalore_jax._src.refresh.matrix import StoredFactors
 from natgalore_jax._src.refresh.refresh import refresh
-from natgalore_jax._src.states.transport import basis_states_of_all, put_back_all
+from natgalore_jax._src.states.transport import find_basis_states, put_back
 from natgalore_jax._src.states.tree_checks import (
     check_bases,
     check_inner_states,
@@ -167,9 +167,9 @@ class Subspace:
         """Refresh the bases in ``opened``; returns the transported inner states."""
         opener, *inner_states, _ = states
         plans, G = opened.plans, jax.tree.leaves(grads)
-        settings, of_leaf, skeletons = self.opener.refresh, [[] for _ in plans], None
+        settings, of_leaf, skeleton = self.opener.refresh, [{} for _ in plans], None
         if settings.transition != "keep":
-            of_leaf, skeletons = basis_states_of_all(inner_states, opened.treedef, plans)
+            of_leaf, skeleton = find_basis_states(inner_states, opened.treedef, plans)
         projected = [i for i, plan in enumerate(plans) if plan]
         new_factors, new_states = refresh(
             settings,
@@ -184,9 +184,7 @@ class Subspace:
         )
         for i, f, c in zip(projected, new_factors, new_states, strict=True):
             opened.stored[i], of_leaf[i] = f, c
-        if skeletons is not None:
-            inner_states = put_back_all(skeletons, of_leaf)
-        return inner_states
+        return inner_states if skeleton is None else put_back(skeleton, of_leaf)
 
     def _update(self, opened, factors, low, states, params, full, extra_args):
         """Update by the inner transformations on the low-rank tree, and project back."""
