@@ -51,12 +51,8 @@ def patched(tmp_path_factory):
     """A copy of the library with all diffs applied."""
     folder = tmp_path_factory.mktemp("patched")
     shutil.copytree(ROOT / "natgalore_jax", folder / "natgalore_jax")
-    for name in (
-        "tests/contract.py",
-        "tests/composed.py",
-        "examples/common/composed.py",
-        "docs/api.md",
-    ):
+    composed = ("examples/__init__.py", "examples/common/__init__.py", "examples/common/composed.py")
+    for name in ("tests/contract.py", "tests/composed.py", "docs/api.md", *composed):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     for diff in DIFFS:
