@@ -51,8 +51,9 @@ def patched(tmp_path_factory):
     """A copy of the library with all diffs applied."""
     folder = tmp_path_factory.mktemp("patched")
     shutil.copytree(ROOT / "natgalore_jax", folder / "natgalore_jax")
-    composed = ("examples/__init__.py", "examples/common/__init__.py", "examples/common/composed.py")
-    for name in ("tests/contract.py", "tests/composed.py", "docs/api.md", *composed):
+    examples = ("__init__.py", "common/__init__.py", "common/composed.py")
+    names = ("tests/contract.py", "tests/composed.py", "docs/api.md")
+    for name in (*names, *(f"examples/{x}" for x in examples)):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     for diff in DIFFS:
