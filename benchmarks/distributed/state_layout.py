@@ -28,7 +28,7 @@ DEVICES = 8
 
 
 class Scheme(NamedTuple):
-    """How many devices the layers, the shorter and the longer side of matrices are divided over."""
+    """Numbers of devices over which layers, shorter and longer sides of matrices are sharded."""
 
     name: str
     layers: int = 1
@@ -196,7 +196,7 @@ _M, _N, _R = 1.6, 2.6, 0.55
 
 
 def draw(path: Path) -> None:
-    """Writes the figure as SVG, equal from run to run."""
+    """Write the figure as SVG, equal from run to run."""
     settings = {"svg.hashsalt": "state-layout", "font.size": 9, "svg.fonttype": "path"}
     with matplotlib.rc_context(settings):
         figure, axes = plt.subplots(1, len(PANELS), figsize=(13, 4.3))
