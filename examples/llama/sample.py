@@ -10,6 +10,7 @@ import tyro
 from tokenizers import Tokenizer
 
 from examples.common import cli
+from examples.common.accelerators import announce_devices
 from examples.common.errors import ConfigError
 from examples.llama.data.tokenizer import end_of_text
 from examples.llama.model.generate import Sampling, stream
@@ -57,6 +58,7 @@ def run(config: SampleConfig) -> int:
         sampling = Sampling(config.temperature, config.top_k, config.top_p)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    announce_devices()
     loaded = load_llama(
         config.model, dtype=config.dtype, param_dtype=config.dtype, step=config.step
     )
