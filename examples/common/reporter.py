@@ -220,3 +220,8 @@ def make_reporter(
     if console.is_terminal:
         return Bar(console, brief or describe)
     return Lines(console, describe)
+
+
+def on_stderr() -> Lines:
+    """Breaks the silence of a program whose output on stdout is a result."""
+    return Lines(Console(stderr=True), str, SILENCE)

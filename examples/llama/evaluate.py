@@ -17,6 +17,7 @@ from examples.common.accelerators import announce_devices
 from examples.common.config import write_json
 from examples.common.errors import ConfigError
 from examples.common.metrics import Record
+from examples.common.reporter import Activity, on_stderr
 from examples.llama.data import DataConfig, eval_batches
 from examples.llama.data.corpus import load_corpus, load_documents
 from examples.llama.data.tokenizer import encode, end_of_text, plain_text, vocabulary_size
@@ -68,7 +69,8 @@ def main(argv: list[str] | None = None) -> int:
 def run(config: EvaluateConfig) -> int:
     """Evaluate and print."""
     announce_devices()
-    found = evaluate(config)
+    with on_stderr().during(Activity("evaluating", "at once")):
+        found = evaluate(config)
     print(
         f"loss {found['loss']:.4f} nats per token  perplexity {found['perplexity']:.2f}  "
         f"{found['bits_per_byte']:.3f} bits per byte  ({found['tokens']:,} tokens, "

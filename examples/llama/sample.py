@@ -12,10 +12,13 @@ from tokenizers import Tokenizer
 from examples.common import cli
 from examples.common.accelerators import announce_devices
 from examples.common.errors import ConfigError
+from examples.common.reporter import READING, Activity, on_stderr
 from examples.llama.data.tokenizer import end_of_text
 from examples.llama.model.generate import Sampling, stream
 from examples.llama.model.llama import Llama
 from examples.llama.weights.files import load_llama
+
+WRITING = Activity("compiling the model", "at once")
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,11 @@ def run(config: SampleConfig) -> int:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     announce_devices()
-    loaded = load_llama(
-        config.model, dtype=config.dtype, param_dtype=config.dtype, step=config.step
-    )
+    waiting = on_stderr()
+    with waiting.during(READING):
+        loaded = load_llama(
+            config.model, dtype=config.dtype, param_dtype=config.dtype, step=config.step
+        )
     if loaded.tokenizer is None:
         raise ConfigError(f"{config.model}: no tokenizer.json")
     for i in range(config.samples):
@@ -77,6 +82,10 @@ def run(config: SampleConfig) -> int:
             loaded.end_ids,
             add_special_tokens=True,
         )
+        print(next(text), end="", flush=True)  # The prompt.
+        with waiting.during(WRITING):
+            first = next(text, "")
+        print(first, end="", flush=True)
         for part in text:
             print(part, end="", flush=True)
         print()

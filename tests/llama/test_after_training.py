@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from examples.common import reporter
 from examples.common.errors import DataError
 from examples.common.metrics import of_kind, read_metrics
 from examples.llama.__main__ import main
@@ -69,6 +70,18 @@ def test_the_sample_command(finished, capsys):
     assert first.split("\n")[1] == second.split("\n")[0]  # At a temperature of 0.
 
 
+def test_waiting_has_lines_on_stderr(finished, monkeypatch, capsys):
+    monkeypatch.setattr(reporter, "SILENCE", 0.01)
+    for name, doing in (
+        ("sample", "compiling the model: "),
+        ("evaluate", "evaluating on the test"),
+    ):
+        main, words = command(finished, name)
+        assert main(words) == 0
+        printed = capsys.readouterr()
+        assert doing in printed.err and "so far" not in printed.out
+
+
 def test_the_evaluate_command_gives_the_loss_of_the_run(finished, tmp_path, capsys):
     main, words = command(finished, "evaluate")
     assert main([*words, "--json", str(tmp_path / "loss.json")]) == 0
@@ -119,7 +132,9 @@ def test_as_programs(finished):
     done = subprocess.run(line, shell=True, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("-we the")
-    assert done.stderr.startswith("devices: ") and done.stderr.count("\n") == 1
+    devices, *waiting = done.stderr.splitlines()
+    assert devices.startswith("devices: ")
+    assert all(line.endswith(" s so far") for line in waiting)
     interpreter = ROOT / shlex.split(line)[0] if "/" in shlex.split(line)[0] else sys.executable
     assert Path(interpreter).absolute() == Path(sys.executable).absolute()
 
