@@ -1,11 +1,12 @@
 """Figures: one style, at the width of a page, with nothing below 9 points and the line named."""
 
-import json
+import ast
 import types
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import matplotlib.pyplot as plt
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -19,6 +20,7 @@ from examples.common.figures import PAGE, STYLE
 from examples.llama.memory.figure import METHODS, STACK, Bar, draw
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+STYLED = ("01_quickstart", "02_how_it_works", "05_many_devices")
 
 
 @pytest.fixture
@@ -88,16 +90,12 @@ def test_the_line_at_the_memory_of_a_device_is_named(drawn, tmp_path):
     assert [text.get_text() for text in legend.get_legend().get_texts()] == list(STACK)
 
 
-@pytest.mark.parametrize("name", ["01_quickstart", "02_how_it_works", "05_many_devices"])
+@pytest.mark.parametrize("name", STYLED)
 def test_notebooks_have_the_style(name):
     """Written out: notebooks that install the package alone have no examples."""
-    cells = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text())["cells"]
-    (cell,) = [c for c in cells if c["cell_type"] == "code" and "rcParams" in "".join(c["source"])]
-    lines = "".join(cell["source"])
+    tree = ast.parse((NOTEBOOKS / f"{name}.py").read_text())
+    lines = [ast.unparse(node) for node in tree.body]
     with matplotlib.rc_context():
-        exec(
-            "import matplotlib.pyplot as plt\n" + lines[lines.index("plt.rcParams") :],
-            {"__name__": name},
-        )
+        exec("\n".join(line for line in lines if line.startswith("plt.rcParams")), {"plt": plt})
         for key in ("font.size", "axes.titlesize", "axes.grid", "grid.alpha", "axes.prop_cycle"):
             assert matplotlib.rcParams[key] == STYLE[key], key
