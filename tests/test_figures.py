@@ -14,6 +14,7 @@ from matplotlib.text import Text
 from benchmarks import overview
 from benchmarks.distributed import state_layout
 from benchmarks.pretraining import figures
+from benchmarks.pretraining.summary import Point, Row
 from benchmarks.pretraining.tuning import Rates
 from examples.common import plots
 from examples.common.figures import PAGE, STYLE
@@ -53,6 +54,19 @@ CURVE = {Rates(1e-3, 4.0): 3.0, Rates(2e-3, 4.0): 3.1, Rates(1e-3, 2.0): 3.2}
 TUNED: Any = types.SimpleNamespace(rates=Rates(1e-3, 4.0), loss=3.0, curve=CURVE)
 
 
+def group(*methods):
+    """A panel with two points of each method."""
+    curve = (Point(1, 4.0, 1.0), Point(2, 3.0, 2.0))
+    given = {"curve": curve, "state_bytes": 10**6, "step_seconds": 1.0, "steps": 2}
+    given |= {"workers": (1,), "to_reference": None, "test_std": 0.1, "validation": 3.0}
+    rows = [Row(m, Rates(1e-3, 4.0), (1,), diverged=0, test=3.0, **given) for m in methods]
+    return {(row.method, row.rates): row for row in rows}
+
+
+GROUPS = {
+    ("nano", "sotu"): group("adamw", "scale", "racs", "natural-galore"),
+    ("9m", "sotu"): group("adamw", "racs", "lora"),
+}
 RECORD = {"tokens": 1, "epoch": 1, "perplexity": 2.0, "loss": 1.0}
 PROGRESS = [
     {"kind": kind, "metrics": {"success": 0.5, "aware_success": 0.4}, **RECORD}
@@ -63,6 +77,8 @@ PROGRAMS = {
     "layout": lambda path: state_layout.draw(path),
     "memory": lambda path: draw(bars(), path, 24 * 10**9),
     "rates": lambda path: figures.learning_rates({"adamw": TUNED, "muon": TUNED}, path),
+    "steps": lambda path: figures.steps(GROUPS, path),
+    "size": lambda path: figures.size(GROUPS, path),
     "run": lambda path: plots.plot_run(PROGRESS, path, {"bigram": 3.0}, "a run"),
     "methods": lambda path: plots.plot_methods({"adamw": PROGRESS}, path, "methods"),
 }
@@ -88,6 +104,19 @@ def test_the_line_at_the_memory_of_a_device_is_named(drawn, tmp_path):
     assert not [text for text in texts(one) if text.get_text() == "24 GB"]
     assert [text for text in texts(seven) if text.get_text() == "24 GB"]
     assert [text.get_text() for text in legend.get_legend().get_texts()] == list(STACK)
+
+
+def test_a_method_has_one_line_in_all_panels_and_one_entry_in_the_legend(drawn, tmp_path):
+    figures.steps(GROUPS, tmp_path / "steps.png")
+    (legend,) = drawn[0].legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert len(names) == len(set(names)) == 5
+    styles = {}
+    for axes in drawn[0].axes:
+        for line in axes.get_lines():
+            style = (line.get_color(), line.get_linestyle(), line.get_linewidth())
+            assert styles.setdefault(line.get_label(), style) == style
+    assert len(set(styles.values())) == len(styles) == 5
 
 
 @pytest.mark.parametrize("name", STYLED)

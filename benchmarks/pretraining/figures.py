@@ -105,25 +105,31 @@ def learning_rates(tuned: Mapping[str, Tuned], path: Path) -> None:
 @in_style
 def _curves(groups: Groups, path: Path, xlabel: str, x: Callable[[Point], float]) -> None:
     figure, panels = _panels(groups)
+    methods = list(dict.fromkeys(row.method for _, rows in panels for row in rows))
     for axes, rows in panels:
         shown = [r for r in rows if not r.diverged]
-        for number, row in enumerate(shown):
+        for row in shown:
             axes.plot(
                 [x(point) for point in row.curve],
                 [point.loss for point in row.curve],
-                **_style(row.method, number),
+                **_style(row.method, methods.index(row.method)),
             )
         lowest = min((r.validation for r in shown), default=0.0)
         axes.set(ylim=(lowest - 0.05, lowest + _CEILING))
         axes.set(xlabel=xlabel, ylabel="validation loss, nats per token")
-    _legend(figure, panels[0][0])
+    _legend(figure, *(axes for axes, _ in panels))
     figure.savefig(path)
 
 
-def _legend(figure: matplotlib.figure.Figure, axes: Any) -> None:
+def _legend(figure: matplotlib.figure.Figure, *panels: Any) -> None:
     """One for all panels, below them."""
-    entries = axes.get_legend_handles_labels()
-    figure.legend(*entries, loc="outside lower center", ncols=3, handlelength=3.5)
+    lines = {}
+    for axes in panels:
+        handles, names = axes.get_legend_handles_labels()
+        lines |= dict(zip(names, handles, strict=True))
+    figure.legend(
+        list(lines.values()), list(lines), loc="outside lower center", ncols=3, handlelength=3.5
+    )
 
 
 def _panels(groups: Groups) -> tuple[matplotlib.figure.Figure, list[tuple[Any, Sequence[Row]]]]:

@@ -1,5 +1,7 @@
 """One style of all figures: 9 points at the width of a page, lines that differ without colours."""
 
+from typing import Any
+
 import matplotlib
 from cycler import cycler
 
@@ -9,7 +11,7 @@ COLOURS = ("black", "tab:red", "tab:blue", "tab:orange", "tab:green", "tab:purpl
 DASHES = ("-", "--", "-.", ":", (0, (6, 1)), (0, (3, 1, 1, 1, 1, 1)))
 GREYS = ("0.15", "0.4", "0.6", "0.75", "0.88")  # Parts of bars, from the dark to the light.
 
-STYLE = {
+STYLE: dict[str, Any] = {
     "font.size": 9,
     "axes.titlesize": 9,
     "figure.titlesize": 9,
