@@ -87,6 +87,15 @@ def test_an_unused_accelerator_is_a_warning(nvidia_smi, tmp_path, monkeypatch, c
     assert "has a TPU" in (accelerators.unused_accelerator() or "")
 
 
+def test_devices_are_on_stderr_where_the_output_is_a_result(nvidia_smi, capsys):
+    nvidia_smi("GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-1)")
+    accelerators.announce_devices()
+    printed = capsys.readouterr()
+    devices, warning = printed.err.splitlines()
+    assert printed.out == "" and devices == f"devices: {jax.device_count()} x cpu"
+    assert warning.startswith("warning: this machine has a GPU")
+
+
 def test_idle_devices_are_a_warning(monkeypatch, capsys):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "local_device_count", lambda: 8)
