@@ -76,10 +76,24 @@ def stages(output: Path, text: str) -> list[Stage]:
         command = [*PYTHON, "benchmarks.optimizer.step_time", *file]
         return Stage(f"update-{name}", 9, command, list(arguments), tiny)
 
+    root = ["--root", str(output / "functions")]
+    functions = Stage(
+        "functions",
+        9,
+        [*PYTHON, "examples.finetune.planner", "--preset", "small", "--overwrite", *root],
+        [],
+        ["--epochs", "1", "--limit", "4", "--eval-limit", "2", "--new-tokens", "4"],
+    )
     return [
-        step_memory("7b-lean", "7b", "lean-natural-galore"),
+        step_memory(
+            "7b-lean",
+            "7b",
+            "lean-natural-galore@rank=16",
+            "lean-natural-galore@rank=16,weight_bits=8",
+        ),
         update("1b", "--preset", "1b", "--layers", "4", "--rank", "512"),
         step_memory("1b", "1b", "adamw", "lean-natural-galore"),
+        functions,
         pretraining("adamw"),
         pretraining("natural-galore-lean"),
         pretraining("natural-galore"),

@@ -19,6 +19,7 @@ from benchmarks.optimizer import compile_time, curvature, quantization, refresh,
 from benchmarks.optimizer.floor import accelerator_bounds, bytes_moved, floor_seconds, operations
 from benchmarks.optimizer.training_share import training_operations
 from examples.common.errors import ConfigError
+from examples.llama.__main__ import parse
 from examples.llama.data import DataConfig
 from examples.llama.model.config import MODEL_PRESETS
 from examples.llama.training.train_step import make_model
@@ -243,6 +244,20 @@ def test_gpu_memory_estimates(tmp_path):
         assert "peak_bytes_in_use" not in row
 
 
+def test_cases_of_gpu_memory():
+    """A rank of the method's own is kept; weights in 8 bits have updates per layer alone."""
+    methods = ("lean-natural-galore", "lean-natural-galore@rank=16,weight_bits=8")
+    small = gpu.cases(("7b",), methods, ("sotu",), 256, 0, 10, [])
+    found = [(case.step, parse(case.arguments)) for case in small]
+    assert [(step, c.optimizer.rank, c.weight_bits) for step, c in found] == [
+        ("ordinary", 256, None),
+        ("per layer", 256, None),
+        ("per layer", 16, 8),
+    ]
+    both = list(gpu.cases(("7b",), methods, ("sotu",), 256, 16, 10, []))
+    assert [case.rows for case in both] == [1, 1, 1, 16, 16, 16]
+
+
 def test_refresh(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"It was on day {i} that the sea was calm." for i in range(4000)))
@@ -345,7 +360,11 @@ def test_stages_on_a_gpu(tmp_path, monkeypatch, capsys):
             ),
         ]
 
-    assert {s.name for s in all_on_gpu.stages(tmp_path, "sotu")} >= {"memory-7b-lean", "60m-adamw"}
+    assert {s.name for s in all_on_gpu.stages(tmp_path, "sotu")} >= {
+        "memory-7b-lean",
+        "60m-adamw",
+        "functions",
+    }
     monkeypatch.setattr(all_on_gpu, "stages", stages)
     with pytest.raises(SystemExit, match="no accelerator"):
         all_on_gpu.main(output=tmp_path)

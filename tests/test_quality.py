@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,6 +107,14 @@ def test_micro_batches_change_nothing_but_memory(spec):
     assert split["test_loss"] == pytest.approx(whole["test_loss"], abs=1e-3)
     assert split["state_bytes"] == whole["state_bytes"]
     assert [v[:2] for v in split["validation"]] == [v[:2] for v in whole["validation"]]
+
+
+def test_a_warm_up_of_another_length(spec):
+    longer = prepare(dataclasses.replace(spec, warmup=0.5, steps=10))
+    assert longer.configuration["run"]["schedule"]["warmup"] == 0.5
+    params = {"norm": {"scale": jnp.ones(8)}}
+    update, _ = longer.tx.update(params, longer.tx.init(params), params)
+    np.testing.assert_allclose(update["norm"]["scale"], -spec.learning_rate / 6, rtol=1e-5)
 
 
 def test_rows_of_a_step_may_be_fewer(spec):
@@ -217,7 +226,11 @@ def test_runs_go_seed_by_seed():
 
 def test_the_two_rates_of_a_run(tmp_path):
     """Of a method with a scale, the learning rate is scale times what its factory is given."""
-    params = {"embed": {"embedding": jnp.ones((6, 8))}, "mlp": {"kernel": jnp.ones((8, 6))}}
+    params = {
+        "embed": {"embedding": jnp.ones((6, 8))},
+        "mlp": {"kernel": jnp.ones((8, 6))},
+        "norm": {"scale": jnp.ones(8)},
+    }
     grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(0), p.shape), params)
 
     def first_update(method, **rates):
@@ -244,6 +257,12 @@ def test_the_two_rates_of_a_run(tmp_path):
         np.testing.assert_allclose(
             two["embed"]["embedding"], 8 * scale * whole["embed"]["embedding"], rtol=1e-5
         )
+        apart = first_update(method, learning_rate=0.02, ratio=8.0, norm_ratio=3.0)
+        np.testing.assert_allclose(
+            apart["norm"]["scale"], 3 * scale * whole["norm"]["scale"], rtol=1e-5
+        )
+        for name in ("embed", "mlp"):
+            chex.assert_trees_all_close(apart[name], two[name])
     with pytest.raises(ConfigError, match="adamw-one-rate has the ratio 1, got 2"):
         first_update("adamw-one-rate", learning_rate=0.02, ratio=2.0)
 

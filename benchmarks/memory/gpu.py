@@ -49,6 +49,8 @@ METHODS = (
     "natural-galore@moment_bits=8",
     "natural-galore@moment_bits=8,basis_dtype=int8",
     "lean-natural-galore",
+    "lean-natural-galore@rank=16",
+    "lean-natural-galore@rank=16,weight_bits=8",
 )
 
 
@@ -71,19 +73,26 @@ def cases(
     interval: int,
     more: list[str],
 ) -> Iterator[Case]:
-    """One row with and without updates per layer, then a large batch, with layers recomputed."""
+    """One row with and without updates per layer, then a large batch, with layers
+    recomputed.
+
+    Weights in 8 bits have updates per layer alone.
+    """
     for preset in presets:
-        for rows, steps in ((1, ("ordinary", "per layer")), (large_batch, ("remat", "per layer"))):
+        small, large = (1, ("ordinary", "per layer")), (large_batch, ("remat", "per layer"))
+        for rows, steps in (small, large) if large_batch else (small,):
             for method in methods:
                 for step in steps:
+                    if "weight_bits=" in method and step != "per layer":
+                        continue
                     base = [*PRESETS[preset], *more]
                     rank = None
-                    if has_rank(method):
+                    if has_rank(method) and "rank=" not in method:
                         rank = TINY_RANK if preset == "tiny" else parse(base).optimizer.rank
                         # A quarter of the width, as in GaLore's paper, and a sixteenth.
                         rank = max(1, rank // 4) if method == "lean-natural-galore" else rank
                     arguments = [*base, *optimizer_arguments(method, rank), "--data", *data]
-                    arguments += [] if rank is None else ["--interval", str(interval)]
+                    arguments += ["--interval", str(interval)] if has_rank(method) else []
                     arguments += ["--batch-size", str(rows), "--seq-len", str(seq_len)]
                     arguments += ["--model.dtype", "bfloat16", "--model.param-dtype", "bfloat16"]
                     arguments += ["--model.stacked", *STEPS[step]]
@@ -114,7 +123,7 @@ def main(
       methods: NAME or NAME@OPTION=VALUE,... of ``examples.llama``.
       limits: of the device's memory.
       seq_len: tokens in a row.
-      large_batch: rows of the larger batch; the other one has one row.
+      large_batch: rows of the larger batch, 0 for none; the other one has one row.
       steps: of each run.
       interval: between refreshes, so that there are some.
       timed: the preset at which the update alone is timed beside optax.adamw's; none: no timing.

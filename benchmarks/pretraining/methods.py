@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import operator
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -29,6 +30,7 @@ class Setting(NamedTuple):
     seed: int
     steps: int
     unprojected_ratio: float = 1.0
+    norm_ratio: float | None = None  # None: norms have the ratio of embedding and head
     weight_decay: float = 0.0
     mask: Callable[[Any], Any] = decayed
 
@@ -257,15 +259,20 @@ def arguments(chosen: Chosen, setting: Setting) -> dict[str, Any]:
 
 
 def make(chosen: Chosen, setting: Setting, values: dict[str, Any]) -> optax.GradientTransformation:
-    """The optimizer of ``values``, with the two rates of the setting.
+    """The optimizer of ``values``, with the rates of the setting.
 
     A factory without the argument ``unprojected_ratio`` is given it from outside.
     """
     method = chosen.method
     tx = method.factory(**values)
-    if "unprojected_ratio" in values:
+    if "unprojected_ratio" not in values:
+        tx = with_unprojected_ratio(tx, setting.unprojected_ratio * method.scale)
+    if setting.norm_ratio is None:
         return tx
-    return with_unprojected_ratio(tx, setting.unprojected_ratio * method.scale)
+    own = optax.scale(setting.norm_ratio / setting.unprojected_ratio)
+    return optax.chain(
+        tx, optax.masked(own, lambda params: jax.tree.map(operator.not_, decayed(params)))
+    )
 
 
 def configure(chosen: Chosen, config: RunConfig, setting: Setting) -> RunConfig:

