@@ -74,12 +74,13 @@ def test_waiting_has_lines_on_stderr(finished, monkeypatch, capsys):
     monkeypatch.setattr(reporter, "SILENCE", 0.01)
     for name, doing in (
         ("sample", "compiling the model: "),
-        ("evaluate", "evaluating on the test"),
+        ("evaluate", "evaluating: "),
     ):
         main, words = command(finished, name)
         assert main(words) == 0
         printed = capsys.readouterr()
         assert doing in printed.err and "so far" not in printed.out
+        assert "step" not in printed.err  # That is for training.
 
 
 def test_the_evaluate_command_gives_the_loss_of_the_run(finished, tmp_path, capsys):
