@@ -105,7 +105,8 @@ def learning_rates(tuned: Mapping[str, Tuned], path: Path) -> None:
 @in_style
 def _curves(groups: Groups, path: Path, xlabel: str, x: Callable[[Point], float]) -> None:
     figure, panels = _panels(groups)
-    methods = list(dict.fromkeys(row.method for _, rows in panels for row in rows))
+    methods = dict.fromkeys(row.method for _, rows in panels for row in rows)
+    methods = sorted(methods, key=lambda method: method in COLOURS)  # The grey ones count dashes.
     for axes, rows in panels:
         shown = [r for r in rows if not r.diverged]
         for row in shown:
