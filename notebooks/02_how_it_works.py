@@ -57,7 +57,13 @@ from examples.llama.data import DataConfig, load_splits, make_train_iterator
 from examples.llama.model.config import ModelConfig
 from examples.llama.training.train_step import make_model, token_nll
 
-plt.rcParams.update({"figure.dpi": 80, "axes.grid": True, "grid.alpha": 0.3})
+plt.rcParams.update(
+    {"figure.dpi": 96, "font.size": 9, "axes.titlesize": 9, "axes.grid": True, "grid.alpha": 0.3}
+)
+plt.rcParams["axes.prop_cycle"] = plt.cycler(
+    color=["black", "tab:red", "tab:blue", "tab:orange", "tab:green", "tab:purple"],
+    linestyle=["-", "--", "-.", ":", (0, (6, 1)), (0, (3, 1, 1, 1, 1, 1))],
+)
 
 # %% [markdown]
 # ## 1. Gradients of a LLaMA
@@ -118,7 +124,7 @@ print(f"loss {losses[0]:.2f} -> {losses[-1]:.2f} in {STEPS} steps; G {G.shape}, 
 
 # %%
 moments = sorted({0, STEPS // 16, STEPS // 4, STEPS - 1})
-fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
+fig, (left, right) = plt.subplots(1, 2, figsize=(7.7, 3.4), layout="constrained")
 for t in moments:
     share = np.linalg.svd(gradients[t], compute_uv=False) ** 2
     share /= share.sum()
@@ -156,7 +162,7 @@ curves = {
     "the optimizer's basis": [energy(P, G) for P, G in zip(bases, gradients, strict=True)],
     "the basis of step 1, kept": [energy(bases[0], G) for G in gradients],
 }
-fig, ax = plt.subplots(figsize=(6, 3.6))
+fig, ax = plt.subplots(figsize=(7.7, 3.6), layout="constrained")
 for name, values in curves.items():
     ax.plot(steps, values, label=name)
     print(f"{name:32} mean over the second half {np.mean(values[STEPS // 2 :]):.1%}")
@@ -164,7 +170,7 @@ ax.axhline(RANK / HIDDEN, color="gray", linestyle=":", label="a random subspace"
 refreshes = [t + 1 for t in range(1, STEPS) if not np.array_equal(bases[t], bases[t - 1])]
 ax.plot(refreshes, [0] * len(refreshes), "k^", label="refreshes", clip_on=False)
 ax.set(xlabel="step", ylabel=f"energy in rank {RANK}", ylim=(0, 1))
-ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+fig.legend(loc="outside right upper")
 plt.show()
 
 # %% [markdown]
@@ -234,27 +240,27 @@ for damping in (0.01, 0.1, 1.0, 10.0):
     print(f"damping {damping:5g}: relative difference to the dense solve {error:.0e}")
 
 # %%
-fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8))
+fig, (left, right) = plt.subplots(1, 2, figsize=(7.7, 4.2), layout="constrained")
 circle = np.stack([np.cos(np.linspace(0, 2 * np.pi, 200)), np.sin(np.linspace(0, 2 * np.pi, 200))])
 left.plot(*H, "o", color="tab:gray", label="the ten gradients, H")
-for matrix, name, style in [(np.asarray(A), "A", "k-"), (H @ H.T, "H Hᵀ", "C1--")]:
+for matrix, name, style in [(np.asarray(A), "A", "k-"), (H @ H.T, "H Hᵀ", "r--")]:
     values, vectors = np.linalg.eigh(matrix)
     ellipse = vectors @ (np.sqrt(values / values.max())[:, None] * circle) * np.abs(H).max()
     left.plot(*ellipse, style, label=f"{name}, its size adjusted")
-left.set(title="the empirical Fisher matrix", aspect="equal")
-left.legend(fontsize=8, loc="upper left")
+left.set(title="the empirical Fisher matrix", aspect="equal", xlabel="$W_1$", ylabel="$W_2$")
+left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25))
 
 arrows = {"the gradient": h[:, 0], "Newton, A⁻¹h": jnp.linalg.solve(A, h[:, 0])}
 arrows |= {f"λ = {damping:g}": step[:, 0] for damping, step in natural.items()}
 for i, (name, direction) in enumerate(arrows.items()):
-    x, y = -np.asarray(direction / jnp.linalg.norm(direction))
-    color = ("black", "tab:gray", "C0", "C1", "C2", "C3")[i]
-    right.annotate("", (x, y), (0, 0), arrowprops={"arrowstyle": "->", "color": color, "lw": 2})
-    right.plot([], [], color=color, label=name)
-right.set(
-    title="directions of the step, length 1", xlim=(-1.1, 1.1), ylim=(-1.1, 1.1), aspect="equal"
-)
-right.legend(fontsize=8, loc="lower right")
+    start = np.array([2.4 * (i % 3), -2.9 * (i // 3)])  # A place for each: none hides another.
+    right.plot(*(start[:, None] + circle), color="0.8", linestyle="-", linewidth=0.8)
+    step = -np.asarray(direction / jnp.linalg.norm(direction))
+    arrow = {"arrowstyle": "->", "color": "tab:red", "lw": 2, "shrinkA": 0, "shrinkB": 0}
+    right.annotate("", start + step, start, arrowprops=arrow)
+    right.text(start[0], start[1] + 1.15, name, ha="center")
+right.set(title="directions of the step", xlim=(-1.2, 6), ylim=(-4, 1.8), aspect="equal")
+right.axis("off")
 plt.show()
 
 # %% [markdown]
@@ -339,14 +345,14 @@ def draw(ax, title, ratio, path):
     for column in range(3):
         ax.plot(path[:, 0, column], path[:, 1, column], ".-", markersize=3, linewidth=0.8)
     ax.plot(0, 0, "k*")
-    ax.set(xlim=(-3.6, 3.6), ylim=(-3.6, 3.6), aspect="equal")
-    ax.set_title(f"{title}\nfinal / first loss {ratio:.4f}", fontsize=9)
+    ax.set(xlim=(-3.6, 3.6), ylim=(-3.6, 3.6), aspect="equal", xlabel="$W_1$", ylabel="$W_2$")
+    ax.set_title(f"{title}\nfinal / first loss {ratio:.4f}")
 
 
-fig, axes = plt.subplots(1, len(METHODS), figsize=(13, 3.2), sharey=True)
-for ax, name in zip(axes, METHODS, strict=True):
+fig, axes = plt.subplots(2, 3, figsize=(7.7, 5.6), layout="constrained")
+for ax, name in zip(axes.flat, METHODS, strict=False):
     draw(ax, name, *found[name][1:])
-plt.tight_layout()
+axes[1, 2].axis("off")
 plt.show()
 
 # %% [markdown]
@@ -371,7 +377,10 @@ plt.show()
 DAMPINGS = 10.0 ** np.arange(-4, 3, 3 if SIZE == "tiny" else 1)
 LONGER = 10.0 ** np.linspace(-4, 4, 33)
 damped = {damping: best_of_grid(woodbury_descent(damping), LONGER) for damping in DAMPINGS}
-fig, (left, *rest) = plt.subplots(1, 4, figsize=(13, 3.2))
+inside = all(LONGER[0] < rate < LONGER[-1] for rate, _, _ in damped.values())
+print("every best rate is inside the grid:", inside)
+fig, axes = plt.subplots(2, 2, figsize=(7.7, 6.4), layout="constrained")
+left, *rest = axes.flat
 left.loglog(DAMPINGS, [ratio for _, ratio, _ in damped.values()], "o-")
 left.axhline(found["SGD"][1], color="gray", linestyle=":", label="SGD")
 left.set(xlabel="damping λ, gradient²", ylabel="final / first loss")
@@ -379,7 +388,6 @@ left.legend()
 for ax, damping in zip(rest, DAMPINGS[[0, len(DAMPINGS) // 2, -1]], strict=True):
     rate, ratio, path = damped[damping]
     draw(ax, f"λ = {damping:g}, learning rate {rate:.2g}", ratio, path)
-plt.tight_layout()
 plt.show()
 
 # %% [markdown]
@@ -390,5 +398,10 @@ plt.show()
 # The right λ depends on the size of the gradients, which `damping_mode="relative"` takes out: λ is then a share of the mean
 # squared norm of the history. The default of `natural_galore_adamw` keeps no history at all: it has the diagonals of two
 # Fisher matrices, r + n numbers for a matrix, and a relative damping of 0.03. docs/experiments.md compares them.
+#
+# ## What to try next
+#
+# Set `RANK` to 4 or 64 in section 1; give section 3 a `CONDITION` of 10 or 1,000, or a `turn` of 0, where Adam's axes are the
+# ravine's; replace `update_interval` 10 by 1 for GaLore.
 #
 # Next: [pre-training a LLaMA](03_pretraining.ipynb).

@@ -151,6 +151,11 @@ text = generate(
 print(prompt + splits.tokenizer.decode(text.tokens[0]))
 
 # %% [markdown]
+# ## What to try next
+#
+# Train with `name="lean-natural-galore"` or `"galore"`, at `RANK` 16 or 64, or on your own text: `DataConfig(data=("my.txt",))`.
+# `SIZE = "large"` on an accelerator.
+#
 # The same from the command line, with checkpoints, resume, plots and a report: `python -m examples.llama --help`. Of a
 # model too large to try, `python -m examples.llama.plan --preset 7b --device-memory 24GB` tells what fits.
 #

@@ -48,6 +48,22 @@ def test_make_installs_jax_for_what_is_there(nvidia_smi, tmp_path):
     assert installed(tmp_path, no_tpu)[0] == "[tpu]"
 
 
+def test_make_has_a_line_before_each_installation(tmp_path):
+    """Installations are quiet and take minutes."""
+    command = ["make", "-n", "setup", "functions", f"VENV={tmp_path / 'venv'}"]
+    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    lines = made.stdout.splitlines()
+    first = [i for i, line in enumerate(lines) if "pip install" in line and " -e " in line]
+    assert len(first) >= 4
+    assert all(lines[i - 1].startswith("echo ") for i in first)
+
+
+def test_the_list_of_commands_fits_a_terminal():
+    listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True)
+    lines = listed.stdout.splitlines()
+    assert len(lines) >= 18 and max(map(len, lines)) <= 80
+
+
 def test_make_refuses_another_device(tmp_path):
     command = ["make", "-n", "setup", "DEVICE=gpu"]
     made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -69,6 +85,15 @@ def test_an_unused_accelerator_is_a_warning(nvidia_smi, tmp_path, monkeypatch, c
     assert accelerators.unused_accelerator() is None
     (tmp_path / "accel0").touch()
     assert "has a TPU" in (accelerators.unused_accelerator() or "")
+
+
+def test_devices_are_on_stderr_where_the_output_is_a_result(nvidia_smi, capsys):
+    nvidia_smi("GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-1)")
+    accelerators.announce_devices()
+    printed = capsys.readouterr()
+    devices, warning = printed.err.splitlines()
+    assert printed.out == "" and devices == f"devices: {jax.device_count()} x cpu"
+    assert warning.startswith("warning: this machine has a GPU")
 
 
 def test_idle_devices_are_a_warning(monkeypatch, capsys):

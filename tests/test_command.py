@@ -19,16 +19,28 @@ METHODS = (
     "AdamW",
     "GaLore",
     "Natural GaLore",
-    "Natural GaLore, history of 10",
-    "Natural GaLore, 8 bits",
-    "Natural GaLore, lean",
+    "history of 10",
+    "8 bits",
+    "lean",
 )
 
 
 def states(output):
     """Sizes of the state by optimizer, from the table."""
-    rows = [re.split(r"  +", line) for line in output.splitlines()]
+    rows = [re.split(r"  +", line.strip()) for line in output.splitlines()]
     return {row[0]: row[4] for row in rows if row[0] in METHODS and len(row) == 7}
+
+
+def test_lines_fit_a_terminal(capsys):
+    main(["--preset", "7b"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    treatment = next(
+        i for i, line in enumerate(lines) if line.split()[:2] == ["parameter", "count"]
+    )
+    sizes = next(i for i, line in enumerate(lines) if line.split()[:2] == ["parameter", "weights"])
+    names = [[line.split()[0] for line in lines[i + 1 : i + 8]] for i in (treatment, sizes)]
+    assert names[0] == names[1] and lines[sizes + 9].startswith("total")
 
 
 def rejected(capsys, *argv):

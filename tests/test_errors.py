@@ -171,6 +171,19 @@ def test_arguments_that_do_not_fit_the_parameters(settings, error, message):
         tx.init(PARAMS)
 
 
+def test_axes_that_leave_nothing_to_project_are_named():
+    """Among Optax's dimension numbers None leaves a parameter out."""
+    axes = {"block": None, "b": optax.contrib.MuonDimensionNumbers(0, 1)}
+    message = "axes is None for every parameter that where selects: block/w. Beside dimension"
+    for tx in (
+        ng.chain(ng.low_rank_project(rank=2, axes=axes)),
+        ng.contrib.apollo_adamw(1e-2, rank=2, axes=axes),
+        ng.contrib.scale_sgd(1e-2, axes=axes),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tx.init(PARAMS)
+
+
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.complex64])
 def test_only_real_floating_point_parameters_can_be_projected(dtype):
     params = {"w": jnp.ones((6, 8)), "other": jnp.ones((6, 8), dtype)}

@@ -130,7 +130,9 @@ def test_the_program(tmp_path, monkeypatch, capsys):
     assert "step     2  held-out loss" in first and "AdamW's" in first
     minimal.main()
     second = capsys.readouterr().out
-    assert second.startswith("resume from step 2\n") and first.endswith(second.partition("\n")[2])
+    devices, resumed, rest = second.split("\n", 2)
+    assert devices == f"devices: {jax.device_count()} x cpu" and first.startswith(devices)
+    assert resumed == "resume from step 2" and first.endswith(rest)
 
 
 def test_it_is_one_short_file_that_stands_alone():

@@ -34,6 +34,8 @@ def test_the_version_is_the_same_everywhere():
     assert PROJECT["version"] == ng.__version__
     citation = (ROOT / "CITATION.cff").read_text()
     assert re.findall(r"^version: (.+)$", citation, re.MULTILINE) == [ng.__version__]
+    (released,) = re.findall(r'^date-released: "(.+)"$', citation, re.MULTILINE)
+    assert f"## [{ng.__version__}] - {released}\n" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_changelog_is_of_this_version():

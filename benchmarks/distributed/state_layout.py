@@ -14,14 +14,15 @@ from typing import Any, NamedTuple
 
 import jax
 import matplotlib
-import matplotlib.pyplot as plt
 import tyro
 from jax.sharding import AbstractMesh, NamedSharding
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 import natgalore_jax as ng
 from benchmarks.common.shapes import BF16, LLAMA_RANKS, llama_shapes
+from examples.common.figures import PAGE, STYLE
 
 FIGURE = Path(__file__).parents[2] / "docs" / "figures" / "state-layout.svg"
 DEVICES = 8
@@ -153,7 +154,8 @@ def _bytes(x: Any, sharding: NamedSharding) -> int:
     return math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize
 
 
-COLORS = ("#4c78a8", "#f58518", "#54a24b", "#e45756")
+# From the dark to the light, so that they differ in grey.
+COLORS = ("#1f4e79", "#d9603b", "#7fb86a", "#f2d77c")
 Grid = Sequence[Sequence[int]]  # devices by rows and columns of the parts
 
 
@@ -197,18 +199,17 @@ _M, _N, _R = 1.6, 2.6, 0.55
 
 def draw(path: Path) -> None:
     """Write the figure as SVG, equal from run to run."""
-    settings = {"svg.hashsalt": "state-layout", "font.size": 9, "svg.fonttype": "path"}
+    settings = STYLE | {"svg.hashsalt": "state-layout", "svg.fonttype": "path"}
     with matplotlib.rc_context(settings):
-        figure, axes = plt.subplots(1, len(PANELS), figsize=(13, 4.3))
-        for ax, panel in zip(axes, PANELS, strict=True):
+        figure = Figure(figsize=(PAGE, 7.6))
+        for ax, panel in zip(figure.subplots(2, 2).ravel(), PANELS, strict=True):
             _draw_panel(ax, panel)
         handles = [Rectangle((0, 0), 1, 1, color=c) for c in COLORS]
         names = [f"device {i}" for i in range(len(COLORS))]
         figure.legend(handles, names, ncols=4, loc="upper center", frameon=False)
-        figure.subplots_adjust(left=0.01, right=0.99, top=0.86, bottom=0.02, wspace=0.05)
+        figure.subplots_adjust(left=0.01, right=0.99, top=0.9, bottom=0.01, wspace=0.05)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata={"Date": None})
-        plt.close(figure)
 
 
 def _draw_panel(ax: Axes, panel: Panel) -> None:
@@ -226,10 +227,10 @@ def _draw_panel(ax: Axes, panel: Panel) -> None:
     ax.text(0.85 + _N / 2, _M + 0.35, "W and G, m × n", ha="center", va="bottom")
     ax.text(0.75, -0.9 + _R / 2, "R, M\nr × n", ha="right", va="center")
     ax.text(0.75, -1.8 + _R / 2, "V\nr × n", ha="right", va="center")
-    ax.set_title(f"divided: {panel.title}", fontsize=10, fontweight="bold")
+    ax.set_title(f"divided: {panel.title}", fontweight="bold")
     text = f"Each step: {panel.each_step}\n\nAt a refresh: {panel.refresh}"
     ax.text(-0.1, -2.1, text, va="top", linespacing=1.3)
-    ax.set(xlim=(-0.2, 4.0), ylim=(-3.7, 2.35), aspect="equal")
+    ax.set(xlim=(-0.5, 4.2), ylim=(-3.7, 2.35), aspect="equal")
     ax.axis("off")
 
 

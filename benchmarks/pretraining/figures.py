@@ -11,21 +11,24 @@ from benchmarks.pretraining.methods import METHODS
 from benchmarks.pretraining.summary import Group, Point, Row
 from benchmarks.pretraining.tables import label
 from benchmarks.pretraining.tuning import Rates, Tuned
+from examples.common.figures import PAGE, in_style
 
 Groups = Mapping[Group, Mapping[tuple[str, Rates], Row]]
 
-# The methods that the comparison is about have colours; the others are grey, told apart by dashes.
+# The methods that the comparison is about have colours, the others are grey: all have dashes.
 COLOURS = {
-    "natural-galore": "tab:red",
-    "adamw": "black",
-    "muon": "tab:brown",
-    "galore": "tab:blue",
-    "fira": "tab:green",
-    "apollo-mini": "tab:orange",
-    "natural-galore-paper": "tab:purple",
-    "natural-galore-published": "tab:pink",
+    "natural-galore": ("tab:red", "-"),
+    "adamw": ("black", "--"),
+    "muon": ("tab:brown", "-."),
+    "galore": ("tab:blue", ":"),
+    "fira": ("tab:green", (0, (6, 1))),
+    "apollo-mini": ("tab:orange", (0, (3, 1, 1, 1))),
+    "natural-galore-paper": ("tab:purple", (0, (1, 3))),
+    "natural-galore-published": ("tab:pink", (0, (3, 1, 1, 1, 1, 1))),
 }
+_GREY = "0.45"
 _DASHES = ("-", "--", ":", "-.")
+_MARKERS = "osv^D<>pX"
 _CEILING = 1.2  # nats above the lowest loss that a panel still shows
 
 
@@ -39,30 +42,39 @@ def time(groups: Groups, path: Path) -> None:
     _curves(groups, path, "seconds in training steps", lambda point: point.seconds)
 
 
+@in_style
 def size(groups: Groups, path: Path) -> None:
     """Final test loss over the bytes of the optimizer's state."""
     figure, panels = _panels(groups)
     for axes, rows in panels:
         for row in (r for r in rows if not r.diverged):
             at = (row.state_bytes / 2**20, row.test)
-            colour = COLOURS.get(row.method, "gray")
+            colour, _ = COLOURS.get(row.method, (_GREY, None))
             axes.errorbar(*at, yerr=row.test_std or 0, fmt="o", color=colour, markersize=5)
+            # To the side where there is room.
+            right = row.state_bytes < 0.75 * max(r.state_bytes for r in rows)
             axes.annotate(
-                label(row.method), at, (4, 4), textcoords="offset points", fontsize=7, color=colour
+                label(row.method).removeprefix("Natural GaLore, "),
+                at,
+                (4 if right else -4, 4),
+                textcoords="offset points",
+                ha="left" if right else "right",
+                color=colour,
             )
         axes.set(xlabel="optimizer state, MiB", ylabel="test loss, nats per token")
-        axes.margins(x=0.35)  # Room for the names.
-    figure.savefig(path, dpi=120)
+        axes.set_xlim(0, 1.06 * axes.dataLim.x1)
+    figure.savefig(path)
 
 
+@in_style
 def learning_rates(tuned: Mapping[str, Tuned], path: Path) -> None:
     """Final validation loss over each of the two rates, the other one at its best.
 
     A cross at the top is a divergence.
     """
-    figure = matplotlib.figure.Figure(figsize=(12, 5), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(PAGE, 5), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    names = ("rate of hidden matrices", "ratio of the other parameters' rate to it")
+    names = ("rate of hidden matrices", "ratio of all other rates to it")
     top = min(t.loss for t in tuned.values()) + _CEILING
     for axes, field, xlabel in zip(panels, ("hidden", "ratio"), names, strict=True):
         for number, (method, found) in enumerate(tuned.items()):
@@ -74,46 +86,65 @@ def learning_rates(tuned: Mapping[str, Tuned], path: Path) -> None:
             }
             style = _style(method, number)
             usable = {rate: loss for rate, loss in curve.items() if loss is not None}
-            axes.plot(list(usable), list(usable.values()), marker="o", markersize=4, **style)
+            axes.plot(
+                list(usable),
+                list(usable.values()),
+                marker=_MARKERS[number % len(_MARKERS)],
+                **style,
+            )
             lost = [rate for rate, loss in curve.items() if loss is None]
-            axes.plot(lost, [top] * len(lost), "x", color=style["color"], clip_on=False)
+            if lost:  # Without points it has no place, and the layout fails.
+                axes.plot(lost, [top] * len(lost), "x", color=style["color"], clip_on=False)
         axes.set(xlabel=xlabel, xscale="log", ylim=(None, top))
-        axes.grid(which="both", alpha=0.2)
+        axes.grid(which="both")
     panels[0].set(ylabel="final validation loss, nats per token")
-    panels[1].legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    _legend(figure, panels[0])
+    figure.savefig(path)
 
 
+@in_style
 def _curves(groups: Groups, path: Path, xlabel: str, x: Callable[[Point], float]) -> None:
     figure, panels = _panels(groups)
+    methods = dict.fromkeys(row.method for _, rows in panels for row in rows)
+    methods = sorted(methods, key=lambda method: method in COLOURS)  # The grey ones count dashes.
     for axes, rows in panels:
         shown = [r for r in rows if not r.diverged]
-        for number, row in enumerate(shown):
+        for row in shown:
             axes.plot(
                 [x(point) for point in row.curve],
                 [point.loss for point in row.curve],
-                **_style(row.method, number),
+                **_style(row.method, methods.index(row.method)),
             )
         lowest = min((r.validation for r in shown), default=0.0)
         axes.set(ylim=(lowest - 0.05, lowest + _CEILING))
         axes.set(xlabel=xlabel, ylabel="validation loss, nats per token")
-        axes.legend(fontsize=7)
-    figure.savefig(path, dpi=120)
+    _legend(figure, *(axes for axes, _ in panels))
+    figure.savefig(path)
+
+
+def _legend(figure: matplotlib.figure.Figure, *panels: Any) -> None:
+    """One for all panels, below them."""
+    lines = {}
+    for axes in panels:
+        handles, names = axes.get_legend_handles_labels()
+        lines |= dict(zip(names, handles, strict=True))
+    figure.legend(
+        list(lines.values()), list(lines), loc="outside lower center", ncols=3, handlelength=3.5
+    )
 
 
 def _panels(groups: Groups) -> tuple[matplotlib.figure.Figure, list[tuple[Any, Sequence[Row]]]]:
     # A Figure of its own, not pyplot: nothing global, no window system.
     columns = min(2, len(groups))
     lines = -(-len(groups) // columns)
-    figure = matplotlib.figure.Figure(figsize=(6.5 * columns, 5 * lines), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(PAGE, 3.9 * lines), layout="constrained")
     all_axes = figure.subplots(lines, columns, squeeze=False).ravel()
     for unused in all_axes[len(groups) :]:
         unused.remove()
     panels = []
     for axes, (group, rows) in zip(all_axes, groups.items(), strict=False):
         axes.set_title(", ".join(group))
-        axes.grid(alpha=0.2)
-        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(8))
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6))
         panels.append((axes, _drawn_last(rows.values())))
     return figure, panels
 
@@ -125,9 +156,11 @@ def _drawn_last(rows: Iterable[Row]) -> Sequence[Row]:
 
 def _style(method: str, number: int) -> dict[str, Any]:
     known = method in COLOURS
+    colour, dashes = COLOURS.get(method, (_GREY, _DASHES[number % len(_DASHES)]))
     return {
-        "color": COLOURS.get(method, "gray"),
-        "linestyle": "-" if known else _DASHES[number % len(_DASHES)],
+        "color": colour,
+        "linestyle": dashes,
         "linewidth": 1.8 if known else 1.0,
+        "markersize": 4,
         "label": label(method) if method in METHODS or not known else method,
     }

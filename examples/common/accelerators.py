@@ -13,18 +13,19 @@ import jax
 TPU_FILES = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")  # As in the Makefile.
 
 
-def announce_devices(note: Callable[[str], None], used: int | None = None) -> None:
+def announce_devices(note: Callable[[str], None] | None = None, used: int | None = None) -> None:
     """Note the devices of a program; warn on stderr about accelerators that are idle.
 
     Args:
-      note: prints a line.
+      note: prints a line; None: on stderr, for programs whose output is a text or a path.
       used: how many devices of this process compute; None: all of them.
     """
+    note = _to_stderr if note is None else note
     kinds = Counter(device.device_kind for device in jax.devices())
     note("devices: " + ", ".join(f"{count} x {kind}" for kind, count in kinds.items()))
     for warning in (unused_accelerator(), _idle_devices(used)):
         if warning is not None:
-            print(f"warning: {warning}", file=sys.stderr, flush=True)
+            _to_stderr(f"warning: {warning}")
 
 
 def unused_accelerator() -> str | None:
@@ -41,6 +42,10 @@ def unused_accelerator() -> str | None:
         f"this machine has a {found}, and jax computes on the processor: "
         f"make DEVICE={extra} setup, or pip install '.[{extra}]' in a clone, installs a jax for it"
     )
+
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _idle_devices(used: int | None) -> str | None:

@@ -94,14 +94,14 @@ class _Speaking(Silent):
     def during(self, activity: Activity) -> Iterator[None]:
         self._since = time.monotonic()
         alone = self._thread is None  # Such as an evaluation before the training.
-        if alone:
-            _Speaking.start(self, 0, 0)
-        try:
-            with super().during(activity):
-                yield
-        finally:
+        with super().during(activity):
             if alone:
-                _Speaking.stop(self)
+                _Speaking.start(self, 0, 0)
+            try:
+                yield
+            finally:
+                if alone:
+                    _Speaking.stop(self)
 
     def note(self, text: str) -> None:
         self._spoke = time.monotonic()
@@ -220,3 +220,8 @@ def make_reporter(
     if console.is_terminal:
         return Bar(console, brief or describe)
     return Lines(console, describe)
+
+
+def on_stderr() -> Lines:
+    """Breaks the silence of a program whose output on stdout is a result."""
+    return Lines(Console(stderr=True), str, SILENCE)

@@ -2,7 +2,8 @@
 
 import math
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,14 +13,17 @@ import tyro
 from flax import nnx
 
 from examples.common import cli
+from examples.common.accelerators import announce_devices
 from examples.common.config import write_json
 from examples.common.errors import ConfigError
 from examples.common.metrics import Record
+from examples.common.reporter import Activity, on_stderr
 from examples.llama.data import DataConfig, eval_batches
 from examples.llama.data.corpus import load_corpus, load_documents
-from examples.llama.data.tokenizer import encode, plain_text, vocabulary_size
+from examples.llama.data.tokenizer import encode, end_of_text, plain_text, vocabulary_size
 from examples.llama.training.evaluate import make_eval_step, mean_nll, perplexity
 from examples.llama.weights.files import load_llama
+from examples.llama.weights.runs import config_of, is_run
 
 LONGEST = 1024
 
@@ -29,7 +33,7 @@ class EvaluateConfig:
     """Loss in nats per token, perplexity, and bits per byte of a text.
 
     Bits per byte compare models with different tokenizers. Each document is followed by an
-    end-of-text token; rows are cut as in the evaluations of a run.
+    end-of-text token. Of a run, settings of its text and rows are those of its own evaluations.
     """
 
     model: Annotated[str, tyro.conf.Positional]
@@ -40,10 +44,13 @@ class EvaluateConfig:
     one data set `hf:NAME[:CONFIG[:SPLIT]]`."""
     split: Literal["all", "validation", "test"] = "all"
     """The whole text, or a part that a run on the same --data holds out."""
-    split_seed: int = 0
-    """Which documents are held out, as in the run."""
+    split_seed: int | None = None
+    """Which documents are held out; by default as in the run."""
+    rows: Literal["packed", "documents"] | None = None
+    """Full rows, or a document each, whose end beyond --seq-len is not evaluated; by default as in
+    the run, otherwise packed."""
     seq_len: int | None = None
-    """Tokens in a row; by default the model's max_length, at most 1024."""
+    """Tokens in a row; by default as in the run, otherwise the model's max_length, at most 1024."""
     batch_size: int = 8
     """Rows in a batch."""
     step: int | None = None
@@ -61,7 +68,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(config: EvaluateConfig) -> int:
     """Evaluate and print."""
-    found = evaluate(config)
+    announce_devices()
+    with on_stderr().during(Activity("evaluating", "at once")):
+        found = evaluate(config)
     print(
         f"loss {found['loss']:.4f} nats per token  perplexity {found['perplexity']:.2f}  "
         f"{found['bits_per_byte']:.3f} bits per byte  ({found['tokens']:,} tokens, "
@@ -80,7 +89,7 @@ def evaluate(config: EvaluateConfig) -> Record:
       DataError: if the text cannot be read.
       WeightsError: if the weights cannot.
     """
-    data = DataConfig(data=config.data, split_seed=config.split_seed)
+    data, seq_len = _settings(config)
     documents = (
         load_documents(data) if config.split == "all" else getattr(load_corpus(data), config.split)
     )
@@ -95,7 +104,7 @@ def evaluate(config: EvaluateConfig) -> Record:
             f"{config.model}: a tokenizer of {vocabulary_size(tokenizer)} tokens, and weights for "
             f"{loaded.config.vocab_size}"
         )
-    seq_len = min(most, LONGEST) if config.seq_len is None else config.seq_len
+    seq_len = min(most, LONGEST) if seq_len is None else seq_len
     if not 1 <= seq_len <= most or config.batch_size < 1:
         raise ConfigError(
             f"--seq-len must be from 1 to the model's max_length={most}, and --batch-size at least "
@@ -104,7 +113,15 @@ def evaluate(config: EvaluateConfig) -> Record:
     tokens = encode(tokenizer, documents)
     graphdef, params = nnx.split(loaded.model)
     step = make_eval_step(lambda params, rows: nnx.merge(graphdef, params)(rows))
-    loss = mean_nll(step, params, eval_batches(tokens, config.batch_size, seq_len))
+    end = end_of_text(tokenizer) if data.rows == "documents" else None
+    targets = []
+
+    def batches() -> Iterator[dict[str, np.ndarray]]:
+        for batch in eval_batches(tokens, config.batch_size, seq_len, documents_end=end):
+            targets.append(int(batch["mask"].sum()))
+            yield batch
+
+    loss = mean_nll(step, params, batches())
     assert loss is not None
     size = sum(len(text.encode()) for text in documents)
     return {
@@ -112,10 +129,23 @@ def evaluate(config: EvaluateConfig) -> Record:
         "loss": loss,
         "perplexity": perplexity(loss),
         "bits_per_byte": loss * (len(tokens) - 1) / math.log(2) / size,
-        "tokens": len(tokens) - 1,
+        "tokens": sum(targets),
         "documents": len(documents),
         "parameters": sum(int(np.size(leaf)) for leaf in jax.tree.leaves(params)),
     }
+
+
+def _settings(config: EvaluateConfig) -> tuple[DataConfig, int | None]:
+    """Settings of text and rows, of the run where the command line has none."""
+    data, seq_len = DataConfig(data=config.data), config.seq_len
+    path = Path(config.model).expanduser()
+    if is_run(path):
+        of_run = config_of(path)
+        names = {field.name for field in fields(DataConfig)} - {"data", "tokenizer", "cache_dir"}
+        data = replace(data, **{k: v for k, v in of_run.get("data", {}).items() if k in names})
+        seq_len = of_run.get("seq_len") if seq_len is None else seq_len
+    given = {"split_seed": config.split_seed, "rows": config.rows}
+    return replace(data, **{k: v for k, v in given.items() if v is not None}), seq_len
 
 
 if __name__ == "__main__":

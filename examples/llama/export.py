@@ -8,6 +8,8 @@ from typing import Annotated
 import tyro
 
 from examples.common import cli
+from examples.common.accelerators import announce_devices
+from examples.common.reporter import READING, on_stderr
 from examples.llama.model.llama import with_params
 from examples.llama.weights.files import PretrainedLlama, open_weights, read_params, replace_llama
 from examples.llama.weights.runs import EXPORT
@@ -36,7 +38,9 @@ def main(argv: list[str] | None = None) -> int:
 def run(config: ExportConfig) -> int:
     """Export, and print where to."""
     directory = Path(config.run) / EXPORT if config.to is None else config.to
-    export(config.run, directory, config.step)
+    announce_devices()
+    with on_stderr().during(READING):
+        export(config.run, directory, config.step)
     print(directory)
     return 0
 

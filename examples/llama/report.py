@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from examples.common.metrics import Record
-from examples.llama.data import DataConfig, Splits, is_hub
+from examples.llama.data import Splits, is_hub
 from examples.llama.memory.peak import peak_rows
 from examples.llama.model.config import MODEL_PRESETS
 from examples.llama.result import Result
@@ -69,10 +69,6 @@ def next_commands(result: Result) -> list[str]:
     """Command lines that sample, evaluate and export a finished run."""
     config, run_dir = result.config, result.config.run_dir
     held_out = ["--data", *config.data.data, "--split", "test"]
-    if config.data.split_seed != DataConfig().split_seed:
-        held_out += ["--split-seed", str(config.data.split_seed)]
-    if config.seq_len != config.model.max_length:
-        held_out += ["--seq-len", str(config.seq_len)]
     prompt = ["--prompt", config.output.sample]
     if config.output.sample.startswith("-"):  # It would be read as an option.
         prompt = ["=".join(prompt)]

@@ -10,11 +10,15 @@ import tyro
 from tokenizers import Tokenizer
 
 from examples.common import cli
+from examples.common.accelerators import announce_devices
 from examples.common.errors import ConfigError
+from examples.common.reporter import READING, Activity, on_stderr
 from examples.llama.data.tokenizer import end_of_text
 from examples.llama.model.generate import Sampling, stream
 from examples.llama.model.llama import Llama
 from examples.llama.weights.files import load_llama
+
+WRITING = Activity("compiling the model", "at once")
 
 
 @dataclass(frozen=True)
@@ -57,9 +61,12 @@ def run(config: SampleConfig) -> int:
         sampling = Sampling(config.temperature, config.top_k, config.top_p)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    loaded = load_llama(
-        config.model, dtype=config.dtype, param_dtype=config.dtype, step=config.step
-    )
+    announce_devices()
+    waiting = on_stderr()
+    with waiting.during(READING):
+        loaded = load_llama(
+            config.model, dtype=config.dtype, param_dtype=config.dtype, step=config.step
+        )
     if loaded.tokenizer is None:
         raise ConfigError(f"{config.model}: no tokenizer.json")
     for i in range(config.samples):
@@ -75,6 +82,10 @@ def run(config: SampleConfig) -> int:
             loaded.end_ids,
             add_special_tokens=True,
         )
+        print(next(text), end="", flush=True)  # The prompt.
+        with waiting.during(WRITING):
+            first = next(text, "")
+        print(first, end="", flush=True)
         for part in text:
             print(part, end="", flush=True)
         print()

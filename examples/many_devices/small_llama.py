@@ -9,6 +9,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from examples.common.accelerators import announce_devices
 from examples.common.train_state import Params
 from examples.llama.data import DataConfig, load_splits, make_train_iterator
 from examples.llama.model.config import MODEL_PRESETS, ModelConfig
@@ -51,4 +52,5 @@ def devices(simulated: int | None) -> list[jax.Device]:
         os.environ.setdefault("NPROC", "32")
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", simulated)
+    announce_devices(print)
     return jax.devices()

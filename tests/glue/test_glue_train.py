@@ -211,6 +211,17 @@ def test_a_run_goes_on_as_if_it_had_not_been_stopped(files, finished, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded.params, expected.state.weights)
     assert loaded.raw_config["id2label"] == {"0": "0", "1": "1"}
 
+    # A finished run predicts later, for rows that it did not have then, and trains no further.
+    rows = tiny.sentences(6, seed=5)
+    text = "".join(json.dumps({"sentence1": sentence}) + "\n" for sentence, _ in rows)
+    (files[1] / "test.jsonl").write_text(text)
+    predicting = dataclasses.replace(run, output=OutputConfig(resume=True, predict=True))
+    later = train(predicting, "natural-galore", prepare(predicting), run_dir=tmp_path)
+    assert later.finished and later.records == resumed.records
+    jax.tree.map(np.testing.assert_array_equal, later.state.weights, expected.state.weights)
+    lines = (tmp_path / "predictions" / "predictions.tsv").read_text().splitlines()
+    assert lines[1:] == [f"{i}\t{label}" for i, (_, label) in enumerate(rows)]
+
 
 def counts(weights, inputs, _key=None):
     """A model that is quick to compile: outputs by how often a row has each token."""

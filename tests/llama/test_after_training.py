@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from examples.common import reporter
+from examples.common.errors import DataError
 from examples.common.metrics import of_kind, read_metrics
 from examples.llama.__main__ import main
 from examples.llama.evaluate import EvaluateConfig, evaluate
@@ -68,6 +70,19 @@ def test_the_sample_command(finished, capsys):
     assert first.split("\n")[1] == second.split("\n")[0]  # At a temperature of 0.
 
 
+def test_waiting_has_lines_on_stderr(finished, monkeypatch, capsys):
+    monkeypatch.setattr(reporter, "SILENCE", 0.01)
+    for name, doing in (
+        ("sample", "compiling the model: "),
+        ("evaluate", "evaluating: "),
+    ):
+        main, words = command(finished, name)
+        assert main(words) == 0
+        printed = capsys.readouterr()
+        assert doing in printed.err and "so far" not in printed.out
+        assert "step" not in printed.err  # That is for training.
+
+
 def test_the_evaluate_command_gives_the_loss_of_the_run(finished, tmp_path, capsys):
     main, words = command(finished, "evaluate")
     assert main([*words, "--json", str(tmp_path / "loss.json")]) == 0
@@ -81,6 +96,26 @@ def test_the_evaluate_command_gives_the_loss_of_the_run(finished, tmp_path, caps
     size = sum(len(json.loads(line)["text"]) for line in Path(words[2]).read_text().splitlines())
     nats = whole["bits_per_byte"] * size * np.log(2)
     assert nats == pytest.approx(whole["loss"] * whole["tokens"])
+
+
+def test_a_run_on_documents_is_evaluated_on_documents(places, tmp_path):
+    """Rows, their length and the split are those of the run unless the command line has others."""
+    text = tmp_path / "notes.jsonl"
+    lines = Path(places[0].removeprefix("--data=")).read_text().replace('"text"', '"note"')
+    text.write_text(lines)
+    run = tmp_path / "documents"
+    settings = ["--rows=documents", "--split-seed=3", "--text-column=note", "--seq-len=9"]
+    where = [f"--data={text}", f"--root={tmp_path}", *places[2:], "--quiet", f"--name={run.name}"]
+    assert main([*where, *SIZES, *HOW, *settings]) == 0
+    expected = of_kind(read_metrics(run / "metrics.jsonl"), "test")[-1]["loss"]
+    found = evaluate(EvaluateConfig(str(run), (str(text),), "test"))
+    assert found["loss"] == pytest.approx(expected, rel=1e-6)
+    assert found["tokens"] <= 8 * found["documents"]
+    packed = evaluate(EvaluateConfig(str(run), (str(text),), "test", rows="packed"))
+    assert packed["tokens"] > found["tokens"]
+    # An export has no settings of a run, but the command line has.
+    with pytest.raises(DataError, match="text"):
+        evaluate(EvaluateConfig(str(run / "export"), (str(text),), "test"))
 
 
 def test_the_export_command(finished, capsys):
@@ -98,7 +133,9 @@ def test_as_programs(finished):
     done = subprocess.run(line, shell=True, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("-we the")
-    assert done.stderr == ""
+    devices, *waiting = done.stderr.splitlines()
+    assert devices.startswith("devices: ")
+    assert all(line.endswith(" s so far") for line in waiting)
     interpreter = ROOT / shlex.split(line)[0] if "/" in shlex.split(line)[0] else sys.executable
     assert Path(interpreter).absolute() == Path(sys.executable).absolute()
 
@@ -134,9 +171,9 @@ def test_errors_are_one_line(finished, places, capsys):
     ):
         capsys.readouterr()
         assert program(words) == 1
-        captured = capsys.readouterr()
-        assert message in captured.err
-        assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+        *before, error = capsys.readouterr().err.splitlines()
+        assert error.startswith("error: ") and message in error
+        assert all(line.startswith("devices: ") for line in before)
     assert (finished[0] / "export").is_dir()
 
 

@@ -1,4 +1,7 @@
-"""Predictions of unlabelled rows, in the files that GLUE's server takes."""
+"""Predictions of unlabelled rows, in the files that GLUE's server takes.
+
+Names, header and labels are those that the formatter of nyu-mll/jiant writes, by authors of GLUE.
+"""
 
 from pathlib import Path
 

@@ -5,6 +5,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from matplotlib.figure import Figure
+
+from examples.common.figures import GREYS, PAGE, in_style
 from examples.common.optimizers import OptimizerConfig
 from examples.llama.memory.sizes import unit_of
 from examples.llama.memory.step_memory import lower_bound
@@ -21,14 +24,16 @@ METHODS: dict[str, tuple[dict[str, Any], bool]] = {
     "Natural GaLore": ({"name": "natural-galore"}, True),
     "8-bit Natural GaLore": ({"name": "natural-galore", "moment_bits": 8}, True),
 }
-# Parts of the figure, from below: the parts of `StepMemory` that each sums up, and its colour.
-STACK: dict[str, tuple[tuple[str, ...], str]] = {
-    "weights": (("weights",), "#4c72b0"),
-    "gradients": (("gradients",), "#c44e52"),
-    "optimizer: moments": (("inner", "other", "shared"), "#dd8452"),
-    "optimizer: basis": (("basis",), "#55a868"),
-    "optimizer: Fisher": (("history",), "#8172b3"),
-    "activations": (("activations",), "#937860"),
+_ROOM = 1.25  # Width of a panel over its longest bar: for the numbers.
+_OPTIMIZER = {"color": "tab:red", "edgecolor": "white", "linewidth": 0}
+# Parts of the figure, from the left: the parts of `StepMemory` that each sums up, and its style.
+STACK: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "weights": (("weights",), {"color": GREYS[0]}),
+    "gradients": (("gradients",), {"color": GREYS[1]}),
+    "optimizer: moments": (("inner", "other", "shared"), _OPTIMIZER | {"hatch": "//"}),
+    "optimizer: basis": (("basis",), _OPTIMIZER | {"hatch": "....", "color": "tab:orange"}),
+    "optimizer: Fisher": (("history",), {"color": "black"}),
+    "activations": (("activations",), {"color": GREYS[3]}),
 }
 
 
@@ -69,53 +74,57 @@ def breakdown(
     return bars
 
 
+@in_style
 def draw(bars: Sequence[Bar], path: Path, limit: int | None = None) -> None:
     """One panel a size: methods as in `METHODS`, the low-rank ones updated per layer.
 
     Args:
       bars: of :func:`breakdown`.
       path: where the figure goes.
-      limit: bytes at which a line is drawn, in the panels that reach half of it.
+      limit: bytes at which a line is drawn, in the panels that it fits into.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     shown = [bar for bar in bars if bar.per_layer == METHODS[bar.method][1]]
     sizes = list(dict.fromkeys(bar.size for bar in shown))
-    figure, axes = plt.subplots(
-        1, len(sizes), figsize=(2.2 + 2.3 * len(sizes), 4.2), squeeze=False, layout="constrained"
-    )
-    for axis, size in zip(axes[0], sizes, strict=True):
-        of_size = [bar for bar in shown if bar.size == size]
-        unit, scale = unit_of(max(bar.total for bar in of_size))
-        bottom = [0.0] * len(of_size)
-        for label, (_, colour) in STACK.items():
-            heights = [bar.parts[label] / scale for bar in of_size]
-            axis.bar(range(len(of_size)), heights, 0.75, bottom, label=label, color=colour)
-            bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
-        for x, height in enumerate(bottom):
-            axis.annotate(f"{height:.3g}", (x, height), ha="center", va="bottom", fontsize=7)
-        if limit is not None and 2 * max(bottom) * scale > limit:
-            axis.axhline(limit / scale, color="black", linewidth=0.8, linestyle="--")
-        axis.set_title(f"{size}, rank {of_size[0].rank}", fontsize=9)
-        axis.set_ylabel(unit, fontsize=8)
-        axis.tick_params(labelsize=7)
-        axis.set_xticks(
-            range(len(of_size)), [bar.method for bar in of_size], rotation=60, ha="right"
-        )
-        axis.spines[["top", "right"]].set_visible(False)
+    columns = min(3, len(sizes) + 1)
+    rows = -(-(len(sizes) + 1) // columns)  # The last panel has the legend.
+    # A Figure of its own instead of pyplot: nothing global, no window system.
+    figure = Figure(figsize=(PAGE, 0.4 + 2.2 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for number, (axis, size) in enumerate(zip(panels, sizes, strict=False)):
+        _draw_panel(axis, [bar for bar in shown if bar.size == size], limit, number % columns == 0)
+    for unused in panels[len(sizes) :]:
+        unused.axis("off")
+    panels[-1].legend(*panels[0].get_legend_handles_labels(), loc="center")
     figure.suptitle(
-        "One row of tokens in bfloat16. GaLore and Natural GaLore: updates per layer. "
-        "Without the working memory of the update.",
-        fontsize=8,
+        "One row of tokens in bfloat16. GaLore and Natural GaLore: updates per layer.\n"
+        "Without the working memory of the update."
     )
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles[::-1], labels[::-1], loc="outside right upper", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    figure.savefig(path)
+
+
+def _draw_panel(axis: Any, bars: Sequence[Bar], limit: int | None, has_names: bool) -> None:
+    unit, scale = unit_of(max(bar.total for bar in bars))
+    ends = [0.0] * len(bars)
+    for label, (_, style) in STACK.items():
+        widths = [bar.parts[label] / scale for bar in bars]
+        axis.barh(range(len(bars)), widths, 0.75, ends, label=label, **style)
+        ends = [a + b for a, b in zip(ends, widths, strict=True)]
+    most = max(ends)
+    line = limit / scale if limit is not None and limit < _ROOM * most * scale else None
+    gap = 0.02 * most
+    for y, end in enumerate(ends):
+        # Not across the line.
+        x = line if line is not None and line - 0.2 * most < end < line else end
+        axis.text(x + gap, y, f"{end:.3g}", va="center")
+    if line is not None:
+        axis.axvline(line, color="black", linewidth=0.8, linestyle="--")
+        axis.text(line + gap, len(bars) - 0.1, f"{line:.3g} {unit}", va="center")
+    axis.set(title=f"{bars[0].size}, rank {bars[0].rank}", xlabel=unit, xlim=(0, _ROOM * most))
+    axis.set_yticks(range(len(bars)), [bar.method if has_names else "" for bar in bars])
+    axis.set_ylim(len(bars) - (0.4 if line is None else -0.4), -0.6)
+    axis.grid(visible=False)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def _config(size: str, optimizer: dict[str, Any], per_layer: bool, tokens: int) -> RunConfig:

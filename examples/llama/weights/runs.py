@@ -34,6 +34,12 @@ def is_run(path: Path) -> bool:
     return bool(kept(path / CHECKPOINTS))
 
 
+def config_of(path: Path) -> dict[str, Any]:
+    """The configuration in the newest checkpoint of a run."""
+    checkpoints = path / CHECKPOINTS
+    return read_checkpoint(checkpoints, kept(checkpoints)[-1])[0]
+
+
 def saved_run(path: Path, step: int | None = None) -> SavedRun:
     """The newest checkpoint of a run, or the checkpoint after an optimizer step.
 
@@ -41,8 +47,7 @@ def saved_run(path: Path, step: int | None = None) -> SavedRun:
       WeightsError: if there is none of this step, or it is no checkpoint of `examples.llama`.
     """
     checkpoints = path / CHECKPOINTS
-    numbers = kept(checkpoints)
-    config, _ = read_checkpoint(checkpoints, numbers[-1])
+    numbers, config = kept(checkpoints), config_of(path)
     try:
         model, adapter = ModelConfig(**config["model"]), AdapterConfig(**config["adapter"])
     except (LookupError, TypeError, ValueError) as error:

@@ -125,7 +125,7 @@ def scale_by_racs(
     @own_arithmetic
     def init_fn(params):
         plans = matrix_plans(where, axes, params)
-        require_matrices(plans, params, "scaled by row and column")
+        require_matrices(where, axes, plans, params, "scaled by row and column")
         leaves, treedef = jax.tree.flatten(params)
         empty = [
             _empty(plan.unnamed, leaf, norm_growth_limit is not None) if plan else _NOTHING

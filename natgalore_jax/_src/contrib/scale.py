@@ -120,7 +120,7 @@ def scale_by_column_norms(
     @own_arithmetic
     def init_fn(params):
         plans, heads = plans_of(params)
-        require_matrices(plans, params, "normalised")
+        require_matrices(where, axes, plans, params, "normalised")
         leaves, treedef = jax.tree.flatten(params)
         momenta = [
             jnp.zeros_like(x, dtype=mu_dtype) if is_head else optax.MaskedNode()

@@ -40,7 +40,7 @@ def format_comparison(reports: dict[str, MemoryReport]) -> str:
         total = report.total_state_bytes
         rows.append(
             [
-                name,
+                name.replace("Natural GaLore, ", "  "),
                 *(format_bytes(size) if size else "-" for size in (*sizes, total)),
                 f"{100 * total / report.adamw_state_bytes:.1f} %",
                 format_bytes(total + report.weight_bytes),

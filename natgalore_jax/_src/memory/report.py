@@ -14,6 +14,7 @@ from natgalore_jax._src.params.context import record_plans
 from natgalore_jax._src.params.plan import LeafPlan
 from natgalore_jax._src.params.where import KeyPath
 
+_TREATMENT = 6  # Columns of the table before those of bytes.
 _PARTS = ("basis", "history", "inner", "other")
 
 
@@ -119,7 +120,7 @@ class MemoryReport:
         }
 
     def __str__(self) -> str:
-        return _format(self)
+        return format_report(self)
 
 
 def memory_report(
@@ -276,10 +277,17 @@ def _treatment(p: ParameterMemory) -> dict[str, Any]:
     return row
 
 
-def _format(report: MemoryReport) -> str:
-    """Table of groups and total, table of alternative sides, and table of the step."""
-    blocks = [align(_group_rows(report)), *_alternative_block(report), *_step_block(report)]
-    return "\n\n".join(blocks)
+def format_report(report: MemoryReport, columns: int | None = None) -> str:
+    """Table of groups and total, table of alternative sides, and table of the step.
+
+    The first table is cut in two, treatment and bytes, if it is wider than ``columns``.
+    """
+    rows = _group_rows(report)
+    tables = [align(rows)]
+    if columns is not None and max(map(len, tables[0].splitlines())) > columns:
+        treatment = [row[:_TREATMENT] for row in rows if any(row[2:_TREATMENT])]
+        tables = [align(treatment), align([[row[0], *row[_TREATMENT:]] for row in rows])]
+    return "\n\n".join([*tables, *_alternative_block(report), *_step_block(report)])
 
 
 def _group_rows(report: MemoryReport) -> list[list[str]]:

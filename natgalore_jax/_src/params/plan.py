@@ -164,7 +164,8 @@ def without_matrices(treedef: Any, leaves: Sequence[Any], plans: Sequence[Any]) 
 
 
 def require_projection(settings: PlanSettings, plans: Sequence[LeafPlan | None], tree: Any) -> None:
-    """Raise if nothing is projected, which is a mistake in ``where`` or in the rank."""
+    """Raise if nothing is projected, a mistake in ``where``, ``axes`` or the rank."""
+    _require_axes(settings.where, settings.axes, plans, tree)
     leaves = [
         (path, jnp.shape(x))
         for path, x in jax.tree_util.tree_leaves_with_path(tree)
@@ -176,6 +177,24 @@ def require_projection(settings: PlanSettings, plans: Sequence[LeafPlan | None],
             f"where selects no parameter to project at rank {settings.rank}. The default rule "
             "takes matrices with both sides larger than the rank that are not embeddings or the "
             f"output head; received: {shapes}{', ...' if len(leaves) > 6 else ''}"
+        )
+
+
+def _require_axes(
+    where: Where, axes: AxesLike, plans: Sequence[LeafPlan | None], tree: Any
+) -> None:
+    """Raise if ``where`` selects parameters and ``axes`` leaves out all of them."""
+    if any(plan is not None for plan in plans):
+        return
+    named = jax.tree_util.tree_leaves_with_path(tree)
+    every = zip(named, axes_per_leaf(axes, tree), selected(where, tree), strict=True)
+    chosen = [(path, leaf_axes) for (path, _), leaf_axes, is_chosen in every if is_chosen]
+    if chosen and all(leaf_axes is None for _, leaf_axes in chosen):
+        raise ValueError(
+            "axes is None for every parameter that where selects: "
+            f"{', '.join(str(KeyPath(path)) for path, _ in chosen[:6])}"
+            f"{', ...' if len(chosen) > 6 else ''}. Beside dimension numbers of optax.contrib, "
+            "None means that a parameter is not projected"
         )
 
 
@@ -196,8 +215,11 @@ def _plan_leaf(
     )
 
 
-def require_matrices(plans: Sequence[LeafPlan | None], tree: Any, treatment: str) -> None:
-    """Raise if no matrix is selected, which is a mistake in ``where``."""
+def require_matrices(
+    where: Where, axes: AxesLike, plans: Sequence[LeafPlan | None], tree: Any, treatment: str
+) -> None:
+    """Raise if no matrix is selected, a mistake in ``where`` or ``axes``."""
+    _require_axes(where, axes, plans, tree)
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     shapes = [f"{KeyPath(p)} {jnp.shape(x)}" for p, x in leaves if 0 not in jnp.shape(x)]
     if shapes and all(plan is None for plan in plans):
