@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.overview`` draws docs/figures/overview.png from ``results/quality/main``
 (test loss and bytes of state of each method at nano, on presidential addresses) and
-``results/gpu_memory_estimates*.json`` (a whole step of LLaMA 7B on 256 tokens, estimated).
+``results/gpu_memory_a100_256_tokens.json`` (a whole step of LLaMA 7B, compiled for an A100).
 """
 
 import json
@@ -23,18 +23,20 @@ FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "overview.png"
 OURS = ("natural-galore-lean", "natural-galore")
 GPU_GB = 24
 # Places of names, in points from the method's mark, where the usual place is taken.
-OFFSETS = {"fira": (-10, -18), "galore": (6, 6), "apollo-mini": (6, -4)}
+OFFSETS = {"fira": (-28, -4), "galore": (-46, -4), "apollo-mini": (6, -4)}
+LEAN = "lean-natural-galore@rank=16"
 BARS = (
     ("AdamW", "adamw", "ordinary"),
     ("AdamW, per layer", "adamw", "per layer"),
     ("default, per layer", "natural-galore", "per layer"),
-    ("lean, per layer", "lean-natural-galore", "per layer"),
+    ("lean, per layer", LEAN, "per layer"),
+    ("lean, 8-bit weights", f"{LEAN},weight_bits=8", "per layer"),
 )
 # What a step consists of beside the optimizer's state, which each method has other parts of.
 PARTS = {
     "weights": ("weights",),
     "gradients": ("gradients",),
-    "activations and update": ("activations", "update", "batch"),
+    "activations and update": ("activations and update", "batch"),
 }
 
 
@@ -107,7 +109,7 @@ def bars(axes: Any) -> None:
         axes.text(beside + 0.7, y, f"{start:.1f} GB", va="center")
     axes.set_yticks(range(len(BARS)), [name.replace(", ", ",\n") for name, _, _ in BARS])
     axes.grid(visible=False)
-    axes.set(xlabel="GB, estimated", xlim=(0, 70))
+    axes.set(xlabel="GB, compiled for an A100", xlim=(0, 70))
     axes.set_title("A training step of LLaMA 7B, bfloat16")
     axes.axvline(GPU_GB, color="black", linewidth=1, linestyle="--")
     axes.set_ylim(len(BARS) - 0.1, -0.6)
@@ -117,19 +119,12 @@ def bars(axes: Any) -> None:
 
 def memory(method: str, step: str) -> dict[str, float]:
     """GB of a step on 256 tokens, by part."""
-    files = ("gpu_memory_estimates.json", "gpu_memory_estimates_lean.json")
-    steps = [step for file in files for step in _read(RESULTS / file)["steps"]]
+    steps = json.loads((RESULTS / "gpu_memory_a100_256_tokens.json").read_text())["steps"]
     (found,) = (
-        s["estimated_bytes"]
-        for s in steps
-        if (s["preset"], s["method"], s["step"], s["rows"]) == ("7b", method, step, 1)
+        s["compiled_for_a100_bytes"] for s in steps if (s["method"], s["step"]) == (method, step)
     )
     parts = {part: sum(found[name] for name in names) / 1e9 for part, names in PARTS.items()}
     return {**parts, "optimizer state": found["total"] / 1e9 - sum(parts.values())}
-
-
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text())
 
 
 if __name__ == "__main__":

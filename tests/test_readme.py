@@ -54,17 +54,26 @@ def test_losses_and_bytes(groups):
 
 
 def test_a_step_of_llama_7b():
-    def estimate(file, method, step):
-        steps = json.loads((RESULTS / file).read_text())["steps"]
-        return next(
-            s["estimated_bytes"]["total"] / 1e9
-            for s in steps
-            if (s["preset"], s["method"], s["step"], s["rows"]) == ("7b", method, step, 1)
-        )
+    steps = json.loads((RESULTS / "gpu_memory_a100_256_tokens.json").read_text())["steps"]
+    size = {
+        s["method"]: f"{s['compiled_for_a100_bytes']['total'] / 1e9:.1f} GB"
+        for s in steps
+        if s["step"] == "per layer"
+    }
+    lean = "lean-natural-galore@rank=16"
+    assert f"{size[lean]} instead of {size['adamw']} with AdamW" in WORDS
+    assert f"with weights in 8 bits {size[f'{lean},weight_bits=8']}" in WORDS
 
-    lean = estimate("gpu_memory_estimates_lean.json", "lean-natural-galore", "per layer")
-    adamw = estimate("gpu_memory_estimates.json", "adamw", "per layer")
-    assert f"{lean:.1f} GB instead of {adamw:.1f} GB" in WORDS
+
+def test_the_larger_model():
+    loss = {
+        r["method"]: f"{r['test_loss']:.2f}"
+        for r in read_results(RUNS, "nano-rates")
+        if r["preset"] == "9m"
+    }
+    ours = "default {natural-galore}, lean {natural-galore-lean}"
+    text = f"**Muon is ahead**: {{muon}}, {ours}, AdamW {{adamw}}"
+    assert text.format_map(loss) in WORDS
 
 
 @pytest.mark.parametrize(
