@@ -15,7 +15,7 @@ import numpy as np
 import tyro
 from flax import nnx
 
-from benchmarks.common.environment import RESULTS, environment, print_targets, target, write
+from benchmarks.common.environment import RESULTS, environment, print_targets, target, write_results
 from benchmarks.common.timing import median
 from examples.llama.model.generate import generate
 from examples.llama.weights.files import load_llama
@@ -68,7 +68,7 @@ def main(
         ],
     }
     _print(results)
-    write(results, output)
+    write_results(results, output)
     return results
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import tyro
 
-from benchmarks.common.environment import RESULTS, environment, write
+from benchmarks.common.environment import RESULTS, environment, write_results
 from examples.common.errors import ConfigError
 
 PYTHON = [sys.executable, "-m"]
@@ -154,7 +154,7 @@ def main(
             continue
         print(f"{stage.name}: at most {stage.minutes:g} min", flush=True)
         result = _run(command, 60 * stage.minutes)
-        write({"environment": where, "stage": stage.name, **result}, path)
+        write_results({"environment": where, "stage": stage.name, **result}, path)
         print(f"{stage.name}: exit code {result['exit_code']}, {result['seconds']:.0f} s")
         failed = failed or result["exit_code"] != 0
     return int(failed)

@@ -1,11 +1,15 @@
 """The site. Its source is the repository, so that links mean the same here and on GitHub."""
 
+import importlib.util
 import inspect
 import pathlib
+import re
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from sphinx.util import logging  # noqa: E402
 
 import natgalore_jax  # noqa: E402
 
@@ -42,6 +46,12 @@ nitpicky = True
 # Exceptions of Python in "Raises".
 nitpick_ignore_regex = [("py:exc", r"\w+Error")]
 
+# Formulas need no network: one file of MathJax, fonts included, is part of the site.
+MATHJAX = pathlib.Path(importlib.util.find_spec("sphinx-mathjax-offline").origin).parent
+html_static_path = [str(MATHJAX / "static/mathjax/tex-svg.js"), "site.css"]
+html_css_files = ["site.css"]
+mathjax_path = "tex-svg.js"
+
 html_theme = "furo"
 html_title = f"natgalore_jax {release}"
 html_extra_path = ["_root"]
@@ -70,8 +80,19 @@ def _restore_comment(app, what, name, obj, options, lines):
         lines[:] = _comments.pop(name)
 
 
+LOADED = re.compile(r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=[\"'](?:https?:)?//[^>]*>")
+
+
+def _warn_of_other_hosts(app, exception):
+    """A page is read without a network: it loads scripts, styles and pictures from the site."""
+    for page in sorted(pathlib.Path(app.outdir).rglob("*.html")):
+        for tag in LOADED.findall(page.read_text()):
+            logging.getLogger(__name__).warning("%s: loads from another host: %s", page.name, tag)
+
+
 def setup(app):
     """Called by Sphinx."""
+    app.connect("build-finished", _warn_of_other_hosts)
     app.connect("autodoc-process-signature", _without_fields)
     app.connect("autodoc-process-docstring", _keep_comment, priority=400)
     app.connect("autodoc-process-docstring", _restore_comment, priority=600)

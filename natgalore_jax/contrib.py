@@ -2,16 +2,14 @@
 
 from natgalore_jax._src.contrib.alice import (
     ScaleByAliceState as ScaleByAliceState,
+    alice_adamw as alice_adamw,
     scale_by_alice as scale_by_alice,
 )
-from natgalore_jax._src.contrib.alice_adamw import alice_adamw as alice_adamw
 from natgalore_jax._src.contrib.apollo import (
     ScaleByApolloState as ScaleByApolloState,
-    scale_by_apollo as scale_by_apollo,
-)
-from natgalore_jax._src.contrib.apollo_adamw import (
     apollo_adamw as apollo_adamw,
     apollo_mini_adamw as apollo_mini_adamw,
+    scale_by_apollo as scale_by_apollo,
 )
 from natgalore_jax._src.contrib.ldadam import (
     ScaleByLDAdamState as ScaleByLDAdamState,

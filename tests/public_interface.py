@@ -1,4 +1,4 @@
-"""What the library promises, as text: ``python tests/public_interface.py`` writes it anew."""
+"""The public interface as text: ``python tests/public_interface.py`` writes it anew."""
 
 import inspect
 import pathlib

@@ -85,26 +85,6 @@ def test_every_step_across_switches(b3, limit):
     np.testing.assert_allclose(trajectory["bias"], plain["b"], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("b3", [0.999, 0.0])
-def test_stacked_equals_separate(b3):
-    """A stack with its batch axis in the middle and two axes for its columns: (m, L, a, b)."""
-    stack = RNG.standard_normal((STEPS, 4, 2, 3, 5)).astype(np.float32)
-    flat = {f"{i}": stack[:, :, i].reshape(STEPS, 4, 15) for i in range(2)}
-    # All eigenvectors stay: draws are of a matrix's own.
-    settings = {"rank": 2, "leading": 2, "update_interval": INTERVAL, "b3": b3, "where": True}
-    tx = ng.contrib.alice_adamw(0.1, **settings, axes=ng.MatrixAxes(rows=0, cols=(2, 3)))
-    stacked = replay(tx, {"w": np.zeros_like(stack[0])}, {"w": stack})["w"]
-    separate = replay(
-        ng.contrib.alice_adamw(0.1, **settings),
-        jax.tree.map(lambda g: np.zeros_like(g[0]), flat),
-        flat,
-    )
-    for i in range(2):
-        np.testing.assert_allclose(
-            stacked[:, :, i].reshape(STEPS, 4, 15), separate[f"{i}"], rtol=1e-3, atol=1e-4
-        )
-
-
 def test_the_layers_of_a_stack_draw_for_themselves_and_at_random():
     (plan,) = plan_tree(PlanSettings(2, "short", True, None), {"w": jnp.zeros((50, 6, 8))})
     draws = {

@@ -1,4 +1,4 @@
-"""How the parts are put together: chains, inner optimizers, one subspace after another."""
+"""Compositions of the parts: chains, inner optimizers, one subspace after another."""
 
 import inspect
 

@@ -1,4 +1,4 @@
-"""What Optax expects of a transformation, for every public one: see contract.py."""
+"""Optax's requirements on a transformation, for every public one: see contract.py."""
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ def assert_close(actual, expected, **tolerance):
 
 
 def _is_entry(x):
-    """What stands for one parameter inside a state."""
+    """Placeholder of one parameter inside a state."""
     return isinstance(x, optax.MaskedNode)
 
 

@@ -51,8 +51,10 @@ def patched(tmp_path_factory):
     """A copy of the library with all diffs applied."""
     folder = tmp_path_factory.mktemp("patched")
     shutil.copytree(ROOT / "natgalore_jax", folder / "natgalore_jax")
-    for name in ("tests/contract.py", "tests/composed.py", "docs/api.md"):
-        (folder / name).parent.mkdir(exist_ok=True)
+    examples = ("__init__.py", "common/__init__.py", "common/composed.py")
+    names = ("tests/contract.py", "tests/composed.py", "docs/api.md")
+    for name in (*names, *(f"examples/{x}" for x in examples)):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     for diff in DIFFS:
         apply(diff, folder)

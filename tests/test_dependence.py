@@ -1,4 +1,4 @@
-"""What the outputs of a function depend on."""
+"""Dependence of the outputs of a function on its inputs."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def repeated(a, b, c):
 
 
 def until(a, b, c):
-    """How long a loop goes on decides what it gives."""
+    """The number of iterations decides the result of a loop."""
     return jax.lax.while_loop(lambda x: x[0] < c, lambda x: (x[0] + 1, x[1] * 2), (a, b))
 
 

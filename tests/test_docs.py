@@ -1,4 +1,4 @@
-"""What is written about the library is true of the library: names, arguments, links, programs."""
+"""Checks of the documentation: names, arguments, links, programs."""
 
 import ast
 import builtins

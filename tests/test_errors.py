@@ -1,4 +1,4 @@
-"""What happens when something is wrong: which error, and what it says; or what is kept."""
+"""Errors of wrong arguments and gradients: their type and text, and the state that is kept."""
 
 import re
 

@@ -37,7 +37,7 @@ DTYPES = st.sampled_from([jnp.float32, jnp.bfloat16])
 
 
 class Case(NamedTuple):
-    """What is tried: parameters in some container, and an optimizer with some settings."""
+    """Parameters in some container, and an optimizer with some settings."""
 
     params: Any
     factory: Any
@@ -87,7 +87,7 @@ FACTORIES = {
     ng.galore_adamw: COMMON | METHOD | MOMENTS,
     ng.natural_galore_adamw: COMMON | MOMENTS,
     functools.partial(composed_adamw, "stored"): COMMON | METHOD | TRANSITION | STORED,
-    functools.partial(composed_adamw, "adam"): COMMON | METHOD | TRANSITION,
+    functools.partial(composed_adamw, "none"): COMMON | METHOD | TRANSITION,
 }
 
 

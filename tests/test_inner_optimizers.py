@@ -250,7 +250,7 @@ def rotation(n):
     return np.linalg.qr(np.random.default_rng(9).standard_normal((n, n)))[0]
 
 
-def test_sm3_and_adafactor_rotate_the_statistics_of_the_projected_axis():
+def test_sm3_rotates_the_statistics_of_the_projected_axis():
     C, R = change(), tree_of(0)
     sm3 = optax.scale_by_sm3()
     _, state = sm3.update(R, sm3.init(R))

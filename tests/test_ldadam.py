@@ -42,22 +42,6 @@ def test_every_step(error_feedback):
     np.testing.assert_allclose(trajectory["bias"], plain["b"], rtol=1e-5)
 
 
-def test_stacked_equals_separate():
-    """A stack with its batch axis in the middle and two axes for its columns: (m, L, a, b)."""
-    stack = RNG.standard_normal((STEPS, 4, 2, 3, 5)).astype(np.float32)
-    flat = {f"{i}": stack[:, :, i].reshape(STEPS, 4, 15) for i in range(2)}
-    settings = {**SETTINGS, "error_feedback": True, "where": True}
-    tx = ng.contrib.ldadamw(0.1, **settings, axes=ng.MatrixAxes(rows=0, cols=(2, 3)))
-    stacked = replay(tx, {"w": np.zeros_like(stack[0])}, {"w": stack})["w"]
-    separate = replay(
-        ng.contrib.ldadamw(0.1, **settings), jax.tree.map(lambda g: np.zeros_like(g[0]), flat), flat
-    )
-    for i in range(2):
-        np.testing.assert_allclose(
-            stacked[:, :, i].reshape(STEPS, 4, 15), separate[f"{i}"], rtol=1e-3, atol=1e-4
-        )
-
-
 def test_the_basis_is_orthonormal_and_comes_to_span_a_constant_gradient_of_its_rank():
     tx = ng.contrib.scale_by_ldadam(rank=RANK)
     grads = {"w": jnp.asarray(SIGNAL, jnp.float32)}

@@ -21,7 +21,7 @@ NUMBERS = [
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What the stand-ins were called with."""
+    """Calls of the stand-ins."""
     calls = []
 
     def said(name):

@@ -33,7 +33,7 @@ def inside(*inner, **settings):
 OPTIMIZERS = {
     "natural": lambda: ng.natural_galore_adamw(0.0125, **DECAYED, residual="none"),
     "galore, both, rotate, all at once": lambda: composed_adamw(
-        "adam", 0.05, **DECAYED, side="both", transition="rotate", stagger=False
+        "none", 0.05, **DECAYED, side="both", transition="rotate", stagger=False
     ),
     "fira": lambda: ng.galore_adamw(0.05, **DECAYED, residual="fira", side="right"),
     "fisher": lambda: ng.natural_galore_adamw(0.0125, **DECAYED),

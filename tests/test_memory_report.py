@@ -323,3 +323,50 @@ def test_parameters_on_a_mesh_with_explicit_axes_are_counted_whole():
     assert ng.memory_report(natural(), sharded) == ng.memory_report(
         natural(), {"w": jnp.ones((6, 8))}
     )
+
+
+# Without an embedding. "pairs" has a norm per layer that looks like R.
+SIDES = {k: v for k, v in PARAMS.items() if k != "embed"} | {"pairs": jnp.zeros((2, 10, 6, 10))}
+
+
+@pytest.mark.parametrize("history", [2, 3])  # 2 is the rank: then a Gram matrix looks like R
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda tx: tx, lambda tx: optax.MultiSteps(tx, 4), lambda tx: optax.chain(tx, optax.adam(1))],
+    ids=["plain", "steps", "full-size moments"],
+)
+def test_alternatives_are_what_the_other_sides_cost(wrap, history):
+    def report(side):
+        tx = natural(side=side, history=history, history_dtype=jnp.bfloat16, residual="fira")
+        return ng.memory_report(wrap(tx), SIDES)
+
+    found = report("left").alternative_state_bytes
+    assert list(found) == ["short", "long", "both", "left", "right"]
+    for side, total in found.items():
+        assert total == report(side).total_state_bytes
+        again = report(side).alternative_state_bytes
+        assert again == found
+
+
+def test_alternatives_with_axes():
+    params = {"q": jnp.zeros((3, 12, 2, 4))}  # layers, embed, heads, head_dim
+
+    def report(side):
+        axes = ng.MatrixAxes(rows=1, cols=(2, 3))
+        return ng.memory_report(natural(side=side, axes=axes), params)
+
+    (q,) = report("short").parameters
+    assert (q.side, q.layers) == ("right", 3)
+    for side, total in q.alternatives.items():
+        assert total == report(side).parameters[0].state_bytes
+
+
+def test_unprojected_or_ambiguous_parameters_have_no_alternatives():
+    two = ng.chain(
+        *(ng.low_rank_project(rank=2, side="left"), optax.trace(0.9), ng.project_back()),
+        *(ng.low_rank_project(rank=3, side="both"), optax.trace(0.9), ng.project_back()),
+    )
+    report = ng.memory_report(two, PARAMS)
+    assert {p.path: p.side for p in report.parameters}["wide"] == "left"
+    assert report.alternative_state_bytes == {}
+    assert ng.memory_report(optax.adamw(1.0), PARAMS).alternative_state_bytes == {}

@@ -1,4 +1,4 @@
-"""What per-layer updates cannot do is said before anything is computed."""
+"""Errors of per-layer updates, before anything is computed."""
 
 import jax.numpy as jnp
 import optax

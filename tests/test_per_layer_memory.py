@@ -1,4 +1,4 @@
-"""What XLA reserves for a step: without the gradients of the layers, and everything in place."""
+"""Memory that XLA reserves for a step: without gradients of the layers, everything in place."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Which parameters are projected, along which axes, and into what."""
+"""Selection of parameters, axes and shapes of their projection."""
 
 import jax
 import jax.numpy as jnp

@@ -61,24 +61,6 @@ def test_the_scales_are_singular_vectors_of_the_squares():
     np.testing.assert_allclose(few[1], S, rtol=1e-4)
 
 
-def test_stacked_equals_separate():
-    """A stack with its batch axis in the middle and two axes for its columns: (m, L, a, b)."""
-    stack = RNG.standard_normal((STEPS, 4, 2, 3, 5)).astype(np.float32)
-    stack = stack * GROWTH.reshape(STEPS, 1, 1, 1, 1)
-    flat = {f"{i}": stack[:, :, i].reshape(STEPS, 4, 15) for i in range(2)}
-    tx = ng.contrib.racs_adamw(0.1, where=True, axes=ng.MatrixAxes(rows=0, cols=(2, 3)))
-    stacked = replay(tx, {"w": np.zeros_like(stack[0])}, {"w": stack})["w"]
-    separate = replay(
-        ng.contrib.racs_adamw(0.1, where=True),
-        jax.tree.map(lambda g: np.zeros_like(g[0]), flat),
-        flat,
-    )
-    for i in range(2):
-        np.testing.assert_allclose(
-            stacked[:, :, i].reshape(STEPS, 4, 15), separate[f"{i}"], rtol=1e-4, atol=1e-6
-        )
-
-
 def test_update_norms_grow_by_no_more_than_the_limit():
     tx = ng.contrib.scale_by_racs(norm_growth_limit=1.05)
     state, norms = tx.init(PARAMS), []

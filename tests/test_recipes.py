@@ -26,7 +26,7 @@ TRAINERS = {"tunix_trainer": "tunix", "maxtext_trainer": "maxtext"}  # which no 
 @functools.cache
 def outcome(name):
     if package := TRAINERS.get(name):
-        pytest.importorskip(package, reason=f"{package} is not installed: docs/trainers.md")
+        pytest.importorskip(package, reason=f"{package} is not installed: docs/recipes.md")
     return importlib.import_module(f"examples.recipes.{name}").main()
 
 

@@ -1,4 +1,4 @@
-"""What is refreshed when, and that nothing else is computed."""
+"""Schedule of refreshes; nothing else is computed."""
 
 import re
 

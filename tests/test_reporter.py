@@ -1,4 +1,4 @@
-"""What programs say while they work: lines without a terminal, and while a step compiles."""
+"""Reports of programs at work: lines without a terminal, and while a step compiles."""
 
 import io
 import time

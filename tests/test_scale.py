@@ -40,24 +40,6 @@ def test_every_step(norm):
     )
 
 
-def test_stacked_equals_separate():
-    """A stack with its batch axis in the middle and two axes for its columns: (m, L, a, b)."""
-    stack = RNG.standard_normal((STEPS, 4, 2, 3, 5)).astype(np.float32)
-    flat = {f"{i}": stack[:, :, i].reshape(STEPS, 4, 15) for i in range(2)}
-    settings = {"head": True, "where": True}
-    tx = ng.contrib.scale_sgd(0.1, **settings, axes=ng.MatrixAxes(rows=0, cols=(2, 3)))
-    stacked = replay(tx, {"w": np.zeros_like(stack[0])}, {"w": stack})["w"]
-    separate = replay(
-        ng.contrib.scale_sgd(0.1, **settings),
-        jax.tree.map(lambda g: np.zeros_like(g[0]), flat),
-        flat,
-    )
-    for i in range(2):
-        np.testing.assert_allclose(
-            stacked[:, :, i].reshape(STEPS, 4, 15), separate[f"{i}"], rtol=1e-5, atol=1e-6
-        )
-
-
 def test_names_tell_heads_and_vectors():
     params = {
         "embed_tokens": {"embedding": jnp.ones((9, 4))},

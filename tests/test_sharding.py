@@ -54,7 +54,7 @@ OPTIMIZERS = {
     "default": lambda: ng.natural_galore_adamw(LEARNING_RATE / 4, **SETTINGS),
     "galore": lambda: ng.galore_adamw(LEARNING_RATE, **SETTINGS),
     "exact": lambda: composed_adamw(
-        "adam",
+        "none",
         LEARNING_RATE,
         **SETTINGS,
         side="left",

@@ -1,4 +1,4 @@
-"""What benchmarks/distributed/sharding.py reads from programs, against counts by hand."""
+"""Counts of benchmarks/distributed/sharding.py, against counts by hand."""
 
 import pytest
 

@@ -1,11 +1,14 @@
 """A stacked parameter (L, m, n) is L separate matrices."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from composed import composed_adamw
+from replay import replay
 
 import natgalore_jax as ng
 
@@ -94,3 +97,32 @@ def test_layers_do_not_mix():
     alone, _ = updates_and_bases(optimizer(names=STACKED, weight_decay=0.0, stagger=False), STACKED)
     np.testing.assert_allclose(updates["layers"][:, 0], alone["layers"][:, 0], rtol=1e-3, atol=1e-5)
     assert jnp.isfinite(updates["layers"]).all()
+
+
+CONTRIB = {
+    "alice": (ng.contrib.alice_adamw, {"b3": 0.999}, 1e-3, 1e-4),
+    "alice without tracking": (ng.contrib.alice_adamw, {"b3": 0.0}, 1e-3, 1e-4),
+    "ldadam": (ng.contrib.ldadamw, {"rank": 3, "error_feedback": True, "eps": 1e-3}, 1e-3, 1e-4),
+    "racs": (ng.contrib.racs_adamw, {}, 1e-4, 1e-6),
+    "scale": (ng.contrib.scale_sgd, {"head": True}, 1e-5, 1e-6),
+}
+# All eigenvectors of Alice stay: draws are of a matrix's own.
+ALICE = {"rank": 2, "leading": 2, "update_interval": INTERVAL}
+
+
+@pytest.mark.parametrize("name", CONTRIB)
+def test_stacked_equals_separate_with_other_methods(name):
+    """A stack with its batch axis in the middle and two axes for its columns: (m, L, a, b)."""
+    factory, settings, rtol, atol = CONTRIB[name]
+    settings |= ALICE if "alice" in name else {}
+    make = functools.partial(factory, 0.1, where=True, **settings)
+    grads = np.random.default_rng(0).standard_normal((STEPS, 4, 2, 3, 5)).astype(np.float32)
+    # They grow and shrink by so much that limits act at some steps and not at others.
+    grads *= np.array([1, 1.5, 0.3, 2, 1, 4, 0.5, 9, 1], np.float32).reshape(STEPS, 1, 1, 1, 1)
+    separate = {f"{i}": grads[:, :, i].reshape(STEPS, 4, 15) for i in range(2)}
+    zeros = jax.tree.map(lambda g: np.zeros_like(g[0]), separate)
+    axes = ng.MatrixAxes(rows=0, cols=(2, 3))
+    stacked = replay(make(axes=axes), {"w": np.zeros_like(grads[0])}, {"w": grads})["w"]
+    for i, expected in replay(make(), zeros, separate).items():
+        actual = stacked[:, :, int(i)].reshape(STEPS, 4, 15)
+        np.testing.assert_allclose(actual, expected, rtol=rtol, atol=atol)

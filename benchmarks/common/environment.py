@@ -2,7 +2,6 @@
 
 import datetime
 import importlib.metadata
-import json
 import os
 import platform
 import sys
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+
+from benchmarks.common.result_files import write
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -36,13 +37,8 @@ def environment(seed: int) -> dict[str, Any]:
     }
 
 
-def save(results: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
-
-
-def write(results: dict[str, Any], path: Path) -> None:
-    save(results, path)
+def write_results(results: dict[str, Any], path: Path) -> None:
+    write(results, path, allow_nan=True)
     print(f"\nwritten to {path.name}")
 
 

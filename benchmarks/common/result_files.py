@@ -1,5 +1,6 @@
 """Result files: written whole or not at all, small, and readable line by line."""
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -11,9 +12,10 @@ from examples.common.errors import ConfigError
 Json = dict[str, Any]
 
 
-def write(record: Json, path: Path) -> None:
+def write(record: Json, path: Path, *, allow_nan: bool = False) -> None:
     """One key a line; the file appears complete."""
-    lines = (f"{json.dumps(key)}: {_compact(value)}" for key, value in record.items())
+    compact = functools.partial(json.dumps, separators=(",", ":"), allow_nan=allow_nan)
+    lines = (f"{json.dumps(key)}: {compact(value)}" for key, value in record.items())
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     unfinished.write_text("{\n" + ",\n".join(lines) + "\n}\n")
@@ -67,7 +69,3 @@ def is_done(path: Path, configuration: Json, defaults: Json | None = None) -> bo
             "delete it, or use another --suite"
         )
     return True
-
-
-def _compact(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"), allow_nan=False)

@@ -30,7 +30,7 @@ class Updater:
         self.samples: list[float] = []
 
     def step(self, grads: Any, params: Any) -> None:
-        """Takes and times one step. The updates are dropped, so that their memory is reused."""
+        """Take and time one step. The updates are dropped, so that their memory is reused."""
         start = time.perf_counter()
         updates, self.state = self._compiled(grads, self.state, params)
         jax.block_until_ready((updates, self.state))

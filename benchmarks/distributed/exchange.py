@@ -1,4 +1,4 @@
-"""What data-parallel devices exchange: whole gradients, or low-rank ones.
+"""Bytes that data-parallel devices sum: whole gradients, or low-rank ones.
 
 ``python -m benchmarks.distributed.exchange`` (a) compiles a training step of a LLaMA preset for
 eight simulated devices, once with means of whole gradients and once with
@@ -25,7 +25,7 @@ import optax
 import tyro
 
 import natgalore_jax as ng
-from benchmarks.common.environment import RESULTS, environment, write
+from benchmarks.common.environment import RESULTS, environment, write_results
 from benchmarks.common.shapes import LLAMA_RANKS, llama_shapes
 from benchmarks.common.timing import median, seconds
 from benchmarks.distributed.collectives import exchanged_bytes
@@ -88,7 +88,7 @@ def main(
         "model": {size: modelled(size, interval, hosts, tokens, rate) for size in sizes},
     }
     _print(results)
-    write(results, output)
+    write_results(results, output)
     return results
 
 

@@ -20,7 +20,7 @@ from examples.llama.run_config import RunConfig, run_preset
 
 
 class RunSettings(NamedTuple):
-    """What is trained, and by which process of how many."""
+    """Settings of the training, and number of the process."""
 
     preset: str
     batch_size: int
@@ -62,7 +62,7 @@ def _config(settings: RunSettings) -> RunConfig:
 
 
 def _random_text(vocab_size: int, settings: RunSettings) -> Splits:
-    """What the tokens are does not matter to the time of a step."""
+    """Random tokens: the time of a step does not depend on them."""
     random = np.random.default_rng(0)
     row = settings.seq_len + 1
     held_out = random.integers(0, vocab_size, row, np.int32)  # An evaluation is one batch.

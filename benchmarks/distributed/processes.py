@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import tyro
 
-from benchmarks.common.environment import RESULTS, environment, write
+from benchmarks.common.environment import RESULTS, environment, write_results
 from benchmarks.common.timing import median
 
 _ROOT = Path(__file__).parents[2]
@@ -71,7 +71,7 @@ def main(
         "ratios": [min(ratios), max(ratios)],
     }
     print(f"ratio {median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}")
-    write(results, output)
+    write_results(results, output)
     return results
 
 

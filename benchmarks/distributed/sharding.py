@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import tyro
 
 import natgalore_jax as ng
-from benchmarks.common.environment import RESULTS, environment, print_targets, target, write
+from benchmarks.common.environment import RESULTS, environment, print_targets, target, write_results
 from benchmarks.common.shapes import LLAMA_RANKS, llama_shapes
 from benchmarks.distributed.collectives import sent_bytes
 
@@ -64,7 +64,7 @@ def main(
         "rows": rows,
         "targets": targets,
     }
-    write(result, output)
+    write_results(result, output)
     print(table(rows))
     print_targets(targets)
     return result

@@ -29,7 +29,7 @@ DEVICES = 8
 
 
 class Scheme(NamedTuple):
-    """How many devices the layers, the shorter and the longer side of matrices are divided over."""
+    """Numbers of devices over which layers, shorter and longer sides of matrices are sharded."""
 
     name: str
     layers: int = 1
@@ -198,7 +198,7 @@ _M, _N, _R = 1.6, 2.6, 0.55
 
 
 def draw(path: Path) -> None:
-    """Writes the figure as SVG, equal from run to run."""
+    """Write the figure as SVG, equal from run to run."""
     settings = STYLE | {"svg.hashsalt": "state-layout", "svg.fonttype": "path"}
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(PAGE, 7.6))

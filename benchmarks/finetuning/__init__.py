@@ -1,1 +1,1 @@
-"""Which optimizer fine-tunes the better encoder: ``python -m benchmarks.finetuning --help``."""
+"""Comparison of fine-tuning methods: ``python -m benchmarks.finetuning --help``."""

@@ -14,7 +14,7 @@ Command = Run | Sweep | Show
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command and returns its exit code."""
+    """Run a command and return its exit code."""
     return exit_code(
         lambda: run(tyro.cli(Command, prog="python -m benchmarks.finetuning", args=argv))
     )

@@ -19,7 +19,7 @@ from examples.finetune.encoder.run_config import RunConfig, TaskName, preset_con
 
 @dataclass(frozen=True, kw_only=True)
 class Common:
-    """What all runs of a sweep share."""
+    """Settings of all runs of a sweep."""
 
     task: TaskName = "movie-snippets"
     """The task; those of GLUE need --data or a hub."""
@@ -105,7 +105,7 @@ def is_done(run: Run) -> bool:
 
 
 def make(run: Run) -> Json | None:
-    """Trains, writes the file and returns its content; None if it was there already."""
+    """Train, write the file and return its content; None if it was there already."""
     start = time.perf_counter()
     if is_done(run):
         return None

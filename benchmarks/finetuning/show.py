@@ -72,7 +72,7 @@ def table(groups: list[list[Json]]) -> str:
 
 
 def check(groups: list[list[Json]]) -> list[Json]:
-    """What is asked of Natural GaLore, for each rank that all methods were run at.
+    """Targets of Natural GaLore, for each rank that all methods were run at.
 
     Means of the main metric of the last split, which is the test split where there is one.
     """

@@ -75,7 +75,7 @@ def runs(sweep: Sweep) -> list[Run]:
 
 
 def run_sweep(sweep: Sweep) -> int:
-    """Makes the runs and returns the exit code."""
+    """Make the runs and return the exit code."""
     return sweep_runs(
         "benchmarks.finetuning",
         lambda: runs(sweep),
@@ -100,7 +100,7 @@ def curves(records: Iterable[Json]) -> Curves:
 
 
 def next_rates(grid: Sequence[float], done: Mapping[float, float | None]) -> tuple[float, ...]:
-    """Which rates of the grid a method needs next: every other one, then the best one's neighbours.
+    """Rates of the grid that a method needs next: every other one, then the neighbours of the best.
 
     Where the loss has one minimum over the grid, this ends at it. ``done`` has the loss of every
     rate that was run, None where it diverged. Nothing is next when the best rate and those beside

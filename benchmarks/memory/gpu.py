@@ -27,7 +27,8 @@ if __name__ == "__main__":  # This process has no use for the device, and holds 
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {MEMORY_FLAGS}".strip()
 
-from benchmarks.common.environment import RESULTS, environment, save, write
+from benchmarks.common.environment import RESULTS, environment, write_results
+from benchmarks.common.result_files import write
 from examples.llama.__main__ import parse
 from examples.llama.memory.sizes import parse_bytes
 from examples.llama.memory.step_memory import of_compiled, predict, resident
@@ -162,7 +163,7 @@ def main(
                 on_gpu = of_compiled(compiled, run.state, run.tx, run.config.per_layer)
                 rows[-1]["compiled_for_a100_bytes"] = None if on_gpu is None else on_gpu.to_dict()
             print(_line(rows[-1]), flush=True)
-            save(results, output)
+            write(results, output, allow_nan=True)
             continue
         kept = resident(abstract_run(parse(case.arguments)))
         for limit in limits if capacity else (None,):
@@ -174,14 +175,14 @@ def main(
                 result = _child("train", arguments, _fraction(limit, capacity))
             rows.append({**row, **result})
             print(_line(rows[-1]), flush=True)
-            save(results, output)
+            write(results, output, allow_nan=True)
     if not estimate and timed in presets:
         for case in cases((timed,), methods, data, seq_len, 1, interval, more):
             if case.step == "ordinary":
                 arguments = {"arguments": case.arguments, "steps": 2 * interval}
                 results["update_s"][case.method] = _child("update", arguments, None)
                 print(f"update of {case.method}: {results['update_s'][case.method]}", flush=True)
-    write(results, output)
+    write_results(results, output)
     return results
 
 

@@ -30,7 +30,7 @@ OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 
 
 def device() -> dict[str, Any]:
-    """What is there."""
+    """The device of this process."""
     first = jax.local_devices()[0]
     stats = first.memory_stats() or {}
     return {

@@ -40,7 +40,7 @@ device_description_str: "NVIDIA A100-SXM4-40GB"
 
 
 def prepare() -> None:
-    """Sets what must be in the environment before jax is imported.
+    """Set the variables that must be in the environment before jax is imported.
 
     Raises:
       SystemExit: if the plugin is not installed.

@@ -13,7 +13,7 @@ from typing import Any
 
 import tyro
 
-from benchmarks.common.environment import RESULTS, environment, write
+from benchmarks.common.environment import RESULTS, environment, write_results
 from benchmarks.memory.step_bytes import measure
 from examples.llama.memory.xla_flags import MEMORY_FLAGS
 
@@ -80,7 +80,7 @@ def main(
         "flags": FLAGS,
         "steps": rows,
     }
-    write(results, output)
+    write_results(results, output)
     return results
 
 

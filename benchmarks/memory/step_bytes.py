@@ -18,8 +18,6 @@ from examples.llama.run_config import RunConfig, run_preset
 from examples.llama.training.build import abstract_run
 from examples.llama.training.train_step import make_model, token_nll
 
-ROUTES = ("ordinary", "per layer", "per layer, 8 bits", "unstacked")
-
 
 def measure(flags: str, **arguments: Any) -> dict[str, Any]:
     """:func:`step_bytes` with ``XLA_FLAGS``, which are read when a process starts."""
@@ -37,7 +35,8 @@ def step_bytes(
     """Bytes that XLA reserves for a step, and processor seconds that steps take.
 
     Args:
-      route: one of ``ROUTES``; "8 bits" are those of weights, moments and bases.
+      route: "ordinary", "per layer", "per layer, 8 bits" (of weights, moments and bases) or
+        "unstacked".
       optimizer, rank: as on the command line of ``examples.llama``.
       preset, sizes: the model; layers, vocab_size, batch_size and seq_len are the sizes.
       steps: how many are timed, after one that is not; 0 runs none.

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 import natgalore_jax as ng
-from benchmarks.common.environment import RESULTS, write
+from benchmarks.common.environment import RESULTS, write_results
 from benchmarks.common.shapes import BF16, LLAMA_RANKS, llama_shapes
 
 SIZES = ("60m", "130m", "350m", "1b")
@@ -214,7 +214,7 @@ def main() -> None:
     for rows in results["natural_gradient"]:
         _print_natural(rows)
     path = RESULTS / "memory_tables.json"
-    write(results, path)
+    write_results(results, path)
 
 
 if __name__ == "__main__":

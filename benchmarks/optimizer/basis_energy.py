@@ -25,7 +25,7 @@ def basis_energy(
     data: DataConfig | None = None,
     batch: int | None = None,
 ) -> dict[str, Any]:
-    """Trains a preset with its own optimizer and looks at every refresh on the way.
+    """Train a preset with its own optimizer and measure every refresh on the way.
 
     Beside the optimizer that trains, one projection per interval sees the same gradients; each
     keeps its bases up by its own staggered schedule. Whenever a basis has changed, the old and
@@ -111,8 +111,8 @@ def _changed(grads, before, after) -> list[dict[str, Any]]:
                 {
                     "matrix": ".".join(str(key.key) for key in path),
                     "kind": str(path[-2].key),
-                    "before": _energy(P_old, G) / best,
-                    "after": _energy(P, G) / best,
+                    "before": captured_energy(P_old, G) / best,
+                    "after": captured_energy(P, G) / best,
                     "orthonormality": _loss_of_orthonormality(P),
                 }
             )
@@ -124,8 +124,9 @@ def _loss_of_orthonormality(P) -> float:
     return float(np.max(np.abs(P.T @ P - np.eye(P.shape[1]))))
 
 
-def _energy(P, G) -> float:
-    return float(np.sum(np.square(np.asarray(P, np.float64).T @ G)))
+def captured_energy(P, G) -> float:
+    """``‖PᵀG‖²`` in float64."""
+    return float(np.sum(np.square(np.asarray(P, np.float64).T @ np.asarray(G, np.float64))))
 
 
 def _summary(rows: list[dict[str, Any]], which: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import optax
 import tyro
 
 import natgalore_jax as ng
-from benchmarks.common.environment import RESULTS, environment, print_targets, target, write
+from benchmarks.common.environment import RESULTS, environment, print_targets, target, write_results
 
 RANK = 4
 SHAPES = {
@@ -60,7 +60,7 @@ def main(
                 )
     results["targets"] = list(_targets(results["runs"]))
     print_targets(results["targets"])
-    write(results, output)
+    write_results(results, output)
     return results
 
 

@@ -1,4 +1,4 @@
-"""Where second-order information helps: quadratic losses of known curvature.
+"""Gain of second-order information on quadratic losses of known curvature.
 
 ``python -m benchmarks.optimizer.curvature`` minimises ½ tr((W − W*)ᵀ A (W − W*)) + ½ tr((W − W*) B
 (W − W*)ᵀ) over an m × n matrix W. A and B have random eigenvectors and eigenvalues that are evenly
@@ -23,7 +23,8 @@ import optax
 import tyro
 
 import natgalore_jax as ng
-from benchmarks.common.environment import RESULTS, environment, save, write
+from benchmarks.common.environment import RESULTS, environment, write_results
+from benchmarks.common.result_files import write
 from benchmarks.pretraining.variants import recipe
 
 # Losses are float32: what is smaller is zero.
@@ -44,7 +45,7 @@ class Problem:
 
 
 def methods(rank: int, interval: int) -> dict[str, Factory]:
-    """What is compared. Without the Fisher matrices, everything else is as in the default."""
+    """The compared optimizers. Without Fisher matrices everything else is as in the default."""
     subspace: dict[str, Any] = {"rank": rank, "update_interval": interval}
     paper = functools.partial(ng.paper_natural_galore_adamw, scale=0.25, **subspace)
     default = functools.partial(ng.natural_galore_adamw, **subspace)
@@ -128,7 +129,7 @@ def compare(
 
 
 def _log_mean(losses: list[float]) -> float:
-    """What is not finite is worse than everything."""
+    """Mean of the logarithms; infinite if a loss is non-finite."""
     if not all(map(math.isfinite, losses)):
         return math.inf
     return statistics.fmean(math.log(max(x, _SMALLEST)) for x in losses)
@@ -182,13 +183,13 @@ def main(
     for problem in problems:
         rows = compare(problem, rank, interval, rates, tune, seeds)
         results["problems"].append({**dataclasses.asdict(problem), "methods": rows})
-        save(results, output)
+        write(results, output, allow_nan=True)
         print(f"\ncondition {problem.condition:g}, noise {problem.noise:g}: final / first loss")
         for name, row in rows.items():
             spread = "" if row["log_std"] is None else f"  std of log {row['log_std']:.2f}"
             edge = "  (edge of the grid)" if row["at_edge"] else ""
             print(f"  {name:36}{row['mean']:11.3e}{spread}  lr {row['learning_rate']:g}{edge}")
-    write(results, output)
+    write_results(results, output)
     return results
 
 

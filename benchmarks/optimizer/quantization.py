@@ -25,7 +25,7 @@ import optax
 import tyro
 
 import natgalore_jax as ng
-from benchmarks.common.environment import RESULTS, environment, print_targets, target, write
+from benchmarks.common.environment import RESULTS, environment, print_targets, target, write_results
 from benchmarks.common.shapes import hidden_shapes, matrices, random_tree
 from benchmarks.common.timing import median
 from benchmarks.optimizer.floor import Machine, floor_seconds, operations
@@ -83,7 +83,7 @@ def main(
         ],
     }
     _print(results)
-    write(results, output)
+    write_results(results, output)
     return results
 
 
@@ -190,7 +190,7 @@ SILENT_FROM = 0.5  # a tenth of the entries has no gradient from here on
 
 
 class Moments(NamedTuple):
-    """What one scheme keeps: moments as it reads them, and bounds on them."""
+    """Moments as a scheme reads them, and bounds on them."""
 
     m: jax.Array
     v: jax.Array
@@ -202,7 +202,7 @@ Scheme = Callable[[Moments, jax.Array], Moments]
 
 
 def quantization_error(spread: float, steps: int, seed: int) -> dict[str, dict[str, float]]:
-    """How far each scheme's updates and second moments are from those of float32.
+    """Distance of each scheme's updates and second moments from float32's.
 
     Args:
       spread: standard deviation of the logarithm of the entries' sizes, within a block of 256.

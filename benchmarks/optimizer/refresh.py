@@ -1,4 +1,4 @@
-"""What a refresh of a basis costs, what it captures, and the memory that it takes.
+"""Time, captured energy and memory of a refresh.
 
 ``python -m benchmarks.optimizer.refresh`` measures (a) the time of a warm power refresh beside a
 randomised SVD, Gram matrix and eigenvectors, the exact SVD, and the same power steps by
@@ -20,10 +20,11 @@ import tyro
 
 import natgalore_jax as ng
 import natgalore_jax._src.subspace.subspace as _subspace
-from benchmarks.common.environment import RESULTS, environment, print_targets, target, write
+from benchmarks.common.environment import RESULTS, environment, print_targets, target, write_results
 from benchmarks.common.timing import median, seconds
-from benchmarks.optimizer.basis_energy import basis_energy
+from benchmarks.optimizer.basis_energy import basis_energy, captured_energy
 from examples.llama.data import DataConfig
+from examples.llama.memory.step_memory import temporary_bytes
 from natgalore_jax._src.kernels.basis import WARM_STEPS, new_basis
 
 
@@ -93,7 +94,7 @@ def main(
         ],
     }
     _print(results)
-    write(results, output)
+    write_results(results, output)
     return results
 
 
@@ -162,14 +163,14 @@ def basis_time(shape: tuple[int, int], rank: int, rounds: int, seed: int) -> dic
         for method, refresh in compiled.items():
             samples[method].append(seconds(refresh, G, P, key, is_first))
     times = {method: median(taken[1:]) for method, taken in samples.items()}
-    exact = _energy(G, compiled["svd"](G, P, key, is_first))
+    exact = captured_energy(compiled["svd"](G, P, key, is_first), G)
     return {
         "shape": list(shape),
         "rank": rank,
         "median_s": times,
         "to_svd": {method: t / times["svd"] for method, t in times.items()},
         "energy_to_svd": {
-            method: _energy(G, refresh(G, P, key, is_first)) / exact
+            method: captured_energy(refresh(G, P, key, is_first), G) / exact
             for method, refresh in compiled.items()
         },
         "samples_s": samples,
@@ -196,10 +197,6 @@ def _power_law(rng: np.random.Generator, shape: tuple[int, int]) -> jax.Array:
     U = np.linalg.qr(rng.standard_normal((m, min(m, n))))[0]
     V = np.linalg.qr(rng.standard_normal((n, min(m, n))))[0]
     return jnp.asarray((U / np.sqrt(1 + np.arange(min(m, n)))) @ V.T, jnp.float32)
-
-
-def _energy(G: jax.Array, P: jax.Array) -> float:
-    return float(np.sum(np.square(np.asarray(P, np.float64).T @ np.asarray(G, np.float64))))
 
 
 def update_memory(shape: tuple[int, int, int], rank: int, history: int) -> dict[str, Any]:
@@ -250,7 +247,7 @@ def _temporary_bytes(tx: optax.GradientTransformation, shape: tuple[int, ...]) -
     state = jax.eval_shape(tx.init, params)
     # jit would find the program that it traced before under the same function.
     update = jax.jit(lambda g, s, p: tx.update(g, s, p), donate_argnums=1)
-    return _account(update.lower(params, state, params).compile())
+    return temporary_bytes(update.lower(params, state, params).compile())
 
 
 def _no_refresh(settings, plans, gradients, bases, basis_states, **_):
@@ -267,14 +264,7 @@ def _one_layer(shape: tuple[int, ...], rank: int) -> int:
         jax.ShapeDtypeStruct((), bool),
     )
     alone = jax.jit(lambda G, P, first: new_basis("power", G, P, jax.random.key(0), first))
-    return _account(alone.lower(*arguments).compile())
-
-
-def _account(compiled: jax.stages.Compiled) -> int:
-    analysis = compiled.memory_analysis()
-    if analysis is None:
-        raise RuntimeError("this backend gives no account of the memory of compiled programs")
-    return analysis.temp_size_in_bytes
+    return temporary_bytes(alone.lower(*arguments).compile())
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import optax
 import tyro
 
 import natgalore_jax as ng
-from benchmarks.common.environment import RESULTS, environment, print_targets, target, write
+from benchmarks.common.environment import RESULTS, environment, print_targets, target, write_results
 from benchmarks.common.shapes import hidden_shapes, matrices, random_tree
 from benchmarks.common.timing import Updater, median
 from benchmarks.optimizer.floor import (
@@ -147,7 +147,7 @@ def main(
         "samples_s": {name: updater.samples for name, updater in updaters.items()},
     }
     _print(results)
-    write(results, output)
+    write_results(results, output)
     return results
 
 

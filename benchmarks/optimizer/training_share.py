@@ -1,4 +1,4 @@
-"""How much of a training step is the optimizer."""
+"""Share of the optimizer in the time of a training step."""
 
 import dataclasses
 from collections.abc import Callable

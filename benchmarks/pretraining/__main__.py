@@ -16,7 +16,7 @@ Command = Run | Sweep | Show | Report
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command and returns its exit code."""
+    """Run a command and return its exit code."""
     # Wrong arguments end the program here, with exit code 2.
     return exit_code(
         lambda: run(tyro.cli(Command, prog="python -m benchmarks.pretraining", args=argv))

@@ -7,7 +7,7 @@ from examples.llama.model.config import MODEL_PRESETS, ModelConfig
 
 
 class Preset(NamedTuple):
-    """What all methods have in common at one size."""
+    """Settings of all methods at one size."""
 
     model: ModelConfig
     steps: int

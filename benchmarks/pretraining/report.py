@@ -35,7 +35,7 @@ class Report:
 
 
 def make_report(report: Report) -> list[Path]:
-    """Writes everything and returns what was written.
+    """Write everything and return the paths.
 
     Raises:
       ConfigError: if there are no results, or runs that cannot be compared, or a method of the
@@ -132,7 +132,7 @@ def fill(text: str, content: str) -> str:
 
 
 def fill_page(path: Path, content: str) -> bool:
-    """Fills the block of a page; whether there is such a page with a block."""
+    """Fill the block of a page; whether there is such a page with a block."""
     if not path.exists():
         return False
     text = path.read_text()

@@ -68,7 +68,7 @@ def summarise(
 
 
 def protocol(record: Json) -> Json:
-    """What all runs of a group must have in common."""
+    """Settings that all runs of a group must share."""
     run = record["configuration"]["run"]
     # An option of the text that the training program has got since then was at its default.
     data = {k: v for k, v in RunConfig().to_dict()["data"].items() if k != "cache_dir"}

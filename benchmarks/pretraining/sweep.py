@@ -92,7 +92,7 @@ def runs(sweep: Sweep) -> list[Run]:
 
 
 def run_sweep(sweep: Sweep) -> int:
-    """Makes the runs and returns the exit code."""
+    """Make the runs and return the exit code."""
     return sweep_runs(
         "benchmarks.pretraining",
         lambda: runs(sweep),
@@ -106,7 +106,7 @@ def run_sweep(sweep: Sweep) -> int:
 
 
 def _searched(sweep: Sweep) -> dict[str, tuple[Rates, ...]]:
-    """What the search of each method needs next."""
+    """Rates that the search of each method needs next."""
     done = curves(read_suite(sweep.root, sweep.suite), sweep.preset)
     budget = max(sweep.budget, len(done.get(RECIPE, ())))
     return {
@@ -147,7 +147,7 @@ def _given(sweep: Sweep, method: str) -> tuple[Rates, ...]:
 
 
 def _estimate(sweep: Sweep, count: int) -> str:
-    """How long ``count`` runs take, judging by the runs of the same preset and steps."""
+    """Estimated time of ``count`` runs, from runs of the same preset and steps."""
     if not count:
         return ""
     steps = sweep.steps

@@ -65,15 +65,15 @@ def course(rows: Iterable[Row], shares: Sequence[float] = COURSE) -> str:
     return table(["after", "rate × ratio", *(f"{100 * s:.0f} %" for s in shares)], lines)
 
 
-def verdicts(rows: Iterable[Row], recipe: str = RECIPE) -> list[str]:
-    """The recipe against each other method of a group, in one line each."""
+def verdicts(rows: Iterable[Row]) -> list[str]:
+    """The default against each other method of a group, in one line each."""
     rows = list(rows)
-    ours = best(rows, recipe)
+    ours = best(rows, RECIPE)
     if ours is None or ours.diverged:
         return []
     lines = []
     for other in rows:
-        if other.method == recipe:
+        if other.method == RECIPE:
             continue
         if other.diverged:
             lines.append(f"{label(other.method)} diverged")

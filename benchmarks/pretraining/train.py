@@ -26,7 +26,7 @@ _SEGMENT_ROWS = 8
 
 
 def run(spec: Run) -> dict[str, Any] | None:
-    """Trains, writes the file and returns its content; None if the run was done already.
+    """Train, write the file and return its content; None if the run was done already.
 
     Raises:
       ConfigError: if the run cannot be made, or its file is there with another configuration.

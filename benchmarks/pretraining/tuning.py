@@ -30,9 +30,7 @@ START = Rates(0.005, 4.0)
 Curve = Mapping[Rates, float | None]  # final loss, None where a run diverged
 
 
-def next_points(
-    done: Curve, budget: int, start: Rates = START, fixed_ratio: float | None = None
-) -> tuple[Rates, ...]:
+def next_points(done: Curve, budget: int, fixed_ratio: float | None = None) -> tuple[Rates, ...]:
     """The points that a search of both rates needs next; none when it is done.
 
     Coordinate descent: the best point so far is bracketed by twice and half its hidden rate, then
@@ -40,8 +38,7 @@ def next_points(
     in half steps, two at a time, and each new best point is bracketed again. So the search ends
     inside what it has run, after at least ``budget`` runs.
     """
-    if fixed_ratio is not None:
-        start = Rates(start.hidden, fixed_ratio)
+    start = START if fixed_ratio is None else Rates(START.hidden, fixed_ratio)
     point = best_point(done)
     if point is None:
         # Everything diverged: lower rates are the only way on.

@@ -5,6 +5,7 @@ from typing import Any, Literal
 import optax
 
 import natgalore_jax as ng
+from examples.common.composed import composed_adamw
 from examples.common.optimizers import with_unprojected_ratio
 
 INNER = {
@@ -64,35 +65,31 @@ def recipe(
     if last_damping is not None:
         schedule = optax.exponential_decay(damping, steps, last_damping / damping)
     adam = INNER[inner](nesterov=nesterov)
-    parts: tuple[optax.GradientTransformation, ...]
+    fisher: dict[str, Any] = {"damping": schedule, "damping_mode": damping_mode}
     if history is None:
-        parts = (
-            ng.compact_natural_gradient(
-                adam,
-                fisher_decay,
-                schedule,
-                damping_mode,
-                exponent=exponent,
-                structure=structure,
-                cautious=cautious,
-            ),
-        )
+        fisher |= {"decay": fisher_decay, "exponent": exponent, "structure": structure}
+        fisher["cautious"] = cautious
     else:
-        parts = (ng.woodbury_natural_gradient(history, schedule, damping_mode), adam)
-    tx = ng.chain(
-        ng.low_rank_project(
-            rank,
-            update_interval,
-            side,
-            method,
-            transition,
-            stagger,
-            basis_dtype=basis_dtype,
-            seed=seed,
-        ),
-        *parts,
-        ng.project_back(scale, residual, norm_growth_limit, residual_scale, residual_decay),
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
+        fisher["history"] = history
+    tx = composed_adamw(
+        "compact" if history is None else "stored",
+        learning_rate,
+        adam,
+        weight_decay,
+        mask,
+        rank=rank,
+        update_interval=update_interval,
+        side=side,
+        method=method,
+        transition=transition,
+        stagger=stagger,
+        basis_dtype=basis_dtype,
+        seed=seed,
+        scale=scale,
+        residual=residual,
+        norm_growth_limit=norm_growth_limit,
+        residual_scale=residual_scale,
+        residual_decay=residual_decay,
+        **fisher,
     )
     return with_unprojected_ratio(tx, unprojected_ratio)

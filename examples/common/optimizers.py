@@ -10,6 +10,7 @@ import optax
 import tyro
 
 import natgalore_jax as ng
+from examples.common.composed import composed_adamw, with_arguments_of
 from examples.common.schedule import ScheduleConfig, warmup_cosine
 
 # Options that are not arguments of the factories, or that have a value without being given.
@@ -78,48 +79,21 @@ def _adamw_8bit(
     )
 
 
+@with_arguments_of(ng.low_rank_project, ng.woodbury_natural_gradient, ng.project_back)
 def _stored_gradients(
     learning_rate,
-    rank: int,
-    update_interval: int = 200,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     mask=None,
     scale: float = 0.25,
-    residual: Any = "none",
-    residual_scale: float | None = None,
-    side: Any = "short",
-    method: Any = "power",
-    transition: Any = "rotate",
-    stagger: bool | None = None,
-    where=ng.hidden_matrices,
-    basis_dtype=None,
-    history: int = 10,
-    damping: float = 0.03,
-    damping_mode: Any = "relative",
-    history_dtype=None,
-    seed: int = 0,
+    **settings: Any,
 ):
-    """Natural GaLore as published, the Fisher matrix made of stored gradients, in its parts."""
-    return ng.chain(
-        ng.low_rank_project(
-            rank,
-            update_interval,
-            side,
-            method,
-            transition,
-            stagger,
-            where,
-            basis_dtype=basis_dtype,
-            seed=seed,
-        ),
-        ng.woodbury_natural_gradient(history, damping, damping_mode, history_dtype),
-        optax.scale_by_adam(b1, b2, eps),
-        ng.project_back(scale, residual, residual_scale=residual_scale),
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
+    """Natural GaLore as published, the Fisher matrix made of stored gradients."""
+    adam = optax.scale_by_adam(b1, b2, eps)
+    return composed_adamw(
+        "stored", learning_rate, adam, weight_decay, mask, scale=scale, **settings
     )
 
 

@@ -191,7 +191,7 @@ def _random_plan(rng):
 
 
 def _refs(call):
-    """What a call depends on, in the order of its arguments."""
+    """Calls that a call depends on, in the order of its arguments."""
     flat = []
     for argument in call.arguments:
         flat += argument.value if isinstance(argument.value, list) else [argument.value]

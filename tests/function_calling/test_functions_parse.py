@@ -1,4 +1,4 @@
-"""What models write, and what they should not."""
+"""Plans as models write them, right and wrong."""
 
 import pytest
 from hypothesis import given, settings, strategies as st

@@ -62,7 +62,7 @@ def untrained(prepared, evaluator):
 
 @pytest.fixture
 def run(config, prepared, evaluator, untrained):
-    """Trains with AdamW, which is compiled the fastest."""
+    """Train with AdamW, which is compiled the fastest."""
 
     def go(run_dir, should_stop=lambda: False, **output):
         changed = dataclasses.replace(config, output=OutputConfig(**output))

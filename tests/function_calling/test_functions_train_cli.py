@@ -5,9 +5,9 @@ import signal
 
 import pytest
 import tiny_planner as tiny
+from command_lines import Stops, assert_one_line
 from safetensors.numpy import load_file
 
-from examples.common.reporter import Silent
 from examples.finetune.planner.__main__ import main
 from examples.finetune.planner.data import load_tinyagent
 from examples.finetune.planner.plans.metrics import verdict
@@ -28,12 +28,6 @@ def command(directory):
 
 def test_it_has_a_pulse(command, directory, tmp_path, capsys, monkeypatch):
     """A run that is told to stop, goes on, and ends with everything that belongs to it."""
-
-    class Stops(Silent):
-        def record(self, record):
-            if record["kind"] == "train" and record["step"] == 3:
-                signal.raise_signal(signal.SIGTERM)
-
     arguments = [*command, "--root", str(tmp_path), "--name", "run", "--methods"]
     arguments += ["lora", "galore", "--limit", "8", "--eval-limit", "1"]
     with monkeypatch.context() as patch:
@@ -103,14 +97,6 @@ def test_a_plan_with_an_unknown_tool(command, directory, tmp_path, capsys):
     path.write_text(json.dumps(records))
     assert main([*command, "--quiet", "--data", str(path)]) == 1
     assert_one_line(capsys, f"{path}: 'r3': call 1: unknown tool fly")
-
-
-def assert_one_line(capsys, message):
-    captured = capsys.readouterr()
-    assert len(captured.err.splitlines()) == 1
-    assert captured.err.startswith("error: ")
-    assert message in captured.err
-    assert captured.out == ""
 
 
 def test_a_verdict_says_what_is_wrong(directory):

@@ -1,4 +1,4 @@
-"""What is written is read as the same plan."""
+"""A written plan is read as the same plan."""
 
 import ast
 import doctest

@@ -5,10 +5,10 @@ import signal
 
 import pytest
 import tiny_encoder as tiny
+from command_lines import Stops, assert_one_line
 from safetensors.numpy import load_file, save_file
 
 from examples.common.errors import ConfigError
-from examples.common.reporter import Silent
 from examples.finetune.encoder.__main__ import main, parse
 from examples.finetune.encoder.data import TASKS
 from examples.finetune.encoder.run_config import preset_config
@@ -40,14 +40,10 @@ def arguments(tmp_path):
 
 def test_it_has_a_pulse(arguments, tmp_path, capsys, monkeypatch):
     """A run that is told to stop, goes on, and ends with everything that belongs to it."""
-
-    class Stops(Silent):
-        def record(self, record):
-            if record["kind"] == "validation" and record["step"] == 3:
-                signal.raise_signal(signal.SIGTERM)
-
     with monkeypatch.context() as patch:
-        patch.setattr("examples.finetune.encoder.__main__.make_reporter", lambda *_: Stops())
+        patch.setattr(
+            "examples.finetune.encoder.__main__.make_reporter", lambda *_: Stops("validation")
+        )
         assert main(arguments) == 128 + signal.SIGTERM
     # Asked after the next step, which is saved.
     assert "adamw: stopped at step 4, saved; --resume" in capsys.readouterr().out
@@ -86,11 +82,6 @@ def test_a_sweep_goes_on_and_predicts(arguments, tmp_path, capsys, monkeypatch):
     tiny.write_rows(tmp_path / "rows", {"train": 24, "dev": 10, "test": 5}, names.__getitem__)
     sweep = [*arguments, "--methods", "adamw", "--sweep-learning-rates", "1e30", "0.02"]
     sweep += ["--predict", "--eval-batches", "1"]
-
-    class Stops(Silent):
-        def record(self, record):
-            if record["kind"] == "train" and record["step"] == 3:
-                signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
         patch.setattr("examples.finetune.encoder.__main__.make_reporter", lambda *_: Stops())
@@ -166,14 +157,6 @@ def test_weights_for_other_classes(arguments, tmp_path, capsys):
     path.write_bytes(path.read_bytes()[:1000])
     assert main([*arguments, "--quiet", "--new-head"]) == 1
     assert_one_line(capsys, "model.safetensors: not a complete safetensors file")
-
-
-def assert_one_line(capsys, message):
-    captured = capsys.readouterr()
-    assert len(captured.err.splitlines()) == 1
-    assert captured.err.startswith("error: ")
-    assert message in captured.err
-    assert captured.out == ""
 
 
 def test_a_preset_fills_what_is_not_given():

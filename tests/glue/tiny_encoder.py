@@ -14,7 +14,7 @@ FIXTURE = Path(__file__).parents[1] / "fixtures" / "encoder_logits.npz"
 
 
 def arrays(case: str) -> dict[str, np.ndarray]:
-    """What `make_encoder_logits` wrote for "bert" or "roberta"."""
+    """Arrays that `make_encoder_logits` wrote for "bert" or "roberta"."""
     with np.load(FIXTURE) as file:
         return {k.removeprefix(f"{case}/"): file[k] for k in file if k.startswith(f"{case}/")}
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
+from command_lines import assert_one_line
 
 from examples.common.checkpoints import Checkpoints
 from examples.common.cli import options_text
@@ -142,14 +143,6 @@ def test_resume_and_overwrite(arguments, tmp_path, capsys):
 def test_errors_are_one_line(arguments, capsys, more, message):
     assert main([*arguments, "--quiet", *more]) == 1
     assert_one_line(capsys, message)
-
-
-def assert_one_line(capsys, message):
-    captured = capsys.readouterr()
-    *warnings, error = captured.err.splitlines()
-    assert error.startswith("error: ") and message in error
-    assert all(line.startswith("warning: the run reads its") for line in warnings)
-    assert captured.out == ""
 
 
 @pytest.mark.parametrize(

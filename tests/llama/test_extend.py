@@ -1,7 +1,6 @@
 """Settings that differ when a run is resumed: those that may, and those that may not."""
 
 import dataclasses
-import itertools
 
 import jax
 import numpy as np
@@ -33,11 +32,6 @@ def config(steps, *, resume=False, **changes):
 
 def run(config, path=None, **more):
     return train(config, splits=tiny.splits(), run_dir=path, **more)
-
-
-def after(batches):
-    counter = itertools.count(1)
-    return lambda: next(counter) >= batches
 
 
 class Notes(Silent):
@@ -74,7 +68,7 @@ def test_an_extended_run_is_the_longer_run(tmp_path, changes):
 
 def test_another_rate_and_schedule(tmp_path):
     """The steps to come have the rates that a run of this configuration has from the start."""
-    run(config(6), tmp_path, should_stop=after(3))
+    run(config(6), tmp_path, should_stop=tiny.after(3))
     changes = {
         "optimizer": dataclasses.replace(ADAMW, learning_rate=0.5),
         "schedule": ScheduleConfig(warmup=0.0, floor=0.2),
@@ -104,7 +98,7 @@ def test_batches_of_the_same_rows(tmp_path, before, now):
     run(config(4, batch_size=rows, accumulate=batches), tmp_path)
     other = config(7, resume=True, batch_size=new_rows, accumulate=new_batches)
     # Twice: the checkpoint that is resumed first is still of the old batches.
-    part = run(other, tmp_path, should_stop=after(1))
+    part = run(other, tmp_path, should_stop=tiny.after(1))
     assert (part.steps, part.finished) == (4, False)
     result = run(other, tmp_path)
     assert result.finished and result.steps == 7
@@ -121,7 +115,7 @@ def test_batches_of_the_same_rows(tmp_path, before, now):
 
 
 def test_an_unfinished_step_has_to_be_completed(tmp_path):
-    run(config(4, batch_size=2, accumulate=4), tmp_path, should_stop=after(6))
+    run(config(4, batch_size=2, accumulate=4), tmp_path, should_stop=tiny.after(6))
     other = config(4, resume=True, batch_size=4, accumulate=2)
     with pytest.raises(ConfigError, match="--accumulate 4 --batch-size 2 --steps 2 before"):
         run(other, tmp_path)

@@ -1,7 +1,6 @@
 """Pre-training that goes on from published weights."""
 
 import dataclasses
-import itertools
 import json
 import shutil
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import tiny_weights as tiny
 from flax import nnx
+from tiny_run import after
 
 from examples.common.errors import ConfigError
 from examples.common.optimizers import OPTIMIZERS
@@ -45,11 +45,6 @@ def files(tmp_path):
 def options(files, *more):
     given = [f"--init-from={files / 'weights'}", f"--data={files / 'text'}", f"--root={files}"]
     return [*given, f"--cache-dir={files / 'cache'}", "--name=run", *OPTIONS, *more]
-
-
-def after(batches):
-    counter = itertools.count(1)
-    return lambda: next(counter) >= batches
 
 
 def run(config, **more):

@@ -1,7 +1,6 @@
 """Merges: what they keep, what they start anew, and runs that are stopped around them."""
 
 import dataclasses
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -160,12 +159,6 @@ def test_without_merges_nothing_is_restarted():
     assert with_restarts(lora, tx, schedule, 1) == (tx, schedule)
 
 
-def after(batches):
-    """A `should_stop` that asks for a stop after so many batches."""
-    counter = itertools.count(1)
-    return lambda: next(counter) >= batches
-
-
 @pytest.fixture(scope="module")
 def whole(fast_compile):
     return {a: train(run_config(accumulate=a), splits=tiny.splits()) for a in (1, 2)}
@@ -185,7 +178,7 @@ def test_a_run_is_lora_up_to_the_merge_and_restarts_there(whole):
     assert losses[0][5] != losses[1][5]
 
     merged, stopped = (
-        train(c, splits=tiny.splits(), should_stop=after(3)).state for c in (config, lora)
+        train(c, splits=tiny.splits(), should_stop=tiny.after(3)).state for c in (config, lora)
     )
     assert_merged((stopped.params, stopped.frozen), (merged.params, merged.frozen))
 
@@ -204,7 +197,9 @@ def test_resume_across_a_merge_is_exact(tmp_path, whole, accumulate, stops):
     """Stopped before, at and after merges, and inside an accumulation."""
     config = run_config(accumulate=accumulate, output={"save_every": 100, "resume": True})
     for batches in stops:
-        part = train(config, splits=tiny.splits(), run_dir=tmp_path, should_stop=after(batches))
+        part = train(
+            config, splits=tiny.splits(), run_dir=tmp_path, should_stop=tiny.after(batches)
+        )
         assert not part.finished
     result = train(config, splits=tiny.splits(), run_dir=tmp_path)
 

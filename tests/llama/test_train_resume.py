@@ -1,7 +1,6 @@
 """A run that is interrupted and resumed is the run that was not, bit for bit."""
 
 import dataclasses
-import itertools
 
 import jax
 import numpy as np
@@ -17,12 +16,6 @@ from examples.llama.loop import train
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
 TIMES = {"seconds", "tokens_per_second"}
-
-
-def after(batches):
-    """A `should_stop` that asks for a stop after so many batches, those of evaluations included."""
-    counter = itertools.count(1)
-    return lambda: next(counter) >= batches
 
 
 def untimed(records):
@@ -68,7 +61,7 @@ def test_resume_continues_bit_for_bit(tmp_path, whole, accumulate, stops):
     done = 0
     for batches in stops:
         part = train(
-            resumed(config), splits=tiny.splits(), run_dir=tmp_path, should_stop=after(batches)
+            resumed(config), splits=tiny.splits(), run_dir=tmp_path, should_stop=tiny.after(batches)
         )
         done += batches
         assert part.steps == done // accumulate
@@ -121,7 +114,7 @@ def test_writing_checkpoints_does_not_change_the_run(tmp_path, whole):
 
 def test_steps_after_the_last_checkpoint_are_run_again_and_recorded_once(tmp_path, whole):
     config = tiny.run_config()
-    train(config, splits=tiny.splits(), run_dir=tmp_path, should_stop=after(3))
+    train(config, splits=tiny.splits(), run_dir=tmp_path, should_stop=tiny.after(3))
     log = tmp_path / "metrics.jsonl"
     first = log.read_text()
     # What a run leaves that is killed at step 5, in the middle of a line.
@@ -145,7 +138,7 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
 
 def test_a_run_is_not_overwritten_unasked(tmp_path):
     config = tiny.run_config()
-    train(config, splits=tiny.splits(), run_dir=tmp_path, should_stop=after(1))
+    train(config, splits=tiny.splits(), run_dir=tmp_path, should_stop=tiny.after(1))
     with pytest.raises(ConfigError, match="--resume"):
         train(config, splits=tiny.splits(), run_dir=tmp_path)
 
@@ -164,7 +157,7 @@ def test_a_run_is_not_overwritten_unasked(tmp_path):
 )
 def test_another_configuration_is_refused(tmp_path, changes, message):
     config = tiny.run_config()
-    train(config, splits=tiny.splits(), run_dir=tmp_path, should_stop=after(1))
+    train(config, splits=tiny.splits(), run_dir=tmp_path, should_stop=tiny.after(1))
     with pytest.raises(ConfigError) as error:
         train(
             resumed(dataclasses.replace(config, **changes)), splits=tiny.splits(), run_dir=tmp_path
@@ -175,14 +168,14 @@ def test_another_configuration_is_refused(tmp_path, changes, message):
 
 def test_another_text_is_refused(tmp_path):
     config = tiny.run_config()
-    train(config, splits=tiny.splits(), run_dir=tmp_path, should_stop=after(1))
+    train(config, splits=tiny.splits(), run_dir=tmp_path, should_stop=tiny.after(1))
     with pytest.raises(ConfigError, match="text: tiny 0 -> tiny 1"):
         train(resumed(config), splits=tiny.splits(seed=1), run_dir=tmp_path)
 
 
 def test_what_is_shown_and_kept_may_change(tmp_path, whole):
     config = tiny.run_config()
-    train(config, splits=tiny.splits(), run_dir=tmp_path, should_stop=after(2))
+    train(config, splits=tiny.splits(), run_dir=tmp_path, should_stop=tiny.after(2))
     other = tiny.run_config(
         data=DataConfig(cache_dir=tmp_path / "elsewhere"),
         output={"resume": True, "log_every": 2, "save_every": 5, "keep": 1, "quiet": True},

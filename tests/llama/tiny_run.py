@@ -1,6 +1,8 @@
 """A model, a text and a run so small that a whole training takes a moment."""
 
 import dataclasses
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -58,3 +60,9 @@ def splits(seed: int = 0) -> Splits:
         documents={"train": 1, "validation": 1, "test": 1},
         fingerprint=f"tiny {seed}",
     )
+
+
+def after(batches: int) -> Callable[[], bool]:
+    """A `should_stop` that asks for a stop after so many batches, those of evaluations included."""
+    counter = itertools.count(1)
+    return lambda: next(counter) >= batches

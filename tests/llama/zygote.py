@@ -42,7 +42,7 @@ class Run:
         os.kill(self.pid, number)
 
     def log(self) -> str:
-        """What it has printed."""
+        """Its output so far."""
         return self._log.read_text() if self._log.exists() else ""
 
 

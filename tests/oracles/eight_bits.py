@@ -15,7 +15,7 @@ def c_of(bound: float, is_second: bool) -> float:
 
 
 def values(c: float, is_second: bool) -> np.ndarray:
-    """What the codes without a sign stand for, exactly, before the floor of second moments."""
+    """Exact values of the codes without a sign, before the floor of second moments."""
     octaves, steps = np.meshgrid(np.arange(OCTAVES[is_second]), np.arange(16), indexing="ij")
     return (c * (2.0**octaves * (1 + steps / 16) - 1)).ravel()
 

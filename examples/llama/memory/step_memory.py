@@ -98,7 +98,7 @@ def predict(
     bound, base = lower_bound(run), _baseline_of(config)
     exact = compiles_as_it_is(config)
     compiled = (run if exact else abstract_run(as_float32(config), tx)).compile()
-    temporary = _temporary(compiled)
+    temporary = temporary_bytes(compiled)
     update = temporary - base.compiled_temporary
     if not exact and not config.per_layer:
         update = update * jnp.dtype(config.model.param_dtype).itemsize // 4
@@ -149,12 +149,12 @@ def _compiled_baseline(config: RunConfig) -> _Baseline:
     run = abstract_run(config, descent)
     gradients = live_gradients(run.params, config.per_layer)
     if compiles_as_it_is(config):
-        temporary = _temporary(run.compile())
+        temporary = temporary_bytes(run.compile())
         # The compiler may use the room of gradients again before it has all of them.
         gradients = min(gradients, temporary)
         return _Baseline(temporary, gradients, temporary - gradients)
     full = abstract_run(as_float32(config), descent)
-    temporary = _temporary(full.compile())
+    temporary = temporary_bytes(full.compile())
     activations = max(temporary - live_gradients(full.params, config.per_layer), 0)
     share = saved_bytes(config) / saved_bytes(as_float32(config))
     return _Baseline(temporary, gradients, round(share * activations))
@@ -222,7 +222,8 @@ def _float_params(state: TrainState) -> Params:
     return jax.eval_shape(lambda state: state.float_params, state)
 
 
-def _temporary(compiled: jax.stages.Compiled) -> int:
+def temporary_bytes(compiled: jax.stages.Compiled) -> int:
+    """Bytes that XLA reserves for temporary arrays."""
     analysis = compiled.memory_analysis()
     if analysis is None:
         raise RuntimeError("this backend gives no account of the memory of compiled programs")

@@ -13,7 +13,6 @@ from natgalore_jax._src.contrib.alice_kernels import (
     switched_basis,
 )
 from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
-from natgalore_jax._src.kernels.projection import project
 from natgalore_jax._src.kernels.residual import phi_axes
 from natgalore_jax._src.params.axes import AxesLike
 from natgalore_jax._src.params.checks import (
@@ -23,13 +22,12 @@ from natgalore_jax._src.params.checks import (
     check_number,
     check_unused,
 )
-from natgalore_jax._src.params.context import matrices_of, open_subspace
+from natgalore_jax._src.params.context import matrices_of
 from natgalore_jax._src.params.placement import zeros_on_axes
-from natgalore_jax._src.params.plan import PlanSettings, plan_tree, require_projection
+from natgalore_jax._src.params.plan import PlanSettings, plan_tree, without_matrices
 from natgalore_jax._src.params.where import Where, hidden_matrices
 from natgalore_jax._src.states.tree_checks import check_moments, flatten_like, with_dtypes_of
-from natgalore_jax._src.subspace.project import start_factors
-from natgalore_jax._src.subspace.subspace import low_rank_leaf
+from natgalore_jax._src.subspace.subspace import init_low_rank
 
 # Adam's decays for unprojected parameters, as in the paper.
 ADAM_B1, ADAM_B2 = 0.9, 0.999
@@ -167,16 +165,8 @@ def scale_by_alice(
 
     @own_arithmetic
     def init_fn(params):
-        plans = plan_tree(settings, params)
-        require_projection(settings, plans, params)
-        leaves, treedef = jax.tree.flatten(params)
-        factors = [
-            start_factors(plan, leaf.dtype) if plan else ()
-            for plan, leaf in zip(plans, leaves, strict=True)
-        ]
-        with open_subspace({plan.path: plan for plan in plans if plan}):
-            low = (low_rank_leaf(*x, project) for x in zip(plans, leaves, factors, strict=True))
-            adam_state = adam.init(treedef.unflatten(low))
+        plans, factors, adam_state = init_low_rank(settings, adam, params)
+        treedef = jax.tree.structure(params)
         # Fields of the state after the first, for each parameter.
         entries = [
             _empty(plan.unnamed, switch, has_limit, *factor, mu) if plan else _NOTHING
@@ -199,15 +189,10 @@ def scale_by_alice(
             treedef.flatten_up_to(x) for x in (state.adam.mu, state.adam.nu, *state[2:])
         )
 
-        def unprojected(leaves):
-            return treedef.unflatten(
-                optax.MaskedNode() if plan else x for plan, x in zip(plans, leaves, strict=True)
-            )
-
         count = state.adam.count
         due = (count == 0) | ((count + 1) % update_interval == 0)
-        inner = state.adam._replace(mu=unprojected(mus), nu=unprojected(nus))
-        N, inner = adam.update(unprojected(G), inner)
+        mu, nu, own = (without_matrices(treedef, x, plans) for x in (mus, nus, G))
+        N, inner = adam.update(own, state.adam._replace(mu=mu, nu=nu))
         out, new_mus, new_nus = (treedef.flatten_up_to(x) for x in (N, inner.mu, inner.nu))
         for i, plan in enumerate(plans):
             if not plan:
@@ -251,4 +236,92 @@ def _keys(plan, seed, count, leaf):
     _, first = matrices_of(plan)
     return jax.vmap(lambda n: jax.random.fold_in(key, n))(
         first + jnp.arange(plan.layers, dtype=jnp.int32)
+    )
+
+
+def alice_adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int = 128,
+    update_interval: int = 200,
+    leading: int | None = None,
+    b1: float = 0.9,
+    b2: float = 0.9,
+    b3: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 1e-4,
+    mask: Any = None,
+    scale: float = 0.3,
+    compensation_scale: float = 0.4,
+    norm_growth_limit: float | None = 1.01,
+    where: Where = hidden_matrices,
+    axes: AxesLike = None,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Alice, and with ``b3=0`` Alice-0: low-rank Adam with switched bases and compensation.
+
+    .. math::
+      W \leftarrow W - \eta\,(S + \omega W)
+
+    with S of :func:`.scale_by_alice`. The state is GaLore's at the same rank, one number for each
+    column, and with tracking r² numbers. Unprojected parameters take plain AdamW steps with the
+    same learning rate.
+
+    It is this composition::
+
+      optax.chain(
+          ng.contrib.scale_by_alice(
+              rank=rank, update_interval=update_interval, leading=leading, b1=b1, b2=b2, b3=b3,
+              eps=eps, scale=scale, compensation_scale=compensation_scale,
+              norm_growth_limit=norm_growth_limit, where=where, axes=axes, seed=seed),
+          optax.add_decayed_weights(weight_decay, mask),
+          optax.scale_by_learning_rate(learning_rate),
+      )
+
+    Args:
+      learning_rate: η, a number or a schedule. The paper pre-trains with 0.02, a tenth of the steps
+        as warm-up and a cosine to a tenth. It does not say at which rate Adam's parameters train.
+      rank: r; in the paper 128 for LLaMA 60M, 256 for 130M and 350M, 512 for 1.3B.
+      leading: l; in the paper 40, and 160 for 1.3B; None: 5/16 of r.
+      update_interval, b1, b2, b3, eps, norm_growth_limit, axes, seed: see
+        :func:`.scale_by_alice`.
+      weight_decay: ω, decoupled; acts on the whole weight, unscaled by α. 0 in the paper.
+      mask: which parameters decay, as in ``optax.adamw``.
+      scale: α; in the paper 0.3, and 0.25 for 1.3B.
+      compensation_scale: α_c; in the paper 0.4, and 0.2 for 1.3B.
+      where: see :func:`.low_rank_project`. The paper reports both with the output head trained by
+        Adam, as here, and by Alice.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``.
+
+    Raises:
+      TypeError, ValueError: as :func:`.scale_by_alice`.
+
+    References:
+      Gong et al. (2025), arXiv 2502.07752, algorithm 4 and table 11; see :func:`.scale_by_alice`.
+
+    Example:
+      >>> import jax.numpy as jnp, natgalore_jax as ng
+      >>> state = ng.contrib.alice_adamw(1e-2, rank=2, leading=1).init({"w": jnp.ones((6, 8))})
+      >>> state[0].basis["w"].shape, state[0].tracked["w"].shape
+      ((6, 2), (2, 2))
+    """
+    return optax.chain(
+        scale_by_alice(
+            rank=rank,
+            update_interval=update_interval,
+            leading=leading,
+            b1=b1,
+            b2=b2,
+            b3=b3,
+            eps=eps,
+            scale=scale,
+            compensation_scale=compensation_scale,
+            norm_growth_limit=norm_growth_limit,
+            where=where,
+            axes=axes,
+            seed=seed,
+        ),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
     )

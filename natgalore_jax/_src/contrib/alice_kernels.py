@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgalore_jax._src.contrib.ldadam_kernels import Letters
+from natgalore_jax._src.kernels.fisher_factors import gram
 from natgalore_jax._src.kernels.kernel import kernel
-from natgalore_jax._src.kernels.projection import contract, project, project_back
+from natgalore_jax._src.kernels.projection import project, project_back
 from natgalore_jax._src.kernels.random import normal
 from natgalore_jax._src.kernels.residual import (
     energies,
@@ -137,9 +137,8 @@ def low_rank_step(plan, b3, decays, eps, G, U, M, V, tracked):
     b1, b2 = decays
     R = project(plan, G, (U,), jnp.float32)
     if not isinstance(tracked, optax.MaskedNode):
-        letters = Letters.of(plan)
-        subscripts = f"{letters.low('x')},{letters.low('y')}->{letters.batch}xy"
-        new = contract(subscripts, R, R, precision="highest")
+        axis = plan.low_rank_axes[plan.projected_modes[0]]
+        new = gram(R, axis, len(plan.batch), diagonal=False)
         usable = jnp.all(jnp.isfinite(new), (-2, -1), keepdims=True)
         tracked = jnp.where(usable, b3 * tracked + (1 - b3) * new, tracked)
     M32 = b1 * M.astype(jnp.float32) + (1 - b1) * R

@@ -1,7 +1,6 @@
 """APOLLO: gradients scaled by Adam's gain on a random projection."""
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +10,7 @@ import optax
 from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
 from natgalore_jax._src.kernels.projection import project
 from natgalore_jax._src.kernels.random import normal
-from natgalore_jax._src.kernels.residual import gain, growth_shrink, on_axes_of_gradient, phi_axes
+from natgalore_jax._src.kernels.residual import gain, limit_growth, on_axes_of_gradient, phi_axes
 from natgalore_jax._src.params.axes import AxesLike
 from natgalore_jax._src.params.checks import (
     check_choice,
@@ -19,12 +18,11 @@ from natgalore_jax._src.params.checks import (
     check_interval,
     check_number,
 )
-from natgalore_jax._src.params.context import matrices_of, open_subspace
-from natgalore_jax._src.params.plan import LeafPlan, PlanSettings, plan_tree, require_projection
+from natgalore_jax._src.params.context import matrices_of
+from natgalore_jax._src.params.plan import LeafPlan, PlanSettings, plan_tree
 from natgalore_jax._src.params.where import Where, hidden_matrices
 from natgalore_jax._src.states.tree_checks import check_moments, flatten_like, with_dtypes_of
-from natgalore_jax._src.subspace.project import start_factors
-from natgalore_jax._src.subspace.subspace import low_rank_leaf
+from natgalore_jax._src.subspace.subspace import init_low_rank
 
 GRANULARITIES = ("channel", "tensor")
 
@@ -110,16 +108,9 @@ def scale_by_apollo(
 
     @own_arithmetic
     def init_fn(params):
-        plans = plan_tree(settings, params)
-        require_projection(settings, plans, params)
-        leaves, treedef = jax.tree.flatten(params)
-        low_rank = treedef.unflatten(
-            # Any basis suffices: init needs only shapes, dtypes and shardings.
-            low_rank_leaf(plan, leaf, start_factors(plan, leaf.dtype) if plan else (), project)
-            for plan, leaf in zip(plans, leaves, strict=True)
-        )
-        with open_subspace({plan.path: plan for plan in plans if plan}):
-            adam_state: Any = adam.init(low_rank)
+        # Any basis suffices: init needs only shapes, dtypes and shardings.
+        plans, _, adam_state = init_low_rank(settings, adam, params)
+        treedef = jax.tree.structure(params)
         norms = [
             # A sum of zeros has the sharding of later norms.
             jnp.sum(m.astype(jnp.float32), tuple(range(len(plan.batch), m.ndim)))
@@ -217,21 +208,152 @@ def scaling(plan: LeafPlan, R: jax.Array, N: jax.Array, granularity: str) -> jax
     return on_axes_of_gradient(axes, gain(energy_N, energy_R))
 
 
-def limit_growth(
-    batch: Sequence[int], U: jax.Array, last_norm: jax.Array, limit: jax.typing.ArrayLike
-) -> tuple[jax.Array, jax.Array]:
-    """``U ← U · min(1, γ ‖U'‖ / ‖U‖)`` for each matrix, U' its previous update.
+def apollo_adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int = 128,
+    update_interval: int = 200,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    mu_dtype: Any = None,
+    weight_decay: float = 1e-4,
+    mask: Any = None,
+    scale: float = 1.0,
+    granularity: str = "channel",
+    norm_growth_limit: float | None = 1.01,
+    where: Where = hidden_matrices,
+    axes: AxesLike = None,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""APOLLO: full-rank steps with AdamW's scale for each channel of the gradient.
+
+    .. math::
+      W \leftarrow W - \eta\,(\alpha\, G \,\mathrm{diag}(s) + \omega W)
+
+    with s from Adam on a random projection of G, see :func:`.scale_by_apollo`. The state is the
+    moments of an r × n projection without a basis, less than GaLore's at the same rank. Unprojected
+    parameters take plain AdamW steps with the same learning rate.
+
+    It is this composition::
+
+      optax.chain(
+          ng.contrib.scale_by_apollo(
+              rank=rank, update_interval=update_interval, b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype,
+              scale=scale, granularity=granularity, norm_growth_limit=norm_growth_limit,
+              where=where, axes=axes, seed=seed),
+          optax.add_decayed_weights(weight_decay, mask),
+          optax.scale_by_learning_rate(learning_rate),
+      )
 
     Args:
-      batch: the axes of independent matrices.
-      U: float32, the updates.
-      last_norm: batch, ``‖U'‖``; no limit if it is zero.
-      limit: γ.
+      learning_rate: η, a number or a schedule. The paper pre-trains with 0.01.
+      rank: r, a quarter of the width in the paper.
+      update_interval, b1, b2, eps, mu_dtype, granularity, norm_growth_limit, where, axes, seed:
+        see :func:`.scale_by_apollo`.
+      weight_decay: ω, decoupled; acts on the whole weight, unscaled by α.
+      mask: which parameters decay, as in ``optax.adamw``.
+      scale: α, 1 in the paper. At a rank far below the shorter side m the norms of N are too small
+        by about √(r / m): compensate with a larger α.
 
     Returns:
-      The limited updates and their norms.
+      An ``optax.GradientTransformationExtraArgs``.
+
+    Raises:
+      TypeError, ValueError: as :func:`.scale_by_apollo`.
+
+    References:
+      Zhu et al., APOLLO: SGD-like memory, AdamW-level performance (2024), arXiv 2412.05270,
+      algorithm 1. Adam and weight decay here are as in ``optax.adamw``.
+
+    Example:
+      >>> import jax.numpy as jnp, natgalore_jax as ng
+      >>> state = ng.contrib.apollo_adamw(1e-2, rank=2).init({"w": jnp.ones((6, 8))})
+      >>> state[0].adam.mu["w"].shape, state[0].update_norm["w"].shape
+      ((2, 8), ())
     """
-    others = [a for a in range(U.ndim) if a not in batch]
-    norm = jnp.sqrt(jnp.sum(jnp.square(U), tuple(others)))
-    shrink = growth_shrink(norm, last_norm, limit)
-    return U * jnp.expand_dims(shrink, others), norm * shrink
+    return optax.chain(
+        scale_by_apollo(
+            rank=rank,
+            update_interval=update_interval,
+            b1=b1,
+            b2=b2,
+            eps=eps,
+            mu_dtype=mu_dtype,
+            scale=scale,
+            granularity=granularity,
+            norm_growth_limit=norm_growth_limit,
+            where=where,
+            axes=axes,
+            seed=seed,
+        ),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def apollo_mini_adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    update_interval: int = 200,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    mu_dtype: Any = None,
+    weight_decay: float = 1e-4,
+    mask: Any = None,
+    scale: float = math.sqrt(128),
+    norm_growth_limit: float | None = 1.01,
+    where: Where = hidden_matrices,
+    axes: AxesLike = None,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""APOLLO-Mini: :func:`.apollo_adamw` at rank 1 with one scale per matrix.
+
+    The state of a projected m × n matrix is two vectors along its longer side and a norm.
+
+    It is this composition::
+
+      ng.contrib.apollo_adamw(
+          learning_rate, rank=1, update_interval=update_interval, b1=b1, b2=b2, eps=eps,
+          mu_dtype=mu_dtype, weight_decay=weight_decay, mask=mask, scale=scale,
+          granularity="tensor", norm_growth_limit=norm_growth_limit, where=where, axes=axes,
+          seed=seed,
+      )
+
+    Args:
+      learning_rate, update_interval, b1, b2, eps, mu_dtype, weight_decay, mask, norm_growth_limit,
+        where, axes, seed: see :func:`.apollo_adamw`. The paper pre-trains with a learning rate of
+        0.01 or 0.02.
+      scale: α. The paper's √128 compensates for the small norms at rank 1.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``.
+
+    Raises:
+      TypeError, ValueError: as :func:`.scale_by_apollo`.
+
+    References:
+      Zhu et al., APOLLO: SGD-like memory, AdamW-level performance (2024), arXiv 2412.05270.
+
+    Example:
+      >>> import jax.numpy as jnp, natgalore_jax as ng
+      >>> state = ng.contrib.apollo_mini_adamw(1e-2).init({"w": jnp.ones((6, 8))})
+      >>> state[0].adam.mu["w"].shape, state[0].update_norm["w"].shape
+      ((1, 8), ())
+    """
+    return apollo_adamw(
+        learning_rate,
+        rank=1,
+        update_interval=update_interval,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        mu_dtype=mu_dtype,
+        weight_decay=weight_decay,
+        mask=mask,
+        scale=scale,
+        granularity="tensor",
+        norm_growth_limit=norm_growth_limit,
+        where=where,
+        axes=axes,
+        seed=seed,
+    )

@@ -11,12 +11,10 @@ from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
 from natgalore_jax._src.kernels.projection import project, project_back
 from natgalore_jax._src.params.axes import AxesLike
 from natgalore_jax._src.params.checks import check_boolean, check_integer, check_number
-from natgalore_jax._src.params.context import open_subspace
-from natgalore_jax._src.params.plan import PlanSettings, plan_tree, require_projection
+from natgalore_jax._src.params.plan import PlanSettings, plan_tree
 from natgalore_jax._src.params.where import Where, hidden_matrices
 from natgalore_jax._src.states.tree_checks import check_moments, flatten_like, with_dtypes_of
-from natgalore_jax._src.subspace.project import start_factors
-from natgalore_jax._src.subspace.subspace import low_rank_leaf
+from natgalore_jax._src.subspace.subspace import init_low_rank
 
 
 class ScaleByLDAdamState(NamedTuple):
@@ -101,16 +99,8 @@ def scale_by_ldadam(
 
     @own_arithmetic
     def init_fn(params):
-        plans = plan_tree(settings, params)
-        require_projection(settings, plans, params)
+        plans, factors, adam_state = init_low_rank(settings, adam, params)
         leaves, treedef = jax.tree.flatten(params)
-        factors = [
-            start_factors(plan, leaf.dtype) if plan else ()
-            for plan, leaf in zip(plans, leaves, strict=True)
-        ]
-        with open_subspace({plan.path: plan for plan in plans if plan}):
-            low = (low_rank_leaf(*x, project) for x in zip(plans, leaves, factors, strict=True))
-            adam_state = adam.init(treedef.unflatten(low))
         return ScaleByLDAdamState(
             adam_state,
             treedef.unflatten(factor[0] if factor else optax.MaskedNode() for factor in factors),

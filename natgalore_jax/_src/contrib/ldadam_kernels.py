@@ -4,15 +4,15 @@
 low-rank coordinates. ``count`` is their number of steps, t − 1 in the paper.
 """
 
+import functools
 import math
-import string
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from natgalore_jax._src.kernels.fisher_factors import multiply
 from natgalore_jax._src.kernels.orthonormal import ordered_polar_factor, shifted
-from natgalore_jax._src.kernels.projection import contract, project, project_back
+from natgalore_jax._src.kernels.projection import Letters, contract, project, project_back
 from natgalore_jax._src.kernels.random import normal
 from natgalore_jax._src.params.placement import place_like, replicated
 from natgalore_jax._src.params.plan import LeafPlan
@@ -48,7 +48,7 @@ def next_basis(
     Returns:
       Shape and dtype of P; P itself for each matrix whose B is zero or non-finite.
     """
-    letters = Letters.of(plan)
+    (mode,), letters = plan.projected_modes, Letters(plan)
     P32, A, M = (x.astype(jnp.float32) for x in (P, A, M))
     momentum = project_back(plan, M / _correction(b1, count), (P32,))
     B = jnp.where(count > 0, rho * momentum + (1 - rho) * A, A)
@@ -59,14 +59,15 @@ def next_basis(
 
     def power_step(_, P):
         Z = project(plan, B, (P,))
-        Y = replicated(contract(f"{letters.full},{letters.low('x')}->{letters.factor('x')}", B, Z))
+        subscripts = f"{letters.full},{letters.arranged((mode,))}->{letters.factor(mode)}"
+        Y = replicated(contract(subscripts, B, Z))
         last, Y = (x.reshape(plan.layers, -1, P.shape[-1]) for x in (replicated(P), Y))
         Q = jax.vmap(lambda Y, P: ordered_polar_factor(shifted(Y, P)))(Y, last)
         usable = jnp.any(Y != 0, (-2, -1), keepdims=True)
         usable &= jnp.all(jnp.isfinite(Q), (-2, -1), keepdims=True)
         return jnp.where(usable, Q, replicated(P32).reshape(Y.shape)).reshape(P.shape)
 
-    size = math.prod(plan.mode_shape(plan.projected_modes[0]))
+    size = math.prod(plan.mode_shape(mode))
     key = jax.random.fold_in(jax.random.key(0), count)
     W = normal(key, P.shape[len(plan.batch) :]) / size**0.5
     start = P32 + PROBE * place_like(jnp.broadcast_to(W, P.shape), P32)
@@ -77,9 +78,11 @@ def next_basis(
 
 def overlap(plan: LeafPlan, P_new: jax.Array, P: jax.Array) -> jax.Array:
     """``C = P'ᵀ P``, batch + (r, r), float32."""
-    letters = Letters.of(plan)
-    subscripts = f"{letters.factor('x')},{letters.factor('y')}->{letters.batch}xy"
-    return contract(subscripts, P_new, P, dtype=jnp.float32, precision="highest")
+    letters = Letters(plan)
+    rows = letters.batch + letters.modes[plan.projected_modes[0]]
+    return contract(
+        f"{rows}X,{rows}Y->{letters.batch}XY", P_new, P, dtype=jnp.float32, precision="highest"
+    )
 
 
 def rotated_moments(
@@ -92,11 +95,8 @@ def rotated_moments(
     b2: jax.typing.ArrayLike,
 ) -> tuple[jax.Array, jax.Array]:
     """``C M`` and ``(1 − β₂ᵗ⁻¹) |C² (V̂ − M̂²) + (C M̂)²|``, in the dtypes of M and V."""
-    letters = Letters.of(plan)
-
-    def rotate(C, x):
-        subscripts = f"{letters.batch}xy,{letters.low('y')}->{letters.low('x')}"
-        return contract(subscripts, C, x, precision="highest")
+    axis = plan.low_rank_axes[plan.projected_modes[0]]
+    rotate = functools.partial(multiply, axis=axis, batch_ndim=len(plan.batch), precision="highest")
 
     M32, V32 = M.astype(jnp.float32), V.astype(jnp.float32)
     c2 = _correction(b2, count)
@@ -108,29 +108,3 @@ def rotated_moments(
 def _correction(decay: jax.typing.ArrayLike, count: jax.Array) -> jax.Array:
     """``1 − βᵗ``; 1 before the first step, when moments are zero."""
     return jnp.where(count > 0, 1 - jnp.asarray(decay, jnp.float32) ** count, 1.0)
-
-
-class Letters(NamedTuple):
-    """Index letters of a plan with one projected mode; x and y stand for the rank."""
-
-    full: str
-    batch: str
-    modes: tuple[str, ...]
-    mode: int
-
-    @staticmethod
-    def of(plan: LeafPlan) -> "Letters":
-        full = string.ascii_lowercase[: len(plan.shape)]
-        return Letters(
-            full,
-            "".join(full[a] for a in plan.batch),
-            tuple("".join(full[a] for a in mode) for mode in plan.modes),
-            plan.projected_modes[0],
-        )
-
-    def factor(self, rank: str) -> str:
-        return self.batch + self.modes[self.mode] + rank
-
-    def low(self, rank: str) -> str:
-        kept = (rank if i == self.mode else axes for i, axes in enumerate(self.modes))
-        return self.batch + "".join(kept)

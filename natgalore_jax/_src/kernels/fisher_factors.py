@@ -30,8 +30,7 @@ def moved_factor(A: jax.Array, C: jax.Array) -> jax.Array:
 
 def gram(R: jax.Array, axis: int, batch_ndim: int, *, diagonal: bool) -> jax.Array:
     """``R Rᵀ`` over all axes of a gradient except ``axis``, or its diagonal: B + F, float32."""
-    letters = string.ascii_lowercase[: R.ndim]
-    a, batch = letters[batch_ndim:][axis], letters[:batch_ndim]
+    letters, batch, a = _letters(R, axis, batch_ndim)
     R = R.astype(jnp.float32)
     if diagonal:
         return contract(f"{letters},{letters}->{batch}{a}", R, R)
@@ -83,13 +82,21 @@ def inverse_power(
     )
 
 
-def multiply(W: jax.Array, N: jax.Array, axis: int, batch_ndim: int) -> jax.Array:
+def multiply(
+    W: jax.Array, N: jax.Array, axis: int, batch_ndim: int, precision: str | None = None
+) -> jax.Array:
     """``W N`` along one axis of N; W has shape B + F."""
-    letters = string.ascii_lowercase[: N.ndim]
-    a, batch = letters[batch_ndim:][axis], letters[:batch_ndim]
+    letters, batch, a = _letters(N, axis, batch_ndim)
     if W.ndim == batch_ndim + 1:
-        return contract(f"{batch}{a},{letters}->{letters}", W, N)
-    return contract(f"{batch}{a.upper()}{a},{letters}->{letters.replace(a, a.upper())}", W, N)
+        return contract(f"{batch}{a},{letters}->{letters}", W, N, precision=precision)
+    subscripts = f"{batch}{a.upper()}{a},{letters}->{letters.replace(a, a.upper())}"
+    return contract(subscripts, W, N, precision=precision)
+
+
+def _letters(x: jax.Array, axis: int, batch_ndim: int) -> tuple[str, str, str]:
+    """Index letters of all axes of x, of its batch axes, and of one of its other axes."""
+    letters = string.ascii_lowercase[: x.ndim]
+    return letters, letters[:batch_ndim], letters[batch_ndim:][axis]
 
 
 def norm_ratio(target: jax.Array, N: jax.Array, batch_ndim: int) -> jax.Array:

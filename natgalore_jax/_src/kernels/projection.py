@@ -84,7 +84,7 @@ def project(
     Returns:
       Shape ``plan.low_rank_shape``.
     """
-    index, dtype = _Index(plan), dtype or G.dtype
+    index, dtype = Letters(plan), dtype or G.dtype
     letters, low_modes = index.full, ()
     for mode, U in zip(plan.projected_modes, factors, strict=True):
         low_modes = (*low_modes, mode)
@@ -143,7 +143,7 @@ def project_back(plan: LeafPlan, R: jax.Array, factors: Sequence[jax.Array]) -> 
     Returns:
       Shape of the parameter, dtype of R.
     """
-    index = _Index(plan)
+    index = Letters(plan)
     low_modes = plan.projected_modes
     letters = index.arranged(low_modes)
     for mode, U in reversed(list(zip(plan.projected_modes, factors, strict=True))):
@@ -154,8 +154,8 @@ def project_back(plan: LeafPlan, R: jax.Array, factors: Sequence[jax.Array]) -> 
     return R
 
 
-class _Index:
-    """Index letters of a plan: a lower-case letter per axis, an upper-case one per rank."""
+class Letters:
+    """Index letters of a plan for :func:`contract`: one per axis, an upper-case one per rank."""
 
     def __init__(self, plan: LeafPlan):
         self.full = string.ascii_lowercase[: len(plan.shape)]
@@ -164,6 +164,7 @@ class _Index:
         self.ranks = string.ascii_uppercase[: len(plan.modes)]
 
     def factor(self, mode: int) -> str:
+        """The basis of one mode."""
         return self.batch + self.modes[mode] + self.ranks[mode]
 
     def arranged(self, low_modes: Sequence[int]) -> str:

@@ -6,7 +6,7 @@ whole matrix if both sides are projected, or for Tucker.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -240,3 +240,23 @@ def growth_shrink(
     level = jnp.asarray(level)
     allowed = jnp.where(level > 0, limit * level, jnp.inf)
     return jnp.where(norm > allowed, allowed / norm, 1.0)
+
+
+def limit_growth(
+    batch: Sequence[int], U: jax.Array, last_norm: jax.Array, limit: jax.typing.ArrayLike
+) -> tuple[jax.Array, jax.Array]:
+    """``U ← U · min(1, γ ‖U'‖ / ‖U‖)`` for each matrix, U' its previous update.
+
+    Args:
+      batch: the axes of independent matrices.
+      U: float32, the updates.
+      last_norm: batch, ``‖U'‖``; no limit if it is zero.
+      limit: γ.
+
+    Returns:
+      The limited updates and their norms.
+    """
+    others = [a for a in range(U.ndim) if a not in batch]
+    norm = jnp.sqrt(jnp.sum(jnp.square(U), tuple(others)))
+    shrink = growth_shrink(norm, last_norm, limit)
+    return U * jnp.expand_dims(shrink, others), norm * shrink

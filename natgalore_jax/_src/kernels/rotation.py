@@ -55,6 +55,11 @@ def _inverse_root(S: jax.Array) -> jax.Array:
     return jax.lax.fori_loop(0, 7, step, first)
 
 
+def _multiply(C: jax.Array, x: jax.Array, axis: int) -> jax.Array:
+    """``x ×_a C``: multiply by C along one axis of x."""
+    return jnp.moveaxis(jnp.tensordot(C, x, axes=(1, axis)), 0, axis)
+
+
 def rotate_linear(M: jax.Array, C_of_axis: Mapping[int, jax.Array]) -> jax.Array:
     """``M ×_a C`` for every projected axis a: exact for first moments and for past gradients.
 
@@ -67,7 +72,7 @@ def rotate_linear(M: jax.Array, C_of_axis: Mapping[int, jax.Array]) -> jax.Array
     """
     out = M.astype(jnp.float32)
     for axis, C in C_of_axis.items():
-        out = jnp.moveaxis(jnp.tensordot(C, out, axes=(1, axis)), 0, axis)
+        out = _multiply(C, out, axis)
     return out.astype(M.dtype)
 
 
@@ -90,8 +95,7 @@ def rotate_second_moment(V: jax.Array, C_of_axis: Mapping[int, jax.Array]) -> ja
     for axis, C in C_of_axis.items():
         W = C * C
         unseen = jnp.clip(1.0 - jnp.sum(W, axis=1), 0.0, 1.0)
-        W = W + unseen[:, None] / C.shape[1]
-        out = jnp.moveaxis(jnp.tensordot(W, out, axes=(1, axis)), 0, axis)
+        out = _multiply(W + unseen[:, None] / C.shape[1], out, axis)
     return out.astype(V.dtype)
 
 
@@ -121,8 +125,7 @@ def rotate_centred(
         unseen = jnp.clip(1.0 - jnp.sum(C * C, axis=1), 0.0, 1.0)
         average = jnp.mean(variance + kappa * mean * mean, axis=axis, keepdims=True)
         shape = [-1 if a == axis else 1 for a in range(V.ndim)]
-        seen = jnp.moveaxis(jnp.tensordot(C * C, variance, axes=(1, axis)), 0, axis)
-        variance = seen + unseen.reshape(shape) * average
+        variance = _multiply(C * C, variance, axis) + unseen.reshape(shape) * average
         mean = rotate_linear(mean, {axis: C})
     # ν ≥ μ² must survive rounding to the dtype of V: add two units of precision.
     square = kappa * new_mean * new_mean

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from natgalore_jax._src.params.axes import AxesLike, MatrixAxes, axes_per_leaf
 from natgalore_jax._src.params.checks import check_integer
@@ -153,6 +154,13 @@ def _plans(
         _check_dtype(path, leaf)
         plans.append(plan(path, leaf.shape, leaf_axes))
     return plans
+
+
+def without_matrices(treedef: Any, leaves: Sequence[Any], plans: Sequence[Any]) -> Any:
+    """The tree of the leaves without a plan, with MaskedNode for all others."""
+    return treedef.unflatten(
+        optax.MaskedNode() if plan else x for plan, x in zip(plans, leaves, strict=True)
+    )
 
 
 def require_projection(settings: PlanSettings, plans: Sequence[LeafPlan | None], tree: Any) -> None:

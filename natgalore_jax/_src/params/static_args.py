@@ -41,7 +41,6 @@ _STRUCTURAL = frozenset(
         "momentum",
         "decay",
         "residual_decay",
-        "fisher_decay",
         "mu_dtype",
         "moment_bits",
         "block_size",
@@ -60,7 +59,7 @@ def structural_args(factory: Callable[..., Any]) -> tuple[str, ...]:
     (``learning_rate``, ``damping``, ``scale``, ``weight_decay``, ``eps``, ``norm_growth_limit``,
     ...) can be injected, as a number that is changed in the state or as a schedule.
 
-    Decays (``b1``, ``b2``, ``rho``, ``fisher_decay``, ...) are among the names, because injected
+    Decays (``b1``, ``b2``, ``rho``, ``residual_decay``, ...) are among the names, because injected
     arrays have the dtype of the parameters: in bfloat16 0.999 is 1, and a moment never changes. To
     inject a decay, remove its name from ``static_args`` and set ``hyperparam_dtype=jnp.float32``.
 

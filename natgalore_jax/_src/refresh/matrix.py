@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -60,9 +61,7 @@ def _index_of(plan: LeafPlan, layer: jax.Array) -> tuple[jax.Array, ...]:
 def _layer_of(plan: LeafPlan, G: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
     """One layer of a gradient, with axes in the order of the modes."""
     kept = [a for a in range(G.ndim) if a not in plan.batch]
-    for axis, i in sorted(zip(plan.batch, index, strict=True), reverse=True, key=lambda x: x[0]):
-        G = jax.lax.dynamic_index_in_dim(G, i, axis, keepdims=False)
-    return G.transpose([kept.index(a) for mode in plan.modes for a in mode])
+    return _take(G, plan.batch, index).transpose([kept.index(a) for m in plan.modes for a in m])
 
 
 class Matrix(NamedTuple):
@@ -78,14 +77,17 @@ def take_matrix(
 ) -> Matrix:
     """Matrix number ``layer``, int32, of a parameter."""
     index = _index_of(plan, layer)
-    return Matrix(_layer_of(plan, G, index), *_take_tree((basis, basis_states), index))
+    tensor, leading = _layer_of(plan, G, index), range(len(index))
+    stored = jax.tree.map(lambda x: _take(x, leading, index), (basis, basis_states))
+    return Matrix(tensor, *stored)
 
 
 def put_matrix(
     plan: LeafPlan, stored: tuple[StoredFactors, Any], new: tuple[StoredFactors, Any], layer: Any
 ) -> tuple[StoredFactors, Any]:
     """Replace bases and basis-dependent state of one matrix of a parameter."""
-    return _put_tree(stored, new, _index_of(plan, layer))
+    index = _index_of(plan, layer)
+    return jax.tree.map(lambda x, y: _put(x, y, index), stored, new)
 
 
 def refresh_matrix(
@@ -172,9 +174,9 @@ def _sharded_by_columns(G: jax.Array) -> jax.Array:
     return placed(G, [(), names if divides else ()])
 
 
-def _take(array: jax.Array, index: tuple) -> jax.Array:
-    for i in index:
-        array = jax.lax.dynamic_index_in_dim(array, i, 0, keepdims=False)
+def _take(array: jax.Array, axes: Sequence[int], index: tuple) -> jax.Array:
+    for axis, i in sorted(zip(axes, index, strict=True), reverse=True, key=lambda x: x[0]):
+        array = jax.lax.dynamic_index_in_dim(array, i, axis, keepdims=False)
     return array
 
 
@@ -184,11 +186,3 @@ def _put(array: jax.Array, value: jax.Array, index: tuple) -> jax.Array:
     starts = (*index, *([jnp.zeros_like(index[0])] * value.ndim))
     value = value.reshape((1,) * len(index) + value.shape).astype(array.dtype)
     return jax.lax.dynamic_update_slice(array, value, starts)
-
-
-def _take_tree(tree: Any, index: tuple) -> Any:
-    return jax.tree.map(lambda x: _take(x, index), tree)
-
-
-def _put_tree(tree: Any, value: Any, index: tuple) -> Any:
-    return jax.tree.map(lambda x, v: _put(x, v, index), tree, value)

@@ -38,10 +38,10 @@ BasisStates = dict[tuple[int, ...], BasisState]
 def find_basis_states(
     state: Any, treedef: Any, plans: Sequence[LeafPlan | None]
 ) -> tuple[list[BasisStates], Any]:
-    """Find the basis-dependent state of each parameter in the state of an inner transformation.
+    """Find the basis-dependent state of each parameter in the state of inner transformations.
 
     Args:
-      state: of a transformation that runs inside the subspace.
+      state: of a transformation that runs inside the subspace, or of several.
       treedef: the structure of the parameters.
       plans: one entry for each parameter.
 
@@ -74,17 +74,3 @@ def put_back(skeleton: Any, basis_states: Sequence[BasisStates]) -> Any:
             for number, array in zip(numbers, jax.tree.leaves(basis_state), strict=True):
                 values[number] = array
     return jax.tree.unflatten(treedef, values)
-
-
-def basis_states_of_all(
-    states: Sequence[Any], treedef: Any, plans: Sequence[LeafPlan | None]
-) -> tuple[list[list[BasisStates]], list[Any]]:
-    """:func:`find_basis_states` in several states, as one list for each parameter."""
-    found = [find_basis_states(state, treedef, plans) for state in states]
-    of_leaf = [[basis_states[leaf] for basis_states, _ in found] for leaf in range(len(plans))]
-    return of_leaf, [skeleton for _, skeleton in found]
-
-
-def put_back_all(skeletons: Sequence[Any], of_leaf: Sequence[Sequence[BasisStates]]) -> list[Any]:
-    """The states of :func:`basis_states_of_all` with the given basis-dependent state put back."""
-    return [put_back(skeleton, [own[k] for own in of_leaf]) for k, skeleton in enumerate(skeletons)]

@@ -122,21 +122,10 @@ def check_low_rank(low: Any, params: Any, plans: Sequence[LeafPlan | None]) -> N
 
 
 def check_moments(updates: Any, plans: Sequence[LeafPlan | None], moments: Any) -> None:
-    """Check that the moments made at init fit the updates' shapes.
-
-    Args:
-      moments: a tree of the parameters, in low-rank coordinates where a leaf is projected.
-    """
-    moments = flatten_like(updates, moments, "the parameters at init")
-    for (path, g), plan, moment in zip(
-        jax.tree_util.tree_leaves_with_path(updates), plans, moments, strict=True
-    ):
-        expected = plan.low_rank_shape if plan else jnp.shape(g)
-        if jnp.shape(moment) != expected:
-            raise ValueError(
-                f"{KeyPath(path)}: the update has shape {jnp.shape(g)}, which needs moments of "
-                f"shape {expected}, but the moments made at init have {jnp.shape(moment)}"
-            )
+    """Check that moments made at init fit: low-rank coordinates where a leaf is projected."""
+    leaves = jax.tree.leaves(updates)
+    shapes = [p.low_rank_shape if p else jnp.shape(g) for p, g in zip(plans, leaves, strict=True)]
+    check_stored(updates, shapes, moments, "moments")
 
 
 def check_stored(

@@ -139,7 +139,7 @@ def natural_gradient(
     oldest = _column(columns, slot, nb)
     stored = store(h, oldest, nb)
     h = load(stored, h.shape, jnp.float32, nb)
-    h_energy = _product(h, h, nb)
+    h_energy = _inner(h, h, nb)
     gram = _with_row(history.gram, _products(columns, h, nb), h_energy, slot)
     checksum = _put(history.checksum, _checksum(h, nb), slot, nb)
     filled = jnp.minimum(history.filled + 1, s)
@@ -212,16 +212,11 @@ def _products(columns: Stored, h: jax.Array, nb: int) -> jax.Array:
     if isinstance(columns, LinearCodes):
         # One column at a time: decoding all at once would take the memory that codes save.
         rows = jax.lax.map(
-            lambda i: _product(load(_column(columns, i, nb), h.shape, jnp.float32, nb), h, nb),
+            lambda i: _inner(load(_column(columns, i, nb), h.shape, jnp.float32, nb), h, nb),
             jnp.arange(columns.codes.shape[nb]),
         )
         return jnp.moveaxis(rows, 0, -1)
     return _inner(columns, jnp.expand_dims(h, nb), nb + 1)
-
-
-def _product(g: jax.Array, h: jax.Array, nb: int) -> jax.Array:
-    """``gᵀ h``, B."""
-    return _inner(g, h, nb)
 
 
 def _inner(x: jax.Array, y: jax.Array, nb: int) -> jax.Array:

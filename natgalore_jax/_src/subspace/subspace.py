@@ -19,13 +19,13 @@ from natgalore_jax._src.kernels.linear_codes import (
     relative_error,
     tree_of,
 )
-from natgalore_jax._src.kernels.projection import Factors, project_to_stored
+from natgalore_jax._src.kernels.projection import Factors, project, project_to_stored
 from natgalore_jax._src.params.context import open_subspace
 from natgalore_jax._src.params.placement import has_explicit_sharding, place_factor
-from natgalore_jax._src.params.plan import LeafPlan, plan_tree, require_projection
+from natgalore_jax._src.params.plan import LeafPlan, PlanSettings, plan_tree, require_projection
 from natgalore_jax._src.refresh.matrix import StoredFactors
 from natgalore_jax._src.refresh.refresh import refresh
-from natgalore_jax._src.states.transport import basis_states_of_all, put_back_all
+from natgalore_jax._src.states.transport import find_basis_states, put_back
 from natgalore_jax._src.states.tree_checks import (
     check_bases,
     check_inner_states,
@@ -167,9 +167,9 @@ class Subspace:
         """Refresh the bases in ``opened``; returns the transported inner states."""
         opener, *inner_states, _ = states
         plans, G = opened.plans, jax.tree.leaves(grads)
-        settings, of_leaf, skeletons = self.opener.refresh, [[] for _ in plans], None
+        settings, of_leaf, skeleton = self.opener.refresh, [{} for _ in plans], None
         if settings.transition != "keep":
-            of_leaf, skeletons = basis_states_of_all(inner_states, opened.treedef, plans)
+            of_leaf, skeleton = find_basis_states(inner_states, opened.treedef, plans)
         projected = [i for i, plan in enumerate(plans) if plan]
         new_factors, new_states = refresh(
             settings,
@@ -184,9 +184,7 @@ class Subspace:
         )
         for i, f, c in zip(projected, new_factors, new_states, strict=True):
             opened.stored[i], of_leaf[i] = f, c
-        if skeletons is not None:
-            inner_states = put_back_all(skeletons, of_leaf)
-        return inner_states
+        return inner_states if skeleton is None else put_back(skeleton, of_leaf)
 
     def _update(self, opened, factors, low, states, params, full, extra_args):
         """Update by the inner transformations on the low-rank tree, and project back."""
@@ -302,6 +300,25 @@ def low_rank_leaf(
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(plan.low_rank_shape, leaf.dtype)
     return project(plan, leaf, factors)
+
+
+def init_low_rank(
+    settings: PlanSettings, inner: optax.GradientTransformation, params: Any
+) -> tuple[list[LeafPlan | None], list[Factors], Any]:
+    """Plans and starts of the bases of ``params``, and the state of ``inner`` on the low-rank tree.
+
+    For optimizers with projections of their own; R is sharded as a product.
+    """
+    plans = plan_tree(settings, params)
+    require_projection(settings, plans, params)
+    leaves, treedef = jax.tree.flatten(params)
+    factors = [
+        start_factors(plan, leaf.dtype) if plan else ()
+        for plan, leaf in zip(plans, leaves, strict=True)
+    ]
+    low = (low_rank_leaf(*x, project) for x in zip(plans, leaves, factors, strict=True))
+    with open_subspace({plan.path: plan for plan in plans if plan}):
+        return plans, factors, inner.init(treedef.unflatten(low))
 
 
 def _placed(plan: LeafPlan, factors: StoredFactors, leaf: Any) -> StoredFactors:

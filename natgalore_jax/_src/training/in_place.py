@@ -6,6 +6,8 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
+from natgalore_jax._src.training.offload import is_on_host
+
 
 class InPlace:
     """Result of :func:`.in_place`, used like a function of ``jax.jit``."""
@@ -23,7 +25,8 @@ class InPlace:
 
     def _jitted(self, args: tuple) -> Any:
         leaves, treedef = jax.tree.flatten(args[: self._number])
-        if not any(_is_on_host(x) for x in leaves):
+        # Inside another jitted function the step is inlined and donates nothing.
+        if not any(is_on_host(x) and not isinstance(x, jax.core.Tracer) for x in leaves):
             return self._on_device
         # Without out_shardings jax.jit may give an output a donated buffer in the other memory, and
         # the program crashes.
@@ -64,15 +67,6 @@ def in_place(step: Callable[..., Any], number: int = 1) -> InPlace:
       ('device', 'pinned_host')
     """
     return InPlace(step, number)
-
-
-def _is_on_host(x: Any) -> bool:
-    """Whether an array, or its shape, is in host memory; False for traced arrays.
-
-    A step within another jitted function is inlined and donates nothing.
-    """
-    sharding = None if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
-    return getattr(sharding, "memory_kind", None) == "pinned_host"
 
 
 def _replicated(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:

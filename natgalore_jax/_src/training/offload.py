@@ -58,7 +58,7 @@ def to_device(tree: Any) -> Any:
       'device'
     """
     return jax.tree.map(
-        lambda x: jax.device_put(x, jax.memory.Space.Device) if _is_on_host(x) else x, tree
+        lambda x: jax.device_put(x, jax.memory.Space.Device) if is_on_host(x) else x, tree
     )
 
 
@@ -109,8 +109,11 @@ def offload_state(
 
 def stored_like(x: Any, old: Any) -> Any:
     """Put x in the memory of ``old``."""
-    return jax.device_put(x, jax.memory.Space.Host) if _is_on_host(old) else x
+    return jax.device_put(x, jax.memory.Space.Host) if is_on_host(old) else x
 
 
-def _is_on_host(x: Any) -> bool:
+def is_on_host(x: Any) -> bool:
+    """Whether an array, a traced array or a ``jax.ShapeDtypeStruct`` is in host memory."""
+    if isinstance(x, jax.ShapeDtypeStruct):  # its type has no memory, its sharding does
+        return getattr(x.sharding, "memory_kind", None) == "pinned_host"
     return getattr(jax.typeof(x), "memory_space", None) == jax.memory.Space.Host

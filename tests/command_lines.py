@@ -1,0 +1,25 @@
+"""Parts of several tests of command lines."""
+
+import signal
+
+from examples.common.reporter import Silent
+
+
+class Stops(Silent):
+    """A reporter that ends the run at its third step, by a signal, when it has such a record."""
+
+    def __init__(self, kind="train"):
+        self.kind = kind
+
+    def record(self, record):
+        if record["kind"] == self.kind and record["step"] == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def assert_one_line(capsys, message):
+    """The error is one line, after warnings about the data at most."""
+    captured = capsys.readouterr()
+    *warnings, error = captured.err.splitlines()
+    assert error.startswith("error: ") and message in error
+    assert all(line.startswith("warning: the run reads its") for line in warnings)
+    assert captured.out == ""
