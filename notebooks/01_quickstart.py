@@ -57,7 +57,13 @@ import optax
 
 import natgalore_jax as ng
 
-plt.rcParams.update({"figure.dpi": 80, "axes.grid": True, "grid.alpha": 0.3})
+plt.rcParams.update(
+    {"figure.dpi": 96, "font.size": 9, "axes.titlesize": 9, "axes.grid": True, "grid.alpha": 0.3}
+)
+plt.rcParams["axes.prop_cycle"] = plt.cycler(
+    color=["black", "tab:red", "tab:blue", "tab:orange", "tab:green", "tab:purple"],
+    linestyle=["-", "--", "-.", ":", (0, (6, 1)), (0, (3, 1, 1, 1, 1, 1))],
+)
 
 # %% [markdown]
 # ## A model of text
@@ -227,7 +233,7 @@ for name, tx in {
 # %%
 METHODS = {
     "AdamW": (adamw, [1e-3, 2e-3, 4e-3, 8e-3][:RATES]),
-    "Natural GaLore": (natural_galore, [1.25e-3, 2.5e-3, 5e-3, 1e-2][:RATES]),
+    "Natural GaLore": (natural_galore, [2.5e-3, 5e-3, 1e-2, 2e-2][:RATES]),
 }
 results = {}
 for name, (make, rates) in METHODS.items():
@@ -235,9 +241,11 @@ for name, (make, rates) in METHODS.items():
         trained, _, losses = train(make(rate))
         results[name, rate] = losses, float(evaluate(trained, held_out))
         print(f"{name:16} learning rate {rate:<7g} held-out loss {results[name, rate][1]:.3f}")
+    best = min(rates, key=lambda rate: results[name, rate][1])
+    print(f"{name:16} best inside the grid: {rates[0] < best < rates[-1]}")
 
 # %%
-fig, ax = plt.subplots(figsize=(7, 4))
+fig, ax = plt.subplots(figsize=(7.7, 4))
 window = max(STEPS // 30, 1)
 for name, (make, rates) in METHODS.items():
     best = min(rates, key=lambda rate: results[name, rate][1])
@@ -272,5 +280,10 @@ print(f"Lion in the subspace: held-out loss {float(evaluate(trained, held_out)):
 print("its momentum:", [m.shape for m in optax.tree.get(state, "mu")["hidden"]])
 
 # %% [markdown]
+# ## What to try next
+#
+# Set `RANK` to 8 or 128 and compare loss and state; replace `natural_galore_adamw` by `ng.lean_natural_galore_adamw`, or
+# `optax.scale_by_lion()` by another transformation. `SIZE = "large"` on an accelerator.
+#
 # Next: [how it works](02_how_it_works.ipynb), [pre-training a LLaMA](03_pretraining.ipynb),
 # [fine-tuning](04_finetuning.ipynb), [many devices](05_many_devices.ipynb).

@@ -53,7 +53,13 @@ import orbax.checkpoint as ocp
 
 import natgalore_jax as ng
 
-plt.rcParams.update({"figure.dpi": 80, "axes.grid": True, "grid.alpha": 0.3})
+plt.rcParams.update(
+    {"figure.dpi": 96, "font.size": 9, "axes.titlesize": 9, "axes.grid": True, "grid.alpha": 0.3}
+)
+plt.rcParams["axes.prop_cycle"] = plt.cycler(
+    color=["black", "tab:red", "tab:blue", "tab:orange", "tab:green", "tab:purple"],
+    linestyle=["-", "--", "-.", ":", (0, (6, 1)), (0, (3, 1, 1, 1, 1, 1))],
+)
 print(len(jax.devices()), "devices")
 
 # %% [markdown]
@@ -221,17 +227,19 @@ sent = {
 for name, count in sent.items():
     print(f"{name:20}{4 * count / 1e3:9.1f} kB")
 
-fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), width_ratios=(2, 1))
+fig, (left, right) = plt.subplots(
+    1, 2, figsize=(7.7, 3.6), width_ratios=(2, 1), layout="constrained"
+)
 left.plot(one_losses, label="one device")
-left.plot(mesh_losses, "--", label="8 devices, 4 × 2 mesh")
+left.plot(mesh_losses, label="8 devices, 4 × 2 mesh")
 left.plot(whole_losses, label="one device, no residual")
-left.plot(low_losses, "--", label="8 devices, low-rank gradients")
+left.plot(low_losses, label="8 devices, low-rank gradients")
 left.set(xlabel="step", ylabel="loss", yscale="log")
-left.legend(fontsize=8)
+left.legend()
 right.bar(range(2), [4 * count / 1e3 for count in sent.values()])
-right.set(ylabel="kB exchanged a step")
+right.set(ylabel="kB summed over devices a step")
+right.grid(visible=False)
 right.set_xticks(range(2), [name.replace(" ", "\n") for name in sent])
-plt.tight_layout()
 plt.show()
 
 # %% [markdown]
@@ -268,5 +276,9 @@ _, _, here = train(make_step(tx), mesh_params, mesh_state, [jax.device_put(batch
 print(f"the next loss: {there[0]:.6f}, on the old mesh {here[0]:.6f}")
 
 # %% [markdown]
+# ## What to try next
+#
+# Set the mesh to 2 × 4 or 8 × 1 and the `RANK`; run it on real devices, where the first cell simulates none.
+#
 # `examples/llama` does all of this for several processes and hosts, and survives kills and damaged checkpoints:
 # docs/multi_host.md.
