@@ -144,8 +144,8 @@ def _settings(config: EvaluateConfig) -> tuple[DataConfig, int | None]:
         names = {field.name for field in fields(DataConfig)} - {"data", "tokenizer", "cache_dir"}
         data = replace(data, **{k: v for k, v in of_run.get("data", {}).items() if k in names})
         seq_len = of_run.get("seq_len") if seq_len is None else seq_len
-    given = {"split_seed": config.split_seed, "rows": config.rows}
-    return replace(data, **{k: v for k, v in given.items() if v is not None}), seq_len
+    split_seed = data.split_seed if config.split_seed is None else config.split_seed
+    return replace(data, split_seed=split_seed, rows=config.rows or data.rows), seq_len
 
 
 if __name__ == "__main__":
