@@ -18,6 +18,7 @@ Groups = Mapping[Group, Mapping[tuple[str, Rates], Row]]
 # The methods that the comparison is about have colours, the others are grey: all have dashes.
 COLOURS = {
     "natural-galore": ("tab:red", "-"),
+    "natural-galore-lean": ("tab:red", (0, (2, 1))),
     "adamw": ("black", "--"),
     "muon": ("tab:brown", "-."),
     "galore": ("tab:blue", ":"),
