@@ -105,6 +105,15 @@ def test_accumulated_and_restored(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, restored, state)
 
 
+@needs_host_memory
+def test_what_a_step_left_in_host_memory_is_brought_back():
+    """The type of such an array says "device"."""
+    host = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+    x = jax.jit(lambda x: x + 1, out_shardings=host)(jnp.ones(8))
+    assert x.sharding.memory_kind == "pinned_host"
+    assert ng.training.to_device(x).sharding.memory_kind == "device"
+
+
 def test_min_size_is_checked():
     with pytest.raises(ValueError, match="min_size must be at least 1, got 0"):
         ng.training.offload_state(optax.adam(0.1), min_size=0)

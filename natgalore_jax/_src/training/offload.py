@@ -114,6 +114,7 @@ def stored_like(x: Any, old: Any) -> Any:
 
 def is_on_host(x: Any) -> bool:
     """Whether an array, a traced array or a ``jax.ShapeDtypeStruct`` is in host memory."""
-    if isinstance(x, jax.ShapeDtypeStruct):  # its type has no memory, its sharding does
-        return getattr(x.sharding, "memory_kind", None) == "pinned_host"
-    return getattr(jax.typeof(x), "memory_space", None) == jax.memory.Space.Host
+    if isinstance(x, jax.core.Tracer):
+        return getattr(jax.typeof(x), "memory_space", None) == jax.memory.Space.Host
+    # The type of an array may say "device" of an array in host memory; its sharding does not.
+    return getattr(getattr(x, "sharding", None), "memory_kind", None) == "pinned_host"
