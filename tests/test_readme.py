@@ -72,8 +72,11 @@ def test_the_larger_model():
         if r["preset"] == "9m"
     }
     ours = "default {natural-galore}, lean {natural-galore-lean}"
-    text = f"**Muon is ahead**: {{muon}}, {ours}, AdamW {{adamw}}"
+    text = f"with the rates of 1 M Muon has {{muon}}, {ours}, AdamW {{adamw}}"
     assert text.format_map(loss) in WORDS
+    lower = {r["method"]: f"{r['test_loss']:.2f}" for r in read_results(RUNS, "lower-rates")}
+    text = "with a hidden rate of 0.0003 the default has {natural-galore} and AdamW {adamw}"
+    assert text.format_map(lower) in WORDS
 
 
 @pytest.mark.parametrize(
