@@ -140,7 +140,7 @@ def modelled(size: str, interval: int, hosts: int, tokens: int, rate: float) -> 
       size: a preset.
       interval: steps in which every whole gradient is exchanged once.
       hosts: in the ring.
-      tokens: of a step, divided over the hosts.
+      tokens: of a step, sharded over the hosts.
       rate: operations/s of a host in forward and backward pass.
     """
     params = llama_shapes(size)

@@ -28,7 +28,7 @@ class Common:
     model: str = "minilm"
     """The model, as in examples.finetune.encoder."""
     epochs: int | None = None
-    """How often each row is seen; by default as in examples.finetune.encoder."""
+    """Passes over the rows; by default as in examples.finetune.encoder."""
     limit: int | None = None
     """Train on so many rows only."""
     embeddings: Literal["frozen", "projected", "full"] = "projected"
@@ -46,7 +46,7 @@ class Run(Common):
     """Make one run and write its file."""
 
     method: MethodName = "natural-galore"
-    """What trains the model."""
+    """The method that trains the model."""
     rank: int = 8
     """Of adapters and subspaces; 0 for adamw, which has none."""
     learning_rate: float = 1e-4

@@ -28,7 +28,7 @@ class Sweep(Common):
     """
 
     methods: tuple[MethodName, ...] = ("adamw", "lora", "galore", "natural-galore")
-    """What trains the model."""
+    """The methods that train the model."""
     ranks: tuple[int, ...] = (4, 8)
     """Of all methods but adamw."""
     seeds: tuple[int, ...] = (1, 2, 3)
@@ -41,7 +41,7 @@ class Sweep(Common):
     """Make the best one of --tune-suite, and the next lower one as long as it is better: for runs
     that are longer than those of that tuning."""
     tune_suite: str = "tune"
-    """Where the tuned learning rates come from."""
+    """Suite of the tuned learning rates."""
     workers: int = 1
     """Runs at a time, each on one core where there is more than one."""
     plan: bool = False

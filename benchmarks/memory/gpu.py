@@ -74,8 +74,7 @@ def cases(
     interval: int,
     more: list[str],
 ) -> Iterator[Case]:
-    """One row with and without updates per layer, then a large batch, with layers
-    recomputed.
+    """One row with and without updates per layer, then a large batch, with layers recomputed.
 
     Weights in 8 bits have updates per layer alone.
     """

@@ -14,7 +14,12 @@ import optax
 import natgalore_jax as ng
 from benchmarks.pretraining.variants import recipe
 from examples.common.errors import ConfigError
-from examples.common.optimizers import OPTIMIZERS, decayed, with_unprojected_ratio
+from examples.common.optimizers import (
+    OPTIMIZERS,
+    decayed,
+    with_factor,
+    with_unprojected_ratio,
+)
 from examples.llama.model.adapters import AdapterConfig
 from examples.llama.run_config import RunConfig
 
@@ -269,9 +274,10 @@ def make(chosen: Chosen, setting: Setting, values: dict[str, Any]) -> optax.Grad
         tx = with_unprojected_ratio(tx, setting.unprojected_ratio * method.scale)
     if setting.norm_ratio is None:
         return tx
-    own = optax.scale(setting.norm_ratio / setting.unprojected_ratio)
-    return optax.chain(
-        tx, optax.masked(own, lambda params: jax.tree.map(operator.not_, decayed(params)))
+    return with_factor(
+        tx,
+        setting.norm_ratio / setting.unprojected_ratio,
+        lambda params: jax.tree.map(operator.not_, decayed(params)),
     )
 
 

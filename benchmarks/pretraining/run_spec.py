@@ -42,9 +42,9 @@ class Common:
     rows: int | None = None
     """Rows of the batch of a step, instead of the preset's."""
     dtype: Dtype = "float32"
-    """What products are computed in."""
+    """Dtype of products."""
     param_dtype: Dtype | None = None
-    """What weights are stored in; by default as they are computed in."""
+    """Dtype of the weights; by default that of products."""
     warmup: float = ScheduleConfig.warmup
     """Share of the steps that warm up."""
     norm_ratio: float | None = None

@@ -191,15 +191,20 @@ def with_unprojected_ratio(
     """
     if ratio == 1.0:
         return tx
-    return optax.chain(
+    return with_factor(
         tx,
-        optax.masked(
-            optax.scale(ratio),
-            lambda params: jax.tree.map_with_path(
-                lambda path, leaf: not ng.hidden_matrices(path, leaf), params
-            ),
+        ratio,
+        lambda params: jax.tree.map_with_path(
+            lambda path, leaf: not ng.hidden_matrices(path, leaf), params
         ),
     )
+
+
+def with_factor(
+    tx: optax.GradientTransformation, factor: float, mask: Callable[[Any], Any]
+) -> optax.GradientTransformation:
+    """`tx` with the updates that `mask` selects multiplied by `factor`."""
+    return optax.chain(tx, optax.masked(optax.scale(factor), mask))
 
 
 def default_learning_rate(name: str) -> float:
