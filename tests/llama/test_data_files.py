@@ -77,7 +77,9 @@ _BAD = [
 ]
 
 
-@pytest.mark.parametrize(("name", "raw", "message"), _BAD)
+@pytest.mark.parametrize(
+    ("name", "raw", "message"), _BAD, ids=[f"{name}: {message}" for name, _, message in _BAD]
+)
 def test_bad_file_is_named_in_one_line(tmp_path, name, raw, message):
     (tmp_path / name).write_bytes(raw)
     with pytest.raises(DataError) as caught:
