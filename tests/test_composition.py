@@ -79,7 +79,10 @@ def test_a_ready_made_optimizer_is_the_composition_in_its_docstring(factory, set
         assert_same_trajectory(factory(**settings), other)
 
 
-@pytest.mark.parametrize("factory", dict.fromkeys(f for f, _ in READY_MADE), ids=lambda f: f.__name__)
+_FACTORIES = {factory.__name__: factory for factory, _ in READY_MADE}
+
+
+@pytest.mark.parametrize("factory", _FACTORIES.values(), ids=_FACTORIES)
 def test_a_ready_made_optimizer_has_at_most_18_arguments(factory):
     assert len(inspect.signature(factory).parameters) <= 18
 
