@@ -3,9 +3,6 @@
 from importlib import metadata as _metadata
 
 from natgalore_jax import contrib as contrib, training as training
-from natgalore_jax._src.kernels.linear_codes import (
-    LinearCodes as LinearCodes,
-)
 from natgalore_jax._src.low_bits.adam import (
     scale_by_adam_8bit as scale_by_adam_8bit,
 )
@@ -29,6 +26,9 @@ from natgalore_jax._src.optimizers.published import (
     paper_natural_galore_adamw as paper_natural_galore_adamw,
     published_galore_adamw as published_galore_adamw,
     published_natural_galore_adamw as published_natural_galore_adamw,
+)
+from natgalore_jax._src.optimizers.spectral import (
+    clip_leading_singular_value as clip_leading_singular_value,
 )
 from natgalore_jax._src.params.axes import (
     MatrixAxes as MatrixAxes,

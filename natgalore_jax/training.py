@@ -1,5 +1,8 @@
 """Ways of running a training step: by layer, by device, in place, in 8 bits, in host memory."""
 
+from natgalore_jax._src.kernels.linear_codes import (
+    LinearCodes as LinearCodes,
+)
 from natgalore_jax._src.low_bits.stochastic_round import (
     apply_updates_stochastic as apply_updates_stochastic,
     stochastic_round as stochastic_round,

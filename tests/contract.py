@@ -75,6 +75,9 @@ FACTORIES: Mapping[str, Callable[[], optax.GradientTransformation]] = {
     "natural_galore_adamw": lambda: ng.natural_galore_adamw(
         optax.linear_schedule(0.0, 0.01, 3), **_project
     ),
+    "clip_leading_singular_value": lambda: optax.chain(
+        optax.scale_by_adam(), ng.clip_leading_singular_value(), optax.scale(-0.01)
+    ),
     "compact_natural_gradient": lambda: ng.chain(
         ng.low_rank_project(**_project, side="both"),
         ng.compact_natural_gradient(optax.scale_by_lion(), structure="full"),

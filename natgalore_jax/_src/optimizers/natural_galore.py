@@ -11,6 +11,7 @@ from natgalore_jax._src.kernels.basis import Method
 from natgalore_jax._src.kernels.residual import Rule
 from natgalore_jax._src.kernels.rotation import Transition
 from natgalore_jax._src.low_bits.adam import adam_with_bits, scale_by_adam_8bit
+from natgalore_jax._src.optimizers.spectral import clip_leading_singular_value
 from natgalore_jax._src.params.axes import AxesLike
 from natgalore_jax._src.params.checks import check_number
 from natgalore_jax._src.params.plan import Side
@@ -153,6 +154,7 @@ def natural_galore_adamw(
           ng.compact_natural_gradient(
               optax.scale_by_adam(b1, b2, eps, nesterov=True), cautious=True),
           ng.project_back(scale, residual, residual_scale=residual_scale),
+          ng.clip_leading_singular_value(where=where, axes=axes),
           optax.masked(optax.scale(unprojected_ratio), lambda params: jax.tree.map_with_path(
               lambda path, leaf: not ng.hidden_matrices(path, leaf), params)),
           optax.add_decayed_weights(weight_decay, mask),
@@ -211,6 +213,7 @@ def natural_galore_adamw(
         opener,
         adam_with_bits(moment_bits, b1, b2, eps, nesterov=True),
         project_back(scale, residual, residual_scale=residual_scale),
+        clip_leading_singular_value(where=where, axes=axes),
         _scale_unprojected(unprojected_ratio, where),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
@@ -251,6 +254,7 @@ def lean_natural_galore_adamw(
               ng.scale_by_adam_8bit(b1, b2, eps, nesterov=True, min_size=256,
                                     factored=None), cautious=True),
           ng.project_back(1.0, "fisher"),
+          ng.clip_leading_singular_value(where=where, axes=axes),
           optax.masked(optax.scale(unprojected_ratio), lambda params: jax.tree.map_with_path(
               lambda path, leaf: not ng.hidden_matrices(path, leaf), params)),
           optax.add_decayed_weights(weight_decay, mask),
@@ -290,6 +294,7 @@ def lean_natural_galore_adamw(
         opener,
         scale_by_adam_8bit(b1, b2, eps, nesterov=True, min_size=256, factored=None),
         project_back(1.0, "fisher"),
+        clip_leading_singular_value(where=where, axes=axes),
         _scale_unprojected(unprojected_ratio, where),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),

@@ -1,0 +1,79 @@
+"""Clipping of the leading singular value of an update, as a transformation."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
+from natgalore_jax._src.kernels.spectral import clip_leading
+from natgalore_jax._src.params.axes import AxesLike
+from natgalore_jax._src.params.checks import check_number
+from natgalore_jax._src.params.plan import matrix_plans
+from natgalore_jax._src.params.where import Where, hidden_matrices
+
+
+def clip_leading_singular_value(
+    limit: float = 0.2, where: Where = hidden_matrices, axes: AxesLike = None
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clip the largest singular value of the update of each matrix.
+
+    .. math::
+      U \leftarrow U - \Bigl(1 - \frac{c \sqrt{\max(m, n)}}{\sigma_1}\Bigr)_{\!+} x x^\top U
+
+    with x the leading left singular vector. The other singular values stay. The bound is the
+    singular value of a matrix with orthogonal rows or columns and entries of root mean square c.
+
+    Gradients of the first steps of a training are nearly of rank one, because all tokens ask for
+    the same change. Adam, and every other rule that brings the entries of an update to one size,
+    makes an update with a spectral norm of about :math:`\sqrt{mn}` of it, which grows with the
+    width and changes the activations of all tokens alike. Clipped, the update may keep the learning
+    rate of a narrower model (docs/experiments.md, "A larger model").
+
+    x is computed by one power iteration from fixed random numbers: the update is read three times,
+    and there is no state. Where the second singular value is near the first, x is a mixture of both
+    directions, and less is taken away. No singular value grows. Non-finite updates stay non-finite.
+
+    Args:
+      limit: c, a number or a traced scalar. Put the learning rate after this transformation.
+      where: which matrices are clipped, in the forms of :func:`low_rank_project`; by default hidden
+        matrices of any size.
+      axes: see :func:`low_rank_project`.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs`` without state.
+
+    Raises:
+      TypeError, ValueError: for an argument of a wrong type or value, ``limit`` ≤ 0.
+
+    References:
+      Yang et al., A spectral condition for feature learning (2023), arXiv 2310.17813, for spectral
+      norms as the sizes of updates that carry over to other widths; Liu et al., Muon is scalable
+      for LLM training (2025), arXiv 2502.16982, for :math:`c \sqrt{\max(m, n)}` with c = 0.2, the
+      singular values of its updates. Clipping one of them is of this library.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, natgalore_jax as ng
+      >>> tx = optax.chain(optax.scale_by_adam(), ng.clip_leading_singular_value())
+      >>> grads = {"mlp": jnp.ones((64, 256))}  # Adam makes a norm of √(64 · 256) = 128 of it
+      >>> updates, _ = tx.update(grads, tx.init(grads))
+      >>> round(float(jnp.linalg.norm(updates["mlp"], 2)), 3)  # 0.2 √256
+      3.2
+    """
+    check_number("limit", limit, above=0.0)
+
+    @own_arithmetic
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
+        leaves, treedef = jax.tree.flatten(updates)
+        clipped = [
+            _clipped(plan.unnamed, limit, U) if plan else U
+            for plan, U in zip(matrix_plans(where, axes, updates), leaves, strict=True)
+        ]
+        return treedef.unflatten(clipped), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update_fn)
+
+
+@kernel("plan")
+def _clipped(plan, limit, U):
+    return clip_leading(plan, U.astype(jnp.float32), limit).astype(U.dtype)

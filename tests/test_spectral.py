@@ -1,0 +1,99 @@
+"""Clipping of the leading singular value, against dense SVDs in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import natgalore_jax as ng
+
+RNG = np.random.default_rng(0)
+
+
+def _with_spectrum(values, m, n):
+    left, right = (np.linalg.qr(RNG.standard_normal((side, len(values))))[0] for side in (m, n))
+    return (left * values) @ right.T
+
+
+def _clip(U, **settings):
+    tx = ng.clip_leading_singular_value(**{"where": True, **settings})
+    updates, state = tx.update(U, tx.init(U))
+    assert state == optax.EmptyState()
+    return updates
+
+
+def _expected(U, limit):
+    left, values, right = np.linalg.svd(np.asarray(U, np.float64), full_matrices=False)
+    values[0] = min(values[0], limit * np.sqrt(max(U.shape)))
+    return (left * values) @ right
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e15, 1e30])
+@pytest.mark.parametrize(("m", "n"), [(24, 40), (40, 24), (1, 9), (32, 32)])
+def test_one_large_singular_value(m, n, size):
+    values = np.array([1000.0, 1.0, 0.9, 0.5])[: min(m, n)]
+    U = (size * _with_spectrum(values, m, n)).astype(np.float32)
+    for limit in (0.3 * size, 2.0 * size, 1000 * size):  # The last one changes nothing.
+        clipped = np.asarray(_clip({"w": U}, limit=limit)["w"]) / size
+        # x is off by about (1 / 1000)², which σ₁ = 1000 multiplies.
+        np.testing.assert_allclose(clipped, _expected(U / size, limit / size), atol=5e-3)
+    np.testing.assert_array_equal(_clip({"w": U}, limit=1000 * size)["w"], U)
+
+
+def test_no_singular_value_grows_and_rank_one_has_the_bound():
+    for values in (np.ones(24), np.arange(1.0, 25), np.arange(1.0, 25) ** 3, np.eye(24)[0]):
+        U = _with_spectrum(values, 24, 40).astype(np.float32)
+        before = np.linalg.svd(U, compute_uv=False)
+        after = np.linalg.svd(_clip({"w": U}, limit=0.01)["w"], compute_uv=False)
+        assert np.all(after <= before + 1e-5 * before[0])
+        assert after[1 if values[-1] else 0] <= before[0]
+    np.testing.assert_allclose(after[0], 0.01 * np.sqrt(40), rtol=1e-5)
+
+
+def test_what_is_clipped():
+    params = {
+        "embed": {"embedding": np.ones((64, 16))},
+        "mlp": {"kernel": np.ones((16, 48)), "bias": np.ones(48)},
+        "lm_head": {"kernel": np.ones((16, 64))},
+    }
+    updates = _clip(jax.tree.map(jnp.asarray, params), where=ng.hidden_matrices)
+    changed = jax.tree.map(lambda new, old: bool(np.any(new != old)), updates, params)
+    assert changed["mlp"] == {"kernel": True, "bias": False}
+    assert not changed["embed"]["embedding"] and not changed["lm_head"]["kernel"]
+
+
+def test_stacked_matrices_and_matrices_with_more_axes_are_clipped_each_by_itself():
+    layers = jnp.asarray(RNG.standard_normal((3, 6, 8, 5)), jnp.float32) + 2.0
+    axes = ng.MatrixAxes(rows=1, cols=(2, 3))
+    stacked = _clip({"w": layers}, axes=axes)["w"]
+    for layer, clipped in zip(layers, stacked, strict=True):
+        expected = _clip({"w": layer.reshape(6, 40)})["w"].reshape(6, 8, 5)
+        np.testing.assert_allclose(clipped, expected, rtol=1e-5, atol=1e-6)
+        assert np.max(np.abs(clipped - layer)) > 0.5
+    with_nan = _clip({"w": layers.at[1, 0, 0, 0].set(jnp.nan)}, axes=axes)["w"]
+    np.testing.assert_array_equal(with_nan[0], stacked[0])
+    assert np.isnan(with_nan[1, 0, 0, 0])
+
+
+def test_zeros_dtypes_and_traced_limits():
+    np.testing.assert_array_equal(_clip({"w": jnp.zeros((8, 9))})["w"], 0.0)
+    assert _clip({"w": jnp.ones((8, 9), jnp.bfloat16)})["w"].dtype == jnp.bfloat16
+    U = jnp.ones((8, 9))
+    traced = jax.jit(lambda limit: _clip({"w": U}, limit=limit)["w"])(0.1)
+    np.testing.assert_allclose(traced, _clip({"w": U}, limit=0.1)["w"], atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(traced, 2), 0.3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("limit", [0, -1.0, "0.2", None])
+def test_limit_must_be_a_positive_number(limit):
+    with pytest.raises((TypeError, ValueError), match="limit must be"):
+        ng.clip_leading_singular_value(limit)
+
+
+@pytest.mark.parametrize("factory", [ng.natural_galore_adamw, ng.lean_natural_galore_adamw])
+def test_hidden_matrices_that_are_too_small_to_be_projected_are_clipped_too(factory):
+    params = {"mlp": jnp.zeros((64, 256)), "small": jnp.zeros((8, 256))}
+    grads = jax.tree.map(jnp.ones_like, params)
+    updates, _ = factory(1.0, rank=16).update(grads, factory(1.0, rank=16).init(params), params)
+    np.testing.assert_allclose(np.linalg.norm(updates["small"], 2), 0.2 * np.sqrt(256), rtol=1e-5)
