@@ -161,6 +161,7 @@ METHODS: dict[str, Method] = {
             "damping": 1e-3,
             "damping_mode": "absolute",
             "residual": "none",
+            "singular_limit": None,
         },
         scale=PAPER_SCALE,
     ),

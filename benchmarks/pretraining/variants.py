@@ -42,6 +42,7 @@ def recipe(
     residual_scale: float | None = None,
     residual_decay: float | None = None,
     norm_growth_limit: float | None = 1.01,
+    singular_limit: float | None = 0.2,
     unprojected_ratio: float = 4.0,
     weight_decay: float = 0.0,
     mask: Any = None,
@@ -60,6 +61,7 @@ def recipe(
       last_damping: in the last one; between them it changes by the same factor in every step. None:
         the same as the first.
       scale, residual, residual_scale, residual_decay, norm_growth_limit: of the way back.
+      singular_limit: of the leading singular value of the update; None: not clipped.
     """
     schedule: Any = damping
     if last_damping is not None:
@@ -77,6 +79,7 @@ def recipe(
         adam,
         weight_decay,
         mask,
+        singular_limit,
         rank=rank,
         update_interval=update_interval,
         side=side,

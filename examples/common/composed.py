@@ -17,6 +17,7 @@ def composed_adamw(
     adam: optax.GradientTransformation,
     weight_decay: float = 0.0,
     mask: Any = None,
+    singular_limit: float | None = None,
     **settings: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """GaLore or Natural GaLore around an inner optimizer.
@@ -27,6 +28,7 @@ def composed_adamw(
         which acts after it.
       learning_rate, weight_decay, mask: as in `optax.adamw`.
       adam: what runs in the subspace, and on unprojected parameters.
+      singular_limit: of `ng.clip_leading_singular_value`; None: nothing is clipped.
       settings: arguments of the parts, by name: of `ng.low_rank_project`, `ng.project_back` and, if
         there is one, the Fisher matrix.
     """
@@ -43,10 +45,12 @@ def composed_adamw(
         inside = (part(ng.compact_natural_gradient, adam),)
     if settings:
         raise TypeError(f"no part takes {', '.join(settings)}")
+    clip = () if singular_limit is None else (ng.clip_leading_singular_value(singular_limit),)
     return ng.chain(
         opener,
         *inside,
         closer,
+        *clip,
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
