@@ -29,7 +29,7 @@ def _expected(U, limit):
     return (left * values) @ right
 
 
-@pytest.mark.parametrize("size", [1e-30, 1.0, 1e15, 1e30])
+@pytest.mark.parametrize("size", [1e-15, 1.0, 1e15])
 @pytest.mark.parametrize(("m", "n"), [(24, 40), (40, 24), (1, 9), (32, 32)])
 def test_one_large_singular_value(m, n, size):
     values = np.array([1000.0, 1.0, 0.9, 0.5])[: min(m, n)]
@@ -77,7 +77,9 @@ def test_stacked_matrices_and_matrices_with_more_axes_are_clipped_each_by_itself
 
 
 def test_zeros_dtypes_and_traced_limits():
-    np.testing.assert_array_equal(_clip({"w": jnp.zeros((8, 9))})["w"], 0.0)
+    for size in (0.0, 1e-30):
+        U = jnp.full((8, 9), size)
+        np.testing.assert_array_equal(_clip({"w": U})["w"], U)
     assert _clip({"w": jnp.ones((8, 9), jnp.bfloat16)})["w"].dtype == jnp.bfloat16
     U = jnp.ones((8, 9))
     traced = jax.jit(lambda limit: _clip({"w": U}, limit=limit)["w"])(0.1)

@@ -143,8 +143,9 @@ def natural_galore_adamw(
     :math:`F_R` is the diagonal Fisher matrix of the directions of the subspace
     (:func:`compact_natural_gradient`), :math:`F_E` the Fisher matrix of the columns of the residual
     (:func:`project_back`, "fisher"). Together they take r + n numbers for a matrix, so that the
-    state is as small as GaLore's. Adam has Nesterov's momentum, and entries of N that oppose the
-    newest gradient are dropped. docs/experiments.md has the gain of each part.
+    state is as small as GaLore's. Adam has Nesterov's momentum, entries of N that oppose the newest
+    gradient are dropped, and the leading singular value of the update is clipped
+    (:func:`clip_leading_singular_value`). docs/experiments.md has the gain of each part.
 
     It equals this composition, which gives access to all other settings::
 
@@ -163,8 +164,7 @@ def natural_galore_adamw(
 
     Args:
       learning_rate: η of the hidden matrices, a number or a schedule. 0.005 is the best at a width
-        of 128; try lower rates for wider models, with ``learning_rate * unprojected_ratio`` kept
-        (docs/experiments.md, "A larger model").
+        of 128, and good at 256 (docs/experiments.md, "A larger model").
       rank, update_interval, side, where, axes, basis_dtype, seed: see :func:`low_rank_project`.
         With a tuple for ``rank`` the Fisher matrix has ``modes=len(rank)``.
       b1, b2, eps: Adam's, as in ``optax.adamw``. Adam runs on the low-rank gradient.

@@ -76,4 +76,6 @@ def clip_leading_singular_value(
 
 @kernel("plan")
 def _clipped(plan, limit, U):
+    # Computed once: each pass over U would repeat what U is made of.
+    U = jax.lax.optimization_barrier(U)
     return clip_leading(plan, U.astype(jnp.float32), limit).astype(U.dtype)
