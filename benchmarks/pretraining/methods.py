@@ -24,6 +24,7 @@ from examples.llama.model.adapters import AdapterConfig
 from examples.llama.run_config import RunConfig
 
 PAPER_SCALE = 0.25  # of GaLore
+_ADAMW = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
 
 
 class Setting(NamedTuple):
@@ -81,6 +82,18 @@ def muon(
     )
 
 
+def clipped_adamw(
+    learning_rate: optax.ScalarOrSchedule, weight_decay: float = 0.0, mask: Any = None
+) -> optax.GradientTransformation:
+    """AdamW with the leading singular value of hidden updates clipped, as in the default."""
+    return optax.chain(
+        optax.scale_by_adam(**_ADAMW),
+        ng.clip_leading_singular_value(),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
 def optax_galore(
     learning_rate: optax.ScalarOrSchedule,
     rank: int,
@@ -131,11 +144,11 @@ _ONLINE = {"method": "online", "scale": PAPER_SCALE}
 _SVD = {"method": "svd", "stagger": False, "scale": PAPER_SCALE}
 
 _ALICE = {"scale": 0.3, "compensation_scale": 0.4}
-_ADAMW = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
 
 METHODS: dict[str, Method] = {
     "adamw": Method("AdamW", optax.adamw, _ADAMW),
     "adamw-one-rate": Method("AdamW, one rate", optax.adamw, _ADAMW, ratio=1.0),
+    "adamw-clipped": Method("AdamW, leading singular value clipped", clipped_adamw),
     "adafactor": Method("Adafactor", OPTIMIZERS["adafactor"].factory),
     "muon": Method("Muon with AdamW", muon),
     "optax-galore": Method("GaLore, optax.contrib", optax_galore, scale=PAPER_SCALE),
