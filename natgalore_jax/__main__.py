@@ -4,7 +4,7 @@ import argparse
 import collections
 import platform
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jaxlib
@@ -14,7 +14,7 @@ import natgalore_jax as ng
 from natgalore_jax._src.memory.compare import compare_memory, format_comparison
 from natgalore_jax._src.memory.llama_sizes import LLAMA_RANKS, LLAMA_SIZES, llama_shapes
 from natgalore_jax._src.memory.report import format_report
-from natgalore_jax._src.params.plan import SIDES
+from natgalore_jax._src.params.plan import Side
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -41,7 +41,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--preset", choices=LLAMA_SIZES, help="a LLaMA of the GaLore papers")
     parser.add_argument("--rank", type=_rank, help="of the subspaces (default: GaLore's)")
     parser.add_argument("--dtype", choices=DTYPES, help="of parameters (default: bfloat16)")
-    parser.add_argument("--side", choices=SIDES, help="which side is projected (default: short)")
+    parser.add_argument(
+        "--side", choices=get_args(Side), help="which side is projected (default: short)"
+    )
     return parser
 
 

@@ -1,6 +1,7 @@
 """Bases against NumPy's float64 SVD. Subspaces are compared, never vectors: signs are arbitrary."""
 
 import itertools
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,10 @@ import numpy as np
 import pytest
 
 import natgalore_jax as ng
-from natgalore_jax._src.kernels.basis import METHODS, WARM_STEPS, _phase, new_basis, start_basis
+from natgalore_jax._src.kernels.basis import WARM_STEPS, Method, _phase, new_basis, start_basis
 
 KEY = jax.random.key(0)
+METHODS = get_args(Method)
 refresh = jax.jit(new_basis, static_argnums=0)
 
 

@@ -12,7 +12,7 @@ A, B, C = 1, 2, 4
 def sources(function):
     """Bit sets of the outputs of a function of three scalars a, b and c."""
     jaxpr = jax.make_jaxpr(function)(1.0, 2.0, 3.0)
-    return sources_of_outputs(jaxpr, [A, B, C])
+    return sources_of_outputs(jaxpr.jaxpr, [A, B, C])
 
 
 def carried(a, b, c):

@@ -10,7 +10,7 @@ from replay import replay
 
 import natgalore_jax as ng
 from natgalore_jax._src.contrib import racs as _racs
-from natgalore_jax._src.params.plan import matrix_plans
+from natgalore_jax._src.params.plan import PlanSettings, plan_tree
 
 STEPS = 8
 RNG = np.random.default_rng(0)
@@ -49,7 +49,7 @@ def test_every_step(limit, factor):
 def test_the_scales_are_singular_vectors_of_the_squares():
     """As proposition 3 says, after many iterations; their product is the best of rank one."""
     G = GRADS["wide"][0].astype(np.float64)
-    (plan,) = matrix_plans(True, None, {"w": jnp.zeros(G.shape)})
+    (plan,) = plan_tree(PlanSettings(None, "short", True, None), {"w": jnp.zeros(G.shape)})
     q, s = (
         np.asarray(x, np.float64) for x in _racs.fixed_point(plan, jnp.asarray(G, jnp.float32), 50)
     )

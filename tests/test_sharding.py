@@ -75,6 +75,7 @@ OPTIMIZERS = {
     "eight bits": lambda: ng.natural_galore_adamw(
         LEARNING_RATE / 4, **SETTINGS, moment_bits=8, basis_dtype="int8"
     ),
+    "random": lambda: ng.galore_adamw(LEARNING_RATE, **SETTINGS, method="gaussian"),
     "reset": lambda: composed_adamw(
         "compact",
         LEARNING_RATE / 4,

@@ -26,12 +26,14 @@ class Updater:
     def __init__(self, tx: optax.GradientTransformation, grads: Any, params: Any):
         self.state = jax.jit(tx.init)(params)
         jitted = jax.jit(tx.update, donate_argnums=1)
-        self._compiled = jitted.lower(grads, self.state, params).compile()
+        self.compiled = jitted.lower(grads, self.state, params).compile()
         self.samples: list[float] = []
+        self.processor_samples: list[float] = []  # of all threads together
 
     def step(self, grads: Any, params: Any) -> None:
         """Take and time one step. The updates are dropped, so that their memory is reused."""
-        start = time.perf_counter()
-        updates, self.state = self._compiled(grads, self.state, params)
+        start, processor = time.perf_counter(), time.process_time()
+        updates, self.state = self.compiled(grads, self.state, params)
         jax.block_until_ready((updates, self.state))
         self.samples.append(time.perf_counter() - start)
+        self.processor_samples.append(time.process_time() - processor)

@@ -20,13 +20,12 @@ if __name__ == "__main__":  # Before jax is imported.
     os.environ.setdefault("NPROC", "32")
 
 import jax
-import jax.numpy as jnp
 import optax
 import tyro
 
 import natgalore_jax as ng
 from benchmarks.common.environment import RESULTS, environment, write_results
-from benchmarks.common.shapes import LLAMA_RANKS, llama_shapes
+from benchmarks.common.shapes import BF16, LLAMA_RANKS, llama_shapes
 from benchmarks.common.timing import median, seconds
 from benchmarks.distributed.collectives import exchanged_bytes
 from benchmarks.optimizer.training_share import training_operations
@@ -146,17 +145,11 @@ def modelled(size: str, interval: int, hosts: int, tokens: int, rate: float) -> 
     params = llama_shapes(size)
     rank = LLAMA_RANKS[size]
     tx = ng.galore_adamw(1e-2, rank=rank)
-    low = jax.eval_shape(
-        lambda p: ng.training.low_rank_steps(tx).project(p, tx.init(p)),
-        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params),
-    )
-    whole = sum(x.size * 2 for x in jax.tree.leaves(params))
-    every = sum(x.size * 2 for x in jax.tree.leaves(low))
-    not_projected = sum(
-        p.size * 2
-        for p, r in zip(jax.tree.leaves(params), jax.tree.leaves(low), strict=True)
-        if p.shape == r.shape
-    )
+    low = jax.eval_shape(lambda p: ng.training.low_rank_steps(tx).project(p, tx.init(p)), params)
+    leaves = list(zip(jax.tree.leaves(params), jax.tree.leaves(low), strict=True))
+    whole = BF16 * sum(p.size for p, _ in leaves)
+    every = BF16 * sum(r.size for _, r in leaves)
+    not_projected = BF16 * sum(p.size for p, r in leaves if p.shape == r.shape)
     low_rank = every + (whole - not_projected) / interval
     share = 2 * (hosts - 1) / hosts
     config = MODEL_PRESETS[size]

@@ -1,11 +1,6 @@
-"""One process of `benchmarks.distributed.processes`: training of examples/llama as a line of JSON.
-
-``python -m benchmarks.distributed.process_run SETTINGS`` takes the settings as JSON.
-"""
+"""Training of examples/llama in one process of `benchmarks.distributed.processes`."""
 
 import dataclasses
-import json
-import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -31,8 +26,9 @@ class RunSettings(NamedTuple):
     address: str  # of process 0
 
 
-def main(settings: RunSettings) -> dict[str, Any]:
+def run(**arguments: Any) -> dict[str, Any]:
     """Tokens a second of each step, by the clock of the program, and its last loss."""
+    settings = RunSettings(**arguments)
     config = _config(settings)
     start(config.distributed)
     result = train(config, splits=_random_text(config.model.vocab_size, settings))
@@ -76,7 +72,3 @@ def _random_text(vocab_size: int, settings: RunSettings) -> Splits:
         documents={"train": 1, "validation": 1, "test": 1},
         fingerprint="random",
     )
-
-
-if __name__ == "__main__":
-    print(json.dumps(main(RunSettings(*json.loads(sys.argv[1])))))

@@ -7,27 +7,19 @@ turns, and start in turns. Each run is of new processes; their first steps, with
 the start, are not counted.
 """
 
-import json
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import tyro
 
+from benchmarks.common import child
 from benchmarks.common.environment import RESULTS, environment, write_results
 from benchmarks.common.timing import median
 
 _ROOT = Path(__file__).parents[2]
-
-
-class _Work(NamedTuple):
-    preset: str
-    batch_size: int
-    seq_len: int
-    steps: int
 
 
 def main(
@@ -53,7 +45,12 @@ def main(
       output: where the results go.
     """
     cores = _cores(processes)
-    work = _Work(preset, batch_size, seq_len, warm_up + steps)
+    work = {
+        "preset": preset,
+        "batch_size": batch_size,
+        "seq_len": seq_len,
+        "steps": warm_up + steps,
+    }
     pair = {"one process": [cores], "several processes": [[core] for core in cores]}
     rounds: list[dict[str, Any]] = []
     for number in range(pairs):
@@ -65,7 +62,7 @@ def main(
     ratios = [r["ratio"] for r in rounds]
     results = {
         "environment": environment(seed=0),
-        "settings": {**work._asdict(), "warm_up": warm_up, "processes": processes, "cores": cores},
+        "settings": {**work, "warm_up": warm_up, "processes": processes, "cores": cores},
         "rounds": rounds,
         "median_ratio": median(ratios),
         "ratios": [min(ratios), max(ratios)],
@@ -82,36 +79,30 @@ def _cores(count: int) -> list[int]:
     return usable[:count]
 
 
-def _run(work: _Work, cores: list[list[int]], warm_up: int) -> dict[str, Any]:
+def _run(work: dict[str, Any], cores: list[list[int]], warm_up: int) -> dict[str, Any]:
     """One run, of a process for each list of cores: what the first of them has measured."""
     load = os.getloadavg()[0]
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    running = [_start([*work, len(cores), i, address], own) for i, own in enumerate(cores)]
-    printed = [process.communicate()[0] for process in running]
-    if any(process.returncode for process in running):
-        raise SystemExit(f"a process of the run failed: {[p.returncode for p in running]}")
-    measured = json.loads(printed[0].splitlines()[-1])
+    work = work | {"processes": len(cores), "address": address}
+    measured, *_ = child.results(
+        *(_start(work | {"process": i}, own) for i, own in enumerate(cores))
+    )
     samples = measured["tokens_per_second"][warm_up:]
     # Tokens over seconds of all steps: the harmonic mean.
     throughput = len(samples) / sum(1 / x for x in samples)
     return {"throughput": throughput, "load_average_before": load, **measured}
 
 
-def _start(settings: list[Any], cores: list[int]) -> subprocess.Popen[str]:
+def _start(settings: dict[str, Any], cores: list[int]) -> subprocess.Popen[str]:
     """A process that has these cores only; XLA makes as many threads as it finds cores."""
     environment = {k: v for k, v in os.environ.items() if k not in ("NPROC", "XLA_FLAGS")}
     environment |= {"JAX_NUM_CPU_DEVICES": "1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(_ROOT)}
     ours = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores)  # Inherited by what is started.
     try:
-        return subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.distributed.process_run", json.dumps(settings)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        return child.start("benchmarks.distributed.process_run:run", env=environment, **settings)
     finally:
         os.sched_setaffinity(0, ours)
 

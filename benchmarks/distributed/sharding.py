@@ -1,16 +1,16 @@
-"""One update of a divided model: what eight devices compute and send, against a floor by hand.
+"""Operations and bytes sent of one update on eight devices, over an analytic lower bound.
 
 ``python -m benchmarks.distributed.sharding`` compiles the update of a step without a refresh, and
 the whole one, for eight simulated devices, from shapes alone, and reads operations and collectives
-of one device from the programs. Floors, for a stack of L matrices m × n, m ≤ n, and rank r on k
-devices:
+of one device from the programs. Lower bounds ("floors") for a stack of L matrices m × n, m ≤ n, at
+rank r on k devices:
 
 * operations: 4 L m n r / k, the projection and the way back;
-* sent by one device: nothing if the layers are divided, (k − 1) / k · L m r to gather P if the
-  longer side is, 2 (k − 1) / k · L r n to sum R and gather what is made of it if the shorter is.
+* sent by one device: nothing if the layers are sharded, (k − 1) / k · L m r to gather P if the
+  longer side is, 2 (k − 1) / k · L r n to sum R and gather the low-rank update if the shorter is.
 
-A ring of k devices is assumed: each sends (k − 1) / k of an array that is gathered, or summed and
-divided, and twice that of one that is summed. Float32, in which CPUs compute.
+In a ring of k devices each sends (k − 1) / k of an array for an all-gather or a reduce-scatter, and
+twice as much for an all-reduce. Arrays are float32, in which CPUs compute.
 """
 
 import os
@@ -40,7 +40,7 @@ OPTIMIZERS = {"natural_galore_adamw": ng.natural_galore_adamw, "galore_adamw": n
 def main(
     preset: str = "350m", rank: int | None = None, output: Path = RESULTS / "sharding.json"
 ) -> dict[str, Any]:
-    """Compile updates of divided models and compare them with floors.
+    """Compile updates of sharded models and compare them with lower bounds.
 
     Args:
       preset: of examples.llama.

@@ -1,10 +1,9 @@
 """Bytes that each device holds and sends when weights are sharded, from shapes alone.
 
 ``python -m benchmarks.distributed.state_layout`` prints the tables of docs/sharding.md and draws
-its figure. Memory is that of the shardings of ``ng.training.state_shardings``. What is sent follows
-from the formulas of that page: in a ring of k devices each of them sends (k − 1) / k of an array
-that is gathered, or summed and divided, and twice that of one that is summed. All numbers have two
-bytes.
+its figure. Memory follows from ``ng.training.state_shardings``, bytes sent from the formulas of
+that page: in a ring of k devices each sends (k − 1) / k of an array for an all-gather or a
+reduce-scatter, and twice as much for an all-reduce. All numbers have two bytes.
 """
 
 import math
@@ -126,9 +125,8 @@ def spec(shape: Sequence[int]) -> jax.P:
 def optimizer_sends(scheme: Scheme, m: int, n: int, r: int) -> float:
     """Numbers that a device sends for one matrix whose shorter side m is projected.
 
-    P (m × r) is gathered where it is divided as the longer side is. R (r × n) is summed over the
-    devices that the shorter side is divided over, each of which keeps a part of it, and what the
-    optimizer makes of it is gathered.
+    P (m × r), sharded like the longer side, is gathered. R (r × n) is reduce-scattered over the
+    devices that the shorter side is sharded over, and the low-rank update is gathered from them.
     """
     basis = _share(scheme.longer) * m * r / scheme.shorter
     low_rank = 2 * _share(scheme.shorter) * r * n / scheme.longer
@@ -138,8 +136,8 @@ def optimizer_sends(scheme: Scheme, m: int, n: int, r: int) -> float:
 def training_sends(scheme: Scheme, m: int, n: int, r: int) -> float:
     """Numbers that a device sends for the weights and the gradient of one matrix.
 
-    What is whole on all devices has its gradient summed. What is divided is gathered in the forward
-    and in the backward pass, and its gradient is summed and divided.
+    The gradient of a replicated weight is summed. A sharded weight is gathered in the forward and
+    in the backward pass, and its gradient is reduce-scattered.
     """
     if scheme.shorter * scheme.longer == 1:
         return 2 * _share(DEVICES) * (r * n if scheme.low_rank_gradients else m * n)

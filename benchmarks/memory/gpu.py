@@ -6,11 +6,8 @@ in a process of its own whose allocator has 24 GB and then 16 GB, and writes
 what ``examples/llama/memory/step_memory.py`` predicts, marked as estimates.
 """
 
-import json
 import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,13 +17,14 @@ import tyro
 from benchmarks.memory import gpu_target
 
 if __name__ == "__main__":  # This process has no use for the device, and holds no memory of it.
-    from examples.llama.memory.xla_flags import MEMORY_FLAGS
+    from examples.llama.memory.xla_flags import prefer_memory
 
     if "--compile-for-a100" in sys.argv:
         gpu_target.prepare()
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {MEMORY_FLAGS}".strip()
+    prefer_memory()
 
+from benchmarks.common.child import call
 from benchmarks.common.environment import RESULTS, environment, write_results
 from benchmarks.common.result_files import write
 from examples.llama.__main__ import parse
@@ -192,15 +190,7 @@ def _child(task: str, arguments: dict[str, Any], fraction: float | None) -> dict
         env |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
     else:
         env |= {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{fraction:.4f}"}
-    with tempfile.TemporaryDirectory() as directory:
-        output = Path(directory) / "result.json"
-        command = [sys.executable, "-m", "benchmarks.memory.gpu_run", task, str(output)]
-        done = subprocess.run(
-            [*command, json.dumps(arguments)], env=env, capture_output=True, text=True
-        )
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}: {done.stderr[-4000:]}")
-        return json.loads(output.read_text())
+    return call("benchmarks.memory.gpu_run:run", env=env, task=task, arguments=arguments)
 
 
 def _fraction(limit: str | None, capacity: int | None) -> float | None:

@@ -1,11 +1,8 @@
 """One training run or one timing of an optimizer on this machine's device, in its own process."""
 
-import json
 import statistics
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -136,15 +133,11 @@ def _peak() -> int | None:
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
-def main(task: str, output: Path, **arguments: Any) -> None:
+def run(task: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Result of "device", "train" or "update", or that the memory was not enough."""
     try:
-        result = {"device": device, "train": train, "update": update}[task](**arguments)
+        return {"device": device, "train": train, "update": update}[task](**arguments)
     except jax.errors.JaxRuntimeError as error:
         if OUT_OF_MEMORY not in str(error):
             raise
-        result = {"out_of_memory": str(error).splitlines()[0]}
-    output.write_text(json.dumps(result))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), **json.loads(sys.argv[3]))
+        return {"out_of_memory": str(error).splitlines()[0]}

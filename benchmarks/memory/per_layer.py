@@ -8,13 +8,14 @@ Each is compiled in a process of its own, with XLA's own settings for CPUs and w
 prefer memory to concurrency (``FLAGS``).
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
 import tyro
 
+from benchmarks.common.child import call
 from benchmarks.common.environment import RESULTS, environment, write_results
-from benchmarks.memory.step_bytes import measure
 from examples.llama.memory.xla_flags import MEMORY_FLAGS
 
 FLAGS = {"default": "", "memory": MEMORY_FLAGS}
@@ -63,8 +64,9 @@ def main(
     rows = []
     for optimizer, route in cases:
         for flags, value in FLAGS.items():
-            row = measure(
-                value,
+            row = call(
+                "benchmarks.memory.step_bytes:step_bytes",
+                env=os.environ | {"XLA_FLAGS": value},  # Read when a process starts.
                 route=route,
                 optimizer=optimizer,
                 rank=rank,

@@ -1,32 +1,19 @@
-"""Memory of a compiled training step of ``examples/llama``, in a process with flags of its own."""
+"""Memory of a compiled training step of ``examples/llama``."""
 
 import dataclasses
-import json
-import os
-import subprocess
-import sys
 import time
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from examples.common.train_state import init_state, next_state
+from examples.llama.memory.step_memory import temporary_bytes
 from examples.llama.model.config import MODEL_PRESETS
 from examples.llama.run_config import RunConfig, run_preset
 from examples.llama.training.build import abstract_run
 from examples.llama.training.train_step import make_model, token_nll
-
-
-def measure(flags: str, **arguments: Any) -> dict[str, Any]:
-    """:func:`step_bytes` with ``XLA_FLAGS``, which are read when a process starts."""
-    env = os.environ | {"XLA_FLAGS": flags}
-    command = [sys.executable, "-m", __name__, json.dumps(arguments)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}: {done.stderr}")
-    return json.loads(done.stdout)
 
 
 def step_bytes(
@@ -48,13 +35,10 @@ def step_bytes(
         compiled = step.lower(run.state, run.rows).compile()
     else:
         compiled = run.compile()
-    memory = compiled.memory_analysis()
-    if memory is None:
-        raise RuntimeError("this backend gives no account of the memory of compiled programs")
     return {
-        "temporary_bytes": memory.temp_size_in_bytes,
+        "temporary_bytes": temporary_bytes(compiled),
         "state_bytes": _nbytes(run.state),
-        "in_place_bytes": memory.alias_size_in_bytes,
+        "in_place_bytes": cast(Any, compiled.memory_analysis()).alias_size_in_bytes,
         "layer_gradient_bytes": _nbytes(
             jax.eval_shape(lambda state: state.float_params["layers"], run.state)
         ),
@@ -130,7 +114,3 @@ def _seconds(compiled: Any, config: RunConfig, tx: Any, steps: int) -> list[floa
 
 def _nbytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-if __name__ == "__main__":
-    json.dump(step_bytes(**json.loads(sys.argv[1])), sys.stdout)

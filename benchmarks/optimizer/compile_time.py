@@ -6,9 +6,6 @@ compiling, and the equations of the jaxpr, those of inner functions counted at e
 measurement is a process of its own, without a compilation cache.
 """
 
-import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +17,7 @@ import optax
 import tyro
 
 import natgalore_jax as ng
+from benchmarks.common.child import call
 from benchmarks.common.environment import RESULTS, environment, print_targets, target, write_results
 
 RANK = 4
@@ -51,7 +49,12 @@ def main(
     for shapes in SHAPES:
         for number in matrices:
             for optimizer in optimizers:
-                run = _in_own_process(optimizer, number, shapes)
+                run = call(
+                    "benchmarks.optimizer.compile_time:measure",
+                    optimizer=optimizer,
+                    number=number,
+                    shapes=shapes,
+                )
                 results["runs"].append(run)
                 print(
                     f"{shapes:12} {number:5} {optimizer:22} trace {run['trace_s']:6.2f}  compile "
@@ -86,14 +89,6 @@ def measure(optimizer: str, number: int, shapes: str) -> dict[str, Any]:
     }
 
 
-def _in_own_process(*arguments: Any) -> dict[str, Any]:
-    code = "import json, sys; from benchmarks.optimizer.compile_time import measure; "
-    code += "print(json.dumps(measure(*json.loads(sys.argv[1]))))"
-    command = [sys.executable, "-c", code, json.dumps(arguments)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def equations(jaxpr: Any) -> int:
     """Equations of a jaxpr, those of inner ones counted at every call."""
     values = [list(eqn.params.values()) for eqn in jaxpr.eqns]
@@ -102,26 +97,14 @@ def equations(jaxpr: Any) -> int:
 
 
 def _targets(runs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    def find(optimizer):
-        return next(
-            (
-                r
-                for r in runs
-                if (r["optimizer"], r["matrices"], r["shapes"]) == (optimizer, 200, "equal")
-            ),
-            None,
-        )
-
-    def seconds(run):
-        return run["trace_s"] + run["compile_s"]
-
-    peer = find("optax.contrib.galore")
+    found = {r["optimizer"]: r for r in runs if (r["matrices"], r["shapes"]) == (200, "equal")}
+    seconds = {name: r["trace_s"] + r["compile_s"] for name, r in found.items()}
+    peer = "optax.contrib.galore"
     for optimizer in ("galore_adamw", "natural_galore_adamw"):
-        own = find(optimizer)
-        if own and peer:
+        if {optimizer, peer} <= found.keys():
             name = f"{optimizer}, 200 equal matrices"
-            yield target(f"{name}, to optax.contrib.galore", seconds(own) / seconds(peer), 2.0)
-            yield target(f"{name}, equations", own["equations"], 10_000)
+            yield target(f"{name}, to {peer}", seconds[optimizer] / seconds[peer], 2.0)
+            yield target(f"{name}, equations", found[optimizer]["equations"], 10_000)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ the projection, both measured in between. Processor seconds are those of all thr
 unlike wall time they hardly change when other programs run.
 """
 
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,8 +26,9 @@ import tyro
 import natgalore_jax as ng
 from benchmarks.common.environment import RESULTS, environment, print_targets, target, write_results
 from benchmarks.common.shapes import hidden_shapes, matrices, random_tree
-from benchmarks.common.timing import median
+from benchmarks.common.timing import Updater, median
 from benchmarks.optimizer.floor import Machine, floor_seconds, operations
+from examples.llama.memory.step_memory import temporary_bytes
 from natgalore_jax._src.kernels.dither import STRIDES, dither
 from natgalore_jax._src.kernels.float8_blocks import Blocks, block_max, decode, encode
 
@@ -116,27 +116,21 @@ def _cost(preset: str, layers: int | None, rank: int, rounds: int, seed: int) ->
     sides = matrices(shapes)
     machine = Machine(sides, rank)
     gradient_bytes = sum(x.nbytes for x in jax.tree.leaves(grads))
-    states, compiled, rows = {}, {}, {}
-    for name, tx in optimizers.items():
-        states[name] = jax.jit(tx.init)(params)
-        update = jax.jit(tx.update, donate_argnums=1).lower(grads, states[name], params)
-        compiled[name] = update.compile()
-        rows[name] = {
-            "state_bytes": sum(x.nbytes for x in jax.tree.leaves(states[name])),
-            "moved_bytes": 2 * gradient_bytes + _read_and_written(tx, params),
-            "temporary_bytes": compiled[name].memory_analysis().temp_size_in_bytes,
-            "wall_samples_s": [],
-            "processor_samples_s": [],
+    updaters = {name: Updater(tx, grads, params) for name, tx in optimizers.items()}
+    rows: dict[str, dict[str, Any]] = {
+        name: {
+            "state_bytes": sum(x.nbytes for x in jax.tree.leaves(updater.state)),
+            "moved_bytes": 2 * gradient_bytes + _read_and_written(optimizers[name], params),
+            "temporary_bytes": temporary_bytes(updater.compiled),
+            "wall_samples_s": updater.samples,
+            "processor_samples_s": updater.processor_samples,
         }
+        for name, updater in updaters.items()
+    }
     for _ in range(rounds):
         machine.sample()
-        for name, update in compiled.items():
-            wall, processor = time.perf_counter(), time.process_time()
-            updates, states[name] = update(grads, states[name], params)
-            jax.block_until_ready((updates, states[name]))
-            rows[name]["wall_samples_s"].append(time.perf_counter() - wall)
-            rows[name]["processor_samples_s"].append(time.process_time() - processor)
-            del updates  # its memory is used again
+        for updater in updaters.values():
+            updater.step(grads, params)
     speed = machine.figures()
     for name, row in rows.items():
         base = rows[name.split(",")[0]]

@@ -58,7 +58,11 @@ def breakdown(
 ) -> list[Bar]:
     """Every method at every size: bfloat16, one row of `tokens` tokens, nothing recomputed but
     what updates per layer recompute. As in the papers' figure, the working memory of the update is
-    not counted; that of activations is an estimate, all else comes from shapes."""
+    not counted; that of activations is an estimate, all else comes from shapes.
+
+    On a CPU the estimate depends on XLA's flags: call `xla_flags.prefer_memory` before jax is
+    imported for the numbers of `python -m examples.llama.plan`.
+    """
     bars = []
     for size in sizes:
         for method, (arguments, per_layer) in METHODS.items():

@@ -1,12 +1,11 @@
 """Which settings fit into a device's memory: `python -m examples.llama.plan --help`."""
 
-import os
 import sys
 
 if __name__ == "__main__":
-    from examples.llama.memory.xla_flags import MEMORY_FLAGS
+    from examples.llama.memory.xla_flags import prefer_memory
 
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {MEMORY_FLAGS}".strip()
+    prefer_memory()
 
 from examples.llama.plan.planner import main
 

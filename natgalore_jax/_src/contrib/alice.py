@@ -13,6 +13,7 @@ from natgalore_jax._src.contrib.alice_kernels import (
     switched_basis,
 )
 from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
+from natgalore_jax._src.kernels.random import matrix_keys
 from natgalore_jax._src.kernels.residual import phi_axes
 from natgalore_jax._src.params.axes import AxesLike
 from natgalore_jax._src.params.checks import (
@@ -22,7 +23,6 @@ from natgalore_jax._src.params.checks import (
     check_number,
     check_unused,
 )
-from natgalore_jax._src.params.context import matrices_of
 from natgalore_jax._src.params.placement import zeros_on_axes
 from natgalore_jax._src.params.plan import PlanSettings, plan_tree, without_matrices
 from natgalore_jax._src.params.where import Where, hidden_matrices
@@ -197,7 +197,8 @@ def scale_by_alice(
         for i, plan in enumerate(plans):
             if not plan:
                 continue
-            keys = _keys(plan, seed, count, i)
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), count), i)
+            keys = matrix_keys(plan, key)
             plan = plan.unnamed
             U = bases[i] = switched_basis(plan, switch, due, keys, G[i], bases[i], tracked[i])
             R, omega, new_mus[i], new_nus[i], tracked[i] = low_rank_step(
@@ -228,15 +229,6 @@ def _empty(plan, switch, has_limit, U, mu):
     tracked = of_matrices + jnp.zeros((r, r), jnp.float32) if switch.b3 > 0 else nothing
     norm = jnp.sum(zeros, tuple(range(len(plan.batch), zeros.ndim))) if has_limit else nothing
     return jnp.zeros_like(U), tracked, jnp.sum(zeros, phi_axes(plan).low), norm
-
-
-def _keys(plan, seed, count, leaf):
-    """A key of random numbers for each matrix."""
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), count), leaf)
-    _, first = matrices_of(plan)
-    return jax.vmap(lambda n: jax.random.fold_in(key, n))(
-        first + jnp.arange(plan.layers, dtype=jnp.int32)
-    )
 
 
 def alice_adamw(

@@ -9,7 +9,7 @@ import optax
 
 from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
 from natgalore_jax._src.kernels.projection import project
-from natgalore_jax._src.kernels.random import normal
+from natgalore_jax._src.kernels.random import matrix_keys, normal
 from natgalore_jax._src.kernels.residual import gain, limit_growth, on_axes_of_gradient, phi_axes
 from natgalore_jax._src.params.axes import AxesLike
 from natgalore_jax._src.params.checks import (
@@ -18,7 +18,6 @@ from natgalore_jax._src.params.checks import (
     check_interval,
     check_number,
 )
-from natgalore_jax._src.params.context import matrices_of
 from natgalore_jax._src.params.plan import LeafPlan, PlanSettings, plan_tree
 from natgalore_jax._src.params.where import Where, hidden_matrices
 from natgalore_jax._src.states.tree_checks import check_moments, flatten_like, with_dtypes_of
@@ -182,13 +181,10 @@ def random_projection(
     (mode,) = plan.projected_modes
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), window), leaf)
     shape = (*plan.mode_shape(mode), plan.rank_of(mode))
-    if not plan.batch:
-        P = normal(key, shape)
+    if plan.batch:
+        P = jax.vmap(lambda key: normal(key, shape))(matrix_keys(plan, key))
     else:
-        _, first = matrices_of(plan)
-        numbers = first + jnp.arange(plan.layers, dtype=jnp.int32)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
-        P = jax.vmap(lambda key: normal(key, shape))(keys)
+        P = normal(key, shape)
     return (P.reshape(plan.factor_shape(mode)) / math.sqrt(plan.rank_of(mode))).astype(dtype)
 
 

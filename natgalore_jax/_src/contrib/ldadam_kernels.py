@@ -53,8 +53,7 @@ def next_basis(
     momentum = project_back(plan, M / _correction(b1, count), (P32,))
     B = jnp.where(count > 0, rho * momentum + (1 - rho) * A, A)
     # Squares of entries beyond 1e19 overflow float32, and squares below 1e-19 underflow.
-    others = tuple(a for a in range(A.ndim) if a not in plan.batch)
-    largest = jnp.max(jnp.abs(B), others, keepdims=True)
+    largest = jnp.max(jnp.abs(B), plan.matrix_axes, keepdims=True)
     B = B / jnp.where(largest > 0, largest, 1.0)
 
     def power_step(_, P):

@@ -17,7 +17,8 @@ from natgalore_jax._src.params.axes import AxesLike
 from natgalore_jax._src.params.checks import check_decay, check_integer, check_number
 from natgalore_jax._src.params.plan import (
     LeafPlan,
-    matrix_plans,
+    PlanSettings,
+    plan_tree,
     require_matrices,
     without_matrices,
 )
@@ -120,12 +121,13 @@ def scale_by_racs(
     check_number("scale", scale)
     if norm_growth_limit is not None:
         check_number("norm_growth_limit", norm_growth_limit, above=1.0)
+    settings = PlanSettings(None, "short", where, axes)
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)
 
     @own_arithmetic
     def init_fn(params):
-        plans = matrix_plans(where, axes, params)
-        require_matrices(where, axes, plans, params, "scaled by row and column")
+        plans = plan_tree(settings, params)
+        require_matrices(settings, plans, params, "matrix to be scaled by row and column")
         leaves, treedef = jax.tree.flatten(params)
         empty = [
             _empty(plan.unnamed, leaf, norm_growth_limit is not None) if plan else _NOTHING
@@ -139,7 +141,7 @@ def scale_by_racs(
     @own_arithmetic
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
-        plans = matrix_plans(where, axes, updates)
+        plans = plan_tree(settings, updates)
         G, treedef = jax.tree.flatten(updates)
         for mode, field in enumerate(("rows", "columns")):
             shapes = [(*p.batch_shape, *p.mode_shape(mode)) if p else None for p in plans]
@@ -169,7 +171,7 @@ _NOTHING = (optax.MaskedNode(),) * 3
 def _empty(plan, leaf, with_norm):
     """Initial state of one matrix, sharded as sums of the gradient."""
     zeros = jnp.zeros_like(leaf, dtype=jnp.float32)
-    norm = jnp.sum(zeros, _matrix_axes(plan)) if with_norm else optax.MaskedNode()
+    norm = jnp.sum(zeros, plan.matrix_axes) if with_norm else optax.MaskedNode()
     return *(_over_others(plan, mode, zeros) for mode in (0, 1)), norm
 
 
@@ -202,7 +204,7 @@ def fixed_point(plan: LeafPlan, G: jax.Array, iterations: int) -> tuple[jax.Arra
     m, n = plan.mode_sizes
     short, long = (0, 1) if m <= n else (1, 0)
     # Products of squares leave the range of float32 for gradients below 1e-9 or above 1e9.
-    largest = jnp.max(jnp.abs(G), _matrix_axes(plan), keepdims=True)
+    largest = jnp.max(jnp.abs(G), plan.matrix_axes, keepdims=True)
     square = jnp.square(G / jnp.where(largest > 0, largest, 1.0))
 
     def longer(q):
@@ -235,10 +237,6 @@ def _over_squared_norm(plan, x, of):
     square = jnp.sum(jnp.square(of), tuple(range(len(plan.batch), of.ndim)))
     square = square.reshape(plan.batch_shape + (1,) * (x.ndim - len(plan.batch)))
     return x / jnp.where(square == 0, 1.0, square)
-
-
-def _matrix_axes(plan):
-    return tuple(a for a in range(len(plan.shape)) if a not in plan.batch)
 
 
 def _axes(plan, mode):

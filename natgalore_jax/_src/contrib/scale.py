@@ -9,7 +9,12 @@ import optax
 from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
 from natgalore_jax._src.params.axes import AxesLike
 from natgalore_jax._src.params.checks import check_choice, check_decay, check_number
-from natgalore_jax._src.params.plan import matrix_plans, require_matrices, without_matrices
+from natgalore_jax._src.params.plan import (
+    PlanSettings,
+    plan_tree,
+    require_matrices,
+    without_matrices,
+)
 from natgalore_jax._src.params.where import Where, all_matrices, output_heads, selected
 from natgalore_jax._src.states.tree_checks import check_stored, with_dtypes_of
 
@@ -108,19 +113,19 @@ def scale_by_column_norms(
     check_number("eps", eps)
     check_number("vector_ratio", vector_ratio)
     head = output_heads if head is None else head
-    where = all_matrices if where is None else where
+    settings = PlanSettings(None, "short", all_matrices if where is None else where, axes)
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)
 
     def plans_of(tree):
         """Plans of matrices, and which of them are output heads."""
-        plans = matrix_plans(where, axes, tree)
+        plans = plan_tree(settings, tree)
         heads = [bool(p and h) for p, h in zip(plans, selected(head, tree, "head"), strict=True)]
         return plans, heads
 
     @own_arithmetic
     def init_fn(params):
         plans, heads = plans_of(params)
-        require_matrices(where, axes, plans, params, "normalised")
+        require_matrices(settings, plans, params, "matrix to be normalised")
         leaves, treedef = jax.tree.flatten(params)
         momenta = [
             jnp.zeros_like(x, dtype=mu_dtype) if is_head else optax.MaskedNode()

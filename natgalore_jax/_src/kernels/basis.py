@@ -7,7 +7,7 @@ of G, up to the method's accuracy. The right basis of G is the left basis of Gáµ
 
 import math
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,6 @@ from natgalore_jax._src.kernels.random import normal
 from natgalore_jax._src.params.placement import place_like, replicated
 
 Method = Literal["power", "svd", "eigh", "randomized", "gaussian", "online"]
-METHODS = get_args(Method)
 # Methods that call LAPACK, which may fail.
 FACTORISING = ("svd", "eigh", "randomized")
 
@@ -62,7 +61,7 @@ def new_basis(
     """The basis after a refresh.
 
     Args:
-      method: one of ``METHODS``.
+      method: a ``Method``.
       G: (m, n), :func:`is_usable`, any float dtype and scale. If its columns are sharded, methods
         sum arrays of the size of P over devices, "eigh" of the size of G Gáµ€; "svd" gathers G.
       P: (m, r), the previous basis, or any orthonormal start at the first refresh.
@@ -255,7 +254,8 @@ def _randomized(G, P, key, is_first):
 
 def _gaussian(G, P, key, is_first):
     """A random subspace, independent of the gradient."""
-    return polar_factor(normal(key, P.shape))
+    # In shard_map the result must vary over the devices that P varies over: add a zero of P.
+    return polar_factor(normal(key, P.shape) + 0 * P)
 
 
 def _online(G, P, key, is_first):

@@ -19,9 +19,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
-from natgalore_jax._src.params.placement import has_explicit_sharding
+from natgalore_jax._src.params.placement import with_auto_axes
 
 _MANTISSA = 4
 _SHIFT = 23 - _MANTISSA  # truncated bits of a float32
@@ -189,22 +188,3 @@ def _bits(x: jax.Array) -> jax.Array:
 
 def _float(bits: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
-
-
-def with_auto_axes(function, x: jax.Array, axis: int, shape: tuple[int, ...]) -> jax.Array:
-    """``function(x)``, of the given shape, where ``axis`` of x or of the result may be sharded.
-
-    On explicit meshes JAX cannot reshape a sharded axis into blocks larger than a shard. XLA can on
-    automatic axes, where it communicates one number per block.
-    """
-    if not has_explicit_sharding(x):
-        return function(x)
-    sharding = jax.typeof(x).sharding
-    spec = list(sharding.spec) + [None] * (len(shape) - len(sharding.spec))
-    names = spec[axis] if isinstance(spec[axis], tuple) else (spec[axis],)
-    devices = math.prod(sharding.mesh.shape[name] for name in names if name is not None)
-    if shape[axis] % devices:
-        spec[axis] = None
-    out = NamedSharding(sharding.mesh, PartitionSpec(*spec))
-    in_auto_axes: Any = jax.sharding.auto_axes(function, out_sharding=out)
-    return in_auto_axes(x)

@@ -27,8 +27,8 @@ from natgalore_jax._src.kernels.float8_blocks import (
     block_sum,
     blocks_of,
     broadcast_blocks,
-    with_auto_axes,
 )
+from natgalore_jax._src.params.placement import with_auto_axes
 
 BLOCK_SIZE = 256
 
@@ -134,15 +134,18 @@ def _encode(
 ) -> LinearCodes:
     x, largest = x.astype(jnp.float32), _largest_code(bits)
     scales = bound_of(x, blocks_of(x.shape, BLOCK_SIZE, batch)) / largest
-    scales = scales.astype(jnp.bfloat16)
-    # A non-finite number makes its whole block NaN.
-    scales = jnp.where(jnp.isfinite(scales), jnp.where(scales < _TINY, 0, scales), jnp.nan)
+    scales = normal_scales(scales.astype(jnp.bfloat16))
     s = broadcast_blocks(scales.astype(jnp.float32), x.shape)
     codes = jnp.clip(jnp.round(x / jnp.where(s > 0, s, 1.0)), -largest, largest)
     codes = jnp.where(s > 0, codes, 0.0).astype(jnp.int8)
     if bits == 4:
         codes = _packed(codes, batch)
     return LinearCodes(codes, scales)
+
+
+def normal_scales(scales: jax.Array) -> jax.Array:
+    """Subnormal scales become 0, non-finite scales NaN, which makes the whole block NaN."""
+    return jnp.where(jnp.isfinite(scales), jnp.where(scales < _TINY, 0, scales), jnp.nan)
 
 
 def _largest_code(bits: int) -> int:

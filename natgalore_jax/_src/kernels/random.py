@@ -1,4 +1,4 @@
-"""Normal numbers that do not depend on ``jax_threefry_partitionable``.
+"""Keys of matrices, and normal numbers that do not depend on ``jax_threefry_partitionable``.
 
 JAX reads the option when a program is lowered, outside the configuration that kernels set.
 """
@@ -9,6 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.random import threefry_2x32
+
+from natgalore_jax._src.params.context import matrices_of
+from natgalore_jax._src.params.plan import LeafPlan
+
+
+def matrix_keys(plan: LeafPlan, key: jax.Array) -> jax.Array:
+    """A key for each matrix of a parameter, equal in layer-by-layer updates: (layers,)."""
+    _, first = matrices_of(plan)
+    numbers = first + jnp.arange(plan.layers, dtype=jnp.int32)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
 
 
 def normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

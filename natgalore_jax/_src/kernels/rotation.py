@@ -5,13 +5,12 @@ Arrays are low-rank coordinates of one matrix, without batch axes.
 """
 
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 Transition = Literal["rotate", "reset", "keep"]
-TRANSITIONS = get_args(Transition)
 
 
 def change_of_basis(P_new: jax.Array, P: jax.Array, rounding: float = 0.0) -> jax.Array:

@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from natgalore_jax._src.kernels.dither import STRIDES, dither
 from natgalore_jax._src.params.plan import LeafPlan
 
 # Divisors are at least the smallest normal number.
@@ -25,12 +26,12 @@ def clip_leading(plan: LeafPlan, U: jax.Array, limit: jax.typing.ArrayLike) -> j
       limit: c.
     """
     rows, cols = plan.modes
-    # Not signs, whose sum is zero by chance: they would miss a column of ones.
-    s = jax.random.normal(
-        jax.random.key(0),
-        [plan.shape[a] if a in rows else 1 for a in range(U.ndim)],
-        jnp.float32,
+    # Uniform numbers, not signs, whose sum may be zero: they would miss a column of ones.
+    s = (
+        dither((plan.mode_sizes[0], 1), 0, 0, STRIDES[0], first=0).astype(jnp.float32) / 2.0**31
+        - 1.0
     )
+    s = s.reshape([plan.shape[a] if a in rows else 1 for a in range(U.ndim)])
     y = jnp.sum(s * U, rows, keepdims=True)
     x = jnp.sum(U * y, cols, keepdims=True)
     x = x / jnp.maximum(jnp.max(jnp.abs(x), rows, keepdims=True), _TINY)

@@ -28,6 +28,7 @@ from natgalore_jax._src.states.entries import (
     Part,
     SecondMoment,
     StateType,
+    is_masked,
     register_type,
     registered_entries,
 )
@@ -52,7 +53,7 @@ class _InnerState(StateType):
 
     def inner(self, state):
         return jax.tree.map(
-            lambda codes, bounds: codes if _is_masked(bounds) else MomentCodes(codes, bounds),
+            lambda codes, bounds: codes if is_masked(bounds) else MomentCodes(codes, bounds),
             state.codes,
             state.scales,
         )
@@ -177,7 +178,7 @@ def quantize_state(
         moments = _moments(treedef, jax.tree.structure(updates))
         decoded = [
             (at_least_float32(x) if number in moments else x)
-            if _is_masked(scale)
+            if is_masked(scale)
             else _decode(moments[number][1], x, scale)
             for number, (x, scale) in enumerate(zip(stored, scales, strict=True))
         ]
@@ -191,7 +192,7 @@ def quantize_state(
         for number, (x, scale, value) in enumerate(
             zip(stored, scales, treedef.flatten_up_to(inner_state), strict=True)
         ):
-            if _is_masked(scale):
+            if is_masked(scale):
                 # Not of random keys, which have no other dtype.
                 value = value if value.dtype == x.dtype else value.astype(x.dtype)
             else:
@@ -260,10 +261,6 @@ def _types_in(state: Any) -> str:
 
     jax.tree.leaves(state, is_leaf=visit)
     return ", ".join(dict.fromkeys(names)) or type(state).__name__
-
-
-def _is_masked(x: Any) -> bool:
-    return isinstance(x, optax.MaskedNode)
 
 
 @own_arithmetic

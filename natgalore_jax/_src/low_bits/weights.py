@@ -16,14 +16,20 @@ from natgalore_jax._src.kernels.float8_blocks import (
     broadcast_blocks,
 )
 from natgalore_jax._src.kernels.kernel import own_arithmetic
-from natgalore_jax._src.kernels.linear_codes import LinearCodes, Stored, decode, leaves_of, tree_of
+from natgalore_jax._src.kernels.linear_codes import (
+    LinearCodes,
+    Stored,
+    decode,
+    leaves_of,
+    normal_scales,
+    tree_of,
+)
 from natgalore_jax._src.params.checks import check_float_dtype, check_integer
 from natgalore_jax._src.params.where import KeyPath, Where, hidden_matrices, selected
 
 _LARGEST = np.float32(127)
 # A new scale leaves room for the largest weight of its block to grow by a sixteenth.
 _ROOM = np.float32(1 + 1 / 16)
-_TINY = np.float32(jnp.finfo(jnp.bfloat16).tiny)
 
 
 class QuantizedWeights(NamedTuple):
@@ -192,9 +198,7 @@ def _nearest(path: KeyPath, leaf: Any, block_size: int) -> LinearCodes:
 
 def _new_scales(peak: jax.Array) -> jax.Array:
     """Scales for blocks with these largest numbers, float32 with bfloat16's precision."""
-    scales = (peak * (_ROOM / _LARGEST)).astype(jnp.bfloat16).astype(jnp.float32)
-    # A non-finite number makes its whole block NaN.
-    return jnp.where(jnp.isfinite(scales), jnp.where(scales < _TINY, 0, scales), jnp.nan)
+    return normal_scales((peak * (_ROOM / _LARGEST)).astype(jnp.bfloat16).astype(jnp.float32))
 
 
 def _ratio(x: jax.Array, scales: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
 from natgalore_jax._src.kernels.spectral import clip_leading
 from natgalore_jax._src.params.axes import AxesLike
 from natgalore_jax._src.params.checks import check_number
-from natgalore_jax._src.params.plan import matrix_plans
+from natgalore_jax._src.params.plan import PlanSettings, plan_tree
 from natgalore_jax._src.params.where import Where, hidden_matrices
 
 
@@ -60,6 +60,7 @@ def clip_leading_singular_value(
       3.2
     """
     check_number("limit", limit, above=0.0)
+    settings = PlanSettings(None, "short", where, axes)
 
     @own_arithmetic
     def update_fn(updates, state, params=None, **extra_args):
@@ -67,7 +68,7 @@ def clip_leading_singular_value(
         leaves, treedef = jax.tree.flatten(updates)
         clipped = [
             _clipped(plan.unnamed, limit, U) if plan else U
-            for plan, U in zip(matrix_plans(where, axes, updates), leaves, strict=True)
+            for plan, U in zip(plan_tree(settings, updates), leaves, strict=True)
         ]
         return treedef.unflatten(clipped), state
 

@@ -1,9 +1,8 @@
 """Checks of arguments; errors name the requirement, the value and the parameter."""
 
 import contextlib
-from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +34,9 @@ def check_boolean(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+def check_choice(name: str, value: Any, choices: Any) -> None:
+    """Check for one of some names: a ``Literal``, or a sequence."""
+    choices = get_args(choices) or choices
     if not isinstance(value, str):
         raise TypeError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
     if value not in choices:

@@ -7,8 +7,8 @@ look up the plan of a leaf by its path in a context variable.
 
 import contextlib
 import contextvars
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 
@@ -28,16 +28,23 @@ _recorded: contextvars.ContextVar[list[LeafPlan] | None] = contextvars.ContextVa
 
 
 @contextlib.contextmanager
-def open_subspace(plans: Mapping[str, LeafPlan]) -> Iterator[None]:
-    """Make the projected leaves, by path, the current subspace."""
-    recorded = _recorded.get()
-    if recorded is not None:
-        recorded.extend(plans.values())
-    token = _open.set(plans)
+def _within(variable: contextvars.ContextVar, value: Any) -> Iterator[None]:
+    token = variable.set(value)
     try:
         yield
     finally:
-        _open.reset(token)
+        variable.reset(token)
+
+
+@contextlib.contextmanager
+def open_subspace(plans: Sequence[LeafPlan | None]) -> Iterator[None]:
+    """Make the projected leaves the current subspace."""
+    projected = {plan.path: plan for plan in plans if plan}
+    recorded = _recorded.get()
+    if recorded is not None:
+        recorded.extend(projected.values())
+    with _within(_open, projected):
+        yield
 
 
 def current_subspace() -> Mapping[str, LeafPlan] | None:
@@ -49,11 +56,8 @@ def current_subspace() -> Mapping[str, LeafPlan] | None:
 def record_plans() -> Iterator[list[LeafPlan]]:
     """Collect the plans of all subspaces opened in this context, nested ones included."""
     plans: list[LeafPlan] = []
-    token = _recorded.set(plans)
-    try:
+    with _within(_recorded, plans):
         yield plans
-    finally:
-        _recorded.reset(token)
 
 
 class LayerView(NamedTuple):
@@ -71,12 +75,8 @@ class LayerView(NamedTuple):
 @contextlib.contextmanager
 def layer_view(view: LayerView) -> Iterator[None]:
     """Make updates in this context updates of one layer."""
-    token = _layer.set(view)
-    try:
-        with _layer_key(object()):
-            yield
-    finally:
-        _layer.reset(token)
+    with _within(_layer, view), _layer_key(object()):
+        yield
 
 
 def is_active(plan: LeafPlan) -> bool:

@@ -3,13 +3,15 @@
 A set of inputs is an integer with one bit for each input, so that unions are cheap.
 """
 
+import functools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 from jax.extend import core
 
 
-def sources_of_outputs(jaxpr: core.ClosedJaxpr, sources: Sequence[int]) -> list[int]:
+def sources_of_outputs(jaxpr: core.Jaxpr, sources: Sequence[int]) -> list[int]:
     """Sources of each output, given the sources of each input.
 
     The result is conservative: an operation without a rule below is assumed to use all of its
@@ -22,10 +24,6 @@ def sources_of_outputs(jaxpr: core.ClosedJaxpr, sources: Sequence[int]) -> list[
     Returns:
       One bit set for each output: the union over the inputs that reach it.
     """
-    return _propagate(jaxpr.jaxpr, sources)
-
-
-def _propagate(jaxpr: Any, sources: Sequence[int]) -> list[int]:
     known = dict(zip(jaxpr.invars, sources, strict=True))
 
     def read(variable: Any) -> int:
@@ -41,14 +39,14 @@ def _of_equation(equation: Any, inputs: list[int]) -> list[int]:
     params = equation.params
     match equation.primitive.name:
         case "cond":
-            branches = [_propagate(b.jaxpr, inputs[1:]) for b in params["branches"]]
+            branches = [sources_of_outputs(b.jaxpr, inputs[1:]) for b in params["branches"]]
             return [inputs[0] | _union(outs) for outs in zip(*branches, strict=True)]
         case "while":
             nc, nb = params["cond_nconsts"], params["body_nconsts"]
             tested, constants, carry = inputs[:nc], inputs[nc : nc + nb], inputs[nc + nb :]
             while True:
-                (goes_on,) = _propagate(params["cond_jaxpr"].jaxpr, tested + carry)
-                new = _propagate(params["body_jaxpr"].jaxpr, constants + carry)
+                (goes_on,) = sources_of_outputs(params["cond_jaxpr"].jaxpr, tested + carry)
+                new = sources_of_outputs(params["body_jaxpr"].jaxpr, constants + carry)
                 new = [a | b | goes_on for a, b in zip(carry, new, strict=True)]
                 if new == carry:
                     return carry
@@ -57,7 +55,7 @@ def _of_equation(equation: Any, inputs: list[int]) -> list[int]:
             nc, nk = _constants_and_carry(params)
             constants, carry, slices = inputs[:nc], inputs[nc : nc + nk], inputs[nc + nk :]
             while True:
-                out = _propagate(params["jaxpr"].jaxpr, constants + carry + slices)
+                out = sources_of_outputs(params["jaxpr"].jaxpr, constants + carry + slices)
                 new = [a | b for a, b in zip(carry, out[:nk], strict=True)]
                 if new == carry:
                     return out
@@ -67,7 +65,7 @@ def _of_equation(equation: Any, inputs: list[int]) -> list[int]:
         (inner,) = called
         arity = (len(inner.invars), len(inner.outvars))
         if arity == (len(inputs), len(equation.outvars)):
-            return _propagate(inner, inputs)
+            return sources_of_outputs(inner, inputs)
     return [_union(inputs)] * len(equation.outvars)
 
 
@@ -80,7 +78,4 @@ def _constants_and_carry(params: Any) -> tuple[int, int]:
 
 
 def _union(sets: Sequence[int]) -> int:
-    union = 0
-    for s in sets:
-        union |= s
-    return union
+    return functools.reduce(operator.or_, sets, 0)

@@ -7,11 +7,11 @@ to another axis whose length it divides: R (l, –, ba), P (l, ab, –).
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec, reshard
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 
 from natgalore_jax._src.params.plan import LeafPlan
 
@@ -66,6 +66,21 @@ def in_auto_axes(function: Any, like: jax.Array) -> Any:
     if not has_explicit_sharding(like):
         return function
     return jax.sharding.auto_axes(function, out_sharding=jax.typeof(like).sharding)
+
+
+def with_auto_axes(function: Any, x: jax.Array, axis: int, shape: Sequence[int]) -> jax.Array:
+    """``function(x)``, of the given shape, where ``axis`` of x or of the result may be sharded.
+
+    On explicit meshes JAX cannot reshape a sharded axis into blocks larger than a shard. XLA can on
+    automatic axes, where it communicates one number per block.
+    """
+    if not has_explicit_sharding(x):
+        return function(x)
+    mesh, names = jax.typeof(x).sharding.mesh, names_of(x)
+    if not _divides(mesh, names[axis], shape[axis]):
+        names[axis] = ()
+    out = NamedSharding(mesh, spec_of(names))
+    return cast(Any, jax.sharding.auto_axes(function, out_sharding=out))(x)
 
 
 def low_rank_names(plan: LeafPlan, like: jax.Array, *, stored: bool) -> list[Names]:

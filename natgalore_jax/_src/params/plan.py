@@ -1,10 +1,9 @@
 """Plan of the projection of each parameter, from names and shapes alone."""
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,6 @@ from natgalore_jax._src.params.where import (
 )
 
 Side = Literal["short", "long", "left", "right", "both"]
-SIDES = get_args(Side)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +45,11 @@ class LeafPlan:
     @property
     def batch_shape(self) -> tuple[int, ...]:
         return tuple(self.shape[a] for a in self.batch)
+
+    @property
+    def matrix_axes(self) -> tuple[int, ...]:
+        """All axes but the batch axes, in order."""
+        return tuple(a for a in range(len(self.shape)) if a not in self.batch)
 
     @property
     def layers(self) -> int:
@@ -100,7 +103,7 @@ class LeafPlan:
 class PlanSettings:
     """The arguments of ``low_rank_project`` that decide which parameters are projected and how."""
 
-    rank: int | tuple[int, ...]
+    rank: int | tuple[int, ...] | None  # None: matrices are planned but not projected
     side: str
     where: Where
     axes: AxesLike
@@ -120,39 +123,23 @@ def check_rank(rank: Any) -> None:
 
 
 def plan_tree(settings: PlanSettings, tree: Any) -> list[LeafPlan | None]:
-    """One entry per leaf of ``tree``, parameters or gradients: its plan, or None if unprojected."""
-    return _plans(settings.where, settings.axes, tree, functools.partial(_plan_leaf, settings))
+    """One entry per leaf of ``tree``, parameters or gradients: its plan, or None without a matrix.
 
-
-def matrix_plans(where: Where, axes: AxesLike, tree: Any) -> list[LeafPlan | None]:
-    """:func:`plan_tree` without ranks, for optimizers that project nothing."""
-
-    def plan(path: KeyPath, shape: tuple[int, ...], axes: MatrixAxes) -> LeafPlan:
-        return LeafPlan(str(path), shape, *matrix_modes(path, shape, axes), (None, None))
-
-    return _plans(where, axes, tree, plan)
-
-
-def _plans(
-    where: Where,
-    axes: AxesLike,
-    tree: Any,
-    plan: Callable[[KeyPath, tuple[int, ...], MatrixAxes], LeafPlan | None],
-) -> list[LeafPlan | None]:
-    """The plan of each leaf that is selected and not empty, or None."""
+    A plan is for leaves that are selected and not empty.
+    """
     plans: list[LeafPlan | None] = []
-    for (keys, leaf), leaf_axes, is_chosen in zip(
+    for (keys, leaf), axes, is_chosen in zip(
         jax.tree_util.tree_leaves_with_path(tree),
-        axes_per_leaf(axes, tree),
-        selected(where, tree),
+        axes_per_leaf(settings.axes, tree),
+        selected(settings.where, tree),
         strict=True,
     ):
         path, leaf = KeyPath(keys), shape_and_dtype(keys, leaf)
-        if not is_chosen or leaf_axes is None or 0 in leaf.shape:  # 0: a stack of no layers
+        if not is_chosen or axes is None or 0 in leaf.shape:  # 0: a stack of no layers
             plans.append(None)
             continue
         _check_dtype(path, leaf)
-        plans.append(plan(path, leaf.shape, leaf_axes))
+        plans.append(_plan_leaf(settings, path, leaf.shape, axes))
     return plans
 
 
@@ -165,37 +152,39 @@ def without_matrices(treedef: Any, leaves: Sequence[Any], plans: Sequence[Any]) 
 
 def require_projection(settings: PlanSettings, plans: Sequence[LeafPlan | None], tree: Any) -> None:
     """Raise if nothing is projected, a mistake in ``where``, ``axes`` or the rank."""
-    _require_axes(settings.where, settings.axes, plans, tree)
-    leaves = [
-        (path, jnp.shape(x))
-        for path, x in jax.tree_util.tree_leaves_with_path(tree)
-        if 0 not in jnp.shape(x)
-    ]
-    if leaves and all(plan is None for plan in plans):
-        shapes = ", ".join(f"{KeyPath(path)} {shape}" for path, shape in leaves[:6])
-        raise ValueError(
-            f"where selects no parameter to project at rank {settings.rank}. The default rule "
-            "takes matrices with both sides larger than the rank that are not embeddings or the "
-            f"output head; received: {shapes}{', ...' if len(leaves) > 6 else ''}"
-        )
+    require_matrices(
+        settings,
+        plans,
+        tree,
+        f"parameter to project at rank {settings.rank}. The default rule takes matrices with both "
+        "sides larger than the rank that are not embeddings or the output head",
+    )
 
 
-def _require_axes(
-    where: Where, axes: AxesLike, plans: Sequence[LeafPlan | None], tree: Any
+def require_matrices(
+    settings: PlanSettings, plans: Sequence[LeafPlan | None], tree: Any, wanted: str
 ) -> None:
-    """Raise if ``where`` selects parameters and ``axes`` leaves out all of them."""
+    """Raise if no matrix is selected, a mistake in ``where`` or ``axes``."""
     if any(plan is not None for plan in plans):
         return
     named = jax.tree_util.tree_leaves_with_path(tree)
-    every = zip(named, axes_per_leaf(axes, tree), selected(where, tree), strict=True)
-    chosen = [(path, leaf_axes) for (path, _), leaf_axes, is_chosen in every if is_chosen]
-    if chosen and all(leaf_axes is None for _, leaf_axes in chosen):
+    every = zip(
+        named, axes_per_leaf(settings.axes, tree), selected(settings.where, tree), strict=True
+    )
+    chosen = [(str(KeyPath(path)), axes) for (path, _), axes, is_chosen in every if is_chosen]
+    if chosen and all(axes is None for _, axes in chosen):
         raise ValueError(
             "axes is None for every parameter that where selects: "
-            f"{', '.join(str(KeyPath(path)) for path, _ in chosen[:6])}"
-            f"{', ...' if len(chosen) > 6 else ''}. Beside dimension numbers of optax.contrib, "
+            f"{_some([path for path, _ in chosen])}. Beside dimension numbers of optax.contrib, "
             "None means that a parameter is not projected"
         )
+    shapes = [f"{KeyPath(p)} {jnp.shape(x)}" for p, x in named if 0 not in jnp.shape(x)]
+    if shapes:
+        raise ValueError(f"where selects no {wanted}; received: {_some(shapes)}")
+
+
+def _some(texts: Sequence[str]) -> str:
+    return f"{', '.join(texts[:6])}{', ...' if len(texts) > 6 else ''}"
 
 
 def _plan_leaf(
@@ -205,6 +194,8 @@ def _plan_leaf(
     if isinstance(settings.rank, Sequence):
         return _plan_tucker(settings, path, shape, by_default)
     batch, modes = matrix_modes(path, shape, axes)
+    if settings.rank is None:
+        return LeafPlan(str(path), shape, batch, modes, (None, None))
     m, n = (math.prod(shape[a] for a in mode) for mode in modes)
     if by_default and min(m, n) <= settings.rank:
         return None
@@ -213,20 +204,6 @@ def _plan_leaf(
     return LeafPlan(
         str(path), shape, batch, modes, (rank if left else None, rank if right else None)
     )
-
-
-def require_matrices(
-    where: Where, axes: AxesLike, plans: Sequence[LeafPlan | None], tree: Any, treatment: str
-) -> None:
-    """Raise if no matrix is selected, a mistake in ``where`` or ``axes``."""
-    _require_axes(where, axes, plans, tree)
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    shapes = [f"{KeyPath(p)} {jnp.shape(x)}" for p, x in leaves if 0 not in jnp.shape(x)]
-    if shapes and all(plan is None for plan in plans):
-        more = ", ..." if len(shapes) > 6 else ""
-        raise ValueError(
-            f"where selects no matrix to be {treatment}; received: {', '.join(shapes[:6])}{more}"
-        )
 
 
 def _check_dtype(path: KeyPath, leaf: Any) -> None:

@@ -97,19 +97,14 @@ def hidden_matrices(path: Any, leaf: Any = None) -> bool:
             "hidden_matrices needs a path and a parameter. If optax.inject_hyperparams called it "
             "as a schedule, pass static_args=natgalore_jax.structural_args(factory)"
         )
-    leaf = shape_and_dtype(tuple(path), leaf)
-    if len(leaf.shape) < 2 or not jnp.issubdtype(leaf.dtype, jnp.floating):
-        return False
-    return not _is_named_otherwise(_parts(path), leaf.shape)
+    return _is_matrix(path, leaf) and not _is_named_otherwise(_parts(path), leaf.shape)
 
 
 def all_matrices(path: Any, leaf: Any) -> bool:
     """Embeddings, output heads and hidden matrices, without stacked vectors."""
-    leaf, parts = shape_and_dtype(tuple(path), leaf), _parts(tuple(path))
-    if len(leaf.shape) < 2 or not jnp.issubdtype(leaf.dtype, jnp.floating):
-        return False
+    parts = _parts(tuple(path))
     is_embedding = any(_EMBEDDING.search(part) for part in parts)
-    return is_embedding or not _is_named_a_vector(parts)
+    return _is_matrix(path, leaf) and (is_embedding or not _is_named_a_vector(parts))
 
 
 def token_matrices(path: Any, leaf: Any) -> bool:
@@ -122,6 +117,11 @@ def token_matrices(path: Any, leaf: Any) -> bool:
 def output_heads(path: Any, leaf: Any) -> bool:
     """Matrices whose name marks an output head by the rules of :func:`hidden_matrices`."""
     return all_matrices(path, leaf) and _is_named_a_head(_parts(tuple(path)))
+
+
+def _is_matrix(path: Any, leaf: Any) -> bool:
+    kind = shape_and_dtype(tuple(path), leaf)
+    return len(kind.shape) > 1 and jnp.issubdtype(kind.dtype, jnp.floating)
 
 
 def _parts(key: Any) -> list[str]:

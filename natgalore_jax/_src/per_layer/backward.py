@@ -103,8 +103,8 @@ def _used_by_embed(
         return _float_part(functions.embed(parts.without_stack(leaves), batch))
 
     leaves = [W[i] for i in numbers]
-    jaxpr = jax.make_jaxpr(embed)(leaves, batch)
-    batch_leaves = len(jaxpr.jaxpr.invars) - len(numbers)
+    jaxpr = jax.make_jaxpr(embed)(leaves, batch).jaxpr
+    batch_leaves = len(jaxpr.invars) - len(numbers)
     found = sources_of_outputs(jaxpr, [1 << i for i in numbers] + [0] * batch_leaves)
     return tuple(i for i in numbers if any(sources & (1 << i) for sources in found))
 

@@ -106,7 +106,7 @@ def _check_independence(
     """Check that active outputs depend on active inputs only, shared outputs on no parameter."""
     of_parameters = [1 << i for i in range(len(parts.paths))]
     of_state = [0 if owner is None else 1 << owner for owner in layout.owners]
-    sources = sources_of_outputs(jaxpr, [0, *of_parameters, *of_parameters, *of_state])
+    sources = sources_of_outputs(jaxpr.jaxpr, [0, *of_parameters, *of_parameters, *of_state])
     own = sum(1 << i for i in active)
     names = [*parts.paths, *(f"{path} of the optimizer's state" for path in layout.paths)]
     owners = [*range(len(parts.paths)), *layout.owners]

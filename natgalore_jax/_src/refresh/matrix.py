@@ -40,7 +40,7 @@ class RefreshSettings:
 
 
 class Due(NamedTuple):
-    """Refresh flags of a parameter's matrices, in the order of its batch axes: bool, (layers,)."""
+    """Refresh flags of the matrices of parameters of one kind: bool, (parameters · layers,)."""
 
     is_due: jax.Array
     is_first: jax.Array  # whether the basis is only a start
@@ -58,12 +58,6 @@ def _index_of(plan: LeafPlan, layer: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(index)
 
 
-def _layer_of(plan: LeafPlan, G: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
-    """One layer of a gradient, with axes in the order of the modes."""
-    kept = [a for a in range(G.ndim) if a not in plan.batch]
-    return _take(G, plan.batch, index).transpose([kept.index(a) for m in plan.modes for a in m])
-
-
 class Matrix(NamedTuple):
     """One matrix of a parameter, without batch axes: gradient, bases and basis-dependent state."""
 
@@ -77,8 +71,9 @@ def take_matrix(
 ) -> Matrix:
     """Matrix number ``layer``, int32, of a parameter."""
     index = _index_of(plan, layer)
-    tensor, leading = _layer_of(plan, G, index), range(len(index))
-    stored = jax.tree.map(lambda x: _take(x, leading, index), (basis, basis_states))
+    order = [plan.matrix_axes.index(a) for mode in plan.modes for a in mode]
+    tensor = _take(G, plan.batch, index).transpose(order)
+    stored = jax.tree.map(lambda x: _take(x, range(len(index)), index), (basis, basis_states))
     return Matrix(tensor, *stored)
 
 
@@ -109,13 +104,14 @@ def refresh_matrix(
     Returns:
       Bases and basis-dependent state as stored; unchanged for a zero or non-finite gradient.
     """
-
-    def renew(stored):
-        basis, basis_states = stored
-        return _refreshed(settings, plan, matrix.tensor, basis, basis_states, key, is_first)
-
-    stored = (matrix.basis, matrix.basis_states)
-    return jax.lax.cond(is_usable(matrix.tensor), renew, lambda stored: stored, stored)
+    tensor, basis, basis_states = matrix
+    return jax.lax.cond(
+        is_usable(tensor),
+        lambda basis, states: _refreshed(settings, plan, tensor, basis, states, key, is_first),
+        lambda *stored: stored,
+        basis,
+        basis_states,
+    )
 
 
 def _refreshed(settings, plan, tensor, basis, basis_states, key, is_first):

@@ -221,23 +221,15 @@ def _put_one(plan, stored, new, leaf, layer):
 def _refresh_resharded(settings, plans, schedule, place, gradients, bases, basis_states):
     """Refresh a group of parameters that are sharded over devices."""
     plan = plans[0]
-    is_due, is_first = (x.reshape(len(plans), -1) for x in _due(plan, schedule, place, bases))
+    is_due, is_first = _due(plan, schedule, place, bases)
+    started = ~is_first.reshape(len(plans), *plan.batch_shape)
     first = [
-        first_gradients(G, ~x.reshape(plan.batch_shape), batch=plan.batch)
-        for G, x in zip(gradients, is_first, strict=True)
+        first_gradients(G, x, batch=plan.batch) for G, x in zip(gradients, started, strict=True)
     ]
-    first = jnp.stack([replicated(x).reshape(-1) for x in first])
+    first = jnp.concatenate([replicated(x).reshape(-1) for x in first])
     due = Due(jnp.where(is_first, first, is_due), is_first)
-    keys = _keys(settings, plan, schedule, place).reshape(len(plans), -1)
-    found = refresh_group(
-        settings,
-        plans,
-        gradients,
-        bases,
-        basis_states,
-        due=[Due(*x) for x in zip(*due, strict=True)],
-        keys=list(keys),
-    )
+    keys = _keys(settings, plan, schedule, place)
+    found = refresh_group(settings, plans, gradients, bases, basis_states, due, keys)
     return zip(*found, strict=True)
 
 

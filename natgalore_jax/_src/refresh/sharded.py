@@ -77,8 +77,7 @@ def groups_of(
 def _names(plan: LeafPlan, G: jax.Array) -> Names:
     """Mesh axes over which G is sharded, mesh axes of its layers first."""
     of = names_of(G)
-    order = [*plan.batch, *(a for a in range(G.ndim) if a not in plan.batch)]
-    return tuple(name for a in order for name in of[a])
+    return tuple(name for a in (*plan.batch, *plan.matrix_axes) for name in of[a])
 
 
 def _devices(plan: LeafPlan, G: jax.Array) -> int:
@@ -102,30 +101,27 @@ def refresh_group(
     gradients: Sequence[jax.Array],
     bases: Sequence[StoredFactors],
     basis_states: Sequence[Any],
-    *,
-    due: Sequence[Due],
-    keys: Sequence[jax.Array],
+    due: Due,
+    matrix_keys: jax.Array,
 ) -> list[Found]:
     """Refresh the matrices of a group of :func:`groups_of` that are due.
 
     Args:
       settings: of the refresh.
       plans, gradients, bases, basis_states: as in ``refresh.refresh``, for the group.
-      due: for each parameter, which of its matrices are due.
-      keys: for each parameter, the keys of its matrices, for the random methods and the probes.
+      due: which matrices are due, (parameters · layers,).
+      matrix_keys: of all matrices in the same order, for the random methods and the probes.
 
     Returns:
       The new bases and basis-dependent states of each parameter, sharded as before.
     """
-    is_due, is_first = map(jnp.concatenate, zip(*due, strict=True))
-    matrix_keys = jnp.concatenate(keys)
 
     def reshard_and_refresh(stored):
         groups = [_Group(G, *x) for G, x in zip(gradients, stored, strict=True)]
-        return _refresh_by_layer(settings, plans, groups, is_due, matrix_keys, is_first)
+        return _refresh_by_layer(settings, plans, groups, due.is_due, matrix_keys, due.is_first)
 
     stored = list(zip(bases, basis_states, strict=True))
-    return jax.lax.cond(jnp.any(is_due), reshard_and_refresh, lambda stored: stored, stored)
+    return jax.lax.cond(jnp.any(due.is_due), reshard_and_refresh, lambda stored: stored, stored)
 
 
 def _refresh_by_layer(settings, plans, groups, is_due, matrix_keys, is_first):

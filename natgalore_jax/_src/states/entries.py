@@ -250,9 +250,9 @@ def entries_of(tree: Any, treedef: Any) -> list[Any]:
     numbers = treedef.unflatten(range(treedef.num_leaves))
 
     def below(x, part):
-        return jax.tree.map(lambda _: x, part) if _is_masked(x) else x
+        return jax.tree.map(lambda _: x, part) if is_masked(x) else x
 
-    for candidate in (lambda: tree, lambda: jax.tree.map(below, tree, numbers, is_leaf=_is_masked)):
+    for candidate in (lambda: tree, lambda: jax.tree.map(below, tree, numbers, is_leaf=is_masked)):
         try:
             return treedef.flatten_up_to(candidate())
         except ValueError:
@@ -316,5 +316,5 @@ def _is_codes(x: Any) -> bool:
     return isinstance(x, MomentCodes)
 
 
-def _is_masked(x: Any) -> bool:
+def is_masked(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode)

@@ -181,7 +181,7 @@ def check_inner_states(
 @functools.lru_cache(maxsize=64)
 def _states_of(inner: Any, treedef: Any, low_rank: Any, plans: Any) -> list[Any]:
     """Shapes of the states of the inner transformations."""
-    with open_subspace({plan.path: plan for plan in plans if plan}):
+    with open_subspace(plans):
         tree = treedef.unflatten(low_rank)
         return jax.eval_shape(lambda tree: [tx.init(tree) for tx in inner], tree)
 

@@ -200,7 +200,7 @@ def _constant_steps(every_k: Callable[[jax.Array], Any]) -> int:
     with jax.ensure_compile_time_eval():  # chain may be called inside jit
         step = jnp.zeros([], jnp.int32)
         schedule = jax.make_jaxpr(lambda t: jnp.asarray(every_k(t)))(step)
-        if sources_of_outputs(schedule, [1]) != [0]:
+        if sources_of_outputs(schedule.jaxpr, [1]) != [0]:
             raise ValueError(
                 "optax.MultiSteps inside a subspace needs a constant number of steps, got a "
                 "schedule that depends on the step: put optax.MultiSteps around the chain"

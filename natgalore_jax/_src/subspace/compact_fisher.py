@@ -29,7 +29,7 @@ from natgalore_jax._src.params.context import current_subspace
 from natgalore_jax._src.params.where import KeyPath
 from natgalore_jax._src.states.entries import Part, StateType, register_type
 from natgalore_jax._src.states.tree_checks import flatten_like
-from natgalore_jax._src.subspace.woodbury import DAMPING_MODES, DampingMode, Schedule
+from natgalore_jax._src.subspace.woodbury import DampingMode, Schedule
 
 STRUCTURES = ("diagonal", "full")
 
@@ -147,7 +147,7 @@ def compact_natural_gradient(
       ((2,), (2, 8))
     """
     check_decay("decay", decay)
-    check_choice("damping_mode", damping_mode, DAMPING_MODES)
+    check_choice("damping_mode", damping_mode, DampingMode)
     if not callable(damping):
         check_number("damping", damping, above=0.0)
     check_choice("structure", structure, STRUCTURES)

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgalore_jax._src.kernels.basis import METHODS, Method, start_basis
+from natgalore_jax._src.kernels.basis import Method, start_basis
 from natgalore_jax._src.kernels.kernel import own_arithmetic
 from natgalore_jax._src.kernels.linear_codes import coded_bits
 from natgalore_jax._src.kernels.projection import Factors
-from natgalore_jax._src.kernels.rotation import TRANSITIONS, Transition
+from natgalore_jax._src.kernels.rotation import Transition
 from natgalore_jax._src.params.axes import AxesLike
 from natgalore_jax._src.params.checks import (
     check_boolean,
@@ -21,7 +21,7 @@ from natgalore_jax._src.params.checks import (
     check_stored_dtype,
     check_unused,
 )
-from natgalore_jax._src.params.plan import SIDES, LeafPlan, PlanSettings, Side, check_rank
+from natgalore_jax._src.params.plan import LeafPlan, PlanSettings, Side, check_rank
 from natgalore_jax._src.params.where import Where, hidden_matrices
 from natgalore_jax._src.refresh.matrix import RefreshSettings
 from natgalore_jax._src.states.entries import Part, StateType, register_type
@@ -58,7 +58,7 @@ class LowRankProject(optax.GradientTransformationExtraArgs):
 
     @property
     def number_of_modes(self) -> int:
-        return 2 if isinstance(self.plan.rank, int) else len(self.plan.rank)
+        return len(self.plan.rank) if isinstance(self.plan.rank, tuple) else 2
 
 
 def low_rank_project(
@@ -155,9 +155,9 @@ def low_rank_project(
     """
     check_rank(rank)
     check_interval("update_interval", update_interval)
-    check_choice("side", side, SIDES)
-    check_choice("method", method, METHODS)
-    check_choice("transition", transition, TRANSITIONS)
+    check_choice("side", side, Side)
+    check_choice("method", method, Method)
+    check_choice("transition", transition, Transition)
     if stagger is not None:
         check_boolean("stagger", stagger)
     check_integer("seed", seed, minimum=0)

@@ -52,9 +52,10 @@ class Subspace:
         return len(self.inner) + 2
 
     def init(self, params: Any) -> list[Any]:
+        treedef = jax.tree.structure(params)
         plans, opened, low_leaves = self._start(params)
-        low_rank = jax.tree.structure(params).unflatten(low_leaves)
-        with open_subspace({plan.path: plan for plan in plans if plan}):
+        low_rank = treedef.unflatten(low_leaves)
+        with open_subspace(plans):
             inner = [tx.init(low_rank) for tx in self.inner]
         if self.accumulation == 1 and _holds(optax.MultiStepsState, inner):
             raise ValueError(
@@ -63,31 +64,19 @@ class Subspace:
             )
         if self.closer.residual is not None and _holds(optax.ApplyEvery, inner):
             raise ValueError(with_residual_error("optax.apply_every", self.closer.residual.rule))
-        treedef = jax.tree.structure(params)
         return [opened, *inner, init_back(self.closer, treedef, plans, low_leaves)]
 
     @own_arithmetic
     def _start(self, params):
         """Plans, initial state of the opener, and the leaves in low-rank coordinates."""
-        plans = plan_tree(self.opener.plan, params)
-        require_projection(self.opener.plan, plans, params)
-        leaves, treedef = jax.tree.flatten(params)
         bits = coded_bits(self.opener.basis_dtype)
         dtype = self.opener.basis_dtype if bits is None else jnp.float32
-        factors = [
-            start_factors(plan, dtype or leaf.dtype) if plan else ()
-            for plan, leaf in zip(plans, leaves, strict=True)
-        ]
+        plans, factors = _starts(self.opener.plan, params, dtype)
+        leaves, treedef = jax.tree.flatten(params)
         low_leaves = list(map(low_rank_leaf, plans, leaves, factors))
-        stored: list[StoredFactors] = list(factors)
-        if bits is not None:
-            stored = [
-                tuple(encode(P, bits, len(plan.batch)) for P in f) if plan else ()
-                for plan, f in zip(plans, factors, strict=True)
-            ]
         stored = [
-            _placed(plan, f, leaf) if plan else ()
-            for plan, f, leaf in zip(plans, stored, leaves, strict=True)
+            _stored(plan, bits, f, leaf) if plan else ()
+            for plan, f, leaf in zip(plans, factors, leaves, strict=True)
         ]
         opened = LowRankProjectState(
             jnp.zeros([], jnp.int32), self._basis_trees(treedef, plans, stored, bits is not None)
@@ -309,23 +298,33 @@ def init_low_rank(
 
     For optimizers with projections of their own; R is sharded as a product.
     """
-    plans = plan_tree(settings, params)
-    require_projection(settings, plans, params)
+    plans, factors = _starts(settings, params)
     leaves, treedef = jax.tree.flatten(params)
-    factors = [
-        start_factors(plan, leaf.dtype) if plan else ()
-        for plan, leaf in zip(plans, leaves, strict=True)
-    ]
     low = (low_rank_leaf(*x, project) for x in zip(plans, leaves, factors, strict=True))
-    with open_subspace({plan.path: plan for plan in plans if plan}):
+    with open_subspace(plans):
         return plans, factors, inner.init(treedef.unflatten(low))
 
 
-def _placed(plan: LeafPlan, factors: StoredFactors, leaf: Any) -> StoredFactors:
-    """Shard the bases of one parameter for storage."""
+def _starts(
+    settings: PlanSettings, params: Any, dtype: Any = None
+) -> tuple[list[LeafPlan | None], list[Factors]]:
+    """Plans of the parameters, and starts of the bases, by default in the parameters' dtypes."""
+    plans = plan_tree(settings, params)
+    require_projection(settings, plans, params)
+    return plans, [
+        start_factors(plan, dtype or leaf.dtype) if plan else ()
+        for plan, leaf in zip(plans, jax.tree.leaves(params), strict=True)
+    ]
+
+
+def _stored(plan: LeafPlan, bits: int | None, factors: Factors, leaf: Any) -> StoredFactors:
+    """The bases of one parameter as floats or codes, sharded for storage."""
+    stored: StoredFactors = factors
+    if bits is not None:
+        stored = tuple(encode(P, bits, len(plan.batch)) for P in factors)
     if isinstance(leaf, jax.ShapeDtypeStruct):
-        return factors
+        return stored
     return tuple(
         jax.tree.map(lambda x, mode=mode: place_factor(plan, mode, x, leaf, stored=True), P)
-        for mode, P in zip(plan.projected_modes, factors, strict=True)
+        for mode, P in zip(plan.projected_modes, stored, strict=True)
     )

@@ -1,7 +1,7 @@
 """Natural gradient from a history of gradients, as a transformation."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,6 @@ from natgalore_jax._src.subspace.gradient_history import History, empty_history,
 
 Schedule = Callable[[jax.Array], jax.Array]
 DampingMode = Literal["absolute", "relative"]
-DAMPING_MODES = get_args(DampingMode)
 
 
 class WoodburyState(NamedTuple):
@@ -110,7 +109,7 @@ def woodbury_natural_gradient(
       True
     """
     check_integer("history", history, minimum=1)
-    check_choice("damping_mode", damping_mode, DAMPING_MODES)
+    check_choice("damping_mode", damping_mode, DampingMode)
     is_relative = damping_mode == "relative"
     if not callable(damping):
         check_number("damping", damping, above=0.0)
