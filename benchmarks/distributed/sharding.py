@@ -137,7 +137,7 @@ def floors(tx: Any, shapes: Any, scheme: str, rank: int) -> tuple[float, float]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown, of docs/sharding.md."""
+    """Markdown."""
     lines = [
         "| divided | optimizer | GFLOP | / floor | MB sent | / floor | MB more for a round of "
         "refreshes | MB of arguments | MB temporary |",

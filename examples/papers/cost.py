@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 from collections.abc import Mapping
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from examples.llama.memory.step_memory import live_gradients, resident
@@ -48,15 +49,29 @@ def _memory(config: RunConfig) -> int:
 
 
 def table(experiments: Mapping[str, Experiment]) -> str:
-    """One row an experiment, in Markdown."""
-    head = ("experiment", "in the papers", "runs", "tokens", "GB", "result")
-    rows = [head, ("---",) * len(head)]
-    for name, experiment in experiments.items():
-        found = cost(name, experiment)
-        tokens = "" if found.tokens is None else _tokens(found.tokens)
-        memory = "" if found.memory is None else f"{found.memory / 1e9:.2f}"
-        rows.append((f"`{name}`", experiment.source, str(found.runs), tokens, memory, "not run"))
+    """Experiments under the tables of the papers, one row a method for all its sizes; Markdown."""
+    rows = [("experiment", "runs", "tokens", "GB"), ("---",) * 4]
+    for source, names in groupby(experiments, lambda name: experiments[name].source):
+        rows.append((f"**{source}**", "", "", ""))
+        methods: dict[str, list[str]] = {}
+        for name in names:
+            methods.setdefault(name.partition("/")[2], []).append(name)
+        for of_method in methods.values():
+            costs = [cost(name, experiments[name]) for name in of_method]
+            runs = ", ".join(dict.fromkeys(str(c.runs) for c in costs))
+            tokens = ", ".join(_tokens(c.tokens) for c in costs if c.tokens is not None)
+            memory = ", ".join(f"{c.memory / 1e9:.2f}" for c in costs if c.memory is not None)
+            rows.append((f"`{_joined(of_method)}`", runs, tokens, memory))
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _joined(names: list[str]) -> str:
+    """``corpus-size/method``; names that differ in their sizes as one, with braces."""
+    if len(names) == 1:
+        return names[0]
+    corpus, method = names[0].partition("-")[0], names[0].partition("/")[2]
+    sizes = [name.removeprefix(f"{corpus}-").partition("/")[0] for name in names]
+    return f"{corpus}-{{{','.join(sizes)}}}/{method}"
 
 
 def _tokens(count: int) -> str:

@@ -120,7 +120,7 @@ def natural_gradient(
     Because ``h_t`` is a column of H, one s × s solve and one product suffice, without cancellation:
     the two-term form ``(h_t − H(λI + HᵀH)⁻¹Hᵀh_t)/λ`` loses all digits in float32 once
     ``λmax(HᵀH)/λ`` is near 1e7. Nearly parallel columns make ``λI + HᵀH`` itself ill-conditioned;
-    docs/mathematics.md has the errors. The Gram matrix is updated by the row and column ``Hᵀh_t``,
+    docs/mathematics.md has a bound. The Gram matrix is updated by the row and column ``Hᵀh_t``,
     in O(k s) operations instead of O(k s²).
 
     Args:
