@@ -127,7 +127,9 @@ def scale_by_racs(
     @own_arithmetic
     def init_fn(params):
         plans = plan_tree(settings, params)
-        require_matrices(settings, plans, params, "matrix to be scaled by row and column")
+        require_matrices(
+            settings, plans, params, "where selects no matrix to be scaled by row and column"
+        )
         leaves, treedef = jax.tree.flatten(params)
         empty = [
             _empty(plan.unnamed, leaf, norm_growth_limit is not None) if plan else _NOTHING

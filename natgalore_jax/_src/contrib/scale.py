@@ -125,7 +125,7 @@ def scale_by_column_norms(
     @own_arithmetic
     def init_fn(params):
         plans, heads = plans_of(params)
-        require_matrices(settings, plans, params, "matrix to be normalised")
+        require_matrices(settings, plans, params, "where selects no matrix to be normalised")
         leaves, treedef = jax.tree.flatten(params)
         momenta = [
             jnp.zeros_like(x, dtype=mu_dtype) if is_head else optax.MaskedNode()

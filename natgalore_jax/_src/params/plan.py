@@ -156,13 +156,13 @@ def require_projection(settings: PlanSettings, plans: Sequence[LeafPlan | None],
         settings,
         plans,
         tree,
-        f"parameter to project at rank {settings.rank}. The default rule takes matrices with both "
-        "sides larger than the rank that are not embeddings or the output head",
+        f"where selects no parameter to project at rank {settings.rank}. The default rule takes "
+        "matrices with both sides larger than the rank that are not embeddings or the output head",
     )
 
 
 def require_matrices(
-    settings: PlanSettings, plans: Sequence[LeafPlan | None], tree: Any, wanted: str
+    settings: PlanSettings, plans: Sequence[LeafPlan | None], tree: Any, fault: str
 ) -> None:
     """Raise if no matrix is selected, a mistake in ``where`` or ``axes``."""
     if any(plan is not None for plan in plans):
@@ -180,7 +180,7 @@ def require_matrices(
         )
     shapes = [f"{KeyPath(p)} {jnp.shape(x)}" for p, x in named if 0 not in jnp.shape(x)]
     if shapes:
-        raise ValueError(f"where selects no {wanted}; received: {_some(shapes)}")
+        raise ValueError(f"{fault}; received: {_some(shapes)}")
 
 
 def _some(texts: Sequence[str]) -> str:
