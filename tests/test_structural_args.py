@@ -20,6 +20,7 @@ NUMERIC = {
         "compensation_scale",
         "norm_growth_limit",
         "residual_scale",
+        "limit",
     ),
 }
 FACTORIES = [
@@ -27,7 +28,9 @@ FACTORIES = [
     ng.woodbury_natural_gradient,
     ng.project_back,
     ng.natural_galore,
+    ng.clip_leading_singular_value,
     ng.natural_galore_adamw,
+    ng.lean_natural_galore_adamw,
     ng.galore_adamw,
     ng.contrib.scale_by_apollo,
     ng.contrib.apollo_adamw,
