@@ -24,7 +24,7 @@ class Point(NamedTuple):
 
     step: float
     loss: float
-    seconds: float  # in training steps, without compilation
+    seconds: float  # step times the row's step_seconds
 
 
 class Row(NamedTuple):
@@ -39,7 +39,8 @@ class Row(NamedTuple):
     validation: float  # mean final validation loss
     curve: tuple[Point, ...]  # mean validation curve
     state_bytes: int
-    step_seconds: float  # median of the runs' medians
+    # Median of the fastest run: other work on the machine slowed down the others.
+    step_seconds: float
     steps: int
     workers: tuple[int, ...]  # how many runs shared the machine
     # Steps until the reference's final loss, as a share of its steps: infinite if they were not
@@ -145,7 +146,8 @@ def _row(records: list[Json], reference: Row | None) -> Row:
             )
     diverged = sum(r["diverged"] for r in records)
     tests = [r["test_loss"] for r in records]
-    curve = () if diverged else _mean_curve(records)
+    step_seconds = min(r["step_seconds"] for r in records)
+    curve = () if diverged else _mean_curve(records, step_seconds)
     steps = records[0]["configuration"]["run"]["steps"]
     to_reference = None
     if reference is not None:
@@ -162,22 +164,20 @@ def _row(records: list[Json], reference: Row | None) -> Row:
         validation=nan if diverged else curve[-1].loss,
         curve=curve,
         state_bytes=records[0]["state_bytes"],
-        step_seconds=statistics.median(r["step_seconds"] for r in records),
+        step_seconds=step_seconds,
         steps=steps,
         workers=tuple(sorted({r["workers"] for r in records})),
         to_reference=to_reference,
     )
 
 
-def _mean_curve(records: list[Json]) -> tuple[Point, ...]:
-    curves = [
-        [(step, loss, s - r["first_step_seconds"]) for step, _, loss, s in r["validation"]]
-        for r in records
-    ]
-    return tuple(
-        Point(*(statistics.fmean(values) for values in zip(*points, strict=True)))
+def _mean_curve(records: list[Json], step_seconds: float) -> tuple[Point, ...]:
+    curves = [[(step, loss) for step, _, loss, _ in r["validation"]] for r in records]
+    means = [
+        [statistics.fmean(values) for values in zip(*points, strict=True)]
         for points in zip(*curves, strict=True)
-    )
+    ]
+    return tuple(Point(step, loss, step * step_seconds) for step, loss in means)
 
 
 def _size(group: Group) -> tuple[int, str, str]:
