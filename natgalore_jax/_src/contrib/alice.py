@@ -197,8 +197,7 @@ def scale_by_alice(
         for i, plan in enumerate(plans):
             if not plan:
                 continue
-            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), count), i)
-            keys = matrix_keys(plan, key)
+            keys = _keys(plan, seed, count, i)
             plan = plan.unnamed
             U = bases[i] = switched_basis(plan, switch, due, keys, G[i], bases[i], tracked[i])
             R, omega, new_mus[i], new_nus[i], tracked[i] = low_rank_step(
@@ -229,6 +228,13 @@ def _empty(plan, switch, has_limit, U, mu):
     tracked = of_matrices + jnp.zeros((r, r), jnp.float32) if switch.b3 > 0 else nothing
     norm = jnp.sum(zeros, tuple(range(len(plan.batch), zeros.ndim))) if has_limit else nothing
     return jnp.zeros_like(U), tracked, jnp.sum(zeros, phi_axes(plan).low), norm
+
+
+def _keys(plan, seed, count, leaf):
+    """A key of random numbers for each matrix of a leaf, at one step."""
+    return matrix_keys(
+        plan, jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), count), leaf)
+    )
 
 
 def alice_adamw(
