@@ -76,7 +76,7 @@ FACTORIES: Mapping[str, Callable[[], optax.GradientTransformation]] = {
         optax.linear_schedule(0.0, 0.01, 3), **_project
     ),
     "clip_leading_singular_value": lambda: optax.chain(
-        optax.scale_by_adam(), ng.clip_leading_singular_value(), optax.scale(-0.01)
+        ng.scale_by_adam_8bit(), ng.clip_leading_singular_value(), optax.scale(-0.01)
     ),
     "compact_natural_gradient": lambda: ng.chain(
         ng.low_rank_project(**_project, side="both"),
