@@ -1,4 +1,4 @@
-"""Parameters divided over eight simulated devices by any scheme: the numbers of one device."""
+"""Parameters sharded over eight simulated devices by any scheme, against one device."""
 
 import functools
 import math

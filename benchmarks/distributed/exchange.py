@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":  # Before jax is imported.
-    devices = "--xla_force_host_platform_device_count=8"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {devices}".strip()
+    from examples.llama.memory.xla_flags import add_flags
+
+    add_flags("--xla_force_host_platform_device_count=8")
     # Simulated devices wait for one another in the threads of one pool.
     os.environ.setdefault("NPROC", "32")
 

@@ -17,12 +17,12 @@ import tyro
 from benchmarks.memory import gpu_target
 
 if __name__ == "__main__":  # This process has no use for the device, and holds no memory of it.
-    from examples.llama.memory.xla_flags import prefer_memory
+    from examples.llama.memory.xla_flags import MEMORY_FLAGS, add_flags
 
     if "--compile-for-a100" in sys.argv:
         gpu_target.prepare()
     os.environ["JAX_PLATFORMS"] = "cpu"
-    prefer_memory()
+    add_flags(MEMORY_FLAGS)
 
 from benchmarks.common.child import call
 from benchmarks.common.environment import RESULTS, environment, write_results

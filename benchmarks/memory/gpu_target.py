@@ -8,6 +8,8 @@ import importlib.util
 import os
 from typing import TYPE_CHECKING
 
+from examples.llama.memory.xla_flags import add_flags
+
 if TYPE_CHECKING:  # jax is imported after `prepare`.
     import jax
 
@@ -48,7 +50,7 @@ def prepare() -> None:
     if importlib.util.find_spec("jax_plugins.xla_cuda12") is None:
         raise SystemExit("error: --compile-for-a100 needs jax-cuda12-plugin and jax-cuda12-pjrt")
     os.environ["JAX_PLATFORMS"] = "cpu"  # The plugin then does not look for a driver.
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
+    add_flags(FLAGS)
 
 
 def compile_for_a100(run: "AbstractRun") -> "jax.stages.Compiled":

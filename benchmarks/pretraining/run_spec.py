@@ -91,7 +91,7 @@ class Run(Common):
     seed: int = 1
     """Of the initial weights, the order of the text and random subspaces."""
     workers: int = 1
-    """How many runs share the machine; recorded with the times."""
+    """Runs at a time on the machine; recorded with the times."""
 
     @property
     def path(self) -> Path:

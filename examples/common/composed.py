@@ -37,6 +37,7 @@ def composed_adamw(
         own = [name for name in inspect.signature(factory).parameters if name in settings]
         return factory(*args, **{name: settings.pop(name) for name in own})
 
+    matrices = {name: settings[name] for name in ("where", "axes") if name in settings}
     opener, closer = part(ng.low_rank_project), part(ng.project_back)
     inside: tuple[Any, ...] = (adam,)
     if fisher == "stored":
@@ -45,7 +46,9 @@ def composed_adamw(
         inside = (part(ng.compact_natural_gradient, adam),)
     if settings:
         raise TypeError(f"no part takes {', '.join(settings)}")
-    clip = () if singular_limit is None else (ng.clip_leading_singular_value(singular_limit),)
+    clip: tuple[Any, ...] = ()
+    if singular_limit is not None:
+        clip = (ng.clip_leading_singular_value(singular_limit, **matrices),)
     return ng.chain(
         opener,
         *inside,

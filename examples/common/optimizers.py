@@ -18,7 +18,7 @@ _OF_ANY_OPTIMIZER = {"name", "learning_rate", "clip_norm", "unprojected_ratio", 
 
 
 class Entry(NamedTuple):
-    """What a name stands for: `factory(learning_rate, **arguments, **fixed)`."""
+    """An optimizer that has a name: `factory(learning_rate, **arguments, **fixed)`."""
 
     factory: Callable[..., optax.GradientTransformation]
     learning_rate: float  # Peak, where --learning-rate is not given; chosen at the nano size.
@@ -130,7 +130,7 @@ class OptimizerConfig:
     that the optimizer does not have is an error; only a rank is not looked at by adamw."""
 
     name: Annotated[OptimizerName, tyro.conf.arg(name="optimizer")] = "natural-galore"
-    """Which optimizer trains the model."""
+    """The optimizer that trains the model."""
     learning_rate: float | None = None
     """Peak learning rate; each optimizer has its own default, a hundredth of it where published
     weights are trained further."""
@@ -218,7 +218,7 @@ def default_unprojected_ratio(name: str) -> float | None:
 
 
 def decayed(params: Any) -> Any:
-    """Which leaves weight decay acts on: everything but norm scales."""
+    """The mask of weight decay: True for all leaves but norm scales."""
     return jax.tree.map_with_path(
         lambda path, _: "norm" not in jax.tree_util.keystr(path).lower(), params
     )

@@ -1,4 +1,4 @@
-"""What an experiment costs, from shapes alone, and the table of docs/papers.md."""
+"""Cost of an experiment, from shapes alone, and the table of docs/papers.md."""
 
 import dataclasses
 import importlib

@@ -60,8 +60,8 @@ def breakdown(
     what updates per layer recompute. As in the papers' figure, the working memory of the update is
     not counted; that of activations is an estimate, all else comes from shapes.
 
-    On a CPU the estimate depends on XLA's flags: call `xla_flags.prefer_memory` before jax is
-    imported for the numbers of `python -m examples.llama.plan`.
+    On a CPU the estimate depends on XLA's flags: call `add_flags(MEMORY_FLAGS)` of
+    xla_flags.py before jax is imported for the numbers of `python -m examples.llama.plan`.
     """
     bars = []
     for size in sizes:

@@ -1,4 +1,4 @@
-"""Settings of XLA that are read when jax starts."""
+"""Flags of XLA, which jax reads from the environment when it starts."""
 
 import os
 
@@ -10,6 +10,6 @@ MEMORY_FLAGS = (
 )
 
 
-def prefer_memory() -> None:
-    """Add ``MEMORY_FLAGS`` to the environment, before jax is imported."""
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {MEMORY_FLAGS}".strip()
+def add_flags(flags: str) -> None:
+    """Add flags to those of the environment; call it before jax is imported."""
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()

@@ -1,11 +1,11 @@
-"""Which settings fit into a device's memory: `python -m examples.llama.plan --help`."""
+"""Search for settings that fit into a device's memory: `python -m examples.llama.plan --help`."""
 
 import sys
 
 if __name__ == "__main__":
-    from examples.llama.memory.xla_flags import prefer_memory
+    from examples.llama.memory.xla_flags import MEMORY_FLAGS, add_flags
 
-    prefer_memory()
+    add_flags(MEMORY_FLAGS)
 
 from examples.llama.plan.planner import main
 

@@ -27,10 +27,8 @@ def clip_leading(plan: LeafPlan, U: jax.Array, limit: jax.typing.ArrayLike) -> j
     """
     rows, cols = plan.modes
     # Uniform numbers, not signs, whose sum may be zero: they would miss a column of ones.
-    s = (
-        dither((plan.mode_sizes[0], 1), 0, 0, STRIDES[0], first=0).astype(jnp.float32) / 2.0**31
-        - 1.0
-    )
+    bits = dither((plan.mode_sizes[0], 1), 0, 0, STRIDES[0], first=0)
+    s = bits.astype(jnp.float32) / 2.0**31 - 1.0
     s = s.reshape([plan.shape[a] if a in rows else 1 for a in range(U.ndim)])
     y = jnp.sum(s * U, rows, keepdims=True)
     x = jnp.sum(U * y, cols, keepdims=True)

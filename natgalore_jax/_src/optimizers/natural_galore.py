@@ -19,7 +19,7 @@ from natgalore_jax._src.params.where import Where, hidden_matrices, selected
 from natgalore_jax._src.subspace.chain import Composite, chain
 from natgalore_jax._src.subspace.compact_fisher import compact_natural_gradient
 from natgalore_jax._src.subspace.project import LowRankProject, low_rank_project
-from natgalore_jax._src.subspace.project_back import NORM_GROWTH_LIMIT, project_back
+from natgalore_jax._src.subspace.project_back import NORM_GROWTH_LIMIT, ProjectBack, project_back
 from natgalore_jax._src.subspace.woodbury import DampingMode, Schedule, woodbury_natural_gradient
 
 # scale, residual, norm_growth_limit, residual_scale
@@ -213,10 +213,10 @@ def natural_galore_adamw(
         opener,
         adam_with_bits(moment_bits, b1, b2, eps, nesterov=True),
         project_back(scale, residual, residual_scale=residual_scale),
-        clip_leading_singular_value(where=where, axes=axes),
-        _scale_unprojected(unprojected_ratio, where),
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
+        unprojected_ratio,
+        weight_decay,
+        mask,
+        learning_rate,
     )
 
 
@@ -294,19 +294,32 @@ def lean_natural_galore_adamw(
         opener,
         scale_by_adam_8bit(b1, b2, eps, nesterov=True, min_size=256, factored=None),
         project_back(1.0, "fisher"),
-        clip_leading_singular_value(where=where, axes=axes),
-        _scale_unprojected(unprojected_ratio, where),
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
+        unprojected_ratio,
+        weight_decay,
+        mask,
+        learning_rate,
     )
 
 
 def _adamw_in(
-    opener: LowRankProject, adam: optax.GradientTransformation, *closer_and_rest: Any
+    opener: LowRankProject,
+    adam: optax.GradientTransformation,
+    closer: ProjectBack,
+    unprojected_ratio: float,
+    weight_decay: float,
+    mask: Any,
+    learning_rate: optax.ScalarOrSchedule,
 ) -> optax.GradientTransformationExtraArgs:
-    """Cautious natural gradients of ``adam`` in the subspace that ``opener`` opens."""
-    natural = compact_natural_gradient(adam, modes=opener.number_of_modes, cautious=True)
-    return chain(opener, natural, *closer_and_rest)
+    """Natural GaLore with ``adam`` in the subspace between ``opener`` and ``closer``."""
+    return chain(
+        opener,
+        compact_natural_gradient(adam, modes=opener.number_of_modes, cautious=True),
+        closer,
+        clip_leading_singular_value(where=opener.plan.where, axes=opener.plan.axes),
+        _scale_unprojected(unprojected_ratio, opener.plan.where),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
 
 
 def _scale_unprojected(ratio: float, where: Where) -> optax.GradientTransformationExtraArgs:
