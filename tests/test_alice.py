@@ -32,7 +32,7 @@ def flip(x):
 
 def chosen(params, rank=RANK, leading=LEADING):
     """For each projected leaf what a switch would draw at every step."""
-    plans = plan_tree(PlanSettings(rank, "short", ng.hidden_matrices, None), params)
+    plans = plan_tree(PlanSettings(rank, ng.hidden_matrices, None), params)
     draws = {}
     for i, (name, plan) in enumerate(zip(sorted(params), plans, strict=True)):
         if plan:
@@ -86,7 +86,7 @@ def test_every_step_across_switches(b3, limit):
 
 
 def test_the_layers_of_a_stack_draw_for_themselves_and_at_random():
-    (plan,) = plan_tree(PlanSettings(2, "short", True, None), {"w": jnp.zeros((50, 6, 8))})
+    (plan,) = plan_tree(PlanSettings(2, True, None), {"w": jnp.zeros((50, 6, 8))})
     draws = {
         tuple(np.asarray(sampled(key, 20, 3)))
         for count in (0, 1)

@@ -28,7 +28,7 @@ GRADS = {
 
 def projections(params, rank, axes=None):
     """For each projected leaf its P (r, m) at every step, without batch axes."""
-    plans = plan_tree(PlanSettings(rank, "short", ng.hidden_matrices, axes), params)
+    plans = plan_tree(PlanSettings(rank, ng.hidden_matrices, axes), params)
     return {
         name: [
             np.asarray(random_projection(plan, SEED, t // INTERVAL, i, jnp.float32)).T
@@ -90,7 +90,7 @@ def test_mini_is_rank_one_by_tensor_with_its_scale():
 
 
 def test_projections_are_normal_with_variance_1_over_r_and_new_for_each_window_leaf_and_layer():
-    plans = plan_tree(PlanSettings(8, "short", True, None), {"w": jnp.zeros((2, 500, 600))})
+    plans = plan_tree(PlanSettings(8, True, None), {"w": jnp.zeros((2, 500, 600))})
     P, again, *others = (
         np.asarray(random_projection(plans[0], seed, window, leaf, jnp.float32))
         for seed, window, leaf in [(0, 0, 0), (0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]

@@ -49,7 +49,7 @@ def test_every_step(limit, factor):
 def test_the_scales_are_singular_vectors_of_the_squares():
     """As proposition 3 says, after many iterations; their product is the best of rank one."""
     G = GRADS["wide"][0].astype(np.float64)
-    (plan,) = plan_tree(PlanSettings(None, "short", True, None), {"w": jnp.zeros(G.shape)})
+    (plan,) = plan_tree(PlanSettings(None, True, None), {"w": jnp.zeros(G.shape)})
     q, s = (
         np.asarray(x, np.float64) for x in _racs.fixed_point(plan, jnp.asarray(G, jnp.float32), 50)
     )

@@ -15,7 +15,7 @@ twice as much for an all-reduce. Arrays are float32, in which CPUs compute.
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 if __name__ == "__main__":  # Before jax is imported.
     from examples.llama.memory.xla_flags import add_flags
@@ -39,16 +39,19 @@ OPTIMIZERS = {"natural_galore_adamw": ng.natural_galore_adamw, "galore_adamw": n
 
 
 def main(
-    preset: str = "350m", rank: int | None = None, output: Path = RESULTS / "sharding.json"
+    preset: Literal["60m", "350m", "7b"] = "350m",
+    rank: int | None = None,
+    output: Path = RESULTS / "sharding.json",
 ) -> dict[str, Any]:
     """Compile updates of sharded models and compare them with lower bounds.
 
     Args:
-      preset: of examples.llama.
+      preset: of examples.llama, with axes that eight devices divide.
       rank: by default that of the GaLore paper.
       output: where the results go.
     """
-    rank = rank or LLAMA_RANKS[preset]
+    if rank is None:
+        rank = LLAMA_RANKS[preset]
     rows = [row(preset, rank, scheme, name) for scheme in SCHEMES for name in OPTIMIZERS]
     targets = []
     for r in rows:

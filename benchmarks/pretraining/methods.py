@@ -254,6 +254,13 @@ def choose(text: str) -> Chosen:
     return Chosen(name, method, chosen)
 
 
+def place(text: str) -> tuple[int, str]:
+    """Where a method stands in tables: in the order of ``METHODS``, others last, by name."""
+    names = list(METHODS)
+    base = text.partition("@")[0]
+    return names.index(base) if base in names else len(names), text
+
+
 def own_ratio(text: str) -> float | None:
     """The ratio of the rates that is part of a method, None where both rates are tuned.
 

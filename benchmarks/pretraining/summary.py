@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from benchmarks.common.result_files import Json
-from benchmarks.pretraining.methods import METHODS
+from benchmarks.pretraining.methods import place
 from benchmarks.pretraining.presets import PRESETS
 from benchmarks.pretraining.tuning import Rates, rates_of
 from examples.common.errors import ConfigError
@@ -128,7 +128,10 @@ def _rows(records: list[Json], others: list[Json]) -> dict[tuple[str, Rates], Ro
         reference = best((_row(r, None) for r in _by_method(same).values()), REFERENCE)
     if reference is not None and reference.diverged:
         reference = None
-    return {key: _row(runs[key], reference) for key in sorted(runs, key=_order)}
+    return {
+        key: _row(runs[key], reference)
+        for key in sorted(runs, key=lambda key: (place(key[0]), key[1]))
+    }
 
 
 def _by_method(records: list[Json]) -> dict[tuple[str, Rates], list[Json]]:
@@ -185,14 +188,6 @@ def _size(group: Group) -> tuple[int, str, str]:
     preset, corpus = group
     names = list(PRESETS)
     return names.index(preset) if preset in names else len(names), preset, corpus
-
-
-def _order(key: tuple[str, Rates]) -> tuple[int, str, Rates]:
-    """The order of the table of methods; methods that are not in it come last."""
-    method, rates = key
-    names = list(METHODS)
-    base = method.partition("@")[0]
-    return names.index(base) if base in names else len(names), method, rates
 
 
 def _name(record: Json) -> str:

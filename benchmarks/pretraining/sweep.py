@@ -1,4 +1,4 @@
-"""Many runs: which are planned, which are done, and the others one after another."""
+"""Grids and searches of runs, continued where they were interrupted."""
 
 import itertools
 import statistics

@@ -4,7 +4,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
-from benchmarks.pretraining.methods import CHANGES, METHODS
+from benchmarks.pretraining.methods import CHANGES, METHODS, place
 from benchmarks.pretraining.summary import RECIPE, REFERENCE, Group, Row, best, separated
 from benchmarks.pretraining.tuning import Rates, Tuned
 
@@ -92,7 +92,7 @@ def verdicts(rows: Iterable[Row]) -> list[str]:
 def tuning(tuned: Mapping[str, Tuned]) -> str:
     """The tuned rates and their loss, how many runs found them, and all of these runs."""
     lines = []
-    for method in _ordered(tuned):
+    for method in sorted(tuned, key=place):
         found = tuned[method]
         cells = (
             f"{rates}: {'diverged' if loss is None else f'{loss:.3f}'}"
@@ -138,11 +138,6 @@ def _keys(rows: Iterable[Iterable[Row]], methods: Iterable[str]) -> list[tuple[s
     return [
         (method, pair) for method in methods for pair in sorted(rates.get(method, ())) or (None,)
     ]
-
-
-def _ordered(methods: Iterable[str]) -> list[str]:
-    names = list(METHODS)
-    return sorted(methods, key=lambda m: (names.index(m) if m in names else len(names), m))
 
 
 def _share(row: Row, reference: Row | None) -> str:

@@ -1,4 +1,4 @@
-"""The settings that a plan looks at, as arguments of the program."""
+"""Candidates for a plan, as arguments of the program."""
 
 import inspect
 import itertools

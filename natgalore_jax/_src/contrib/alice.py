@@ -158,7 +158,7 @@ def scale_by_alice(
             where_unused = "without a compensation (compensation_scale=0)"
             check_unused("norm_growth_limit", norm_growth_limit, 1.01, where_unused)
     check_integer("seed", seed, minimum=0)
-    settings = PlanSettings(int(rank), "short", where, axes)
+    settings = PlanSettings(int(rank), where, axes)
     adam: Any = optax.scale_by_adam(b1=ADAM_B1, b2=ADAM_B2, eps=eps)
     switch = Switch(None if leading is None else int(leading), float(b3))
     has_limit = norm_growth_limit is not None

@@ -102,7 +102,7 @@ def scale_by_apollo(
     if norm_growth_limit is not None:
         check_number("norm_growth_limit", norm_growth_limit, above=1.0)
     check_integer("seed", seed, minimum=0)
-    settings = PlanSettings(int(rank), "short", where, axes)
+    settings = PlanSettings(int(rank), where, axes)
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)
 
     @own_arithmetic

@@ -94,7 +94,7 @@ def scale_by_ldadam(
     check_integer("rank", rank, minimum=1)
     check_number("rho", rho)
     check_boolean("error_feedback", error_feedback)
-    settings = PlanSettings(int(rank), "short", where, axes)
+    settings = PlanSettings(int(rank), where, axes)
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)
 
     @own_arithmetic

@@ -121,7 +121,7 @@ def scale_by_racs(
     check_number("scale", scale)
     if norm_growth_limit is not None:
         check_number("norm_growth_limit", norm_growth_limit, above=1.0)
-    settings = PlanSettings(None, "short", where, axes)
+    settings = PlanSettings(None, where, axes)
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)
 
     @own_arithmetic

@@ -113,7 +113,7 @@ def scale_by_column_norms(
     check_number("eps", eps)
     check_number("vector_ratio", vector_ratio)
     head = output_heads if head is None else head
-    settings = PlanSettings(None, "short", all_matrices if where is None else where, axes)
+    settings = PlanSettings(None, all_matrices if where is None else where, axes)
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)
 
     def plans_of(tree):

@@ -146,7 +146,7 @@ def with_residual(
     phi = phi * jnp.expand_dims(direction, tuple(range(axes.batch_ndim, phi.ndim)))
 
     phi_low = jnp.expand_dims(phi, axes.low)
-    low = place_low_rank(plan, jnp.multiply(scale, N) - phi_low * R, G, stored=False)
+    low = place_low_rank(plan, jnp.multiply(scale, N) - phi_low * R, G)
     if has_explicit_sharding(G):
         phi = placed(phi, [names_of(G)[a] for a in axes.owners])
     U = project_back(plan, low, factors) + on_axes_of_gradient(axes, phi) * G

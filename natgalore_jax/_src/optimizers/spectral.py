@@ -60,7 +60,7 @@ def clip_leading_singular_value(
       3.2
     """
     check_number("limit", limit, above=0.0)
-    settings = PlanSettings(None, "short", where, axes)
+    settings = PlanSettings(None, where, axes)
 
     @own_arithmetic
     def update_fn(updates, state, params=None, **extra_args):

@@ -103,11 +103,11 @@ def low_rank_names(plan: LeafPlan, like: jax.Array, *, stored: bool) -> list[Nam
     return names
 
 
-def place_low_rank(plan: LeafPlan, R: jax.Array, like: jax.Array, *, stored: bool) -> jax.Array:
-    """Shard R for the parameter ``like``; no-op without explicit axes."""
+def place_low_rank(plan: LeafPlan, R: jax.Array, like: jax.Array) -> jax.Array:
+    """Shard R for products with the parameter ``like``; no-op without explicit axes."""
     if not has_explicit_sharding(like):
         return R
-    return placed(R, low_rank_names(plan, like, stored=stored))
+    return placed(R, low_rank_names(plan, like, stored=False))
 
 
 def place_factor(

@@ -104,9 +104,9 @@ class PlanSettings:
     """The arguments of ``low_rank_project`` that decide which parameters are projected and how."""
 
     rank: int | tuple[int, ...] | None  # None: matrices are planned but not projected
-    side: str
     where: Where
     axes: AxesLike
+    side: str = "short"
 
 
 def check_rank(rank: Any) -> None:

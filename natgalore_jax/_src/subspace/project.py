@@ -184,7 +184,7 @@ def low_rank_project(
     # Transformations are tuples of functions: with shared functions two of them would compare equal
     # and jax.jit would confuse them as static arguments. Each gets functions of its own.
     tx = LowRankProject(*(functools.partial(_outside_of_chain) for _ in range(2)))
-    tx.plan = PlanSettings(rank, side, where, axes)
+    tx.plan = PlanSettings(rank, where, axes, side)
     tx.refresh = RefreshSettings(
         int(update_interval), method, transition, stagger is not False, int(seed)
     )

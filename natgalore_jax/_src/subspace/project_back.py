@@ -231,7 +231,7 @@ def update_back(
 @kernel("plan")
 def _back(plan, scale, factors, N, G):
     """The update of one parameter without a residual, in the dtype of N."""
-    low = place_low_rank(plan, scale * N, G, stored=False)
+    low = place_low_rank(plan, scale * N, G)
     return back(plan, low, factors).astype(N.dtype)
 
 
