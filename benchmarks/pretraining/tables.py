@@ -221,12 +221,14 @@ def long_page(
                 parts.append("\n".join(f"- {line}" for line in lines))
     parts += ["## Curves", *(pictures[name] for name in ("steps", "time", "size"))]
     parts.append("## Learning rates")
+    compared = {row.method for rows in groups.values() for row in rows.values()}
     for preset, of_preset in tuned.items():
         parts.append(
             f"Tuning at {preset}: final validation loss, mean over corpora and seeds. The rate is "
-            "that of the hidden matrices, the ratio that of the other parameters' rate to it."
+            "that of the hidden matrices, the ratio that of the other parameters' rate to it. "
+            "`python -m benchmarks.pretraining show --suite tune` prints the other methods' too."
         )
-        parts.append(tuning(of_preset))
+        parts.append(tuning({m: found for m, found in of_preset.items() if m in compared}))
     parts += [text for name, text in pictures.items() if name.startswith("learning-rate")]
     return "\n\n".join(parts) + "\n"
 
