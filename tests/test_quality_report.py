@@ -168,11 +168,11 @@ def test_verdicts():
     ]
     rows = summarise(records)["nano", "sotu"].values()
     assert set(verdicts(rows)) == {
-        "-0.300 against AdamW: lower by more than the standard deviations",
-        "-0.100 against GaLore: the standard deviations overlap",
-        "+0.300 against Fira: higher by more than the standard deviations",
-        "Muon with AdamW diverged",
-        "+0.050 against Adafactor: one seed",
+        "lower by more than the standard deviations: AdamW -0.300",
+        "the standard deviations overlap: GaLore -0.100",
+        "higher by more than the standard deviations: Fira +0.300",
+        "diverged: Muon with AdamW",
+        "one seed: Adafactor +0.050",
     }
     by_name = {r.method: r for r in rows}
     assert separated(by_name["natural-galore"], by_name["adamw"])

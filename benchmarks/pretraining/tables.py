@@ -66,27 +66,27 @@ def course(rows: Iterable[Row], shares: Sequence[float] = COURSE) -> str:
 
 
 def verdicts(rows: Iterable[Row]) -> list[str]:
-    """The default against each other method of a group, in one line each."""
+    """The default against the other methods of a group, a line for each verdict."""
     rows = list(rows)
     ours = best(rows, RECIPE)
     if ours is None or ours.diverged:
         return []
-    lines = []
+    methods: dict[str, list[str]] = {}
     for other in rows:
         if other.method == RECIPE:
             continue
-        if other.diverged:
-            lines.append(f"{label(other.method)} diverged")
-            continue
         verdict = "the standard deviations overlap"
-        if separated(ours, other):
+        if other.diverged:
+            verdict = "diverged"
+        elif separated(ours, other):
             verdict = "lower by more than the standard deviations"
         elif separated(other, ours):
             verdict = "higher by more than the standard deviations"
         elif None in (ours.test_std, other.test_std):
             verdict = "one seed"
-        lines.append(f"{ours.test - other.test:+.3f} against {label(other.method)}: {verdict}")
-    return lines
+        difference = "" if other.diverged else f" {ours.test - other.test:+.3f}"
+        methods.setdefault(verdict, []).append(f"{label(other.method)}{difference}")
+    return [f"{verdict}: {'; '.join(others)}" for verdict, others in methods.items()]
 
 
 def tuning(tuned: Mapping[str, Tuned]) -> str:
@@ -217,7 +217,7 @@ def long_page(
             lines = verdicts(rows)
             if lines:
                 ours = label(RECIPE)
-                parts.append(f"Test loss of {ours} on {corpus}, mean over seeds:")
+                parts.append(f"Test loss of {ours} on {corpus} minus that of others, mean over seeds:")
                 parts.append("\n".join(f"- {line}" for line in lines))
     parts += ["## Curves", *(pictures[name] for name in ("steps", "time", "size"))]
     parts.append("## Learning rates")
