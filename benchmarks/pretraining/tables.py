@@ -216,8 +216,9 @@ def long_page(
             parts.append(course(rows))
             lines = verdicts(rows)
             if lines:
-                ours = label(RECIPE)
-                parts.append(f"Test loss of {ours} on {corpus} minus that of others, mean over seeds:")
+                parts.append(
+                    f"Test loss of {label(RECIPE)} minus that of others on {corpus}, means:"
+                )
                 parts.append("\n".join(f"- {line}" for line in lines))
     parts += ["## Curves", *(pictures[name] for name in ("steps", "time", "size"))]
     parts.append("## Learning rates")

@@ -31,8 +31,17 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, *, keep: int = 2, keep_best: int = 0):
-        """Keeps the last `keep`, and the `keep_best` of the lowest loss that `save` was told."""
+        """Keeps the last `keep`, and the `keep_best` of the lowest loss that `save` was told.
+
+        Raises:
+          ConfigError: if checkpoints in this directory could not be read.
+        """
         self._directory = directory.absolute()
+        if "[" in str(self._directory):  # Orbax takes it for a pattern, and merges nothing.
+            raise ConfigError(
+                f"{self._directory}: Orbax writes no readable checkpoints below a directory with "
+                "[ in its name: pass another --name or --root"
+            )
         policies = ocp.checkpoint_managers
         options = ocp.CheckpointManagerOptions(
             create=True,

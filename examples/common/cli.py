@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import os
+import signal
 import sys
 import typing
 import warnings
@@ -11,6 +13,7 @@ from typing import Any, TypeVar
 
 import tyro
 import yaml
+from rich.console import Console
 
 from examples.common.config import plain
 from examples.common.errors import USER_ERRORS, ConfigError
@@ -52,8 +55,10 @@ def expand(argv: Sequence[str] | None, shorthands: Mapping[str, Sequence[str]]) 
       ConfigError: if the file cannot be read, or holds anything else than options.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", type=Path, action="append", default=[])
+    parser.add_argument("--config", type=Path, nargs="?", action="append", default=[])
     given, words = parser.parse_known_args(argv)
+    if None in given.config:
+        raise ConfigError("--config needs a file of options")
     words = [word for path in given.config for word in _from_file(path)] + words
     return [new for word in words for new in shorthands.get(word, [word])]
 
@@ -105,11 +110,26 @@ _, _WITHOUT_PREFIX = typing.get_args(tyro.conf.OmitArgPrefixes[int])
 
 
 def peek(argv: Sequence[str] | None, **defaults: str) -> argparse.Namespace:
-    """Options that decide the defaults of all others, such as a preset."""
+    """Options that decide the defaults of all others, such as a preset.
+
+    One without a value is left to tyro, which explains what is missing.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name, default in defaults.items():
-        parser.add_argument(f"--{name}", default=default)
+        parser.add_argument(f"--{name}", nargs="?", default=default, const=default)
     return parser.parse_known_args(argv)[0]
+
+
+def terminal() -> Console:
+    """Where a program prints: names of files and texts of models are no markup."""
+    return Console(markup=False)
+
+
+def _message(error: Exception) -> str:
+    """What the user can correct; of an error of the operating system the file comes first."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 _WITH_PLACE = warnings.formatwarning
@@ -130,8 +150,11 @@ def exit_code(
         with warnings.catch_warnings():
             warnings.formatwarning = _format_warning
             return program()
+    except BrokenPipeError:  # The reader of stdout has enough, such as head.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
     except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_message(error)}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from examples.common.errors import ConfigError
+
 Json = dict[str, Any]
 
 
@@ -14,6 +16,12 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(inner) for inner in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def check_apart(run_dir: Path, option: str, source: str) -> None:
+    """Raise a ConfigError if --overwrite would delete the weights that an option names."""
+    if Path(source).expanduser().resolve().is_relative_to(run_dir.resolve()):
+        raise ConfigError(f"--overwrite would delete {option} {source}: pass another --name")
 
 
 def write_json(path: Path, value: Json) -> None:

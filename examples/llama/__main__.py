@@ -54,13 +54,16 @@ Pre-train a LLaMA on text. What most runs need:
 
 Ctrl-C or SIGTERM saves and stops; --resume goes on from there.
 """
-SHORTHANDS = {"--bf16": ("--model.dtype", "bfloat16")}
+SHORTHANDS = {
+    "--bf16": ("--model.dtype", "bfloat16"),
+    "--no-bf16": ("--model.dtype", "float32"),  # `bf16: false` of a file of options.
+}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program and return its exit code."""
     try:
-        return cli.exit_code(lambda: run(parse(argv), Console()), abort_peers)
+        return cli.exit_code(lambda: run(parse(argv), cli.terminal()), abort_peers)
     except Exception:
         # Such as what the sum of a gradient raises when another process has died.
         if several_processes():
@@ -76,7 +79,8 @@ def parse(argv: list[str] | None) -> RunConfig:
     # An unknown name is left to tyro, which lists the known ones.
     default = run_preset(preset if preset in MODEL_PRESETS else "nano")
     config = cli.parse(RunConfig, "examples.llama", argv, default, brief=BRIEF)
-    if config.model.vocab_size != default.model.vocab_size:
+    # The config.yaml of a run from trained weights has the vocabulary of these.
+    if config.init_from is None and config.model.vocab_size != default.model.vocab_size:
         raise ConfigError("the model's vocabulary follows the tokenizer's: use --vocab-size")
     return config
 

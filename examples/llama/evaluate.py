@@ -46,6 +46,10 @@ class EvaluateConfig:
     """The whole text, or a part that a run on the same --data holds out."""
     split_seed: int | None = None
     """Which documents are held out; by default as in the run."""
+    text_column: str | None = None
+    """The field or column with the text; by default as in the run, otherwise "text"."""
+    skip_bad_lines: bool = False
+    """Leave out damaged lines, as the run did if it did."""
     rows: Literal["packed", "documents"] | None = None
     """Full rows, or a document each, whose end beyond --seq-len is not evaluated; by default as in
     the run, otherwise packed."""
@@ -144,8 +148,10 @@ def _settings(config: EvaluateConfig) -> tuple[DataConfig, int | None]:
         names = {field.name for field in fields(DataConfig)} - {"data", "tokenizer", "cache_dir"}
         data = replace(data, **{k: v for k, v in of_run.get("data", {}).items() if k in names})
         seq_len = of_run.get("seq_len") if seq_len is None else seq_len
-    split_seed = data.split_seed if config.split_seed is None else config.split_seed
-    return replace(data, split_seed=split_seed, rows=config.rows or data.rows), seq_len
+    options = {name: getattr(config, name) for name in ("split_seed", "text_column", "rows")}
+    given = {name: value for name, value in options.items() if value is not None}
+    skip = config.skip_bad_lines or data.skip_bad_lines
+    return replace(data, skip_bad_lines=skip, **given), seq_len
 
 
 if __name__ == "__main__":

@@ -72,7 +72,10 @@ def resume_point(
         raise ConfigError(f"{run_dir} has done {step} steps, got steps={config.steps}")
     if resume:
         changed = adjustments(checkpoints.config(), identity) if done else []
-        reporter.note(", ".join([f"resuming after step {step}", *changed]))
+        if checkpoints.latest() is None:
+            reporter.note(f"{run_dir} has no checkpoint yet: starting at the first step")
+        else:
+            reporter.note(", ".join([f"resuming after step {step}", *changed]))
     return done
 
 

@@ -29,7 +29,8 @@ class SampleConfig:
     """The directory of a run or of an export, a directory in the Hugging Face layout, a GGUF file,
     a name on the hub, or smollm2-135m-instruct."""
     prompt: str = ""
-    """The text to continue; by default the beginning of a document."""
+    """The text to continue, by default the beginning of a document; of a text that leaves no room
+    for --tokens, the end."""
     samples: int = 1
     """Continuations, one after the other."""
     tokens: int = 100

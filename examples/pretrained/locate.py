@@ -34,6 +34,8 @@ def locate_model(name: str, files: Sequence[str]) -> Path:
         or name.startswith((".", "~"))
         or path.suffix == GGUF
     ):
+        if path.is_file():
+            raise WeightsError(f"{name}: expected a directory or a file *{GGUF}")
         what = "file" if path.suffix == GGUF else "directory"
         raise WeightsError(f"{name}: no such {what}")
     try:

@@ -87,6 +87,7 @@ def test_bfcl():
 _TINYAGENT_BAD = [
     (lambda d: d["7c1f0d4e-2"].pop("input"), 'expected an object with a string "input"'),
     (lambda d: d["7c1f0d4e-2"].update(input=" "), "the query is empty"),
+    (lambda d: d["7c1f0d4e-2"].update(input="\ud83d"), "the query holds half a surrogate pair"),
     (lambda d: d["7c1f0d4e-2"].update(output=[]), 'no output of type "plan"'),
     (lambda d: _steps(d)[0].update(tool_name="fly"), "call 1: unknown tool fly"),
     (lambda d: _steps(d)[0].pop("tool_name"), ', call 1: expected an object with a string "tool_n'),
@@ -209,7 +210,9 @@ def test_bad_bfcl_record_is_named(tmp_path, which, spoil, message):
     [
         (None, "No such file"),
         (b" \n", "the file is empty"),
-        (b'{"a": \xff}', "invalid UTF-8 at byte 6"),
+        (b'{"a": \xff}', "invalid UTF-8 at byte 6: Latin-1 or another encoding"),
+        ('{"a": 1}'.encode("utf-16"), "UTF-16, expected UTF-8"),
+        (b'{"a": \0}', "1 NUL byte(s), the first at byte 6"),
         (b'{"a": ', "malformed JSON (Expecting value: line 1 column 7"),
         (b"[" * 100_000, "malformed JSON"),
         (b"9" * 5000, "malformed JSON"),

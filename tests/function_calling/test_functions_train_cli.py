@@ -67,6 +67,8 @@ def test_it_has_a_pulse(command, directory, tmp_path, capsys, monkeypatch):
     # The model that was written can be trained further.
     again = ["--model", str(run / "lora" / "model"), "--name", "again", "--epochs", "1", "--quiet"]
     assert main([*arguments, *again, "--methods", "lora"]) == 0
+    assert main([*arguments, *again[:2], "--overwrite"]) == 1
+    assert "--overwrite would delete --model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

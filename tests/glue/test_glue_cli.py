@@ -74,6 +74,10 @@ def test_it_has_a_pulse(arguments, tmp_path, capsys, monkeypatch):
     again = ["--model", str(run / "adamw" / "model"), "--name", "again", "--epochs", "1"]
     assert main([*arguments, *again, "--methods", "adamw", "--quiet", "--no-save-model"]) == 0
     assert not (tmp_path / "runs" / "again" / "adamw" / "model").exists()
+    capsys.readouterr()
+    assert main([*arguments, *again[:2], "--overwrite", "--quiet"]) == 1
+    assert_one_line(capsys, "--overwrite would delete --model")
+    assert (run / "adamw" / "model").is_dir()
 
 
 def test_a_sweep_goes_on_and_predicts(arguments, tmp_path, capsys, monkeypatch):
@@ -141,6 +145,7 @@ def test_the_best_rate_of_a_sweep():
         (["--methods", "adamw", "adamw"], "methods must name each method once"),
         (["--resume", "--overwrite"], "--overwrite"),
         (["--root", "/dev/null"], "/dev/null"),
+        (["--name", "a[1]"], "a[1]/adamw/checkpoints: Orbax writes no readable checkpoints"),
         (["--warmup", "2"], "warmup is a share"),
     ],
 )

@@ -135,7 +135,18 @@ def test_own_rows_name_their_classes(tmp_path):
         ("sst2", "sentence\tlabel\n", r"the train split has no rows"),
         ("sst2", "sentence\tlabel\n\xe9\t1", r"line 2: invalid UTF-8 at byte 0"),
         ("stsb", "sentence1\tsentence2\tscore\na\tb\t6", r"line 2: the label '6' is no number fr"),
-        ("own", "sentence1\tlabel\na\tx\nb\tx", r"two classes are needed, .* 'x'"),
+        ("own", "sentence1\tlabel\na\tx\nb\tx", r"train.tsv: two classes are needed, .* 'x'"),
+        ("own", "", r"train.tsv: the file is empty"),
+        ("own", "sentence1\tlabel\na\tx\nb\t", r'train.tsv: line 3: no "label"'),
+        ("own", "sentence1\tlabel\na\tb\tx\nb\ty", r"train.tsv: line 2: 3 columns, expected 2"),
+        ("own", "label\tsentence1\tlabel\n1\ta\tx", r"line 1: the column label is there twice"),
+        (
+            "own",
+            "sentence1\tlabel\na\0\tx",
+            r"line 2: 1 NUL byte\(s\), the first at byte 1 of the l",
+        ),
+        ("own", "\xff\xfes\0", r"train.tsv: UTF-16, expected UTF-8: iconv -f UTF-16"),
+        ("own", "sentence1,label\r" + 99 * "a,x\r", r"got sentence1,label( a,x){16} \.\.\.$"),
     ],
 )
 def test_errors_name_file_and_line(tmp_path, task, train, message):
@@ -153,6 +164,14 @@ def test_errors_name_file_and_line(tmp_path, task, train, message):
         ("[]", r"line 2: expected an object"),
         ('{"sentence1": 3, "label": 0}', r'line 2: expected a string "sentence1"'),
         ('{"sentence1": "a"}', r'line 2: no "label"'),
+        ('{"sentence1": "a", "label": " "}', r'line 2: no "label"'),
+        ('{"sentence1": "a", "label": ["x"]}', r'line 2: "label" must be a number or a line of te'),
+        (
+            '{"sentence1": "a", "label": "x\\ty"}',
+            r'line 2: "label" must be a number or a line of te',
+        ),
+        ('{"sentence1": "\\ud83d", "label": 0}', r'line 2: "sentence1" holds half a surrogate pa'),
+        ('{"sentence1": "a\\u0000", "label": 0}', r'line 2: "sentence1" holds 1 NUL character'),
         ('{"sentence1": "a", "sentence2": "b", "label": 0}', r"line 2: one sentence and two"),
     ],
 )

@@ -1,6 +1,7 @@
 """Commands on a finished run: the lines that the program ends with, and runs that start from it."""
 
 import contextlib
+import dataclasses
 import importlib
 import io
 import json
@@ -114,8 +115,18 @@ def test_a_run_on_documents_is_evaluated_on_documents(places, tmp_path):
     packed = evaluate(EvaluateConfig(str(run), (str(text),), "test", rows="packed"))
     assert packed["tokens"] > found["tokens"]
     # An export has no settings of a run, but the command line has.
-    with pytest.raises(DataError, match="text"):
-        evaluate(EvaluateConfig(str(run / "export"), (str(text),), "test"))
+    export = EvaluateConfig(str(run / "export"), (str(text),), "test")
+    with pytest.raises(DataError, match='string "text"; --text-column names it'):
+        evaluate(export)
+    text.write_text(lines + '{"note": "\\u0000"}\n')
+    named = dataclasses.replace(
+        export, text_column="note", rows="documents", split_seed=3, seq_len=9
+    )
+    with pytest.raises(DataError, match=r"1 NUL character.*: --skip-bad-lines leaves out"):
+        evaluate(named)
+    with pytest.warns(UserWarning, match="1 bad line"):
+        found = evaluate(dataclasses.replace(named, skip_bad_lines=True))
+    assert found["loss"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_export_command(finished, capsys):
@@ -133,6 +144,11 @@ def test_as_programs(finished):
     done = subprocess.run(line, shell=True, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("-we the")
+    # A reader that has enough is no error.
+    head = subprocess.run(
+        f"{line} --samples=99 | head -c 3", shell=True, cwd=ROOT, capture_output=True, text=True
+    )
+    assert head.stdout == "---" and "rror" not in head.stderr
     devices, *waiting = done.stderr.splitlines()
     assert devices.startswith("devices: ")
     assert all(line.endswith(" s so far") for line in waiting)
@@ -150,6 +166,8 @@ def test_a_run_starts_from_a_run(finished, places, where):
         np.testing.assert_array_equal(a, b)
     tokenizers = [(path / "tokenizer.json").read_text() for path in (run, source)]
     assert tokenizers[0] == tokenizers[1]
+    # Its file of options repeats it.
+    assert main(["--config", str(run / "config.yaml"), "--resume"]) == 0
 
 
 def leaves(path):
@@ -163,11 +181,14 @@ def test_errors_are_one_line(finished, places, capsys):
     for program, words, message in (
         (main, again, "--overwrite would delete --init-from"),
         (sample, [run, "--top-p=2"], "top_p must be above 0"),
+        (sample, [run, "--temperature=inf"], "temperature must be a finite number from 0 on"),
+        (sample, [f"{run}/config.json"], "config.json: expected a directory or a file *.gguf"),
+        (sample, [f"{run}/checkpoints"], "checkpoints: neither a run, which has checkpoints or"),
         (sample, [run, "--step=7"], "no checkpoint of step 7; there are those of 2"),
         (sample, [run, "--samples=0"], "--samples and --tokens must be at least 1"),
         (command(finished, "evaluate")[0], [run, "--data=no.txt"], "no.txt: no such file"),
         (command(finished, "evaluate")[0], [run, places[0], "--seq-len=999"], "max_length=128"),
-        (command(finished, "export")[0], [str(ROOT)], "config.json: No such file"),
+        (command(finished, "export")[0], [str(ROOT)], "neither a run"),
     ):
         capsys.readouterr()
         assert program(words) == 1

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from command_lines import assert_one_line
 
+from examples.common import cli
 from examples.common.checkpoints import Checkpoints
 from examples.common.cli import options_text
 from examples.common.metrics import of_kind, read_metrics
@@ -136,6 +137,7 @@ def test_resume_and_overwrite(arguments, tmp_path, capsys):
         (["--model.vocab-size", "99"], "--vocab-size"),
         (["--resume", "--overwrite"], "--overwrite"),
         (["--root", "/dev/null"], "/dev/null"),
+        (["--name", "a[1]"], "a[1]/checkpoints: Orbax writes no readable checkpoints"),
         (["--steps", "0"], "steps must be at least 1"),
         (["--learning-rate", "1e30", "--optimizer", "adamw", "--steps", "9"], "not finite"),
     ],
@@ -151,6 +153,7 @@ def test_errors_are_one_line(arguments, capsys, more, message):
         (["--optimiser", "adamw"], "--optimizer"),
         (["--optimizer", "adam"], "adamw"),
         (["--rank", "many"], "many"),
+        (["--preset"], "Missing value for argument '--preset'"),
         (["--model.heads", "3"], "is not a multiple of heads=3"),
     ],
 )
@@ -232,13 +235,26 @@ def test_a_file_of_some_options(tmp_path):
     assert config == parse(["--preset", "60m", "--bf16", "--learning-rate", "5e-3", "--steps", "3"])
 
 
+def test_a_file_undoes_a_shorthand(tmp_path):
+    file = tmp_path / "options.yaml"
+    file.write_text("bf16: false\n")
+    for program in (llama, planner):
+        assert program.parse(["--bf16", "--no-bf16"]) == program.parse([])
+        assert program.parse(["--config", str(file)]) == program.parse([])
+
+
+def test_names_are_no_markup(capsys):
+    cli.terminal().print("runs/a[/red]b [bold]c", highlight=False)
+    assert capsys.readouterr().out == "runs/a[/red]b [bold]c\n"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("model: {layers: 3}", "expected a line for each option, such as `model.layers: 4`"),
         ("- steps", "expected a line for each option"),
         ("steps: [", "not YAML"),
-        (None, "No such file"),
+        (None, "options.yaml: No such file"),
     ],
 )
 def test_a_bad_file_of_options_is_an_error_of_one_line(tmp_path, capsys, text, message):
@@ -247,6 +263,8 @@ def test_a_bad_file_of_options_is_an_error_of_one_line(tmp_path, capsys, text, m
         file.write_text(text)
     assert main(["--config", str(file)]) == 1
     assert_one_line(capsys, message)
+    assert main(["--config"]) == 1
+    assert_one_line(capsys, "--config needs a file of options")
 
 
 def test_warnings_about_files_are_one_line():

@@ -54,8 +54,9 @@ def assert_same(a, b):
 @pytest.mark.parametrize("changes", [{}, {"adapter": RELORA}])
 def test_an_extended_run_is_the_longer_run(tmp_path, changes):
     """At a constant rate, bit for bit. The merge that the end of the first run left out is done."""
-    assert run(config(4, **changes), tmp_path).finished
     notes = Notes()
+    assert run(config(4, resume=True, **changes), tmp_path, reporter=notes).finished
+    assert f"{tmp_path} has no checkpoint yet: starting at the first step" in notes.notes
     longer = run(config(7, resume=True, **changes), tmp_path, reporter=notes)
     assert longer.finished and longer.steps == 7
     assert "resuming after step 4, steps: 4 -> 7" in notes.notes

@@ -5,6 +5,7 @@ import shlex
 
 import matplotlib.image
 import pytest
+import tiny_weights as tiny
 
 from examples.common.errors import ConfigError
 from examples.llama.__main__ import parse
@@ -12,8 +13,9 @@ from examples.llama.memory.figure import METHODS, breakdown, draw
 from examples.llama.memory.sizes import format_bytes, parse_bytes
 from examples.llama.memory.step_memory import StepMemory
 from examples.llama.plan import planner
-from examples.llama.plan.candidates import PlanConfig, candidates
+from examples.llama.plan.candidates import STEPS, PlanConfig, candidates, free_batches
 from examples.llama.plan.planner import Row, main, search
+from examples.llama.weights.files import open_weights
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -40,7 +42,7 @@ def test_sizes(text, size):
 
 @pytest.mark.parametrize("text", ["", "GB", "24 G", "-1GB", "0GB", "24GBs", "nan"])
 def test_sizes_that_are_none(text):
-    with pytest.raises(ValueError, match="a size is a number and one of kB, MB, GB"):
+    with pytest.raises(ValueError, match="a size is a number above 0 and one of kB, MB, GB"):
         parse_bytes(text)
 
 
@@ -172,6 +174,32 @@ def test_options_of_the_program_hold_for_all_settings():
     assert all(full.arguments.count(x) == 1 for x in ("--per-layer", "--rank", "--batch-size"))
 
 
+def test_options_of_a_file_hold_too(tmp_path):
+    file = tmp_path / "a plan.yaml"
+    file.write_text("optimizer: adamw\nbatch-size: 8\naccumulate: 3\n")
+    given = [*SMALL, "--config", str(file)]
+    (group,) = candidates(PlanConfig(), given)
+    assert [(c.optimizer, c.config.batch_size, c.config.accumulate) for c in group] == [
+        ("adamw", 8, 3)
+    ] * len(STEPS)
+    assert not free_batches(PlanConfig(), given)
+    assert parse(shlex.split(group[0].command)[3:]) == parse(list(group[0].arguments))
+
+
+def test_the_model_is_that_of_the_weights(tmp_path):
+    weights = tiny.write_directory(tmp_path / "model")
+    given = ["--init-from", str(weights), "--optimizer", "adamw", "--seq-len", "8"]
+    (group,) = candidates(PlanConfig(), given)
+    model, expected = group[0].config.model, open_weights(str(weights)).config
+    assert (model.hidden, model.layers, model.vocab_size) == (
+        expected.hidden,
+        expected.layers,
+        expected.vocab_size,
+    )
+    with pytest.raises(ConfigError, match=r"model\.layers=9, and the weights have"):
+        list(candidates(PlanConfig(), [*given, "--model.layers", "9"]))
+
+
 def test_steps_that_an_option_rules_out_are_left_out():
     spec = "galore@moment_bits=8,weight_bits=8"
     (group,) = candidates(PlanConfig(optimizers=(spec,), ranks=(4, 4)), SMALL)
@@ -187,6 +215,8 @@ def test_steps_that_an_option_rules_out_are_left_out():
         (["--device-memory", "1GB", "--reserve", "2GB"], "--reserve 2GB is all of 1.00 GB"),
         ([], "there is no accelerator here: say --device-memory"),
         (["--device-memory", "1GB", "--optimizers", "sgd"], "no optimizer is called 'sgd'"),
+        (["--device-memory", "1GB", "--batch-sizes", "0"], "batch_sizes must be at least 1, got 0"),
+        (["--device-memory", "1GB", "--ranks", "4", "-1"], "ranks must be at least 1, got 4 -1"),
         (["--device-memory", "1GB", "--offload", "state"], "no --offload state"),
         (["--device-memory", "1GB", "--optimizers", "galore@x"], "NAME or NAME@OPTION=VALUE"),
     ],

@@ -46,7 +46,7 @@ Ctrl-C or SIGTERM saves and stops; --resume goes on from there.
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program and return its exit code."""
-    return cli.exit_code(lambda: run(parse(argv), Console()))
+    return cli.exit_code(lambda: run(parse(argv), cli.terminal()))
 
 
 def parse(argv: list[str] | None) -> RunConfig:

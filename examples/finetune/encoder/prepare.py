@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from examples.common.config import check_apart
 from examples.common.errors import ConfigError
 from examples.finetune.encoder.data import TASKS, Row, Rows, Task, read_predicted, read_rows
 from examples.finetune.encoder.data.batches import Layout
@@ -64,6 +65,8 @@ def prepare(config: RunConfig) -> Prepared:
     Raises:
       ConfigError, DataError, WeightsError: for what cannot be used.
     """
+    if config.output.overwrite:
+        check_apart(config.run_dir, "--model", config.model)
     task = TASKS[config.task]
     rows = read_rows(task, config.data)
     predicted = read_predicted(task, config.data, rows) if config.output.predict else {}

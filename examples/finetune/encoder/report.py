@@ -11,7 +11,7 @@ from examples.common.metrics import Record
 def summary_table(summary: dict[str, Any]) -> Group:
     """The methods side by side, for people, in 80 columns. Metrics are in percent."""
     columns = [(split, name) for split, found in _metrics(summary).items() for name in found]
-    scores = Table(title=f"{summary['task']}, {summary['model']}: scores, %")
+    scores = Table(title=f"{summary['task']}: scores, %")
     costs = Table(title="costs")
     for table in (scores, costs):
         table.add_column("", no_wrap=True)
@@ -34,7 +34,8 @@ def summary_table(summary: dict[str, Any]) -> Group:
         )
     if summary["baseline"] is not None:
         scores.add_row("tf-idf", *values(summary["baseline"]))
-    return Group(scores, costs)
+    # Not in the title, which is as narrow as the table: a path would be broken anywhere.
+    return Group(f"{summary['task']}, {summary['model']}", scores, costs)
 
 
 def _metrics(summary: dict[str, Any]) -> dict[str, dict[str, float]]:

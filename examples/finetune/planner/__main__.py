@@ -42,12 +42,15 @@ Fine-tune a LLaMA on plans of tool calls. What most runs need:
 
 Ctrl-C or SIGTERM saves and stops; --resume goes on from there.
 """
-SHORTHANDS = {"--bf16": ("--dtype", "bfloat16")}
+SHORTHANDS = {
+    "--bf16": ("--dtype", "bfloat16"),
+    "--no-bf16": ("--dtype", "float32"),  # `bf16: false` of a file of options.
+}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program and return its exit code."""
-    return cli.exit_code(lambda: run(parse(argv), Console()))
+    return cli.exit_code(lambda: run(parse(argv), cli.terminal()))
 
 
 def parse(argv: list[str] | None) -> RunConfig:

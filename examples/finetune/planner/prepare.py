@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from examples.common.config import check_apart
 from examples.common.errors import ConfigError, WeightsError
 from examples.common.train_state import Params
 from examples.finetune.planner.batches import Layout, make_layout
@@ -59,6 +60,8 @@ def prepare(config: RunConfig) -> Prepared:
     Raises:
       ConfigError, DataError, WeightsError: for what cannot be used.
     """
+    if config.output.overwrite:
+        check_apart(config.run_dir, "--model", config.model)
     source = Source(config.data, config.parts, config.skip_unusable, config.held_out)
     records, notes = load_dataset(config.dataset, source)
     file = open_weights(config.model)

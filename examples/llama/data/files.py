@@ -11,10 +11,11 @@ from io import BufferedIOBase
 from pathlib import Path
 
 from examples.common.errors import DataError
+from examples.common.text import check_string, decode, refuse_utf16
 
 # `.json.gz` holds JSON lines too: it is the name under which C4 is published.
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
-_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_SKIP = "--skip-bad-lines leaves out such lines"
 
 
 def read_path(
@@ -90,7 +91,7 @@ def _read_parquet(path: Path, text_column: str, bad: list[DataError] | None) -> 
                 for text in batch.column(0).to_pylist():
                     number += 1
                     try:
-                        yield _without_nul(f"{path}: row {number}", text_column, text or "")
+                        yield _checked(f"{path}: row {number}", text_column, text or "")
                     except DataError as error:
                         if bad is None:
                             raise
@@ -123,10 +124,8 @@ def _lines(
     """What `read` makes of each line; what is wrong with others is added to `bad`, if given."""
     offset = 0
     for number, raw in enumerate(file, start=1):
-        if number == 1 and raw.startswith(_UTF16):
-            raise DataError(
-                f"{path}: UTF-16, expected UTF-8: iconv -f UTF-16 -t UTF-8 {path.name} > new.txt"
-            )
+        if number == 1:
+            refuse_utf16(raw, path)
         where = f"{path}: line {number}"
         try:
             yield read(where, _decode(where, path, raw, offset))
@@ -139,18 +138,7 @@ def _lines(
 
 def _decode(where: str, path: Path, raw: bytes, offset: int) -> str:
     of = " of the decompressed text" if path.suffix == ".gz" else ""
-    if b"\0" in raw:
-        raise DataError(
-            f"{where}: {raw.count(0)} NUL byte(s), the first at byte {offset + raw.index(0)}{of}: "
-            "not text, or UTF-16 without a byte order mark; --skip-bad-lines leaves out such lines"
-        )
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{where}: invalid UTF-8 at byte {offset + error.start}{of}: Latin-1 or another "
-            "encoding; convert the file, or --skip-bad-lines leaves out such lines"
-        ) from error
+    text = decode(raw, where, start=offset, of=of, remedy=_SKIP)
     return text.removeprefix("\ufeff") if offset == 0 else text
 
 
@@ -167,17 +155,9 @@ def _parse(where: str, line: str, text_column: str) -> str:
         raise DataError(
             f'{where}: expected an object with a string "{text_column}"; --text-column names it'
         )
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(f'{where}: "{text_column}" holds half a surrogate pair') from error
-    return _without_nul(where, text_column, text)
+    return _checked(where, text_column, text)
 
 
-def _without_nul(where: str, text_column: str, text: str) -> str:
-    if "\0" in text:
-        raise DataError(
-            f'{where}: "{text_column}" holds {text.count(chr(0))} NUL character(s): '
-            "--skip-bad-lines leaves out such rows"
-        )
+def _checked(where: str, text_column: str, text: str) -> str:
+    check_string(text, f'{where}: "{text_column}"', remedy=_SKIP)
     return text

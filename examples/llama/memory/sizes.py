@@ -19,7 +19,7 @@ def parse_bytes(text: str) -> int:
     size = int(float(match[1]) * units[unit]) if match and unit in units else 0
     if size < 1:
         names = ", ".join((*_DECIMAL, *_BINARY))
-        raise ValueError(f"a size is a number and one of {names}, got {text!r}")
+        raise ValueError(f"a size is a number above 0 and one of {names}, got {text!r}")
     return size
 
 

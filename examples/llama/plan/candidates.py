@@ -1,16 +1,23 @@
 """Candidates for a plan, as arguments of the program."""
 
+import dataclasses
+import functools
 import inspect
 import itertools
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from examples.common import cli
 from examples.common.errors import ConfigError
 from examples.common.optimizers import OPTIMIZERS
-from examples.llama.__main__ import parse
+from examples.llama.__main__ import SHORTHANDS, parse
+from examples.llama.model.config import ModelConfig
 from examples.llama.run_config import RunConfig, run_preset
+from examples.llama.weights.files import open_weights
+from examples.llama.weights.initial import merge
 
 # From the best to the least good by the losses of docs/quality.md; 8 bits cost nothing there.
 PREFERRED = (
@@ -59,6 +66,13 @@ class PlanConfig:
     figure: Path | None = None
     """Draw the memory of the models of the GaLore papers, 60m to 7b, to this file (.png)."""
 
+    def __post_init__(self) -> None:
+        for name in ("ranks", "batch_sizes"):
+            if any(value < 1 for value in getattr(self, name)):
+                raise ConfigError(
+                    f"{name} must be at least 1, got {' '.join(map(str, getattr(self, name)))}"
+                )
+
 
 class Candidate(NamedTuple):
     """A setting."""
@@ -74,7 +88,7 @@ class Candidate(NamedTuple):
 
     @property
     def command(self) -> str:
-        return " ".join(("python -m examples.llama", *self.arguments))
+        return shlex.join(("python", "-m", "examples.llama", *self.arguments))
 
     def with_rows(self, batch_size: int) -> "Candidate":
         """With another batch, and as many rows in a step."""
@@ -95,24 +109,24 @@ def candidates(plan: PlanConfig, given: Sequence[str]) -> Iterator[list[Candidat
     Raises:
       ConfigError: if there is no such optimizer, or a setting is none of the program's.
     """
-    base = parse([*given])
-    optimizers = plan.optimizers or _given(given, "--optimizer") or PREFERRED
+    base, known = parse([*given]), _written_out(given)
+    optimizers = plan.optimizers or _given(known, "--optimizer") or PREFERRED
     ranks = plan.ranks or (base.optimizer.rank, max(base.optimizer.rank // 2, 1))
-    batch_sizes = plan.batch_sizes or _given(given, "--batch-size") or (1,)
+    batch_sizes = plan.batch_sizes or _given(known, "--batch-size") or (1,)
     lengths = ("--seq-len", str(base.seq_len))
     dtypes = ("--model.dtype", plan.dtype, "--model.param-dtype", plan.param_dtype or plan.dtype)
     for spec in optimizers:
         for batch_size in batch_sizes:
             group, error = [], None
             for rank in sorted({*ranks}, reverse=True) if has_rank(spec) else (None,):
-                for step, flags in _steps(spec, base, int(batch_size), given):
+                for step, flags in _steps(spec, base, int(batch_size), known):
                     if (base.per_layer and "--per-layer" not in flags) or (
                         base.model.remat and step == "ordinary"
                     ):
                         continue  # The user has asked for another one.
                     chosen = [*optimizer_arguments(spec, rank), *lengths]
                     chosen += ["--batch-size", str(batch_size)]
-                    chosen += ["--accumulate", str(_accumulate(base, int(batch_size), given))]
+                    chosen += ["--accumulate", str(_accumulate(base, int(batch_size), known))]
                     chosen += dtypes
                     flags = [x for x in ("--model.stacked", *flags) if x not in given]
                     arguments = (*_without(given, chosen[::2]), *chosen, *flags)
@@ -129,7 +143,7 @@ def candidates(plan: PlanConfig, given: Sequence[str]) -> Iterator[list[Candidat
 
 def free_batches(plan: PlanConfig, given: Sequence[str]) -> bool:
     """Whether the plan decides how many rows a batch has."""
-    fixed = {"--batch-size", "--accumulate"} & {*given}
+    fixed = {"--batch-size", "--accumulate"} & {*_written_out(given)}
     return not plan.batch_sizes and not fixed
 
 
@@ -186,6 +200,13 @@ def optimizer_arguments(spec: str, rank: int | None) -> list[str]:
     return arguments
 
 
+def _written_out(given: Sequence[str]) -> list[str]:
+    """Arguments with those of their --config FILE, names and values apart."""
+    words = cli.expand(given, SHORTHANDS)
+    pairs = [word.split("=", 1) if word.startswith("--") else [word] for word in words]
+    return [word for pair in pairs for word in pair]
+
+
 def _given(arguments: Sequence[str], name: str) -> tuple[str, ...]:
     """The value of an option, if it is there; the last one counts."""
     found = [value for key, value in itertools.pairwise(arguments) if key == name]
@@ -200,8 +221,15 @@ def _without(arguments: Sequence[str], names: Sequence[str]) -> list[str]:
 
 
 def _sized(config: RunConfig) -> RunConfig:
-    """With the vocabulary that the tokenizer will have, as far as that is known."""
+    """With the model of --init-from, or the vocabulary that the tokenizer will have, if known."""
     if config.offload != "none":
         raise ConfigError(f"a plan counts one device's memory: no --offload {config.offload}")
+    if config.init_from is not None:
+        return dataclasses.replace(config, model=merge(config, _model_of(config.init_from)))
     known = config.data.tokenizer is None
     return config.with_vocabulary(config.data.vocab_size) if known else config
+
+
+@functools.cache
+def _model_of(weights: str) -> ModelConfig:
+    return open_weights(weights).config

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from examples.common import cli
 from examples.common.errors import ConfigError
+from examples.common.reporter import Activity, on_stderr
 from examples.llama.memory.sizes import format_bytes, parse_bytes, unit_of
 from examples.llama.memory.step_memory import (
     StepMemory,
@@ -154,18 +155,19 @@ def _row(candidate: Candidate, room: int, everything: bool, progress: Callable[[
     bound = lower_bound(run)
     if bound.total > room and not everything:
         return Row(candidate, bound, compiled=False)
-    memory = predict(candidate.config, run=run)
     rank = f", rank {candidate.rank}" if candidate.rank else ""
-    seconds = time.perf_counter() - start
     rows = candidate.config.batch_size
     what = f"{candidate.optimizer}{rank}, {candidate.step}, batch of {rows}"
+    with on_stderr().during(Activity(f"compiling {what}", "at once")):
+        memory = predict(candidate.config, run=run)
+    seconds = time.perf_counter() - start
     progress(f"compiled {what}: {seconds:.0f} s")
     return Row(candidate, memory, compiled=True)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the program and returns its exit code."""
-    return cli.exit_code(lambda: run(argv, Console()))
+    return cli.exit_code(lambda: run(argv, cli.terminal()))
 
 
 def run(argv: list[str] | None, console: Console) -> int:

@@ -188,6 +188,11 @@ def _open_run(path: Path, step: int | None) -> WeightsFile:
 
 
 def _open_directory(path: Path) -> WeightsFile:
+    if not (path / CONFIG).exists():
+        raise WeightsError(
+            f"{path}: neither a run, which has {runs.CHECKPOINTS} or {runs.EXPORT}, nor a model in "
+            f"the Hugging Face layout, which has {CONFIG}"
+        )
     raw = read_json(path / CONFIG)
     if "preset" in raw and "model_type" not in raw:
         raise WeightsError(f"{path}: a run of examples.llama without checkpoints")

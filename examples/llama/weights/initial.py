@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tokenizers import Tokenizer
 
+from examples.common.config import check_apart
 from examples.common.errors import CheckpointError, ConfigError, DataError, WeightsError
 from examples.llama.data.tokenizer import load_tokenizer, plain_text, vocabulary_size
 from examples.llama.model.config import ModelConfig
@@ -47,12 +48,13 @@ def start_from(config: RunConfig) -> Start:
         tokenizer = load_tokenizer(str(saved[1]))
         note = f"model and tokenizer from {run_dir}"
     else:
-        _check_apart(config)
+        if config.output.overwrite:
+            check_apart(run_dir, "--init-from", str(config.init_from))
         file = _using(open_weights, config.init_from)
         model, tokenizer = file.config, _tokenizer(config, file)
         types = ", ".join(f"{count} {name}" for name, count in file.types.items())
         note = f"weights from {file.path}" + (f", stored as {types}" if types else "")
-    model = _merge(config, model)
+    model = merge(config, model)
     config = dataclasses.replace(config, model=model)
 
     def weights() -> Params:
@@ -79,15 +81,6 @@ def overlay(weights: Params, given: Params) -> Params:
     return unflatten_dict(flat | {places[path]: array for path, array in given.items()})
 
 
-def _check_apart(config: RunConfig) -> None:
-    """That --overwrite does not delete the weights before they are read."""
-    path, run_dir = Path(str(config.init_from)).resolve(), config.run_dir.resolve()
-    if config.output.overwrite and path.is_relative_to(run_dir):
-        raise ConfigError(
-            f"--overwrite would delete --init-from {config.init_from}: pass another --name"
-        )
-
-
 def _saved_model(path: Path) -> ModelConfig:
     try:
         return ModelConfig(**json.loads(path.read_text())["model"])
@@ -95,8 +88,12 @@ def _saved_model(path: Path) -> ModelConfig:
         raise ConfigError(f"{path}: not the configuration of a run ({error!r})") from error
 
 
-def _merge(config: RunConfig, model: ModelConfig) -> ModelConfig:
-    """The model of the weights, laid out and computed as `config` says."""
+def merge(config: RunConfig, model: ModelConfig) -> ModelConfig:
+    """The model of the weights, laid out and computed as `config` says.
+
+    Raises:
+      ConfigError: if an option contradicts the weights.
+    """
     preset, given = run_preset(config.preset).model, config.model
     changed = {
         field.name: getattr(given, field.name)

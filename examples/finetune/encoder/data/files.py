@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from examples.common.errors import DataError
+from examples.common.text import decode, refuse_utf16
 from examples.finetune.encoder.data.rows import RawRow, Rows, from_mapping, make_rows
 from examples.finetune.encoder.data.tasks import OPTIONAL_SECOND, Columns, Task
 
@@ -36,6 +37,7 @@ def read_directory(task: Task, directory: Path) -> Rows:
         path = _find(directory, split)
         rows = _read_tsv if path.suffix == ".tsv" else _read_json_lines
         raw[split] = list(rows(task, path, malformed))
+        _check_not_empty(raw[split], split, path)
     return make_rows(task, raw, len(malformed))
 
 
@@ -53,6 +55,7 @@ def read_unlabelled(task: Task, directory: Path) -> dict[str, list[RawRow]]:
         found[split] = list(rows(task, path, malformed, labelled=False))
         if malformed:
             raise DataError(f"{malformed[0]}: too few columns")
+        _check_not_empty(found[split], split, path)
     return found
 
 
@@ -65,34 +68,50 @@ def _find(directory: Path, split: str) -> Path:
     raise DataError(f"{directory}: the {split} split is missing (none of {names})")
 
 
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Where a line stands, and the line; blank lines are skipped."""
+def _check_not_empty(rows: list[RawRow], split: str, path: Path) -> None:
+    if not rows:
+        raise DataError(f"{path}: the {split} split has no rows")
+
+
+def _lines(path: Path, labelled: bool) -> Iterator[tuple[str, str]]:
+    """Where a line stands, and the line; blank lines are skipped.
+
+    Without labels none may stand between others: predictions have the numbers of the rows.
+    """
     try:
         content = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
+    refuse_utf16(content, path)
+    blank = None
     # Not splitlines: text may hold line separators of Unicode.
     for number, line in enumerate(content.split(b"\n"), start=1):
         where = f"{path}: line {number}"
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{where}: invalid UTF-8 at byte {error.start} of the line") from error
-        if text.strip():
-            yield where, text.rstrip("\r")
+        text = decode(line, where, of=" of the line")
+        if number == 1:
+            text = text.removeprefix("\ufeff")
+        if not text.strip():
+            blank = where
+            continue
+        if blank is not None and not labelled:
+            raise DataError(f"{blank}: a blank line: each line is a row to predict")
+        yield where, text.rstrip("\r")
 
 
 def _read_tsv(
     task: Task, path: Path, malformed: _Malformed, labelled: bool = True
 ) -> Iterator[RawRow]:
     # Quotes mean nothing in these files.
-    lines = _lines(path)
+    lines = _lines(path, labelled)
     if task.header or not labelled:  # GLUE's test files all have one.
         where, header = next(lines, (str(path), ""))
+        if not header:
+            raise DataError(f"{path}: the file is empty")
         names = header.split("\t")
     else:
         where, names = str(path), list(task.tsv_order)
     columns = _known_columns(task, names, where, labelled)
+    own = task.name in OPTIONAL_SECOND
     for where, line in lines:
         cells = line.split("\t")
         # The files of MNLI have columns that their header does not name after those it does.
@@ -101,8 +120,10 @@ def _read_tsv(
                 raise DataError(f"{where}: {len(cells)} columns, expected {len(names)}")
             malformed.append(where)
             continue
+        if own and len(cells) > len(names):
+            raise DataError(f"{where}: {len(cells)} columns, expected {len(names)}")
         record = dict(zip(names, cells, strict=False))
-        yield from_mapping(record, columns, where, task.name in OPTIONAL_SECOND, labelled)
+        yield from_mapping(record, columns, where, own, labelled)
 
 
 def _known_columns(task: Task, names: list[str], where: str, labelled: bool) -> Columns:
@@ -112,15 +133,20 @@ def _known_columns(task: Task, names: list[str], where: str, labelled: bool) -> 
         optional |= {task.tsv.label, task.json.label}
     for columns in (task.tsv, task.json):
         if set(columns) - optional <= set(names):
+            twice = [name for name in columns if names.count(str(name)) > 1]
+            if twice:
+                raise DataError(f"{where}: the column {twice[0]} is there twice")
             return columns
     wanted = ", ".join(name for name in task.tsv if name is not None and name not in optional)
-    raise DataError(f"{where}: expected the columns {wanted}; got {', '.join(names)}")
+    got = " ".join(", ".join(names).split())
+    got = got if len(got) <= 80 else f"{got[:80]}..."
+    raise DataError(f"{where}: expected the columns {wanted}; got {got}")
 
 
 def _read_json_lines(
     task: Task, path: Path, _malformed: _Malformed, labelled: bool = True
 ) -> Iterator[RawRow]:
-    for where, line in _lines(path):
+    for where, line in _lines(path, labelled):
         try:
             record = json.loads(line)
         # ValueError covers JSONDecodeError and integers of too many digits.

@@ -5,6 +5,7 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 from examples.common.errors import DataError
+from examples.common.text import check_string
 from examples.finetune.encoder.data.tasks import Columns, Task
 
 
@@ -45,14 +46,24 @@ def from_mapping(
     for name in (columns.first, second):
         if name is not None and not isinstance(record.get(name), str):
             raise DataError(f'{where}: expected a string "{name}"')
-    if labelled and record.get(columns.label) is None:
-        raise DataError(f'{where}: no "{columns.label}"')
+        if name is not None:
+            check_string(record[name], f'{where}: "{name}"')
+    if labelled:
+        _check_label(record.get(columns.label), columns.label, where)
     return RawRow(
         where,
         record[columns.first],
         None if second is None else record[second],
         record[columns.label] if labelled else None,
     )
+
+
+def _check_label(label: Any, column: str, where: str) -> None:
+    """A label is a number, or text that fits into a line of predictions."""
+    if label is None or (isinstance(label, str) and not label.strip()):
+        raise DataError(f'{where}: no "{column}"')
+    if not isinstance(label, (str, int, float)) or not str(label).strip().isprintable():
+        raise DataError(f'{where}: "{column}" must be a number or a line of text, got {label!r}')
 
 
 def make_rows(task: Task, raw: dict[str, list[RawRow]], left_out: int = 0) -> Rows:
@@ -75,7 +86,7 @@ def make_rows(task: Task, raw: dict[str, list[RawRow]], left_out: int = 0) -> Ro
     labels = task.labels or tuple(sorted({_text(row) for row in raw["train"]}))
     if len(labels) < 2:
         raise DataError(
-            f"{task.name}: two classes are needed, every training row has the label {labels[0]!r}"
+            f"{_file(raw)}: two classes are needed, every training row has the label {labels[0]!r}"
         )
     known = {name: i for i, name in enumerate(labels)}
     if task.labels:  # Then a file may have their numbers as well.
@@ -87,9 +98,12 @@ def make_rows(task: Task, raw: dict[str, list[RawRow]], left_out: int = 0) -> Ro
     counts = Counter(row.label for row in splits["train"])
     empty = [name for i, name in enumerate(labels) if not counts[i]]
     if empty:
-        where = raw["train"][0].where.partition(": line")[0]
-        raise DataError(f"{where}: no training row of the class {', '.join(empty)}")
+        raise DataError(f"{_file(raw)}: no training row of the class {', '.join(empty)}")
     return Rows(labels, splits, left_out)
+
+
+def _file(raw: dict[str, list[RawRow]]) -> str:
+    return raw["train"][0].where.partition(": line")[0]
 
 
 def unlabelled(task: Task, raw: dict[str, list[RawRow]], pairs: bool) -> dict[str, list[Row]]:

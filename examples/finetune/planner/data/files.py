@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.common.errors import DataError
+from examples.common.text import decode, refuse_utf16
 
 _KINDS = {str: "a string", list: "a list", dict: "an object", bool: "true or false"}
 
@@ -56,14 +57,14 @@ def _read(path: Path) -> bytes:
         raise DataError(f"{path}: {error.strerror}") from error
     if not content.strip():
         raise DataError(f"{path}: the file is empty")
+    refuse_utf16(content, path)
     return content
 
 
 def _parse(content: bytes, where: str) -> Any:
+    text = decode(content, where).removeprefix("\ufeff")
     try:
-        return json.loads(content.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: invalid UTF-8 at byte {error.start}") from error
+        return json.loads(text)
     # ValueError covers JSONDecodeError and integers of too many digits.
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: malformed JSON ({error})") from error

@@ -79,6 +79,10 @@ class Record:
     def __post_init__(self) -> None:
         if not self.query.strip():
             raise ValueError("the query is empty")
+        try:
+            self.query.encode()
+        except UnicodeEncodeError:
+            raise ValueError("the query holds half a surrogate pair") from None
         if repeated := _repeated([tool.name for tool in self.tools]):
             raise ValueError(f"two tools are called {repeated}")
         if not self.plan.joined:

@@ -1,0 +1,56 @@
+"""Text of files: UTF-8 without NUL, with messages that name what else it is."""
+
+from pathlib import Path
+
+from examples.common.errors import DataError
+
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+
+
+def refuse_utf16(start: bytes, path: Path) -> None:
+    """Raise a DataError if a file that starts so is UTF-16."""
+    if start.startswith(_UTF16):
+        raise DataError(
+            f"{path}: UTF-16, expected UTF-8: iconv -f UTF-16 -t UTF-8 {path.name} > new.txt"
+        )
+
+
+def decode(raw: bytes, where: str, *, start: int = 0, of: str = "", remedy: str = "") -> str:
+    """The text of UTF-8 without NUL.
+
+    Args:
+      raw: bytes of a line, say.
+      where: their place, for messages.
+      start: number of the first of them, for messages.
+      of: what `start` is counted in: " of the line".
+      remedy: what the user may do instead of converting the file.
+
+    Raises:
+      DataError: for other bytes.
+    """
+    if b"\0" in raw:
+        raise DataError(
+            f"{where}: {raw.count(0)} NUL byte(s), the first at byte {start + raw.index(0)}{of}: "
+            f"not text, or UTF-16 without a byte order mark{_also('; ', remedy)}"
+        )
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{where}: invalid UTF-8 at byte {start + error.start}{of}: Latin-1 or another "
+            f"encoding; convert the file{_also(', or ', remedy)}"
+        ) from error
+
+
+def check_string(text: str, what: str, *, remedy: str = "") -> None:
+    """Raise a DataError if a string of JSON or Parquet has characters that UTF-8 text has not."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"{what} holds half a surrogate pair") from error
+    if "\0" in text:
+        raise DataError(f"{what} holds {text.count(chr(0))} NUL character(s){_also(': ', remedy)}")
+
+
+def _also(join: str, remedy: str) -> str:
+    return f"{join}{remedy}" if remedy else ""
