@@ -52,6 +52,13 @@ def test_init_ignores_the_values_of_parameters(name):
     assert_close(tx.init(random_like(zeros(), 0)), tx.init(zeros()), rtol=0, atol=0)
 
 
+@every_factory
+def test_a_new_state_can_be_donated(name):
+    """Also by a step that reads all of it: no buffer is in it twice."""
+    leaves = jax.tree.leaves(FACTORIES[name]().init(zeros()))
+    assert len({x.unsafe_buffer_pointer() for x in leaves}) == len(leaves)
+
+
 @both_dtypes
 @every_factory
 def test_state_and_updates_keep_structure_shapes_and_dtypes(name, dtype):

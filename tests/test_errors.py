@@ -1,5 +1,7 @@
 """Errors of wrong arguments and gradients: their type and text, and the state that is kept."""
 
+import functools
+import inspect
 import re
 
 import jax
@@ -111,6 +113,33 @@ def test_an_argument_without_an_effect_is_refused(factory, settings, name, value
     getattr(ng, factory)(**settings)
     with pytest.raises(ValueError, match=f"{name} has no effect"):
         getattr(ng, factory)(**settings, **{name: value})
+
+
+@pytest.mark.parametrize(
+    "factory",
+    [
+        ng.scale_by_adam_8bit,
+        ng.contrib.scale_by_apollo,
+        ng.contrib.scale_by_ldadam,
+        ng.contrib.scale_by_racs,
+        ng.contrib.scale_by_column_norms,
+        ng.contrib.scale_by_alice,
+        functools.partial(ng.galore_adamw, 0.1),
+        functools.partial(ng.natural_galore_adamw, 0.1),
+        functools.partial(ng.lean_natural_galore_adamw, 0.1),
+    ],
+)
+def test_arguments_of_adam_are_checked(factory):
+    """Optax takes a decay above one, whose moments grow without bound."""
+    for name in ("b1", "b2"):
+        for value in (1.0, 2.0, -0.1, np.nan):
+            with pytest.raises(ValueError, match=f"{name} must be at least 0 and less than 1"):
+                factory(**{name: value})
+    with pytest.raises(TypeError, match="eps must be a number"):
+        factory(eps="1e-8")
+    if "mu_dtype" in inspect.signature(factory).parameters:
+        with pytest.raises(TypeError, match="mu_dtype must be a floating-point dtype"):
+            factory(mu_dtype=jnp.int8)
 
 
 def test_clip_mode_needs_a_norm():

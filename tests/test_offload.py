@@ -1,5 +1,7 @@
 """State and weights in host memory: the same numbers, and everything stays where it was."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,6 +70,26 @@ def test_per_layer_fetches_one_layer_at_a_time(what):
 
 
 @needs_host_memory
+def test_per_layer_takes_weights_in_8_bits_from_host_memory():
+    """The same numbers: where a weight is does not change how it is rounded."""
+
+    def run(params):
+        train = ng.training.per_layer(natural(), embed, layer, head)
+        state = train.init(params)
+        for batch in batches(2):
+            params, state, metrics = train.step(params, state, batch)
+        return metrics.loss, params
+
+    loss_there, params = run(
+        ng.training.to_host(ng.training.quantize_weights(init_params()), min_size=16)
+    )
+    assert "pinned_host" in memories(params)[0]
+    loss_here, expected = run(ng.training.quantize_weights(init_params()))
+    np.testing.assert_allclose(loss_there, loss_here, rtol=1e-5)
+    assert jax.tree.structure(params) == jax.tree.structure(expected)
+
+
+@needs_host_memory
 def test_sharded_state_stays_sharded():
     mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
     with jax.set_mesh(mesh):
@@ -78,6 +100,50 @@ def test_sharded_state_stays_sharded():
     mu = state[0].mu["w"].sharding
     assert (mu.memory_kind, mu.spec) == ("pinned_host", jax.P("data", None))
     assert updates["w"].sharding.memory_kind == "device"
+
+
+@needs_host_memory
+def test_shardings_of_a_state_say_which_arrays_are_in_host_memory():
+    """On automatic axes, where the types of arrays do not have their shardings."""
+    mesh = jax.make_mesh((4,), ("x",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    columns = jax.NamedSharding(mesh, jax.P(None, "x"))
+    here = {"w": jax.random.normal(jax.random.key(0), (16, 24)), "b": jnp.ones(8)}
+    on_mesh = jax.device_put(here, {"w": columns, "b": jax.NamedSharding(mesh, jax.P())})
+    chain = ng.chain(ng.low_rank_project(rank=4), optax.trace(0.9), ng.project_back())
+    offloaded = ng.training.offload_state(chain, min_size=16)
+    for params in (here, on_mesh):
+        state_at = ng.training.state_shardings(offloaded, params)
+        state = jax.jit(offloaded.init, out_shardings=state_at)(params)
+        assert memories(state) == ({"pinned_host"}, {"device"})
+
+    expected, _ = jax.jit(offloaded.update)(on_mesh, state, on_mesh)
+    explicit = ng.training.with_shardings(offloaded, on_mesh)
+    updates, state = jax.jit(explicit.update)(on_mesh, explicit.init(on_mesh), on_mesh)
+    assert memories(state) == ({"pinned_host"}, {"device"})
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), updates, expected)
+
+
+@needs_host_memory
+def test_in_place_on_a_mesh_with_counts_on_one_device():
+    mesh = jax.make_mesh((4,), ("x",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    w = jax.device_put(jnp.ones((16, 24)), jax.NamedSharding(mesh, jax.P("x")))
+    tx = ng.training.offload_state(optax.adam(0.1), min_size=16)
+
+    @functools.partial(ng.training.in_place, number=2)
+    def step(state, w):
+        updates, state = tx.update(w, state, w)
+        return state, optax.apply_updates(w, updates), jnp.sum(w)
+
+    state = tx.init(w)
+    assert not isinstance(state[0].count.sharding, jax.NamedSharding)
+    for t in range(2):
+        state, w, total = step(state, w)
+        # Adam's first steps are 0.1 long.
+        np.testing.assert_allclose(total, 16 * 24 * (1 - 0.1 * t), rtol=1e-3)
+    assert memories(state) == ({"pinned_host"}, {"device"})
+    assert int(state[0].count) == 2
+    with pytest.raises(ValueError, match="number must be at least 1"):
+        ng.training.in_place(step, 0)
 
 
 @needs_host_memory

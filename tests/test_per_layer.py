@@ -1,6 +1,7 @@
 """Per-layer updates give the ordinary step's numbers, in the ordinary step's state."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -115,4 +116,20 @@ def test_micro_batches_are_accumulated_in_the_subspace():
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
         (actual, state.opt_state.opt_state),
         (params, opt_state),
+    )
+
+
+def test_a_learning_rate_of_another_dtype_when_micro_batches_are_accumulated():
+    """Two equal micro-batches are one batch; updates of bfloat16 weights are then float32."""
+    tx = ng.galore_adamw(jnp.float32(0.05), rank=4)
+    params, (batch,) = optax.tree.cast(init_params(), jnp.bfloat16), batches(1)
+    losses, _, actual, _ = per_layer(tx, params, [batch, batch, batch], accumulate=2)
+    assert losses[0] == losses[1] > losses[2]
+    *_, expected, _ = ordinary(tx, params, [batch])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(
+            np.asarray(a, np.float32), np.asarray(b, np.float32), atol=0.02
+        ),
+        actual,
+        expected,
     )

@@ -87,6 +87,15 @@ def test_zeros_dtypes_and_traced_limits():
     np.testing.assert_allclose(np.linalg.norm(traced, 2), 0.3, rtol=1e-5)
 
 
+def test_float64_updates_keep_their_precision():
+    small, large = RNG.standard_normal((8, 9)) * 1e-3, np.outer(np.arange(1.0, 9), np.ones(9))
+    with jax.enable_x64(True):
+        updates = {"small": jnp.asarray(small), "large": jnp.asarray(large)}
+        clipped = _clip(updates, limit=0.1)
+    np.testing.assert_array_equal(clipped["small"], small)
+    np.testing.assert_allclose(clipped["large"], _expected(large, 0.1), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("limit", [0, -1.0, "0.2", None])
 def test_limit_must_be_a_positive_number(limit):
     with pytest.raises((TypeError, ValueError), match="limit must be"):

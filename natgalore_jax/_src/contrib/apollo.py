@@ -13,6 +13,7 @@ from natgalore_jax._src.kernels.random import matrix_keys, normal
 from natgalore_jax._src.kernels.residual import gain, limit_growth, on_axes_of_gradient, phi_axes
 from natgalore_jax._src.params.axes import AxesLike
 from natgalore_jax._src.params.checks import (
+    check_adam,
     check_choice,
     check_integer,
     check_interval,
@@ -103,6 +104,7 @@ def scale_by_apollo(
         check_number("norm_growth_limit", norm_growth_limit, above=1.0)
     check_integer("seed", seed, minimum=0)
     settings = PlanSettings(int(rank), where, axes)
+    check_adam(b1, b2, eps, mu_dtype)
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)
 
     @own_arithmetic

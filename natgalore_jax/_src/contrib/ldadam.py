@@ -10,7 +10,7 @@ from natgalore_jax._src.contrib.ldadam_kernels import next_basis, overlap, rotat
 from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
 from natgalore_jax._src.kernels.projection import project, project_back
 from natgalore_jax._src.params.axes import AxesLike
-from natgalore_jax._src.params.checks import check_boolean, check_integer, check_number
+from natgalore_jax._src.params.checks import check_adam, check_boolean, check_decay, check_integer
 from natgalore_jax._src.params.plan import PlanSettings, plan_tree
 from natgalore_jax._src.params.where import Where, hidden_matrices
 from natgalore_jax._src.states.tree_checks import check_moments, flatten_like, with_dtypes_of
@@ -92,9 +92,10 @@ def scale_by_ldadam(
       ((6, 2), (2, 8), (8,))
     """
     check_integer("rank", rank, minimum=1)
-    check_number("rho", rho)
+    check_decay("rho", rho)
     check_boolean("error_feedback", error_feedback)
     settings = PlanSettings(int(rank), where, axes)
+    check_adam(b1, b2, eps, mu_dtype)
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)
 
     @own_arithmetic

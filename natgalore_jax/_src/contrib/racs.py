@@ -14,7 +14,7 @@ from natgalore_jax._src.kernels.residual import (
     on_axes_of_gradient,
 )
 from natgalore_jax._src.params.axes import AxesLike
-from natgalore_jax._src.params.checks import check_decay, check_integer, check_number
+from natgalore_jax._src.params.checks import check_adam, check_decay, check_integer, check_number
 from natgalore_jax._src.params.plan import (
     LeafPlan,
     PlanSettings,
@@ -122,6 +122,7 @@ def scale_by_racs(
     if norm_growth_limit is not None:
         check_number("norm_growth_limit", norm_growth_limit, above=1.0)
     settings = PlanSettings(None, where, axes)
+    check_adam(b1, b2, eps, mu_dtype)
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)
 
     @own_arithmetic

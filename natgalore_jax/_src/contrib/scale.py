@@ -8,7 +8,7 @@ import optax
 
 from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
 from natgalore_jax._src.params.axes import AxesLike
-from natgalore_jax._src.params.checks import check_choice, check_decay, check_number
+from natgalore_jax._src.params.checks import check_adam, check_choice, check_decay, check_number
 from natgalore_jax._src.params.plan import (
     PlanSettings,
     plan_tree,
@@ -110,10 +110,10 @@ def scale_by_column_norms(
     """
     check_choice("norm", norm, NORMS)
     check_decay("momentum", momentum)
-    check_number("eps", eps)
     check_number("vector_ratio", vector_ratio)
     head = output_heads if head is None else head
     settings = PlanSettings(None, all_matrices if where is None else where, axes)
+    check_adam(b1, b2, eps, mu_dtype)
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)
 
     def plans_of(tree):

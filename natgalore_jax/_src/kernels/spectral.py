@@ -21,8 +21,8 @@ def clip_leading(plan: LeafPlan, U: jax.Array, limit: jax.typing.ArrayLike) -> j
 
     Args:
       plan: of matrices.
-      U: float32, with singular values between 1e-19 and 1e19, or zero: x has their squares. Smaller
-        ones are left as they are, for larger ones the result is not finite.
+      U: float32 or float64, with singular values between 1e-19 and 1e19, or zero: x has their
+        squares. Smaller ones are left as they are, for larger ones the result is not finite.
       limit: c.
     """
     rows, cols = plan.modes

@@ -9,7 +9,7 @@ import optax
 from natgalore_jax._src.kernels.float8_blocks import block_max, blocks_between, decode
 from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
 from natgalore_jax._src.low_bits.moments import EightBits, QuantizedState, dithered, start
-from natgalore_jax._src.params.checks import check_boolean, check_number
+from natgalore_jax._src.params.checks import check_adam, check_boolean, check_number
 from natgalore_jax._src.params.context import current_subspace
 from natgalore_jax._src.params.where import KeyPath, Where, selected, token_matrices
 from natgalore_jax._src.states.tree_checks import flatten_like, update_dtypes
@@ -75,8 +75,8 @@ def scale_by_adam_8bit(
       >>> bool(jnp.allclose(updates["w"], 1.0)), state.codes.mu["w"].dtype
       (True, dtype('uint8'))
     """
-    for name, value in (("b1", b1), ("b2", b2), ("eps", eps), ("eps_root", eps_root)):
-        check_number(name, value)
+    check_adam(b1, b2, eps)
+    check_number("eps_root", eps_root)
     check_boolean("nesterov", nesterov)
     settings = EightBits(block_size, min_size, where)
     settings.check()
@@ -128,6 +128,7 @@ def adam_with_bits(
 ) -> optax.GradientTransformation:
     """Adam with moments in 8 bits, or in Optax's dtypes (None)."""
     if moment_bits is None:
+        check_adam(b1, b2, eps)
         return optax.scale_by_adam(b1=b1, b2=b2, eps=eps, nesterov=nesterov)
     if moment_bits != 8 or isinstance(moment_bits, bool):
         raise ValueError(f"moment_bits must be None or 8, got {moment_bits!r}")
@@ -148,7 +149,8 @@ def _stored(moments, block_size, batch, has_factors=None, *, is_second):
 
 
 def _state(count, mu, nu, mu_scale, nu_scale) -> QuantizedState:
-    codes = optax.ScaleByAdamState(count, mu, nu)
+    # A copy, because a buffer can be donated once only.
+    codes = optax.ScaleByAdamState(jnp.copy(count), mu, nu)
     scales = optax.ScaleByAdamState(optax.MaskedNode(), mu_scale, nu_scale)  # type: ignore[arg-type]
     return QuantizedState(count, codes, scales)
 

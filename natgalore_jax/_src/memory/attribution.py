@@ -10,7 +10,7 @@ import jax
 import optax
 
 from natgalore_jax._src.params.plan import LeafPlan
-from natgalore_jax._src.states.entries import owners_of, parts_of
+from natgalore_jax._src.states.entries import owners_of, parts_of, trees_of_parameters
 
 
 class Piece(NamedTuple):
@@ -40,7 +40,7 @@ def attribute(
     numbered = state_treedef.unflatten(range(len(leaves)))
     parts = {number: part for part, number in parts_of(numbered)}
     try:
-        owners = owners_of(tx, state, treedef)
+        trees = trees_of_parameters(tx, state)
     except Exception as error:
         # optax.tree.map_params calls init with placeholders, for which an init that reads its
         # parameters raises any error.
@@ -49,7 +49,8 @@ def attribute(
             f"support ({type(error).__name__}: {error}): all of its state is counted as shared",
             stacklevel=3,
         )
-        owners = [None] * len(leaves)
+        trees = []
+    owners = owners_of(trees, len(leaves), treedef)
     pieces: list[list[Piece]] = [[] for _ in range(treedef.num_leaves)]
     shared = 0
     for number, (leaf, owner) in enumerate(zip(leaves, owners, strict=True)):

@@ -79,4 +79,5 @@ def clip_leading_singular_value(
 def _clipped(plan, limit, U):
     # Computed once: each pass over U would repeat what U is made of.
     U = jax.lax.optimization_barrier(U)
-    return clip_leading(plan, U.astype(jnp.float32), limit).astype(U.dtype)
+    wide = jnp.promote_types(U.dtype, jnp.float32)  # float64 stays: most updates pass unchanged
+    return clip_leading(plan, U.astype(wide), limit).astype(U.dtype)

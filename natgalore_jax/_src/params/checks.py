@@ -80,6 +80,14 @@ def check_decay(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be at least 0 and less than 1, got {value}")
 
 
+def check_adam(b1: Any, b2: Any, eps: Any, mu_dtype: Any = None) -> None:
+    """Check the arguments that ``optax.scale_by_adam`` takes unchecked."""
+    check_decay("b1", b1)
+    check_decay("b2", b2)
+    check_number("eps", eps)
+    check_float_dtype("mu_dtype", mu_dtype)
+
+
 def check_unused(name: str, value: Any, default: Any, where: str) -> None:
     """Check that an ignored argument is at its default.
 

@@ -45,8 +45,10 @@ def accumulated(tx: Any, number: int) -> optax.GradientTransformationExtraArgs:
             return steps.update(mean, opt_state, params, **extra_args)
 
         def wait(opt_state, mean):
-            del mean
-            return optax.tree.zeros_like(updates), opt_state
+            # A learning rate of another dtype changes that of the updates.
+            like, _ = jax.eval_shape(take, opt_state, mean)
+            zeros = jax.tree.map(lambda g, u: jnp.zeros_like(g, dtype=u.dtype), updates, like)
+            return zeros, opt_state
 
         opt_state, mean = steps.accumulate(updates, state.opt_state, state.mean, position)
         new, opt_state = jax.lax.cond(position == number - 1, take, wait, opt_state, mean)

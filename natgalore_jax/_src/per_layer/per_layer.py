@@ -184,7 +184,9 @@ def per_layer(
     )
 
     # Under jit XLA removes the decoding of weights whose values init does not use.
-    init_from_codes = jax.jit(lambda params: settings.tx.init(decoded(params, weight_dtype)))
+    init_from_codes = jax.jit(
+        lambda params: settings.tx.init(decoded(to_device(params), weight_dtype))
+    )
 
     def init(params):
         state_layout(settings.tx, split_params(params, layers, weight_dtype))  # for its errors

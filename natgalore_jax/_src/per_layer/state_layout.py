@@ -11,7 +11,7 @@ from natgalore_jax._src.params.context import record_plans
 from natgalore_jax._src.params.plan import LeafPlan
 from natgalore_jax._src.params.where import KeyPath
 from natgalore_jax._src.per_layer.layer_parts import Parts, with_length
-from natgalore_jax._src.states.entries import owners_of
+from natgalore_jax._src.states.entries import owners_of, trees_of_parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ def state_layout(tx: optax.GradientTransformation, parts: Parts) -> StateLayout:
         paths,
         jax.tree.leaves(state),
         jax.tree.leaves(deeper),
-        owners_of(tx, state, parts.treedef),
+        owners_of(trees_of_parameters(tx, state), len(entries), parts.treedef),
         strict=True,
     ):
         axis = _layer_axis(path, here.shape, there.shape, parts.length)

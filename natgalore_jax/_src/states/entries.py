@@ -281,23 +281,32 @@ def parts_of(state: Any, name: str = "inner") -> Iterator[tuple[Part, Any]]:
                 yield from ((own, leaf) for leaf in jax.tree.leaves(part.tree))
 
 
-def owners_of(tx: optax.GradientTransformation, state: Any, treedef: Any) -> list[int | None]:
-    """For each array of a state the number of its parameter; None for shared arrays.
+def trees_of_parameters(tx: optax.GradientTransformation, state: Any) -> list[Any]:
+    """The trees of parameters within a state, with the numbers of its arrays as leaves.
 
     Args:
       tx: the transformation, which must support ``optax.tree.map_params``.
       state: its state, of arrays or shapes.
+    """
+    treedef = jax.tree.structure(state)
+    numbered, trees = treedef.unflatten(range(treedef.num_leaves)), []
+    optax.tree.map_params(tx.init, trees.append, numbered, is_leaf=lambda _: True)
+    return trees
+
+
+def owners_of(trees: Sequence[Any], arrays: int, treedef: Any) -> list[int | None]:
+    """For each array of a state the number of its parameter; None for shared arrays.
+
+    Args:
+      trees: of :func:`trees_of_parameters`.
+      arrays: their number in the state.
       treedef: the structure of the parameters.
     """
-    owners: list[int | None] = [None] * len(jax.tree.leaves(state))
-
-    def mark(tree):
+    owners: list[int | None] = [None] * arrays
+    for tree in trees:
         for owner, entry in enumerate(entries_of(tree, treedef)):
             for number in jax.tree.leaves(entry):
                 owners[number] = owner
-
-    numbered = jax.tree.unflatten(jax.tree.structure(state), range(len(owners)))
-    optax.tree.map_params(tx.init, mark, numbered, is_leaf=lambda _: True)
     return owners
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
+from natgalore_jax._src.params.checks import check_integer
 from natgalore_jax._src.training.offload import is_on_host
 
 
@@ -32,11 +33,17 @@ class InPlace:
         # the program crashes.
         shardings = tuple(getattr(x, "sharding", None) for x in leaves)
         if (treedef, shardings) not in self._with_host:
-            given = treedef.unflatten(shardings)
+            on_mesh = [s for s in shardings if isinstance(s, NamedSharding)]
+            result_at = _replicated(next(filter(None, on_mesh or shardings)))
+            # Arrays on one device, such as counts, go to the mesh of the others.
+            given = [
+                result_at if on_mesh and isinstance(s, SingleDeviceSharding) else s
+                for s in shardings
+            ]
             self._with_host[treedef, shardings] = jax.jit(
                 self._step,
                 donate_argnums=tuple(range(self._number)),
-                out_shardings=(*given, _replicated(next(filter(None, shardings)))),
+                out_shardings=(*treedef.unflatten(given), result_at),
             )
         return self._with_host[treedef, shardings]
 
@@ -53,6 +60,9 @@ def in_place(step: Callable[..., Any], number: int = 1) -> InPlace:
       The jitted step. The new state has the shardings and memory kinds of the old state. ``result``
       is on the devices, replicated if some of the state is in host memory.
 
+    Raises:
+      TypeError, ValueError: if ``number`` is not a positive integer.
+
     Example:
       >>> import jax, jax.numpy as jnp, optax, natgalore_jax as ng
       >>> tx = ng.training.offload_state(optax.adam(0.1))
@@ -66,6 +76,7 @@ def in_place(step: Callable[..., Any], number: int = 1) -> InPlace:
       >>> params.sharding.memory_kind, state[0].mu.sharding.memory_kind
       ('device', 'pinned_host')
     """
+    check_integer("number", number, minimum=1)
     return InPlace(step, number)
 
 

@@ -115,6 +115,12 @@ def stored_like(x: Any, old: Any) -> Any:
 def is_on_host(x: Any) -> bool:
     """Whether an array, a traced array or a ``jax.ShapeDtypeStruct`` is in host memory."""
     if isinstance(x, jax.core.Tracer):
-        return getattr(jax.typeof(x), "memory_space", None) == jax.memory.Space.Host
+        return host_kind(jax.typeof(x)) is not None
     # The type of an array may say "device" of an array in host memory; its sharding does not.
     return getattr(getattr(x, "sharding", None), "memory_kind", None) == "pinned_host"
+
+
+def host_kind(kind: Any) -> str | None:
+    """Memory kind of a type of arrays in host memory, None of others."""
+    is_host = getattr(kind, "memory_space", None) == jax.memory.Space.Host
+    return "pinned_host" if is_host else None

@@ -19,6 +19,7 @@ from jax.sharding import (
 from natgalore_jax._src.params.axes import DEFAULT, AxesLike, axes_per_leaf
 from natgalore_jax._src.params.plan import matrix_modes
 from natgalore_jax._src.params.where import KeyPath
+from natgalore_jax._src.training.offload import host_kind
 
 
 def longer_side_shardings(
@@ -113,8 +114,9 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: An
         ``jax.sharding.SingleDeviceSharding`` for all parameters is accepted too.
 
     Returns:
-      A ``NamedSharding`` for each array of the state, in the structure of the state, or the
-      ``SingleDeviceSharding`` of the parameters.
+      A ``NamedSharding`` for each array of the state, in the structure of the state, or a
+      ``SingleDeviceSharding`` like that of the parameters. Arrays that :func:`offload_state` keeps
+      in host memory have its memory kind.
 
     Raises:
       ValueError: for a parameter without one of these, and for several meshes or devices. Other
@@ -133,7 +135,10 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: An
     """
     given = _shardings(params, shardings)
     if device := _single_device(given):
-        return jax.tree.map(lambda _: device, jax.eval_shape(tx.init, params))
+        return jax.tree.map(
+            lambda x: SingleDeviceSharding(*device.device_set, memory_kind=host_kind(x)),
+            _state_types(tx, params),
+        )
     mesh = _mesh(given)
     explicit = AbstractMesh(
         mesh.axis_sizes, mesh.axis_names, axis_types=(AxisType.Explicit,) * len(mesh.axis_names)
@@ -145,11 +150,16 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: An
         )
 
     with jax.sharding.use_abstract_mesh(explicit):
-        state = jax.eval_shape(tx.init, jax.tree.map(abstract, params, given))
+        state = _state_types(tx, jax.tree.map(abstract, params, given))
     return jax.tree.map(
-        lambda x: NamedSharding(mesh, PartitionSpec() if x.sharding is None else x.sharding.spec),
-        state,
+        lambda x: NamedSharding(mesh, x.sharding.spec, memory_kind=host_kind(x)), state
     )
+
+
+def _state_types(tx: optax.GradientTransformation, params: Any) -> Any:
+    """The state's types, which unlike the results of jax.eval_shape have a memory space."""
+    traced = jax.jit(tx.init).trace(params)
+    return jax.tree.unflatten(jax.tree.structure(traced.out_info), traced.jaxpr.out_avals)
 
 
 def with_shardings(
@@ -160,7 +170,8 @@ def with_shardings(
     On explicit axes the type of a gradient has its sharding, and the refresh of bases is sharded
     too: stacked layers on different devices are refreshed where they are. On automatic axes XLA
     decides alone, which works well for sharded rows and columns, but gathers a stack with sharded
-    layers. Numbers and state are unchanged.
+    layers. Numbers and state are unchanged. Callables among the extra arguments of ``update``, such
+    as ``value_fn``, compute on automatic axes, and their results are replicated.
 
     Args:
       tx: an Optax transformation that supports explicit axes, as all of this library do.
@@ -194,35 +205,53 @@ def with_shardings(
     of_state = state_shardings(tx, params, shardings)
     specs, state_specs = (jax.tree.map(lambda s: s.spec, x) for x in (given, of_state))
 
+    @jax.jit
+    def sharded_init(params):
+        return jax.lax.with_sharding_constraint(tx.init(params), of_state)
+
     def init_fn(params):
-        state = tx.init(params)
         if not all(isinstance(x, jax.Array) for x in jax.tree.leaves(params)):
-            return state  # of shapes, or of placeholders of optax.tree.map_params
-        return jax.tree.map(jax.lax.with_sharding_constraint, state, of_state)
+            return tx.init(params)  # of shapes, or of placeholders of optax.tree.map_params
+        return sharded_init(params)
 
     # explicit_axes is for use within jit.
-    @partial(jax.jit, static_argnames="others")
-    def explicit_update(updates, state, params, arrays, others):
-        everywhere = jax.tree.map(lambda _: PartitionSpec(), arrays)
-        update: Any = jax.sharding.explicit_axes(
-            lambda updates, state, params, arrays: tx.update(
-                updates, state, params, **arrays, **dict(others)
-            ),
-            in_sharding=(specs, state_specs, None if params is None else specs, everywhere),
-        )
+    @partial(jax.jit, static_argnames=("others", "extra_tree"))
+    def explicit_update(updates, state, params, arrays, others, extra_tree):
+        def update(updates, state, params, arrays):
+            pairs = zip(arrays, others, strict=True)
+            extra = [_on_automatic_axes(x) if a is None else a for a, x in pairs]
+            return tx.update(updates, state, params, **extra_tree.unflatten(extra))
+
+        everywhere = [None if a is None else PartitionSpec() for a in arrays]
+        in_sharding = (specs, state_specs, None if params is None else specs, everywhere)
         with jax.sharding.use_abstract_mesh(
             mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh
         ):
-            return update(updates, state, params, arrays)
+            explicit: Any = jax.sharding.explicit_axes(update, in_sharding=in_sharding)
+            return explicit(updates, state, params, arrays)
 
     def update_fn(updates, state, params=None, **extra_args):
         # A callable, as of a line search, or a name is no operand of a compiled function.
-        is_tree = {k: all(map(_is_operand, jax.tree.leaves(v))) for k, v in extra_args.items()}
-        arrays = {k: v for k, v in extra_args.items() if is_tree[k]}
-        others = tuple((k, v) for k, v in extra_args.items() if not is_tree[k])
-        return explicit_update(updates, state, params, arrays, others)
+        leaves, treedef = jax.tree.flatten(extra_args)
+        arrays = [x if _is_operand(x) else None for x in leaves]
+        others = tuple(None if _is_operand(x) else x for x in leaves)
+        return explicit_update(updates, state, params, arrays, others, treedef)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _on_automatic_axes(x: Any) -> Any:
+    """Let a callable, such as a loss, compute on the axes that the program around has."""
+    if not callable(x):
+        return x
+
+    def replicated(*args, **kwargs):
+        of_trees: Any = jax.sharding.auto_axes(
+            lambda args, kwargs: x(*args, **kwargs), out_sharding=PartitionSpec()
+        )
+        return of_trees(args, kwargs)
+
+    return replicated
 
 
 def _is_operand(x: Any) -> bool:
