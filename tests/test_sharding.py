@@ -305,28 +305,25 @@ def test_with_shardings_outside_of_jit_without_params_and_with_extra_arguments()
 
 def test_callables_among_extra_arguments_compute_on_automatic_axes():
     """A loss of the data around it, on operations that have no rule on explicit axes."""
-    _, params, _ = placed("layers", AxisType.Auto)
-    params = {"stack": params["stack"]}
+    params = {"stack": placed("layers", AxisType.Auto)[1]["stack"]}
     data = jax.device_put(params["stack"] + 1.0, params["stack"].sharding)
 
-    def update(updates, state, params=None, *, value_fn, names, **extra_args):
-        assert names == ["a", "b"] and extra_args == {"nothing": None}
-        slopes = jax.grad(value_fn)(params, factor=2.0)
-        return jax.tree.map(jnp.add, updates, slopes), state
-
-    tx = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
-    explicit = ng.training.with_shardings(tx, params)
+    def update(updates, state, params=None, *, value_fn, names):
+        assert names == ["a", None]
+        return jax.tree.map(jnp.add, updates, jax.grad(value_fn)(params, factor=2.0)), state
 
     def step(tx, params, data):
-        def loss(params, factor):
-            return factor * jnp.sum(jnp.square(params["stack"] * data).reshape(-1))
+        def loss(p, factor):
+            return factor * jnp.sum(jnp.square(p["stack"] * data).reshape(-1))
 
-        extra = {"value_fn": loss, "names": ["a", "b"], "nothing": None}
-        return tx.update(params, tx.init(params), params, **extra)[0]["stack"]
+        updates, _ = tx.update(params, tx.init(params), params, value_fn=loss, names=["a", None])
+        return updates["stack"]
 
+    tx = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    tx = ng.training.with_shardings(tx, params)
     w, x = (np.asarray(a, np.float64) for a in (params["stack"], data))
     for run in (step, jax.jit(step, static_argnums=0)):
-        np.testing.assert_allclose(run(explicit, params, data), w + 4 * w * x * x, rtol=1e-5)
+        np.testing.assert_allclose(run(tx, params, data), w * (1 + 4 * x**2), rtol=1e-5)
 
 
 def test_errors():
