@@ -137,6 +137,8 @@ def test_arguments_of_adam_are_checked(factory):
                 factory(**{name: value})
     with pytest.raises(TypeError, match="eps must be a number"):
         factory(eps="1e-8")
+    with pytest.raises(ValueError, match="eps must be a number, got nan"):
+        factory(eps=np.nan)
     if "mu_dtype" in inspect.signature(factory).parameters:
         with pytest.raises(TypeError, match="mu_dtype must be a floating-point dtype"):
             factory(mu_dtype=jnp.int8)

@@ -1,6 +1,7 @@
 """Checks of arguments; errors name the requirement, the value and the parameter."""
 
 import contextlib
+import math
 from numbers import Integral, Real
 from typing import Any, get_args
 
@@ -66,18 +67,24 @@ def check_stored_dtype(name: str, value: Any) -> None:
 
 def check_number(name: str, value: Any, *, above: float | None = None) -> None:
     """Check for a real number or a scalar array; values of traced arrays are not checked."""
-    is_array = hasattr(value, "dtype") and getattr(value, "ndim", None) == 0
-    if isinstance(value, (bool, str)) or not (isinstance(value, Real) or is_array):
-        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+    _check_scalar(name, value)
     if above is not None and not isinstance(value, jax.core.Tracer) and not float(value) > above:
         raise ValueError(f"{name} must be greater than {above:g}, got {value}")
+    if isinstance(value, Real) and math.isnan(value):
+        raise ValueError(f"{name} must be a number, got {value}")
 
 
 def check_decay(name: str, value: Any) -> None:
     """Check for a number in [0, 1); values of traced arrays are not checked."""
-    check_number(name, value)
+    _check_scalar(name, value)
     if not isinstance(value, jax.core.Tracer) and not 0.0 <= float(value) < 1.0:
         raise ValueError(f"{name} must be at least 0 and less than 1, got {value}")
+
+
+def _check_scalar(name: str, value: Any) -> None:
+    is_array = hasattr(value, "dtype") and getattr(value, "ndim", None) == 0
+    if isinstance(value, (bool, str)) or not (isinstance(value, Real) or is_array):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
 
 
 def check_adam(b1: Any, b2: Any, eps: Any, mu_dtype: Any = None) -> None:
