@@ -176,7 +176,7 @@ CORE = (
     "scale",
     "galore",
     "fira",
-    "apollo-mini",
+    "racs",
     "natural-galore",
     "natural-galore-lean",
 )

@@ -163,8 +163,8 @@ def natural_galore_adamw(
       )
 
     Args:
-      learning_rate: η of the hidden matrices, a number or a schedule. 0.005 is the best at a width
-        of 128, and good at 256 (docs/experiments.md, "A larger model").
+      learning_rate: η of the hidden matrices, a number or a schedule. 0.005 is good at widths of 128
+        and 256; at 128 0.01 is as good, at 256 too high (docs/experiments.md, "A larger model").
       rank, update_interval, side, where, axes, basis_dtype, seed: see :func:`low_rank_project`.
         With a tuple for ``rank`` the Fisher matrix has ``modes=len(rank)``.
       b1, b2, eps: Adam's, as in ``optax.adamw``. Adam runs on the low-rank gradient.
@@ -262,8 +262,8 @@ def lean_natural_galore_adamw(
       )
 
     Args:
-      learning_rate: η of the hidden matrices, a number or a schedule. 0.01 with an
-        ``unprojected_ratio`` of 8 is the best at a width of 128; see :func:`natural_galore_adamw`.
+      learning_rate: η of the hidden matrices, a number or a schedule. 0.007 with an
+        ``unprojected_ratio`` of 2 is the best at a width of 128; see :func:`natural_galore_adamw`.
       rank: a sixteenth of the width or less.
       update_interval, b1, b2, eps, weight_decay, mask, unprojected_ratio, side, where, axes, seed:
         see :func:`natural_galore_adamw`.

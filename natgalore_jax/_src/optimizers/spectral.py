@@ -26,8 +26,8 @@ def clip_leading_singular_value(
     Gradients of the first steps of a training are nearly of rank one, because all tokens ask for
     the same change. Adam, and every other rule that brings the entries of an update to one size,
     makes an update with a spectral norm of about :math:`\sqrt{mn}` of it, which grows with the
-    width and changes the activations of all tokens alike. Clipped, the update may keep the learning
-    rate of a narrower model (docs/experiments.md, "A larger model").
+    width and changes the activations of all tokens alike. Clipped, the update bears higher
+    learning rates (docs/experiments.md, "A larger model").
 
     x is computed by one power iteration from fixed random numbers: the update is read three times,
     and there is no state. Where the second singular value is near the first, x is a mixture of both
