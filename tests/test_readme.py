@@ -68,15 +68,15 @@ def test_a_step_of_llama_7b():
 
 
 def test_the_larger_model():
-    tuned = [r for r in read_results(RUNS, "tune") if r["preset"] == "9m"]
-    best = {}
-    for r in sorted(tuned, key=lambda r: -r["final_validation_loss"]):
-        best[r["method"]] = f"{r['test_loss']:.2f}"
+    records = read_results(RUNS, "tune")
+    loss = {
+        (r["method"], rates_of(r)): f"{r['test_loss']:.2f}" for r in records if r["preset"] == "9m"
+    }
+    best = {name: loss[name, found.rates] for name, found in tuned_rates(records, "9m").items()}
     text = "the default has {natural-galore}, Muon {muon}, AdamW {adamw};"
     assert text.format_map(best) in WORDS
-    rates = tuned_rates(read_results(RUNS, "tune"), "nano")["natural-galore"].rates
-    (same,) = (r for r in tuned if r["method"] == "natural-galore" and rates_of(r) == rates)
-    assert f"at its best rates of 1 M the default has {same['test_loss']:.2f}" in WORDS
+    rates = tuned_rates(records, "nano")["natural-galore"].rates
+    assert f"at its best rates of 1 M the default has {loss['natural-galore', rates]}" in WORDS
 
 
 def test_adamw_with_what_the_default_has():

@@ -255,7 +255,7 @@ def choose(text: str) -> Chosen:
 
 
 def place(text: str) -> tuple[int, str]:
-    """Where a method stands in tables: in the order of ``METHODS``, others last, by name."""
+    """Place of a method in tables: in the order of ``METHODS``, others last, by name."""
     names = list(METHODS)
     base = text.partition("@")[0]
     return names.index(base) if base in names else len(names), text

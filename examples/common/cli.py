@@ -121,12 +121,12 @@ def peek(argv: Sequence[str] | None, **defaults: str) -> argparse.Namespace:
 
 
 def terminal() -> Console:
-    """Where a program prints: names of files and texts of models are no markup."""
+    """Console of a program: names of files and texts of models are no markup."""
     return Console(markup=False)
 
 
 def _message(error: Exception) -> str:
-    """What the user can correct; of an error of the operating system the file comes first."""
+    """Text of an error; of one of the operating system the file comes first."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return str(error)

@@ -44,12 +44,19 @@ def decode(raw: bytes, where: str, *, start: int = 0, of: str = "", remedy: str 
 
 def check_string(text: str, what: str, *, remedy: str = "") -> None:
     """Raise a DataError if a string of JSON or Parquet has characters that UTF-8 text has not."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(f"{what} holds half a surrogate pair") from error
+    if has_half_pair(text):
+        raise DataError(f"{what} holds half a surrogate pair")
     if "\0" in text:
         raise DataError(f"{what} holds {text.count(chr(0))} NUL character(s){_also(': ', remedy)}")
+
+
+def has_half_pair(text: str) -> bool:
+    """Whether a string has half a surrogate pair, which no file of UTF-8 can hold."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _also(join: str, remedy: str) -> str:

@@ -74,7 +74,7 @@ def _check_not_empty(rows: list[RawRow], split: str, path: Path) -> None:
 
 
 def _lines(path: Path, labelled: bool) -> Iterator[tuple[str, str]]:
-    """Where a line stands, and the line; blank lines are skipped.
+    """Place and text of each line; blank lines are skipped.
 
     Without labels none may stand between others: predictions have the numbers of the rows.
     """

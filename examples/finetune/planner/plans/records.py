@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from enum import Enum
 
+from examples.common.text import has_half_pair
 from examples.finetune.planner.plans.plan import IDENTIFIER, JOIN, Plan, Value
 
 
@@ -79,10 +80,8 @@ class Record:
     def __post_init__(self) -> None:
         if not self.query.strip():
             raise ValueError("the query is empty")
-        try:
-            self.query.encode()
-        except UnicodeEncodeError:
-            raise ValueError("the query holds half a surrogate pair") from None
+        if has_half_pair(self.query):
+            raise ValueError("the query holds half a surrogate pair")
         if repeated := _repeated([tool.name for tool in self.tools]):
             raise ValueError(f"two tools are called {repeated}")
         if not self.plan.joined:
