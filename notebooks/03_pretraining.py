@@ -132,8 +132,8 @@ print(reports["natural-galore"])
 
 # %% [markdown]
 # Half of this state belongs to embedding and head, which are not projected and are a quarter of a model this small. At 7B
-# the whole state is 35 % of AdamW's (README). One run of each, and a short one: docs/quality.md has three seeds, tuned rates
-# and more methods.
+# the whole state is 35 % of AdamW's (README). One run of each, and a short one: docs/quality.md has more seeds, tuned
+# rates and more methods.
 #
 # ## A sample
 #

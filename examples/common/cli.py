@@ -63,6 +63,11 @@ def expand(argv: Sequence[str] | None, shorthands: Mapping[str, Sequence[str]]) 
     return [new for word in words for new in shorthands.get(word, [word])]
 
 
+def bf16_shorthands(option: str) -> dict[str, tuple[str, str]]:
+    """--bf16 for an option of the dtype, and `bf16: false` of a file of options."""
+    return {"--bf16": (option, "bfloat16"), "--no-bf16": (option, "float32")}
+
+
 def _from_file(path: Path) -> list[str]:
     try:
         found = yaml.safe_load(path.read_text())

@@ -54,10 +54,7 @@ Pre-train a LLaMA on text. What most runs need:
 
 Ctrl-C or SIGTERM saves and stops; --resume goes on from there.
 """
-SHORTHANDS = {
-    "--bf16": ("--model.dtype", "bfloat16"),
-    "--no-bf16": ("--model.dtype", "float32"),  # `bf16: false` of a file of options.
-}
+SHORTHANDS = cli.bf16_shorthands("--model.dtype")
 
 
 def main(argv: list[str] | None = None) -> int:

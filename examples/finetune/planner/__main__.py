@@ -42,10 +42,7 @@ Fine-tune a LLaMA on plans of tool calls. What most runs need:
 
 Ctrl-C or SIGTERM saves and stops; --resume goes on from there.
 """
-SHORTHANDS = {
-    "--bf16": ("--dtype", "bfloat16"),
-    "--no-bf16": ("--dtype", "float32"),  # `bf16: false` of a file of options.
-}
+SHORTHANDS = cli.bf16_shorthands("--dtype")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -115,12 +115,10 @@ def _read_tsv(
     for where, line in lines:
         cells = line.split("\t")
         # The files of MNLI have columns that their header does not name after those it does.
-        if len(cells) < len(names):
-            if not task.malformed_rows:
-                raise DataError(f"{where}: {len(cells)} columns, expected {len(names)}")
+        if len(cells) < len(names) and task.malformed_rows:
             malformed.append(where)
             continue
-        if own and len(cells) > len(names):
+        if len(cells) < len(names) or (own and len(cells) > len(names)):
             raise DataError(f"{where}: {len(cells)} columns, expected {len(names)}")
         record = dict(zip(names, cells, strict=False))
         yield from_mapping(record, columns, where, own, labelled)
