@@ -76,6 +76,31 @@ def test_x64_leaves_dtypes_as_they_are(dtype):
             assert signature(jax.eval_shape(factory().init, specs(dtype))) == wide, name
 
 
+WIDE = np.float64(0.5)  # of a sweep, or injected for float64 parameters
+OF_WIDE_NUMBERS = {
+    "apollo": lambda: ng.contrib.scale_by_apollo(RANK, scale=WIDE, norm_growth_limit=1 + WIDE),
+    "ldadam": lambda: ng.contrib.scale_by_ldadam(RANK, b1=WIDE, b2=WIDE, rho=WIDE),
+    "alice": lambda: ng.contrib.scale_by_alice(
+        RANK, b1=WIDE, b2=WIDE, b3=WIDE, scale=WIDE, norm_growth_limit=1 + WIDE
+    ),
+    "racs": lambda: ng.contrib.scale_by_racs(WIDE, scale=WIDE, norm_growth_limit=1 + WIDE),
+    "scale": lambda: ng.contrib.scale_by_column_norms(momentum=WIDE, eps=WIDE, head=True),
+    "8 bits": lambda: ng.scale_by_adam_8bit(WIDE, WIDE, WIDE, nesterov=True, min_size=16),
+    "fira": lambda: ng.natural_galore(
+        RANK, residual="fira", residual_scale=WIDE, norm_growth_limit=1 + WIDE
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_WIDE_NUMBERS)
+def test_states_do_not_become_as_wide_as_numbers_among_the_arguments(name):
+    with configured(jax_enable_x64=True):
+        tx, params = OF_WIDE_NUMBERS[name](), specs()
+        state = jax.eval_shape(tx.init, params)
+        _, new_state = jax.eval_shape(tx.update, params, state, params)
+        assert signature(new_state) == signature(state)
+
+
 def test_ranks_may_not_be_promoted_outside():
     with configured(jax_numpy_rank_promotion="raise"):
         for factory in FACTORIES.values():

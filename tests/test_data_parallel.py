@@ -148,3 +148,9 @@ def test_errors(mesh):
         ng.training.data_parallel_step(loss, galore, mesh, axis_name="rows")
     with pytest.raises(ValueError, match="micro_batches"):
         ng.training.data_parallel_step(loss, galore, mesh, micro_batches=0)
+    step = ng.training.data_parallel_step(lambda p, b: loss(p, b["x"]), galore, mesh, "data", 2)
+    params, batches = jax.eval_shape(start)
+    for shape in ((24, M), ()):
+        batch = {"x": jax.ShapeDtypeStruct(shape, batches.dtype)}
+        with pytest.raises(ValueError, match=r"^x of the batch .* 8 devices times 2 micro-batches"):
+            step.lower(params, jax.eval_shape(galore.init, params), batch)

@@ -50,6 +50,13 @@ def test_a_stack_that_cannot_be_taken_apart_is_refused(change, settings, message
         train.init(init_params() | change)
 
 
+def test_layers_that_share_the_scales_of_8_bits_are_refused():
+    params = init_params() | {"layers": {"gain": jnp.ones((80, D))}}
+    train = ng.training.per_layer(optax.sgd(0.1), embed, layer, head)
+    with pytest.raises(ValueError, match=r"layers/gain: layers share the scales .*\(80, 12\)"):
+        train.init(ng.training.quantize_weights(params, where=True))
+
+
 def test_an_optimizer_that_treats_one_layer_otherwise_is_refused():
     def where(path, leaf):
         return "down" in path or ("up" in path and leaf.size > 300)

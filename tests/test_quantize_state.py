@@ -136,6 +136,23 @@ def test_nesterov_and_eps_root_are_those_of_optax():
         np.testing.assert_allclose(a["w"], b["w"], rtol=1e-5, atol=1e-6)
 
 
+def test_a_saturated_count_is_that_of_optax():
+    last, g = jnp.int32(2**31 - 1), gradients(1)[0]
+    (ours, _), (theirs, _) = (
+        tx.update(g, tx.init(g)._replace(count=last))
+        for tx in (ng.scale_by_adam_8bit(nesterov=True), optax.scale_by_adam(nesterov=True))
+    )
+    np.testing.assert_allclose(ours["w"], theirs["w"], rtol=1e-5)
+
+
+@both
+def test_scalars_have_no_blocks(make):
+    grads = [{"w": jnp.ones((8, 64)), "gain": jnp.float32(3.0)}] * 2
+    updates, state = run(make(min_size=1), grads)
+    assert (state.codes.mu["w"].dtype, state.codes.mu["gain"].dtype) == (jnp.uint8, jnp.float32)
+    np.testing.assert_allclose(updates[-1]["gain"], 1.0, rtol=1e-4)
+
+
 NAMES = {"embedding": (32, 8), "experts": {"lm_head": (2, 8, 32)}, "kernel": (32, 8), "norm": (8,)}
 
 
@@ -190,9 +207,10 @@ def test_momentum_in_8_bits_with_factored_second_moments():
 
 
 def test_zero_gradients_have_zero_updates():
-    zeros = [{"w": jnp.zeros(SHAPE)}] * 2
-    updates, _ = run(ng.scale_by_adam_8bit(min_size=1, factored=True), zeros)
+    zeros = [{"w": jnp.zeros(SHAPE), "nothing": jnp.zeros((0, 8))}] * 2
+    updates, state = run(ng.scale_by_adam_8bit(min_size=1, factored=True), zeros)
     assert not np.any(updates[-1]["w"])
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(state))
 
 
 def test_projected_parameters_have_no_factored_second_moments():
@@ -360,6 +378,11 @@ def test_errors():
     tx = ng.scale_by_adam_8bit()
     with pytest.raises(ValueError, match=r"w: the update has shape \(64, 96\)"):
         tx.update({"w": jnp.ones((64, 96))}, tx.init({"w": jnp.ones(SHAPE)}))
+    with pytest.raises(TypeError, match=r"block/w: scale_by_adam_8bit takes real .* got complex64"):
+        tx.init({"block": {"w": jnp.ones(SHAPE, jnp.complex64)}})
+    tx, params = ng.quantize_state(optax.scale_by_adam()), {"b": jnp.ones(8), "w": jnp.ones(SHAPE)}
+    with pytest.raises(ValueError, match="another tree structure than the parameters at init"):
+        tx.update({"w": params["w"]}, tx.init(params))
 
 
 def test_random_keys_in_the_inner_state_are_left_alone():

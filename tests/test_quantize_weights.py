@@ -85,6 +85,16 @@ def test_a_block_of_zeros_comes_to_life():
     np.testing.assert_allclose(read_weight(write(x, old, 3, 0), jnp.float32), x, atol=0.03)
 
 
+def test_empty_arrays_are_left_alone():
+    params = {"a": jnp.zeros(0), "b": jnp.zeros((2, 0, 8)), "w": normal(4, 4)}
+    weights = ng.training.quantize_weights(params, where=True)
+    assert {name: x.dtype for name, x in weights.codes.items()} == {
+        "a": jnp.float32,
+        "b": jnp.float32,
+        "w": jnp.int8,
+    }
+
+
 def test_from_shapes_alone_and_in_its_bytes():
     params = {"layers": {"w": jax.ShapeDtypeStruct((2, 512, 1376), jnp.bfloat16)}}
     weights = jax.eval_shape(ng.training.quantize_weights, params)
@@ -97,6 +107,8 @@ def test_errors():
         TypeError, match=r"tokens: only floating-point .* got int32 of shape \(3,\)"
     ):
         ng.training.quantize_weights({"tokens": jnp.zeros(3, jnp.int32)}, where=True)
+    with pytest.raises(TypeError, match=r"gain: only floating-point .* got float32 of shape \(\)"):
+        ng.training.quantize_weights({"gain": 0.5}, where=True)
     with pytest.raises(ValueError, match="block_size must be at least 16, got 8"):
         ng.training.quantize_weights({"w": normal(64, 64)}, block_size=8)
     with pytest.raises(TypeError, match="takes QuantizedWeights, got dict"):

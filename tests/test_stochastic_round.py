@@ -39,6 +39,14 @@ def test_the_mean_over_elements_is_exact_too():
     assert abs(up - 0.2) < 4 * np.sqrt(0.2 * 0.8 / x.size)
 
 
+def test_seeds_may_be_integers_of_numpy():
+    x = jnp.full(99, 1 + 2.0**-9)
+    for seed in (np.int32(3), np.int64(3)):
+        np.testing.assert_array_equal(
+            ng.training.stochastic_round(x, 5, seed), ng.training.stochastic_round(x, 5, 3)
+        )
+
+
 def test_what_is_no_number_between_others_stays():
     x = jnp.array([np.inf, -np.inf, np.nan, 0.0, 1.5, -(2.0**-100)], jnp.float32)
     out = np.asarray(ng.training.stochastic_round(x, 7), np.float32)

@@ -11,7 +11,7 @@ import pytest
 import natgalore_jax as ng
 
 NUMERIC = {
-    *("learning_rate", "eps", "weight_decay"),
+    *("learning_rate", "eps", "eps_root", "weight_decay"),
     *(
         "damping",
         "scale",
@@ -29,6 +29,7 @@ FACTORIES = [
     ng.project_back,
     ng.natural_galore,
     ng.clip_leading_singular_value,
+    ng.scale_by_adam_8bit,
     ng.natural_galore_adamw,
     ng.lean_natural_galore_adamw,
     ng.galore_adamw,

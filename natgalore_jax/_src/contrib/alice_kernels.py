@@ -154,7 +154,7 @@ def compensated(plan, numbers, b1, G, U, R, omega, residual_energy, last_norm):
     dtype, axes = G.dtype, phi_axes(plan)
     G = G.astype(jnp.float32)
     energy = energies(axes, R, G)
-    new = b1 * residual_energy + (1 - b1) * energy.E
+    new = (b1 * residual_energy + (1 - b1) * energy.E).astype(residual_energy.dtype)
     usable = jnp.all(jnp.isfinite(new), tuple(range(len(plan.batch), new.ndim)), keepdims=True)
     (mode,) = plan.projected_modes
     free = plan.mode_sizes[mode] - plan.rank_of(mode)

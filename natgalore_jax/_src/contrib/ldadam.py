@@ -66,8 +66,8 @@ def scale_by_ldadam(
     Args:
       rank: r, clipped per matrix to its shorter side.
       b1, b2, eps, mu_dtype: Adam's, as in ``optax.scale_by_adam``.
-      rho: ρ, weight of the momentum in B, by default β₁; with 0 the basis follows the newest
-        gradient alone.
+      rho: ρ, weight of the momentum in B, which does not change with ``b1``; with 0 the basis
+        follows the newest gradient alone.
       error_feedback: add the accumulated projection error E to each gradient. E has the size of the
         parameter, half of AdamW's state, in addition to basis and moments.
       where, axes: see :func:`.low_rank_project`.

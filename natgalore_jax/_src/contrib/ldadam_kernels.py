@@ -50,6 +50,7 @@ def next_basis(
     """
     (mode,), letters = plan.projected_modes, Letters(plan)
     P32, A, M = (x.astype(jnp.float32) for x in (P, A, M))
+    rho = jnp.asarray(rho, jnp.float32)
     momentum = project_back(plan, M / _correction(b1, count), (P32,))
     B = jnp.where(count > 0, rho * momentum + (1 - rho) * A, A)
     # Squares of entries beyond 1e19 overflow float32, and squares below 1e-19 underflow.

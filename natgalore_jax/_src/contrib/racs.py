@@ -232,7 +232,7 @@ def _averaged(plan, old, new, decay):
     """``β c + (1 − β) c'``; c for a matrix with a non-finite c'."""
     sides = tuple(range(len(plan.batch), new.ndim))
     usable = jnp.all(jnp.isfinite(new), sides, keepdims=True)
-    return jnp.where(usable, decay * old + (1 - decay) * new, old)
+    return jnp.where(usable, decay * old + (1 - decay) * new, old).astype(old.dtype)
 
 
 def _over_squared_norm(plan, x, of):

@@ -183,7 +183,8 @@ def _normalised(plan, norm, eps, G):
     square = jnp.sum(jnp.square(G32), rows, keepdims=True)
     length = jnp.sqrt(square / plan.mode_sizes[0] if norm == "rms" else square)
     # A maximum may ignore a NaN: use where.
-    return (G32 / jnp.where(length < eps, eps, length)).astype(G.dtype)
+    length = jnp.where(length < eps, eps, length)
+    return (G32 / jnp.where(length == 0, 1.0, length)).astype(G.dtype)
 
 
 def scale_sgd(

@@ -43,7 +43,7 @@ def dither(
       ``shape``, uint32.
     """
     first = layer_index() if first is None else first
-    row = jnp.uint32((salt * 0x632BE59B + 0x2545F491) & 0xFFFFFFFF)
+    row = jnp.uint32((int(salt) * 0x632BE59B + 0x2545F491) & 0xFFFFFFFF)
     outer = (*shape[:-1], 1)
     for axis in range(len(shape) - 1):
         index = jax.lax.broadcasted_iota(jnp.uint32, outer, axis)

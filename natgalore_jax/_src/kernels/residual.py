@@ -230,7 +230,8 @@ def limited(
     squared = jnp.square(phi) * energy.E
     norm = jnp.sqrt(jnp.sum(squared, tuple(range(axes.batch_ndim, squared.ndim))))
     shrink = growth_shrink(norm, level, limit)
-    return phi * jnp.expand_dims(shrink, tuple(range(axes.batch_ndim, phi.ndim))), norm * shrink
+    phi = phi * jnp.expand_dims(shrink, tuple(range(axes.batch_ndim, phi.ndim)))
+    return phi, (norm * shrink).astype(jnp.float32)
 
 
 def growth_shrink(
@@ -259,4 +260,4 @@ def limit_growth(
     others = [a for a in range(U.ndim) if a not in batch]
     norm = jnp.sqrt(jnp.sum(jnp.square(U), tuple(others)))
     shrink = growth_shrink(norm, last_norm, limit)
-    return U * jnp.expand_dims(shrink, others), norm * shrink
+    return U * jnp.expand_dims(shrink, others), (norm * shrink).astype(jnp.float32)

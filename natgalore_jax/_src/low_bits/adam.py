@@ -11,7 +11,13 @@ from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
 from natgalore_jax._src.low_bits.moments import EightBits, QuantizedState, dithered, start
 from natgalore_jax._src.params.checks import check_adam, check_boolean, check_number
 from natgalore_jax._src.params.context import current_subspace
-from natgalore_jax._src.params.where import KeyPath, Where, selected, token_matrices
+from natgalore_jax._src.params.where import (
+    KeyPath,
+    Where,
+    selected,
+    shape_and_dtype,
+    token_matrices,
+)
 from natgalore_jax._src.states.tree_checks import flatten_like, update_dtypes
 
 
@@ -60,8 +66,8 @@ def scale_by_adam_8bit(
       ``quantize_state(optax.scale_by_adam())``, and updates of the same dtypes.
 
     Raises:
-      TypeError, ValueError: at construction for an argument of a wrong type or value; at ``update``
-        for gradients of other shapes than at ``init``.
+      TypeError, ValueError: at construction for an argument of a wrong type or value; at ``init``
+        for a complex parameter; at ``update`` for gradients of other shapes than at ``init``.
 
     References:
       Kingma and Ba, Adam (2015); Dettmers et al., 8-bit optimizers (2022). Factored
@@ -87,6 +93,7 @@ def scale_by_adam_8bit(
 
     @own_arithmetic
     def init_fn(params):
+        _check_real(params)
         batch, has_factors = settings.batch_of_leaves(params), _has_factors(factored, params)
         adam: Any = optax.scale_by_adam().init(params)
         treedef = jax.tree.structure(params)
@@ -158,6 +165,7 @@ def _state(count, mu, nu, mu_scale, nu_scale) -> QuantizedState:
 @kernel("leaf", "nesterov", "dtype")
 def _step(leaf, nesterov, dtype, numbers, count, g, m, v, m_scale, v_scale):
     """Update, moments and scales of one parameter after a step; ``count`` excludes this step."""
+    numbers = tuple(jnp.asarray(x, jnp.float32) for x in numbers)
     b1, new1, b2, new2, *_ = numbers
     G = jnp.asarray(g).astype(jnp.float32)
     peak = None
@@ -205,15 +213,28 @@ def _has_factors(factored: Where, params: Any) -> list[bool]:
     leaves = jax.tree_util.tree_leaves_with_path(params)
     chosen = selected(factored, params, "factored")
     return [
-        is_chosen and jnp.ndim(leaf) > 1 and str(KeyPath(path)) not in plans
+        is_chosen
+        and jnp.ndim(leaf) > 1
+        and 0 not in jnp.shape(leaf)  # without means
+        and str(KeyPath(path)) not in plans
         for (path, leaf), is_chosen in zip(leaves, chosen, strict=True)
     ]
+
+
+def _check_real(params: Any) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        dtype = shape_and_dtype(path, leaf).dtype
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            raise TypeError(
+                f"{KeyPath(path)}: scale_by_adam_8bit takes real parameters, got {dtype}: train it "
+                "with optax.scale_by_adam, through optax.partition"
+            )
 
 
 def _update(G, M, V, count, constants, *, nesterov):
     """Adam's update from its new moments; ``count`` includes this step."""
     b1, new1, b2, _, eps, eps_root = constants
-    M = M / (1 - b1 ** (count + 1)) if nesterov else M / (1 - b1**count)
+    M = M / (1 - b1 ** optax.safe_increment(count)) if nesterov else M / (1 - b1**count)
     if nesterov:
         M = b1 * M + new1 * G / (1 - b1**count)
     return M / (jnp.sqrt(V / (1 - b2**count) + eps_root) + eps)

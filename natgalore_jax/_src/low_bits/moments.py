@@ -89,7 +89,8 @@ class EightBits(NamedTuple):
             nb = len(plan.batch) if plan else 0
             # Of one matrix, so that a stack of layers is stored as its layers are.
             size = math.prod(leaf.shape[nb:])
-            is_large = size >= self.min_size and jnp.issubdtype(leaf.dtype, jnp.floating)
+            is_large = leaf.ndim > 0 and size >= self.min_size
+            is_large &= jnp.issubdtype(leaf.dtype, jnp.floating)
             out.append(nb if chosen and is_large else None)
         return out
 
@@ -140,7 +141,7 @@ def quantize_state(
 
     Raises:
       TypeError, ValueError: for an argument of a wrong type or value; at ``init`` for an inner
-        state without any registered type.
+        state without any registered type; at ``update`` for another tree than at ``init``.
 
     References:
       Dettmers et al., 8-bit optimizers via block-wise quantization (2022), whose codes are decades
@@ -176,6 +177,8 @@ def quantize_state(
         stored, treedef = jax.tree.flatten(state.codes)
         scales = treedef.flatten_up_to(state.scales)
         moments = _moments(treedef, jax.tree.structure(updates))
+        if not all(is_masked(x) or number in moments for number, x in enumerate(scales)):
+            raise ValueError("the updates have another tree structure than the parameters at init")
         decoded = [
             (at_least_float32(x) if number in moments else x)
             if is_masked(scale)

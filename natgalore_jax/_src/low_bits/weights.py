@@ -90,7 +90,7 @@ def quantize_weights(
     check_integer("block_size", block_size, minimum=16)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     stored = [
-        _nearest(KeyPath(path), leaf, block_size) if chosen else leaf
+        _nearest(KeyPath(path), leaf, block_size) if chosen and jnp.size(leaf) else leaf
         for (path, leaf), chosen in zip(leaves, selected(where, params), strict=True)
     ]
     codes, scales = tree_of(treedef, stored, is_coded=True)
@@ -184,6 +184,7 @@ def write_weight(
 
 
 def _nearest(path: KeyPath, leaf: Any, block_size: int) -> LinearCodes:
+    leaf = jnp.asarray(leaf)
     if not jnp.issubdtype(leaf.dtype, jnp.floating) or not leaf.ndim:
         raise TypeError(
             f"{path}: only floating-point parameters with an axis can be stored in 8 bits, got "

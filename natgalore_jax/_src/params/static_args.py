@@ -33,6 +33,7 @@ _STRUCTURAL = frozenset(
         "error_feedback",
         "cautious",
         "nesterov",
+        "factored",
         # Decays: optax.inject_hyperparams would round 0.999 to 1 for bfloat16 parameters.
         "b1",
         "b2",

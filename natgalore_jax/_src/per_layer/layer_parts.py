@@ -7,7 +7,8 @@ from typing import Any
 import jax
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from natgalore_jax._src.low_bits.weights import QuantizedWeights, decoded
+from natgalore_jax._src.kernels.linear_codes import LinearCodes
+from natgalore_jax._src.low_bits.weights import QuantizedWeights, decoded, weight_leaves
 from natgalore_jax._src.params.where import KeyPath
 from natgalore_jax._src.training.offload import stored_like, to_device
 
@@ -54,8 +55,10 @@ def split_params(params: Any, layers: Selector, weight_dtype: Any = None) -> Par
       weight_dtype: dtype of decoded 8-bit parameters, None for float32.
 
     Raises:
-      ValueError: if there is no stack or its leaves do not have the same number of layers.
+      ValueError: if there is no stack, its leaves do not have the same number of layers, or layers
+        share the scales of 8-bit parameters.
     """
+    _, stored = weight_leaves(params)
     if isinstance(params, QuantizedWeights):
         params = jax.eval_shape(lambda p: decoded(p, weight_dtype), params)
     entries, treedef = jax.tree_util.tree_flatten_with_path(params)
@@ -79,6 +82,12 @@ def split_params(params: Any, layers: Selector, weight_dtype: Any = None) -> Par
             f"each layer; received {received}"
         )
     ((length,),) = lengths
+    for i in stacked:
+        if isinstance(stored[i], LinearCodes) and stored[i].scales.shape[0] != length:
+            raise ValueError(
+                f"{paths[i]}: layers share the scales of this 8-bit parameter of shape "
+                f"{shapes[i].shape}; leave it out through where of quantize_weights"
+            )
     return Parts(treedef, paths, shapes, stack_treedef, tuple(stacked), length)
 
 

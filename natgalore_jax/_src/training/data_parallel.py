@@ -9,6 +9,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from natgalore_jax._src.params.checks import check_integer
+from natgalore_jax._src.params.where import KeyPath
 from natgalore_jax._src.training.low_rank_steps import low_rank_steps
 
 Step = Callable[[Any, optax.OptState, Any], tuple[Any, optax.OptState, jax.Array]]
@@ -52,7 +53,8 @@ def data_parallel_step(
 
     Raises:
       TypeError, ValueError: as :func:`.low_rank_steps`; for an optimizer with a residual, an axis
-        that is not in the mesh, and ``micro_batches`` below one.
+        that is not in the mesh, and ``micro_batches`` below one; from ``step`` for another number
+        of rows.
 
     Example:
       >>> import jax, jax.numpy as jnp, natgalore_jax as ng
@@ -113,7 +115,16 @@ def data_parallel_step(
         axis_names={axis_name},
     )
 
+    divisor = mesh.shape[axis_name] * micro_batches
+
     def step(params, state, batch):
+        for path, x in jax.tree_util.tree_leaves_with_path(batch):
+            if not jnp.ndim(x) or jnp.shape(x)[0] % divisor:
+                raise ValueError(
+                    f"{KeyPath(path)} of the batch needs rows on its first axis, a multiple of "
+                    f"{mesh.shape[axis_name]} devices times {micro_batches} micro-batches, got "
+                    f"shape {jnp.shape(x)}"
+                )
         # On a mesh with explicit axes shard_map requires inputs that are sharded already.
         return sharded_step(params, state, jax.device_put(batch, NamedSharding(mesh, sharded)))
 
