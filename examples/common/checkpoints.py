@@ -3,11 +3,12 @@
 Digests notice what readers do not: a flipped bit within numbers.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -149,15 +150,15 @@ class Checkpoints:
     def _failed(self, error: Exception) -> CheckpointError:
         complete = kept(self._directory)
         left = f"the one of micro-step {max(complete)} is complete" if complete else "there is none"
-        lines = str(error).splitlines() or [type(error).__name__]
         return CheckpointError(
-            f"{self._directory}: a checkpoint could not be written ({lines[0]}); {left}"
+            f"{self._directory}: a checkpoint could not be written ({_first_line(error)}); {left}"
         )
 
     def config(self) -> Json:
         """The configuration that the newest checkpoint was made with."""
         items = ocp.args.Composite(config=ocp.args.JsonRestore())
-        return self._manager.restore(self.latest(), args=items)["config"]
+        with _one_line(self._directory / str(self.latest())):
+            return self._manager.restore(self.latest(), args=items)["config"]
 
     def restore(self, like: TrainState) -> tuple[TrainState, Json]:
         """State and data position of the newest checkpoint, placed as `like` is, which is deleted.
@@ -165,7 +166,7 @@ class Checkpoints:
         There may be no room for both.
 
         Raises:
-          CheckpointError: if the one that is being saved cannot be.
+          CheckpointError: if the one that is being saved cannot be, or the newest cannot be read.
         """
         self._wait()
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
@@ -173,7 +174,8 @@ class Checkpoints:
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
         )
-        restored = self._manager.restore(self.latest(), args=items)
+        with _one_line(self._directory / str(self.latest())):
+            restored = self._manager.restore(self.latest(), args=items)
         return restored["state"], restored["data"]
 
     def close(self) -> None:
@@ -198,6 +200,20 @@ class Checkpoints:
                 raise
 
 
+@contextlib.contextmanager
+def _one_line(checkpoint: Path) -> Iterator[None]:
+    """A CheckpointError for what goes wrong in reading a checkpoint."""
+    try:
+        yield
+    # OSError of a file, ValueError of JSON, others of TensorStore: what counts is that it failed.
+    except Exception as error:
+        raise CheckpointError(f"{checkpoint}: cannot be read ({_first_line(error)})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def kept(directory: Path) -> list[int]:
     """Micro-steps of the complete checkpoints in a directory, in order."""
     return sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit())
@@ -215,6 +231,9 @@ def read_checkpoint(
       number: micro-step of the checkpoint.
       like: from the configuration to the shapes of some fields of the state, a dict by their names.
         The other fields are not read. Arrays are in host memory. None reads no state.
+
+    Raises:
+      CheckpointError: if it cannot be read.
     """
     # A manager would create, clean up or warn.
     checkpoint = (directory / str(number)).absolute()
@@ -225,7 +244,10 @@ def read_checkpoint(
         barrier_sync_key_prefix=f"process{jax.process_index()}",
     )
     json_handler = ocp.JsonCheckpointHandler(multiprocessing_options=alone)
-    with ocp.Checkpointer(json_handler, multiprocessing_options=alone) as reader:
+    with (
+        _one_line(checkpoint),
+        ocp.Checkpointer(json_handler, multiprocessing_options=alone) as reader,
+    ):
         config = reader.restore(checkpoint / "config")
     if like is None:
         return config, None
@@ -233,7 +255,10 @@ def read_checkpoint(
     how = jax.tree.map(lambda x: ocp.RestoreArgs(restore_type=np.ndarray, dtype=x.dtype), shapes)
     state = ocp.args.PyTreeRestore(shapes, restore_args=how, partial_restore=True)
     tree_handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
-    with ocp.Checkpointer(tree_handler, multiprocessing_options=alone) as reader:
+    with (
+        _one_line(checkpoint),
+        ocp.Checkpointer(tree_handler, multiprocessing_options=alone) as reader,
+    ):
         return config, reader.restore(checkpoint / "state", args=state)
 
 
@@ -290,13 +315,13 @@ def write_digests(checkpoint: Path) -> None:
 def damage(checkpoint: Path) -> str | None:
     """The first damage found in the files of a checkpoint, or None.
 
-    An old checkpoint without digests counts as undamaged.
+    Of an old checkpoint without digests the contents are not looked at.
     """
-    if not (checkpoint / DIGESTS).exists():
-        return None
     try:
-        expected = json.loads((checkpoint / DIGESTS).read_text())
         json.loads((checkpoint / _LATER).read_text())
+        if not (checkpoint / DIGESTS).exists():
+            return None
+        expected = json.loads((checkpoint / DIGESTS).read_text())
     # ValueError is broken JSON or broken UTF-8.
     except (OSError, ValueError) as error:
         return f"{checkpoint}: {error}"

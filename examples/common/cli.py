@@ -17,6 +17,7 @@ from rich.console import Console
 
 from examples.common.config import plain
 from examples.common.errors import USER_ERRORS, ConfigError
+from examples.common.text import has_half_pair
 
 T = TypeVar("T")
 OPTIONS = "config.yaml"
@@ -37,8 +38,13 @@ def parse(
     """The configuration that the command line of a program gives, from `default` on.
 
     With a `brief` help, --help prints that, and --help-all lists all options.
+
+    Raises:
+      ConfigError: for an argument that is not text.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    for word in filter(has_half_pair, argv):  # What Python makes of bytes that are no text.
+        raise ConfigError(f"{word!r}: arguments must be text in the encoding of the terminal")
     if brief is not None:
         if {"-h", "--help"} & set(argv):
             print(brief.strip())

@@ -15,10 +15,10 @@ import numpy as np
 from rich.console import Console
 
 import natgalore_jax as ng
-from examples.common.checkpoints import Checkpoints
+from examples.common.checkpoints import Checkpoints, damage
 from examples.common.cli import OPTIONS
 from examples.common.config import plain, write_json
-from examples.common.errors import ConfigError
+from examples.common.errors import CheckpointError, ConfigError
 from examples.common.loggers import LoggerName, make_loggers
 from examples.common.methods import Tuning
 from examples.common.metrics import Clock, MetricsLog, Record, of_kind
@@ -153,17 +153,27 @@ def train(
 
     Raises:
       ConfigError: if `run_dir` has a run that is not to be resumed, or one with another identity.
+      CheckpointError: if the checkpoint is damaged, or the metrics of its steps are missing.
       Diverged: if the loss is not finite.
     """
     if run_dir is None:
         return _Run(set_up(), method, reporter, MetricsLog(), None).run(should_stop)
     run_dir.mkdir(parents=True, exist_ok=True)
     with Checkpoints(run_dir / "checkpoints", keep=1) as checkpoints:
+        if resume and (latest := checkpoints.latest()) is not None:
+            what = damage(run_dir / "checkpoints" / str(latest))
+            if what is not None:
+                raise CheckpointError(f"{what}: delete {run_dir} to train again")
         done = checkpoints.resume_point(identity, run_dir, resume=resume)
         write_json(run_dir / "config.json", identity)
         (run_dir / OPTIONS).write_text(options)
         loggers = make_loggers(log_to, run_dir, identity, done)
         with MetricsLog(run_dir / "metrics.jsonl", resume_at=done, loggers=loggers) as log:
+            if done and not of_kind(log.records, "train"):
+                raise CheckpointError(
+                    f"{run_dir / 'metrics.jsonl'}: no metrics of the {done} steps that are done: "
+                    f"delete {run_dir} to train again"
+                )
             if first is not None and not log.records:
                 log.write(**first)
             with reporter.during(STARTING):

@@ -1,6 +1,7 @@
 """Configurations as plain values, and the fields in which two of them differ."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ def plain(value: Any) -> Any:
 
 def check_apart(run_dir: Path, option: str, source: str) -> None:
     """Raise a ConfigError if --overwrite would delete the weights that an option names."""
-    if Path(source).expanduser().resolve().is_relative_to(run_dir.resolve()):
+    if Path(os.path.expanduser(source)).resolve().is_relative_to(run_dir.resolve()):
         raise ConfigError(f"--overwrite would delete {option} {source}: pass another --name")
 
 

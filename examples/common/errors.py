@@ -17,7 +17,7 @@ class WeightsError(Exception):
 
 
 class CheckpointError(Exception):
-    """A checkpoint that could not be written."""
+    """A checkpoint that could not be written, or cannot be read."""
 
 
 USER_ERRORS = (ConfigError, DataError, WeightsError, CheckpointError, OSError)

@@ -1,6 +1,7 @@
 """Loss of any text with a trained model: `python -m examples.llama.evaluate --help`."""
 
 import math
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -142,7 +143,7 @@ def evaluate(config: EvaluateConfig) -> Record:
 def _settings(config: EvaluateConfig) -> tuple[DataConfig, int | None]:
     """Settings of text and rows, of the run where the command line has none."""
     data, seq_len = DataConfig(data=config.data), config.seq_len
-    path = Path(config.model).expanduser()
+    path = Path(os.path.expanduser(config.model))
     if is_run(path):
         of_run = config_of(path)
         names = {field.name for field in fields(DataConfig)} - {"data", "tokenizer", "cache_dir"}

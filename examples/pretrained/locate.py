@@ -1,5 +1,6 @@
 """The files of a model: local ones, those of a pip package, or from a hub."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def locate_model(name: str, files: Sequence[str]) -> Path:
     Raises:
       WeightsError: if there is no such directory and the hub does not have it or is not reached.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # Path.expanduser raises for an unknown user.
     if path.is_dir() or (path.suffix == GGUF and path.is_file()):
         return path
     if name in PACKAGES:

@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +30,7 @@ from examples.finetune.planner.prepare import prepare
 from examples.finetune.planner.prompts import Pair, PromptConfig
 from examples.finetune.planner.run_config import OutputConfig, RunConfig
 from examples.finetune.planner.train_step import make_step
+from examples.finetune.planner.untrained import evaluate_untrained
 from examples.llama.model.llama import with_params
 from examples.pretrained.chat import ChatTemplate
 
@@ -70,6 +73,19 @@ def run(config, prepared, evaluator, untrained):
         return train(changed, "adamw", *given)
 
     return go
+
+
+def test_the_first_evaluation_is_not_written_in_part(config, tmp_path, monkeypatch):
+    prepared = SimpleNamespace(fingerprint="", read=dict)
+    evaluation = SimpleNamespace(predictions=(), summary=dict)
+
+    def killed(*_):
+        raise OSError
+
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(Path, "replace", killed)
+        evaluate_untrained(config, prepared, lambda *_: evaluation, tmp_path)
+    assert not (tmp_path / "untrained.json").exists()
 
 
 def nll(config, params, row):

@@ -183,6 +183,13 @@ def test_errors_in_json_lines(tmp_path, line, message):
         read_rows(TASKS["own"], tmp_path)
 
 
+def test_a_number_that_no_float_holds(tmp_path):
+    tiny.write_rows(tmp_path)
+    (tmp_path / "train.jsonl").write_text(f'{{"sentence1": "a", "label": 1{"0" * 400}}}\n')
+    with pytest.raises(DataError, match=r"train.jsonl: line 1: the label 10+ is no number"):
+        read_rows(TASKS["own-regression"], tmp_path)
+
+
 def test_a_missing_split_is_named(tmp_path):
     tiny.write_rows(tmp_path, {"train": 4})
     with pytest.raises(DataError, match=r"the validation split is missing \(none of dev.tsv"):

@@ -13,7 +13,7 @@ import tiny_encoder as tiny
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import natgalore_jax as ng
-from examples.common.errors import ConfigError
+from examples.common.errors import CheckpointError, ConfigError
 from examples.common.lora import add_adapters, merge_adapters, union
 from examples.common.metrics import of_kind
 from examples.common.train_state import init_state
@@ -221,6 +221,15 @@ def test_a_run_goes_on_as_if_it_had_not_been_stopped(files, finished, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, later.state.weights, expected.state.weights)
     lines = (tmp_path / "predictions" / "predictions.tsv").read_text().splitlines()
     assert lines[1:] == [f"{i}\t{label}" for i, (_, label) in enumerate(rows)]
+
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_bytes(b"\xff" + metrics.read_bytes())
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl: no metrics of the 98 steps"):
+        train(again, "natural-galore", prepared, run_dir=tmp_path)
+    file = tmp_path / "checkpoints" / "98" / "config" / "metadata"
+    file.write_text("{")
+    with pytest.raises(CheckpointError, match=f"{file}: 1 bytes instead of"):
+        train(again, "natural-galore", prepared, run_dir=tmp_path)
 
 
 def counts(weights, inputs, _key=None):

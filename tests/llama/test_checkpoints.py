@@ -1,11 +1,13 @@
 """Checkpoints: kept as asked for, and restored on any devices."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from examples.common.checkpoints import Checkpoints
+from examples.common.checkpoints import Checkpoints, kept, quarantine
 from examples.common.train_state import TrainState, init_state
 
 
@@ -33,6 +35,19 @@ def test_what_is_saved_is_restored(tmp_path):
         state, data = checkpoints.restore(some_state(0))
     assert data == {"next_index": 5}
     assert_same(state, some_state(3))
+
+
+def test_a_copy_that_was_cut_off_is_set_aside(tmp_path):
+    directory = tmp_path / "checkpoints"
+    with Checkpoints(directory) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(some_state(step), {}, {})
+    shutil.rmtree(directory / "2" / "state")
+    for name in ("digests.json", "_CHECKPOINT_METADATA"):
+        (directory / "2" / name).unlink()
+    (found,) = quarantine(directory)
+    assert "_CHECKPOINT_METADATA" in found
+    assert kept(directory) == [1]
 
 
 def test_only_the_last_are_kept(tmp_path):

@@ -138,6 +138,7 @@ def test_resume_and_overwrite(arguments, tmp_path, capsys):
         (["--resume", "--overwrite"], "--overwrite"),
         (["--root", "/dev/null"], "/dev/null"),
         (["--name", "a[1]"], "a[1]/checkpoints: Orbax writes no readable checkpoints"),
+        (["--sample", "caf\udce9"], r"'caf\udce9': arguments must be text in the encoding of the"),
         (["--steps", "0"], "steps must be at least 1"),
         (["--learning-rate", "1e30", "--optimizer", "adamw", "--steps", "9"], "not finite"),
     ],

@@ -4,6 +4,7 @@ import gzip
 import json
 import sys
 
+import numpy as np
 import pytest
 
 from examples.common.errors import DataError
@@ -128,7 +129,7 @@ def test_parquet(tmp_path):
     file = tmp_path / "a.parquet"
     rows = {"text": ["one", None, " ", "t\0wo", "three\r\n"], "id": [1, 2, 3, 4, 5]}
     parquet.write_table(arrow.table(rows), file, row_group_size=2)
-    with pytest.warns(UserWarning, match=r'^1 bad line.*a\.parquet: row 4: "text" holds 1 NUL'):
+    with pytest.warns(UserWarning, match=r'^1 bad line.*a\.parquet: row 4: "text": 1 NUL byte'):
         assert load_corpus_of(file, skip_bad_lines=True) == ["one", "three\n"]
     with pytest.raises(DataError, match="row 4"):
         load_corpus_of(file)
@@ -136,6 +137,37 @@ def test_parquet(tmp_path):
         load_corpus_of(file, text_column="content")
     with pytest.raises(DataError, match='column "id" has int64, expected string'):
         load_corpus_of(file, text_column="id")
+
+
+def test_parquet_of_other_writers(tmp_path):
+    """Strings that are not UTF-8, two columns of one name, and a name with a dot."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    file = tmp_path / "a.parquet"
+    ends, raw = np.array([0, 3, 5], np.int32), b"one\xe9t"
+    latin = arrow.Array.from_buffers(arrow.string(), 2, [None, *map(arrow.py_buffer, (ends, raw))])
+    parquet.write_table(arrow.table({"text": latin}), file)
+    with pytest.raises(DataError, match=r'parquet: row 2: "text": invalid UTF-8 at byte 0: Latin'):
+        load_corpus_of(file)
+    with pytest.warns(UserWarning, match="1 bad line"):
+        assert load_corpus_of(file, skip_bad_lines=True) == ["one"]
+    parquet.write_table(arrow.Table.from_arrays([latin, latin], names=["text", "text"]), file)
+    with pytest.raises(DataError, match=r'a\.parquet: the column "text" is there twice'):
+        load_corpus_of(file)
+    parquet.write_table(arrow.table({"a": [{"text": "no"}], "a.text": ["yes"]}), file)
+    assert load_corpus_of(file, text_column="a.text") == ["yes"]
+
+
+def test_links(tmp_path):
+    data = tmp_path / "data"
+    (data / "more").mkdir(parents=True)
+    (data / "a.txt").write_text("one")
+    (data / "linked.txt").symlink_to(data / "a.txt")
+    (data / "more" / "again").symlink_to(data)
+    with pytest.warns(UserWarning, match=r"1 file\(s\) of other kinds not read .*: again"):
+        assert list(read_path(data)) == ["one", "one"]
+    (data / "gone.txt").symlink_to(tmp_path / "nowhere.txt")
+    with pytest.warns(UserWarning), pytest.raises(DataError, match=r"gone\.txt: No such file"):
+        list(read_path(data))
 
 
 def test_parquet_without_pyarrow_names_the_package(tmp_path, monkeypatch):
@@ -151,6 +183,7 @@ def test_parquet_without_pyarrow_names_the_package(tmp_path, monkeypatch):
     ("data", "message"),
     [
         (("missing.txt",), "missing.txt: no such file or directory"),
+        (("~nobody-of-this-name/a.txt",), "a.txt: no such file or directory"),
         ((".",), "no .txt"),
         ((), "no data"),
         (("",), "no data"),

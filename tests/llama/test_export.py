@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from importlib.util import find_spec
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -137,6 +138,30 @@ def test_damage_and_other_files(tmp_path, finished):
     file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
     with pytest.raises(CheckpointError, match="not what was written"):
         export(str(tmp_path / "run"), tmp_path / "hf")
+    # As a copy of a run that was cut off: without digests, which are compared first.
+    (newest / "digests.json").unlink()
+    file.unlink()
+    for broken in (file, newest / "config" / "metadata"):
+        broken.write_text("{")
+        with pytest.raises(CheckpointError, match="4: cannot be read") as error:
+            export(str(tmp_path / "run"), tmp_path / "hf")
+        assert "\n" not in str(error.value)
+
+
+def test_killed_when_the_older_export_is_deleted(tmp_path, finished, monkeypatch):
+    model = pretrained(finished[1])
+    replace_llama(model, tmp_path / "hf")
+
+    def killed(path, **_):
+        for file in Path(path).rglob("config.json"):
+            file.unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        replace_llama(model, tmp_path / "hf")
+    assert load_llama(str(tmp_path / "hf"), stacked=True).config == model.config
+    replace_llama(model, tmp_path / "hf")
 
 
 @pytest.mark.skipif(not find_spec("transformers"), reason="needs transformers")

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from examples.common.config import write_json
 from examples.common.errors import ConfigError
+from examples.common.metrics import replace_text
 from examples.finetune.planner.evaluate import Evaluator
 from examples.finetune.planner.predictions import write_predictions
 from examples.finetune.planner.prepare import Prepared
@@ -58,5 +58,5 @@ def evaluate_untrained(
             title = f"{config.dataset}, test split: {config.model}, untrained"
             shown = config.output.shown
             write_predictions(evaluation.predictions, run_dir / NAME, title=title, shown=shown)
-    write_json(path, found)
+    replace_text(path, json.dumps(found, indent=2) + "\n")
     return found

@@ -27,10 +27,12 @@ def read_path(
     `text_column`. Line endings become "\n", a byte order mark is dropped, blank JSON lines and
     empty documents are skipped. With `skip_bad_lines` so are lines that are not UTF-8, hold a NUL
     or are not such JSON: a warning for each file says how many, and what is wrong with the first.
-    Another warning has the files of other kinds in a directory.
+    Another warning has the files of other kinds, and links to directories, in a directory.
     """
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.is_file() and not _is_hidden(p, path))
+        # With links that lead nowhere: the text would be missing without a word.
+        paths = (p for p in path.rglob("*") if p.is_file() or p.is_symlink())
+        found = sorted(p for p in paths if not _is_hidden(p, path))
         files = [p for p in found if p.name.endswith(SUFFIXES)]
         if not files:
             raise DataError(f"{path}: no {', '.join(SUFFIXES)} file in this directory")
@@ -83,15 +85,20 @@ def _read_parquet(path: Path, text_column: str, bad: list[DataError] | None) -> 
                     f'{path}: no column "{text_column}", there are {", ".join(names)}: '
                     "--text-column names it"
                 )
+            if names.count(text_column) > 1:
+                raise DataError(f'{path}: the column "{text_column}" is there twice')
             kind = str(file.schema_arrow.field(text_column).type)
             if kind not in ("string", "large_string", "string_view"):
                 raise DataError(f'{path}: column "{text_column}" has {kind}, expected string')
             number = 0
             for batch in file.iter_batches(columns=[text_column]):
-                for text in batch.column(0).to_pylist():
+                # By name: a field "b" of a column "a" is read with a column "a.b".
+                for scalar in batch.column(text_column):
                     number += 1
+                    where = f'{path}: row {number}: "{text_column}"'
+                    raw = scalar.as_buffer()  # Parquet's strings need not be UTF-8.
                     try:
-                        yield _checked(f"{path}: row {number}", text_column, text or "")
+                        yield "" if raw is None else decode(raw.to_pybytes(), where, remedy=_SKIP)
                     except DataError as error:
                         if bad is None:
                             raise
@@ -155,9 +162,5 @@ def _parse(where: str, line: str, text_column: str) -> str:
         raise DataError(
             f'{where}: expected an object with a string "{text_column}"; --text-column names it'
         )
-    return _checked(where, text_column, text)
-
-
-def _checked(where: str, text_column: str, text: str) -> str:
     check_string(text, f'{where}: "{text_column}"', remedy=_SKIP)
     return text

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,9 +137,11 @@ def replace_llama(pretrained: PretrainedLlama, directory: Path) -> None:
     unfinished = directory.with_name(f"{directory.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     save_llama(pretrained, unfinished)
-    if directory.exists():
-        shutil.rmtree(directory)
-    unfinished.rename(directory)
+    # Moved, then deleted: what a kill leaves of a directory would be refused as other files.
+    with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as aside:
+        if directory.exists():
+            directory.rename(Path(aside) / directory.name)
+        unfinished.rename(directory)
 
 
 def save_llama(pretrained: PretrainedLlama, directory: Path) -> None:

@@ -153,7 +153,7 @@ def _class(row: RawRow, known: dict[str, int], labels: tuple[str, ...]) -> int:
 def _number(task: Task, row: RawRow) -> float:
     try:
         value = float(row.label)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         value = math.nan
     low, high = task.range or (-math.inf, math.inf)
     if not (math.isfinite(value) and low <= value <= high):
