@@ -7,6 +7,9 @@ import optax
 import pytest
 
 import natgalore_jax as ng
+from natgalore_jax._src.kernels.factored_update import FactoredUpdate
+from natgalore_jax._src.kernels.spectral import clip_leading_of_factored
+from natgalore_jax._src.params.plan import PlanSettings, plan_tree
 
 RNG = np.random.default_rng(0)
 
@@ -100,6 +103,86 @@ def test_float64_updates_keep_their_precision():
 def test_limit_must_be_a_positive_number(limit):
     with pytest.raises((TypeError, ValueError), match="limit must be"):
         ng.clip_leading_singular_value(limit)
+
+
+SIDES = [("left", 24, 40), ("right", 24, 40), ("left", 40, 24), ("right", 40, 24)]
+
+
+def _subspace(limit=None, residual="none", **project):
+    tail = ng.project_back(residual=residual, singular_limit=limit)
+    return ng.chain(ng.low_rank_project(where=True, **{"rank": 4, **project}), tail)
+
+
+@pytest.mark.parametrize("residual", ["none", "fira", "fisher"])
+@pytest.mark.parametrize(("side", "m", "n"), SIDES)
+def test_of_a_subspace_the_whole_update_is_clipped(side, m, n, residual):
+    G = {"w": jnp.asarray(_with_spectrum([1000.0, 1.0, 0.9, 0.5, 0.4, 0.3], m, n), jnp.float32)}
+    free, clipping = (_subspace(c, residual, side=side) for c in (None, 0.05))
+    U, _ = free.update(G, free.init(G))
+    clipped, _ = clipping.update(G, clipping.init(G))
+    size = np.linalg.norm(U["w"], 2)
+    np.testing.assert_allclose(clipped["w"], _expected(U["w"], 0.05), atol=1e-4 * size)
+    assert np.linalg.norm(clipped["w"], 2) < 0.5 * size
+
+
+@pytest.mark.parametrize("inside", [0.0, 1.0])
+@pytest.mark.parametrize("outside", [0.0, 1.0])
+@pytest.mark.parametrize(("side", "m", "n"), SIDES)
+def test_a_leading_direction_inside_or_outside_the_basis_is_found(side, m, n, inside, outside):
+    rows = side == "left"
+    settings = PlanSettings(4, True, None, side)
+    (plan,) = plan_tree(settings, {"w": jnp.ones((m, n))})
+    P = np.linalg.qr(RNG.standard_normal((m if rows else n, 4)))[0]
+    A = inside * _with_spectrum([1000.0, 0.1, 0.1], *((4, n) if rows else (m, 4)))
+    G = _with_spectrum([500.0, 0.1, 0.1], m, n)
+    phi = outside * RNG.uniform(0.5, 1.5, n if rows else m)
+    if rows:
+        R, U = P.T @ G, P @ A + (G - P @ (P.T @ G)) * phi
+        low = A - R * phi
+    else:
+        R, U = G @ P, A @ P.T + phi[:, None] * (G - (G @ P) @ P.T)
+        low = A - phi[:, None] * R
+    update = FactoredUpdate(*(jnp.asarray(x, jnp.float32) for x in (low, phi)))
+    P, G = jnp.asarray(P, jnp.float32), jnp.asarray(G, jnp.float32)
+    clipped = clip_leading_of_factored(plan, (P,), update, G, 0.5)
+    before, after = (np.linalg.svd(x, compute_uv=False) for x in (U, np.asarray(clipped)))
+    assert np.all(after <= before + 1e-5 * before[0])
+    if inside != outside:  # One large singular value: the bound holds.
+        np.testing.assert_allclose(clipped, _expected(U, 0.5), atol=2e-3 * max(before[0], 1e-3))
+
+
+def test_of_a_subspace_layers_and_attention_heads_are_clipped_each_by_itself():
+    layers = jnp.asarray(RNG.standard_normal((3, 6, 8, 5)), jnp.float32) + 2.0
+    axes = ng.MatrixAxes(rows=1, cols=(2, 3))
+    stacked_tx, tx = (
+        _subspace(0.1, "fisher", rank=3, axes=axes, stagger=False),
+        _subspace(0.1, "fisher", rank=3),
+    )
+    stacked, _ = stacked_tx.update({"w": layers}, stacked_tx.init({"w": layers}))
+    for layer, clipped in zip(layers, stacked["w"], strict=True):
+        single = {"w": layer.reshape(6, 40)}
+        expected, _ = tx.update(single, tx.init(single))
+        np.testing.assert_allclose(clipped.reshape(6, 40), expected["w"], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("residual", ["none", "fisher"])
+@pytest.mark.parametrize(
+    "project", [{"side": "left"}, {"side": "right"}, {"side": "both"}, {"rank": (3, 3, 3)}]
+)
+def test_of_a_subspace_as_by_the_transformation_after_it(project, residual):
+    grads = {"w": jnp.asarray(RNG.standard_normal((6, 8, 9)) + 1.0, jnp.float32)}
+    free, clipping = (_subspace(c, residual, **project) for c in (None, 0.1))
+    whole, _ = free.update(grads, free.init(grads))
+    clipped, _ = clipping.update(grads, clipping.init(grads))
+    expected = _clip(whole, limit=0.1)["w"]
+    np.testing.assert_allclose(clipped["w"], expected, rtol=1e-4, atol=1e-5)
+    assert np.max(np.abs(expected - whole["w"])) > 0.1
+
+
+@pytest.mark.parametrize("limit", [0, -1.0, "0.2"])
+def test_singular_limit_must_be_a_positive_number(limit):
+    with pytest.raises((TypeError, ValueError), match="singular_limit must be"):
+        ng.project_back(singular_limit=limit)
 
 
 @pytest.mark.parametrize("factory", [ng.natural_galore_adamw, ng.lean_natural_galore_adamw])

@@ -20,7 +20,7 @@ NUMERIC = {
         "compensation_scale",
         "norm_growth_limit",
         "residual_scale",
-        "limit",
+        *("limit", "singular_limit"),
     ),
 }
 FACTORIES = [

@@ -79,7 +79,6 @@ def recipe(
         adam,
         weight_decay,
         mask,
-        singular_limit,
         rank=rank,
         update_interval=update_interval,
         side=side,
@@ -93,6 +92,7 @@ def recipe(
         norm_growth_limit=norm_growth_limit,
         residual_scale=residual_scale,
         residual_decay=residual_decay,
+        singular_limit=singular_limit,
         **fisher,
     )
     return with_unprojected_ratio(tx, unprojected_ratio)

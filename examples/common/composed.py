@@ -17,7 +17,6 @@ def composed_adamw(
     adam: optax.GradientTransformation,
     weight_decay: float = 0.0,
     mask: Any = None,
-    singular_limit: float | None = None,
     **settings: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """GaLore or Natural GaLore around an inner optimizer.
@@ -28,7 +27,6 @@ def composed_adamw(
         which acts after it.
       learning_rate, weight_decay, mask: as in `optax.adamw`.
       adam: what runs in the subspace, and on unprojected parameters.
-      singular_limit: of `ng.clip_leading_singular_value`; None: nothing is clipped.
       settings: arguments of the parts, by name: of `ng.low_rank_project`, `ng.project_back` and, if
         there is one, the Fisher matrix.
     """
@@ -37,7 +35,6 @@ def composed_adamw(
         own = [name for name in inspect.signature(factory).parameters if name in settings]
         return factory(*args, **{name: settings.pop(name) for name in own})
 
-    matrices = {name: settings[name] for name in ("where", "axes") if name in settings}
     opener, closer = part(ng.low_rank_project), part(ng.project_back)
     inside: tuple[Any, ...] = (adam,)
     if fisher == "stored":
@@ -46,14 +43,10 @@ def composed_adamw(
         inside = (part(ng.compact_natural_gradient, adam),)
     if settings:
         raise TypeError(f"no part takes {', '.join(settings)}")
-    clip: tuple[Any, ...] = ()
-    if singular_limit is not None:
-        clip = (ng.clip_leading_singular_value(singular_limit, **matrices),)
     return ng.chain(
         opener,
         *inside,
         closer,
-        *clip,
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )

@@ -12,9 +12,9 @@ from natgalore_jax._src.contrib.alice_kernels import (
     low_rank_step,
     switched_basis,
 )
+from natgalore_jax._src.kernels.factored_update import phi_axes
 from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
 from natgalore_jax._src.kernels.random import matrix_keys
-from natgalore_jax._src.kernels.residual import phi_axes
 from natgalore_jax._src.params.axes import AxesLike
 from natgalore_jax._src.params.checks import (
     check_decay,

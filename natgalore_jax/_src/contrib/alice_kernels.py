@@ -12,17 +12,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from natgalore_jax._src.kernels.factored_update import on_axes_of_gradient, phi_axes
 from natgalore_jax._src.kernels.fisher_factors import gram
 from natgalore_jax._src.kernels.kernel import kernel
 from natgalore_jax._src.kernels.projection import project, project_back
 from natgalore_jax._src.kernels.random import normal
-from natgalore_jax._src.kernels.residual import (
-    energies,
-    inverse_root,
-    limited,
-    on_axes_of_gradient,
-    phi_axes,
-)
+from natgalore_jax._src.kernels.residual import energies, inverse_root, limited
 from natgalore_jax._src.params.placement import place_like, replicated
 from natgalore_jax._src.params.plan import LeafPlan
 

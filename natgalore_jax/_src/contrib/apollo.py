@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from natgalore_jax._src.kernels.factored_update import on_axes_of_gradient, phi_axes
 from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
 from natgalore_jax._src.kernels.projection import project
 from natgalore_jax._src.kernels.random import matrix_keys, normal
-from natgalore_jax._src.kernels.residual import gain, limit_growth, on_axes_of_gradient, phi_axes
+from natgalore_jax._src.kernels.residual import gain, limit_growth
 from natgalore_jax._src.params.axes import AxesLike
 from natgalore_jax._src.params.checks import (
     check_adam,

@@ -6,13 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from natgalore_jax._src.kernels.factored_update import PhiAxes, on_axes_of_gradient
 from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
-from natgalore_jax._src.kernels.residual import (
-    PhiAxes,
-    inverse_root,
-    limit_growth,
-    on_axes_of_gradient,
-)
+from natgalore_jax._src.kernels.residual import inverse_root, limit_growth
 from natgalore_jax._src.params.axes import AxesLike
 from natgalore_jax._src.params.checks import check_adam, check_decay, check_integer, check_number
 from natgalore_jax._src.params.plan import (

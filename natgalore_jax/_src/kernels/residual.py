@@ -13,14 +13,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgalore_jax._src.kernels.projection import Factors, project_back
-from natgalore_jax._src.params.placement import (
-    has_explicit_sharding,
-    names_of,
-    place_like,
-    place_low_rank,
-    placed,
+from natgalore_jax._src.kernels.factored_update import (
+    FactoredUpdate,
+    PhiAxes,
+    phi_axes,
+    sum_for_phi,
 )
+from natgalore_jax._src.params.placement import place_like
 from natgalore_jax._src.params.plan import LeafPlan
 
 Rule = Literal["none", "fira", "fisher"]
@@ -47,15 +46,6 @@ class Residual(NamedTuple):
     def keeps_norm(self) -> bool:
         """Whether the limit needs the norm of the last update in the state."""
         return self.norm_growth_limit is not None and RULES[self.rule].rms is None
-
-
-class PhiAxes(NamedTuple):
-    """The axes of φ: batch axes, then axes of the unprojected side."""
-
-    owners: tuple[int, ...]  # axes of G that φ has, in φ's order
-    low: tuple[int, ...]  # axes of R that φ lacks
-    full: tuple[int, ...]  # axes of G that φ lacks
-    batch_ndim: int
 
 
 class Energies(NamedTuple):
@@ -104,7 +94,6 @@ def _fisher(x: RuleInputs, c: jax.Array) -> tuple[jax.Array, jax.Array]:
 def with_residual(
     settings: Residual,
     plan: LeafPlan,
-    factors: Factors,
     scale: jax.typing.ArrayLike,
     direction: jax.Array,
     N: jax.Array,
@@ -114,11 +103,11 @@ def with_residual(
     last_norm: Any,
     fisher: Any,
     basis_error: float = 0.0,
-) -> tuple[jax.Array, Any, Any]:
-    """``U = α P N + σ E diag(φ) = P (α N − σ R φ) + σ G φ``: one product, as without residual.
+) -> tuple[FactoredUpdate, Any, Any]:
+    """``U = α P N + σ E φ = P (α N − σ φ R) + σ φ G``: one product, as without residual.
 
     Args:
-      settings, plan, factors: of the parameter.
+      settings, plan: of the parameter.
       scale: α.
       direction: batch, the sign of the residual update.
       N, R, G: the inner update, the low-rank gradient, the gradient.
@@ -128,9 +117,9 @@ def with_residual(
         ‖g‖² − ‖Pᵀ g‖²; it is added to δ.
 
     Returns:
-      U in the dtype of N, and the new norm and Fisher entries.
+      U, and the new norm and Fisher entries.
     """
-    dtype, axes = N.dtype, phi_axes(plan)
+    axes = phi_axes(plan)
     N, R, G = (x.astype(jnp.float32) for x in (N, R, G))
     energy, rule = energies(axes, R, G), RULES[settings.rule]
     size = math.prod(plan.shape[a] for a in axes.full)
@@ -144,13 +133,8 @@ def with_residual(
         phi, norm = limited(axes, phi, energy, level, settings.norm_growth_limit)
         last_norm = norm if settings.keeps_norm else last_norm
     phi = phi * jnp.expand_dims(direction, tuple(range(axes.batch_ndim, phi.ndim)))
-
-    phi_low = jnp.expand_dims(phi, axes.low)
-    low = place_low_rank(plan, jnp.multiply(scale, N) - phi_low * R, G)
-    if has_explicit_sharding(G):
-        phi = placed(phi, [names_of(G)[a] for a in axes.owners])
-    U = project_back(plan, low, factors) + on_axes_of_gradient(axes, phi) * G
-    return U.astype(dtype), last_norm, fisher
+    low = jnp.multiply(scale, N) - jnp.expand_dims(phi, axes.low) * R
+    return FactoredUpdate(low, phi), last_norm, fisher
 
 
 def empty_fisher(plan: LeafPlan, low_rank: Any) -> jax.Array:
@@ -165,33 +149,12 @@ RULES = {
 }
 
 
-def phi_axes(plan: LeafPlan, *, by_channel: bool = True) -> PhiAxes:
-    """Axes of a φ with one number per channel if the plan allows it, else one per matrix."""
-    nb = len(plan.batch)
-    if by_channel and len(plan.modes) == 2 and len(plan.projected_modes) == 1:
-        (mode,) = plan.projected_modes
-        kept = plan.modes[1 - mode]
-        low: tuple[int, ...] = (nb + plan.low_rank_axes[mode],)
-    else:
-        kept, low = (), tuple(range(nb, len(plan.low_rank_shape)))
-    owners = (*plan.batch, *kept)
-    full = tuple(a for a in range(len(plan.shape)) if a not in owners)
-    return PhiAxes(owners, low, full, nb)
-
-
 def energies(axes: PhiAxes, R: jax.Array, G: jax.Array) -> Energies:
     of_R = jnp.sum(jnp.square(R), axes.low)
-    in_order = [sorted(axes.owners).index(a) for a in axes.owners]
-    of_G = place_like(jnp.sum(jnp.square(G), axes.full).transpose(in_order), of_R)
+    of_G = place_like(sum_for_phi(axes, jnp.square(G)), of_R)
     difference = of_G - of_R
     # A NaN must reach the update, and XLA's maximum on CPUs may ignore it: use where.
     return Energies(of_R, of_G, jnp.where(difference < 0, 0.0, difference))
-
-
-def on_axes_of_gradient(axes: PhiAxes, phi: jax.Array) -> jax.Array:
-    """φ with as many axes as G, for broadcasting."""
-    in_place = phi.transpose([axes.owners.index(a) for a in sorted(axes.owners)])
-    return jnp.expand_dims(in_place, axes.full)
 
 
 def gain(energy_N: jax.Array, energy_R: jax.Array) -> jax.Array:

@@ -1,17 +1,29 @@
 """The leading singular value of an update: found by power iteration, and clipped."""
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from natgalore_jax._src.kernels.dither import STRIDES, dither
+from natgalore_jax._src.kernels.factored_update import (
+    FactoredUpdate,
+    Products,
+    on_axes_of_gradient,
+    place_phi,
+    side_axes,
+    whole,
+)
+from natgalore_jax._src.kernels.kernel import kernel
+from natgalore_jax._src.kernels.projection import Factors
 from natgalore_jax._src.params.plan import LeafPlan
 
 # Divisors are at least the smallest normal number.
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
+@kernel("plan")
 def clip_leading(plan: LeafPlan, U: jax.Array, limit: jax.typing.ArrayLike) -> jax.Array:
     """``U − (1 − c √max(m, n) / σ₁)₊ x xᵀ U / ‖x‖²`` with ``x = U Uᵀ s``, ``σ₁ = ‖Uᵀx‖ / ‖x‖``.
 
@@ -21,21 +33,70 @@ def clip_leading(plan: LeafPlan, U: jax.Array, limit: jax.typing.ArrayLike) -> j
 
     Args:
       plan: of matrices.
-      U: float32 or float64, with singular values between 1e-19 and 1e19, or zero: x has their
-        squares. Smaller ones are left as they are, for larger ones the result is not finite.
+      U: with singular values between 1e-19 and 1e19, or zero: x has their squares. Smaller ones are
+        left as they are, for larger ones the result is not finite.
       limit: c.
     """
-    rows, cols = plan.modes
-    # Uniform numbers, not signs, whose sum may be zero: they would miss a column of ones.
-    bits = dither((plan.mode_sizes[0], 1), 0, 0, STRIDES[0], first=0)
-    s = bits.astype(jnp.float32) / 2.0**31 - 1.0
-    s = s.reshape([plan.shape[a] if a in rows else 1 for a in range(U.ndim)])
+    dtype, (rows, cols) = U.dtype, plan.modes
+    # Computed once: each reading of U would repeat what U is made of.
+    U = jax.lax.optimization_barrier(U)
+    U = U.astype(jnp.promote_types(dtype, jnp.float32))  # float64 stays: most pass unchanged
+    s = _start(plan.mode_sizes[0], [plan.shape[a] if a in rows else 1 for a in range(U.ndim)])
     y = jnp.sum(s * U, rows, keepdims=True)
-    x = jnp.sum(U * y, cols, keepdims=True)
-    x = x / jnp.maximum(jnp.max(jnp.abs(x), rows, keepdims=True), _TINY)
+    x = _unit(jnp.sum(U * y, cols, keepdims=True), rows)
     y = jnp.sum(x * U, rows, keepdims=True)
-    x_squared = jnp.maximum(jnp.sum(jnp.square(x), rows, keepdims=True), _TINY)
-    norm = jnp.sqrt(jnp.sum(jnp.square(y), cols, keepdims=True) / x_squared)
-    bound = limit * math.sqrt(max(plan.mode_sizes))
-    excess = jnp.where(norm > bound, 1.0 - bound / norm, 0.0)
-    return U - excess / x_squared * x * y
+    excess = _excess(x, y, rows, cols, limit * math.sqrt(max(plan.mode_sizes)))
+    return (U - excess * y).astype(dtype)
+
+
+def clip_leading_of_factored(
+    plan: LeafPlan,
+    factors: Factors,
+    update: FactoredUpdate,
+    G: jax.Array,
+    limit: jax.typing.ArrayLike,
+) -> jax.Array:
+    """:func:`clip_leading` of ``U = P L + φ G``, which is computed once, at the end.
+
+    Args:
+      plan, factors, update, G: of a matrix with one projected side.
+      limit: c.
+
+    Returns:
+      U in full shape, float32.
+    """
+    of_rows, of_cols = side_axes(plan, 0), side_axes(plan, 1)
+    U = Products(plan, factors, update, G)
+    s = _start(plan.mode_sizes[0], plan.mode_shape(0))
+    s = jnp.broadcast_to(s, (*plan.batch_shape, *plan.mode_shape(0)))
+    x = U.with_columns(U.with_rows(place_phi(of_rows, s, G)))
+    x = _unit(x, range(of_rows.batch_ndim, x.ndim))
+    y = on_axes_of_gradient(of_cols, U.with_rows(x))
+    x = on_axes_of_gradient(of_rows, x)
+    rows, cols = plan.modes
+    excess = _excess(x, y, rows, cols, limit * math.sqrt(max(plan.mode_sizes)))
+    return whole(plan, factors, update, G) - excess * y
+
+
+def _start(size: int, shape: Sequence[int]) -> jax.Array:
+    """Uniform numbers, not signs, whose sum may be zero: they would miss a column of ones."""
+    bits = dither((size, 1), 0, 0, STRIDES[0], first=0)
+    return (bits.astype(jnp.float32) / 2.0**31 - 1.0).reshape(shape)
+
+
+def _unit(x: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """x over its largest entry: its squares do not overflow."""
+    return x / jnp.maximum(jnp.max(jnp.abs(x), axes, keepdims=True), _TINY)
+
+
+def _excess(
+    x: jax.Array,
+    y: jax.Array,
+    x_axes: Sequence[int],
+    y_axes: Sequence[int],
+    bound: jax.typing.ArrayLike,
+) -> jax.Array:
+    """``(1 − bound / σ)₊ x / ‖x‖²`` with ``σ = ‖y‖ / ‖x‖``, y the product of U with x."""
+    x_squared = jnp.maximum(jnp.sum(jnp.square(x), x_axes, keepdims=True), _TINY)
+    norm = jnp.sqrt(jnp.sum(jnp.square(y), y_axes, keepdims=True) / x_squared)
+    return jnp.where(norm > bound, 1.0 - bound / norm, 0.0) / x_squared * x

@@ -11,7 +11,6 @@ from natgalore_jax._src.kernels.basis import Method
 from natgalore_jax._src.kernels.residual import Rule
 from natgalore_jax._src.kernels.rotation import Transition
 from natgalore_jax._src.low_bits.adam import adam_with_bits, scale_by_adam_8bit
-from natgalore_jax._src.optimizers.spectral import clip_leading_singular_value
 from natgalore_jax._src.params.axes import AxesLike
 from natgalore_jax._src.params.checks import check_number
 from natgalore_jax._src.params.plan import Side
@@ -145,7 +144,7 @@ def natural_galore_adamw(
     (:func:`project_back`, "fisher"). Together they take r + n numbers for a matrix, so that the
     state is as small as GaLore's. Adam has Nesterov's momentum, entries of N that oppose the newest
     gradient are dropped, and the leading singular value of the update is clipped
-    (:func:`clip_leading_singular_value`). docs/experiments.md has the gain of each part.
+    (``singular_limit`` of :func:`project_back`). docs/experiments.md has the gain of each part.
 
     It equals this composition, which gives access to all other settings::
 
@@ -154,8 +153,7 @@ def natural_galore_adamw(
                               basis_dtype=basis_dtype, seed=seed),
           ng.compact_natural_gradient(
               optax.scale_by_adam(b1, b2, eps, nesterov=True), cautious=True),
-          ng.project_back(scale, residual, residual_scale=residual_scale),
-          ng.clip_leading_singular_value(where=where, axes=axes),
+          ng.project_back(scale, residual, residual_scale=residual_scale, singular_limit=0.2),
           optax.masked(optax.scale(unprojected_ratio), lambda params: jax.tree.map_with_path(
               lambda path, leaf: not ng.hidden_matrices(path, leaf), params)),
           optax.add_decayed_weights(weight_decay, mask),
@@ -213,7 +211,7 @@ def natural_galore_adamw(
     return _adamw_in(
         opener,
         adam_with_bits(moment_bits, b1, b2, eps, nesterov=True),
-        project_back(scale, residual, residual_scale=residual_scale),
+        project_back(scale, residual, residual_scale=residual_scale, singular_limit=0.2),
         unprojected_ratio,
         weight_decay,
         mask,
@@ -254,8 +252,7 @@ def lean_natural_galore_adamw(
           ng.compact_natural_gradient(
               ng.scale_by_adam_8bit(b1, b2, eps, nesterov=True, min_size=256,
                                     factored=None), cautious=True),
-          ng.project_back(1.0, "fisher"),
-          ng.clip_leading_singular_value(where=where, axes=axes),
+          ng.project_back(1.0, "fisher", singular_limit=0.2),
           optax.masked(optax.scale(unprojected_ratio), lambda params: jax.tree.map_with_path(
               lambda path, leaf: not ng.hidden_matrices(path, leaf), params)),
           optax.add_decayed_weights(weight_decay, mask),
@@ -294,7 +291,7 @@ def lean_natural_galore_adamw(
     return _adamw_in(
         opener,
         scale_by_adam_8bit(b1, b2, eps, nesterov=True, min_size=256, factored=None),
-        project_back(1.0, "fisher"),
+        project_back(1.0, "fisher", singular_limit=0.2),
         unprojected_ratio,
         weight_decay,
         mask,
@@ -316,7 +313,6 @@ def _adamw_in(
         opener,
         compact_natural_gradient(adam, modes=opener.number_of_modes, cautious=True),
         closer,
-        clip_leading_singular_value(where=opener.plan.where, axes=opener.plan.axes),
         _scale_unprojected(unprojected_ratio, opener.plan.where),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),

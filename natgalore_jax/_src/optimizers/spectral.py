@@ -1,10 +1,9 @@
 """Clipping of the leading singular value of an update, as a transformation."""
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
+from natgalore_jax._src.kernels.kernel import own_arithmetic
 from natgalore_jax._src.kernels.spectral import clip_leading
 from natgalore_jax._src.params.axes import AxesLike
 from natgalore_jax._src.params.checks import check_number
@@ -67,17 +66,9 @@ def clip_leading_singular_value(
         del params, extra_args
         leaves, treedef = jax.tree.flatten(updates)
         clipped = [
-            _clipped(plan.unnamed, limit, U) if plan else U
+            clip_leading(plan.unnamed, U, limit) if plan else U
             for plan, U in zip(plan_tree(settings, updates), leaves, strict=True)
         ]
         return treedef.unflatten(clipped), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update_fn)
-
-
-@kernel("plan")
-def _clipped(plan, limit, U):
-    # Computed once: each pass over U would repeat what U is made of.
-    U = jax.lax.optimization_barrier(U)
-    wide = jnp.promote_types(U.dtype, jnp.float32)  # float64 stays: most updates pass unchanged
-    return clip_leading(plan, U.astype(wide), limit).astype(U.dtype)

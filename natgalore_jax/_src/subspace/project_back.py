@@ -8,16 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from natgalore_jax._src.kernels.factored_update import FactoredUpdate, whole
 from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
-from natgalore_jax._src.kernels.projection import Factors, project_back as back
-from natgalore_jax._src.kernels.residual import (
-    RULES,
-    Residual,
-    Rule,
-    with_residual,
-)
+from natgalore_jax._src.kernels.projection import Factors
+from natgalore_jax._src.kernels.residual import RULES, Residual, Rule, with_residual
+from natgalore_jax._src.kernels.spectral import clip_leading, clip_leading_of_factored
 from natgalore_jax._src.params.checks import check_choice, check_decay, check_number, check_unused
-from natgalore_jax._src.params.placement import place_low_rank, zeros_on_axes
+from natgalore_jax._src.params.placement import zeros_on_axes
 from natgalore_jax._src.params.plan import LeafPlan
 from natgalore_jax._src.states.entries import Part, StateType, register_type
 
@@ -53,6 +50,7 @@ class ProjectBack(optax.GradientTransformationExtraArgs):
 
     scale: float
     residual: Residual | None
+    singular_limit: float | None
 
 
 def project_back(
@@ -61,6 +59,7 @@ def project_back(
     norm_growth_limit: float | None = NORM_GROWTH_LIMIT,
     residual_scale: float | None = None,
     residual_decay: float | None = None,
+    singular_limit: float | None = None,
 ) -> ProjectBack:
     r"""Project low-rank updates back to the shapes of the parameters.
 
@@ -103,6 +102,11 @@ def project_back(
         "fisher", twice the root mean square of AdamW's updates: best with α = 1.
       residual_decay: β of "fisher"; None: 0.9, with which c follows the size of the gradient within
         ten steps.
+      singular_limit: c, a number or a traced scalar: the leading singular value of the update of
+        each matrix that the ``where`` of the subspace selects, projected or too small for it, is
+        clipped to :math:`c \sqrt{\max(m, n)}`, as by :func:`clip_leading_singular_value` after the
+        subspace, but in less time: with a residual the power iteration reads the gradient three
+        times, without one not at all. None: no limit.
 
     Returns:
       A transformation for :func:`natgalore_jax.chain`; its state is empty without a residual.
@@ -134,6 +138,8 @@ def project_back(
         check_number("residual_scale", residual_scale)
     if residual_decay is not None:
         check_decay("residual_decay", residual_decay)
+    if singular_limit is not None:
+        check_number("singular_limit", singular_limit, above=0.0)
     if residual == "none":
         if norm_growth_limit is not None:
             check_unused(
@@ -144,7 +150,7 @@ def project_back(
         check_unused("residual_decay", residual_decay, None, 'without residual="fisher"')
     # As in low_rank_project, transformations with shared functions would compare equal.
     tx = ProjectBack(*(functools.partial(_outside_of_chain) for _ in range(2)))
-    tx.scale, tx.residual = scale, None
+    tx.scale, tx.residual, tx.singular_limit = scale, None, singular_limit
     if residual != "none":
         sigma = RULES[residual].scale if residual_scale is None else residual_scale
         decay = RESIDUAL_DECAY if residual_decay is None else residual_decay
@@ -189,6 +195,7 @@ def update_back(
     state: ProjectBackState | optax.EmptyState,
     treedef: Any,
     plans: Sequence[LeafPlan | None],
+    matrices: Sequence[LeafPlan | None],
     factors: Sequence[Factors],
     N: Sequence[jax.Array],
     R: Sequence[jax.Array],
@@ -198,61 +205,68 @@ def update_back(
     """Full-shape updates from low-rank updates; every sequence has one entry per leaf.
 
     Args:
+      matrices: plans of the leaves that ``singular_limit`` is for, by rows and columns alone.
       N: the updates of the transformations inside the subspace.
       R: the low-rank gradients.
       G: the full gradients; without a residual anything of their shapes and shardings.
       basis_error: relative mean square of the rounding errors of the stored bases.
     """
-    if settings.residual is None:
-        updates = [
-            _back(plan.unnamed, settings.scale, factor, n, g) if plan else n
-            for plan, factor, n, g in zip(plans, factors, N, G, strict=True)
-        ]
-        return updates, state
-    assert isinstance(state, ProjectBackState), "state of init_back with a residual"
-    directions, norms, fishers = map(treedef.flatten_up_to, state)
+    has_state = isinstance(state, ProjectBackState)
+    assert has_state == (settings.residual is not None), "a state of init_back"
+    states = [None] * len(plans)
+    if has_state:
+        states = list(zip(*map(treedef.flatten_up_to, state), strict=True))
+    rule, *numbers = settings.residual or (None,)
     updates = list(N)
-    for i, plan in enumerate(plans):
+    for i, (plan, matrix) in enumerate(zip(plans, matrices, strict=True)):
+        own = [x and x.unnamed for x in (plan, matrix)]
         if plan:
-            rule, *numbers = settings.residual
-            updates[i], directions[i], norms[i], fishers[i] = _back_with_residual(
-                plan.unnamed,
+            updates[i], states[i] = _back(
+                *own,
                 rule,
                 basis_error,
                 numbers,
-                settings.scale,
+                (settings.scale, settings.singular_limit),
                 factors[i],
-                (directions[i], norms[i], fishers[i]),
+                states[i],
                 (N[i], R[i], G[i]),
             )
-    return updates, ProjectBackState(*map(treedef.unflatten, (directions, norms, fishers)))
+        elif matrix:
+            updates[i] = clip_leading(own[1], N[i], settings.singular_limit)
+    if not has_state:
+        return updates, state
+    return updates, ProjectBackState(*map(treedef.unflatten, zip(*states, strict=True)))
 
 
-@kernel("plan")
-def _back(plan, scale, factors, N, G):
-    """The update of one parameter without a residual, in the dtype of N."""
-    low = place_low_rank(plan, scale * N, G)
-    return back(plan, low, factors).astype(N.dtype)
-
-
-@kernel("plan", "rule", "basis_error")
-def _back_with_residual(plan, rule, basis_error, numbers, scale, factors, state, arrays):
-    """The update of one parameter, and its direction, norm and Fisher entries."""
-    direction, norm, fisher = state
-    N, R, _ = arrays
-    direction = _direction(direction, N, R)
-    update, norm, fisher = with_residual(
-        Residual(rule, *numbers),
-        plan,
-        factors,
-        scale,
-        direction,
-        *arrays,
-        last_norm=norm,
-        fisher=fisher,
-        basis_error=basis_error,
-    )
-    return update, direction, norm, fisher
+@kernel("plan", "matrix", "rule", "basis_error")
+def _back(plan, matrix, rule, basis_error, numbers, scale_and_limit, factors, state, arrays):
+    """The update of one parameter in the dtype of N; its direction, norm and Fisher entries."""
+    scale, limit = scale_and_limit
+    N, R, G = arrays
+    if rule is None:
+        update = FactoredUpdate(scale * N)
+    else:
+        direction, norm, fisher = state
+        direction = _direction(direction, N, R)
+        update, norm, fisher = with_residual(
+            Residual(rule, *numbers),
+            plan,
+            scale,
+            direction,
+            *arrays,
+            last_norm=norm,
+            fisher=fisher,
+            basis_error=basis_error,
+        )
+        state = direction, norm, fisher
+    is_one_sided = len(plan.modes) == 2 and len(plan.projected_modes) == 1
+    if limit is not None and is_one_sided:
+        U = clip_leading_of_factored(plan, factors, update, G, limit)
+    else:
+        U = whole(plan, factors, update, G)
+        if limit is not None and matrix is not None:
+            U = clip_leading(matrix, U, limit)
+    return U.astype(N.dtype), state
 
 
 def _direction(last: jax.Array, N: jax.Array, R: jax.Array) -> jax.Array:

@@ -190,8 +190,12 @@ class Subspace:
         )
         basis = opener.basis
         error = relative_error(bits_of(basis)) if isinstance(basis, LinearCodes) else 0.0
+        matrices: list[LeafPlan | None] = [None] * len(opened.plans)
+        if self.closer.singular_limit is not None:
+            settings = dataclasses.replace(self.opener.plan, rank=None)
+            matrices = plan_tree(settings, opened.treedef.unflatten(G))
         out, closed = update_back(
-            self.closer, closed, opened.treedef, opened.plans, factors, N, R, G, error
+            self.closer, closed, opened.treedef, opened.plans, matrices, factors, N, R, G, error
         )
         opener = self._closed(opened, opener)
         opener = opener._replace(count=optax.safe_increment(opener.count))

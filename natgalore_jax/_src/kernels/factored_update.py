@@ -1,0 +1,133 @@
+"""Updates before they have their full shape: ``U = P L + φ G``.
+
+For one parameter: L has the low-rank shape, G the full shape. φ has one number for each column of a
+matrix if the rows are projected, for each row if the columns are projected, and for the whole
+matrix if both sides are projected, or for Tucker.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from natgalore_jax._src.kernels.projection import Factors, Letters, contract, project_back
+from natgalore_jax._src.params.placement import (
+    has_explicit_sharding,
+    names_of,
+    place_low_rank,
+    placed,
+)
+from natgalore_jax._src.params.plan import LeafPlan
+
+
+class PhiAxes(NamedTuple):
+    """The axes of φ: batch axes, then axes of the unprojected side."""
+
+    owners: tuple[int, ...]  # axes of G that φ has, in φ's order
+    low: tuple[int, ...]  # axes of R that φ lacks
+    full: tuple[int, ...]  # axes of G that φ lacks
+    batch_ndim: int
+
+
+class FactoredUpdate(NamedTuple):
+    """``U = P L + φ G``."""
+
+    low: jax.Array  # L, low-rank shape
+    phi: jax.Array | None = None  # None: ``U = P L``
+
+
+def phi_axes(plan: LeafPlan, *, by_channel: bool = True) -> PhiAxes:
+    """Axes of a φ with one number per channel if the plan allows it, else one per matrix."""
+    nb = len(plan.batch)
+    if by_channel and len(plan.modes) == 2 and len(plan.projected_modes) == 1:
+        (mode,) = plan.projected_modes
+        kept = plan.modes[1 - mode]
+        low: tuple[int, ...] = (nb + plan.low_rank_axes[mode],)
+    else:
+        kept, low = (), tuple(range(nb, len(plan.low_rank_shape)))
+    owners = (*plan.batch, *kept)
+    full = tuple(a for a in range(len(plan.shape)) if a not in owners)
+    return PhiAxes(owners, low, full, nb)
+
+
+def on_axes_of_gradient(axes: PhiAxes, phi: jax.Array) -> jax.Array:
+    """φ with as many axes as G, for broadcasting."""
+    in_place = phi.transpose([axes.owners.index(a) for a in sorted(axes.owners)])
+    return jnp.expand_dims(in_place, axes.full)
+
+
+def sum_for_phi(axes: PhiAxes, G: jax.Array) -> jax.Array:
+    """Sums of G over the axes that φ lacks, in the shape of φ."""
+    in_order = [sorted(axes.owners).index(a) for a in axes.owners]
+    return jnp.sum(G, axes.full).transpose(in_order)
+
+
+def place_phi(axes: PhiAxes, phi: jax.Array, G: jax.Array) -> jax.Array:
+    """Shard what has the shape of φ for a product with G; no-op without explicit axes."""
+    if not has_explicit_sharding(G):
+        return phi
+    return placed(phi, [names_of(G)[a] for a in axes.owners])
+
+
+def side_axes(plan: LeafPlan, mode: int) -> PhiAxes:
+    """The axes of a vector of rows (mode 0) or columns, of a matrix."""
+    owners = (*plan.batch, *plan.modes[mode])
+    return PhiAxes(owners, (), plan.modes[1 - mode], len(plan.batch))
+
+
+def whole(plan: LeafPlan, factors: Factors, update: FactoredUpdate, G: jax.Array) -> jax.Array:
+    """U in full shape, in the dtype of L."""
+    U = project_back(plan, place_low_rank(plan, update.low, G), factors)
+    if update.phi is None:
+        return U
+    axes = phi_axes(plan)
+    return U + on_axes_of_gradient(axes, place_phi(axes, update.phi, G)) * G.astype(U.dtype)
+
+
+class Products:
+    """Products of ``U = P L + φ G``, of a matrix with one projected side, with vectors.
+
+    A vector of rows or columns has batch axes, then the axes of that side. U is not computed.
+    """
+
+    def __init__(
+        self, plan: LeafPlan, factors: Factors, update: FactoredUpdate, G: jax.Array
+    ) -> None:
+        (mode,), index, (self._P,) = plan.projected_modes, Letters(plan), factors
+        self._G, self._mode = G, mode
+        self._low = place_low_rank(plan, update.low.astype(jnp.float32), G)
+        self._phi = update.phi
+        if update.phi is not None:
+            self._phi = place_phi(phi_axes(plan), update.phi, G)
+        self._of_G, self._of_P = index.full, index.factor(mode)
+        self._of_low, self._of_rank = index.arranged([mode]), index.batch + index.ranks[mode]
+        self._of_sides = [index.batch + axes for axes in index.modes]
+
+    def with_columns(self, y: jax.Array) -> jax.Array:
+        """``U y``: a vector of rows."""
+        return self._from_projected(y) if self._mode == 1 else self._from_kept(y)
+
+    def with_rows(self, x: jax.Array) -> jax.Array:
+        """``Uᵀ x``: a vector of columns."""
+        return self._from_projected(x) if self._mode == 0 else self._from_kept(x)
+
+    def _from_projected(self, x: jax.Array) -> jax.Array:
+        projected, kept = self._of_sides[self._mode], self._of_sides[1 - self._mode]
+        z = _product(f"{projected},{self._of_P}->{self._of_rank}", x, self._P)
+        y = _product(f"{self._of_rank},{self._of_low}->{kept}", z, self._low)
+        if self._phi is None:
+            return y
+        return y + self._phi * _product(f"{projected},{self._of_G}->{kept}", x, self._G)
+
+    def _from_kept(self, y: jax.Array) -> jax.Array:
+        projected, kept = self._of_sides[self._mode], self._of_sides[1 - self._mode]
+        z = _product(f"{self._of_low},{kept}->{self._of_rank}", self._low, y)
+        x = _product(f"{self._of_P},{self._of_rank}->{projected}", self._P, z)
+        if self._phi is None:
+            return x
+        return x + _product(f"{self._of_G},{kept}->{projected}", self._G, self._phi * y)
+
+
+def _product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """A matrix times a vector in full float32: reading the matrix takes the time."""
+    return contract(subscripts, a, b, dtype=jnp.float32, precision=jax.lax.Precision.HIGHEST)
