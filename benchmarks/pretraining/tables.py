@@ -184,12 +184,20 @@ PLANNED = ("nano", "9m", "60m")
 
 
 def short(groups: Groups, link: str) -> str:
-    """The methods that the comparison is about."""
+    """The methods that the comparison is about: a table of the first preset, a line of others."""
     ran = [preset for preset in _presets(groups) if any(p == preset for p, _ in groups)]
     parts = []
-    for preset in ran:
+    for preset in ran[:1]:
         parts.append(f"**{preset}**: {protocol(groups, preset)}")
         parts.append(losses(groups, preset, CORE, brief=True))
+    for (preset, corpus), rows in groups.items():
+        if preset not in ran[:1]:
+            run = [row for method in CORE if (row := best(rows.values(), method))]
+            seeds = max(len(row.seeds) for row in run)
+            cells = ", ".join(f"{label(row.method)} {_loss(row, seeds)}" for row in run)
+            parts.append(
+                f"**{preset}**, {run[0].steps} steps, {seeds} seeds, test loss, {corpus}: {cells}."
+            )
     missing = ", ".join(preset for preset in _presets(groups) if preset not in ran)
     parts.append(f"Not run: {missing}. " if missing else "")
     parts[-1] += f"All methods, rates, times and curves: [{link}]({link})."

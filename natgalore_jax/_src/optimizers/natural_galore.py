@@ -161,9 +161,9 @@ def natural_galore_adamw(
       )
 
     Args:
-      learning_rate: η of the hidden matrices, a number or a schedule. 0.005 is good at widths of
-        128 and 256; 0.01 is as good at 128, too high at 256 (docs/experiments.md, "A larger
-        model").
+      learning_rate: η of the hidden matrices, a number or a schedule. 0.005 to 0.01 are good at a
+        width of 128, 0.0025 with an ``unprojected_ratio`` of 16 at 256, where 0.01 is too high
+        (docs/experiments.md, "A larger model").
       rank, update_interval, side, where, axes, basis_dtype, seed: see :func:`low_rank_project`.
         With a tuple for ``rank`` the Fisher matrix has ``modes=len(rank)``.
       b1, b2, eps: Adam's, as in ``optax.adamw``. Adam runs on the low-rank gradient.
