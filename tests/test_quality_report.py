@@ -316,7 +316,7 @@ def test_report_fills_the_documentation(root, tmp_path, capsys):
             if "benchmarks" not in target:
                 assert (page.parent / target).exists(), target
     assert "Adafactor" in texts[1] and "Adafactor" not in texts[0]
-    assert "one seed" in texts[1] and "0.04 × 4: diverged" in texts[1]
+    assert "one seed" in texts[1] and "| **0.01 × 4** | " in texts[1]
     pictures = sorted(p.name for p in (docs / "figures").iterdir())
     assert pictures == [
         "quality-learning-rate-nano.png",

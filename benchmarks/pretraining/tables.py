@@ -89,8 +89,11 @@ def verdicts(rows: Iterable[Row]) -> list[str]:
     return [f"{verdict}: {'; '.join(others)}" for verdict, others in methods.items()]
 
 
-def tuning(tuned: Mapping[str, Tuned]) -> str:
-    """The tuned rates and their loss, how many runs found them, and all of these runs."""
+def tuning(tuned: Mapping[str, Tuned], *, brief: bool = False) -> str:
+    """The tuned rates and their loss, how many runs found them, and all of these runs.
+
+    ``brief`` leaves out the last, which the figure of the rates shows.
+    """
     lines = []
     for method in sorted(tuned, key=place):
         found = tuned[method]
@@ -108,7 +111,8 @@ def tuning(tuned: Mapping[str, Tuned]) -> str:
                 "; ".join(cells),
             ]
         )
-    return table(["", "best rate × ratio", "loss", "runs", "all runs"], lines)
+    header = ["", "best rate × ratio", "loss", "runs", "all runs"]
+    return table(header[:4], (x[:4] for x in lines)) if brief else table(header, lines)
 
 
 def mean_and_spread(values: Sequence[float], digits: int) -> str:
@@ -233,12 +237,12 @@ def long_page(
     compared = {row.method for rows in groups.values() for row in rows.values()}
     for preset, of_preset in tuned.items():
         parts.append(
-            f"Tuning at {preset}: final validation loss, mean over corpora and seeds. The rate is "
-            "that of the hidden matrices, the ratio that of the other parameters' rate to it. "
-            "`python -m benchmarks.pretraining show --suite tune` prints the other methods' too."
+            f"Tuning at {preset}: final validation loss. The rate is that of the hidden matrices, "
+            "the ratio that of the other parameters' rate to it. `python -m benchmarks.pretraining "
+            "show --suite tune` prints all runs, and the other methods'."
         )
-        parts.append(tuning({m: found for m, found in of_preset.items() if m in compared}))
-    parts += [text for name, text in pictures.items() if name.startswith("learning-rate")]
+        found = {m: found for m, found in of_preset.items() if m in compared}
+        parts += [tuning(found, brief=True), pictures[f"learning-rate-{preset}"]]
     return "\n\n".join(parts) + "\n"
 
 
