@@ -111,7 +111,7 @@ for row in prepared.rows.splits["validation"][:4]:
 # counts.
 
 # %%
-FACTORS = (1.0,) if SIZE == "tiny" else (1.0, 3.0)
+FACTORS = (1.0,) if SIZE == "tiny" else (1.0, 3.0, 10.0)
 METHODS = ("adamw", "lora", "natural-galore")
 steps = EPOCHS * steps_per_epoch(train_rows, config.batch_size)
 encoder = prepared.pretrained.config
@@ -180,7 +180,7 @@ print(f"always the commoner class: {majority:.3f}, on {len(test.labels)} rows")
 #
 # ## What to try next
 #
-# The best rate of each method is the upper end of this small grid: add 10.0 to `FACTORS`. Train on rows of your own,
-# `RunConfig(task="own", data=DIRECTORY)`; give `MethodConfig(rank=4)` to LoRA and Natural GaLore; set `ROWS` and `EPOCHS`.
+# Train on rows of your own, `RunConfig(task="own", data=DIRECTORY)`; give `MethodConfig(rank=4)` to LoRA and Natural GaLore;
+# set `ROWS` and `EPOCHS`.
 #
 # Next: [many devices](05_many_devices.ipynb).
