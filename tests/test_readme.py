@@ -50,6 +50,8 @@ def test_losses_and_bytes(groups):
     }
     default, lean = (f"{a:.2f} and {b:.2f}" for a, b in distance.values())
     assert f"the default ends {default} nats below AdamW" in WORDS
+    larger = {m: r.test for (m, _), r in groups["9m", "sotu"].items()}
+    assert f"and {larger['adamw'] - larger['natural-galore']:.2f} below at 9 M" in WORDS
     full = row("adamw", "sotu").state_bytes
     share = f"{100 * row('natural-galore-lean', 'sotu').state_bytes / full:.1f} %"
     assert f"has {share} of AdamW's bytes and ends {lean} below its loss" in WORDS
