@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from examples.common.config import Json, differences
-from examples.common.errors import CheckpointError, ConfigError
+from examples.common.errors import CheckpointError, ConfigError, first_line
 from examples.common.train_state import TrainState
 
 _UNFINISHED = ".orbax-checkpoint-tmp"
@@ -151,7 +151,7 @@ class Checkpoints:
         complete = kept(self._directory)
         left = f"the one of micro-step {max(complete)} is complete" if complete else "there is none"
         return CheckpointError(
-            f"{self._directory}: a checkpoint could not be written ({_first_line(error)}); {left}"
+            f"{self._directory}: a checkpoint could not be written ({first_line(error)}); {left}"
         )
 
     def config(self) -> Json:
@@ -207,11 +207,7 @@ def _one_line(checkpoint: Path) -> Iterator[None]:
         yield
     # OSError of a file, ValueError of JSON, others of TensorStore: what counts is that it failed.
     except Exception as error:
-        raise CheckpointError(f"{checkpoint}: cannot be read ({_first_line(error)})") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{checkpoint}: cannot be read ({first_line(error)})") from error
 
 
 def kept(directory: Path) -> list[int]:

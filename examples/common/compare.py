@@ -34,7 +34,7 @@ class Diverged(ConfigError):
 
 @dataclass(frozen=True)
 class OutputConfig:
-    """What is written and shown. All of this may change when a run is resumed."""
+    """Output: files and messages. All of this may change when a run is resumed."""
 
     name: str | None = None
     """Directory under the root; by default the data set or task, and the preset."""
@@ -80,7 +80,7 @@ class Setup:
     epochs: int
     steps_per_epoch: int
     batches: Callable[[int], Iterator[Any]]
-    """What the steps from a number on take."""
+    """Inputs of the steps from a number on."""
     step: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
     describe: Callable[[list[Any]], Record]
     """More for the record of several batches."""

@@ -19,9 +19,14 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def path_of(name: str) -> Path:
+    """The path of a name, with ~ for the home directory."""
+    return Path(os.path.expanduser(name))  # Path.expanduser raises for an unknown user.
+
+
 def check_apart(run_dir: Path, option: str, source: str) -> None:
     """Raise a ConfigError if --overwrite would delete the weights that an option names."""
-    if Path(os.path.expanduser(source)).resolve().is_relative_to(run_dir.resolve()):
+    if path_of(source).resolve().is_relative_to(run_dir.resolve()):
         raise ConfigError(f"--overwrite would delete {option} {source}: pass another --name")
 
 

@@ -21,3 +21,8 @@ class CheckpointError(Exception):
 
 
 USER_ERRORS = (ConfigError, DataError, WeightsError, CheckpointError, OSError)
+
+
+def first_line(error: Exception) -> str:
+    """Of an error's text, or the name of its type."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

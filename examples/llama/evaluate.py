@@ -1,7 +1,6 @@
 """Loss of any text with a trained model: `python -m examples.llama.evaluate --help`."""
 
 import math
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -15,7 +14,7 @@ from flax import nnx
 
 from examples.common import cli
 from examples.common.accelerators import announce_devices
-from examples.common.config import write_json
+from examples.common.config import path_of, write_json
 from examples.common.errors import ConfigError
 from examples.common.metrics import Record
 from examples.common.reporter import Activity, on_stderr
@@ -46,7 +45,7 @@ class EvaluateConfig:
     split: Literal["all", "validation", "test"] = "all"
     """The whole text, or a part that a run on the same --data holds out."""
     split_seed: int | None = None
-    """Which documents are held out; by default as in the run."""
+    """Seed of the documents held out; by default as in the run."""
     text_column: str | None = None
     """The field or column with the text; by default as in the run, otherwise "text"."""
     skip_bad_lines: bool = False
@@ -143,7 +142,7 @@ def evaluate(config: EvaluateConfig) -> Record:
 def _settings(config: EvaluateConfig) -> tuple[DataConfig, int | None]:
     """Settings of text and rows, of the run where the command line has none."""
     data, seq_len = DataConfig(data=config.data), config.seq_len
-    path = Path(os.path.expanduser(config.model))
+    path = path_of(config.model)
     if is_run(path):
         of_run = config_of(path)
         names = {field.name for field in fields(DataConfig)} - {"data", "tokenizer", "cache_dir"}

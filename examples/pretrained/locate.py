@@ -1,9 +1,9 @@
 """The files of a model: local ones, those of a pip package, or from a hub."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from examples.common.config import path_of
 from examples.common.errors import WeightsError
 from examples.pretrained.packages import PACKAGES, locate_package
 
@@ -22,7 +22,7 @@ def locate_model(name: str, files: Sequence[str]) -> Path:
     Raises:
       WeightsError: if there is no such directory and the hub does not have it or is not reached.
     """
-    path = Path(os.path.expanduser(name))  # Path.expanduser raises for an unknown user.
+    path = path_of(name)
     if path.is_dir() or (path.suffix == GGUF and path.is_file()):
         return path
     if name in PACKAGES:

@@ -1,4 +1,4 @@
-"""What the model does before it is trained: the same for all methods."""
+"""Evaluation of the model before it is trained: the same for all methods."""
 
 import json
 from collections.abc import Callable

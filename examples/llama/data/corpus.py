@@ -1,11 +1,11 @@
 """From the configured sources to documents in three splits."""
 
 import importlib.metadata
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from examples.common.config import path_of
 from examples.common.errors import DataError
 from examples.llama.data import hub
 from examples.llama.data.config import DataConfig
@@ -66,7 +66,7 @@ def _documents(config: DataConfig) -> list[str]:
 
 
 def _read(source: str, config: DataConfig) -> Iterator[str]:
-    paths = _locate(source) if source in PACKAGES else [Path(os.path.expanduser(source))]
+    paths = _locate(source) if source in PACKAGES else [path_of(source)]
     for path in paths:
         yield from read_path(
             path, text_column=config.text_column, skip_bad_lines=config.skip_bad_lines

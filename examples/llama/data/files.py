@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from io import BufferedIOBase
 from pathlib import Path
 
-from examples.common.errors import DataError
+from examples.common.errors import DataError, first_line
 from examples.common.text import check_string, decode, refuse_utf16
 
 # `.json.gz` holds JSON lines too: it is the name under which C4 is published.
@@ -104,8 +104,7 @@ def _read_parquet(path: Path, text_column: str, bad: list[DataError] | None) -> 
                             raise
                         bad.append(error)
     except (arrow.ArrowException, OSError) as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{path}: not readable as Parquet ({first_line})") from error
+        raise DataError(f"{path}: not readable as Parquet ({first_line(error)})") from error
 
 
 def _read_file(path: Path, text_column: str, bad: list[DataError] | None) -> Iterator[str]:
@@ -128,7 +127,7 @@ def _read_file(path: Path, text_column: str, bad: list[DataError] | None) -> Ite
 def _lines(
     path: Path, file: BufferedIOBase, read: Callable[[str, str], str], bad: list[DataError] | None
 ) -> Iterator[str]:
-    """What `read` makes of each line; what is wrong with others is added to `bad`, if given."""
+    """Each line as `read` returns it; errors of the others are added to `bad`, if given."""
     offset = 0
     for number, raw in enumerate(file, start=1):
         if number == 1:

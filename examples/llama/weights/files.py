@@ -36,7 +36,7 @@ Params = dict[str, Any]
 
 
 class WeightsFile(NamedTuple):
-    """What files say about a model; its tensors are read when `tensors` is called."""
+    """Description of a model in files; its tensors are read when `tensors` is called."""
 
     path: Path
     config: ModelConfig

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgalore_jax._src.kernels.factored_update import on_axes_of_gradient, phi_axes
+from natgalore_jax._src.kernels.factored_update import FactoredUpdate, phi_axes, whole
 from natgalore_jax._src.kernels.fisher_factors import gram
 from natgalore_jax._src.kernels.kernel import kernel
-from natgalore_jax._src.kernels.projection import project, project_back
+from natgalore_jax._src.kernels.projection import project
 from natgalore_jax._src.kernels.random import normal
 from natgalore_jax._src.kernels.residual import energies, inverse_root, limited
 from natgalore_jax._src.params.placement import place_like, replicated
@@ -159,5 +159,5 @@ def compensated(plan, numbers, b1, G, U, R, omega, residual_energy, last_norm):
         last_norm = jnp.where(jnp.isfinite(norm), norm, last_norm)
     phi = compensation_scale * phi
     low = omega - jnp.expand_dims(phi, axes.low) * R
-    step = project_back(plan, low, (U,)) + on_axes_of_gradient(axes, phi) * G
+    step = whole(plan, (U,), FactoredUpdate(low, phi), G)
     return (scale * step).astype(dtype), jnp.where(usable, new, residual_energy), last_norm

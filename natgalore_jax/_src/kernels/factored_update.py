@@ -39,7 +39,7 @@ class FactoredUpdate(NamedTuple):
 def phi_axes(plan: LeafPlan, *, by_channel: bool = True) -> PhiAxes:
     """Axes of a φ with one number per channel if the plan allows it, else one per matrix."""
     nb = len(plan.batch)
-    if by_channel and len(plan.modes) == 2 and len(plan.projected_modes) == 1:
+    if by_channel and plan.is_one_sided:
         (mode,) = plan.projected_modes
         kept = plan.modes[1 - mode]
         low: tuple[int, ...] = (nb + plan.low_rank_axes[mode],)
@@ -69,6 +69,12 @@ def place_phi(axes: PhiAxes, phi: jax.Array, G: jax.Array) -> jax.Array:
     return placed(phi, [names_of(G)[a] for a in axes.owners])
 
 
+def place_update(plan: LeafPlan, update: FactoredUpdate, G: jax.Array) -> FactoredUpdate:
+    """Shard both parts for products with G; no-op without explicit axes, and the second time."""
+    phi = None if update.phi is None else place_phi(phi_axes(plan), update.phi, G)
+    return FactoredUpdate(place_low_rank(plan, update.low, G), phi)
+
+
 def side_axes(plan: LeafPlan, mode: int) -> PhiAxes:
     """The axes of a vector of rows (mode 0) or columns, of a matrix."""
     owners = (*plan.batch, *plan.modes[mode])
@@ -77,17 +83,18 @@ def side_axes(plan: LeafPlan, mode: int) -> PhiAxes:
 
 def whole(plan: LeafPlan, factors: Factors, update: FactoredUpdate, G: jax.Array) -> jax.Array:
     """U in full shape, in the dtype of L."""
-    U = project_back(plan, place_low_rank(plan, update.low, G), factors)
-    if update.phi is None:
+    low, phi = place_update(plan, update, G)
+    U = project_back(plan, low, factors)
+    if phi is None:
         return U
-    axes = phi_axes(plan)
-    return U + on_axes_of_gradient(axes, place_phi(axes, update.phi, G)) * G.astype(U.dtype)
+    return U + on_axes_of_gradient(phi_axes(plan), phi) * G.astype(U.dtype)
 
 
 class Products:
     """Products of ``U = P L + φ G``, of a matrix with one projected side, with vectors.
 
-    A vector of rows or columns has batch axes, then the axes of that side. U is not computed.
+    A vector of rows or columns has batch axes, then the axes of that side. U is not computed. Both
+    parts are sharded by :func:`place_update`.
     """
 
     def __init__(
@@ -95,10 +102,7 @@ class Products:
     ) -> None:
         (mode,), index, (self._P,) = plan.projected_modes, Letters(plan), factors
         self._G, self._mode = G, mode
-        self._low = place_low_rank(plan, update.low.astype(jnp.float32), G)
-        self._phi = update.phi
-        if update.phi is not None:
-            self._phi = place_phi(phi_axes(plan), update.phi, G)
+        self._low, self._phi = update.low.astype(jnp.float32), update.phi
         self._of_G, self._of_P = index.full, index.factor(mode)
         self._of_low, self._of_rank = index.arranged([mode]), index.batch + index.ranks[mode]
         self._of_sides = [index.batch + axes for axes in index.modes]

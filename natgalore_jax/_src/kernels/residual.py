@@ -1,8 +1,7 @@
 """Residual update: ``E = G − P Pᵀ G``, rescaled by a rule and added back.
 
-For one parameter: N and R have the low-rank shape, G the full shape. φ has one number for each
-column of a matrix if the rows are projected, for each row if the columns are projected, and for the
-whole matrix if both sides are projected, or for Tucker.
+For one parameter: N and R have the low-rank shape, G the full shape, φ the shape that
+:mod:`.factored_update` says.
 """
 
 import math

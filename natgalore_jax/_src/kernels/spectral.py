@@ -12,6 +12,7 @@ from natgalore_jax._src.kernels.factored_update import (
     Products,
     on_axes_of_gradient,
     place_phi,
+    place_update,
     side_axes,
     whole,
 )
@@ -66,6 +67,7 @@ def clip_leading_of_factored(
       U in full shape, float32.
     """
     of_rows, of_cols = side_axes(plan, 0), side_axes(plan, 1)
+    update = place_update(plan, update, G)
     U = Products(plan, factors, update, G)
     s = _start(plan.mode_sizes[0], plan.mode_shape(0))
     s = jnp.broadcast_to(s, (*plan.batch_shape, *plan.mode_shape(0)))

@@ -64,6 +64,11 @@ class LeafPlan:
     def projected_modes(self) -> tuple[int, ...]:
         return tuple(i for i, rank in enumerate(self.ranks) if rank is not None)
 
+    @property
+    def is_one_sided(self) -> bool:
+        """Whether it is a matrix with one projected side."""
+        return len(self.modes) == 2 and len(self.projected_modes) == 1
+
     def rank_of(self, mode: int) -> int:
         """The rank of a projected mode."""
         rank = self.ranks[mode]

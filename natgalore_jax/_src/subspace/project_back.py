@@ -259,8 +259,7 @@ def _back(plan, matrix, rule, basis_error, numbers, scale_and_limit, factors, st
             basis_error=basis_error,
         )
         state = direction, norm, fisher
-    is_one_sided = len(plan.modes) == 2 and len(plan.projected_modes) == 1
-    if limit is not None and is_one_sided:
+    if limit is not None and plan.is_one_sided:
         U = clip_leading_of_factored(plan, factors, update, G, limit)
     else:
         U = whole(plan, factors, update, G)
