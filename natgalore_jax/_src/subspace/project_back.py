@@ -235,7 +235,8 @@ def update_back(
             updates[i] = clip_leading(own[1], N[i], settings.singular_limit)
     if not has_state:
         return updates, state
-    return updates, ProjectBackState(*map(treedef.unflatten, zip(*states, strict=True)))
+    fields = zip(*states, strict=True) if states else ((), (), ())
+    return updates, ProjectBackState(*map(treedef.unflatten, fields))
 
 
 @kernel("plan", "matrix", "rule", "basis_error")
