@@ -367,6 +367,11 @@ def test_presets_are_complete():
         preset = PRESETS[name]
         assert preset.model == MODEL_PRESETS[name] and preset.seq_len <= preset.model.max_length
         assert preset.rank * 4 == preset.model.hidden
+    for width in (128, 256, 512):
+        nano, wider = PRESETS["nano"], PRESETS[f"width-{width}"]
+        assert wider.model.hidden == width and wider.model.layers == nano.model.layers
+        assert wider.model.head_dim == nano.model.head_dim and wider.rank * 4 == width
+        assert wider.model.vocab_size == nano.model.vocab_size
     paper = PRESETS["60m"]
     assert (paper.rows, paper.seq_len, paper.update_interval) == (512, 256, 200)
 

@@ -1,5 +1,6 @@
 """Sizes and texts at which optimizers are compared."""
 
+import dataclasses
 from typing import NamedTuple
 
 from examples.common.errors import ConfigError
@@ -17,6 +18,30 @@ class Preset(NamedTuple):
     update_interval: int  # of every method that refreshes a subspace at intervals
     validation_tokens: int  # that each point of the validation curve is the mean of
     evaluations: int = 20
+
+
+def _nano_at(width: int) -> Preset:
+    """Nano's depth, vocabulary and batch at another width, for a quarter of its steps.
+
+    The size of a head and the shares of feed-forward width and rank in the width stay.
+    """
+    nano = MODEL_PRESETS["nano"]
+    wider = width // nano.hidden
+    return Preset(
+        dataclasses.replace(
+            nano,
+            hidden=width,
+            intermediate=wider * nano.intermediate,
+            heads=wider * nano.heads,
+            kv_heads=wider * nano.kv_heads,
+        ),
+        steps=100,
+        rows=16,
+        seq_len=128,
+        rank=wider * 32,
+        update_interval=100,
+        validation_tokens=8 * 2048,
+    )
 
 
 PRESETS = {
@@ -57,6 +82,8 @@ PRESETS = {
         update_interval=100,
         validation_tokens=8 * 2048,
     ),
+    # To see how the best rates change with the width alone.
+    **{f"width-{width}": _nano_at(width) for width in (128, 256, 512)},
     # The protocol of the GaLore papers, for an accelerator; the papers go on to 10,000 steps.
     "60m": Preset(
         MODEL_PRESETS["60m"],
