@@ -15,7 +15,7 @@ import tyro
 import yaml
 from rich.console import Console
 
-from examples.common.config import plain
+from examples.common.config import path_of, plain
 from examples.common.errors import USER_ERRORS, ConfigError
 from examples.common.text import has_half_pair
 
@@ -51,7 +51,16 @@ def parse(
             raise SystemExit(0)
         argv = ["--help" if word == "--help-all" else word for word in argv]
     more: dict[str, Any] = {} if default is None else {"default": default}
-    return tyro.cli(kind, prog=f"python -m {program}", args=argv, **more)
+    return _at_home(tyro.cli(kind, prog=f"python -m {program}", args=argv, **more))
+
+
+def _at_home(value: Any) -> Any:
+    """A configuration with ~ in its paths expanded: a shell leaves that of --to=~/x alone."""
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return path_of(str(value)) if isinstance(value, Path) else value
+    found = {f.name: _at_home(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    changed = {k: v for k, v in found.items() if v is not getattr(value, k)}
+    return dataclasses.replace(value, **changed) if changed else value
 
 
 def expand(argv: Sequence[str] | None, shorthands: Mapping[str, Sequence[str]]) -> list[str]:
@@ -61,7 +70,7 @@ def expand(argv: Sequence[str] | None, shorthands: Mapping[str, Sequence[str]]) 
       ConfigError: if the file cannot be read, or holds anything else than options.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", type=Path, nargs="?", action="append", default=[])
+    parser.add_argument("--config", type=path_of, nargs="?", action="append", default=[])
     given, words = parser.parse_known_args(argv)
     if None in given.config:
         raise ConfigError("--config needs a file of options")

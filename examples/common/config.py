@@ -1,7 +1,10 @@
 """Configurations as plain values, and the fields in which two of them differ."""
 
+import contextlib
 import json
 import os
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,26 @@ def check_apart(run_dir: Path, option: str, source: str) -> None:
     """Raise a ConfigError if --overwrite would delete the weights that an option names."""
     if path_of(source).resolve().is_relative_to(run_dir.resolve()):
         raise ConfigError(f"--overwrite would delete {option} {source}: pass another --name")
+
+
+@contextlib.contextmanager
+def replacing(run_dir: Path, wanted: bool) -> Iterator[Callable[[], None]]:
+    """Set an old run aside; what this yields deletes it, once the new run has started.
+
+    A start that fails leaves the old run as it was.
+    """
+    if not (wanted and run_dir.exists()):
+        yield lambda: None
+        return
+    old = run_dir.with_name(f".{run_dir.name}.overwritten")
+    shutil.rmtree(old, ignore_errors=True)
+    run_dir.rename(old)
+    try:
+        yield lambda: shutil.rmtree(old)
+    finally:
+        if old.exists():
+            shutil.rmtree(run_dir, ignore_errors=True)
+            old.rename(run_dir)
 
 
 def write_json(path: Path, value: Json) -> None:

@@ -4,15 +4,20 @@ from pathlib import Path
 
 from examples.common.errors import DataError
 
-_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+# The first two bytes of UTF-32's marks are those of UTF-16.
+_MARKS = {
+    "UTF-32": (b"\xff\xfe\0\0", b"\0\0\xfe\xff"),
+    "UTF-16": (b"\xff\xfe", b"\xfe\xff"),
+}
 
 
-def refuse_utf16(start: bytes, path: Path) -> None:
-    """Raise a DataError if a file that starts so is UTF-16."""
-    if start.startswith(_UTF16):
-        raise DataError(
-            f"{path}: UTF-16, expected UTF-8: iconv -f UTF-16 -t UTF-8 {path.name} > new.txt"
-        )
+def refuse_wide(start: bytes, path: Path) -> None:
+    """Raise a DataError if a file that starts so is UTF-16 or UTF-32."""
+    for name, marks in _MARKS.items():
+        if start.startswith(marks):
+            raise DataError(
+                f"{path}: {name}, expected UTF-8: iconv -f {name} -t UTF-8 {path.name} > new.txt"
+            )
 
 
 def decode(raw: bytes, where: str, *, start: int = 0, of: str = "", remedy: str = "") -> str:

@@ -1,6 +1,5 @@
 """Pre-train a LLaMA from the command line: `python -m examples.llama --help`."""
 
-import shutil
 import sys
 import traceback
 from pathlib import Path
@@ -99,8 +98,6 @@ def run(config: RunConfig, console: Console) -> int:
         splits = load_splits(config.data, tokenizer)
     for warning in warnings_of(config, splits) if leads else ():
         print(f"warning: {warning}", file=sys.stderr, flush=True)
-    if config.output.overwrite and leads and run_dir.exists():
-        shutil.rmtree(run_dir)
     with stop_on_signals(lambda: reporter.activity.stops) as stop:
         result = train(
             config,

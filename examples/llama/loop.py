@@ -14,6 +14,7 @@ import optax
 import natgalore_jax as ng
 from examples.common.checkpoints import Checkpoints
 from examples.common.cli import OPTIONS, options_text
+from examples.common.config import replacing
 from examples.common.errors import ConfigError
 from examples.common.loggers import make_loggers
 from examples.common.lora import partition
@@ -88,29 +89,32 @@ def train(
             should_stop
         )
 
-    if devices.leads:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if config.output.resume:
-            prepare(run_dir, config, _identity(config, splits), reporter)
-    devices.wait("run directory")
     output = config.output
-    with Checkpoints(
-        run_dir / "checkpoints", keep=output.keep, keep_best=output.keep_best
-    ) as checkpoints:
-        identity = _identity(config, splits)
-        done = resume_point(checkpoints, run_dir, config, identity, reporter)
-        log = MetricsLog()
+    with replacing(run_dir, output.overwrite and devices.leads) as started:
         if devices.leads:
-            replace_text(run_dir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
-            splits.tokenizer.save(str(run_dir / TOKENIZER))
-            (run_dir / OPTIONS).write_text(options)
-            step = done // config.accumulate
-            loggers = make_loggers(output.log_to, run_dir, config.to_dict(), step)
-            log = MetricsLog(run_dir / "metrics.jsonl", resume_at=step, loggers=loggers)
-        with log:
-            with reporter.during(STARTING):
-                run = _Run(config, splits, tx, reporter, log, checkpoints, devices, initial)
-            return run.run(should_stop)
+            run_dir.mkdir(parents=True, exist_ok=True)
+            if output.resume:
+                prepare(run_dir, config, _identity(config, splits), reporter)
+        devices.wait("run directory")
+        with Checkpoints(
+            run_dir / "checkpoints", keep=output.keep, keep_best=output.keep_best
+        ) as checkpoints:
+            identity = _identity(config, splits)
+            done = resume_point(checkpoints, run_dir, config, identity, reporter)
+            log = MetricsLog()
+            if devices.leads:
+                text = json.dumps(config.to_dict(), indent=2) + "\n"
+                replace_text(run_dir / "config.json", text)
+                splits.tokenizer.save(str(run_dir / TOKENIZER))
+                (run_dir / OPTIONS).write_text(options)
+                step = done // config.accumulate
+                loggers = make_loggers(output.log_to, run_dir, config.to_dict(), step)
+                log = MetricsLog(run_dir / "metrics.jsonl", resume_at=step, loggers=loggers)
+            with log:
+                with reporter.during(STARTING):
+                    run = _Run(config, splits, tx, reporter, log, checkpoints, devices, initial)
+                started()
+                return run.run(should_stop)
 
 
 def _identity(config: RunConfig, splits: Splits) -> dict[str, Any]:

@@ -48,6 +48,10 @@ def _read_file(path: Path) -> Tensors:
         cut = _cut_off(path)
         why = f"{len(cut)} tensors are cut off: {', '.join(cut)}" if cut else str(error)
         raise WeightsError(f"{path}: not a complete safetensors file ({why})") from error
+    except AttributeError as error:  # NumPy has no such number format: 8-bit floats, say.
+        raise WeightsError(
+            f"{path}: tensors of {error.name} are not read: convert them to bfloat16 or float32"
+        ) from error
 
 
 def _cut_off(path: Path) -> list[str]:

@@ -116,6 +116,7 @@ def test_own_rows_name_their_classes(tmp_path):
     assert {row.label for row in rows.splits["train"]} == {0, 1}
     lines = ["sentence1\tsentence2\tlabel", "a\tb\t-1.5", "c\td\t2"]
     for stem in ("train", "dev"):
+        (tmp_path / f"{stem}.jsonl").unlink()
         (tmp_path / f"{stem}.tsv").write_text("\n".join(lines))
     rows = read_rows(TASKS["own-regression"], tmp_path)
     assert rows.splits["train"] == [Row("a", "b", -1.5), Row("c", "d", 2.0)]
@@ -155,6 +156,13 @@ def test_errors_name_file_and_line(tmp_path, task, train, message):
     with pytest.raises(DataError, match=message) as error:
         read_rows(TASKS[task], tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_a_split_is_one_file(tmp_path):
+    tiny.write_rows(tmp_path)
+    (tmp_path / "train.tsv").write_text("sentence1\tlabel\na\tx\nb\ty\n")
+    with pytest.raises(DataError, match=r"train split must be one file, got train.tsv, train.j"):
+        read_rows(TASKS["own"], tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from examples.finetune.encoder.model import Inputs, make_model
 from examples.finetune.encoder.weights import load_model, save_model
 from examples.pretrained import locate_model
 from examples.pretrained.packages import PACKAGES, Package
+from examples.pretrained.tensors import read_tensors
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -178,6 +179,14 @@ def test_everything_that_does_not_fit_is_in_one_line(model):
 def test_an_unknown_architecture_is_refused(model, changes, message):
     with pytest.raises(WeightsError, match=message):
         load_model(model(**changes), OUTPUTS, seed=0)
+
+
+def test_a_number_format_that_is_not_read_is_named(tmp_path):
+    header = b'{"w": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}'
+    raw = len(header).to_bytes(8, "little") + header + b"\0\0"
+    (tmp_path / "model.safetensors").write_bytes(raw)
+    with pytest.raises(WeightsError, match="tensors of float8_e4m3fn are not read: convert"):
+        read_tensors(tmp_path)
 
 
 def test_a_damaged_file_is_named(model):

@@ -121,7 +121,14 @@ def test_resume_and_overwrite(arguments, tmp_path, capsys):
     assert_one_line(capsys, "optimizer.b2: (default) -> 0.95")
     assert main([*adamw, "--resume"]) == 0
     assert read_metrics(metrics) == first
+    capsys.readouterr()
+    # The rank is found to fit no matrix after the old run was set aside.
+    assert main([*arguments, "--overwrite", "--steps", "2", "--rank", "64", "--quiet"]) == 1
+    assert_one_line(capsys, "rank 64")
+    assert read_metrics(metrics) == first
+    assert main([*adamw, "--resume"]) == 0
     assert main([*adamw, "--overwrite", "--seed", "1"]) == 0
+    assert [path.name for path in metrics.parent.parent.iterdir()] == ["test"]
     assert read_metrics(metrics)[0]["loss"] != first[0]["loss"]
 
 
@@ -234,6 +241,14 @@ def test_a_file_of_some_options(tmp_path):
     file.write_text("# mine\npreset: 60m\nbf16: true\nmodel.stacked: true\nlearning-rate: 5e-3\n")
     config = parse(["--config", str(file), "--model.no-stacked", "--steps", "3"])
     assert config == parse(["--preset", "60m", "--bf16", "--learning-rate", "5e-3", "--steps", "3"])
+
+
+def test_paths_after_an_equals_sign_may_start_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "some.yaml").write_text("steps: 7\n")
+    config = parse(["--config=~/some.yaml", "--root=~/runs", "--cache-dir=~/cache"])
+    assert config.steps == 7
+    assert (config.output.root, config.data.cache_dir) == (tmp_path / "runs", tmp_path / "cache")
 
 
 def test_a_file_undoes_a_shorthand(tmp_path):

@@ -71,6 +71,7 @@ _BAD = [
     ("table.parquet", b"x", "not readable as Parquet"),
     ("latin.txt", "größe".encode("latin-1"), "--skip-bad-lines leaves out such lines"),
     ("utf16.txt", "größe".encode("utf-16"), "UTF-16, expected UTF-8: iconv -f UTF-16"),
+    ("utf32.txt", "größe".encode("utf-32"), "UTF-32, expected UTF-8: iconv -f UTF-32"),
     ("utf16.jsonl.gz", gzip.compress(_lines("one").decode().encode("utf-16")), "UTF-16, expected"),
     ("unmarked.txt", "ab\n".encode("utf-16-le"), "line 1: 2 NUL byte(s), the first at byte 1"),
     ("nul.txt", b"one\nt\0wo\n", "line 2: 1 NUL byte(s), the first at byte 5"),

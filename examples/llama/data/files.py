@@ -11,7 +11,7 @@ from io import BufferedIOBase
 from pathlib import Path
 
 from examples.common.errors import DataError, first_line
-from examples.common.text import check_string, decode, refuse_utf16
+from examples.common.text import check_string, decode, refuse_wide
 
 # `.json.gz` holds JSON lines too: it is the name under which C4 is published.
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
@@ -131,7 +131,7 @@ def _lines(
     offset = 0
     for number, raw in enumerate(file, start=1):
         if number == 1:
-            refuse_utf16(raw, path)
+            refuse_wide(raw, path)
         where = f"{path}: line {number}"
         try:
             yield read(where, _decode(where, path, raw, offset))

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from examples.common.errors import DataError
-from examples.common.text import decode, refuse_utf16
+from examples.common.text import decode, refuse_wide
 from examples.finetune.encoder.data.rows import RawRow, Rows, from_mapping, make_rows
 from examples.finetune.encoder.data.tasks import OPTIONAL_SECOND, Columns, Task
 
@@ -61,9 +61,12 @@ def read_unlabelled(task: Task, directory: Path) -> dict[str, list[RawRow]]:
 
 def _find(directory: Path, split: str) -> Path:
     candidates = [directory / (stem + end) for stem in _STEMS[split] for end in _SUFFIXES]
-    for path in candidates:
-        if path.exists():
-            return path
+    found = [path for path in candidates if path.exists()]
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise DataError(f"{directory}: the {split} split must be one file, got {names}")
+    if found:
+        return found[0]
     names = ", ".join(path.name for path in candidates)
     raise DataError(f"{directory}: the {split} split is missing (none of {names})")
 
@@ -82,7 +85,7 @@ def _lines(path: Path, labelled: bool) -> Iterator[tuple[str, str]]:
         content = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
-    refuse_utf16(content, path)
+    refuse_wide(content, path)
     blank = None
     # Not splitlines: text may hold line separators of Unicode.
     for number, line in enumerate(content.split(b"\n"), start=1):

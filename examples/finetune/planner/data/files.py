@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.common.errors import DataError
-from examples.common.text import decode, refuse_utf16
+from examples.common.text import decode, refuse_wide
 
 _KINDS = {str: "a string", list: "a list", dict: "an object", bool: "true or false"}
 
@@ -57,7 +57,7 @@ def _read(path: Path) -> bytes:
         raise DataError(f"{path}: {error.strerror}") from error
     if not content.strip():
         raise DataError(f"{path}: the file is empty")
-    refuse_utf16(content, path)
+    refuse_wide(content, path)
     return content
 
 
