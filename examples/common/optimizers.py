@@ -13,6 +13,7 @@ import natgalore_jax as ng
 from examples.common.composed import composed_adamw, with_arguments_of
 from examples.common.schedule import ScheduleConfig, warmup_cosine
 
+NANO_WIDTH = 128
 # Options that are not arguments of the factories, or that have a value without being given.
 _OF_ANY_OPTIMIZER = {"name", "learning_rate", "clip_norm", "unprojected_ratio", "rank"}
 
@@ -23,7 +24,9 @@ class Entry(NamedTuple):
     factory: Callable[..., optax.GradientTransformation]
     learning_rate: float  # Peak, where --learning-rate is not given; chosen at the nano size.
     fixed: dict[str, Any] = {}  # noqa: RUF012  (never changed)
-    unprojected_ratio: float | None = None  # Likewise, of random weights; None: the factory's own.
+    # Of the two rates, likewise, of random weights; None: the learning rate is not that of the
+    # hidden matrices.
+    unprojected_ratio: float | None = None
 
 
 def _adafactor(learning_rate, weight_decay: float = 0.0, mask=None):
@@ -104,8 +107,8 @@ OPTIMIZERS: dict[str, Entry] = {
     "galore": Entry(ng.galore_adamw, 2e-2),
     "galore-adafactor": Entry(_galore_adafactor, 1e-2),
     "fira": Entry(ng.galore_adamw, 1e-2, {"residual": "fira"}),
-    "natural-galore": Entry(ng.natural_galore_adamw, 5e-3),
-    "lean-natural-galore": Entry(ng.lean_natural_galore_adamw, 5e-3),
+    "natural-galore": Entry(ng.natural_galore_adamw, 5e-3, unprojected_ratio=4.0),
+    "lean-natural-galore": Entry(ng.lean_natural_galore_adamw, 5e-3, unprojected_ratio=4.0),
     "stored-gradients": Entry(_stored_gradients, 1e-2),
     "apollo": Entry(ng.contrib.apollo_adamw, 1e-2),
     "apollo-mini": Entry(ng.contrib.apollo_mini_adamw, 1e-2),
@@ -132,8 +135,8 @@ class OptimizerConfig:
     name: Annotated[OptimizerName, tyro.conf.arg(name="optimizer")] = "natural-galore"
     """The optimizer that trains the model."""
     learning_rate: float | None = None
-    """Peak learning rate; each optimizer has its own default, a hundredth of it where published
-    weights are trained further."""
+    """Peak learning rate; each optimizer has its own default, which halves where the width of the
+    model doubles, and is a hundredth where published weights are trained further."""
     weight_decay: float = 0.0
     """Decoupled weight decay of the matrices; norm scales are never decayed."""
     clip_norm: float | None = None
@@ -152,8 +155,8 @@ class OptimizerConfig:
     """Galore and natural-galore: store Adam's moments in 8 bits instead of the weights' dtype."""
     unprojected_ratio: float | None = None
     """Learning rate of embeddings, head and norms over that of the hidden matrices; by default 4
-    for both forms of natural-galore and, on random weights, for adamw, else 1. Galore and its
-    relatives have it in their scale."""
+    for both forms of natural-galore and, on random weights, for adamw, and more where their own
+    learning rate falls with the width; else 1. Galore and its relatives have it in their scale."""
     scale: float | None = None
     """Low-rank: factor on the update of projected matrices."""
     side: Literal["short", "long", "left", "right", "both"] | None = None
@@ -207,14 +210,25 @@ def with_factor(
     return optax.chain(tx, optax.masked(optax.scale(factor), mask))
 
 
-def default_learning_rate(name: str) -> float:
-    """Peak learning rate of the optimizer called `name`."""
-    return OPTIMIZERS[name].learning_rate
+def default_learning_rate(name: str, width: int = NANO_WIDTH) -> float:
+    """Peak learning rate of the optimizer called `name`, for random weights of a model.
+
+    That of hidden matrices alone is inversely proportional to the width of the model
+    (docs/experiments.md, "A larger model"); below the width of nano it is the one of nano.
+    """
+    entry = OPTIMIZERS[name]
+    return entry.learning_rate / (_growth(width) if entry.unprojected_ratio else 1.0)
 
 
-def default_unprojected_ratio(name: str) -> float | None:
-    """Its ratio of the two rates on random weights, None where the factory's own holds."""
-    return OPTIMIZERS[name].unprojected_ratio
+def default_unprojected_ratio(name: str, width: int = NANO_WIDTH) -> float | None:
+    """Its ratio of the two rates, with which the other rate is the same at every width; None where
+    the factory's own holds."""
+    ratio = OPTIMIZERS[name].unprojected_ratio
+    return ratio and ratio * _growth(width)
+
+
+def _growth(width: int) -> float:
+    return max(1.0, width / NANO_WIDTH)
 
 
 def decayed(params: Any) -> Any:

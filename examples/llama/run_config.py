@@ -11,6 +11,7 @@ from examples.common import config
 from examples.common.errors import ConfigError as ConfigError
 from examples.common.loggers import LoggerName
 from examples.common.optimizers import (
+    NANO_WIDTH,
     OptimizerConfig,
     default_learning_rate,
     default_unprojected_ratio,
@@ -199,8 +200,9 @@ class RunConfig:
         given = self.optimizer.learning_rate
         if given is not None:
             return given
-        share = 1.0 if self.init_from is None else _TRAINED_SHARE
-        return share * default_learning_rate(self.optimizer.name)
+        if self.init_from is not None:
+            return _TRAINED_SHARE * default_learning_rate(self.optimizer.name)
+        return default_learning_rate(self.optimizer.name, self._trained_width)
 
     @property
     def unprojected_ratio(self) -> float | None:
@@ -209,7 +211,14 @@ class RunConfig:
         given = self.optimizer.unprojected_ratio
         if given is not None or self.init_from is not None:
             return given
-        return default_unprojected_ratio(self.optimizer.name)
+        with_default_rate = self.optimizer.learning_rate is None
+        width = self._trained_width if with_default_rate else NANO_WIDTH
+        return default_unprojected_ratio(self.optimizer.name, width)
+
+    @property
+    def _trained_width(self) -> int:
+        """The width that default rates follow: adapters were not measured."""
+        return self.model.hidden if self.adapter.kind == "none" else NANO_WIDTH
 
     @property
     def run_dir(self) -> Path:

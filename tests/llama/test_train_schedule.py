@@ -10,6 +10,7 @@ import tiny_run as tiny
 
 from examples.common.optimizers import OPTIMIZERS, OptimizerConfig, decayed, make_optimizer
 from examples.common.schedule import ScheduleConfig, warmup_cosine
+from examples.llama.__main__ import parse
 from examples.llama.model.config import MODEL_PRESETS
 from examples.llama.run_config import run_preset
 from examples.llama.training.train_step import make_model
@@ -80,6 +81,24 @@ def test_accumulated_gradients_are_averaged_then_clipped():
 
     assert not jnp.any(nothing["kernel"])
     assert jnp.allclose(update["kernel"], expected["kernel"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw-8bit", "natural-galore", "lean-natural-galore"])
+def test_default_rates_follow_the_width(name):
+    """Of random weights: hidden matrices train at rates that fall with it, the others do not."""
+
+    def rates(preset, *more):
+        config = parse(["--optimizer", name, "--preset", preset, *more])
+        return config.learning_rate, config.unprojected_ratio
+
+    nano, ratio = rates("nano")
+    assert rates("9m") == pytest.approx((nano / 2, 2 * ratio))
+    assert rates("60m") == pytest.approx((nano / 4, 4 * ratio))
+    assert rates("60m", "--adapter.kind", "lora") == (nano, ratio)
+    assert rates("60m", "--learning-rate", "0.01") == (0.01, ratio)
+    assert rates("60m", "--unprojected-ratio", "2") == pytest.approx((nano / 4, 2))
+    assert rates("60m", "--init-from", "x") == (pytest.approx(nano / 100), None)
+    assert parse(["--optimizer", "galore", "--preset", "60m"]).learning_rate == 0.02
 
 
 def test_learning_rate_given_or_the_optimizers_own():
