@@ -19,6 +19,7 @@ from benchmarks.common import result_files
 from benchmarks.common.environment import RESULTS, environment
 from benchmarks.common.result_files import Json, read_results, read_suite, write
 from benchmarks.common.sweep import sweep as sweep_runs
+from benchmarks.finetuning import grids
 from benchmarks.pretraining.tables import mean_and_spread
 from examples.common.cli import exit_code
 from examples.common.compare import Diverged
@@ -40,7 +41,6 @@ GRIDS = {
     "galore": (1e-4, 3e-4, 1e-3, 3e-3),
     "natural-galore": (1e-4, 3e-4, 1e-3, 3e-3),
 }
-TUNE_SEED = 100
 _COLUMNS = (
     *("learning rate", "seeds", "state, MiB", "test loss"),
     *("success, %", "with arguments, %", "minutes"),
@@ -82,9 +82,8 @@ class Run(Common):
 
     @property
     def path(self) -> Path:
-        stage = "tune" if self.seed == TUNE_SEED else "seeds"
         name = f"{self.method}-lr{self.learning_rate:g}-seed{self.seed}.json"
-        return self.root / self.suite / stage / name
+        return self.root / self.suite / grids.stage(self.seed) / name
 
     @property
     def work_dir(self) -> Path:
@@ -123,12 +122,7 @@ class Sweep(Common):
     """Print what would be run by what is known now, and stop."""
 
     def __post_init__(self) -> None:
-        if unknown := set(self.methods) - set(GRIDS):
-            raise ConfigError(
-                f"methods must be some of {', '.join(GRIDS)}; got {', '.join(sorted(unknown))}"
-            )
-        if TUNE_SEED in self.seeds:
-            raise ConfigError(f"seeds must not contain {TUNE_SEED}, the seed of the tuning")
+        grids.check(GRIDS, self.methods, self.seeds)
 
 
 @dataclass(frozen=True)
@@ -203,32 +197,17 @@ def runs(sweep: Sweep) -> list[Run]:
         given = {"method": method, "learning_rate": rate, "seed": seed, "workers": sweep.workers}
         return Run(**common, **given)
 
-    tuned = _tuned(sweep.root, sweep.suite)
-    tuning = [
-        planned(method, rate, TUNE_SEED) for method in sweep.methods for rate in GRIDS[method]
-    ]
-    best = {
-        method: best_rate(method, tuned[method])
-        for method in sweep.methods
-        if tuned[method].keys() >= set(GRIDS[method])
-    }
-    final = [planned(method, best[method], seed) for seed in sweep.seeds for method in best]
-    return tuning + final
-
-
-def best_rate(method: str, losses: dict[float, float | None]) -> float:
-    """The rate of the lowest validation loss; None stands for a run that diverged."""
-    usable = {loss: rate for rate, loss in losses.items() if loss is not None}
-    if not usable:
-        raise ConfigError(f"{method}: the loss is not finite at any rate of the tuning")
-    return usable[min(usable)]
+    tuned = grids.tuning_losses(
+        read_suite(sweep.root, sweep.suite), lambda r: r["validation"]["loss"]
+    )
+    return grids.plan(GRIDS, sweep.methods, sweep.seeds, tuned, planned)
 
 
 def table(records: list[Json]) -> str:
     """Markdown; one line for each method, after the model before training."""
     groups: dict[tuple[str, float], list[Json]] = defaultdict(list)
     for r in records:
-        if r["seed"] != TUNE_SEED and not r["diverged"]:
+        if r["seed"] != grids.TUNE_SEED and not r["diverged"]:
             groups[r["method"], r["learning_rate"]].append(r)
     if not groups:
         raise ConfigError("no finished run after the tuning yet: go on with the sweep command")
@@ -240,10 +219,9 @@ def table(records: list[Json]) -> str:
     shares = [f"{100 * before['metrics'][name]:.1f}" for name in ("success", "aware_success")]
     lines.append(f"| untrained | | | | {before['loss']:.3f} | {' | '.join(shares)} | |")
     for (method, rate), group in groups.items():
-        edge = rate in (min(GRIDS[method]), max(GRIDS[method]))
         cells = [
             method,
-            f"{rate:g}{', end of the grid' if edge else ''}",
+            grids.rate_cell(method, rate, GRIDS),
             str(len(group)),
             f"{group[0]['optimizer_bytes'] / 2**20:.2f}",
             mean_and_spread([r["test"]["loss"] for r in group], 3),
@@ -255,16 +233,6 @@ def table(records: list[Json]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _tuned(root: Path, suite: str) -> dict[str, dict[float, float | None]]:
-    """Validation losses of the tuning, by method and rate."""
-    found: dict[str, dict[float, float | None]] = defaultdict(dict)
-    for r in read_suite(root, suite):
-        if r["seed"] == TUNE_SEED:
-            loss = None if r["diverged"] else r["validation"]["loss"]
-            found[r["method"]][r["learning_rate"]] = loss
-    return found
 
 
 def _outcome(record: Json) -> str:

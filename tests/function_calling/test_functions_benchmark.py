@@ -9,17 +9,16 @@ import tiny_planner as tiny
 from benchmarks.common.result_files import write
 from benchmarks.finetuning.functions import (
     GRIDS,
-    TUNE_SEED,
     Run,
     Show,
     Sweep,
-    best_rate,
     is_done,
     make,
     run,
     runs,
     table,
 )
+from benchmarks.finetuning.grids import TUNE_SEED, best_rate
 from examples.common.errors import ConfigError
 from examples.finetune.planner.methods import MethodConfig
 from examples.finetune.planner.prompts import PromptConfig

@@ -1,0 +1,112 @@
+"""The comparison of methods on continued training: one run of each kind, its plan and its table."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import tiny_weights as tiny
+
+from benchmarks.common.result_files import write
+from benchmarks.finetuning import continued
+from benchmarks.finetuning.continued import GRIDS, METHODS, UNTRAINED, Run, Show, Sweep, make, run
+from benchmarks.finetuning.grids import TUNE_SEED
+from examples.common.errors import ConfigError
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
+
+@pytest.fixture
+def common(tmp_path, monkeypatch):
+    """Options of runs on tiny weights and a text of their words."""
+    rng = np.random.default_rng(0)
+    texts = [" ".join(f"w{n}" for n in rng.integers(1, 60, 40)) for _ in range(40)]
+    (tmp_path / "text").mkdir()
+    for i, text in enumerate(texts):
+        (tmp_path / "text" / f"{i}.txt").write_text(text)
+    tiny.write_directory(tmp_path / "weights")
+    monkeypatch.chdir(tmp_path)  # The cache of tokens is relative.
+    monkeypatch.setattr(continued, "general_texts", lambda: texts[:4])
+    for name, method in METHODS.items():
+        optimizer = dataclasses.replace(method.optimizer, rank=2)
+        adapter = dataclasses.replace(method.adapter, rank=2)
+        small = method._replace(optimizer=optimizer, adapter=adapter)
+        monkeypatch.setitem(METHODS, name, small)
+    return {
+        "model": str(tmp_path / "weights"),
+        "data": (str(tmp_path / "text"),),
+        "steps": 2,
+        "batch_size": 2,
+        "seq_len": 16,
+        "eval_tokens": 40,
+        "root": tmp_path / "out",
+    }
+
+
+@pytest.mark.parametrize("method", [UNTRAINED, "lora", "galore", "natural-galore"])
+def test_one_run(common, method):
+    one = Run(**common, method=method)
+    record = make(one)
+    assert record is not None and json.loads(one.path.read_text()) == json.loads(json.dumps(record))
+    assert one.path.name == f"{method}-lr0.0001-seed1.json"
+    assert record["loss"].keys() == {"validation", "test", "general"}
+    assert all(1 < loss < 10 for loss in record["loss"].values())
+    assert make(one) is None
+    with pytest.raises(ConfigError, match="steps: 2 -> 3"):
+        make(dataclasses.replace(one, steps=3))
+    if method != UNTRAINED:
+        assert record["steps_done"] == 2 and record["state_bytes"] > 0
+
+
+def test_hidden_matrices_have_the_rate_and_all_others_the_same(common):
+    for name, method in METHODS.items():
+        optimizer = Run(**common, method=name, learning_rate=1e-4).config().optimizer
+        assert optimizer.learning_rate * method.scale == pytest.approx(1e-4)
+        assert optimizer.learning_rate * optimizer.unprojected_ratio == pytest.approx(3e-5)
+
+
+def test_the_untrained_model_is_the_one_that_training_starts_from(common, monkeypatch):
+    untrained = make(Run(**common, method=UNTRAINED))
+    started = make(Run(**common, method="adamw", learning_rate=1e-12))
+    monkeypatch.setattr(continued, "UNPROJECTED_RATE", 1e-12)
+    still = make(Run(**common, method="adamw", learning_rate=1e-12, seed=2))
+    assert still["loss"] == pytest.approx(untrained["loss"], rel=1e-6)
+    assert started["loss"] != pytest.approx(untrained["loss"], rel=1e-6)
+
+
+def test_a_sweep_and_its_table(tmp_path, monkeypatch, capsys):
+    made = []
+
+    def make_all(todo, *_):
+        for one in todo:
+            made.append((one.method, one.learning_rate, one.seed))
+            loss = 1 + one.learning_rate
+            record = {
+                "method": one.method,
+                "learning_rate": one.learning_rate,
+                "seed": one.seed,
+                "configuration": one.configuration(),
+                "diverged": False,
+                "loss": {"validation": loss, "test": loss, "general": 2 * loss},
+                "state_bytes": 2**21,
+                "training_seconds": 90.0,
+            }
+            write(record, one.path)
+        return []
+
+    monkeypatch.setattr("benchmarks.common.sweep.run_all", make_all)
+    sweep = Sweep(root=tmp_path, methods=("adamw", "lora"), seeds=(1, 2))
+    assert len({len(grid) for grid in GRIDS.values()}) == 1
+    assert run(sweep) == 0
+    best = {name: min(GRIDS[name]) for name in ("adamw", "lora")}
+    tuning = [(name, rate, TUNE_SEED) for name in best for rate in GRIDS[name]]
+    final = [(name, rate, seed) for seed in (1, 2) for name, rate in best.items()]
+    assert made == [(UNTRAINED, 0.0, TUNE_SEED), *tuning, *final]
+    capsys.readouterr()
+    assert run(Show(root=tmp_path)) == 0
+    _, _, untrained, adamw, _ = capsys.readouterr().out.replace("\u00a0", " ").splitlines()
+    assert untrained == "| untrained | | | | 1.000 | 2.000 | |"
+    assert (
+        adamw
+        == "| adamw | 1e-05, end of the grid | 2 | 2.0 | 1.000 ± 0.000 | 2.000 ± 0.000 | 1.5 |"
+    )
