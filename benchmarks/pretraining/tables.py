@@ -61,8 +61,8 @@ def course(rows: Iterable[Row], shares: Sequence[float] = COURSE) -> str:
             losses = {point.step: point.loss for point in row.curve}
             nearest = [min(losses, key=lambda s: abs(s - share * row.steps)) for share in shares]
             cells = (f"{losses[step]:.3f}" for step in nearest)
-            lines.append([label(row.method), str(row.rates), *cells])
-    return table(["after", "rate × ratio", *(f"{100 * s:.0f} %" for s in shares)], lines)
+            lines.append([label(row.method), *cells])
+    return table(["after", *(f"{100 * s:.0f} %" for s in shares)], lines)
 
 
 def verdicts(rows: Iterable[Row]) -> list[str]:
@@ -233,14 +233,15 @@ def long_page(
                 )
                 parts.append("\n".join(f"- {line}" for line in lines))
     parts += ["## Curves", *(pictures[name] for name in ("steps", "time", "size"))]
-    parts.append("## Learning rates")
+    parts += [
+        "## Learning rates",
+        "Final validation losses of tuning. The rate is the rate of the hidden matrices, the ratio "
+        "the rate of the other parameters over it. `python -m benchmarks.pretraining show --suite "
+        "tune` prints all runs.",
+    ]
     compared = {row.method for rows in groups.values() for row in rows.values()}
     for preset, of_preset in tuned.items():
-        parts.append(
-            f"Tuning at {preset}: final validation loss. The rate is that of the hidden matrices, "
-            "the ratio that of the other parameters' rate to it. `python -m benchmarks.pretraining "
-            "show --suite tune` prints all runs, and the other methods'."
-        )
+        parts.append(f"{preset}:")
         found = {m: found for m, found in of_preset.items() if m in compared}
         parts += [tuning(found, brief=True), pictures[f"learning-rate-{preset}"]]
     return "\n\n".join(parts) + "\n"
@@ -250,9 +251,11 @@ def _losses(groups: Groups, preset: str, methods: Iterable[str]) -> list[str]:
     if not any(p == preset for p, _ in groups):
         return []
     run = {method for (p, _), rows in groups.items() if p == preset for method, _ in rows}
-    listed = [m for m in methods if m in run or m in CORE]
+    listed = [m for m in methods if m in run]
     changed = sorted(run - set(listed) - set(METHODS))
-    return [losses(groups, preset, [*listed, *changed])]
+    missing = "; ".join(label(m) for m in CORE if m not in run)
+    parts = [losses(groups, preset, [*listed, *changed])]
+    return [*parts, f"Not run: {missing}."] if missing else parts
 
 
 def protocol(groups: Groups, preset: str) -> str:
