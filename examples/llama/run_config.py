@@ -17,7 +17,7 @@ from examples.common.optimizers import (
     default_unprojected_ratio,
 )
 from examples.common.schedule import ScheduleConfig
-from examples.llama.data import DataConfig
+from examples.llama.data import DataConfig, is_hub
 from examples.llama.distributed.processes import DistributedConfig
 from examples.llama.model.adapters import AdapterConfig
 from examples.llama.model.config import MODEL_PRESETS, ModelConfig
@@ -42,9 +42,10 @@ class OutputConfig:
     resume: bool = False
     """Continue this run from its last checkpoint. --steps, --learning-rate, --warmup and --floor
     may differ from before, and --batch-size with --accumulate if their product is the same and
-    both --accumulate are above 1. What shapes the model or the optimizer's state may not."""
+    both --accumulate are above 1; the same text may be elsewhere. What shapes the model or the
+    optimizer's state may not."""
     overwrite: bool = False
-    """Delete an earlier run of the same name first."""
+    """Delete an earlier run of the same name, once this one has started."""
     root: Path = Path("runs")
     """Directory of all runs."""
     log_every: int = 1
@@ -255,6 +256,7 @@ HARMLESS = ("output.", "distributed.", "faults.", "data.cache_dir", "data.skip_b
 # What has an influence, but neither on the shapes of the state nor on its meaning.
 ADJUSTABLE = ("steps", "schedule.", "optimizer.learning_rate")
 _BATCHES = ("batch_size", "accumulate")
+_SOURCES = ("data.data", "data.tokenizer")
 
 RUN_PRESETS: dict[str, dict[str, Any]] = {
     "nano": {"steps": 600, "batch_size": 16, "optimizer": OptimizerConfig(rank=32)},
@@ -284,7 +286,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Fields that a resumed run may not have otherwise, as "field: old -> new"."""
     harmless = (*HARMLESS, *ADJUSTABLE)
     changed = config.differences(old, new, defaults=RunConfig().to_dict(), harmless=harmless)
-    may = _BATCHES if _same_steps(old, new) else ()
+    may = (_BATCHES if _same_steps(old, new) else ()) + (_SOURCES if _same_text(old, new) else ())
     return [text for text in changed if text.split(":")[0] not in may]
 
 
@@ -292,6 +294,12 @@ def adjustments(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Fields that differ, influence the trained model and may, as "field: old -> new"."""
     changed = config.differences(old, new, defaults=RunConfig().to_dict(), harmless=HARMLESS)
     return [text for text in changed if text not in differences(old, new)]
+
+
+def _same_text(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether text and tokenizer are equal wherever they are; a stream is not all read."""
+    is_stream = is_hub(DataConfig(data=tuple(new["data"]["data"])))
+    return old.get("text") == new.get("text") and not is_stream
 
 
 def _same_steps(old: dict[str, Any], new: dict[str, Any]) -> bool:

@@ -124,6 +124,22 @@ def test_an_unfinished_step_has_to_be_completed(tmp_path):
     assert run(other, tmp_path).finished
 
 
+def test_the_same_text_elsewhere():
+    """Its content is compared; of a stream only the beginning is known."""
+    old = config(3).to_dict() | {"text": "one"}
+    data = {"data": ["elsewhere"], "tokenizer": "mine.json"}
+    new = old | {"data": old["data"] | data}
+    assert differences(old, new) == []
+    assert len(adjustments(old, new)) == 2
+    assert [text.split(":")[0] for text in differences(old, new | {"text": "two"})] == [
+        "data.data",
+        "data.tokenizer",
+        "text",
+    ]
+    stream = new | {"data": old["data"] | {"data": ["hf:owner/name"]}}
+    assert [text.split(":")[0] for text in differences(old, stream)] == ["data.data"]
+
+
 def test_fewer_steps_than_are_done(tmp_path):
     run(config(4), tmp_path)
     with pytest.raises(ConfigError, match="has done 4 steps, got steps=3"):
