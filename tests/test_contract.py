@@ -7,6 +7,7 @@ import optax
 import pytest
 from composed import composed_adamw
 from contract import FACTORIES, HISTORY, INTERVAL, RANK, random_like, signature, specs, zeros
+from jax.sharding import AxisType
 
 import natgalore_jax as ng
 
@@ -67,6 +68,21 @@ def test_state_and_updates_keep_structure_shapes_and_dtypes(name, dtype):
     updates, new_state = jax.eval_shape(tx.update, specs(dtype), state, specs(dtype))
     assert signature(updates) == signature(specs(dtype))
     assert signature(new_state) == signature(state)
+
+
+@every_factory
+def test_gradients_in_shard_map_that_differ_between_devices(name):
+    """The state of the first step is the same on all devices, by its types too, later ones not."""
+    tx, mesh = FACTORIES[name](), jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+
+    def two_steps(params):
+        grads = jax.lax.pcast(params, "data", to="varying")
+        _, state = tx.update(grads, tx.init(params), params)
+        updates, _ = tx.update(grads, state, params)
+        return updates
+
+    run = jax.shard_map(two_steps, mesh=mesh, in_specs=jax.P(), out_specs=jax.P("data"))
+    assert jax.tree.structure(jax.eval_shape(run, specs())) == jax.tree.structure(specs())
 
 
 @every_factory

@@ -1,5 +1,7 @@
 """Parameters that are nothing, hidden, of two dtypes, or no arrays, for every transformation."""
 
+import warnings
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -105,6 +107,24 @@ def test_moments_are_float32_if_they_are_initialised_so(name):
     state = tx.init(zeros())
     _, new_state = jax.eval_shape(tx.update, specs(jnp.bfloat16), state, specs(jnp.bfloat16))
     assert signature(new_state) == signature(state)
+
+
+@every_factory
+def test_float64_arrays_of_numpy_are_float32_without_a_warning(name, fast_compile):
+    params = jax.tree.map(lambda x: np.zeros(x.shape), specs())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        state = FACTORIES[name]().init(params)
+    assert signature(state) == signature(FACTORIES[name]().init(zeros()))
+
+
+def test_a_step_without_jit_takes_float64_arrays_of_numpy(fast_compile):
+    tx = ng.lean_natural_galore_adamw(0.01, rank=RANK)
+    params = jax.tree.map(lambda x: np.ones(x.shape), specs())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        updates, _ = tx.update(params, tx.init(params), params)
+    assert signature(updates) == signature(specs())
 
 
 WHERE = {"dense": {"kernel": True, "bias": False}, "layers": {"kernel": True, "scale": False}}

@@ -118,6 +118,30 @@ def test_shard_map():
     assert_same_as_on_one_device(params)
 
 
+def test_shard_map_with_parameters_of_each_device_beside_shared_ones():
+    """As for stages of a pipeline: types say which states differ between devices."""
+    mesh = jax.make_mesh((2,), ("stage",), axis_types=(AxisType.Auto,))
+    specs = {"up": jax.P(), "down": jax.P("stage"), "bias": jax.P("stage")}
+    of_stages = [start()[0] for _ in range(2)]
+    of_stages[1] |= {name: 2 * of_stages[1][name] for name in ("down", "bias")}
+
+    def run(params):
+        state = optimizer().init(params)
+        for t in range(STEPS):
+            grads = jax.tree.map(lambda x, t=t: jnp.sin((t + 1) * x), params)
+            params, state = apply(params, state, grads)
+        return params
+
+    params = {"up": of_stages[0]["up"]} | {
+        name: jnp.concatenate([p[name] for p in of_stages]) for name in ("down", "bias")
+    }
+    together = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(specs,), out_specs=specs))(params)
+    for i, expected in enumerate(map(jax.jit(run), of_stages)):
+        for name, x in expected.items():
+            own = together[name] if name == "up" else jnp.split(together[name], 2)[i]
+            np.testing.assert_allclose(own, x, **PARAMETERS)
+
+
 @pytest.mark.parametrize("spec", [jax.P("model", None), jax.P(None, "model")])
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_sharded_parameters(axis_type, spec):

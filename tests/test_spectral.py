@@ -179,6 +179,21 @@ def test_of_a_subspace_as_by_the_transformation_after_it(project, residual):
     assert np.max(np.abs(expected - whole["w"])) > 0.1
 
 
+@pytest.mark.parametrize("side", ["left", "both"])
+def test_axes_of_rows_in_any_order(side):
+    axes, tensor = ng.MatrixAxes(rows=(2, 0), cols=1), RNG.standard_normal((4, 15, 3)) + 1.0
+    clipped = {}
+    for name, value, of in (
+        ("tensor", tensor, axes),
+        ("matrix", tensor.transpose(2, 0, 1).reshape(12, 15), None),
+    ):
+        grads = {"w": jnp.asarray(value, jnp.float32)}
+        tx = _subspace(0.05, side=side, rank=12, axes=of)
+        clipped[name] = np.asarray(tx.update(grads, tx.init(grads))[0]["w"])
+    tensor = clipped["tensor"].transpose(2, 0, 1).reshape(12, 15)
+    np.testing.assert_allclose(tensor, clipped["matrix"], rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("limit", [0, -1.0, "0.2"])
 def test_singular_limit_must_be_a_positive_number(limit):
     with pytest.raises((TypeError, ValueError), match="singular_limit must be"):

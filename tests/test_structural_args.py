@@ -125,6 +125,16 @@ def test_numbers_can_be_changed_in_the_state_without_compiling_again():
     assert len(traces) == 1
 
 
+@pytest.mark.parametrize(
+    "factory", [ng.natural_galore_adamw, ng.lean_natural_galore_adamw, ng.contrib.ldadamw]
+)
+def test_no_cache_keeps_traced_numbers(factory):
+    tx = injected(factory, learning_rate=0.1, rank=2)
+    state = jax.eval_shape(tx.init, PARAMS)
+    with jax.checking_leaks():
+        jax.eval_shape(tx.update, PARAMS, state, PARAMS)
+
+
 def test_damping_schedule_is_evaluated_in_the_state():
     tx = injected(ng.natural_galore, **FIXED, damping=lambda count: 0.5 / (1 + count))
     state = tx.init(PARAMS)

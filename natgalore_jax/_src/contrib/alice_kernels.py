@@ -18,7 +18,7 @@ from natgalore_jax._src.kernels.kernel import kernel
 from natgalore_jax._src.kernels.projection import project
 from natgalore_jax._src.kernels.random import normal
 from natgalore_jax._src.kernels.residual import energies, inverse_root, limited
-from natgalore_jax._src.params.placement import place_like, replicated
+from natgalore_jax._src.params.placement import place_like, replicated, vary, varying_axes
 from natgalore_jax._src.params.plan import LeafPlan
 
 
@@ -67,7 +67,7 @@ def switched_basis(
     tracked = replicated(tracked).reshape(plan.layers, *tracked.shape[-2:])
 
     def of_one(arrays):
-        key, G, U, tracked = arrays
+        key, G, U, tracked = vary(arrays, varying_axes(arrays))
         is_first = jnp.all(U == 0)
         usable = jnp.any(G != 0) & jnp.all(jnp.isfinite(G))
 

@@ -14,7 +14,7 @@ from natgalore_jax._src.kernels.fisher_factors import multiply
 from natgalore_jax._src.kernels.orthonormal import ordered_polar_factor, shifted
 from natgalore_jax._src.kernels.projection import Letters, contract, project, project_back
 from natgalore_jax._src.kernels.random import normal
-from natgalore_jax._src.params.placement import place_like, replicated
+from natgalore_jax._src.params.placement import place_like, replicated, vary, varying_axes
 from natgalore_jax._src.params.plan import LeafPlan
 
 # Power steps of the first refresh.
@@ -73,6 +73,7 @@ def next_basis(
     start = P32 + PROBE * place_like(jnp.broadcast_to(W, P.shape), P32)
     with jax.default_matmul_precision("highest"):
         steps = jnp.where(count > 0, 1, FIRST_STEPS)
+        start = vary(start, varying_axes((B, start)))
         return jax.lax.fori_loop(0, steps, power_step, start).astype(P.dtype)
 
 

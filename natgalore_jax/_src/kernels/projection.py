@@ -84,7 +84,7 @@ def project(
     Returns:
       Shape ``plan.low_rank_shape``.
     """
-    index, dtype = Letters(plan), dtype or G.dtype
+    index, dtype = Letters(plan), dtype or jnp.result_type(G)
     letters, low_modes = index.full, ()
     for mode, U in zip(plan.projected_modes, factors, strict=True):
         low_modes = (*low_modes, mode)

@@ -42,7 +42,7 @@ def clip_leading(plan: LeafPlan, U: jax.Array, limit: jax.typing.ArrayLike) -> j
     # Computed once: each reading of U would repeat what U is made of.
     U = jax.lax.optimization_barrier(U)
     U = U.astype(jnp.promote_types(dtype, jnp.float32))  # float64 stays: most pass unchanged
-    s = _start(plan.mode_sizes[0], [plan.shape[a] if a in rows else 1 for a in range(U.ndim)])
+    s = on_axes_of_gradient(side_axes(plan, 0), _start(plan))
     y = jnp.sum(s * U, rows, keepdims=True)
     x = _unit(jnp.sum(U * y, cols, keepdims=True), rows)
     y = jnp.sum(x * U, rows, keepdims=True)
@@ -69,8 +69,7 @@ def clip_leading_of_factored(
     of_rows, of_cols = side_axes(plan, 0), side_axes(plan, 1)
     update = place_update(plan, update, G)
     U = Products(plan, factors, update, G)
-    s = _start(plan.mode_sizes[0], plan.mode_shape(0))
-    s = jnp.broadcast_to(s, (*plan.batch_shape, *plan.mode_shape(0)))
+    s = jnp.broadcast_to(_start(plan), (*plan.batch_shape, *plan.mode_shape(0)))
     x = U.with_columns(U.with_rows(place_phi(of_rows, s, G)))
     x = _unit(x, range(of_rows.batch_ndim, x.ndim))
     y = on_axes_of_gradient(of_cols, U.with_rows(x))
@@ -80,10 +79,14 @@ def clip_leading_of_factored(
     return whole(plan, factors, update, G) - excess * y
 
 
-def _start(size: int, shape: Sequence[int]) -> jax.Array:
-    """Uniform numbers, not signs, whose sum may be zero: they would miss a column of ones."""
-    bits = dither((size, 1), 0, 0, STRIDES[0], first=0)
-    return (bits.astype(jnp.float32) / 2.0**31 - 1.0).reshape(shape)
+def _start(plan: LeafPlan) -> jax.Array:
+    """s of every matrix, a vector of rows with batch axes of length one.
+
+    Uniform numbers, not signs, whose sum may be zero: they would miss a column of ones.
+    """
+    bits = dither((plan.mode_sizes[0], 1), 0, 0, STRIDES[0], first=0)
+    s = bits.astype(jnp.float32) / 2.0**31 - 1.0
+    return s.reshape((1,) * len(plan.batch) + plan.mode_shape(0))
 
 
 def _unit(x: jax.Array, axes: Sequence[int]) -> jax.Array:

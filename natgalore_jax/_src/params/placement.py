@@ -83,6 +83,26 @@ def with_auto_axes(function: Any, x: jax.Array, axis: int, shape: Sequence[int])
     return cast(Any, jax.sharding.auto_axes(function, out_sharding=out))(x)
 
 
+def varying_axes(tree: Any) -> frozenset[str]:
+    """Mesh axes over which some array of ``tree`` varies, within ``jax.shard_map``."""
+    kinds = (jax.typeof(x).manual_axis_type for x in jax.tree.leaves(tree))
+    return frozenset(name for kind in kinds for name in kind.varying)
+
+
+def vary(tree: Any, axes: Iterable[str]) -> Any:
+    """``tree`` with arrays that vary over these mesh axes by their types.
+
+    Within ``jax.shard_map`` both branches of a ``cond``, and a loop's carry before and after an
+    iteration, must vary over the same mesh axes; arithmetic converts by itself.
+    """
+
+    def cast(x):
+        missing = sorted(set(axes) - varying_axes(x))
+        return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
+
+    return jax.tree.map(cast, tree)
+
+
 def low_rank_names(plan: LeafPlan, like: jax.Array, *, stored: bool) -> list[Names]:
     """Mesh axes over which R (``plan.low_rank_shape``) is sharded, given a parameter ``like``.
 

@@ -18,7 +18,7 @@ from natgalore_jax._src.kernels.basis import PROBED, is_start
 from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
 from natgalore_jax._src.kernels.linear_codes import load
 from natgalore_jax._src.params.context import is_active, matrices_of
-from natgalore_jax._src.params.placement import place_like, replicated
+from natgalore_jax._src.params.placement import place_like, replicated, vary, varying_axes
 from natgalore_jax._src.params.plan import LeafPlan
 from natgalore_jax._src.refresh.matrix import (
     Due,
@@ -93,8 +93,9 @@ def refresh(
     nodes, treedefs = zip(
         *(jax.tree.flatten(own, is_leaf=is_basis_state) for own in basis_states), strict=True
     )
-    # Always 0, but opaque to XLA: serialises the loops, which bounds peak memory.
-    token = jnp.zeros([], jnp.int32)
+    # Always 0, but opaque to XLA: serialises the loops, which bounds peak memory. One for each set
+    # of mesh axes: through a shared token all bases would vary over the axes of the first.
+    tokens: dict[frozenset[str], jax.Array] = {}
     groups = groups_of(plans, gradients, bases, basis_states) if axis_name is None else []
     for is_resharded, numbers in [(True, x) for x in groups] + [
         (False, x) for x in _kinds(plans, gradients, bases, nodes, {i for x in groups for i in x})
@@ -109,8 +110,11 @@ def refresh(
         if is_resharded:
             found = _refresh_resharded(settings, own_plans, schedule, place, *own)
         else:
-            *found, token = _refresh_kind(
-                settings, own_plans[0].unnamed, axis_name, schedule, place, *own, token
+            of_gradients = varying_axes(own[0]) - {axis_name}
+            axes = of_gradients | varying_axes((own[1:], schedule))
+            token = tokens.get(axes, vary(jnp.zeros([], jnp.int32), axes))
+            *found, tokens[axes] = _refresh_kind(
+                settings, own_plans[0].unnamed, axis_name, schedule, place, *vary(own, axes), token
             )
         for i, basis, leaves in zip(numbers, *found, strict=True):
             new_bases[i], new_states[i] = basis, treedefs[i].unflatten(leaves)

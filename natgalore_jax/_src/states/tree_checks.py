@@ -1,6 +1,5 @@
 """Checks that trees at ``update`` match the trees at ``init``."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -153,17 +152,29 @@ def check_inner_states(
     states: Sequence[Any],
     updates: Any,
     plans: Sequence[LeafPlan | None],
+    known: dict[Any, Any],
 ) -> None:
     """Check that the states of the inner transformations fit the updates' shapes.
 
     The bases do not determine the unprojected axes. Costs a trace of ``init`` the first time.
+
+    Args:
+      known: the results of these traces. It must not outlive the transformations, which may hold
+        tracers (:func:`optax.inject_hyperparams`).
     """
     leaves = jax.tree_util.tree_leaves_with_path(updates)
     low_rank = tuple(
         jax.ShapeDtypeStruct(plan.low_rank_shape, g.dtype) if plan else shape_and_dtype(path, g)
         for plan, (path, g) in zip(plans, leaves, strict=True)
     )
-    expected = _states_of(tuple(inner), jax.tree.structure(updates), low_rank, tuple(plans))
+    treedef = jax.tree.structure(updates)
+    kind = (treedef, low_rank, tuple(plans))
+    if kind not in known:
+        with open_subspace(plans):
+            known[kind] = jax.eval_shape(
+                lambda tree: [tx.init(tree) for tx in inner], treedef.unflatten(low_rank)
+            )
+    expected = known[kind]
     if jax.tree.structure(expected) != jax.tree.structure(list(states)):
         return
     for (path, actual), wanted in zip(
@@ -176,14 +187,6 @@ def check_inner_states(
                 f"{KeyPath(path[1:])} in the state of an inner transformation would have shape "
                 f"{wanted.shape}, but has {jnp.shape(actual)}"
             )
-
-
-@functools.lru_cache(maxsize=64)
-def _states_of(inner: Any, treedef: Any, low_rank: Any, plans: Any) -> list[Any]:
-    """Shapes of the states of the inner transformations."""
-    with open_subspace(plans):
-        tree = treedef.unflatten(low_rank)
-        return jax.eval_shape(lambda tree: [tx.init(tree) for tx in inner], tree)
 
 
 def _contains(path: Sequence[Any], part: Sequence[Any]) -> bool:

@@ -46,6 +46,8 @@ class Subspace:
     inner: tuple[optax.GradientTransformationExtraArgs, ...]
     closer: ProjectBack
     accumulation: int  # steps of an optax.MultiSteps inside, else 1
+    # Shapes of inner states by the tree that they are for.
+    known_states: dict[Any, Any] = dataclasses.field(default_factory=dict, compare=False)
 
     @property
     def number_of_states(self) -> int:
@@ -145,7 +147,7 @@ class Subspace:
             check_params(updates, params)
         plans = plan_tree(self.opener.plan, updates)
         check_bases(updates, plans, list(zip(*columns, strict=True)))
-        check_inner_states(self.inner, inner_states, updates, plans)
+        check_inner_states(self.inner, inner_states, updates, plans, self.known_states)
         stored: list[StoredFactors] = [
             tuple(columns[mode][i] for mode in plan.projected_modes) if plan else ()
             for i, plan in enumerate(plans)
@@ -237,7 +239,7 @@ class _Opened:
         leaves = self.treedef.flatten_up_to(tree)
         gradients = leaves if low is None else self.treedef.flatten_up_to(low)
         return [
-            _loaded(plan.unnamed, R.dtype, own, leaf)
+            _loaded(plan.unnamed, jnp.result_type(R), own, leaf)
             if plan and (has_explicit_sharding(leaf) or isinstance(own[0], LinearCodes))
             else own
             for plan, leaf, R, own in zip(self.plans, leaves, gradients, self.stored, strict=True)
@@ -316,7 +318,7 @@ def _starts(
     plans = plan_tree(settings, params)
     require_projection(settings, plans, params)
     return plans, [
-        start_factors(plan, dtype or leaf.dtype) if plan else ()
+        start_factors(plan, dtype or jnp.result_type(leaf)) if plan else ()
         for plan, leaf in zip(plans, jax.tree.leaves(params), strict=True)
     ]
 

@@ -135,7 +135,7 @@ def woodbury_natural_gradient(
             return None
         check_bits(KeyPath(path), kind.dtype)
         leaf = leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)
-        return empty_history(history, batch_ndim, leaf, history_dtype or kind.dtype)
+        return empty_history(history, batch_ndim, leaf, history_dtype or jnp.result_type(leaf))
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
