@@ -6,13 +6,13 @@ from examples.common.reporter import Silent
 
 
 class Stops(Silent):
-    """A reporter that ends the run at its third step, by a signal, when it has such a record."""
+    """A reporter that ends the run at a step, by a signal, when it has such a record."""
 
-    def __init__(self, kind="train"):
-        self.kind = kind
+    def __init__(self, kind="train", step=3):
+        self.kind, self.step = kind, step
 
     def record(self, record):
-        if record["kind"] == self.kind and record["step"] == 3:
+        if record["kind"] == self.kind and record["step"] == self.step:
             signal.raise_signal(signal.SIGTERM)
 
 

@@ -1,4 +1,4 @@
-"""Recorded gradients of a real transformer, and what feeding them to a transformation gives."""
+"""Recorded gradients of a real transformer, and what a transformation makes of gradients."""
 
 import functools
 import json
@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 
 _FIXTURE = pathlib.Path(__file__).parent / "fixtures" / "galore_torch.npz"
 
@@ -53,3 +54,24 @@ def replay(tx: optax.GradientTransformation, params: Any, grads: Any) -> Any:
         return jax.lax.scan(step, (params, tx.init(params)), grads)[1]
 
     return jax.tree.map(np.asarray, run(params, grads))
+
+
+def updates_of(tx: optax.GradientTransformation, gradients: list[Any]) -> tuple[list[Any], Any]:
+    """The updates of all steps, gradients standing for the parameters, and the last state."""
+    state, update, out = tx.init(gradients[0]), jax.jit(tx.update), []
+    for g in gradients:
+        u, state = update(g, state, g)
+        out.append(u)
+    return out, state
+
+
+def through_orbax(tree: Any, like: Any, directory: pathlib.Path) -> Any:
+    """A tree saved and restored; `like` has its shapes and dtypes."""
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
+    with ocp.CheckpointManager(directory) as manager:
+        manager.save(0, args=ocp.args.StandardSave(tree))
+        manager.wait_until_finished()
+        restored = manager.restore(0, args=ocp.args.StandardRestore(like))
+    assert jax.tree.structure(restored) == jax.tree.structure(tree)
+    return restored

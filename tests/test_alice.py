@@ -177,34 +177,3 @@ def test_the_state_is_what_the_paper_counts_and_the_report_shows_it():
         assert (w.side, w.rank, w.layers) == ("left", 8, 3)
         assert w.state_bytes == 3 * (2 * (64 * 8 + 2 * 8 * 256) + 4 * (tracked + 256 + 1))
         assert report.alternative_state_bytes == {}
-
-
-@pytest.mark.parametrize(
-    ("settings", "error", "message"),
-    [
-        ({"rank": 0}, ValueError, "rank must be at least 1, got 0"),
-        ({"update_interval": 0}, ValueError, "update_interval must be at least 1, got 0"),
-        ({"leading": -1}, ValueError, "leading must be at least 0, got -1"),
-        ({"leading": 129}, ValueError, "leading must be at most rank=128, got 129"),
-        (
-            {"compensation_scale": 0.0, "norm_growth_limit": 1.1},
-            ValueError,
-            "norm_growth_limit has no effect without a compensation",
-        ),
-        ({"b3": 1.0}, ValueError, "b3 must be at least 0 and less than 1"),
-        ({"compensation_scale": "much"}, TypeError, "compensation_scale must be a number"),
-        ({"norm_growth_limit": 1.0}, ValueError, "norm_growth_limit must be greater than 1"),
-        ({"seed": -1}, ValueError, "seed must be at least 0"),
-    ],
-)
-def test_wrong_arguments(settings, error, message):
-    with pytest.raises(error, match=message):
-        ng.contrib.alice_adamw(0.1, **settings)
-
-
-def test_wrong_trees():
-    tx = ng.contrib.alice_adamw(0.1, rank=RANK)
-    with pytest.raises(ValueError, match="where selects no parameter"):
-        tx.init({"bias": jnp.zeros(4)})
-    with pytest.raises(ValueError, match=r"w: the update has shape \(6, 10\)"):
-        tx.update({"w": jnp.zeros((6, 10))}, tx.init({"w": jnp.zeros((6, 9))}), None)

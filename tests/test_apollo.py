@@ -176,30 +176,3 @@ def test_state_is_moments_and_norms_alone_and_the_report_shows_it():
     assert (w.basis_bytes, w.inner_bytes) == (0, 3 * (2 * 8 * 256 * 2 + 4))
     assert report.alternative_state_bytes == {}
     assert "left" in str(report)
-
-
-@pytest.mark.parametrize(
-    ("settings", "error", "message"),
-    [
-        ({"rank": (2, 2, 2)}, TypeError, "rank must be an integer"),
-        ({"update_interval": 0}, ValueError, "update_interval must be at least 1, got 0"),
-        ({"granularity": "row"}, ValueError, "granularity must be one of channel, tensor"),
-        ({"scale": "big"}, TypeError, "scale must be a number"),
-        ({"norm_growth_limit": 1.0}, ValueError, "norm_growth_limit must be greater than 1"),
-        ({"seed": -1}, ValueError, "seed must be at least 0"),
-    ],
-)
-def test_wrong_arguments(settings, error, message):
-    with pytest.raises(error, match=message):
-        ng.contrib.scale_by_apollo(**settings)
-
-
-def test_wrong_trees():
-    tx = ng.contrib.apollo_adamw(0.1, rank=RANK)
-    with pytest.raises(ValueError, match="where selects no parameter"):
-        tx.init({"bias": jnp.zeros(4)})
-    state = tx.init(PARAMS)
-    with pytest.raises(ValueError, match=r"only there: bias"):
-        tx.update({k: v for k, v in PARAMS.items() if k != "bias"}, state, PARAMS)
-    with pytest.raises(ValueError, match=r"wide: the update has shape \(4, 9\)"):
-        tx.update(PARAMS | {"wide": jnp.zeros((4, 9))}, state, PARAMS)

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from oracles.galore import Adam, svd_bases
+from replay import updates_of
 
 import natgalore_jax as ng
 from natgalore_jax._src.kernels.fisher_factors import inverse_power
@@ -63,11 +64,7 @@ def optimizer(side="left", transition="rotate", interval=100, **arguments):
 
 
 def run(tx, grads):
-    def step(state, g):
-        updates, state = tx.update({"w": g}, state)
-        return state, updates["w"]
-
-    return jax.jit(lambda g: jax.lax.scan(step, tx.init({"w": g[0]}), g)[1])(jnp.asarray(grads))
+    return np.stack([u["w"] for u in updates_of(tx, [{"w": g} for g in grads])[0]])
 
 
 @pytest.mark.parametrize("side", ["left", "right", "both"])

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
+from replay import updates_of
 
 import natgalore_jax as ng
 
@@ -84,10 +85,7 @@ def test_gram_matrix_of_large_gradients_is_accurate(columns_dtype):
         jnp.asarray(base + 1e-2 * rng.standard_normal(base.shape, np.float32), columns_dtype)
         for _ in range(4)
     ]
-    tx = ng.woodbury_natural_gradient(history=4)
-    update, state = jax.jit(tx.update), tx.init(gradients[0])
-    for g in gradients:
-        _, state = update(g, state)
+    _, state = updates_of(ng.woodbury_natural_gradient(history=4), gradients)
     H = np.stack([np.asarray(g, np.float64).ravel() for g in gradients], axis=1)
     exact = H.T @ H
     np.testing.assert_allclose(state.history.gram, exact, rtol=4 * EPS)

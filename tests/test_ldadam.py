@@ -96,24 +96,3 @@ def test_error_feedback_costs_a_buffer_of_the_size_of_the_parameter():
     assert without.parameters[0].state_bytes == 2 * (64 * 8 + 2 * 8 * 256)
     assert with_buffer.total_state_bytes - without.total_state_bytes == 2 * 64 * 256
     assert without.alternative_state_bytes == {}
-
-
-@pytest.mark.parametrize(
-    ("settings", "error", "message"),
-    [
-        ({"rank": 0}, ValueError, "rank must be at least 1, got 0"),
-        ({"rho": "much"}, TypeError, "rho must be a number"),
-        ({"error_feedback": 1}, TypeError, "error_feedback must be True or False"),
-    ],
-)
-def test_wrong_arguments(settings, error, message):
-    with pytest.raises(error, match=message):
-        ng.contrib.ldadamw(0.1, **settings)
-
-
-def test_wrong_trees():
-    tx = ng.contrib.ldadamw(0.1, rank=RANK)
-    with pytest.raises(ValueError, match="where selects no parameter"):
-        tx.init({"bias": jnp.zeros(4)})
-    with pytest.raises(ValueError, match=r"w: the update has shape \(6, 10\)"):
-        tx.update({"w": jnp.zeros((6, 10))}, tx.init({"w": jnp.zeros((6, 9))}), None)

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
 from composed import composed_adamw
 from jax.sharding import AxisType, NamedSharding
 from oracles import linear_codes as oracle
+from replay import through_orbax
 
 import natgalore_jax as ng
 from natgalore_jax._src.kernels.linear_codes import LinearCodes, decode
@@ -212,15 +212,7 @@ def test_sharded_parameters(axis_type):
 
 def test_a_checkpoint_keeps_codes(tmp_path):
     _, state = on_one_device()
-    with ocp.CheckpointManager(tmp_path) as manager:
-        manager.save(0, args=ocp.args.StandardSave(state))
-        manager.wait_until_finished()
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), state
-        )
-        restored = manager.restore(0, args=ocp.args.StandardRestore(abstract))
-    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    restored = through_orbax(state, state, tmp_path)
     jax.tree.map(np.testing.assert_array_equal, restored, state)
 
 

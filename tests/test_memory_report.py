@@ -362,11 +362,7 @@ def test_alternatives_with_axes():
 
 
 def test_unprojected_or_ambiguous_parameters_have_no_alternatives():
-    two = ng.chain(
-        *(ng.low_rank_project(rank=2, side="left"), optax.trace(0.9), ng.project_back()),
-        *(ng.low_rank_project(rank=3, side="both"), optax.trace(0.9), ng.project_back()),
-    )
-    report = ng.memory_report(two, PARAMS)
+    report = ng.memory_report(WRAPPED["two subspaces"], PARAMS)
     assert {p.path: p.side for p in report.parameters}["wide"] == "left"
     assert report.alternative_state_bytes == {}
     assert ng.memory_report(optax.adamw(1.0), PARAMS).alternative_state_bytes == {}

@@ -28,6 +28,13 @@ X = jax.random.normal(jax.random.key(1), (64, 8))
 SETTINGS = {"rank": 4, "update_interval": 5, "scale": 1.0}
 
 
+@nnx.jit
+def nnx_step(model, optimizer):
+    value, grads = nnx.value_and_grad(loss)(model, X)
+    optimizer.update(model, grads)
+    return value
+
+
 def train_functionally(tx, steps):
     graphdef, params = nnx.split(MLP(nnx.Rngs(0)))
     params = nnx.as_pure(params)
@@ -59,13 +66,7 @@ def test_nnx_optimizer_gives_the_same_as_optax_over_the_pure_state():
     model = MLP(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
-    @nnx.jit
-    def step(model, optimizer):
-        value, grads = nnx.value_and_grad(loss)(model, X)
-        optimizer.update(model, grads)
-        return value
-
-    losses = [float(step(model, optimizer)) for _ in range(12)]
+    losses = [float(nnx_step(model, optimizer)) for _ in range(12)]
     np.testing.assert_allclose(losses, train_functionally(tx, 12), rtol=1e-4)
 
 
@@ -87,12 +88,6 @@ def test_metadata_of_the_state_is_that_of_its_own_arrays():
     mesh = jax.make_mesh((4,), ("model",), (AxisType.Auto,), devices=jax.devices()[:4])
     tx = ng.natural_galore_adamw(1e-2, rank=3, update_interval=5)
 
-    @nnx.jit
-    def step(model, optimizer):
-        value, grads = nnx.value_and_grad(loss)(model, X)
-        optimizer.update(model, grads)
-        return value
-
     with jax.set_mesh(mesh):
         model, losses = ShardedMLP(nnx.Rngs(0)), []
         optimizer = nnx.Optimizer(model, ng.training.for_nnx(tx), wrt=nnx.Param)
@@ -103,7 +98,7 @@ def test_metadata_of_the_state_is_that_of_its_own_arrays():
         assert mu["down"]["kernel"].get_metadata("out_sharding") == jax.P("model", None)
         basis = optax.tree.get(optimizer.opt_state, "basis")
         assert basis[0]["up"]["kernel"].get_metadata("out_sharding") == jax.P("model", None)
-        losses = [float(step(model, optimizer)) for _ in range(8)]
+        losses = [float(nnx_step(model, optimizer)) for _ in range(8)]
     with nnx.use_eager_sharding(False):
         model = ShardedMLP(nnx.Rngs(0))
     # Parameters on no mesh leave the state alone.
@@ -112,7 +107,9 @@ def test_metadata_of_the_state_is_that_of_its_own_arrays():
         "out_sharding"
         not in optax.tree.get(optimizer.opt_state, "mu")["up"]["kernel"].get_metadata()
     )
-    np.testing.assert_allclose(losses, [float(step(model, optimizer)) for _ in range(8)], rtol=1e-4)
+    np.testing.assert_allclose(
+        losses, [float(nnx_step(model, optimizer)) for _ in range(8)], rtol=1e-4
+    )
 
 
 def test_an_abstract_state_has_the_shardings_that_are_given():

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
+from replay import through_orbax
 
 import natgalore_jax as ng
 
@@ -42,14 +42,6 @@ def test_a_restored_state_continues_bit_identically(tmp_path):
     params = {name: jnp.ones(shape) for name, shape in SHAPES.items()}
     # Seven steps: three after the refresh at step 4, and one into an accumulation.
     halfway = train(params, optimizer().init(params), 0, 7)
-    with ocp.CheckpointManager(tmp_path) as manager:
-        manager.save(7, args=ocp.args.StandardSave(halfway))
-        manager.wait_until_finished()
-        abstract = jax.eval_shape(lambda p: (p, optimizer().init(p)), params)
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract
-        )
-        restored = manager.restore(7, args=ocp.args.StandardRestore(abstract))
-    assert jax.tree.structure(restored) == jax.tree.structure(halfway)
+    abstract = jax.eval_shape(lambda p: (p, optimizer().init(p)), params)
+    restored = through_orbax(halfway, abstract, tmp_path)
     jax.tree.map(np.testing.assert_array_equal, train(*restored, 7, 12), train(*halfway, 7, 12))

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from replay import updates_of
 
 import natgalore_jax as ng
 
@@ -16,14 +17,6 @@ def normal(*shape, seed=0):
 def sgd_inside(residual="none", **settings):
     back = ng.project_back(residual=residual)
     return ng.chain(ng.low_rank_project(**settings), optax.trace(0.9), back)
-
-
-def updates_of(tx, gradients):
-    state, update, out = tx.init(gradients[0]), jax.jit(tx.update), []
-    for g in gradients:
-        u, state = update(g, state, g)
-        out.append(u)
-    return out, state
 
 
 def low_rank_shapes(tx, params):

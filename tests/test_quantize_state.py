@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
 from contract import signature
 from jax.sharding import AxisType, NamedSharding
 from oracles import eight_bits as oracle
+from replay import through_orbax, updates_of
 
 import natgalore_jax as ng
 from natgalore_jax._src.kernels.dither import STRIDES
@@ -26,14 +26,6 @@ def gradients(steps, shape=SHAPE, spread=1.0, seed=0):
         {"w": jnp.asarray(mean * np.cos(t / 40) + size * rng.standard_normal(shape), jnp.float32)}
         for t in range(steps)
     ]
-
-
-def run(tx, grads, params=None):
-    state, update, out = tx.init(grads[0]), jax.jit(tx.update), []
-    for g in grads:
-        u, state = update(g, state, params if params is not None else g)
-        out.append(u)
-    return out, state
 
 
 def relative(a, b):
@@ -80,7 +72,10 @@ both = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @both
 def test_a_long_run_stays_near_float32_adam(make):
     grads = gradients(400)
-    (reference, full), (updates, state) = run(optax.scale_by_adam(), grads), run(make(), grads)
+    (reference, full), (updates, state) = (
+        updates_of(optax.scale_by_adam(), grads),
+        updates_of(make(), grads),
+    )
     # Rounded to nearest the second moments stand still and the updates are wrong by half.
     assert relative(updates[-200:], reference[-200:]) < 0.12
     assert max(float(jnp.max(jnp.abs(u["w"]))) for u in updates) < 2 * max(
@@ -98,7 +93,7 @@ def test_entries_that_fall_silent_come_to_rest(make):
     silent[::3] = True  # whole blocks
     silent[:, ::3] = True  # parts of blocks
     grads = [{"w": jnp.where(silent & (t >= 60), 0, g["w"])} for t, g in enumerate(grads)]
-    updates, _ = run(make(), grads)
+    updates, _ = updates_of(make(), grads)
     last = np.asarray(updates[-1]["w"])
     assert np.abs(last[silent]).max() < 1e-6 and np.abs(last[~silent]).min() > 0
 
@@ -119,8 +114,8 @@ def test_small_leaves_and_those_left_out_are_adams_own(make):
         {k: jnp.asarray(rng.standard_normal(s), jnp.float32) for k, s in shapes.items()}
         for _ in range(5)
     ]
-    updates, state = run(make(where=lambda path, leaf: "out" not in path), grads)
-    reference, _ = run(optax.scale_by_adam(), grads)
+    updates, state = updates_of(make(where=lambda path, leaf: "out" not in path), grads)
+    reference, _ = updates_of(optax.scale_by_adam(), grads)
     for name in shapes:
         assert (state.codes.mu[name].dtype == jnp.uint8) == (name == "large")
         if name != "large":
@@ -130,8 +125,8 @@ def test_small_leaves_and_those_left_out_are_adams_own(make):
 def test_nesterov_and_eps_root_are_those_of_optax():
     kw = {"b1": 0.8, "b2": 0.9, "eps": 1e-3, "eps_root": 1e-6, "nesterov": True}
     g = gradients(4)
-    ours, _ = run(ng.scale_by_adam_8bit(**kw, min_size=10**6), g)
-    theirs, _ = run(optax.scale_by_adam(**kw), g)
+    ours, _ = updates_of(ng.scale_by_adam_8bit(**kw, min_size=10**6), g)
+    theirs, _ = updates_of(optax.scale_by_adam(**kw), g)
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a["w"], b["w"], rtol=1e-5, atol=1e-6)
 
@@ -148,7 +143,7 @@ def test_a_saturated_count_is_that_of_optax():
 @both
 def test_scalars_have_no_blocks(make):
     grads = [{"w": jnp.ones((8, 64)), "gain": jnp.float32(3.0)}] * 2
-    updates, state = run(make(min_size=1), grads)
+    updates, state = updates_of(make(min_size=1), grads)
     assert (state.codes.mu["w"].dtype, state.codes.mu["gain"].dtype) == (jnp.uint8, jnp.float32)
     np.testing.assert_allclose(updates[-1]["gain"], 1.0, rtol=1e-4)
 
@@ -168,7 +163,7 @@ def test_factored_second_moments():
         for _ in range(4)
     ]
     tx = ng.scale_by_adam_8bit(0.8, 0.9, 1e-15, min_size=10**6, factored=None)
-    updates, state = run(tx, grads)
+    updates, state = updates_of(tx, grads)
     shapes = jax.tree.map(jnp.shape, (state.codes.nu, state.scales.nu))
     assert shapes[0] == {
         "embedding": (32,),
@@ -199,7 +194,8 @@ def test_factored_second_moments():
 def test_momentum_in_8_bits_with_factored_second_moments():
     grads = gradients(200)
     (reference, _), (updates, state) = (
-        run(ng.scale_by_adam_8bit(min_size=size, factored=True), grads) for size in (10**6, 1)
+        updates_of(ng.scale_by_adam_8bit(min_size=size, factored=True), grads)
+        for size in (10**6, 1)
     )
     assert state.codes.mu["w"].dtype == jnp.uint8
     assert state.codes.nu["w"].dtype == state.scales.nu["w"].dtype == jnp.float32
@@ -208,7 +204,7 @@ def test_momentum_in_8_bits_with_factored_second_moments():
 
 def test_zero_gradients_have_zero_updates():
     zeros = [{"w": jnp.zeros(SHAPE), "nothing": jnp.zeros((0, 8))}] * 2
-    updates, state = run(ng.scale_by_adam_8bit(min_size=1, factored=True), zeros)
+    updates, state = updates_of(ng.scale_by_adam_8bit(min_size=1, factored=True), zeros)
     assert not np.any(updates[-1]["w"])
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(state))
 
@@ -233,8 +229,8 @@ def test_projected_parameters_have_no_factored_second_moments():
 )
 def test_what_the_wrapper_stores_in_8_bits(inner, in_8_bits):
     grads = gradients(30, spread=0.3)
-    updates, state = run(ng.quantize_state(inner, min_size=100), grads)
-    reference, _ = run(inner, grads)
+    updates, state = updates_of(ng.quantize_state(inner, min_size=100), grads)
+    reference, _ = updates_of(inner, grads)
     named = jax.tree_util.tree_leaves_with_path(state.codes)
     fields = {
         [k.name for k in path if isinstance(k, jax.tree_util.GetAttrKey)][-1]
@@ -247,9 +243,9 @@ def test_what_the_wrapper_stores_in_8_bits(inner, in_8_bits):
 
 def test_bfloat16_parameters_have_bfloat16_updates_of_float32_moments():
     grads = [jax.tree.map(lambda x: x.astype(jnp.bfloat16), g) for g in gradients(100)]
-    reference, _ = run(optax.scale_by_adam(), [jax.tree.map(jnp.float32, g) for g in grads])
+    reference, _ = updates_of(optax.scale_by_adam(), [jax.tree.map(jnp.float32, g) for g in grads])
     for make in OPTIMIZERS.values():
-        updates, _ = run(make(), grads)
+        updates, _ = updates_of(make(), grads)
         assert updates[-1]["w"].dtype == jnp.bfloat16
         assert relative(jax.tree.map(jnp.float32, updates[-1]), reference[-1]) < 0.12
 
@@ -274,12 +270,12 @@ def test_moments_follow_the_basis(transition, side):
             ng.project_back(),
         )
 
-    reference, _ = run(low_rank(optax.scale_by_adam(), transition), grads)
+    reference, _ = updates_of(low_rank(optax.scale_by_adam(), transition), grads)
     for make in OPTIMIZERS.values() if side == "left" else [ng.scale_by_adam_8bit]:
-        updates, state = run(low_rank(make(min_size=30), transition), grads)
+        updates, state = updates_of(low_rank(make(min_size=30), transition), grads)
         assert state[1].codes.mu["w"].dtype == jnp.uint8
         assert relative(updates, reference) < 0.1
-    kept, _ = run(low_rank(ng.scale_by_adam_8bit(min_size=30), "keep"), grads)
+    kept, _ = updates_of(low_rank(ng.scale_by_adam_8bit(min_size=30), "keep"), grads)
     assert relative(kept, reference) > 0.2
 
 
@@ -331,15 +327,7 @@ def test_a_restored_state_continues_bit_identically(tmp_path):
     update, state = jax.jit(tx.update), tx.init(grads[0])
     for g in grads[:4]:
         _, state = update(g, state)
-    with ocp.CheckpointManager(tmp_path) as manager:
-        manager.save(4, args=ocp.args.StandardSave(state))
-        manager.wait_until_finished()
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), state
-        )
-        restored = manager.restore(4, args=ocp.args.StandardRestore(abstract))
-    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    restored = through_orbax(state, state, tmp_path)
     for g in grads[4:]:
         (u, state), (w, restored) = update(g, state), update(g, restored)
     jax.tree.map(np.testing.assert_array_equal, (u, state), (w, restored))

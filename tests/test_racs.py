@@ -102,28 +102,3 @@ def test_state_is_a_number_a_row_and_a_column_and_a_norm_and_the_report_shows_it
     state_bytes = {p.path: p.inner_bytes for p in report.parameters}
     assert state_bytes == {"w": 3 * 4 * (64 + 256 + 1), "lm_head": 2 * 2 * 64 * 512}
     assert report.shared_bytes == 4  # Adam's count
-
-
-@pytest.mark.parametrize(
-    ("settings", "error", "message"),
-    [
-        ({"decay": 1.0}, ValueError, "decay must be at least 0 and less than 1"),
-        ({"iterations": 0}, ValueError, "iterations must be at least 1, got 0"),
-        ({"scale": "big"}, TypeError, "scale must be a number"),
-        ({"norm_growth_limit": 1.0}, ValueError, "norm_growth_limit must be greater than 1"),
-    ],
-)
-def test_wrong_arguments(settings, error, message):
-    with pytest.raises(error, match=message):
-        ng.contrib.racs_adamw(0.1, **settings)
-
-
-def test_wrong_trees():
-    tx = ng.contrib.racs_adamw(0.1)
-    with pytest.raises(ValueError, match=r"where selects no matrix to be scaled.*bias \(4,\)"):
-        tx.init({"bias": jnp.zeros(4)})
-    state = tx.init(PARAMS)
-    with pytest.raises(ValueError, match="only there: bias"):
-        tx.update({k: v for k, v in PARAMS.items() if k != "bias"}, state, PARAMS)
-    with pytest.raises(ValueError, match=r"wide: the update has shape \(4, 9\).*columns"):
-        tx.update(PARAMS | {"wide": jnp.zeros((4, 9))}, state, PARAMS)

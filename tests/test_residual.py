@@ -1,11 +1,11 @@
 """The residual of project_back and its norm-growth limiter against NumPy."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from oracles.galore import Adam, svd_bases
+from replay import updates_of
 
 import natgalore_jax as ng
 
@@ -55,12 +55,7 @@ def run(side, limit, grads, *inner, residual="fira", **arguments):
         *inner,
         ng.project_back(scale=SCALE, residual=residual, norm_growth_limit=limit, **arguments),
     )
-
-    def step(state, g):
-        updates, state = tx.update({"w": g}, state)
-        return state, updates["w"]
-
-    return jax.jit(lambda g: jax.lax.scan(step, tx.init({"w": g[0]}), g)[1])(jnp.asarray(grads))
+    return np.stack([u["w"] for u in updates_of(tx, [{"w": g} for g in grads])[0]])
 
 
 @pytest.mark.parametrize("rule", ["fira", "fisher"])
@@ -85,13 +80,8 @@ def residual_sizes(norms, **arguments):
         ng.low_rank_project(rank=2, where=True),
         ng.project_back(scale=0.0, residual="fisher", residual_scale=1.0, **arguments),
     )
-
-    def step(state, g):
-        update, state = tx.update(g, state)
-        return state, jnp.sqrt(jnp.mean(jnp.square(update)))
-
-    grads = jnp.asarray(grads, jnp.float32)
-    return np.asarray(jax.jit(lambda g: jax.lax.scan(step, tx.init(g[0]), g)[1])(grads))
+    updates, _ = updates_of(tx, list(jnp.asarray(grads, jnp.float32)))
+    return np.array([jnp.sqrt(jnp.mean(jnp.square(u))) for u in updates])
 
 
 def test_the_limit_tames_spikes_and_recovers():

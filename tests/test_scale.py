@@ -94,30 +94,3 @@ def test_the_state_is_the_momentum_of_the_head_and_the_report_shows_it():
     assert state_bytes == {"mlp": 0, "lm_head": 2 * 64 * 512, "norm": 2 * 2 * 64}
     assert report.total_state_bytes == sum(state_bytes.values()) + report.shared_bytes
     assert report.shared_bytes == 4  # Adam's count
-
-
-@pytest.mark.parametrize(
-    ("settings", "error", "message"),
-    [
-        ({"norm": "max"}, ValueError, "norm must be one of rms, l2"),
-        ({"momentum": 1.0}, ValueError, "momentum must be at least 0 and less than 1"),
-        ({"eps": "small"}, TypeError, "eps must be a number"),
-        ({"vector_ratio": "4"}, TypeError, "vector_ratio must be a number"),
-    ],
-)
-def test_wrong_arguments(settings, error, message):
-    with pytest.raises(error, match=message):
-        ng.contrib.scale_sgd(0.1, **settings)
-
-
-def test_wrong_trees():
-    tx = ng.contrib.scale_sgd(0.1)
-    with pytest.raises(ValueError, match=r"where selects no matrix to be normalised.*bias \(4,\)"):
-        tx.init({"bias": jnp.zeros(4)})
-    state = tx.init(PARAMS)
-    with pytest.raises(ValueError, match="only there: norm"):
-        tx.update({k: v for k, v in PARAMS.items() if k != "norm"}, state, PARAMS)
-    with pytest.raises(ValueError, match=r"lm_head: the update has shape \(4, 8\).*\(4, 9\)"):
-        tx.update(PARAMS | {"lm_head": jnp.zeros((4, 8))}, state, PARAMS)
-    with pytest.raises(ValueError, match=r"norm: the update has shape \(5,\)"):
-        tx.update(PARAMS | {"norm": jnp.zeros(5)}, state, PARAMS)

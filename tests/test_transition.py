@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from replay import updates_of
 
 import natgalore_jax as ng
 from natgalore_jax._src.kernels.rotation import rotate_linear, rotate_second_moment
@@ -105,11 +106,7 @@ def test_rotation_into_the_same_space_changes_nothing(side, inner):
             inner(),
             ng.project_back(),
         )
-        state, out, update = tx.init(grads[0]), [], jax.jit(tx.update)
-        for g in grads:
-            u, state = update(g, state, g)
-            out.append(np.asarray(u["w"]))
-        return out
+        return [np.asarray(u["w"]) for u in updates_of(tx, grads)[0]]
 
     for once, often in zip(updates(1000), updates(2), strict=True):
         np.testing.assert_allclose(often, once, rtol=1e-3, atol=1e-4 * np.abs(once).max())

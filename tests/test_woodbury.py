@@ -1,10 +1,10 @@
 """The natural gradient against a dense float64 solve of the full Fisher matrix."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from replay import updates_of
 
 import natgalore_jax as ng
 
@@ -22,13 +22,8 @@ def dense_natural_gradient(seen, length, damping, relative=False):
 def run(gradients, **settings):
     """The natural gradient after each of the gradients, one matrix, outside of a subspace."""
     tx = ng.woodbury_natural_gradient(**{"damping_mode": "absolute"} | settings)
-    state = tx.init(jnp.asarray(gradients[0]))
-    update = jax.jit(tx.update)
-    out = []
-    for g in gradients:
-        u, state = update(jnp.asarray(g), state)
-        out.append(np.asarray(u, np.float64))
-    return out
+    updates, _ = updates_of(tx, [jnp.asarray(g) for g in gradients])
+    return [np.asarray(u, np.float64) for u in updates]
 
 
 def assert_matches(gradients, length, damping, *, relative=False, rtol=1e-5):

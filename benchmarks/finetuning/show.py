@@ -60,7 +60,10 @@ def table(groups: list[list[Json]]) -> str:
             str(len(group)),
             f"{first['trained_parameters']:,}",
             f"{first['optimizer_bytes'] / 2**20:.2f}",
-            *(_spread(group, *column) for column in columns),
+            *(
+                mean_and_spread([100 * r["metrics"][split][name] for r in group], 1)
+                for split, name in columns
+            ),
             f"{statistics.median(r['seconds'] for r in group) / 60:.1f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -103,7 +106,3 @@ def _main(group: list[Json]) -> float:
 
 def _bytes(group: list[Json]) -> int:
     return group[0]["optimizer_bytes"]
-
-
-def _spread(group: list[Json], split: str, name: str) -> str:
-    return mean_and_spread([100 * r["metrics"][split][name] for r in group], 1)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from examples.common.train_state import init_state, next_state
-from examples.llama.memory.step_memory import temporary_bytes
+from examples.llama.memory.step_memory import nbytes, temporary_bytes
 from examples.llama.model.config import MODEL_PRESETS
 from examples.llama.run_config import RunConfig, run_preset
 from examples.llama.training.build import abstract_run
@@ -37,9 +37,9 @@ def step_bytes(
         compiled = run.compile()
     return {
         "temporary_bytes": temporary_bytes(compiled),
-        "state_bytes": _nbytes(run.state),
+        "state_bytes": nbytes(run.state),
         "in_place_bytes": cast(Any, compiled.memory_analysis()).alias_size_in_bytes,
-        "layer_gradient_bytes": _nbytes(
+        "layer_gradient_bytes": nbytes(
             jax.eval_shape(lambda state: state.float_params["layers"], run.state)
         ),
         "step_s": _seconds(compiled, config, run.tx, steps) if steps else [],
@@ -110,7 +110,3 @@ def _seconds(compiled: Any, config: RunConfig, tx: Any, steps: int) -> list[floa
         jax.block_until_ready((state, metrics))
         times.append(time.process_time() - start)
     return times[1:]
-
-
-def _nbytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

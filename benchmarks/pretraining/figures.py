@@ -1,6 +1,6 @@
 """PNG plots of the results."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,17 +142,13 @@ def _panels(groups: Groups) -> tuple[matplotlib.figure.Figure, list[tuple[Any, S
     all_axes = figure.subplots(lines, columns, squeeze=False).ravel()
     for unused in all_axes[len(groups) :]:
         unused.remove()
-    panels = []
+    panels: list[tuple[Any, Sequence[Row]]] = []
     for axes, (group, rows) in zip(all_axes, groups.items(), strict=False):
         axes.set_title(", ".join(group))
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6))
-        panels.append((axes, _drawn_last(rows.values())))
+        # Those that have a colour are drawn last, over the others.
+        panels.append((axes, sorted(rows.values(), key=lambda row: row.method in COLOURS)))
     return figure, panels
-
-
-def _drawn_last(rows: Iterable[Row]) -> Sequence[Row]:
-    """The rows with those that have a colour at the end, over the others."""
-    return sorted(rows, key=lambda row: row.method in COLOURS)
 
 
 def _style(method: str, number: int) -> dict[str, Any]:

@@ -39,31 +39,10 @@ def _adafactor(learning_rate, weight_decay: float = 0.0, mask=None):
     )
 
 
-def _galore_adafactor(
-    learning_rate,
-    rank: int,
-    update_interval: int = 200,
-    scale: float = 0.25,
-    side: Any = "short",
-    method: Any = "power",
-    stagger: bool | None = None,
-    where=ng.hidden_matrices,
-    basis_dtype=None,
-    seed: int = 0,
-):
+@with_arguments_of(ng.low_rank_project)
+def _galore_adafactor(learning_rate, scale: float = 0.25, **settings: Any):
     return ng.chain(
-        ng.low_rank_project(
-            rank,
-            update_interval,
-            side,
-            method,
-            stagger=stagger,
-            where=where,
-            basis_dtype=basis_dtype,
-            seed=seed,
-        ),
-        _adafactor(learning_rate),
-        ng.project_back(scale),
+        ng.low_rank_project(**settings), _adafactor(learning_rate), ng.project_back(scale)
     )
 
 
@@ -166,7 +145,8 @@ class OptimizerConfig:
     basis_dtype: Literal["float32", "bfloat16", "int8", "int4"] | None = None
     """Low-rank: number format of the stored bases; that of the weights by default."""
     transition: Literal["rotate", "reset", "keep"] | None = None
-    """Stored-gradients: what happens to moments and history when the subspace changes."""
+    """Stored-gradients and galore-adafactor: what happens to moments and history when the subspace
+    changes."""
     stagger: bool | None = None
     """Galore, fira and stored-gradients: refreshes spread over the interval."""
     residual: Literal["none", "fira", "fisher"] | None = None

@@ -4,7 +4,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -37,20 +37,8 @@ def evaluating(split: str) -> Activity:
     return Activity(f"evaluating on the {split} split", "at the next batch of the evaluation")
 
 
-class Reporter(Protocol):
-    """Receives what happens during training."""
-
-    activity: Activity
-
-    def start(self, step: int, steps: int, method: str = "") -> None: ...
-    def record(self, record: Record) -> None: ...
-    def note(self, text: str) -> None: ...
-    def stop(self) -> None: ...
-    def during(self, activity: Activity) -> contextlib.AbstractContextManager[None]: ...
-
-
-class Silent:
-    """Prints nothing, and knows what is going on."""
+class Reporter:
+    """Receives what happens during training, prints nothing, and knows what is going on."""
 
     activity = TRAINING
 
@@ -69,7 +57,11 @@ class Silent:
             self.activity = before
 
 
-class _Speaking(Silent):
+class Silent(Reporter):
+    """Prints nothing."""
+
+
+class _Speaking(Reporter):
     """Breaks the silence from a thread: the main one may be waiting for a compiler."""
 
     def __init__(self, console: Console, describe: Describe, silence: float):

@@ -1,6 +1,8 @@
 """Text of files: UTF-8 without NUL, with messages that name what else it is."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 from examples.common.errors import DataError
 
@@ -18,6 +20,25 @@ def refuse_wide(start: bytes, path: Path) -> None:
             raise DataError(
                 f"{path}: {name}, expected UTF-8: iconv -f {name} -t UTF-8 {path.name} > new.txt"
             )
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a file; raises a DataError if it cannot be read, or is UTF-16 or UTF-32."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from error
+    refuse_wide(content, path)
+    return content
+
+
+def parse_json(text: str, where: str) -> Any:
+    """The value of JSON; raises a DataError with its place if it is malformed."""
+    try:
+        return json.loads(text)
+    # ValueError covers JSONDecodeError and integers of too many digits.
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: malformed JSON ({error})") from error
 
 
 def decode(raw: bytes, where: str, *, start: int = 0, of: str = "", remedy: str = "") -> str:

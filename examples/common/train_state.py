@@ -48,17 +48,12 @@ def init_state(
     """The state before the first step, with the matrices of the layers in 8 bits if wanted."""
     zeros = {"loss": jnp.zeros([]), "grad_norm": jnp.zeros([])}
     opt_state = tx.init(params)
-    accumulated = {} if low_rank is None else empty_accumulator(low_rank, params, opt_state)
+    accumulated = {}
+    if low_rank is not None:  # Zeros, sharded as low-rank gradients will be.
+        accumulated = optax.tree.zeros_like(low_rank.project(params, opt_state))
     micro_step = jnp.zeros([], jnp.int32)
     stored = params if weight_bits is None else ng.training.quantize_weights(params)
     return TrainState(stored, opt_state, micro_step, zeros, frozen or {}, accumulated)
-
-
-def empty_accumulator(
-    steps: ng.training.LowRankSteps, params: Params, opt_state: optax.OptState
-) -> Params:
-    """The mean of no gradients: zeros, sharded as low-rank gradients will be."""
-    return optax.tree.zeros_like(steps.project(params, opt_state))
 
 
 def next_state(

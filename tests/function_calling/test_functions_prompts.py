@@ -5,7 +5,6 @@ import pytest
 from examples.finetune.planner.plans.parse import parse_plan
 from examples.finetune.planner.plans.records import Parameter, Record, Tool
 from examples.finetune.planner.prompts import (
-    Pair,
     PromptConfig,
     Retriever,
     make_pair,
@@ -86,9 +85,8 @@ def test_nearest_is_by_words_and_stable():
 @pytest.mark.parametrize("record", [*_TRAIN, _record("new", "Pay for jazz music", "pay", "play")])
 def test_pair(record):
     pair = make_pair(record, Retriever(_TRAIN), PromptConfig(examples=2, negatives=3))
-    start, end = pair.completion_span
-    assert parse_plan(pair.text[start:end]) == record.plan
-    assert pair.text[:start] == pair.prompt and end == len(pair.text)
+    assert parse_plan(pair.completion) == record.plan
+    assert pair.text == pair.prompt + pair.completion
     assert pair.prompt.endswith(f"Question: {record.query}\n")
     # Two examples, neither the record itself nor one with its tools.
     examples = pair.prompt.split("Examples:")[1].rpartition("Question: ")[0]
@@ -123,10 +121,6 @@ def test_offered_tools_depend_on_seed_and_id_alone():
     assert tools != offered_tools(other, (), 3, 0)
     assert set(offered_tools(record, (), 99, 0)) == set(_TOOLS)
     assert [tool.name for tool in offered_tools(record, (), 0, 0)] == ["draw"]
-
-
-def test_completion_span_of_a_pair():
-    assert Pair("x", "abc", "de").completion_span == (3, 5)
 
 
 @pytest.mark.parametrize("name", ["examples", "negatives"])

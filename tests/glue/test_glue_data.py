@@ -67,7 +67,7 @@ GLUE = {
 def encoder(tmp_path):
     directory = tiny.write_model(tmp_path / "model")
     config, _ = read_config(directory, 2)
-    return config, read_tokenizer(directory / "tokenizer.json", config)
+    return config, read_tokenizer(directory, config)
 
 
 @pytest.mark.parametrize("name", GLUE)
@@ -220,13 +220,13 @@ def test_long_rows_are_cut_and_counted(encoder):
 
 
 def test_a_tokenizer_that_does_not_fit(encoder, tmp_path):
-    path = tmp_path / "model" / "tokenizer.json"
+    directory = tmp_path / "model"
     small = dataclasses.replace(encoder[0], vocab_size=30)
     with pytest.raises(WeightsError, match=r"50 tokens, the model has 30"):
-        read_tokenizer(path, small)
-    path.write_text("{}")
+        read_tokenizer(directory, small)
+    (directory / "tokenizer.json").write_text("{}")
     with pytest.raises(WeightsError, match=r"tokenizer.json: not a tokenizer"):
-        read_tokenizer(path, encoder[0])
+        read_tokenizer(directory, encoder[0])
 
 
 @pytest.fixture

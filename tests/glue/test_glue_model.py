@@ -220,7 +220,7 @@ def test_minilm():
     assert (loaded.config.layers, loaded.config.hidden) == (6, 384)
     assert set(loaded.new) == {"classifier.weight", "classifier.bias"}
     assert loaded.unused == ()
-    tokenizer = read_tokenizer(loaded.directory / "tokenizer.json", loaded.config)
+    tokenizer = read_tokenizer(loaded.directory, loaded.config)
     rows = [Row("A good film.", None, 1)]
     encoded = encode(tokenizer, rows, loaded.config, 16, regression=False)
     assert [list(row[[0, -1]]) for row in encoded.tokens] == [[101, 102]]

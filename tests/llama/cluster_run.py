@@ -17,13 +17,18 @@ SMALL = {
 }
 
 
+def write_text(path: Path, words: int = 2000) -> None:
+    """Random words, in rows of twenty."""
+    text = random.Random(0).choices(["we", "the", "people", "of", "more", "perfect"], k=words)
+    rows = [{"text": " ".join(text[i : i + 20])} for i in range(0, words, 20)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def arguments(directory: Path, **options: object) -> list[str]:
     """A run in `directory`, which all runs of a test may share: they read the same text."""
     text = directory / "text.jsonl"
     if not text.exists():
-        words = random.Random(0).choices(["we", "the", "people", "of", "more", "perfect"], k=1000)
-        rows = [{"text": " ".join(words[i : i + 20])} for i in range(0, len(words), 20)]
-        text.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_text(text, words=1000)
     places = {"data": text, "root": directory / "runs", "cache-dir": directory / "cache"}
     options = {name.replace("_", "-"): value for name, value in options.items()}
     return ["--model.stacked"] + [

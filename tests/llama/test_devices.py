@@ -26,8 +26,7 @@ def test_devices_share_a_run(tmp_path, per_layer, sharding):
     config = tiny.run_config(batch_size=8, per_layer=per_layer, optimizer=NOT_CLIPPED)
     alone = train(config, splits=tiny.splits())
     shared = dataclasses.replace(config, distributed=FULL if sharding == "full" else DEVICES)
-    stop = iter([False] * 3 + [True] * 9)
-    part = train(shared, splits=tiny.splits(), run_dir=tmp_path, should_stop=lambda: next(stop))
+    part = train(shared, splits=tiny.splits(), run_dir=tmp_path, should_stop=tiny.after(4))
     assert not part.finished
     weights = alone.memory.predicted.weights
     if sharding == "full":  # Every side of the tiny model is a multiple of eight; a vector stays.

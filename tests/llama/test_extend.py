@@ -11,7 +11,6 @@ from examples.common.checkpoints import kept, steps_done
 from examples.common.errors import ConfigError
 from examples.common.metrics import of_kind, read_metrics
 from examples.common.optimizers import OptimizerConfig
-from examples.common.reporter import Silent
 from examples.common.schedule import ScheduleConfig
 from examples.llama.loop import train
 from examples.llama.model.adapters import AdapterConfig
@@ -34,34 +33,17 @@ def run(config, path=None, **more):
     return train(config, splits=tiny.splits(), run_dir=path, **more)
 
 
-class Notes(Silent):
-    """A reporter that keeps its notes."""
-
-    def __init__(self):
-        self.notes = []
-
-    def note(self, text):
-        self.notes.append(text)
-
-
-def assert_same(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert x.dtype == y.dtype
-        np.testing.assert_array_equal(x, y)
-
-
 @pytest.mark.parametrize("changes", [{}, {"adapter": RELORA}])
 def test_an_extended_run_is_the_longer_run(tmp_path, changes):
     """At a constant rate, bit for bit. The merge that the end of the first run left out is done."""
-    notes = Notes()
+    notes = tiny.Notes()
     assert run(config(4, resume=True, **changes), tmp_path, reporter=notes).finished
     assert f"{tmp_path} has no checkpoint yet: starting at the first step" in notes.notes
     longer = run(config(7, resume=True, **changes), tmp_path, reporter=notes)
     assert longer.finished and longer.steps == 7
     assert "resuming after step 4, steps: 4 -> 7" in notes.notes
     whole = run(config(7, **changes))
-    assert_same(longer.state, whole.state)
+    tiny.assert_same_bits(longer.state, whole.state)
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert [r["step"] for r in of_kind(records, "train")] == [1, 2, 3, 4, 5, 6, 7]
     assert [r["step"] for r in of_kind(records, "test")] == [4, 7]
@@ -74,7 +56,7 @@ def test_another_rate_and_schedule(tmp_path):
         "optimizer": dataclasses.replace(ADAMW, learning_rate=0.5),
         "schedule": ScheduleConfig(warmup=0.0, floor=0.2),
     }
-    notes = Notes()
+    notes = tiny.Notes()
     result = run(config(6, resume=True, **changes), tmp_path, reporter=notes)
     assert (
         "resuming after step 3, optimizer.learning_rate: 0.01 -> 0.5, schedule.floor: 1.0 -> 0.2"

@@ -207,13 +207,11 @@ def test_a_resume_after_a_rollback_is_the_run_that_was_not_interrupted(model, tm
         run_config(**options, output=output), splits=tiny.splits(), run_dir=tmp_path / "a"
     )
     for seen in (9, spike + 3, 2):
-        counter = iter(range(1, 99))
-        run = tmp_path / "b"
         train(
             run_config(**options, output=output),
             splits=tiny.splits(),
-            run_dir=run,
-            should_stop=lambda counter=counter, seen=seen: next(counter) >= seen,
+            run_dir=tmp_path / "b",
+            should_stop=tiny.after(seen),
         )
     result = train(
         run_config(**options, output=output), splits=tiny.splits(), run_dir=tmp_path / "b"

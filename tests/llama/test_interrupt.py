@@ -7,11 +7,11 @@ import threading
 
 import cluster_run as small
 import pytest
+from command_lines import Stops
 from zygote import ROOT, Zygote, wait_until
 
 from examples.common.checkpoints import damage, kept
 from examples.common.interrupt import stop_on_signals
-from examples.common.reporter import Silent
 from examples.llama.__main__ import main
 
 pytestmark = [pytest.mark.usefixtures("fast_compile"), pytest.mark.timeout(0)]
@@ -102,13 +102,8 @@ def test_a_preempted_run_saves_in_time_and_goes_on(zygote, tmp_path, moments):
 
 def test_a_signal_after_the_last_batch_counts(tmp_path, monkeypatch, capsys):
     """The results are written when the run is resumed, which trains no further."""
-
-    class Stops(Silent):
-        def record(self, record):
-            if record["kind"] == "test":
-                signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr("examples.llama.__main__.make_reporter", lambda *_: Stops())
+    stops = Stops("test", step=2)
+    monkeypatch.setattr("examples.llama.__main__.make_reporter", lambda *_: stops)
     arguments = small.arguments(tmp_path, name="late", steps=2)
     summary = tmp_path / "runs" / "late" / "summary.json"
     assert main(arguments) == 128 + signal.SIGTERM

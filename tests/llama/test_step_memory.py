@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from tiny_run import MODEL, run_config, splits
+from tiny_run import MODEL, Notes, run_config, splits
 
 import natgalore_jax as ng
 from examples.common.optimizers import OptimizerConfig
-from examples.common.reporter import Silent
 from examples.common.train_state import init_state
 from examples.llama.loop import train
 from examples.llama.memory.step_memory import (
@@ -119,14 +118,6 @@ def test_bfloat16_is_counted_half_where_it_is_half(per_layer):
     assert one.temporary["update"] == pytest.approx(factor * two.temporary["update"], abs=1)
 
 
-class Notes(Silent):
-    def __init__(self):
-        self.texts = []
-
-    def note(self, text):
-        self.texts.append(text)
-
-
 def test_a_run_says_what_its_step_takes_and_compiles_it_once(caplog):
     notes = Notes()
     config = run_config({"eval_every": 10}, steps=4, optimizer=OptimizerConfig(name="adamw"))
@@ -138,7 +129,7 @@ def test_a_run_says_what_its_step_takes_and_compiles_it_once(caplog):
     memory = result.memory.predicted
     assert memory.weights == nbytes(result.params)
     assert memory.total > 3 * memory.weights
-    assert any(text.startswith("memory of a step: ") for text in notes.texts)
+    assert any(text.startswith("memory of a step: ") for text in notes.notes)
     record = result.memory.to_dict()
     assert record["predicted"]["total"] == record["peak"]["step"] == memory.total
     assert record["peak"]["device"] is None and record["peak"]["process"] > memory.total

@@ -1,7 +1,6 @@
 """Gradient accumulation in the subspace: the numbers of large batches, with a small accumulator."""
 
 import dataclasses
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -87,10 +86,8 @@ def test_the_accumulator_is_low_rank_and_the_optimizer_runs_once_a_step(whole):
 
 
 def test_nothing_moves_within_a_step():
-    counter = itertools.count(1)
-    part = train(run_config(), splits=tiny.splits(), should_stop=lambda: next(counter) >= 3)
-    before = itertools.count(1)
-    step = train(run_config(), splits=tiny.splits(), should_stop=lambda: next(before) >= 2)
+    part = train(run_config(), splits=tiny.splits(), should_stop=tiny.after(3))
+    step = train(run_config(), splits=tiny.splits(), should_stop=tiny.after(2))
     jax.tree.map(np.testing.assert_array_equal, part.params, step.params)
     assert int(part.state.opt_state[0].count) == 1
 
@@ -101,18 +98,13 @@ def test_resume_within_an_accumulation_is_exact(tmp_path, whole, stops):
     config = run_config(output={"save_every": 100, "eval_every": 8, "resume": True})
     done = 0
     for batches in stops:
-        counter = itertools.count(1)
         part = train(
-            config,
-            splits=tiny.splits(),
-            run_dir=tmp_path,
-            should_stop=lambda counter=counter, batches=batches: next(counter) >= batches,
+            config, splits=tiny.splits(), run_dir=tmp_path, should_stop=tiny.after(batches)
         )
         done += batches
         assert int(part.state.micro_step) == done
     result = train(config, splits=tiny.splits(), run_dir=tmp_path)
-    for a, b in zip(jax.tree.leaves(result.state), jax.tree.leaves(whole.state), strict=True):
-        assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    tiny.assert_same_bits(result.state, whole.state)
 
 
 @pytest.mark.parametrize(

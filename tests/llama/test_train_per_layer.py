@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from tiny_run import MODEL, NATURAL_GALORE, run_config, splits
+from tiny_run import MODEL, NATURAL_GALORE, after, run_config, splits
 
 import natgalore_jax as ng
 from examples.common.errors import ConfigError
@@ -95,8 +95,7 @@ def test_same_run_from_host_memory(offload, tmp_path):
     }
     expected = run(**changes)
     config = run_config({"eval_every": 10}, steps=20, offload=offload, **changes)
-    calls = iter(range(100))
-    train(config, splits=splits(), run_dir=tmp_path, should_stop=lambda: next(calls) == 9)
+    train(config, splits=splits(), run_dir=tmp_path, should_stop=after(10))
     resumed = dataclasses.replace(config, output=dataclasses.replace(config.output, resume=True))
     ours = train(resumed, splits=splits(), run_dir=tmp_path)
     for kind in "train", "validation":
@@ -117,9 +116,8 @@ def test_weights_in_8_bits(tmp_path):
     assert ours.state.params.codes["layers"]["attention"]["q"]["kernel"].dtype == np.int8
     assert jax.tree.structure(ours.params) == jax.tree.structure(floats.params)
 
-    calls = iter(range(100))
     config = dataclasses.replace(ours.config, output=OutputConfig(eval_every=10, resume=True))
-    train(config, splits=splits(), run_dir=tmp_path, should_stop=lambda: next(calls) == 9)
+    train(config, splits=splits(), run_dir=tmp_path, should_stop=after(10))
     resumed = train(config, splits=splits(), run_dir=tmp_path)
     jax.tree.map(np.testing.assert_array_equal, resumed.state, ours.state)
 

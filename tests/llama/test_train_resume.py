@@ -2,8 +2,6 @@
 
 import dataclasses
 
-import jax
-import numpy as np
 import pytest
 import tiny_run as tiny
 
@@ -20,13 +18,6 @@ TIMES = {"seconds", "tokens_per_second"}
 
 def untimed(records):
     return [{k: v for k, v in record.items() if k not in TIMES} for record in records]
-
-
-def assert_same_bits(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert x.dtype == y.dtype
-        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
 def resumed(config):
@@ -70,7 +61,7 @@ def test_resume_continues_bit_for_bit(tmp_path, whole, accumulate, stops):
     result = train(resumed(config), splits=tiny.splits(), run_dir=tmp_path)
 
     assert result.finished
-    assert_same_bits(result.state, whole(config).state)
+    tiny.assert_same_bits(result.state, whole(config).state)
     assert untimed(result.records) == untimed(whole(config).records)
     assert read_metrics(tmp_path / "metrics.jsonl") == result.records
 
@@ -102,14 +93,14 @@ def test_a_stop_in_an_evaluation_is_made_up_for(tmp_path, whole):
 
     result = train(resumed(config), splits=tiny.splits(), run_dir=tmp_path)
     assert result.finished
-    assert_same_bits(result.state, whole(tiny.run_config()).state)
+    tiny.assert_same_bits(result.state, whole(tiny.run_config()).state)
     assert untimed(result.records) == untimed(whole(tiny.run_config()).records)
 
 
 def test_writing_checkpoints_does_not_change_the_run(tmp_path, whole):
     config = tiny.run_config(output={"save_every": 1})
     result = train(config, splits=tiny.splits(), run_dir=tmp_path)
-    assert_same_bits(result.state, whole(tiny.run_config()).state)
+    tiny.assert_same_bits(result.state, whole(tiny.run_config()).state)
 
 
 def test_steps_after_the_last_checkpoint_are_run_again_and_recorded_once(tmp_path, whole):
@@ -133,7 +124,7 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
     again = train(resumed(config), splits=tiny.splits(), run_dir=tmp_path)
     assert again.finished
     assert again.records == first.records
-    assert_same_bits(again.state, first.state)
+    tiny.assert_same_bits(again.state, first.state)
 
 
 def test_a_run_is_not_overwritten_unasked(tmp_path):
@@ -181,6 +172,6 @@ def test_what_is_shown_and_kept_may_change(tmp_path, whole):
         output={"resume": True, "log_every": 2, "save_every": 5, "keep": 1, "quiet": True},
     )
     result = train(other, splits=tiny.splits(), run_dir=tmp_path)
-    assert_same_bits(result.state, whole(config).state)
+    tiny.assert_same_bits(result.state, whole(config).state)
     steps = [r["step"] for r in result.records if r["kind"] == "train"]
     assert steps == [1, 2, 4, 6, 8]

@@ -5,10 +5,13 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer, models
 
 from examples.common.optimizers import OptimizerConfig
+from examples.common.reporter import Silent
 from examples.llama.data import Splits
 from examples.llama.model.config import ModelConfig
 from examples.llama.run_config import OutputConfig, RunConfig
@@ -66,3 +69,23 @@ def after(batches: int) -> Callable[[], bool]:
     """A `should_stop` that asks for a stop after so many batches, those of evaluations included."""
     counter = itertools.count(1)
     return lambda: next(counter) >= batches
+
+
+class Notes(Silent):
+    """A reporter that keeps its notes."""
+
+    def __init__(self):
+        self.notes = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def assert_same_bits(a: Any, b: Any) -> None:
+    """Two trees have the same structure, dtypes and bits."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()

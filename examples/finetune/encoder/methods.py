@@ -19,9 +19,7 @@ from examples.common.lora import LoRALinear, add_adapters, is_adapter, merge_ada
 from examples.common.methods import Tuning, is_low_rank, method_transformation
 from examples.finetune.encoder.config import EncoderConfig
 from examples.finetune.encoder.model import MakeLinear, dense, make_model
-from examples.finetune.encoder.weights import MATRICES, module_name
-
-Params = dict[str, Any]
+from examples.finetune.encoder.weights import MATRICES, Params, module_name
 
 # Peak rates where none is given, for the batches and epochs of `make finetune`. The first four were
 # tuned by `benchmarks.finetuning` at rank 8; each of the others is that of the one among them whose

@@ -12,8 +12,9 @@ from examples.finetune.encoder.data import TASKS, Row, Rows, Task, read_predicte
 from examples.finetune.encoder.data.batches import Layout
 from examples.finetune.encoder.data.encode import Encoded, encode, read_tokenizer
 from examples.finetune.encoder.run_config import RunConfig
-from examples.finetune.encoder.weights import FILES, TOKENIZER, Pretrained, load_model
+from examples.finetune.encoder.weights import FILES, Pretrained, load_model
 from examples.pretrained import locate_model
+from examples.pretrained.hf_tokenizer import TOKENIZER
 
 
 class Prepared(NamedTuple):
@@ -82,7 +83,7 @@ def prepare(config: RunConfig) -> Prepared:
         raise ConfigError(
             f"max_length={config.max_length}: {directory} has positions for {encoder.max_length}"
         )
-    tokenizer = read_tokenizer(directory / TOKENIZER, encoder)
+    tokenizer = read_tokenizer(directory, encoder)
     splits = dict(rows.splits)
     if config.limit is not None:
         splits["train"] = _drawn(splits["train"], config.limit)

@@ -8,7 +8,7 @@ the one in the middle is here, the others are NATURAL_GALORE_RATES. Both project
 layers at rank 4 or 8 and train everything else in full, embeddings included.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from examples.finetune.encoder.methods import MethodConfig
 
@@ -30,9 +30,6 @@ class Protocol(NamedTuple):
     max_length: int
     warmup: float
     method: MethodConfig
-
-    def options(self) -> dict[str, Any]:
-        return self._asdict()
 
 
 def _published(rank: int, rate: float) -> MethodConfig:

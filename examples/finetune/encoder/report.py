@@ -10,7 +10,8 @@ from examples.common.metrics import Record
 
 def summary_table(summary: dict[str, Any]) -> Group:
     """The methods side by side, for people, in 80 columns. Metrics are in percent."""
-    columns = [(split, name) for split, found in _metrics(summary).items() for name in found]
+    metrics = summary["methods"][0]["metrics"]
+    columns = [(split, name) for split, found in metrics.items() for name in found]
     scores = Table(title=f"{summary['task']}: scores, %")
     costs = Table(title="costs")
     for table in (scores, costs):
@@ -36,10 +37,6 @@ def summary_table(summary: dict[str, Any]) -> Group:
         scores.add_row("tf-idf", *values(summary["baseline"]))
     # Not in the title, which is as narrow as the table: a path would be broken anywhere.
     return Group(f"{summary['task']}, {summary['model']}", scores, costs)
-
-
-def _metrics(summary: dict[str, Any]) -> dict[str, dict[str, float]]:
-    return summary["methods"][0]["metrics"]
 
 
 def describe(record: Record) -> str:

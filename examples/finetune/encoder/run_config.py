@@ -112,4 +112,4 @@ class RunConfig:
 
 def preset_config(preset: str, task: str) -> RunConfig:
     """The configuration of a preset for a task."""
-    return RunConfig(preset=preset, task=task, **PROTOCOLS[preset](task).options())
+    return RunConfig(preset=preset, task=task, **PROTOCOLS[preset](task)._asdict())

@@ -95,18 +95,15 @@ def best_outcomes(outcomes: Sequence[Outcome], task: Task) -> list[Outcome]:
 def sweep_table(outcomes: Sequence[Outcome], best: Sequence[Outcome], task: Task) -> Table:
     """The rates with their validation metrics, in percent."""
     table = Table(title="learning rates, by the validation rows")
-    for text in ("", "rate", *_titles(task), "loss", ""):
+    columns = [(split, name) for split in task.validation for name in task.metrics]
+    titles = (f"{split} {name}".replace("_", " ") for split, name in columns)
+    for text in ("", "rate", *titles, "loss", ""):
         table.add_column(text, justify="right" if text else "left", no_wrap=True)
     names = {outcome.name for outcome in best}
     for outcome in outcomes:
         cells = ["not finite"]
         if (summary := outcome.summary) is not None:
-            metrics = summary["metrics"]
-            cells = [
-                f"{100 * metrics[split][name]:.1f}"
-                for split in task.validation
-                for name in task.metrics
-            ]
+            cells = [f"{100 * summary['metrics'][split][name]:.1f}" for split, name in columns]
             cells.append(f"{summary['losses'][task.validation[0]]:.3f}")
             cells.append("best" if outcome.name in names else "")
         table.add_row(outcome.method, f"{outcome.rate:g}", *cells)
@@ -125,10 +122,4 @@ def sweep_record(outcomes: Sequence[Outcome], best: Sequence[Outcome]) -> list[R
             "best": outcome.name in names,
         }
         for outcome in outcomes
-    ]
-
-
-def _titles(task: Task) -> list[str]:
-    return [
-        f"{split} {name}".replace("_", " ") for split in task.validation for name in task.metrics
     ]

@@ -1,6 +1,5 @@
 """Models in the Hugging Face layout: read into parameters, and written back."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,13 +8,14 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from examples.common.config import write_json
 from examples.common.errors import WeightsError
 from examples.finetune.encoder.config import EncoderConfig, classifier_config, read_config
 from examples.finetune.encoder.model import make_model
 from examples.pretrained import Stored, fill, read_tensors, tensors_of, write_tensors
+from examples.pretrained.hf_tokenizer import TOKENIZER
 
 FILES = ("config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json")
-TOKENIZER = "tokenizer.json"
 
 Params = dict[str, Any]
 
@@ -106,8 +106,7 @@ def save_model(
     directory.mkdir(parents=True, exist_ok=True)
     flat: dict[Any, Any] = flatten_dict(params)
     write_tensors(tensors_of(flat, stored_as(flat, config)), directory)
-    text = json.dumps(classifier_config(config, raw_config, labels), indent=2)
-    (directory / "config.json").write_text(text + "\n")
+    write_json(directory / "config.json", classifier_config(config, raw_config, labels))
     shutil.copyfile(tokenizer, directory / TOKENIZER)
 
 

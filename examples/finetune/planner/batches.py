@@ -36,10 +36,9 @@ class Layout(NamedTuple):
 
     shapes: tuple[Shape, ...]
 
-    def shape_for(self, rows: Sequence[Row]) -> Shape:
-        """The smallest one that has room for these rows."""
-        longest = max(map(_inputs, rows))
-        return next(shape for shape in self.shapes if shape.tokens >= longest)
+    def shape_for(self, length: int) -> Shape:
+        """The smallest one that has room for rows of so many tokens."""
+        return next(shape for shape in self.shapes if shape.tokens >= length)
 
 
 def make_layout(rows: Sequence[Row], buckets: int) -> Layout:
@@ -84,7 +83,7 @@ def batches(
     order = sorted(range(len(rows)), key=lambda i: _inputs(rows[i]))
     for numbers in _chunks(order, batch_size):
         chosen = [rows[i] for i in numbers]
-        yield numbers, make_batch(chosen, layout.shape_for(chosen), batch_size)
+        yield numbers, make_batch(chosen, layout.shape_for(max(map(_inputs, chosen))), batch_size)
 
 
 def make_batch(rows: Sequence[Row], shape: Shape, batch_size: int) -> Batch:

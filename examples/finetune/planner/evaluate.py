@@ -100,7 +100,7 @@ class Evaluator:
                 return None
             numbers = order[start : start + size]
             prompts = [part.rows[i].tokens[: part.rows[i].prompt].tolist() for i in numbers]
-            width = self._width(max(map(len, prompts)))
+            width = self._prepared.layout.shape_for(max(map(len, prompts))).tokens
             # Copies fill up the last batch, so that nothing is compiled for it.
             prompts += prompts[:1] * (size - len(prompts))
             generated = generate(
@@ -126,7 +126,3 @@ class Evaluator:
         # A second copy of the weights, but plans are written faster from it.
         config = dataclasses.replace(self._prepared.model, stacked=False, remat=False)
         return with_params(config, unstack_layers(params))
-
-    def _width(self, longest: int) -> int:
-        """To which length prompts are padded: one of those that rows are padded to."""
-        return next(s.tokens for s in self._prepared.layout.shapes if s.tokens >= longest)

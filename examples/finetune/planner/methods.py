@@ -17,7 +17,7 @@ from examples.common.optimizers import decayed
 from examples.common.train_state import Params
 from examples.llama.model.adapters import AdapterConfig, make_linear
 from examples.llama.model.config import ModelConfig
-from examples.llama.model.llama import Llama
+from examples.llama.model.llama import abstract_model
 
 GraphDef = Any
 
@@ -69,27 +69,18 @@ def set_up(
     lora = method == "lora"
     scale = 2.0 if config.scale is None else config.scale
     adapter = AdapterConfig("lora" if lora else "none", config.rank, scale * config.rank)
-    graphdef, like = _abstract(model, adapter)
+    made = abstract_model(model, make_linear(adapter))
     if lora:
+        like = nnx.to_pure_dict(nnx.state(made, nnx.Param))
         params = add_adapters(params, like, seed)
     trained, frozen = partition(params, lambda path: _is_trained(method, config, path))
     return Tuning(
-        graphdef,
+        nnx.graphdef(made),
         trained,
         frozen,
         method_transformation(method, config, learning_rate, seed, mask=decayed),
         lambda weights: merge_adapters(weights, scale) if lora else weights,
     )
-
-
-def _abstract(config: ModelConfig, adapter: AdapterConfig) -> tuple[GraphDef, Params]:
-    """A model as NNX takes it apart, without allocating its parameters."""
-
-    def make():
-        return Llama(config, rngs=nnx.Rngs(0, adapter=1), make_linear=make_linear(adapter))
-
-    model = nnx.eval_shape(make)
-    return nnx.graphdef(model), nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
 def _is_trained(method: str, config: MethodConfig, path: tuple[Any, ...]) -> bool:

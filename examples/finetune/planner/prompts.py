@@ -176,11 +176,6 @@ class Pair:
     def text(self) -> str:
         return self.prompt + self.completion
 
-    @property
-    def completion_span(self) -> tuple[int, int]:
-        """The first character of `text` that is learned, and the one after the last."""
-        return len(self.prompt), len(self.prompt) + len(self.completion)
-
 
 def make_pair(record: Record, retriever: Retriever, config: PromptConfig) -> Pair:
     """The prompt and the plan of a record of any split.

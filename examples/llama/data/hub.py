@@ -43,7 +43,8 @@ def open_streams(config: DataConfig) -> HubStreams:
     streams = _load(source, name, subset or None)
     if split not in streams:
         raise DataError(f"{source}: no split {split!r}; it has {', '.join(map(str, streams))}")
-    train, count = streams[split], _held_out_documents(config)
+    train = streams[split]
+    count = config.held_out or max(1, round(HELD_OUT * config.max_documents))
     held_out = [streams[key] for key in ("validation", "test") if key in streams and key != split]
     if len(held_out) == 2:
         return HubStreams(train, 0, tuple(stream.take(count) for stream in held_out))
@@ -51,12 +52,6 @@ def open_streams(config: DataConfig) -> HubStreams:
         return HubStreams(train, 0, (held_out[0].take(2 * count),))
     # Records are counted, not texts: what is taken here is exactly what training skips.
     return HubStreams(train, 2 * count, (train.take(2 * count),))
-
-
-def _held_out_documents(config: DataConfig) -> int:
-    if config.held_out is not None:
-        return config.held_out
-    return max(1, round(HELD_OUT * config.max_documents))
 
 
 def read_splits(config: DataConfig) -> tuple[list[str], list[str], list[str]]:

@@ -126,7 +126,7 @@ def resident(run: AbstractRun) -> StepMemory:
     """What stays from step to step, and the batch: exact, and nothing is compiled."""
     metrics = run.state.totals
     report = ng.memory_report(run.tx, _float_params(run.state))
-    return _divided(report, run.state, _nbytes((run.state, run.rows, metrics)))
+    return _divided(report, run.state, nbytes((run.state, run.rows, metrics)))
 
 
 class _Baseline(NamedTuple):
@@ -179,10 +179,10 @@ def live_gradients(params: Params, per_layer: bool) -> int:
     end, beside a layer's.
     """
     if not per_layer:
-        return _nbytes(params)
-    layers, embedding = params["layers"], _nbytes(params["embed"])
-    one_layer = _nbytes(layers) // jax.tree.leaves(layers)[0].shape[0]
-    rest = _nbytes({k: v for k, v in params.items() if k not in ("layers", "embed")})
+        return nbytes(params)
+    layers, embedding = params["layers"], nbytes(params["embed"])
+    one_layer = nbytes(layers) // jax.tree.leaves(layers)[0].shape[0]
+    rest = nbytes({k: v for k, v in params.items() if k not in ("layers", "embed")})
     if "head" not in params:
         return one_layer + embedding + rest
     return max(one_layer, embedding, rest)
@@ -200,18 +200,18 @@ def saved_bytes(config: RunConfig) -> int:
 
     kept = jax.tree.leaves(jax.eval_shape(backward, weights, run.rows))
     of_weights = {(x.shape, x.dtype) for x in jax.tree.leaves(weights)}
-    return _nbytes([x for x in kept if (x.shape, x.dtype) not in of_weights])
+    return nbytes([x for x in kept if (x.shape, x.dtype) not in of_weights])
 
 
 def _divided(report: ng.MemoryReport, state: TrainState, kept: int) -> StepMemory:
     """`kept` bytes of a device divided into the weights, the optimizer's state, and the rest."""
-    optimizer = _nbytes(state.opt_state)
+    optimizer = nbytes(state.opt_state)
     # The report counts sharded arrays whole.
     is_whole = report.total_state_bytes == optimizer
     parts = dict(report.part_bytes) if is_whole else {"state": optimizer}
-    parts["accumulated"] = _nbytes(state.accumulated)
+    parts["accumulated"] = nbytes(state.accumulated)
     parts = {name: size for name, size in parts.items() if size}
-    weights = _nbytes((state.params, state.frozen))
+    weights = nbytes((state.params, state.frozen))
     return StepMemory(weights, parts, kept - weights - sum(parts.values()), {})
 
 
@@ -230,8 +230,8 @@ def temporary_bytes(compiled: jax.stages.Compiled) -> int:
     return analysis.temp_size_in_bytes
 
 
-def _nbytes(tree: Any) -> int:
-    """On one device."""
+def nbytes(tree: Any) -> int:
+    """Bytes of a tree on one device."""
 
     def size(leaf: Any) -> int:
         sharding = getattr(leaf, "sharding", None)

@@ -189,17 +189,17 @@ def with_params(
     config: ModelConfig, params: dict[str, Any], make_linear: MakeLinear = dense
 ) -> Llama:
     """The model that has these parameters, a pure dict; nothing is initialised."""
-    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), make_linear=make_linear))
-    return nnx.merge(nnx.graphdef(model), params)
+    return nnx.merge(nnx.graphdef(abstract_model(config, make_linear)), params)
+
+
+def abstract_model(config: ModelConfig, make_linear: MakeLinear = dense) -> Llama:
+    """The model without values."""
+    return nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), make_linear=make_linear))
 
 
 def abstract_params(config: ModelConfig, make_linear: MakeLinear = dense) -> dict[str, Any]:
     """Shapes and dtypes of all parameters, a pure dict."""
-
-    def make() -> Llama:
-        return Llama(config, rngs=nnx.Rngs(0), make_linear=make_linear)
-
-    return nnx.to_pure_dict(nnx.state(nnx.eval_shape(make), nnx.Param))
+    return nnx.to_pure_dict(nnx.state(abstract_model(config, make_linear), nnx.Param))
 
 
 def stack_layers(params: dict[str, Any]) -> dict[str, Any]:

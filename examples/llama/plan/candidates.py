@@ -202,7 +202,11 @@ def optimizer_arguments(spec: str, rank: int | None) -> list[str]:
 
 def _written_out(given: Sequence[str]) -> list[str]:
     """Arguments with those of their --config FILE, names and values apart."""
-    words = cli.expand(given, SHORTHANDS)
+    return apart(cli.expand(given, SHORTHANDS))
+
+
+def apart(words: Sequence[str]) -> list[str]:
+    """Arguments with `--name=value` as two words."""
     pairs = [word.split("=", 1) if word.startswith("--") else [word] for word in words]
     return [word for pair in pairs for word in pair]
 

@@ -23,7 +23,7 @@ from examples.llama.memory.step_memory import (
     predict,
     resident,
 )
-from examples.llama.plan.candidates import Candidate, PlanConfig, candidates, free_batches
+from examples.llama.plan.candidates import Candidate, PlanConfig, apart, candidates, free_batches
 from examples.llama.training.build import abstract_run
 
 
@@ -177,9 +177,7 @@ def run(argv: list[str] | None, console: Console) -> int:
         args=argv,
         return_unknown_args=True,
     )
-    # Options may be --name=value.
-    pairs = [word.split("=", 1) if word.startswith("--") else [word] for word in given]
-    given = [word for pair in pairs for word in pair]
+    given = apart(given)
     memory, reserve = device_memory(plan.device_memory), _size("reserve", plan.reserve)
     room = memory - reserve
     if room <= 0:

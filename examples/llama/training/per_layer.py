@@ -16,7 +16,7 @@ import natgalore_jax as ng
 from examples.common.errors import ConfigError
 from examples.common.train_state import Metrics, Params, TrainState, next_state
 from examples.llama.model.config import ModelConfig
-from examples.llama.model.llama import Llama
+from examples.llama.model.llama import abstract_model
 from examples.llama.run_config import RunConfig
 from examples.llama.training.train_step import inputs_of, mean_over_targets, nll_of_logits
 
@@ -31,7 +31,7 @@ class LayeredModel(NamedTuple):
 
 def layered(config: ModelConfig) -> LayeredModel:
     """The parts of a stacked model without adapters."""
-    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    model = abstract_model(config)
     whole, one_layer = nnx.graphdef(model), nnx.graphdef(model.layers)
 
     def embed(params: Params, rows: jax.Array) -> jax.Array:

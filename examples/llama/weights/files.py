@@ -1,7 +1,6 @@
 """LLaMA weights: read from runs, GGUF and Hugging Face files, and written to the latter."""
 
 import dataclasses
-import json
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -12,6 +11,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tokenizers import Tokenizer
 
+from examples.common.config import write_json
 from examples.common.errors import WeightsError
 from examples.llama.data.tokenizer import end_of_text, load_tokenizer
 from examples.llama.model.config import ModelConfig
@@ -162,12 +162,8 @@ def save_llama(pretrained: PretrainedLlama, directory: Path) -> None:
         if "bos_token" in tokens:
             raw["bos_token_id"] = tokenizer.token_to_id(tokens["bos_token"])
         write_tokenizer(tokenizer, chat_template, tokens, directory)
-    _write_json(directory / CONFIG, raw)
-    _write_json(directory / GENERATION, {key: raw[key] for key in ("bos_token_id", "eos_token_id")})
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    write_json(directory / CONFIG, raw)
+    write_json(directory / GENERATION, {key: raw[key] for key in ("bos_token_id", "eos_token_id")})
 
 
 def _open_run(path: Path, step: int | None) -> WeightsFile:

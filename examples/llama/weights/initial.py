@@ -14,11 +14,9 @@ from examples.common.errors import CheckpointError, ConfigError, DataError, Weig
 from examples.llama.data.tokenizer import load_tokenizer, plain_text, vocabulary_size
 from examples.llama.model.config import ModelConfig
 from examples.llama.run_config import RunConfig, run_preset
-from examples.llama.weights.files import WeightsFile, open_weights, read_params
+from examples.llama.weights.files import Params, WeightsFile, open_weights, read_params
 
 TOKENIZER = "tokenizer.json"
-
-Params = dict[str, Any]
 
 # What the weights leave open.
 _FREE = ("stacked", "remat", "dtype", "param_dtype", "max_length")

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 from examples.common.errors import WeightsError
 from examples.finetune.encoder.config import EncoderConfig
 from examples.finetune.encoder.data.rows import Row
+from examples.pretrained import hf_tokenizer
 
 
 class Encoded(NamedTuple):
@@ -24,18 +25,16 @@ class Encoded(NamedTuple):
         return np.array([len(row) for row in self.tokens])
 
 
-def read_tokenizer(path: Path, config: EncoderConfig) -> Tokenizer:
+def read_tokenizer(directory: Path, config: EncoderConfig) -> Tokenizer:
     """The tokenizer of a model.
 
     Raises:
       WeightsError: if the file is missing or damaged, or has tokens that the model does not.
     """
-    if not path.exists():
+    path = directory / hf_tokenizer.TOKENIZER
+    tokenizer = hf_tokenizer.read_tokenizer(directory)
+    if tokenizer is None:
         raise WeightsError(f"{path}: no such file")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # The library raises nothing more specific.
-        raise WeightsError(f"{path}: not a tokenizer ({error})") from error
     if tokenizer.get_vocab_size() > config.vocab_size:
         raise WeightsError(
             f"{path}: {tokenizer.get_vocab_size()} tokens, the model has {config.vocab_size}"

@@ -1,11 +1,10 @@
 """Local files: the TSV files of GLUE, and JSON lines."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from examples.common.errors import DataError
-from examples.common.text import decode, refuse_wide
+from examples.common.text import decode, parse_json, read_bytes
 from examples.finetune.encoder.data.rows import RawRow, Rows, from_mapping, make_rows
 from examples.finetune.encoder.data.tasks import OPTIONAL_SECOND, Columns, Task
 
@@ -81,14 +80,9 @@ def _lines(path: Path, labelled: bool) -> Iterator[tuple[str, str]]:
 
     Without labels none may stand between others: predictions have the numbers of the rows.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error
-    refuse_wide(content, path)
     blank = None
     # Not splitlines: text may hold line separators of Unicode.
-    for number, line in enumerate(content.split(b"\n"), start=1):
+    for number, line in enumerate(read_bytes(path).split(b"\n"), start=1):
         where = f"{path}: line {number}"
         text = decode(line, where, of=" of the line")
         if number == 1:
@@ -148,9 +142,5 @@ def _read_json_lines(
     task: Task, path: Path, _malformed: _Malformed, labelled: bool = True
 ) -> Iterator[RawRow]:
     for where, line in _lines(path, labelled):
-        try:
-            record = json.loads(line)
-        # ValueError covers JSONDecodeError and integers of too many digits.
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: malformed JSON ({error})") from error
+        record = parse_json(line, where)
         yield from_mapping(record, task.json, where, task.name in OPTIONAL_SECOND, labelled)

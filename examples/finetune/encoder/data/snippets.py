@@ -40,7 +40,7 @@ def read_snippets(archive: Path = ARCHIVE) -> Rows:
       DataError: if the archive is missing or damaged, or is not the one that was split.
     """
     snippets = read_archive(archive)
-    splits = _read_splits()
+    splits = json.loads(SPLITS.read_text())
     if splits["fingerprint"] != fingerprint(snippets):
         raise DataError(f"{archive}: not the sentences that {SPLITS.name} was made from")
     where = {number: name for name in _HELD_OUT for number in splits[name]}
@@ -123,7 +123,3 @@ def _content(archive: bytes, name: str) -> bytes:
         file = files.extractfile(name)
         assert file is not None  # None for a directory.
         return file.read()
-
-
-def _read_splits() -> dict:
-    return json.loads(SPLITS.read_text())

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.common.errors import DataError
-from examples.finetune.planner.data.files import entry, expect, locate, located, read_json_lines
+from examples.finetune.planner.data.files import entry, expect, located, read_json_lines
 from examples.finetune.planner.plans.plan import JOIN, Argument, Call, Plan, Value
 from examples.finetune.planner.plans.records import (
     MISSING,
@@ -20,7 +20,9 @@ from examples.finetune.planner.plans.records import (
     Tool,
     identifier,
 )
+from examples.pretrained.packages import Package, locate_package
 
+PACKAGE = Package("bfcl-eval", "2026.3.23", "bfcl_eval/data")
 CATEGORIES = (
     "simple_python",
     "multiple",
@@ -48,7 +50,7 @@ def load_bfcl(root: Path | None = None, categories: tuple[str, ...] = CATEGORIES
     Raises:
       DataError: naming file, line and call.
     """
-    root = root or locate("bfcl-eval", "bfcl_eval/data")
+    root = root or locate_package(PACKAGE, DataError)
     return [record for category in categories for record in _load(root, category)]
 
 

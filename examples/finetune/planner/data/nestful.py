@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from examples.finetune.planner.data.files import entry, expect, locate, located, read_json
+from examples.common.errors import DataError
+from examples.finetune.planner.data.files import entry, expect, located, read_json
 from examples.finetune.planner.plans.plan import (
     JOIN,
     Argument,
@@ -23,7 +24,9 @@ from examples.finetune.planner.plans.plan import (
     text_of,
 )
 from examples.finetune.planner.plans.records import MISSING, Parameter, Record, Tool, identifier
+from examples.pretrained.packages import Package, locate_package
 
+PACKAGE = Package("nestful-wrapper", "0.1.7", "data_v1")
 PARTS = {
     "executable": "executable/executable",
     "glaive": "non-executable/non-executable-glaive",
@@ -49,7 +52,7 @@ def load_nestful(root: Path | None = None, parts: tuple[str, ...] = tuple(PARTS)
     Raises:
       DataError: naming file, record and call.
     """
-    root = root or locate("nestful-wrapper", "data_v1")
+    root = root or locate_package(PACKAGE, DataError)
     return [record for part in parts for record in _load_part(root, part)]
 
 

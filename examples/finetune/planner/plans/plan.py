@@ -307,7 +307,7 @@ def write_string(value: str | Ref | Text) -> str:
         else:
             # The dollar of a reference joins those before it.
             before = _DOLLARS_OR_END if isinstance(following, Ref) else _DOLLARS
-            written.append(before.sub(_double, part))
+            written.append(before.sub(lambda dollars: 2 * dollars[0], part))
     return "".join(written)
 
 
@@ -316,7 +316,3 @@ def _write_reference(ref: Ref, following: str) -> str:
     plain = f"${ref.call}{ref.path}"
     match = REFERENCE.match(plain + following)
     return plain if match and match.end() == len(plain) else f"${{{ref.call}{ref.path}}}"
-
-
-def _double(dollars: re.Match[str]) -> str:
-    return 2 * dollars[0]

@@ -1,0 +1,95 @@
+"""Errors of the methods of other publications: wrong arguments, parameters and gradients."""
+
+import jax.numpy as jnp
+import pytest
+
+import natgalore_jax as ng
+
+WRONG_ARGUMENTS = {
+    "alice_adamw": [
+        ({"rank": 0}, ValueError, "rank must be at least 1, got 0"),
+        ({"update_interval": 0}, ValueError, "update_interval must be at least 1, got 0"),
+        ({"leading": -1}, ValueError, "leading must be at least 0, got -1"),
+        ({"leading": 129}, ValueError, "leading must be at most rank=128, got 129"),
+        (
+            {"compensation_scale": 0.0, "norm_growth_limit": 1.1},
+            ValueError,
+            "norm_growth_limit has no effect without a compensation",
+        ),
+        ({"b3": 1.0}, ValueError, "b3 must be at least 0 and less than 1"),
+        ({"compensation_scale": "much"}, TypeError, "compensation_scale must be a number"),
+        ({"norm_growth_limit": 1.0}, ValueError, "norm_growth_limit must be greater than 1"),
+        ({"seed": -1}, ValueError, "seed must be at least 0"),
+    ],
+    "apollo_adamw": [
+        ({"rank": (2, 2, 2)}, TypeError, "rank must be an integer"),
+        ({"update_interval": 0}, ValueError, "update_interval must be at least 1, got 0"),
+        ({"granularity": "row"}, ValueError, "granularity must be one of channel, tensor"),
+        ({"scale": "big"}, TypeError, "scale must be a number"),
+        ({"norm_growth_limit": 1.0}, ValueError, "norm_growth_limit must be greater than 1"),
+        ({"seed": -1}, ValueError, "seed must be at least 0"),
+    ],
+    "ldadamw": [
+        ({"rank": 0}, ValueError, "rank must be at least 1, got 0"),
+        ({"rho": "much"}, TypeError, "rho must be a number"),
+        ({"error_feedback": 1}, TypeError, "error_feedback must be True or False"),
+    ],
+    "racs_adamw": [
+        ({"decay": 1.0}, ValueError, "decay must be at least 0 and less than 1"),
+        ({"iterations": 0}, ValueError, "iterations must be at least 1, got 0"),
+        ({"scale": "big"}, TypeError, "scale must be a number"),
+        ({"norm_growth_limit": 1.0}, ValueError, "norm_growth_limit must be greater than 1"),
+    ],
+    "scale_sgd": [
+        ({"norm": "max"}, ValueError, "norm must be one of rms, l2"),
+        ({"momentum": 1.0}, ValueError, "momentum must be at least 0 and less than 1"),
+        ({"eps": "small"}, TypeError, "eps must be a number"),
+        ({"vector_ratio": "4"}, TypeError, "vector_ratio must be a number"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "error", "message"),
+    [(name, *wrong) for name, wrongs in WRONG_ARGUMENTS.items() for wrong in wrongs],
+)
+def test_wrong_arguments(name, settings, error, message):
+    with pytest.raises(error, match=message):
+        getattr(ng.contrib, name)(0.1, **settings)
+
+
+PARAMS = {"bias": jnp.zeros(4), "lm_head": jnp.zeros((4, 9)), "wide": jnp.zeros((4, 6))}
+WIDER = ("wide", (4, 9), r"\(4, 9\)")
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "nothing_selected", "gradients"),
+    [
+        ("alice_adamw", {"rank": 3}, "where selects no parameter", [WIDER]),
+        ("apollo_adamw", {"rank": 3}, "where selects no parameter", [WIDER]),
+        ("ldadamw", {"rank": 3}, "where selects no parameter", [WIDER]),
+        (
+            "racs_adamw",
+            {},
+            r"where selects no matrix to be scaled.*bias \(4,\)",
+            [("wide", (4, 9), r"\(4, 9\).*columns")],
+        ),
+        # Only an output head and vectors have a state to compare with.
+        (
+            "scale_sgd",
+            {},
+            r"where selects no matrix to be normalised.*bias \(4,\)",
+            [("lm_head", (4, 8), r"\(4, 8\).*\(4, 9\)"), ("bias", (5,), r"\(5,\)")],
+        ),
+    ],
+)
+def test_wrong_trees(name, settings, nothing_selected, gradients):
+    tx = getattr(ng.contrib, name)(0.1, **settings)
+    with pytest.raises(ValueError, match=nothing_selected):
+        tx.init({"bias": PARAMS["bias"]})
+    state = tx.init(PARAMS)
+    with pytest.raises(ValueError, match="only there: bias"):
+        tx.update({k: v for k, v in PARAMS.items() if k != "bias"}, state, PARAMS)
+    for leaf, shape, received in gradients:
+        with pytest.raises(ValueError, match=f"{leaf}: the update has shape {received}"):
+            tx.update(PARAMS | {leaf: jnp.zeros(shape)}, state, PARAMS)
