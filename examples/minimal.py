@@ -37,7 +37,8 @@ class Config:
     batch_size: int = 8
     steps: int = 400
     warmup_ratio: float = 0.1
-    learning_rate: float = 5e-3  # of the hidden matrices; embedding, head and norms: 4 times this
+    # Of the hidden matrices; embedding, head and norms: 4 times this. Twice the width: half of it.
+    learning_rate: float = 5e-3
     rank: int = 32
     update_interval: int = 100
     weight_decay: float = 0.01

@@ -162,7 +162,7 @@ def natural_galore_adamw(
 
     Args:
       learning_rate: η of the hidden matrices, a number or a schedule. 0.005 to 0.01 are good at a
-        width of 128, 0.0025 with an ``unprojected_ratio`` of 16 at 256, where 0.01 is too high
+        width of 128. Halve the rate and double ``unprojected_ratio`` where the width doubles
         (docs/experiments.md, "A larger model").
       rank, update_interval, side, where, axes, basis_dtype, seed: see :func:`low_rank_project`.
         With a tuple for ``rank`` the Fisher matrix has ``modes=len(rank)``.
