@@ -11,8 +11,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -23,7 +22,6 @@ from flax import nnx
 from benchmarks.common import result_files
 from benchmarks.common.environment import RESULTS, environment
 from benchmarks.common.result_files import Json, read_results, read_suite, write
-from benchmarks.common.sweep import sweep as sweep_runs
 from benchmarks.finetuning import grids
 from benchmarks.pretraining.tables import mean_and_spread
 from benchmarks.pretraining.train import excerpt, finite, outcome
@@ -148,12 +146,12 @@ class Run(Common):
         return dataclasses.replace(config, optimizer=optimizer, adapter=method.adapter)
 
     def configuration(self) -> Json:
-        """What a file of the run must have been made with."""
+        """The configuration that a file of the run must have been made with."""
         return self.config().to_dict() | {"eval_tokens": self.eval_tokens}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sweep(Common):
+class Sweep(grids.SweepOptions, Common):
     """Tune each method, then train it at its best rate with several seeds.
 
     A rate is the best by the validation loss. Start it again and it goes on. A run that fails does
@@ -162,12 +160,6 @@ class Sweep(Common):
 
     methods: tuple[MethodName, ...] = tuple(METHODS)
     """Methods that train the model."""
-    seeds: tuple[int, ...] = (1, 2, 3)
-    """Seeds after the tuning."""
-    workers: int = 1
-    """Runs at a time, each on one core where there is more than one."""
-    plan: bool = False
-    """Print what would be run by what is known now, and stop."""
 
     def __post_init__(self) -> None:
         grids.check(GRIDS, self.methods, self.seeds)
@@ -241,7 +233,7 @@ def losses_of(
     apply: Apply, params: Any, texts: dict[str, np.ndarray], batch_size: int, seq_len: int
 ) -> dict[str, float | None]:
     """Mean loss of each text, in nats per token."""
-    step: Callable = make_eval_step(apply)
+    step = make_eval_step(apply)
     found = {}
     for name, tokens in texts.items():
         loss = mean_nll(step, params, eval_batches(tokens, batch_size, seq_len))
@@ -252,12 +244,7 @@ def losses_of(
 
 def runs(sweep: Sweep) -> list[Run]:
     """The runs that are known by now: of the tuning, and of methods whose tuning is complete."""
-    common = {field.name: getattr(sweep, field.name) for field in fields(Common)}
-
-    def planned(method: str, rate: float, seed: int) -> Run:
-        given = {"method": method, "learning_rate": rate, "seed": seed, "workers": sweep.workers}
-        return Run(**common, **given)
-
+    planned = grids.maker(sweep, Common, Run)
     trained = (r for r in read_suite(sweep.root, sweep.suite) if r["method"] != UNTRAINED)
     tuned = grids.tuning_losses(trained, lambda r: r["loss"]["validation"])
     first = planned(UNTRAINED, 0.0, grids.TUNE_SEED)
@@ -303,6 +290,8 @@ def table(records: list[Json]) -> str:
 
 
 def _outcome(record: Json) -> str:
+    if record["diverged"]:
+        return "diverged"
     found = ", ".join(f"{name} {loss:.3f}" for name, loss in record["loss"].items())
     return f"loss: {found}"
 
@@ -320,15 +309,7 @@ def run(command: Run | Sweep | Show) -> int:
             make(command)
             return 0
         case Sweep():
-            return sweep_runs(
-                PROGRAM,
-                lambda: runs(command),
-                is_done,
-                _outcome,
-                workers=command.workers,
-                only_plan=command.plan,
-                searching=True,
-            )
+            return grids.sweep(PROGRAM, command, runs, is_done, _outcome)
         case Show():
             print(table(read_results(command.root, command.suite)))
             return 0

@@ -10,7 +10,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
@@ -18,7 +18,6 @@ import tyro
 from benchmarks.common import result_files
 from benchmarks.common.environment import RESULTS, environment
 from benchmarks.common.result_files import Json, read_results, read_suite, write
-from benchmarks.common.sweep import sweep as sweep_runs
 from benchmarks.finetuning import grids
 from benchmarks.pretraining.tables import mean_and_spread
 from examples.common.cli import exit_code
@@ -105,7 +104,7 @@ class Run(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sweep(Common):
+class Sweep(grids.SweepOptions, Common):
     """Tune each method, then train it at its best rate with several seeds.
 
     A rate is the best by the validation loss. Start it again and it goes on. A run that fails does
@@ -114,12 +113,6 @@ class Sweep(Common):
 
     methods: tuple[MethodName, ...] = tuple(GRIDS)
     """Methods that train the model."""
-    seeds: tuple[int, ...] = (1, 2, 3)
-    """Seeds after the tuning."""
-    workers: int = 1
-    """Runs at a time, each on one core where there is more than one."""
-    plan: bool = False
-    """Print what would be run by what is known now, and stop."""
 
     def __post_init__(self) -> None:
         grids.check(GRIDS, self.methods, self.seeds)
@@ -191,12 +184,7 @@ def make(run: Run) -> Json | None:
 
 def runs(sweep: Sweep) -> list[Run]:
     """The runs that are known by now: of the tuning, and of methods whose tuning is complete."""
-    common = {field.name: getattr(sweep, field.name) for field in fields(Common)}
-
-    def planned(method: str, rate: float, seed: int) -> Run:
-        given = {"method": method, "learning_rate": rate, "seed": seed, "workers": sweep.workers}
-        return Run(**common, **given)
-
+    planned = grids.maker(sweep, Common, Run)
     tuned = grids.tuning_losses(
         read_suite(sweep.root, sweep.suite), lambda r: r["validation"]["loss"]
     )
@@ -255,15 +243,7 @@ def run(command: Run | Sweep | Show) -> int:
             make(command)
             return 0 if is_done(command) else 1
         case Sweep():
-            return sweep_runs(
-                PROGRAM,
-                lambda: runs(command),
-                is_done,
-                _outcome,
-                workers=command.workers,
-                only_plan=command.plan,
-                searching=True,
-            )
+            return grids.sweep(PROGRAM, command, runs, is_done, _outcome)
         case Show():
             print(table(read_results(command.root, command.suite)))
             return 0

@@ -2,16 +2,31 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeVar
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 from benchmarks.common.result_files import Json
+from benchmarks.common.sweep import Planned, sweep as sweep_runs
 from examples.common.errors import ConfigError
 
 TUNE_SEED = 100
 
 Grids = Mapping[str, Sequence[float]]
 Losses = dict[str, dict[float, float | None]]  # By method and rate; None: diverged.
-R = TypeVar("R")
+R = TypeVar("R", bound=Planned)
+S = TypeVar("S", bound="SweepOptions")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions:
+    """Options of a sweep, beside those of its runs and the methods."""
+
+    seeds: tuple[int, ...] = (1, 2, 3)
+    """Seeds after the tuning."""
+    workers: int = 1
+    """Runs at a time, each on one core where there is more than one."""
+    plan: bool = False
+    """Print what would be run by what is known now, and stop."""
 
 
 def check(grids: Grids, methods: Iterable[str], seeds: Iterable[int]) -> None:
@@ -70,6 +85,38 @@ def plan(
         if tuned.get(method, {}).keys() >= set(grids[method])
     }
     return tuning + [make(method, best[method], seed) for seed in seeds for method in best]
+
+
+def maker(
+    sweep: SweepOptions, common: type[Any], run: Callable[..., R]
+) -> Callable[[str, float, int], R]:
+    """The run of a method, a rate and a seed, with the fields of ``common`` as in the sweep."""
+    shared = {field.name: getattr(sweep, field.name) for field in fields(common)}
+
+    def make(method: str, rate: float, seed: int) -> R:
+        given = {"method": method, "learning_rate": rate, "seed": seed}
+        return run(**shared, **given, workers=sweep.workers)
+
+    return make
+
+
+def sweep(
+    program: str,
+    options: S,
+    runs: Callable[[S], Sequence[R]],
+    is_done: Callable[[R], bool],
+    outcome: Callable[[Json], str],
+) -> int:
+    """Make the runs, plan anew by their results until none is left, and return the exit code."""
+    return sweep_runs(
+        program,
+        lambda: runs(options),
+        is_done,
+        outcome,
+        workers=options.workers,
+        only_plan=options.plan,
+        searching=True,
+    )
 
 
 def rate_cell(method: str, rate: float, grids: Grids) -> str:

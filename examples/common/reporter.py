@@ -16,7 +16,7 @@ SILENCE = 15.0  # Seconds after which a line says what is going on.
 
 
 class Activity(NamedTuple):
-    """What a program is doing, and when a signal ends it."""
+    """Work of a program, and when a signal ends it."""
 
     name: str
     stops: str

@@ -26,7 +26,7 @@ class TrainState(NamedTuple):
 
     @property
     def float_params(self) -> Params:
-        """What is trained, as numbers: what is stored in 8 bits is decoded, all at once."""
+        """Trained parameters as numbers: those stored in 8 bits are decoded, all at once."""
         if not isinstance(self.params, ng.training.QuantizedWeights):
             return self.params
         dtype = self.params.codes["embed"]["embedding"].dtype

@@ -89,17 +89,16 @@ def train(
             should_stop
         )
 
-    output = config.output
+    output, identity = config.output, _identity(config, splits)
     with replacing(run_dir, output.overwrite and devices.leads) as started:
         if devices.leads:
             run_dir.mkdir(parents=True, exist_ok=True)
             if output.resume:
-                prepare(run_dir, config, _identity(config, splits), reporter)
+                prepare(run_dir, config, identity, reporter)
         devices.wait("run directory")
         with Checkpoints(
             run_dir / "checkpoints", keep=output.keep, keep_best=output.keep_best
         ) as checkpoints:
-            identity = _identity(config, splits)
             done = resume_point(checkpoints, run_dir, config, identity, reporter)
             log = MetricsLog()
             if devices.leads:

@@ -65,6 +65,12 @@ def test_hidden_matrices_have_the_rate_and_all_others_the_same(common):
         assert optimizer.learning_rate * optimizer.unprojected_ratio == pytest.approx(3e-5)
 
 
+def test_a_run_that_diverges_is_recorded_and_described(common):
+    record = make(Run(**common, method="adamw", learning_rate=1e30))
+    assert record["diverged"] and record["loss"]["validation"] is None
+    assert continued._outcome(record) == "diverged"
+
+
 def test_the_untrained_model_is_the_one_that_training_starts_from(common, monkeypatch):
     untrained = make(Run(**common, method=UNTRAINED))
     started = make(Run(**common, method="adamw", learning_rate=1e-12))

@@ -1,4 +1,4 @@
-"""How a model is fine-tuned: what is trained, and by which optimizer.
+"""Methods of fine-tuning: the trained parameters, and their optimizer.
 
 "adamw" trains everything. "lora" trains adapters and the head with AdamW. Every other method
 projects the gradients of the same matrices that LoRA adapts, of the head's own matrix and of the

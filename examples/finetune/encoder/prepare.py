@@ -1,4 +1,4 @@
-"""What all methods of a run share: the model from files, and the rows as tokens."""
+"""Inputs that all methods of a run share: the model from files, and the rows as tokens."""
 
 import hashlib
 from pathlib import Path
@@ -45,7 +45,7 @@ class Prepared(NamedTuple):
         return digest.hexdigest()
 
     def notes(self) -> list[str]:
-        """What the user should know about them."""
+        """Notes about them for the user."""
         found = []
         if self.rows.left_out:
             found.append(f"{self.rows.left_out} malformed rows of the files are left out")

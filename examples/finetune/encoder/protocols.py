@@ -21,7 +21,7 @@ _INTERVAL = 500
 
 
 class Protocol(NamedTuple):
-    """What a preset sets; every option of the command line overrides a part of it."""
+    """Settings of a preset; every option of the command line overrides a part of it."""
 
     methods: tuple[str, ...]
     model: str

@@ -96,11 +96,11 @@ def vary(tree: Any, axes: Iterable[str]) -> Any:
     iteration, must vary over the same mesh axes; arithmetic converts by itself.
     """
 
-    def cast(x):
+    def varying(x):
         missing = sorted(set(axes) - varying_axes(x))
         return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
 
-    return jax.tree.map(cast, tree)
+    return jax.tree.map(varying, tree)
 
 
 def low_rank_names(plan: LeafPlan, like: jax.Array, *, stored: bool) -> list[Names]:

@@ -107,7 +107,7 @@ def fingerprint(snippets: list[Snippet]) -> str:
 
 
 def _signs(text: str) -> set[str]:
-    """What two sentences about one film may share."""
+    """Names in a text, and the text itself: two sentences about one film may share them."""
     words = re.findall(r"[\w'-]+|[.!?]", text)
     pairs = zip(words, words[1:], words[2:], strict=False)
     names = {
