@@ -134,15 +134,16 @@ def test_damage_and_other_files(tmp_path, finished):
         with pytest.raises(WeightsError, match="not empty"):
             export(str(tmp_path / "run"), tmp_path / directory)
     newest = tmp_path / "run" / "checkpoints" / "4"
-    file = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
+    # All of them: which of the files has the weights, TensorStore decides by time.
+    files = [p for p in (newest / "state").rglob("*") if p.parent.name == "d"]
+    files[0].write_bytes(bytes([files[0].read_bytes()[0] ^ 1]) + files[0].read_bytes()[1:])
     with pytest.raises(CheckpointError, match="not what was written"):
         export(str(tmp_path / "run"), tmp_path / "hf")
     # As a copy of a run that was cut off: without digests, which are compared first.
     (newest / "digests.json").unlink()
-    file.unlink()
-    for broken in (file, newest / "config" / "metadata"):
-        broken.write_text("{")
+    for broken in (files, [newest / "config" / "metadata"]):
+        for file in broken:
+            file.write_text("{")
         with pytest.raises(CheckpointError, match="4: cannot be read") as error:
             export(str(tmp_path / "run"), tmp_path / "hf")
         assert "\n" not in str(error.value)
