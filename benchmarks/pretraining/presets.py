@@ -82,6 +82,18 @@ PRESETS = {
         update_interval=100,
         validation_tokens=8 * 2048,
     ),
+    # Between 9m and 60m: twice 9m's width, its vocabulary and batch.
+    "30m": Preset(
+        dataclasses.replace(
+            MODEL_PRESETS["9m"], hidden=512, intermediate=1376, layers=7, heads=8, kv_heads=8
+        ),
+        steps=300,
+        rows=8,
+        seq_len=256,
+        rank=128,
+        update_interval=100,
+        validation_tokens=8 * 2048,
+    ),
     # To see how the best rates change with the width alone.
     **{f"width-{width}": _nano_at(width) for width in (128, 256, 512)},
     # The protocol of the GaLore papers, for an accelerator; the papers go on to 10,000 steps.
