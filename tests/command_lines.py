@@ -2,10 +2,10 @@
 
 import signal
 
-from examples.common.reporter import Silent
+from examples.common.reporter import Reporter
 
 
-class Stops(Silent):
+class Stops(Reporter):
     """A reporter that ends the run at a step, by a signal, when it has such a record."""
 
     def __init__(self, kind="train", step=3):

@@ -220,6 +220,8 @@ def test_tuned_rates_are_best_on_average():
     assert "| **0.01 × 4** (at the edge) | 4.000 | 2 |" in galore
     (adamw,) = [line for line in text.splitlines() if "| AdamW |" in line]
     assert "| **0.01 × 4** | 4.000 | 6 |" in adamw and "0.04 × 4: diverged" in adamw
+    brief = [line.rsplit(" |", 2)[0] + " |" for line in text.splitlines()]
+    assert tuning(tuned, brief=True).splitlines() == brief
 
 
 def test_a_sweep_takes_the_tuned_rates(tmp_path):

@@ -1,7 +1,7 @@
 """Shapes of LLaMA presets: all parameters, or the hidden matrices; random trees of shapes."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,11 @@ from natgalore_jax._src.memory.llama_sizes import LLAMA_RANKS as LLAMA_RANKS
 
 Shapes = Mapping[str, tuple[int, ...]]
 BF16 = 2  # bytes
+
+if TYPE_CHECKING:
+    PaperSize = str
+else:  # The names that command lines offer.
+    PaperSize = Literal[tuple(LLAMA_RANKS)]
 
 
 def llama_shapes(size: str) -> Any:

@@ -134,7 +134,10 @@ def command(run: Any, program: str) -> list[str]:
         text
         for field in fields(run)
         if (value := getattr(run, field.name)) != field.default
-        for text in (f"--{field.name.replace('_', '-')}", str(value))
+        for text in (
+            f"--{field.name.replace('_', '-')}",
+            *(map(str, value) if isinstance(value, tuple) else (str(value),)),
+        )
     ]
     return [sys.executable, "-m", program, "run", *options]
 

@@ -26,11 +26,11 @@ import tyro
 
 import natgalore_jax as ng
 from benchmarks.common.environment import RESULTS, environment, write_results
-from benchmarks.common.shapes import BF16, LLAMA_RANKS, llama_shapes
+from benchmarks.common.shapes import BF16, LLAMA_RANKS, PaperSize, llama_shapes
 from benchmarks.common.timing import median, seconds
 from benchmarks.distributed.collectives import exchanged_bytes
 from benchmarks.optimizer.training_share import training_operations
-from examples.llama.model.config import MODEL_PRESETS
+from examples.llama.model.config import MODEL_PRESETS, PresetName
 from examples.llama.training.train_step import make_model, token_nll
 
 DEVICES = 8
@@ -38,12 +38,12 @@ RATES = {"1 Gbit/s": 1e9 / 8, "10 Gbit/s": 1e10 / 8, "100 Gbit/s": 1e11 / 8}  # 
 
 
 def main(
-    preset: str = "nano",
+    preset: PresetName = "nano",
     rank: int = 32,
     interval: int = 200,
     rows: int = 8,
     seq_len: int = 64,
-    sizes: tuple[str, ...] = ("1b", "7b"),
+    sizes: tuple[PaperSize, ...] = ("1b", "7b"),
     hosts: int = 8,
     tokens: int = 131_072,
     rounds: int = 5,

@@ -18,12 +18,13 @@ import tyro
 from benchmarks.common import child
 from benchmarks.common.environment import RESULTS, environment, write_results
 from benchmarks.common.timing import median
+from examples.llama.model.config import PresetName
 
 _ROOT = Path(__file__).parents[2]
 
 
 def main(
-    preset: str = "nano",
+    preset: PresetName = "nano",
     batch_size: int = 16,
     seq_len: int = 128,
     warm_up: int = 5,

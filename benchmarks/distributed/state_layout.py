@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 import natgalore_jax as ng
-from benchmarks.common.shapes import BF16, LLAMA_RANKS, llama_shapes
+from benchmarks.common.shapes import BF16, LLAMA_RANKS, PaperSize, llama_shapes
 from examples.common.figures import PAGE, STYLE
 
 FIGURE = Path(__file__).parents[2] / "docs" / "figures" / "state-layout.svg"
@@ -57,11 +57,11 @@ class PerDevice(NamedTuple):
     training_sends: float | None  # weights and gradients; None: that depends on the model
 
 
-def main(sizes: tuple[str, ...] = ("350m", "7b"), figure: Path = FIGURE) -> None:
+def main(sizes: tuple[PaperSize, ...] = ("350m", "7b"), figure: Path = FIGURE) -> None:
     """Print the tables, draw the figure.
 
     Args:
-      sizes: presets of ``examples.llama``.
+      sizes: presets of ``examples.llama``, at the ranks of the GaLore paper.
       figure: where the figure goes.
     """
     for size in sizes:

@@ -3,21 +3,17 @@
 import signal
 import sys
 
-import tyro
-
 from benchmarks.finetuning.runs import Run, make
 from benchmarks.finetuning.show import Show, show
 from benchmarks.finetuning.sweep import Sweep, run_sweep
-from examples.common.cli import exit_code
+from examples.common.cli import exit_code, parse
 
 Command = Run | Sweep | Show
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code."""
-    return exit_code(
-        lambda: run(tyro.cli(Command, prog="python -m benchmarks.finetuning", args=argv))
-    )
+    return exit_code(lambda: run(parse(Command, "benchmarks.finetuning", argv)))
 
 
 def run(command: Command) -> int:

@@ -6,7 +6,6 @@ snippets of film reviews, which no method trains on.
 """
 
 import dataclasses
-import signal
 import statistics
 import sys
 import time
@@ -16,16 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-import tyro
 from flax import nnx
 
-from benchmarks.common import result_files
 from benchmarks.common.environment import RESULTS, environment
-from benchmarks.common.result_files import Json, read_results, read_suite, write
+from benchmarks.common.result_files import Json, read_suite, write
 from benchmarks.finetuning import grids
 from benchmarks.pretraining.tables import mean_and_spread
 from benchmarks.pretraining.train import excerpt, finite, outcome
-from examples.common.cli import exit_code
 from examples.common.optimizers import OptimizerConfig
 from examples.finetune.encoder.data import read_rows
 from examples.finetune.encoder.data.tasks import TASKS
@@ -39,7 +35,6 @@ from examples.llama.training.train_step import Apply
 from examples.llama.weights.files import load_llama
 from examples.llama.weights.initial import start_from
 
-PROGRAM = "benchmarks.finetuning.continued"
 UNTRAINED = "untrained"
 # Of embedding and norms, the same for all methods: it is not what is compared.
 UNPROJECTED_RATE = 3e-5
@@ -83,7 +78,7 @@ else:  # The names that the command line offers.
 
 
 @dataclass(frozen=True, kw_only=True)
-class Common:
+class Common(grids.Suite):
     """Options common to all runs of a suite."""
 
     model: str = "smollm2-135m-instruct"
@@ -98,29 +93,18 @@ class Common:
     """Tokens of a row."""
     eval_tokens: int = 8192
     """Tokens of each text that a loss is the mean of."""
-    suite: str = "main"
-    """Directory of runs that belong together."""
     root: Path = RESULTS / "continued"
     """Directory of all suites."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run(Common):
+class Run(Common, grids.RunOptions):
     """Make one run and write its file."""
 
     method: MethodName = "natural-galore"
     """Method that trains the model; `untrained` evaluates it alone."""
     learning_rate: float = 1e-4
     """Peak learning rate of the hidden matrices."""
-    seed: int = 1
-    """Of everything random."""
-    workers: int = 1
-    """Runs at a time, for the record."""
-
-    @property
-    def path(self) -> Path:
-        name = f"{self.method}-lr{self.learning_rate:g}-seed{self.seed}.json"
-        return self.root / self.suite / grids.stage(self.seed) / name
 
     def config(self) -> RunConfig:
         """The configuration of the program."""
@@ -151,43 +135,25 @@ class Run(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sweep(grids.SweepOptions, Common):
-    """Tune each method, then train it at its best rate with several seeds.
-
-    A rate is the best by the validation loss. Start it again and it goes on. A run that fails does
-    not stop the others; the exit code is then 1.
-    """
-
+class Sweep(Common, grids.SweepOptions):
+    __doc__ = grids.SweepOptions.__doc__
+    grids = GRIDS
     methods: tuple[MethodName, ...] = tuple(METHODS)
     """Methods that train the model."""
 
-    def __post_init__(self) -> None:
-        grids.check(GRIDS, self.methods, self.seeds)
 
-
-@dataclass(frozen=True)
-class Show:
+@dataclass(frozen=True, kw_only=True)
+class Show(grids.Suite):
     """Print a suite: mean ± standard deviation over the seeds."""
 
-    suite: str = "main"
-    """The suite."""
-    root: Path = RESULTS / "continued"
+    root: Path = Common.root
     """Directory of all suites."""
-
-
-def is_done(run: Run) -> bool:
-    """Whether the run was made already.
-
-    Raises:
-      ConfigError: if it was made with another configuration.
-    """
-    return result_files.is_done(run.path, run.configuration())
 
 
 def make(run: Run) -> Json | None:
     """Train and write the file; None if it was there already."""
     begin = time.perf_counter()
-    if is_done(run):
+    if grids.is_done(run):
         return None
     start = start_from(run.config())
     config = start.config
@@ -242,13 +208,13 @@ def losses_of(
     return found
 
 
-def runs(sweep: Sweep) -> list[Run]:
+def runs(sweep: Sweep) -> list[grids.RunOptions]:
     """The runs that are known by now: of the tuning, and of methods whose tuning is complete."""
     planned = grids.maker(sweep, Common, Run)
     trained = (r for r in read_suite(sweep.root, sweep.suite) if r["method"] != UNTRAINED)
     tuned = grids.tuning_losses(trained, lambda r: r["loss"]["validation"])
     first = planned(UNTRAINED, 0.0, grids.TUNE_SEED)
-    return [first, *grids.plan(GRIDS, sweep.methods, sweep.seeds, tuned, planned)]
+    return [first, *grids.plan(sweep, tuned, planned)]
 
 
 _COLUMNS = ("rate", "seeds", "state, MiB", "addresses", "film reviews", "minutes")
@@ -296,26 +262,7 @@ def _outcome(record: Json) -> str:
     return f"loss: {found}"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run a command and return its exit code."""
-    return exit_code(
-        lambda: run(tyro.cli(Run | Sweep | Show, prog=f"python -m {PROGRAM}", args=argv))
-    )
-
-
-def run(command: Run | Sweep | Show) -> int:
-    match command:
-        case Run():
-            make(command)
-            return 0
-        case Sweep():
-            return grids.sweep(PROGRAM, command, runs, is_done, _outcome)
-        case Show():
-            print(table(read_results(command.root, command.suite)))
-            return 0
-
+COMPARISON = grids.Comparison("benchmarks.finetuning.continued", make, runs, _outcome, table)
 
 if __name__ == "__main__":
-    # A sweep that is told to end takes its runs along.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(main())
+    sys.exit(COMPARISON.main(Run | Sweep | Show))

@@ -5,7 +5,6 @@ run is `make functions` with another method, rate and seed.
 """
 
 import shutil
-import signal
 import statistics
 import sys
 import time
@@ -13,18 +12,14 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import tyro
-
-from benchmarks.common import result_files
 from benchmarks.common.environment import RESULTS, environment
-from benchmarks.common.result_files import Json, read_results, read_suite, write
+from benchmarks.common.result_files import Json, read_suite, write
 from benchmarks.finetuning import grids
 from benchmarks.pretraining.tables import mean_and_spread
-from examples.common.cli import exit_code
 from examples.common.compare import Diverged
 from examples.common.errors import ConfigError
 from examples.common.interrupt import stop_on_signals
-from examples.common.reporter import Silent
+from examples.common.reporter import Reporter
 from examples.finetune.planner.evaluate import Evaluator
 from examples.finetune.planner.loop import train
 from examples.finetune.planner.methods import MethodName
@@ -32,7 +27,6 @@ from examples.finetune.planner.prepare import prepare
 from examples.finetune.planner.run_config import RunConfig, preset_config
 from examples.finetune.planner.untrained import evaluate_untrained
 
-PROGRAM = "benchmarks.finetuning.functions"
 # As many rates for each method. Low-rank updates have fewer dimensions and need higher rates.
 GRIDS = {
     "adamw": (1e-5, 3e-5, 1e-4, 3e-4),
@@ -47,7 +41,7 @@ _COLUMNS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Common:
+class Common(grids.Suite):
     """Options common to all runs of a suite."""
 
     model: str = "smollm2-135m-instruct"
@@ -58,8 +52,6 @@ class Common:
     """Train on so many records; by default as in `make functions`."""
     eval_limit: int | None = None
     """Validate and test on so many records; by default as in `make functions`."""
-    suite: str = "main"
-    """Directory of runs that belong together."""
     root: Path = RESULTS / "function_calling"
     """Directory of all suites."""
     work: Path = Path(".cache/function_calling")
@@ -67,22 +59,13 @@ class Common:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run(Common):
+class Run(Common, grids.RunOptions):
     """Make one run and write its file."""
 
     method: MethodName = "natural-galore"
     """Method that trains the model."""
     learning_rate: float = 3e-4
     """Peak learning rate."""
-    seed: int = 1
-    """Of everything random."""
-    workers: int = 1
-    """Runs at a time, for the record."""
-
-    @property
-    def path(self) -> Path:
-        name = f"{self.method}-lr{self.learning_rate:g}-seed{self.seed}.json"
-        return self.root / self.suite / grids.stage(self.seed) / name
 
     @property
     def work_dir(self) -> Path:
@@ -102,45 +85,31 @@ class Run(Common):
             output=replace(config.output, resume=True),
         )
 
+    def configuration(self) -> Json:
+        """The configuration that a file of the run must have been made with."""
+        return self.config().identity() | {"method_name": self.method}
+
 
 @dataclass(frozen=True, kw_only=True)
-class Sweep(grids.SweepOptions, Common):
-    """Tune each method, then train it at its best rate with several seeds.
-
-    A rate is the best by the validation loss. Start it again and it goes on. A run that fails does
-    not stop the others; the exit code is then 1.
-    """
-
+class Sweep(Common, grids.SweepOptions):
+    __doc__ = grids.SweepOptions.__doc__
+    grids = GRIDS
     methods: tuple[MethodName, ...] = tuple(GRIDS)
     """Methods that train the model."""
 
-    def __post_init__(self) -> None:
-        grids.check(GRIDS, self.methods, self.seeds)
 
-
-@dataclass(frozen=True)
-class Show:
+@dataclass(frozen=True, kw_only=True)
+class Show(grids.Suite):
     """Print a suite: mean ± standard deviation over the seeds, shares in percent."""
 
-    suite: str = "main"
-    """The suite."""
-    root: Path = RESULTS / "function_calling"
+    root: Path = Common.root
     """Directory of all suites."""
-
-
-def is_done(run: Run) -> bool:
-    """Whether the run was made already.
-
-    Raises:
-      ConfigError: if it was made with another configuration.
-    """
-    return result_files.is_done(run.path, run.config().identity() | {"method_name": run.method})
 
 
 def make(run: Run) -> Json | None:
     """Train and write the file; None if it was there already or the run was stopped."""
     start = time.perf_counter()
-    if is_done(run):
+    if grids.is_done(run):
         return None
     config = run.config()
     prepared = prepare(config)
@@ -157,10 +126,10 @@ def make(run: Run) -> Json | None:
         "seed": run.seed,
         "environment": environment(run.seed),
         "workers": run.workers,
-        "configuration": config.identity() | {"method_name": run.method},
+        "configuration": run.configuration(),
         "rows": {name: len(split.rows) for name, split in prepared.splits.items()},
     }
-    reporter = Silent()
+    reporter = Reporter()
     with stop_on_signals(lambda: reporter.activity.stops) as stop:
         where = run.work / run.suite / "untrained"
         untrained = evaluate_untrained(config, prepared, evaluator, where, stop)
@@ -182,13 +151,12 @@ def make(run: Run) -> Json | None:
     return record
 
 
-def runs(sweep: Sweep) -> list[Run]:
+def runs(sweep: Sweep) -> list[grids.RunOptions]:
     """The runs that are known by now: of the tuning, and of methods whose tuning is complete."""
-    planned = grids.maker(sweep, Common, Run)
     tuned = grids.tuning_losses(
         read_suite(sweep.root, sweep.suite), lambda r: r["validation"]["loss"]
     )
-    return grids.plan(GRIDS, sweep.methods, sweep.seeds, tuned, planned)
+    return grids.plan(sweep, tuned, grids.maker(sweep, Common, Run))
 
 
 def table(records: list[Json]) -> str:
@@ -230,26 +198,7 @@ def _outcome(record: Json) -> str:
     return f"validation loss {found['loss']:.3f}, success {100 * found['metrics']['success']:.1f}"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run a command and return its exit code."""
-    return exit_code(
-        lambda: run(tyro.cli(Run | Sweep | Show, prog=f"python -m {PROGRAM}", args=argv))
-    )
-
-
-def run(command: Run | Sweep | Show) -> int:
-    match command:
-        case Run():
-            make(command)
-            return 0 if is_done(command) else 1
-        case Sweep():
-            return grids.sweep(PROGRAM, command, runs, is_done, _outcome)
-        case Show():
-            print(table(read_results(command.root, command.suite)))
-            return 0
-
+COMPARISON = grids.Comparison("benchmarks.finetuning.functions", make, runs, _outcome, table)
 
 if __name__ == "__main__":
-    # A sweep that is told to end takes its runs along.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(main())
+    sys.exit(COMPARISON.main(Run | Sweep | Show))

@@ -1,26 +1,68 @@
 """Methods tuned over a grid of rates each, then trained at the best one with more seeds."""
 
+import abc
+import signal
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
-from benchmarks.common.result_files import Json
-from benchmarks.common.sweep import Planned, sweep as sweep_runs
+from benchmarks.common import result_files
+from benchmarks.common.result_files import Json, read_results
+from benchmarks.common.sweep import sweep as sweep_runs
+from examples.common.cli import exit_code, parse
 from examples.common.errors import ConfigError
 
 TUNE_SEED = 100
 
 Grids = Mapping[str, Sequence[float]]
 Losses = dict[str, dict[float, float | None]]  # By method and rate; None: diverged.
-R = TypeVar("R", bound=Planned)
-S = TypeVar("S", bound="SweepOptions")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepOptions:
-    """Options of a sweep, beside those of its runs and the methods."""
+class Suite:
+    """A suite: runs that belong together."""
 
+    root: Path
+    """Directory of all suites."""
+    suite: str = "main"
+    """Directory of runs that belong together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(Suite, abc.ABC):
+    """Options of a run, beside those of its program."""
+
+    method: str
+    learning_rate: float
+    seed: int = 1
+    """Of everything random."""
+    workers: int = 1
+    """Runs at a time, for the record."""
+
+    @property
+    def path(self) -> Path:
+        stage = "tune" if self.seed == TUNE_SEED else "seeds"
+        name = f"{self.method}-lr{self.learning_rate:g}-seed{self.seed}.json"
+        return self.root / self.suite / stage / name
+
+    @abc.abstractmethod
+    def configuration(self) -> Json:
+        """The configuration that a file of the run must have been made with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions(Suite):
+    """Tune each method, then train it at its best rate with several seeds.
+
+    A rate is the best by the validation loss. Start it again and it goes on. A run that fails does
+    not stop the others; the exit code is then 1.
+    """
+
+    grids: ClassVar[Grids]  # Rates of the methods.
+
+    methods: tuple[str, ...]
     seeds: tuple[int, ...] = (1, 2, 3)
     """Seeds after the tuning."""
     workers: int = 1
@@ -28,20 +70,22 @@ class SweepOptions:
     plan: bool = False
     """Print what would be run by what is known now, and stop."""
 
-
-def check(grids: Grids, methods: Iterable[str], seeds: Iterable[int]) -> None:
-    """Raise a ConfigError for methods without a grid, and for the seed of the tuning."""
-    if unknown := set(methods) - set(grids):
-        raise ConfigError(
-            f"methods must be some of {', '.join(grids)}; got {', '.join(sorted(unknown))}"
-        )
-    if TUNE_SEED in seeds:
-        raise ConfigError(f"seeds must not contain {TUNE_SEED}, the seed of the tuning")
+    def __post_init__(self) -> None:
+        if unknown := set(self.methods) - set(self.grids):
+            raise ConfigError(
+                f"methods must be some of {', '.join(self.grids)}; got {', '.join(sorted(unknown))}"
+            )
+        if TUNE_SEED in self.seeds:
+            raise ConfigError(f"seeds must not contain {TUNE_SEED}, the seed of the tuning")
 
 
-def stage(seed: int) -> str:
-    """Directory of a run's file in its suite."""
-    return "tune" if seed == TUNE_SEED else "seeds"
+def is_done(run: RunOptions) -> bool:
+    """Whether the run was made already.
+
+    Raises:
+      ConfigError: if it was made with another configuration.
+    """
+    return result_files.is_done(run.path, run.configuration())
 
 
 def tuning_losses(records: Iterable[Json], loss: Callable[[Json], float]) -> Losses:
@@ -61,62 +105,71 @@ def best_rate(method: str, losses: Mapping[float, float | None]) -> float:
     return usable[min(usable)]
 
 
-def plan(
-    grids: Grids,
-    methods: Iterable[str],
-    seeds: Iterable[int],
-    tuned: Losses,
-    make: Callable[[str, float, int], R],
-) -> list[R]:
-    """The runs that are known by now: of the tuning, and of methods whose tuning is complete.
-
-    Args:
-      grids: rates of the methods.
-      methods: those that are compared.
-      seeds: of the runs after the tuning.
-      tuned: what the tuning has found.
-      make: the run of a method, a rate and a seed.
-    """
-    methods = list(methods)
-    tuning = [make(method, rate, TUNE_SEED) for method in methods for rate in grids[method]]
-    best = {
-        method: best_rate(method, tuned[method])
-        for method in methods
-        if tuned.get(method, {}).keys() >= set(grids[method])
-    }
-    return tuning + [make(method, best[method], seed) for seed in seeds for method in best]
-
-
 def maker(
-    sweep: SweepOptions, common: type[Any], run: Callable[..., R]
-) -> Callable[[str, float, int], R]:
+    sweep: SweepOptions, common: type[Any], run: Callable[..., RunOptions]
+) -> Callable[[str, float, int], RunOptions]:
     """The run of a method, a rate and a seed, with the fields of ``common`` as in the sweep."""
     shared = {field.name: getattr(sweep, field.name) for field in fields(common)}
 
-    def make(method: str, rate: float, seed: int) -> R:
+    def make(method: str, rate: float, seed: int) -> RunOptions:
         given = {"method": method, "learning_rate": rate, "seed": seed}
         return run(**shared, **given, workers=sweep.workers)
 
     return make
 
 
-def sweep(
-    program: str,
-    options: S,
-    runs: Callable[[S], Sequence[R]],
-    is_done: Callable[[R], bool],
-    outcome: Callable[[Json], str],
-) -> int:
-    """Make the runs, plan anew by their results until none is left, and return the exit code."""
-    return sweep_runs(
-        program,
-        lambda: runs(options),
-        is_done,
-        outcome,
-        workers=options.workers,
-        only_plan=options.plan,
-        searching=True,
-    )
+def plan(
+    sweep: SweepOptions, tuned: Losses, make: Callable[[str, float, int], RunOptions]
+) -> list[RunOptions]:
+    """The runs that are known by now: of the tuning, and of methods whose tuning is complete."""
+    rates = {method: sweep.grids[method] for method in sweep.methods}
+    tuning = [make(method, rate, TUNE_SEED) for method in rates for rate in rates[method]]
+    best = {
+        method: best_rate(method, tuned[method])
+        for method in rates
+        if tuned.get(method, {}).keys() >= set(rates[method])
+    }
+    return tuning + [make(method, best[method], seed) for seed in sweep.seeds for method in best]
+
+
+class Comparison(NamedTuple):
+    """A program that compares methods."""
+
+    program: str
+    """Its module."""
+    make: Callable[[Any], Json | None]
+    """Make a run, unless that is done."""
+    runs: Callable[[Any], Sequence[RunOptions]]
+    """The runs of a sweep that are known by now."""
+    outcome: Callable[[Json], str]
+    """A result in a few words."""
+    table: Callable[[list[Json]], str]
+    """Results as Markdown."""
+
+    def main(self, commands: Any, argv: Sequence[str] | None = None) -> int:
+        """Run a command and return its exit code."""
+        # A sweep that is told to end takes its runs along.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        return exit_code(lambda: self.run(parse(commands, self.program, argv)))
+
+    def run(self, command: Suite) -> int:
+        """Do what a command says; a run that was stopped has the exit code 1."""
+        match command:
+            case RunOptions():
+                self.make(command)
+                return 0 if is_done(command) else 1
+            case SweepOptions():
+                return sweep_runs(
+                    self.program,
+                    lambda: self.runs(command),
+                    is_done,
+                    self.outcome,
+                    workers=command.workers,
+                    only_plan=command.plan,
+                    searching=True,
+                )
+        print(self.table(read_results(command.root, command.suite)))
+        return 0
 
 
 def rate_cell(method: str, rate: float, grids: Grids) -> str:

@@ -17,13 +17,14 @@ import tyro
 from benchmarks.common.child import call
 from benchmarks.common.environment import RESULTS, environment, write_results
 from examples.llama.memory.xla_flags import MEMORY_FLAGS
+from examples.llama.model.config import PresetName
 
 FLAGS = {"default": "", "memory": MEMORY_FLAGS}
 MIB = 2**20
 
 
 def main(
-    preset: str = "60m",
+    preset: PresetName = "60m",
     layers: int = 16,
     vocab_size: int = 1024,
     batch_size: int = 4,

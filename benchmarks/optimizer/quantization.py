@@ -29,6 +29,7 @@ from benchmarks.common.shapes import hidden_shapes, matrices, random_tree
 from benchmarks.common.timing import Updater, median
 from benchmarks.optimizer.floor import Machine, floor_seconds, operations
 from examples.llama.memory.step_memory import temporary_bytes
+from examples.llama.model.config import PresetName
 from natgalore_jax._src.kernels.dither import STRIDES, dither
 from natgalore_jax._src.kernels.float8_blocks import Blocks, block_max, decode, encode
 
@@ -38,7 +39,7 @@ HISTORY = 10  # gradients
 def main(
     steps: int = 2000,
     spreads: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0),
-    preset: str = "60m",
+    preset: PresetName = "60m",
     layers: int | None = None,
     rank: int = 128,
     rounds: int = 12,

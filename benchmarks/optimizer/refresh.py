@@ -25,6 +25,7 @@ from benchmarks.common.timing import median, seconds
 from benchmarks.optimizer.basis_energy import basis_energy, captured_energy
 from examples.llama.data import DataConfig
 from examples.llama.memory.step_memory import temporary_bytes
+from examples.llama.model.config import PresetName
 from natgalore_jax._src.kernels.basis import WARM_STEPS, new_basis
 
 
@@ -32,7 +33,7 @@ def main(
     shape: tuple[int, int] = (1024, 2736),
     rank: int = 128,
     rounds: int = 8,
-    preset: str = "nano",
+    preset: PresetName = "nano",
     layers: int | None = None,
     steps: int = 200,
     intervals: tuple[int, ...] = (50, 200),

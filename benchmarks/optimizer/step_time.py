@@ -39,13 +39,14 @@ from benchmarks.optimizer.floor import (
     operations,
 )
 from benchmarks.optimizer.training_share import print_share, training_share
+from examples.llama.model.config import PresetName
 
 SCALED_TOKENS = 131_072  # of a step in the protocol of the GaLore papers: 512 rows of 256
 GRADIENTS = 2  # trees of gradients, in turns
 
 
 def main(
-    preset: str = "60m",
+    preset: PresetName = "60m",
     layers: int | None = None,
     stacked: bool = False,
     rank: int = 128,

@@ -3,14 +3,12 @@
 import signal
 import sys
 
-import tyro
-
 from benchmarks.pretraining.report import Report, make_report
 from benchmarks.pretraining.run_spec import Run
 from benchmarks.pretraining.show import Show, show
 from benchmarks.pretraining.sweep import Sweep, run_sweep
 from benchmarks.pretraining.train import run as train
-from examples.common.cli import exit_code
+from examples.common.cli import exit_code, parse
 
 Command = Run | Sweep | Show | Report
 
@@ -18,9 +16,7 @@ Command = Run | Sweep | Show | Report
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code."""
     # Wrong arguments end the program here, with exit code 2.
-    return exit_code(
-        lambda: run(tyro.cli(Command, prog="python -m benchmarks.pretraining", args=argv))
-    )
+    return exit_code(lambda: run(parse(Command, "benchmarks.pretraining", argv)))
 
 
 def run(command: Command) -> int:

@@ -97,22 +97,17 @@ def tuning(tuned: Mapping[str, Tuned], *, brief: bool = False) -> str:
     lines = []
     for method in sorted(tuned, key=place):
         found = tuned[method]
-        cells = (
-            f"{rates}: {'diverged' if loss is None else f'{loss:.3f}'}"
-            for rates, loss in sorted(found.curve.items())
-        )
         edge = " (at the edge)" if found.at_edge else ""
-        lines.append(
-            [
-                label(method),
-                f"**{found.rates}**{edge}",
-                f"{found.loss:.3f}",
-                str(len(found.curve)),
-                "; ".join(cells),
-            ]
-        )
-    header = ["", "best rate × ratio", "loss", "runs", "all runs"]
-    return table(header[:4], (x[:4] for x in lines)) if brief else table(header, lines)
+        best_rates = f"**{found.rates}**{edge}"
+        line = [label(method), best_rates, f"{found.loss:.3f}", str(len(found.curve))]
+        if not brief:
+            runs = (
+                f"{rates}: {'diverged' if loss is None else f'{loss:.3f}'}"
+                for rates, loss in sorted(found.curve.items())
+            )
+            line.append("; ".join(runs))
+        lines.append(line)
+    return table(["", "best rate × ratio", "loss", "runs", *([] if brief else ["all runs"])], lines)
 
 
 def mean_and_spread(values: Sequence[float], digits: int) -> str:

@@ -15,6 +15,7 @@ import tyro
 import yaml
 from rich.console import Console
 
+from examples import end_at_once
 from examples.common.config import path_of, plain
 from examples.common.errors import USER_ERRORS, ConfigError
 from examples.common.text import has_half_pair
@@ -42,9 +43,7 @@ def parse(
     Raises:
       ConfigError: for an argument that is not text.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    for word in filter(has_half_pair, argv):  # What Python makes of bytes that are no text.
-        raise ConfigError(f"{word!r}: arguments must be text in the encoding of the terminal")
+    argv = _words(argv)
     if brief is not None:
         if {"-h", "--help"} & set(argv):
             print(brief.strip())
@@ -52,6 +51,21 @@ def parse(
         argv = ["--help" if word == "--help-all" else word for word in argv]
     more: dict[str, Any] = {} if default is None else {"default": default}
     return _at_home(tyro.cli(kind, prog=f"python -m {program}", args=argv, **more))
+
+
+def parse_known(kind: type[T], program: str, argv: Sequence[str] | None) -> tuple[T, list[str]]:
+    """As :func:`parse`, and the arguments that are no options of this configuration."""
+    found, others = tyro.cli(
+        kind, prog=f"python -m {program}", args=_words(argv), return_unknown_args=True
+    )
+    return _at_home(found), others
+
+
+def _words(argv: Sequence[str] | None) -> list[str]:
+    words = list(sys.argv[1:] if argv is None else argv)
+    for word in filter(has_half_pair, words):  # What Python makes of bytes that are no text.
+        raise ConfigError(f"{word!r}: arguments must be text in the encoding of the terminal")
+    return words
 
 
 def _at_home(value: Any) -> Any:
@@ -166,6 +180,8 @@ def exit_code(
     program: Callable[[], int], on_error: Callable[[int], None] = lambda code: None
 ) -> int:
     """Exit code of a program; what the user can correct is printed as one line."""
+    if signal.getsignal(signal.SIGINT) is end_at_once:  # All is imported.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with warnings.catch_warnings():
             warnings.formatwarning = _format_warning

@@ -41,7 +41,7 @@ class OutputConfig:
     resume: bool = False
     """Continue each method from its last checkpoint."""
     overwrite: bool = False
-    """Delete an earlier run of the same name first."""
+    """Delete an earlier run of the same name, once this one has started."""
     root: Path = Path("runs")
     """Directory of all runs."""
     log_to: tuple[LoggerName, ...] = ()
@@ -133,6 +133,7 @@ def train(
     run_dir: Path | None = None,
     resume: bool = False,
     first: Record | None = None,
+    started: Callable[[], None] = lambda: None,
     log_to: Sequence[LoggerName] = (),
     options: str,
 ) -> Result:
@@ -148,6 +149,7 @@ def train(
       run_dir: directory of metrics, checkpoints and summary; None writes nothing.
       resume: whether a run in `run_dir` may be continued.
       first: an evaluation before the first step.
+      started: called before the first step, see `config.replacing`.
       log_to: loggers that receive the metrics too.
       options: the whole configuration as a file for `--config`, written beside the metrics.
 
@@ -178,6 +180,7 @@ def train(
                 log.write(**first)
             with reporter.during(STARTING):
                 run = _Run(set_up(), method, reporter, log, (checkpoints, identity))
+            started()
             result = run.run(should_stop)
     if result.finished:
         write_json(run_dir / "summary.json", result.summary())

@@ -37,16 +37,26 @@ def check_apart(run_dir: Path, option: str, source: str) -> None:
 def replacing(run_dir: Path, wanted: bool) -> Iterator[Callable[[], None]]:
     """Set an old run aside; what this yields deletes it, once the new run has started.
 
-    A start that fails leaves the old run as it was.
+    A start that fails leaves the old run as it was. After one that was killed, the next one that
+    overwrites still does.
     """
-    if not (wanted and run_dir.exists()):
+    run_dir = run_dir.resolve()  # A link to a directory stays one.
+    old = run_dir.with_name(f".{run_dir.name}.overwritten")
+    if not wanted or not (old.exists() or run_dir.exists()):
         yield lambda: None
         return
-    old = run_dir.with_name(f".{run_dir.name}.overwritten")
-    shutil.rmtree(old, ignore_errors=True)
-    run_dir.rename(old)
+    if old.exists():
+        shutil.rmtree(run_dir, ignore_errors=True)
+    else:
+        run_dir.rename(old)
+    run_dir.mkdir()
+
+    def started() -> None:
+        if old.exists():  # Renamed first: a part of a run is never taken for one.
+            shutil.rmtree(old.rename(run_dir.with_name(f".{run_dir.name}.deleted")))
+
     try:
-        yield lambda: shutil.rmtree(old)
+        yield started
     finally:
         if old.exists():
             shutil.rmtree(run_dir, ignore_errors=True)

@@ -38,7 +38,7 @@ def evaluating(split: str) -> Activity:
 
 
 class Reporter:
-    """Receives what happens during training, prints nothing, and knows what is going on."""
+    """Silent reporter: receives the progress of a program, and keeps its current activity."""
 
     activity = TRAINING
 
@@ -55,10 +55,6 @@ class Reporter:
             yield
         finally:
             self.activity = before
-
-
-class Silent(Reporter):
-    """Prints nothing."""
 
 
 class _Speaking(Reporter):
@@ -208,7 +204,7 @@ def make_reporter(
 ) -> Reporter:
     """The reporter of a program; `brief` describes records beside a bar, which has less room."""
     if quiet:
-        return Silent()
+        return Reporter()
     if console.is_terminal:
         return Bar(console, brief or describe)
     return Lines(console, describe)

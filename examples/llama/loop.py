@@ -19,7 +19,7 @@ from examples.common.errors import ConfigError
 from examples.common.loggers import make_loggers
 from examples.common.lora import partition
 from examples.common.metrics import Clock, MetricsLog, of_kind, replace_text
-from examples.common.reporter import COMPILING, STARTING, Reporter, Silent, evaluating
+from examples.common.reporter import COMPILING, STARTING, Reporter, evaluating
 from examples.common.train_state import Metrics, Params, TrainState
 from examples.llama.data import Splits, eval_batches, load_splits
 from examples.llama.distributed.batches import TrainBatches, documents_end
@@ -83,7 +83,7 @@ def train(
     options = options_text(config, "examples.llama")
     config = config.with_vocabulary(splits.vocab_size)
     devices = make_devices(config.distributed, config.batch_size)
-    reporter = reporter if reporter is not None and devices.leads else Silent()
+    reporter = reporter if reporter is not None and devices.leads else Reporter()
     if run_dir is None:
         return _Run(config, splits, tx, reporter, MetricsLog(), None, devices, initial).run(
             should_stop

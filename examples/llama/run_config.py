@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -20,14 +20,8 @@ from examples.common.schedule import ScheduleConfig
 from examples.llama.data import DataConfig, is_hub
 from examples.llama.distributed.processes import DistributedConfig
 from examples.llama.model.adapters import AdapterConfig
-from examples.llama.model.config import MODEL_PRESETS, ModelConfig
+from examples.llama.model.config import MODEL_PRESETS, ModelConfig, PresetName
 from examples.llama.training.faults import FaultConfig
-
-if TYPE_CHECKING:
-    PresetName = str
-else:  # The names that the command line offers.
-    PresetName = Literal[tuple(MODEL_PRESETS)]
-
 
 # What optimizers take by default, chosen for random weights, undoes trained ones in a few steps.
 _TRAINED_SHARE = 0.01

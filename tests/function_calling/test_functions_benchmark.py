@@ -8,17 +8,16 @@ import tiny_planner as tiny
 
 from benchmarks.common.result_files import write
 from benchmarks.finetuning.functions import (
+    COMPARISON,
     GRIDS,
     Run,
     Show,
     Sweep,
-    is_done,
     make,
-    run,
     runs,
     table,
 )
-from benchmarks.finetuning.grids import TUNE_SEED, best_rate
+from benchmarks.finetuning.grids import TUNE_SEED, best_rate, is_done
 from examples.common.errors import ConfigError
 from examples.finetune.planner.methods import MethodConfig
 from examples.finetune.planner.prompts import PromptConfig
@@ -84,12 +83,12 @@ def test_a_sweep_tunes_all_methods_by_as_many_runs_and_goes_on(tmp_path, monkeyp
     monkeypatch.setattr("benchmarks.common.sweep.run_all", make_all)
     sweep = Sweep(root=tmp_path, methods=("adamw", "lora"), seeds=(1, 2))
     assert len({len(grid) for grid in GRIDS.values()}) == 1
-    assert run(sweep) == 0
+    assert COMPARISON.run(sweep) == 0
     tuning = [(method, rate, TUNE_SEED) for method in best for rate in GRIDS[method]]
     assert made[: len(tuning)] == tuning
     final = [(method, rate, seed) for seed in (1, 2) for method, rate in best.items()]
     assert made[len(tuning) :] == final
-    assert run(sweep) == 0 and len(made) == len(tuning + final)  # Nothing is left to do.
+    assert COMPARISON.run(sweep) == 0 and len(made) == len(tuning + final)  # Nothing is left to do.
     assert len(runs(sweep)) == len(made)
 
 
@@ -106,7 +105,7 @@ def test_the_table(tmp_path, capsys):
     for seed, success in ((1, 0.5), (2, 0.6), (TUNE_SEED, 0.0)):
         one = Run(root=tmp_path, method="lora", learning_rate=3e-3, seed=seed)
         write(record_of(one, 0.25, success), one.path)
-    assert run(Show(root=tmp_path)) == 0
+    assert COMPARISON.run(Show(root=tmp_path)) == 0
     _, _, untrained, lora = capsys.readouterr().out.replace("\u00a0", " ").splitlines()
     assert untrained == "| untrained | | | | 2.000 | 12.5 | 0.0 | |"
     assert lora.startswith(

@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from examples.common.errors import ConfigError, WeightsError
 from examples.common.lora import union
 from examples.common.metrics import of_kind
-from examples.common.reporter import Silent
+from examples.common.reporter import Reporter
 from examples.common.train_state import init_state
 from examples.finetune.planner.batches import Layout, Shape, batches, make_layout, train_steps
 from examples.finetune.planner.best import best_epoch, read_best
@@ -69,7 +69,7 @@ def run(config, prepared, evaluator, untrained):
 
     def go(run_dir, should_stop=lambda: False, **output):
         changed = dataclasses.replace(config, output=OutputConfig(**output))
-        given = (prepared, evaluator, untrained, run_dir, Silent(), should_stop)
+        given = (prepared, evaluator, untrained, run_dir, Reporter(), should_stop)
         return train(changed, "adamw", *given)
 
     return go

@@ -12,6 +12,7 @@ from examples.finetune.planner.__main__ import main
 from examples.finetune.planner.data import load_tinyagent
 from examples.finetune.planner.plans.metrics import verdict
 
+PLANNER = "examples.finetune.planner.__main__"
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
 
@@ -31,7 +32,7 @@ def test_it_has_a_pulse(command, directory, tmp_path, capsys, monkeypatch):
     arguments = [*command, "--root", str(tmp_path), "--name", "run", "--methods"]
     arguments += ["lora", "galore", "--limit", "8", "--eval-limit", "1"]
     with monkeypatch.context() as patch:
-        patch.setattr("examples.finetune.planner.__main__.make_reporter", lambda *_: Stops())
+        patch.setattr(f"{PLANNER}.make_reporter", lambda *_: Stops())
         assert main(arguments) == 128 + signal.SIGTERM
     assert "lora: stopped at step 3, saved; --resume" in capsys.readouterr().out
     assert main([*arguments, "--quiet"]) == 1
@@ -69,6 +70,15 @@ def test_it_has_a_pulse(command, directory, tmp_path, capsys, monkeypatch):
     assert main([*arguments, *again, "--methods", "lora"]) == 0
     assert main([*arguments, *again[:2], "--overwrite"]) == 1
     assert "--overwrite would delete --model" in capsys.readouterr().err
+    # A signal during the evaluation before training, which is the beginning of a run.
+    with monkeypatch.context() as patch:
+        patch.setattr(f"{PLANNER}.evaluate_untrained", lambda *given: given[-1]._set(15))
+        assert main([*arguments, "--overwrite", "--quiet"]) == 128 + signal.SIGTERM
+    assert "stopped before the training" in capsys.readouterr().out
+    assert (run / "lora" / "model").is_dir()
+    assert main([*arguments[:-6], "lora", *arguments[-4:], "--overwrite", "--quiet"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "run"]
+    assert not (run / "galore").exists()
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,13 @@ def test_it_has_a_pulse(arguments, tmp_path, capsys, monkeypatch):
     assert main([*arguments, *again[:2], "--overwrite", "--quiet"]) == 1
     assert_one_line(capsys, "--overwrite would delete --model")
     assert (run / "adamw" / "model").is_dir()
+    # It is found while the first method is set up.
+    assert main([*arguments, "--overwrite", "--quiet", "--rank", "16"]) == 1
+    assert_one_line(capsys, "rank must be below")
+    assert (run / "adamw" / "model").is_dir()
+    assert main([*arguments, "--overwrite", "--quiet", "--methods", "lora"]) == 0
+    assert sorted(path.name for path in run.parent.iterdir()) == ["again", "test"]
+    assert sorted(path.name for path in run.iterdir()) == ["lora", "summary.json"]
 
 
 def test_a_sweep_goes_on_and_predicts(arguments, tmp_path, capsys, monkeypatch):

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import pytest
 from cluster_run import write_text
 from command_lines import assert_one_line
 
+import examples
 from examples.common import cli
 from examples.common.checkpoints import Checkpoints
 from examples.common.cli import options_text
@@ -125,8 +128,17 @@ def test_resume_and_overwrite(arguments, tmp_path, capsys):
     assert_one_line(capsys, "rank 64")
     assert read_metrics(metrics) == first
     assert main([*adamw, "--resume"]) == 0
+    # As if a start was killed after that; the run is a link to another directory.
+    elsewhere = tmp_path / "elsewhere"
+    metrics.parent.rename(elsewhere)
+    metrics.parent.symlink_to(elsewhere)
+    shutil.move(elsewhere, tmp_path / ".elsewhere.overwritten")
+    elsewhere.mkdir()
+    assert main([*arguments, "--overwrite", "--steps", "2", "--rank", "64", "--quiet"]) == 1
+    assert read_metrics(metrics) == first
     assert main([*adamw, "--overwrite", "--seed", "1"]) == 0
     assert [path.name for path in metrics.parent.parent.iterdir()] == ["test"]
+    assert metrics.parent.is_symlink() and not list(tmp_path.glob(".elsewhere*"))
     assert read_metrics(metrics)[0]["loss"] != first[0]["loss"]
 
 
@@ -295,3 +307,29 @@ def test_warnings_about_files_are_one_line():
     mine, other, *_ = found.stderr.splitlines()
     assert mine == "warning: a.txt: bad"
     assert other.endswith("FutureWarning: old") and ":2:" in other
+
+
+def test_ctrl_c_during_the_imports_is_one_line(tmp_path):
+    (tmp_path / "tyro.py").write_text(
+        "import signal\ntry:\n    signal.raise_signal(signal.SIGINT)\n"
+        "except BaseException as error:\n    raise ImportError from error\n"
+    )
+    for program in ("llama", "llama.plan", "llama.sample", "finetune.encoder"):
+        found = subprocess.run(
+            [sys.executable, "-m", f"examples.{program}"],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+        assert (found.returncode, found.stdout, found.stderr) == (130, "", "interrupted\n")
+
+
+def test_ctrl_c_after_the_imports_is_an_exception(capsys):
+    before = signal.signal(signal.SIGINT, examples.end_at_once)
+    try:
+        assert cli.exit_code(lambda: signal.raise_signal(signal.SIGINT)) == 130
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err == "interrupted\n"

@@ -2,15 +2,27 @@
 
 import dataclasses
 import json
+import pathlib
 
 import numpy as np
 import pytest
 import tiny_weights as tiny
 
 from benchmarks.common.result_files import write
+from benchmarks.common.sweep import command
 from benchmarks.finetuning import continued
-from benchmarks.finetuning.continued import GRIDS, METHODS, UNTRAINED, Run, Show, Sweep, make, run
+from benchmarks.finetuning.continued import (
+    COMPARISON,
+    GRIDS,
+    METHODS,
+    UNTRAINED,
+    Run,
+    Show,
+    Sweep,
+    make,
+)
 from benchmarks.finetuning.grids import TUNE_SEED
+from examples.common import cli
 from examples.common.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -80,6 +92,14 @@ def test_the_untrained_model_is_the_one_that_training_starts_from(common, monkey
     assert started["loss"] != pytest.approx(untrained["loss"], rel=1e-6)
 
 
+def test_the_command_line_of_a_run_makes_the_same_run(common):
+    one = Run(**common | {"data": ("a.txt", "b c.txt")}, method="lora", seed=7)
+    words = command(one, "program")[3:]
+    assert cli.parse(Run | Sweep | Show, "program", words) == one
+    show = cli.parse(Run | Sweep | Show, "program", ["show", "--root=~/x"])
+    assert show.root == pathlib.Path.home() / "x"
+
+
 def test_a_sweep_and_its_table(tmp_path, monkeypatch, capsys):
     made = []
 
@@ -103,13 +123,13 @@ def test_a_sweep_and_its_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("benchmarks.common.sweep.run_all", make_all)
     sweep = Sweep(root=tmp_path, methods=("adamw", "lora"), seeds=(1, 2))
     assert len({len(grid) for grid in GRIDS.values()}) == 1
-    assert run(sweep) == 0
+    assert COMPARISON.run(sweep) == 0
     best = {name: min(GRIDS[name]) for name in ("adamw", "lora")}
     tuning = [(name, rate, TUNE_SEED) for name in best for rate in GRIDS[name]]
     final = [(name, rate, seed) for seed in (1, 2) for name, rate in best.items()]
     assert made == [(UNTRAINED, 0.0, TUNE_SEED), *tuning, *final]
     capsys.readouterr()
-    assert run(Show(root=tmp_path)) == 0
+    assert COMPARISON.run(Show(root=tmp_path)) == 0
     _, _, untrained, adamw, _ = capsys.readouterr().out.replace("\u00a0", " ").splitlines()
     assert untrained == "| untrained | | | | 1.000 | 2.000 | |"
     assert (

@@ -16,7 +16,7 @@ import natgalore_jax as ng
 from examples.common.errors import CheckpointError, ConfigError
 from examples.common.metrics import MetricsLog, of_kind, read_metrics
 from examples.common.optimizers import OptimizerConfig
-from examples.common.reporter import Silent
+from examples.common.reporter import Reporter
 from examples.common.train_state import init_state
 from examples.llama import loop
 from examples.llama.data import make_train_iterator
@@ -331,7 +331,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(model, tmp_path, h
         largest.write_bytes(raw)
 
     notes = []
-    reporter = Silent()
+    reporter = Reporter()
     reporter.note = notes.append
     result = train(config, splits=tiny.splits(), run_dir=tmp_path, reporter=reporter)
     assert [n for n in notes if "damaged" in n and str(largest) in n]

@@ -56,9 +56,10 @@ def test_sizes_for_people():
 
 
 def plan(tmp_path, capsys, *arguments):
-    path = tmp_path / "plan.json"
-    code = main([*arguments, "--json", str(path), *SMALL])
-    return code, capsys.readouterr(), json.loads(path.read_text())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(tmp_path))
+        code = main([*arguments, "--json=~/plan.json", *SMALL])
+    return code, capsys.readouterr(), json.loads((tmp_path / "plan.json").read_text())
 
 
 def test_the_command_of_a_setting_that_fits(tmp_path, capsys):

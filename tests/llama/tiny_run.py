@@ -11,7 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer, models
 
 from examples.common.optimizers import OptimizerConfig
-from examples.common.reporter import Silent
+from examples.common.reporter import Reporter
 from examples.llama.data import Splits
 from examples.llama.model.config import ModelConfig
 from examples.llama.run_config import OutputConfig, RunConfig
@@ -71,7 +71,7 @@ def after(batches: int) -> Callable[[], bool]:
     return lambda: next(counter) >= batches
 
 
-class Notes(Silent):
+class Notes(Reporter):
     """A reporter that keeps its notes."""
 
     def __init__(self):

@@ -1,6 +1,5 @@
 """Fine-tune a BERT or RoBERTa: `python -m examples.finetune.encoder --help`."""
 
-import shutil
 import sys
 from typing import Any
 
@@ -9,7 +8,7 @@ from rich.console import Console
 from examples.common import cli
 from examples.common.accelerators import announce_devices
 from examples.common.compare import Result, compare
-from examples.common.config import write_json
+from examples.common.config import replacing, write_json
 from examples.common.interrupt import stop_on_signals
 from examples.common.reporter import READING, make_reporter
 from examples.finetune.encoder.baseline import baseline_scores
@@ -71,17 +70,18 @@ def run(config: RunConfig, console: Console) -> int:
         prepared = prepare(config)
     for note in prepared.notes():
         reporter.note(note)
-    if config.output.overwrite and run_dir.exists():
-        shutil.rmtree(run_dir)
     sweep_summary: dict[str, Any] = {}
-    with stop_on_signals(lambda: reporter.activity.stops) as stop:
+    with (
+        replacing(run_dir, config.output.overwrite) as started,
+        stop_on_signals(lambda: reporter.activity.stops) as stop,
+    ):
 
         def tune(method: str) -> Result:
-            given = {"run_dir": run_dir / method, "reporter": reporter, "should_stop": stop}
-            return train(config, method, prepared, **given)
+            where = {"run_dir": run_dir / method, "reporter": reporter}
+            return train(config, method, prepared, **where, should_stop=stop, started=started)
 
         if config.sweep_learning_rates:
-            outcomes = sweep(config, prepared, run_dir, reporter, console, stop)
+            outcomes = sweep(config, prepared, run_dir, reporter, console, stop, started)
             if outcomes is None:
                 return stop.exit_code
             best = best_outcomes(outcomes, prepared.task)

@@ -1,5 +1,6 @@
 """Fine-tuning of an encoder with one method."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -9,7 +10,7 @@ from examples.common import compare
 from examples.common.cli import options_text
 from examples.common.compare import Result, Setup, ShouldStop
 from examples.common.metrics import Record
-from examples.common.reporter import Reporter, Silent
+from examples.common.reporter import Reporter
 from examples.common.schedule import warmup_linear
 from examples.common.train_state import Metrics, Params, TrainState
 from examples.finetune.encoder.data.batches import Batch, steps_per_epoch, train_batches
@@ -36,6 +37,7 @@ def train(
     run_dir: Path | None = None,
     reporter: Reporter | None = None,
     should_stop: ShouldStop = lambda: False,
+    started: Callable[[], None] = lambda: None,
 ) -> Result:
     """Fine-tune the model with one method.
 
@@ -46,6 +48,7 @@ def train(
       run_dir: directory of metrics, checkpoints and the model. Without it nothing is written.
       reporter: receives the progress. Without it nothing is printed.
       should_stop: see `compare.train`.
+      started: see `compare.train`.
 
     Raises:
       ConfigError: see `compare.train`; if the method does not fit the model.
@@ -54,10 +57,11 @@ def train(
         lambda: _set_up(config, method, prepared),
         method,
         config.identity() | {"method_name": method, "rows": prepared.fingerprint},
-        Silent() if reporter is None else reporter,
+        Reporter() if reporter is None else reporter,
         should_stop,
         run_dir=run_dir,
         resume=config.output.resume,
+        started=started,
         log_to=config.output.log_to,
         options=options_text(config, "examples.finetune.encoder"),
     )

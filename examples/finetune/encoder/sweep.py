@@ -1,7 +1,7 @@
 """Several peak learning rates of each method, and the best by the validation rows."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +38,7 @@ def sweep(
     reporter: Reporter,
     console: Console,
     should_stop: ShouldStop,
+    started: Callable[[], None],
 ) -> list[Outcome] | None:
     """Train every method at every rate; None if told to stop before the end.
 
@@ -57,8 +58,9 @@ def sweep(
         at_rate = dataclasses.replace(config.method, learning_rate=rate)
         one = dataclasses.replace(config, method=at_rate, sweep_learning_rates=())
         where = {"run_dir": run_dir / outcome.name, "reporter": reporter}
+        stops = {"should_stop": should_stop, "started": started}
         try:
-            result = train(one, method, prepared, **where, should_stop=should_stop)
+            result = train(one, method, prepared, **where, **stops)
         except Diverged as error:
             reporter.note(str(error))
         else:

@@ -1,6 +1,5 @@
 """Fine-tune a LLaMA on plans of tool calls: `python -m examples.finetune.planner --help`."""
 
-import shutil
 import sys
 
 from rich.console import Console
@@ -8,7 +7,7 @@ from rich.console import Console
 from examples.common import cli
 from examples.common.accelerators import announce_devices
 from examples.common.compare import Result, compare
-from examples.common.config import write_json
+from examples.common.config import replacing, write_json
 from examples.common.interrupt import stop_on_signals
 from examples.common.plots import plot_methods
 from examples.common.reporter import READING, evaluating, make_reporter
@@ -69,25 +68,26 @@ def run(config: RunConfig, console: Console) -> int:
         prepared = prepare(config)
     for note in prepared.notes:
         reporter.note(note)
-    if config.output.overwrite and run_dir.exists():
-        shutil.rmtree(run_dir)
     evaluator = Evaluator(
         prepared,
         batch_size=config.batch_size,
         plans_at_once=config.eval_batch_size,
         new_tokens=config.new_tokens,
     )
-    with stop_on_signals(lambda: reporter.activity.stops) as stop:
+    with (
+        replacing(run_dir, config.output.overwrite) as started,
+        stop_on_signals(lambda: reporter.activity.stops) as stop,
+    ):
         with reporter.during(evaluating("validation")):
             untrained = evaluate_untrained(config, prepared, evaluator, run_dir, stop)
         if untrained is None:
-            console.print("stopped; --resume begins anew")
+            console.print("stopped before the training: nothing is saved")
             return stop.exit_code
         reporter.note(f"untrained: validation {evaluation(untrained['validation'])}")
 
         def tune(method: str) -> Result:
-            given = (prepared, evaluator, untrained["validation"], run_dir / method, reporter, stop)
-            return train(config, method, *given)
+            given = (prepared, evaluator, untrained["validation"], run_dir / method)
+            return train(config, method, *given, reporter, stop, started)
 
         results = compare(config.methods, tune, console, stop)
     if results is None:

@@ -1,5 +1,6 @@
 """Fine-tuning of a planner with one method."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ def train(
     run_dir: Path,
     reporter: Reporter,
     should_stop: ShouldStop = lambda: False,
+    started: Callable[[], None] = lambda: None,
 ) -> Result:
     """Fine-tune the model with one method, and test the weights of the best epoch.
 
@@ -42,6 +44,7 @@ def train(
       run_dir: directory of metrics, checkpoints, predictions and the model.
       reporter: receives the progress.
       should_stop: see `compare.train`.
+      started: see `compare.train`.
 
     Raises:
       ConfigError: see `compare.train`; if the method does not fit the model.
@@ -54,6 +57,7 @@ def train(
         should_stop,
         run_dir=run_dir,
         resume=config.output.resume,
+        started=started,
         log_to=config.output.log_to,
         options=options_text(config, "examples.finetune.planner"),
         first={"kind": "validation", "step": 0, "epoch": 0.0, **untrained, "seconds": 0.0},

@@ -1,6 +1,7 @@
 """Sizes of the models, checked when they are made."""
 
 import dataclasses
+from typing import TYPE_CHECKING, Literal
 
 from natgalore_jax._src.memory.llama_sizes import LLAMA_SIZES
 
@@ -112,3 +113,8 @@ MODEL_PRESETS: dict[str, ModelConfig] = {
         tied_embeddings=True,
     ),
 }
+
+if TYPE_CHECKING:
+    PresetName = str
+else:  # The names that command lines offer.
+    PresetName = Literal[tuple(MODEL_PRESETS)]

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import tyro
 from rich import box
 from rich.console import Console, Group
 from rich.table import Table
@@ -171,12 +170,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(argv: list[str] | None, console: Console) -> int:
-    plan, given = tyro.cli(
-        PlanConfig,
-        prog="python -m examples.llama.plan",
-        args=argv,
-        return_unknown_args=True,
-    )
+    plan, given = cli.parse_known(PlanConfig, "examples.llama.plan", argv)
     given = apart(given)
     memory, reserve = device_memory(plan.device_memory), _size("reserve", plan.reserve)
     room = memory - reserve
