@@ -134,3 +134,32 @@ def test_a_learning_rate_of_another_dtype_when_micro_batches_are_accumulated():
         actual,
         expected,
     )
+
+
+@pytest.mark.parametrize(
+    ("layers", "width", "min_size"),
+    [(64, 80, 64), (7, 16, 8 * 16), (8, 16, 8 * 16)],
+    ids=["blocks", "below", "above"],
+)
+def test_vectors_of_any_number_of_layers_have_moments_in_8_bits(layers, width, min_size):
+    """Stacks of more than 63 vectors, and stacks whose size is near the smallest size of codes."""
+    tx = optax.chain(ng.scale_by_adam_8bit(min_size=min_size), optax.scale(-0.1))
+    params = {"head": jnp.ones(width), "layers": {"scale": jnp.ones((layers, width))}}
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((4, width)), jnp.float32)
+
+    def run_head(params, x, batch):
+        return jnp.mean(x * params["head"])
+
+    def run_layer(layer, x):
+        return jnp.tanh(x * layer["scale"])
+
+    def whole(params):
+        y, _ = jax.lax.scan(lambda x, w: (run_layer(w, x), None), x, params["layers"])
+        return run_head(params, y, None)
+
+    train = ng.training.per_layer(tx, lambda params, batch: x, run_layer, run_head)
+    updates, expected = tx.update(jax.grad(whole)(params), tx.init(params))
+    expected_params = optax.apply_updates(params, updates)
+    params, state, _ = train.step(params, train.init(params), None)
+    for a, b in (params, expected_params), (state.opt_state, expected):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), a, b)

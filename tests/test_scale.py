@@ -74,6 +74,25 @@ def test_tied_embeddings_have_momentum_where_head_says_so():
     np.testing.assert_allclose(np.mean(np.square(updates["embed"]), 1), 1, rtol=1e-5)
 
 
+def test_a_head_that_where_leaves_out_is_an_error():
+    params = {"mlp": jnp.ones((4, 6)), "lm_head": {"kernel": jnp.ones((4, 9)), "bias": jnp.ones(9)}}
+
+    def head(path, leaf):
+        return "lm_head" in path
+
+    tx = ng.contrib.scale_sgd(0.1, head=head, where=ng.hidden_matrices)
+    with pytest.raises(ValueError, match=r"lm_head/kernel: head selects .* where leaves it out"):
+        tx.init(params)
+    # Not an error: biases of a head, and heads by their names.
+    for settings in ({"head": head}, {"where": ng.hidden_matrices}, {"head": head, "where": True}):
+        of = (
+            params
+            if settings.get("where") is not True
+            else {"lm_head": params["lm_head"]["kernel"]}
+        )
+        ng.contrib.scale_by_column_norms(**settings).init(of)
+
+
 def test_columns_of_zeros_stay_zero_and_sizes_do_not_matter():
     gradient = jnp.asarray(GRADS["mlp"][0]).at[:, 2].set(0.0)
     for factor, eps in ((1e-5, 1e-8), (1.0, 0.0), (1e15, 1e-8)):

@@ -14,8 +14,8 @@ from natgalore_jax._src.params.plan import PlanSettings, plan_tree
 RNG = np.random.default_rng(0)
 
 
-def _with_spectrum(values, m, n):
-    left, right = (np.linalg.qr(RNG.standard_normal((side, len(values))))[0] for side in (m, n))
+def _with_spectrum(values, m, n, rng=RNG):
+    left, right = (np.linalg.qr(rng.standard_normal((side, len(values))))[0] for side in (m, n))
     return (left * values) @ right.T
 
 
@@ -32,11 +32,11 @@ def _expected(U, limit):
     return (left * values) @ right
 
 
-@pytest.mark.parametrize("size", [1e-15, 1.0, 1e15])
+@pytest.mark.parametrize("size", [1e-15, 1.0, 1e15, 1e-28, 1e28])
 @pytest.mark.parametrize(("m", "n"), [(24, 40), (40, 24), (1, 9), (32, 32)])
 def test_one_large_singular_value(m, n, size):
     values = np.array([1000.0, 1.0, 0.9, 0.5])[: min(m, n)]
-    U = (size * _with_spectrum(values, m, n)).astype(np.float32)
+    U = (size * _with_spectrum(values, m, n, np.random.default_rng(0))).astype(np.float32)
     for limit in (0.3 * size, 2.0 * size, 1000 * size):  # The last one changes nothing.
         clipped = np.asarray(_clip({"w": U}, limit=limit)["w"]) / size
         # x is off by about (1 / 1000)², which σ₁ = 1000 multiplies.
@@ -168,13 +168,14 @@ def test_of_a_subspace_layers_and_attention_heads_are_clipped_each_by_itself():
 @pytest.mark.parametrize("residual", ["none", "fisher"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_of_a_subspace_other_singular_values_hardly_disturb(side, residual):
-    grads = {"w": jnp.asarray(0.01 * RNG.standard_normal((6, 8, 9)) + 1.0, jnp.float32)}
+    noise = np.random.default_rng(0).standard_normal((6, 8, 9))
+    grads = {"w": jnp.asarray(0.01 * noise + 1.0, jnp.float32)}
     free, clipping = (_subspace(c, residual, side=side) for c in (None, 0.1))
     whole, _ = free.update(grads, free.init(grads))
     clipped, _ = clipping.update(grads, clipping.init(grads))
     for U, found in zip(np.asarray(whole["w"]), clipped["w"], strict=True):
         first, second = np.linalg.svd(U, compute_uv=False)[:2]
-        assert first > 8 * second
+        assert first > 5 * second
         assert np.linalg.norm(found - _expected(U, 0.1), 2) < 0.1 * second
 
 

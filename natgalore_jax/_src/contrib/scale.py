@@ -15,7 +15,7 @@ from natgalore_jax._src.params.plan import (
     require_matrices,
     without_matrices,
 )
-from natgalore_jax._src.params.where import Where, all_matrices, output_heads, selected
+from natgalore_jax._src.params.where import KeyPath, Where, all_matrices, output_heads, selected
 from natgalore_jax._src.states.tree_checks import check_stored, with_dtypes_of
 
 NORMS = ("rms", "l2")
@@ -71,7 +71,8 @@ def scale_by_column_norms(
         stays zero. Squares of entries beyond 1e19 overflow float32, and their column becomes zero.
       mu_dtype: dtype of the momenta of head and Adam; None: dtype of the parameter.
       vector_ratio: learning rate of vectors over that of matrices.
-      head: which matrices are output heads, in the forms of ``where``; None: by their names, see
+      head: which matrices are output heads, in the forms of ``where``, among the matrices that
+        ``where`` selects; None: by their names, see
         :func:`.hidden_matrices` ("head", "lm_head", "logits", "classifier", ...).
       where: the matrices, in the forms of :func:`.low_rank_project`; None: all with
         two axes or more, except norms and biases of stacked layers by their names. All other
@@ -85,8 +86,9 @@ def scale_by_column_norms(
 
     Raises:
       TypeError, ValueError: at construction for an argument of a wrong type or value; at ``init``
-        if there are parameters and no matrix among them, or for a matrix that is not floating-point
-        of at least 16 bits; at ``update`` for gradients of other shapes than at ``init``. A
+        if there are parameters and no matrix among them, for a matrix that is not floating-point
+        of at least 16 bits, or that ``head`` selects and ``where`` leaves out; at ``update`` for
+        gradients of other shapes than at ``init``. A
         non-finite gradient makes its column NaN, and remains in the momentum of a head: put
         ``optax.apply_if_finite`` around the optimizer.
 
@@ -111,6 +113,7 @@ def scale_by_column_norms(
     check_choice("norm", norm, NORMS)
     check_decay("momentum", momentum)
     check_number("vector_ratio", vector_ratio)
+    both_given = head is not None and where is not None
     head = output_heads if head is None else head
     settings = PlanSettings(None, all_matrices if where is None else where, axes)
     check_adam(b1, b2, eps, mu_dtype)
@@ -127,6 +130,8 @@ def scale_by_column_norms(
         plans, heads = plans_of(params)
         require_matrices(settings, plans, params, "where selects no matrix to be normalised")
         leaves, treedef = jax.tree.flatten(params)
+        if both_given:
+            _check_heads(params, plans, selected(head, params, "head"))
         momenta = [
             jnp.zeros_like(x, dtype=mu_dtype) if is_head else optax.MaskedNode()
             for x, is_head in zip(leaves, heads, strict=True)
@@ -161,6 +166,19 @@ def scale_by_column_norms(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_heads(params, plans, chosen):
+    """Check that every matrix that ``head`` selects is one that ``where`` selects."""
+    for (path, leaf), plan, is_head in zip(
+        jax.tree_util.tree_leaves_with_path(params), plans, chosen, strict=True
+    ):
+        if is_head and plan is None and jnp.ndim(leaf) > 1:
+            raise ValueError(
+                f"{KeyPath(path)}: head selects this parameter of shape {jnp.shape(leaf)}, but "
+                "where leaves it out, so that Adam would train it: select it by where too, or "
+                "leave it out of head"
+            )
 
 
 @kernel()

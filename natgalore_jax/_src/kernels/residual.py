@@ -52,7 +52,8 @@ class Energies(NamedTuple):
 
     R: jax.Array
     G: jax.Array
-    #: ``‖g − P Pᵀ g‖² = ‖g‖² − ‖Pᵀ g‖²``, because P is orthonormal.
+    #: ``‖g − P Pᵀ g‖² = ‖g‖² − ‖Pᵀ g‖²``, because P is orthonormal. Infinite where ‖g‖² is, so that
+    #: rules give φ = 0: a residual whose squares overflow (entries beyond 1e19) is left out.
     E: jax.Array
 
 
@@ -151,14 +152,14 @@ RULES = {
 def energies(axes: PhiAxes, R: jax.Array, G: jax.Array) -> Energies:
     of_R = jnp.sum(jnp.square(R), axes.low)
     of_G = place_like(sum_for_phi(axes, jnp.square(G)), of_R)
-    difference = of_G - of_R
+    difference = jnp.where(jnp.isinf(of_G), of_G, of_G - of_R)
     # A NaN must reach the update, and XLA's maximum on CPUs may ignore it: use where.
     return Energies(of_R, of_G, jnp.where(difference < 0, 0.0, difference))
 
 
 def gain(energy_N: jax.Array, energy_R: jax.Array) -> jax.Array:
-    """``‖N_:j‖ / ‖R_:j‖``, the gain of the inner optimizer; 0 where R is 0."""
-    unseen = energy_R == 0
+    """``‖N_:j‖ / ‖R_:j‖``, the gain of the inner optimizer; 0 where R is 0 or squares overflow."""
+    unseen = (energy_R == 0) | jnp.isinf(energy_R) | jnp.isinf(energy_N)
     return jnp.sqrt(jnp.where(unseen, 0.0, energy_N / jnp.where(unseen, 1.0, energy_R)))
 
 
@@ -189,20 +190,23 @@ def limited(
     limit: jax.typing.ArrayLike,
 ) -> tuple[jax.Array, jax.Array]:
     """φ that limits the norm of the residual update to ``limit`` times ``level``; that norm."""
-    squared = jnp.square(phi) * energy.E
+    squared = jnp.where(phi == 0, 0.0, jnp.square(phi) * energy.E)
     norm = jnp.sqrt(jnp.sum(squared, tuple(range(axes.batch_ndim, squared.ndim))))
-    shrink = growth_shrink(norm, level, limit)
-    phi = phi * jnp.expand_dims(shrink, tuple(range(axes.batch_ndim, phi.ndim)))
-    return phi, (norm * shrink).astype(jnp.float32)
+    shrink, norm = growth_shrink(norm, level, limit)
+    return phi * jnp.expand_dims(shrink, tuple(range(axes.batch_ndim, phi.ndim))), norm
 
 
 def growth_shrink(
     norm: jax.Array, level: jax.typing.ArrayLike, limit: jax.typing.ArrayLike
-) -> jax.Array:
-    """``min(1, γ ℓ / ‖U‖)`` for the norm of an update U and a level ℓ; 1 if ℓ is 0."""
+) -> tuple[jax.Array, jax.Array]:
+    """``min(1, γ ℓ / ‖U‖)`` for the norm of an update U and a level ℓ, and the norm after it.
+
+    1 if ℓ is 0. After a norm that overflows the level is 0.
+    """
     level = jnp.asarray(level)
     allowed = jnp.where(level > 0, limit * level, jnp.inf)
-    return jnp.where(norm > allowed, allowed / norm, 1.0)
+    shrink = jnp.where(norm > allowed, allowed / norm, 1.0)
+    return shrink, jnp.where(jnp.isinf(norm), 0.0, norm * shrink).astype(jnp.float32)
 
 
 def limit_growth(
@@ -221,5 +225,5 @@ def limit_growth(
     """
     others = [a for a in range(U.ndim) if a not in batch]
     norm = jnp.sqrt(jnp.sum(jnp.square(U), tuple(others)))
-    shrink = growth_shrink(norm, last_norm, limit)
-    return U * jnp.expand_dims(shrink, others), (norm * shrink).astype(jnp.float32)
+    shrink, norm = growth_shrink(norm, last_norm, limit)
+    return U * jnp.expand_dims(shrink, others), norm

@@ -36,8 +36,7 @@ def clip_leading(plan: LeafPlan, U: jax.Array, limit: jax.typing.ArrayLike) -> j
 
     Args:
       plan: of matrices.
-      U: with singular values between 1e-19 and 1e19, or zero: x has their squares. Smaller ones are
-        left as they are, for larger ones the result is not finite.
+      U: of any size; sums of its rows and columns must be finite.
       limit: c.
     """
     dtype, (rows, cols) = U.dtype, plan.modes
@@ -47,7 +46,7 @@ def clip_leading(plan: LeafPlan, U: jax.Array, limit: jax.typing.ArrayLike) -> j
     s = _random(plan.mode_sizes[0]).reshape((1,) * len(plan.batch) + plan.mode_shape(0))
     s = on_axes_of_gradient(side_axes(plan, 0), s)
     y = jnp.sum(s * U, rows, keepdims=True)
-    x = _unit(jnp.sum(U * y, cols, keepdims=True), rows)
+    x = _unit(jnp.sum(U * (y / _magnitude(y, cols)), cols, keepdims=True), rows)
     y = jnp.sum(x * U, rows, keepdims=True)
     excess = _excess(x, y, rows, cols, limit * math.sqrt(max(plan.mode_sizes)))
     return (U - excess * y).astype(dtype)
@@ -101,6 +100,7 @@ def _leading_of_low_rank(plan: LeafPlan, N: jax.Array) -> jax.Array:
     w = jnp.broadcast_to(_random(plan.ranks[mode]), (*plan.batch_shape, plan.ranks[mode]))
     for _ in range(2):
         w = product_with_vector(f"{of_N},{of_kept}->{of_rank}", N, of_columns(w))
+        w = w / _magnitude(w, [-1])
     return of_columns(w) + 0.1 * _random(math.prod(shape)).reshape(shape)
 
 
@@ -115,6 +115,15 @@ def _unit(x: jax.Array, axes: Sequence[int]) -> jax.Array:
     return x / jnp.maximum(jnp.max(jnp.abs(x), axes, keepdims=True), _TINY)
 
 
+def _magnitude(y: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """A power of two near the largest entry of y: divided by it, y has the same digits."""
+    info = jnp.finfo(y.dtype)
+    largest = jnp.max(jnp.abs(y), axes, keepdims=True)
+    # Halved, because rounding up could overflow. The results do not depend on the power.
+    power = jax.lax.reduce_precision(largest / 2, info.nexp, 0)
+    return jax.lax.stop_gradient(jnp.maximum(power, float(info.tiny)))
+
+
 def _excess(
     x: jax.Array,
     y: jax.Array,
@@ -124,5 +133,6 @@ def _excess(
 ) -> jax.Array:
     """``(1 − bound / σ)₊ x / ‖x‖²`` with ``σ = ‖y‖ / ‖x‖``, y the product of U with x."""
     x_squared = jnp.maximum(jnp.sum(jnp.square(x), x_axes, keepdims=True), _TINY)
-    norm = jnp.sqrt(jnp.sum(jnp.square(y), y_axes, keepdims=True) / x_squared)
+    unit = _magnitude(y, y_axes)
+    norm = unit * jnp.sqrt(jnp.sum(jnp.square(y / unit), y_axes, keepdims=True) / x_squared)
     return jnp.where(norm > bound, 1.0 - bound / norm, 0.0) / x_squared * x

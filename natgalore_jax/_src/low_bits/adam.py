@@ -20,6 +20,10 @@ from natgalore_jax._src.params.where import (
 )
 from natgalore_jax._src.states.tree_checks import flatten_like, update_dtypes
 
+# Larger entries count as this: sums of 1e8 of its squares are float32. An infinite square would
+# make its block, or a factored second moment, NaN.
+LARGEST = 1e15
+
 
 def scale_by_adam_8bit(
     b1: float = 0.9,
@@ -52,7 +56,8 @@ def scale_by_adam_8bit(
       c_j \leftarrow \beta_2 c_j + (1 - \beta_2)\, \overline{g_{:j}^2}, \qquad
       v_{ij} = r_i\, c_j / \bar r,
 
-    so that the state of an embedding is about one byte a number instead of two.
+    so that the state of an embedding is about one byte a number instead of two. Finite entries of a
+    gradient beyond 1e15 count as 1e15, so that no square overflows.
 
     Args:
       b1, b2, eps, eps_root, nesterov: as in ``optax.scale_by_adam``.
@@ -167,7 +172,7 @@ def _step(leaf, nesterov, dtype, numbers, count, g, m, v, m_scale, v_scale):
     """Update, moments and scales of one parameter after a step; ``count`` excludes this step."""
     numbers = tuple(jnp.asarray(x, jnp.float32) for x in numbers)
     b1, new1, b2, new2, *_ = numbers
-    G = jnp.asarray(g).astype(jnp.float32)
+    G = _in_range(jnp.asarray(g).astype(jnp.float32))
     peak = None
     if not isinstance(m_scale, optax.MaskedNode):
         peak = block_max(G, blocks_between(g.shape, m_scale.shape))
@@ -188,6 +193,11 @@ def _step(leaf, nesterov, dtype, numbers, count, g, m, v, m_scale, v_scale):
             v_scale = b2 * v_scale + new2 * (peak * peak)
             v = dithered(V, v_scale, count, 2 * leaf + 1, is_second=True)
     return U.astype(dtype), m, v, m_scale, v_scale
+
+
+def _in_range(G):
+    """Finite entries clipped to ``LARGEST``."""
+    return jnp.where(jnp.isfinite(G), jnp.clip(G, -LARGEST, LARGEST), G)
 
 
 def _rank_one(b2, new2, G, rows, columns):

@@ -23,7 +23,13 @@ from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
 from natgalore_jax._src.params.checks import check_integer
 from natgalore_jax._src.params.context import current_subspace
 from natgalore_jax._src.params.plan import LeafPlan
-from natgalore_jax._src.params.where import KeyPath, Where, selected, shape_and_dtype
+from natgalore_jax._src.params.where import (
+    KeyPath,
+    Where,
+    is_stacked_vector,
+    selected,
+    shape_and_dtype,
+)
 from natgalore_jax._src.states.entries import (
     Part,
     SecondMoment,
@@ -91,6 +97,8 @@ class EightBits(NamedTuple):
             size = math.prod(leaf.shape[nb:])
             is_large = leaf.ndim > 0 and size >= self.min_size
             is_large &= jnp.issubdtype(leaf.dtype, jnp.floating)
+            if plan is None and is_stacked_vector(path, leaf):
+                nb = leaf.ndim - 1  # a block of several layers could not be updated by layer
             out.append(nb if chosen and is_large else None)
         return out
 

@@ -119,6 +119,11 @@ def output_heads(path: Any, leaf: Any) -> bool:
     return all_matrices(path, leaf) and _is_named_a_head(_parts(tuple(path)))
 
 
+def is_stacked_vector(path: Any, leaf: Any) -> bool:
+    """Vectors of stacked layers, by the rules of :func:`hidden_matrices`."""
+    return _is_matrix(path, leaf) and _is_named_a_vector(_parts(tuple(path)))
+
+
 def _is_matrix(path: Any, leaf: Any) -> bool:
     kind = shape_and_dtype(tuple(path), leaf)
     return len(kind.shape) > 1 and jnp.issubdtype(kind.dtype, jnp.floating)

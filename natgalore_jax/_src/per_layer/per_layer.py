@@ -104,7 +104,8 @@ def per_layer(
       clip_mode: which norm. The norm of the whole gradient is known only after the updates:
         ``"previous"`` uses the norm of the last step (the first step is not clipped); ``"layer"``
         clips each layer by its own norm, and the embedding (with tied parameters) and the head by
-        theirs. A non-finite norm clips nothing.
+        theirs. A non-finite previous norm clips nothing; gradients of one layer whose squares
+        overflow become zero, as with ``optax.clip_by_global_norm``.
       accumulate: micro-batches in one step. ``step`` takes one micro-batch; parameters change at
         the last micro-batch of a step. Low-rank gradients are accumulated as with
         :func:`.low_rank_steps` (``opt_state`` is an :class:`.AccumulatedState`): the optimizer must
@@ -312,8 +313,11 @@ def _clipped(
 ) -> list[jax.Array]:
     if settings.clip_norm is None:
         return list(G)
-    norm = last_norm if settings.clip_mode == "previous" else jnp.sqrt(squared)
-    exceeds = (norm > settings.clip_norm) & jnp.isfinite(norm)
+    is_previous = settings.clip_mode == "previous"
+    norm = last_norm if is_previous else jnp.sqrt(squared)
+    exceeds = norm > settings.clip_norm
+    if is_previous:  # of other gradients, which may be finite
+        exceeds &= jnp.isfinite(norm)
     factor = jnp.where(exceeds, settings.clip_norm / jnp.where(exceeds, norm, 1.0), 1.0)
     return [(g * factor).astype(g.dtype) for g in G]
 

@@ -23,6 +23,10 @@ from natgalore_jax._src.params.placement import in_auto_axes, place_like, zeros_
 from natgalore_jax._src.params.plan import LeafPlan
 from natgalore_jax._src.states.entries import Part, StateType, register_type
 
+# A gradient with larger entries is scaled down to it: inner products, and products of their
+# inverses, stay in the range of float32.
+LARGEST = 1e12
+
 
 class History(NamedTuple):
     """A ring buffer of gradients with its Gram matrix.
@@ -137,7 +141,7 @@ def natural_gradient(
     columns, nb = history.columns, history.filled.ndim
     s = history.gram.shape[-1]
     oldest = _column(columns, slot, nb)
-    stored = store(h, oldest, nb)
+    stored = store(_shrunk(h, oldest, nb), oldest, nb)
     h = load(stored, h.shape, jnp.float32, nb)
     h_energy = _inner(h, h, nb)
     gram = _with_row(history.gram, _products(columns, h, nb), h_energy, slot)
@@ -168,6 +172,16 @@ def natural_gradient(
         column = load(_column(columns, i, nb), h.shape, jnp.float32, nb)
         natural = natural + column.astype(jnp.float32) * _expand(w[..., i], h.ndim)
     return natural, new
+
+
+def _shrunk(h: jax.Array, like: Stored, nb: int) -> jax.Array:
+    """h with no finite entry beyond ``LARGEST``, nor beyond half the range of its storage."""
+    largest = LARGEST
+    if not isinstance(like, LinearCodes):
+        largest = min(largest, float(jnp.finfo(like.dtype).max) / 2)
+    h = h.astype(jnp.promote_types(h.dtype, jnp.float32))
+    peak = jnp.max(jnp.abs(h), tuple(range(nb, h.ndim)), keepdims=True)
+    return h * jnp.where(peak > largest, largest / peak, 1.0)
 
 
 def _solve(gram, energy, checksum, slot, damping):
