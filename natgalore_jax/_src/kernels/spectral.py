@@ -97,7 +97,8 @@ def _leading_of_low_rank(plan: LeafPlan, N: jax.Array) -> jax.Array:
         v = product_with_vector(f"{of_rank},{of_N}->{of_kept}", w, N)
         return _unit(v, range(len(plan.batch), v.ndim))
 
-    w = jnp.broadcast_to(_random(plan.ranks[mode]), (*plan.batch_shape, plan.ranks[mode]))
+    rank = plan.rank_of(mode)
+    w = jnp.broadcast_to(_random(rank), (*plan.batch_shape, rank))
     for _ in range(2):
         w = product_with_vector(f"{of_N},{of_kept}->{of_rank}", N, of_columns(w))
         w = w / _magnitude(w, [-1])
