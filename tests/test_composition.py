@@ -277,3 +277,30 @@ def test_params_inside_are_projected():
     P = state[0].basis[0]["wide"]
     np.testing.assert_allclose(seen[0]["wide"], P.T @ params["wide"], rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(seen[0]["b"], params["b"])
+
+
+def test_forward_mode_gives_the_derivative_by_the_learning_rate():
+    """Through three steps and a refresh, against central differences."""
+    x, y = (jnp.asarray(np.random.default_rng(i).standard_normal((16, 6))) for i in range(2))
+
+    def loss(params):
+        return jnp.mean((jnp.tanh(x @ params["w"]) - y) ** 2)
+
+    def loss_after(learning_rate):
+        tx = ng.chain(
+            ng.low_rank_project(rank=2, update_interval=2),
+            optax.scale_by_adam(),
+            ng.project_back(residual="fisher"),
+            optax.scale(-learning_rate),
+        )
+        params = {"w": jnp.asarray(np.random.default_rng(2).standard_normal((6, 6)) / 4)}
+        state = tx.init(params)
+        for _ in range(3):
+            updates, state = tx.update(jax.grad(loss)(params), state, params)
+            params = optax.apply_updates(params, updates)
+        return loss(params)
+
+    value, derivative = jax.jit(lambda rate: jax.jvp(loss_after, (rate,), (1.0,)))(0.02)
+    low, high = map(jax.jit(loss_after), (0.018, 0.022))
+    assert low > value > high
+    np.testing.assert_allclose(derivative, (high - low) / 0.004, rtol=1e-2)

@@ -251,6 +251,13 @@ def test_updates_that_differ_from_init(inner, with_params, changed, messages):
         assert message in str(error.value)
 
 
+def test_a_transposed_gradient_names_the_side_of_the_basis():
+    tx = ng.galore_adamw(0.1, rank=2)
+    state = tx.init({"w": jnp.ones((6, 8))})
+    with pytest.raises(ValueError, match=r"\(6, 2\) of columns, but .* have \(6, 2\) of rows"):
+        tx.update({"w": jnp.ones((8, 6))}, state)
+
+
 @pytest.mark.parametrize("with_params", [True, False])
 def test_a_leaf_that_is_not_projected_is_checked_too(with_params):
     tx = ng.galore_adamw(0.1, rank=2, weight_decay=0.0)

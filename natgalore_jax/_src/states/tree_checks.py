@@ -95,7 +95,7 @@ def check_bases(updates: Any, plans: Sequence[LeafPlan | None], bases: Sequence[
         if received != expected:
             raise ValueError(
                 f"{KeyPath(path)}: the update has shape {g.shape}, which needs bases of shapes "
-                f"{_shapes(expected)}, but the bases made at init have {_shapes(received)}"
+                f"{_by_mode(expected)}, but the bases made at init have {_by_mode(received)}"
             )
 
 
@@ -143,8 +143,11 @@ def check_stored(
             )
 
 
-def _shapes(shapes: Sequence[tuple[int, ...] | None]) -> str:
-    return ", ".join(str(shape) for shape in shapes if shape is not None) or "none (not projected)"
+def _by_mode(shapes: Sequence[tuple[int, ...] | None]) -> str:
+    """Shapes with their modes: a transposed matrix has a basis of the same shape, of another."""
+    modes = ("rows", "columns") if len(shapes) == 2 else [f"mode {i}" for i in range(len(shapes))]
+    named = [f"{x} of {mode}" for x, mode in zip(shapes, modes, strict=True) if x is not None]
+    return ", ".join(named) or "none (not projected)"
 
 
 def check_inner_states(
