@@ -63,8 +63,10 @@ def parse_known(kind: type[T], program: str, argv: Sequence[str] | None) -> tupl
 
 def _words(argv: Sequence[str] | None) -> list[str]:
     words = list(sys.argv[1:] if argv is None else argv)
-    for word in filter(has_half_pair, words):  # What Python makes of bytes that are no text.
-        raise ConfigError(f"{word!r}: arguments must be text in the encoding of the terminal")
+    for word in words:
+        # Half a pair is what Python makes of bytes that are no text; a --config can hold a NUL.
+        if has_half_pair(word) or "\0" in word:
+            raise ConfigError(f"{word!r}: arguments must be text in the encoding of the terminal")
     return words
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 import natgalore_jax as ng
 from examples.common.checkpoints import Checkpoints, damage
 from examples.common.cli import OPTIONS
-from examples.common.config import plain, write_json
+from examples.common.config import CHECKPOINTS, INT32, check_name, check_range, plain, write_json
 from examples.common.errors import CheckpointError, ConfigError
 from examples.common.loggers import LoggerName, make_loggers
 from examples.common.methods import Tuning
@@ -52,12 +52,11 @@ class OutputConfig:
 
 def check(config: Any, positive: Sequence[str]) -> None:
     """Raise a ConfigError for what no comparison can run; `positive` are at least 1, or None."""
-    for name in positive:
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} must be at least 1, got {value}")
+    check_range(config, f"[1, {INT32})", *positive)
+    check_range(config, f"[0, {INT32})", "seed")
     if not config.methods or len(set(config.methods)) < len(config.methods):
         raise ConfigError(f"methods must name each method once, got {' '.join(config.methods)}")
+    check_name(config.output.name)
     if config.output.resume and config.output.overwrite:
         raise ConfigError("a run is either resumed or overwritten: --resume, --overwrite")
 
@@ -149,7 +148,7 @@ def train(
       run_dir: directory of metrics, checkpoints and summary; None writes nothing.
       resume: whether a run in `run_dir` may be continued.
       first: an evaluation before the first step.
-      started: called before the first step, see `config.replacing`.
+      started: called before the first step, see `config.run_directory`.
       log_to: loggers that receive the metrics too.
       options: the whole configuration as a file for `--config`, written beside the metrics.
 
@@ -161,9 +160,9 @@ def train(
     if run_dir is None:
         return _Run(set_up(), method, reporter, MetricsLog(), None).run(should_stop)
     run_dir.mkdir(parents=True, exist_ok=True)
-    with Checkpoints(run_dir / "checkpoints", keep=1) as checkpoints:
+    with Checkpoints(run_dir / CHECKPOINTS, keep=1) as checkpoints:
         if resume and (latest := checkpoints.latest()) is not None:
-            what = damage(run_dir / "checkpoints" / str(latest))
+            what = damage(run_dir / CHECKPOINTS / str(latest))
             if what is not None:
                 raise CheckpointError(f"{what}: delete {run_dir} to train again")
         done = checkpoints.resume_point(identity, run_dir, resume=resume)

@@ -1,5 +1,6 @@
 """The training loop, as a function from a configuration to a result."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -14,7 +15,7 @@ import optax
 import natgalore_jax as ng
 from examples.common.checkpoints import Checkpoints
 from examples.common.cli import OPTIONS, options_text
-from examples.common.config import replacing
+from examples.common.config import CHECKPOINTS, run_directory
 from examples.common.errors import ConfigError
 from examples.common.loggers import make_loggers
 from examples.common.lora import partition
@@ -30,7 +31,7 @@ from examples.llama.model.adapters import make_linear
 from examples.llama.result import Result as Result
 from examples.llama.resume import prepare, recounted, resume_point
 from examples.llama.run_config import RunConfig
-from examples.llama.training.build import first_state, make_step, on_the_host
+from examples.llama.training.build import first_state, make_step, on_the_host, to_device
 from examples.llama.training.evaluate import make_eval_step, mean_nll, perplexity
 from examples.llama.training.faults import Guard
 from examples.llama.training.optimization import make_optimization
@@ -90,14 +91,13 @@ def train(
         )
 
     output, identity = config.output, _identity(config, splits)
-    with replacing(run_dir, output.overwrite and devices.leads) as started:
-        if devices.leads:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            if output.resume:
-                prepare(run_dir, config, identity, reporter)
+    no_directory = contextlib.nullcontext(lambda: None)
+    with run_directory(run_dir, output.overwrite) if devices.leads else no_directory as started:
+        if devices.leads and output.resume:
+            prepare(run_dir, config, identity, reporter)
         devices.wait("run directory")
         with Checkpoints(
-            run_dir / "checkpoints", keep=output.keep, keep_best=output.keep_best
+            run_dir / CHECKPOINTS, keep=output.keep, keep_best=output.keep_best
         ) as checkpoints:
             done = resume_point(checkpoints, run_dir, config, identity, reporter)
             log = MetricsLog()
@@ -167,7 +167,7 @@ class _Run:
         with on_the_host(config):
             self.state: TrainState = first(params, frozen)
         if devices.replicated is None and config.weight_bits is not None:
-            self.state = jax.device_put(self.state, jax.local_devices()[0])
+            self.state = jax.tree.map(to_device, self.state)
         if config.offload == "weights":
             params = self.state.params
             on_host = {**params, "layers": ng.training.to_host(params["layers"])}

@@ -13,6 +13,7 @@ from examples.common.checkpoints import (
     renumber,
     steps_done,
 )
+from examples.common.config import CHECKPOINTS
 from examples.common.errors import ConfigError
 from examples.common.reporter import Reporter
 from examples.common.train_state import TrainState
@@ -26,7 +27,7 @@ def prepare(run_dir: Path, config: RunConfig, identity: dict[str, Any], reporter
       ConfigError: if all checkpoints are damaged, or a step is unfinished whose batches `config`
         divides in another way.
     """
-    checkpoints = run_dir / "checkpoints"
+    checkpoints = run_dir / CHECKPOINTS
     damaged = quarantine(checkpoints)
     for what in damaged:
         reporter.note(f"damaged, using the checkpoint before: {what}")

@@ -25,6 +25,7 @@ from examples.llama.training.faults import FaultConfig
 
 # What optimizers take by default, chosen for random weights, undoes trained ones in a few steps.
 _TRAINED_SHARE = 0.01
+_FROM_0, _COUNTS = f"[0, {config.INT32})", f"[1, {config.INT32})"
 
 
 @dataclass(frozen=True)
@@ -110,14 +111,11 @@ class RunConfig:
     output: tyro.conf.OmitArgPrefixes[OutputConfig] = field(default_factory=OutputConfig)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "seq_len", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("log_every", "eval_every", "save_every", "keep"):
-            if getattr(self.output, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self.output, name)}")
-        if self.output.keep_best < 0:
-            raise ConfigError(f"keep_best must be at least 0, got {self.output.keep_best}")
+        config.check_range(self, _COUNTS, "steps", "batch_size", "seq_len", "accumulate")
+        config.check_range(self, _FROM_0, "seed")
+        config.check_range(self.output, _COUNTS, "log_every", "eval_every", "save_every", "keep")
+        config.check_range(self.output, _FROM_0, "keep_best")
+        config.check_name(self.output.name)
         if self.accumulate_in_subspace and self.optimizer.clip_norm is not None:
             raise ConfigError(
                 f"clip_norm={self.optimizer.clip_norm} needs the whole gradient, which is never "

@@ -85,13 +85,14 @@ def test_what_it_cannot_do_is_refused(changes, message):
         run_config(per_layer=True, **changes)
 
 
-@pytest.mark.parametrize("offload", ["state", "weights"])
-def test_same_run_from_host_memory(offload, tmp_path):
+@pytest.mark.parametrize(("offload", "bits"), [("state", None), ("weights", None), ("state", 8)])
+def test_same_run_from_host_memory(offload, bits, tmp_path):
     """Stopped and resumed: what was on the host when it was saved is there again."""
     changes = {
         "optimizer": dataclasses.replace(NATURAL_GALORE, rank=40),
         "model": dataclasses.replace(MODEL, hidden=64, intermediate=72),
         "per_layer": True,
+        "weight_bits": bits,
     }
     expected = run(**changes)
     config = run_config({"eval_every": 10}, steps=20, offload=offload, **changes)

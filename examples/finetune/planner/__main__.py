@@ -7,7 +7,7 @@ from rich.console import Console
 from examples.common import cli
 from examples.common.accelerators import announce_devices
 from examples.common.compare import Result, compare
-from examples.common.config import replacing, write_json
+from examples.common.config import run_directory, write_json
 from examples.common.interrupt import stop_on_signals
 from examples.common.plots import plot_methods
 from examples.common.reporter import READING, evaluating, make_reporter
@@ -75,7 +75,7 @@ def run(config: RunConfig, console: Console) -> int:
         new_tokens=config.new_tokens,
     )
     with (
-        replacing(run_dir, config.output.overwrite) as started,
+        run_directory(run_dir, config.output.overwrite) as started,
         stop_on_signals(lambda: reporter.activity.stops) as stop,
     ):
         with reporter.during(evaluating("validation")):

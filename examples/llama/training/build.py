@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import SingleDeviceSharding
 
 from examples.common.lora import partition
 from examples.common.train_state import Params, TrainState, init_state
@@ -52,6 +53,12 @@ def on_the_host(config: RunConfig) -> AbstractContextManager[Any]:
     if config.weight_bits is None or jax.default_backend() == "cpu":
         return contextlib.nullcontext()
     return jax.default_device(jax.local_devices(backend="cpu")[0])
+
+
+def to_device(x: jax.Array) -> jax.Array:
+    """On the first device; what is in host memory stays there."""
+    where = SingleDeviceSharding(jax.local_devices()[0], memory_kind=x.sharding.memory_kind)
+    return jax.device_put(x, where)
 
 
 class AbstractRun(NamedTuple):
