@@ -128,9 +128,7 @@ def make(run: Run) -> Json | None:
         "validation": prepared.task.validation[0],
         "records": result.records,
         **result.summary(),
-        "baseline": None
-        if prepared.task.regression
-        else baseline_scores(prepared.task, prepared.rows),
+        "baseline": baseline_scores(prepared.task, prepared.rows),
         "wall_seconds": round(time.perf_counter() - start, 1),
     }
     write(record, run.path)

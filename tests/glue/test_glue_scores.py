@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from examples.common.schedule import warmup_linear
+from examples.finetune.encoder.baseline import baseline_scores
+from examples.finetune.encoder.data import TASKS, Row, Rows
 from examples.finetune.encoder.methods import MethodConfig
 from examples.finetune.encoder.run_config import preset_config
 from examples.finetune.encoder.scores import scores
@@ -71,3 +73,9 @@ def test_published_protocols(preset, task, rate, batch, scale):
     assert config.method.targets == MethodConfig().targets
     assert config.epochs == (3 if "natural" in preset else 30)
     assert config.warmup == config.method.weight_decay == 0
+
+
+def test_texts_without_words_have_no_baseline():
+    rows = [Row("!", None, 0), Row("", None, 1)]
+    splits = {"train": rows, "validation": rows}
+    assert baseline_scores(TASKS["own"], Rows(splits, ("a", "b"), 0)) is None

@@ -8,7 +8,7 @@ from rich.console import Console
 from examples.common import cli
 from examples.common.accelerators import announce_devices
 from examples.common.compare import Result, compare
-from examples.common.config import replacing, write_json
+from examples.common.config import run_directory, write_json
 from examples.common.interrupt import stop_on_signals
 from examples.common.reporter import READING, make_reporter
 from examples.finetune.encoder.baseline import baseline_scores
@@ -72,7 +72,7 @@ def run(config: RunConfig, console: Console) -> int:
         reporter.note(note)
     sweep_summary: dict[str, Any] = {}
     with (
-        replacing(run_dir, config.output.overwrite) as started,
+        run_directory(run_dir, config.output.overwrite) as started,
         stop_on_signals(lambda: reporter.activity.stops) as stop,
     ):
 
@@ -100,9 +100,7 @@ def run(config: RunConfig, console: Console) -> int:
         "truncated": prepared.truncated,
         "methods": methods,
         **sweep_summary,
-        "baseline": None
-        if prepared.task.regression
-        else baseline_scores(prepared.task, prepared.rows),
+        "baseline": baseline_scores(prepared.task, prepared.rows),
     }
     write_json(run_dir / "summary.json", summary)
     console.print(summary_table(summary))

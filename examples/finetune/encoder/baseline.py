@@ -1,4 +1,4 @@
-"""What words alone tell: logistic regression on tf-idf, for comparison."""
+"""Baseline without a language model: logistic regression on tf-idf."""
 
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -10,13 +10,16 @@ from examples.finetune.encoder.scores import scores
 _STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0)
 
 
-def baseline_scores(task: Task, rows: Rows) -> dict[str, dict[str, float]]:
-    """Metrics of every evaluated split of a classification.
+def baseline_scores(task: Task, rows: Rows) -> dict[str, dict[str, float]] | None:
+    """Metrics of every evaluated split; None for a regression, and without words to train on.
 
     Words and pairs of words; the regularisation that does best on the first evaluated split.
     """
     words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
-    x = words.fit_transform(map(_text, rows.splits["train"]))
+    texts = list(map(_text, rows.splits["train"]))
+    if task.regression or not any(map(words.build_analyzer(), texts)):
+        return None
+    x = words.fit_transform(texts)
     features = {name: words.transform(map(_text, rows.splits[name])) for name in task.held_out}
     labels = {name: np.array([row.label for row in part]) for name, part in rows.splits.items()}
 

@@ -155,8 +155,9 @@ def _number(task: Task, row: RawRow) -> float:
         value = float(row.label)
     except (TypeError, ValueError, OverflowError):
         value = math.nan
-    low, high = task.range or (-math.inf, math.inf)
-    if not (math.isfinite(value) and low <= value <= high):
-        span = f" from {low:g} to {high:g}" if task.range else ""
-        raise DataError(f"{row.where}: the label {row.label!r} is no number{span}")
+    low, high = task.range or (-1e18, 1e18)  # Errors are squared in float32.
+    if not low <= value <= high:
+        raise DataError(
+            f"{row.where}: the label {row.label!r} is no number from {low:g} to {high:g}"
+        )
     return value
