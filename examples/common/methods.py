@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 import optax
 import tyro
 
+from examples.common.config import INT32, check_range
 from examples.common.errors import ConfigError
 from examples.common.optimizers import OPTIMIZERS, OptimizerConfig, make_transformation
 from examples.common.train_state import Params
@@ -41,10 +42,9 @@ class MethodConfig:
     """Galore and natural-galore: store Adam's moments in 8 bits; None is the weights' dtype."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ConfigError(f"rank must be at least 1, got {self.rank}")
-        if self.learning_rate is not None and not self.learning_rate > 0:
-            raise ConfigError(f"learning_rate must be positive, got {self.learning_rate}")
+        check_range(self, f"[1, {INT32})", "rank", "update_interval")
+        check_range(self, "(0, inf)", "learning_rate", "clip_norm")
+        check_range(self, "[0, inf)", "weight_decay", "scale")
 
     def check_rank(self, smallest_side: int) -> None:
         """Raises a ConfigError if the rank is that of a whole matrix."""

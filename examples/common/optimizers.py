@@ -11,6 +11,7 @@ import tyro
 
 import natgalore_jax as ng
 from examples.common.composed import composed_adamw, with_arguments_of
+from examples.common.config import check_range
 from examples.common.schedule import ScheduleConfig, warmup_cosine
 
 NANO_WIDTH = 128
@@ -162,6 +163,12 @@ class OptimizerConfig:
     """Stored-gradients: damping as it is, or times the mean squared norm of the history."""
     history_dtype: Literal["float32", "bfloat16", "int8", "int4"] | None = None
     """Stored-gradients: number format of the stored gradients."""
+
+    def __post_init__(self) -> None:
+        named = ("learning_rate", "weight_decay", "eps", "unprojected_ratio", "scale")
+        check_range(self, "[0, inf)", *named, "residual_scale", "damping")
+        check_range(self, "(0, inf)", "clip_norm")
+        check_range(self, "[0, 1)", "b1", "b2")
 
 
 def with_unprojected_ratio(

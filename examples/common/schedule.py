@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import optax
 
+from examples.common.config import check_range
+
 
 @dataclass(frozen=True)
 class ScheduleConfig:
@@ -13,6 +15,9 @@ class ScheduleConfig:
     """Share of the steps that warm up."""
     floor: float = 0.1
     """Learning rate at the end, as a share of the peak."""
+
+    def __post_init__(self) -> None:
+        check_range(self, "[0, 1]", "warmup", "floor")
 
 
 def warmup_cosine(config: ScheduleConfig, peak: float, steps: int) -> optax.Schedule:

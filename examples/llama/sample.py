@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from examples.common import cli
 from examples.common.accelerators import announce_devices
+from examples.common.config import INT32, check_range
 from examples.common.errors import ConfigError
 from examples.common.reporter import READING, Activity, on_stderr
 from examples.llama.data.tokenizer import end_of_text
@@ -56,8 +57,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(config: SampleConfig) -> int:
     """Load the model and print its samples."""
-    if config.samples < 1 or config.tokens < 1:
-        raise ConfigError("--samples and --tokens must be at least 1")
+    check_range(config, "[1, inf)", "samples", "tokens")
+    check_range(config, f"[0, {INT32})", "seed")
     try:
         sampling = Sampling(config.temperature, config.top_k, config.top_p)
     except ValueError as error:

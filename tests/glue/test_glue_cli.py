@@ -138,8 +138,11 @@ def test_the_best_rate_of_a_sweep():
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--eval-batches", "0"], "eval_batches must be at least 1, got 0"),
-        (["--sweep-learning-rates", "1e-4", "1e-4"], "sweep_learning_rates must be positive and"),
+        (["--eval-batches", "0"], "eval_batches must be at least 1 and"),
+        (
+            ["--sweep-learning-rates", "1e-4", "1e-4"],
+            "must be positive, finite and different",
+        ),
         (["--sweep-learning-rates", "1", "--learning-rate", "1"], "not both"),
         (["--predict"], "the test split is missing (none of test.tsv, test.jsonl)"),
         (["--model", "./nowhere"], "./nowhere: no such directory"),
@@ -153,7 +156,9 @@ def test_the_best_rate_of_a_sweep():
         (["--resume", "--overwrite"], "--overwrite"),
         (["--root", "/dev/null"], "/dev/null"),
         (["--name", "a[1]"], "a[1]/adamw/checkpoints: Orbax writes no readable checkpoints"),
-        (["--warmup", "2"], "warmup is a share"),
+        (["--warmup", "2"], "warmup must be at least 0 and at most 1, got 2"),
+        (["--clip-norm", "nan"], "clip_norm must be above 0 and less than inf, got nan"),
+        (["--sweep-learning-rates", "inf"], "must be positive, finite and different"),
     ],
 )
 def test_errors_are_one_line(arguments, capsys, more, message):

@@ -19,6 +19,7 @@ from examples.common import reporter
 from examples.common.errors import DataError
 from examples.common.metrics import of_kind, read_metrics
 from examples.llama.__main__ import main
+from examples.llama.data import eval_batches
 from examples.llama.evaluate import EvaluateConfig, evaluate
 from examples.llama.sample import main as sample
 from examples.llama.weights.files import load_llama
@@ -95,6 +96,24 @@ def test_the_evaluate_command_gives_the_loss_of_the_run(finished, tmp_path, caps
     size = sum(len(json.loads(line)["text"]) for line in Path(words[2]).read_text().splitlines())
     nats = whole["bits_per_byte"] * size * np.log(2)
     assert nats == pytest.approx(whole["loss"] * whole["tokens"])
+
+
+def test_an_evaluation_has_no_rows_that_only_fill_a_batch(finished, tmp_path, monkeypatch):
+    given = []
+
+    def batches(tokens, size, *more, **options):
+        given.append(size)
+        return eval_batches(tokens, size, *more, **options)
+
+    monkeypatch.setattr("examples.llama.evaluate.eval_batches", batches)
+    text = tmp_path / "text.txt"
+    text.write_text("we the people")
+    for rows in ("packed", "documents"):
+        config = EvaluateConfig(
+            str(finished[0]), (str(text),), batch_size=10**9, seq_len=99, rows=rows
+        )
+        assert evaluate(config)["documents"] == 1
+    assert given == [1, 1]
 
 
 def test_a_run_on_documents_is_evaluated_on_documents(places, tmp_path):
@@ -179,11 +198,12 @@ def test_errors_are_one_line(finished, places, capsys):
     for program, words, message in (
         (main, again, "--overwrite would delete --init-from"),
         (sample, [run, "--top-p=2"], "top_p must be above 0"),
-        (sample, [run, "--temperature=inf"], "temperature must be a finite number from 0 on"),
+        (sample, [run, "--temperature=inf"], "temperature must be 0 or from 1e-6 to 1e6, got inf"),
         (sample, [f"{run}/config.json"], "config.json: expected a directory or a file *.gguf"),
         (sample, [f"{run}/checkpoints"], "checkpoints: neither a run, which has checkpoints or"),
         (sample, [run, "--step=7"], "no checkpoint of step 7; there are those of 2"),
-        (sample, [run, "--samples=0"], "--samples and --tokens must be at least 1"),
+        (sample, [run, "--samples=0"], "samples must be at least 1 and less than inf, got 0"),
+        (sample, [run, f"--seed={2**64}"], "seed must be at least 0 and less than 2147483648, got"),
         (command(finished, "evaluate")[0], [run, "--data=no.txt"], "no.txt: no such file"),
         (command(finished, "evaluate")[0], [run, places[0], "--seq-len=999"], "max_length=128"),
         (command(finished, "export")[0], [str(ROOT)], "neither a run"),

@@ -21,6 +21,7 @@ import examples
 from examples.common import cli
 from examples.common.checkpoints import Checkpoints
 from examples.common.cli import options_text
+from examples.common.config import run_directory
 from examples.common.metrics import of_kind, read_metrics
 from examples.finetune.encoder import __main__ as encoder
 from examples.finetune.planner import __main__ as planner
@@ -136,6 +137,11 @@ def test_resume_and_overwrite(arguments, tmp_path, capsys):
     elsewhere.mkdir()
     assert main([*arguments, "--overwrite", "--steps", "2", "--rank", "64", "--quiet"]) == 1
     assert read_metrics(metrics) == first
+    capsys.readouterr()
+    with run_directory(metrics.parent, False):
+        for how in ("--resume", "--overwrite"):
+            assert main([*adamw, how]) == 1
+            assert_one_line(capsys, "elsewhere: another program is training this run")
     assert main([*adamw, "--overwrite", "--seed", "1"]) == 0
     assert [path.name for path in metrics.parent.parent.iterdir()] == ["test"]
     assert metrics.parent.is_symlink() and not list(tmp_path.glob(".elsewhere*"))
@@ -153,9 +159,16 @@ def test_resume_and_overwrite(arguments, tmp_path, capsys):
         (["--optimizer", "stored-gradients", "--damping", "-1"], "damping"),
         (["--model.vocab-size", "99"], "--vocab-size"),
         (["--resume", "--overwrite"], "--overwrite"),
+        (["--name", "."], "name must be a directory below --root, got '.'"),
+        (["--name", "a/../.."], "name must be a directory below --root, got 'a/../..'"),
         (["--root", "/dev/null"], "/dev/null"),
         (["--name", "a[1]"], "a[1]/checkpoints: Orbax writes no readable checkpoints"),
         (["--sample", "caf\udce9"], r"'caf\udce9': arguments must be text in the encoding of the"),
+        (["--learning-rate", "-1"], "learning_rate must be at least 0 and less than inf, got -1"),
+        (["--clip-norm", "0"], "clip_norm must be above 0 and less than inf, got 0"),
+        (["--seed", "3000000000"], "seed must be at least 0 and less than 2147483648, got 3000"),
+        (["--b2", "1"], "b2 must be at least 0 and less than 1, got 1"),
+        (["--warmup", "nan"], "warmup must be at least 0 and at most 1, got nan"),
         (["--steps", "0"], "steps must be at least 1"),
         (["--learning-rate", "1e30", "--optimizer", "adamw", "--steps", "9"], "not finite"),
     ],
@@ -163,6 +176,15 @@ def test_resume_and_overwrite(arguments, tmp_path, capsys):
 def test_errors_are_one_line(arguments, capsys, more, message):
     assert main([*arguments, "--quiet", *more]) == 1
     assert_one_line(capsys, message)
+
+
+def test_a_directory_that_is_no_run_is_not_overwritten(arguments, tmp_path, capsys):
+    diary = tmp_path / "runs" / "test" / "diary.txt"
+    diary.parent.mkdir(parents=True)
+    diary.write_text("my fellow citizens")
+    assert main([*arguments, "--quiet", "--overwrite"]) == 1
+    assert_one_line(capsys, "--overwrite deletes a run, and ")
+    assert diary.read_text() == "my fellow citizens"
 
 
 @pytest.mark.parametrize(

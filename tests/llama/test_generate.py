@@ -198,8 +198,9 @@ def test_bad_arguments_are_refused(model, change, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"temperature": -1.0}, "temperature must be a finite number from 0 on, got -1.0"),
+        ({"temperature": -1.0}, "temperature must be 0 or from 1e-6 to 1e6, got -1.0"),
         ({"temperature": float("nan")}, "got nan"),
+        ({"temperature": 1e-300}, "got 1e-300"),
         ({"top_k": 0}, "top_k must be at least 1 or None, got 0"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1, or None, got 0.0"),
         ({"top_p": 1.5}, "got 1.5"),

@@ -1,5 +1,6 @@
 """One typed configuration for a comparison of methods on a task."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from examples.common import compare
+from examples.common.config import INT32, check_range
 from examples.common.errors import ConfigError
 from examples.finetune.encoder.data import TASKS
 from examples.finetune.encoder.methods import MethodConfig, MethodName
@@ -83,22 +85,18 @@ class RunConfig:
     def __post_init__(self) -> None:
         compare.check(self, ("epochs", "batch_size", "limit", "eval_batches"))
         rates = self.sweep_learning_rates
-        if len(set(rates)) < len(rates) or not all(rate > 0 for rate in rates):
+        if len(set(rates)) < len(rates) or not all(0 < rate < math.inf for rate in rates):
             raise ConfigError(
-                "sweep_learning_rates must be positive and differ, got "
+                "sweep_learning_rates must be positive, finite and different, got "
                 f"{' '.join(f'{rate:g}' for rate in rates)}"
             )
         if rates and self.method.learning_rate is not None:
             raise ConfigError("give --learning-rate or --sweep-learning-rates, not both")
         # Two tokens begin and end a row, and RoBERTa has two more between sentences.
-        if self.max_length < 8:
-            raise ConfigError(f"max_length must be at least 8, got {self.max_length}")
-        if self.output.log_every < 1:
-            raise ConfigError(f"log_every must be at least 1, got {self.output.log_every}")
-        if not 0 <= self.warmup <= 1:
-            raise ConfigError(f"warmup is a share from 0 to 1, got {self.warmup}")
-        if self.dropout is not None and not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout must be at least 0 and below 1, got {self.dropout}")
+        check_range(self, f"[8, {INT32})", "max_length")
+        check_range(self.output, f"[1, {INT32})", "log_every")
+        check_range(self, "[0, 1]", "warmup")
+        check_range(self, "[0, 1)", "dropout")
 
     @property
     def run_dir(self) -> Path:

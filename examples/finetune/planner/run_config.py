@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from examples.common import compare
-from examples.common.errors import ConfigError
+from examples.common.config import check_range
 from examples.common.schedule import ScheduleConfig
 from examples.finetune.planner.datasets import DATASETS
 from examples.finetune.planner.methods import MethodConfig, MethodName
@@ -116,17 +116,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         names = ("epochs", "batch_size", "accumulate", "buckets", "limit", "eval_limit")
         compare.check(self, (*names, "eval_batch_size", "new_tokens", "max_length"))
-        if not 0 < self.held_out < 0.5:
-            raise ConfigError(f"held_out must be above 0 and below 0.5, got {self.held_out}")
-        for name in ("warmup", "floor"):
-            if not 0 <= getattr(self.schedule, name) <= 1:
-                raise ConfigError(
-                    f"{name} is a share from 0 to 1, got {getattr(self.schedule, name)}"
-                )
-        for name in ("shown", "side_by_side"):
-            value = getattr(self.output, name)
-            if value < 0:
-                raise ConfigError(f"{name} must not be negative, got {value}")
+        check_range(self, "(0, 0.5)", "held_out")
+        check_range(self.output, "[0, inf)", "shown", "side_by_side")
 
     @property
     def run_dir(self) -> Path:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from examples.common.errors import ConfigError
+from examples.common.config import INT32, check_range
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,5 @@ class DataConfig:
     how many they are. Without it the first of them is an error."""
 
     def __post_init__(self) -> None:
-        if self.shuffle < 0:
-            raise ConfigError(f"shuffle must be at least 0, got {self.shuffle}")
-        if self.held_out is not None and self.held_out < 1:
-            raise ConfigError(f"held_out must be at least 1, got {self.held_out}")
+        check_range(self, f"[0, {INT32})", "shuffle")
+        check_range(self, f"[1, {INT32})", "held_out", "max_documents", "vocab_size")

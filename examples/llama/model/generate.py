@@ -33,10 +33,9 @@ class Sampling:
     temperature and top_k; None is all of them."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(
-                f"temperature must be a finite number from 0 on, got {self.temperature}"
-            )
+        # Logits are divided by it in float32, where it and their quotient have to be numbers.
+        if self.temperature != 0 and not 1e-6 <= self.temperature <= 1e6:
+            raise ValueError(f"temperature must be 0 or from 1e-6 to 1e6, got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1 or None, got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:

@@ -6,6 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
+from examples.common.config import INT32, check_range
 from examples.common.errors import ConfigError
 
 _WINDOW = 50  # Losses that a new one is compared with,
@@ -28,12 +29,8 @@ class FaultConfig:
     """Rollbacks after which the next spike is an error."""
 
     def __post_init__(self) -> None:
-        factor = self.rollback_on_spike
-        if factor is not None and not factor > 1:
-            raise ConfigError(f"rollback_on_spike must be above 1, got {factor}")
-        for name in ("max_skips", "max_rollbacks"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_range(self, "(1, inf]", "rollback_on_spike")
+        check_range(self, f"[1, {INT32})", "max_skips", "max_rollbacks")
 
 
 class Guard:
