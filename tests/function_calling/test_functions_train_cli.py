@@ -65,6 +65,11 @@ def test_it_has_a_pulse(command, directory, tmp_path, capsys, monkeypatch):
     lora, galore = summary["methods"]
     trained = [method["trained_parameters"] for method in (lora, galore)]
     assert 0 < trained[0] < trained[1] < lora["parameters"] == galore["parameters"]
+    # Another evaluation before training would take minutes before the method refuses to go on.
+    before = (run / "untrained.json").read_text()
+    assert main([*arguments, "--resume", "--quiet", "--new-tokens", "5"]) == 1
+    assert_one_line(capsys, "run was made with another configuration: new_tokens: 6 -> 5")
+    assert (run / "untrained.json").read_text() == before
     # The model that was written can be trained further.
     again = ["--model", str(run / "lora" / "model"), "--name", "again", "--epochs", "1", "--quiet"]
     assert main([*arguments, *again, "--methods", "lora"]) == 0

@@ -143,6 +143,10 @@ def test_the_best_rate_of_a_sweep():
             ["--sweep-learning-rates", "1e-4", "1e-4"],
             "must be positive, finite and different",
         ),
+        (
+            ["--sweep-learning-rates", "1e-3", "1.0000001e-3"],
+            "in six digits, got 0.001 0",
+        ),
         (["--sweep-learning-rates", "1", "--learning-rate", "1"], "not both"),
         (["--predict"], "the test split is missing (none of test.tsv, test.jsonl)"),
         (["--model", "./nowhere"], "./nowhere: no such directory"),

@@ -78,4 +78,4 @@ def test_published_protocols(preset, task, rate, batch, scale):
 def test_texts_without_words_have_no_baseline():
     rows = [Row("!", None, 0), Row("", None, 1)]
     splits = {"train": rows, "validation": rows}
-    assert baseline_scores(TASKS["own"], Rows(splits, ("a", "b"), 0)) is None
+    assert baseline_scores(TASKS["own"], Rows(("a", "b"), splits)) is None

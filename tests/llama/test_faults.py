@@ -251,7 +251,10 @@ def test_what_is_a_spike():
             {"per_layer": True, "faults": lambda: FaultConfig(skip_nonfinite=True)},
             "use --rollback-on-spike",
         ),
-        ({"faults": lambda: FaultConfig(rollback_on_spike=1.0)}, "above 1, got 1.0"),
+        (
+            {"faults": lambda: FaultConfig(rollback_on_spike=1.0)},
+            "_spike must be above 1 and .* got 1.0",
+        ),
         ({"faults": lambda: FaultConfig(max_skips=0)}, "max_skips must be at least 1 and .* got 0"),
     ],
 )

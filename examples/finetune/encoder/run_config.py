@@ -85,10 +85,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         compare.check(self, ("epochs", "batch_size", "limit", "eval_batches"))
         rates = self.sweep_learning_rates
-        if len(set(rates)) < len(rates) or not all(0 < rate < math.inf for rate in rates):
+        names = [f"{rate:g}" for rate in rates]  # Of directories.
+        if len(set(names)) < len(names) or not all(0 < rate < math.inf for rate in rates):
             raise ConfigError(
-                "sweep_learning_rates must be positive, finite and different, got "
-                f"{' '.join(f'{rate:g}' for rate in rates)}"
+                "sweep_learning_rates must be positive, finite and different in six digits, got "
+                f"{' '.join(map(str, rates))}"
             )
         if rates and self.method.learning_rate is not None:
             raise ConfigError("give --learning-rate or --sweep-learning-rates, not both")

@@ -5,8 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from examples.common.config import differences
 from examples.common.errors import ConfigError
 from examples.common.metrics import replace_text
+from examples.common.text import parse_json
 from examples.finetune.planner.evaluate import Evaluator
 from examples.finetune.planner.predictions import write_predictions
 from examples.finetune.planner.prepare import Prepared
@@ -29,7 +31,7 @@ def evaluate_untrained(
     written into the directory `NAME` there.
 
     Raises:
-      ConfigError: if there is a run that is not to be resumed.
+      ConfigError: if there is a run that is not to be resumed, or was made from something else.
     """
     path = run_dir / FILE
     made_from = {
@@ -44,9 +46,12 @@ def evaluate_untrained(
                 f"{run_dir} already has a run: pass --resume to continue it, --name for another "
                 "one, or --overwrite to delete it"
             )
-        found = json.loads(path.read_text())
-        if found["made_from"] == made_from:
-            return found
+        found = parse_json(path.read_text(), str(path))
+        if changed := differences(found["made_from"], made_from):
+            raise ConfigError(
+                f"{run_dir} was made with another configuration: {', '.join(changed)}"
+            )
+        return found
     params = prepared.read()
     found = {"made_from": made_from}
     for split in ("validation", "test"):
