@@ -27,7 +27,7 @@ PUBLIC = {
 }
 MODULES = {"ng": ng, "optax": optax, "jax": jax, "jnp": jnp}
 # Blocks that import anything else (programs of examples/, their data) are checked and not run.
-RUNNABLE = {"flax", "jax", "natgalore_jax", "numpy", "optax", "pathlib"}
+RUNNABLE = {"flax", "jax", "natgalore_jax", "numpy", "optax", "orbax", "pathlib", "tempfile"}
 
 FENCE = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```", re.M | re.S)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")

@@ -280,6 +280,19 @@ def test_a_state_of_another_chain_is_refused():
         ng.chain(ng.natural_galore(rank=2), optax.adam(0.1)).update(PARAMS, state)
 
 
+def test_a_state_restored_without_a_target_is_refused():
+    tx = ng.chain(optax.clip(1.0), ng.low_rank_project(rank=2), optax.scale_by_adam())
+    clip, opened, *others = tx.init(PARAMS)
+    with pytest.raises(ValueError, match=r"state 1 .* type dict .* as the target"):
+        tx.update(PARAMS, [clip, opened._asdict(), *others], PARAMS)
+
+
+def test_a_whole_model_in_the_place_of_its_arrays_is_refused():
+    tx = ng.galore_adamw(0.1, rank=2)
+    with pytest.raises(TypeError, match=r"activation: parameters must be arrays.*eqx\.filter"):
+        tx.update(PARAMS, tx.init(PARAMS), {**PARAMS, "activation": jax.nn.gelu})
+
+
 def test_not_a_transformation():
     with pytest.raises(TypeError, match=r"chain takes gradient transformations, got 0\.1"):
         ng.chain(ng.low_rank_project(rank=2), 0.1)

@@ -19,6 +19,8 @@ def flatten_like(updates: Any, tree: Any, what: str) -> list[Any]:
     try:
         return jax.tree.structure(updates).flatten_up_to(tree)
     except ValueError as error:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            shape_and_dtype(path, leaf)  # a whole model: its own error says how to filter it
         here, there = _paths(updates), _paths(tree)
         raise ValueError(
             f"the updates have another tree structure than {what}: only in the updates: "

@@ -9,7 +9,7 @@ import optax
 
 from natgalore_jax._src.params.dependence import sources_of_outputs
 from natgalore_jax._src.states.tree_checks import with_dtypes_of
-from natgalore_jax._src.subspace.project import LowRankProject
+from natgalore_jax._src.subspace.project import LowRankProject, LowRankProjectState
 from natgalore_jax._src.subspace.project_back import ProjectBack, project_back
 from natgalore_jax._src.subspace.subspace import Subspace, with_residual_error
 
@@ -90,13 +90,22 @@ def chain(*transforms: Any) -> Chain:
 
 
 def check_states(members: Sequence[Any], states: Sequence[Any]) -> None:
-    """Check the number of states of a chain."""
+    """Check the number of states of a chain, and the types that a checkpoint may have lost."""
     expected = sum(m.number_of_states if isinstance(m, Subspace) else 1 for m in members)
     if len(states) != expected:
         raise ValueError(
             f"this chain has {expected} states but received {len(states)}; "
             "the state must come from the init of the same chain"
         )
+    at = 0
+    for member in members:
+        if isinstance(member, Subspace) and not isinstance(states[at], LowRankProjectState):
+            raise ValueError(
+                f"state {at} of this chain is of type {type(states[at]).__name__} instead of "
+                "LowRankProjectState, as after restoring a checkpoint without a target: restore "
+                "it with jax.eval_shape(tx.init, params) as the target"
+            )
+        at += member.number_of_states if isinstance(member, Subspace) else 1
 
 
 def update_members(
