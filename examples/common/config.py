@@ -1,7 +1,6 @@
 """Configurations as plain values, and the fields in which two of them differ."""
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -10,6 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from examples.common.errors import ConfigError
+
+try:
+    import fcntl
+except ImportError:  # Not on Windows.
+    fcntl = None
 
 Json = dict[str, Any]
 INT32 = 2**31  # Above all whole numbers that arrays hold.
@@ -106,6 +110,9 @@ def run_directory(run_dir: Path, overwrite: bool) -> Iterator[Callable[[], None]
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
+    if fcntl is None:
+        yield
+        return
     file = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

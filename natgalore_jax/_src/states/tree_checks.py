@@ -96,7 +96,7 @@ def check_bases(updates: Any, plans: Sequence[LeafPlan | None], bases: Sequence[
         ]
         if received != expected:
             raise ValueError(
-                f"{KeyPath(path)}: the update has shape {g.shape}, which needs bases of shapes "
+                f"{KeyPath(path)}: the update ({g.dtype}, {g.shape}) needs bases of shapes "
                 f"{_by_mode(expected)}, but the bases made at init have {_by_mode(received)}"
             )
 
