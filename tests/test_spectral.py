@@ -143,8 +143,8 @@ def test_a_leading_direction_inside_or_outside_the_basis_is_found(side, m, n, in
         R, U = G @ P, A @ P.T + phi[:, None] * (G - (G @ P) @ P.T)
         low = A - phi[:, None] * R
     update = FactoredUpdate(*(jnp.asarray(x, jnp.float32) for x in (low, phi)))
-    P, N, G = (jnp.asarray(x, jnp.float32) for x in (P, A, G))
-    clipped = clip_leading_of_factored(plan, (P,), N, update, G, 0.5)
+    P, G = jnp.asarray(P, jnp.float32), jnp.asarray(G, jnp.float32)
+    clipped = clip_leading_of_factored(plan, (P,), update, G, 0.5)
     before, after = (np.linalg.svd(x, compute_uv=False) for x in (U, np.asarray(clipped)))
     assert np.all(after <= before + 1e-5 * before[0])
     if inside != outside:  # One large singular value: the bound holds.
@@ -166,22 +166,10 @@ def test_of_a_subspace_layers_and_attention_heads_are_clipped_each_by_itself():
 
 
 @pytest.mark.parametrize("residual", ["none", "fisher"])
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_of_a_subspace_other_singular_values_hardly_disturb(side, residual):
-    noise = np.random.default_rng(0).standard_normal((6, 8, 9))
-    grads = {"w": jnp.asarray(0.01 * noise + 1.0, jnp.float32)}
-    free, clipping = (_subspace(c, residual, side=side) for c in (None, 0.1))
-    whole, _ = free.update(grads, free.init(grads))
-    clipped, _ = clipping.update(grads, clipping.init(grads))
-    for U, found in zip(np.asarray(whole["w"]), clipped["w"], strict=True):
-        first, second = np.linalg.svd(U, compute_uv=False)[:2]
-        assert first > 5 * second
-        assert np.linalg.norm(found - _expected(U, 0.1), 2) < 0.1 * second
-
-
-@pytest.mark.parametrize("residual", ["none", "fisher"])
-@pytest.mark.parametrize("project", [{"side": "both"}, {"rank": (3, 3, 3)}])
-def test_of_two_projected_sides_as_by_the_transformation_after_it(project, residual):
+@pytest.mark.parametrize(
+    "project", [{"side": "left"}, {"side": "right"}, {"side": "both"}, {"rank": (3, 3, 3)}]
+)
+def test_of_a_subspace_as_by_the_transformation_after_it(project, residual):
     grads = {"w": jnp.asarray(RNG.standard_normal((6, 8, 9)) + 1.0, jnp.float32)}
     free, clipping = (_subspace(c, residual, **project) for c in (None, 0.1))
     whole, _ = free.update(grads, free.init(grads))

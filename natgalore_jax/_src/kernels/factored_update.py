@@ -93,40 +93,45 @@ def whole(plan: LeafPlan, factors: Factors, update: FactoredUpdate, G: jax.Array
 class Products:
     """Products of ``U = P L + φ G``, of a matrix with one projected side, with vectors.
 
-    A vector of a side has batch axes, then the axes of that side. U is not computed. Both parts are
-    sharded by :func:`place_update`.
+    A vector of rows or columns has batch axes, then the axes of that side. U is not computed. Both
+    parts are sharded by :func:`place_update`.
     """
 
     def __init__(
         self, plan: LeafPlan, factors: Factors, update: FactoredUpdate, G: jax.Array
     ) -> None:
         (mode,), index, (self._P,) = plan.projected_modes, Letters(plan), factors
-        self._G, self._low, self._phi = G, update.low.astype(jnp.float32), update.phi
+        self._G, self._mode = G, mode
+        self._low, self._phi = update.low.astype(jnp.float32), update.phi
         self._of_G, self._of_P = index.full, index.factor(mode)
         self._of_low, self._of_rank = index.arranged([mode]), index.batch + index.ranks[mode]
-        self._projected, self._kept = (index.batch + index.modes[i] for i in (mode, 1 - mode))
+        self._of_sides = [index.batch + axes for axes in index.modes]
 
-    def with_projected(self, x: jax.Array) -> jax.Array:
-        """``Uᵀ x``: a vector of the kept side."""
-        z = product_with_vector(f"{self._projected},{self._of_P}->{self._of_rank}", x, self._P)
-        y = product_with_vector(f"{self._of_rank},{self._of_low}->{self._kept}", z, self._low)
+    def with_columns(self, y: jax.Array) -> jax.Array:
+        """``U y``: a vector of rows."""
+        return self._from_projected(y) if self._mode == 1 else self._from_kept(y)
+
+    def with_rows(self, x: jax.Array) -> jax.Array:
+        """``Uᵀ x``: a vector of columns."""
+        return self._from_projected(x) if self._mode == 0 else self._from_kept(x)
+
+    def _from_projected(self, x: jax.Array) -> jax.Array:
+        projected, kept = self._of_sides[self._mode], self._of_sides[1 - self._mode]
+        z = _product(f"{projected},{self._of_P}->{self._of_rank}", x, self._P)
+        y = _product(f"{self._of_rank},{self._of_low}->{kept}", z, self._low)
         if self._phi is None:
             return y
-        return y + self._phi * product_with_vector(
-            f"{self._projected},{self._of_G}->{self._kept}", x, self._G
-        )
+        return y + self._phi * _product(f"{projected},{self._of_G}->{kept}", x, self._G)
 
-    def with_kept(self, y: jax.Array) -> jax.Array:
-        """``U y``: a vector of the projected side."""
-        z = product_with_vector(f"{self._of_low},{self._kept}->{self._of_rank}", self._low, y)
-        x = product_with_vector(f"{self._of_P},{self._of_rank}->{self._projected}", self._P, z)
+    def _from_kept(self, y: jax.Array) -> jax.Array:
+        projected, kept = self._of_sides[self._mode], self._of_sides[1 - self._mode]
+        z = _product(f"{self._of_low},{kept}->{self._of_rank}", self._low, y)
+        x = _product(f"{self._of_P},{self._of_rank}->{projected}", self._P, z)
         if self._phi is None:
             return x
-        return x + product_with_vector(
-            f"{self._of_G},{self._kept}->{self._projected}", self._G, self._phi * y
-        )
+        return x + _product(f"{self._of_G},{kept}->{projected}", self._G, self._phi * y)
 
 
-def product_with_vector(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+def _product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """A matrix times a vector in full float32: reading the matrix takes the time."""
     return contract(subscripts, a, b, dtype=jnp.float32, precision=jax.lax.Precision.HIGHEST)

@@ -13,13 +13,11 @@ from natgalore_jax._src.kernels.factored_update import (
     on_axes_of_gradient,
     place_phi,
     place_update,
-    product_with_vector,
     side_axes,
     whole,
 )
 from natgalore_jax._src.kernels.kernel import kernel
-from natgalore_jax._src.kernels.projection import Factors, Letters
-from natgalore_jax._src.params.placement import place_low_rank
+from natgalore_jax._src.kernels.projection import Factors
 from natgalore_jax._src.params.plan import LeafPlan
 
 # Divisors are at least the smallest normal number.
@@ -43,8 +41,7 @@ def clip_leading(plan: LeafPlan, U: jax.Array, limit: jax.typing.ArrayLike) -> j
     # Computed once: each reading of U would repeat what U is made of.
     U = jax.lax.optimization_barrier(U)
     U = U.astype(jnp.promote_types(dtype, jnp.float32))  # float64 stays: most pass unchanged
-    s = _random(plan.mode_sizes[0]).reshape((1,) * len(plan.batch) + plan.mode_shape(0))
-    s = on_axes_of_gradient(side_axes(plan, 0), s)
+    s = on_axes_of_gradient(side_axes(plan, 0), _start(plan))
     y = jnp.sum(s * U, rows, keepdims=True)
     x = _unit(jnp.sum(U * (y / _magnitude(y, cols)), cols, keepdims=True), rows)
     y = jnp.sum(x * U, rows, keepdims=True)
@@ -55,60 +52,41 @@ def clip_leading(plan: LeafPlan, U: jax.Array, limit: jax.typing.ArrayLike) -> j
 def clip_leading_of_factored(
     plan: LeafPlan,
     factors: Factors,
-    N: jax.Array,
     update: FactoredUpdate,
     G: jax.Array,
     limit: jax.typing.ArrayLike,
 ) -> jax.Array:
-    """As :func:`clip_leading`, of ``U = P L + φ G``, which is computed once, at the end.
-
-    ``x = U y`` for the leading direction y of the part ``Pᵀ U = N``, plus random numbers, which
-    find a direction that N does not have.
+    """:func:`clip_leading` of ``U = P L + φ G``, which is computed once, at the end.
 
     Args:
       plan, factors, update, G: of a matrix with one projected side.
-      N: ``Pᵀ U`` times any number, low-rank shape.
       limit: c.
 
     Returns:
       U in full shape, float32.
     """
-    (mode,) = plan.projected_modes
-    projected, kept = (side_axes(plan, i) for i in (mode, 1 - mode))
+    of_rows, of_cols = side_axes(plan, 0), side_axes(plan, 1)
     update = place_update(plan, update, G)
     U = Products(plan, factors, update, G)
-    x = U.with_kept(place_phi(kept, _leading_of_low_rank(plan, place_low_rank(plan, N, G)), G))
-    x = _unit(x, range(projected.batch_ndim, x.ndim))
-    y = on_axes_of_gradient(kept, U.with_projected(x))
-    x = on_axes_of_gradient(projected, x)
-    bound = limit * math.sqrt(max(plan.mode_sizes))
-    excess = _excess(x, y, plan.modes[mode], plan.modes[1 - mode], bound)
+    s = jnp.broadcast_to(_start(plan), (*plan.batch_shape, *plan.mode_shape(0)))
+    y = U.with_rows(place_phi(of_rows, s, G))
+    x = U.with_columns(y / _magnitude(y, range(of_cols.batch_ndim, y.ndim)))
+    x = _unit(x, range(of_rows.batch_ndim, x.ndim))
+    y = on_axes_of_gradient(of_cols, U.with_rows(x))
+    x = on_axes_of_gradient(of_rows, x)
+    rows, cols = plan.modes
+    excess = _excess(x, y, rows, cols, limit * math.sqrt(max(plan.mode_sizes)))
     return whole(plan, factors, update, G) - excess * y
 
 
-def _leading_of_low_rank(plan: LeafPlan, N: jax.Array) -> jax.Array:
-    """``Nᵀ (N Nᵀ)² s`` over its largest entry, plus s' / 10: a vector of the kept side."""
-    (mode,), index = plan.projected_modes, Letters(plan)
-    of_N, of_rank = index.arranged([mode]), index.batch + index.ranks[mode]
-    of_kept, shape = index.batch + index.modes[1 - mode], plan.mode_shape(1 - mode)
-    N = N.astype(jnp.float32)
+def _start(plan: LeafPlan) -> jax.Array:
+    """s of every matrix, a vector of rows with batch axes of length one.
 
-    def of_columns(w: jax.Array) -> jax.Array:
-        v = product_with_vector(f"{of_rank},{of_N}->{of_kept}", w, N)
-        return _unit(v, range(len(plan.batch), v.ndim))
-
-    rank = plan.rank_of(mode)
-    w = jnp.broadcast_to(_random(rank), (*plan.batch_shape, rank))
-    for _ in range(2):
-        w = product_with_vector(f"{of_N},{of_kept}->{of_rank}", N, of_columns(w))
-        w = w / _magnitude(w, [-1])
-    return of_columns(w) + 0.1 * _random(math.prod(shape)).reshape(shape)
-
-
-def _random(size: int) -> jax.Array:
-    """Fixed uniform numbers in (−1, 1); of signs the sum may be zero, which misses ones."""
-    bits = dither((size, 1), 0, 0, STRIDES[0], first=0)
-    return bits[:, 0].astype(jnp.float32) / 2.0**31 - 1.0
+    Uniform numbers, not signs, whose sum may be zero: they would miss a column of ones.
+    """
+    bits = dither((plan.mode_sizes[0], 1), 0, 0, STRIDES[0], first=0)
+    s = bits.astype(jnp.float32) / 2.0**31 - 1.0
+    return s.reshape((1,) * len(plan.batch) + plan.mode_shape(0))
 
 
 def _unit(x: jax.Array, axes: Sequence[int]) -> jax.Array:

@@ -105,8 +105,8 @@ def project_back(
       singular_limit: c, a number or a traced scalar: the leading singular value of the update of
         each matrix that the ``where`` of the subspace selects, projected or too small for it, is
         clipped to :math:`c \sqrt{\max(m, n)}`, as by :func:`clip_leading_singular_value` after the
-        subspace, but more exactly and in less time: the power iteration starts with the leading
-        direction of N and reads the gradient twice, without a residual not at all. None: no limit.
+        subspace, but in less time: with a residual the power iteration reads the gradient three
+        times, without one not at all. None: no limit.
 
     Returns:
       A transformation for :func:`natgalore_jax.chain`; its state is empty without a residual.
@@ -261,7 +261,7 @@ def _back(plan, matrix, rule, basis_error, numbers, scale_and_limit, factors, st
         )
         state = direction, norm, fisher
     if limit is not None and plan.is_one_sided:
-        U = clip_leading_of_factored(plan, factors, N, update, G, limit)
+        U = clip_leading_of_factored(plan, factors, update, G, limit)
     else:
         U = whole(plan, factors, update, G)
         if limit is not None and matrix is not None:
