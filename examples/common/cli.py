@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import io
 import os
 import signal
 import sys
@@ -184,6 +185,8 @@ def exit_code(
     """Exit code of a program; what the user can correct is printed as one line."""
     if signal.getsignal(signal.SIGINT) is end_at_once:  # All is imported.
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # A terminal may not have all characters.
+        sys.stdout.reconfigure(errors="replace")
     try:
         with warnings.catch_warnings():
             warnings.formatwarning = _format_warning

@@ -129,7 +129,8 @@ def _locked(directory: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, value: Json) -> None:
-    """Write a value as an indented JSON file."""
+    """Write a value as an indented JSON file, in a directory that is made if there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 

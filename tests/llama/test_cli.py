@@ -355,3 +355,17 @@ def test_ctrl_c_after_the_imports_is_an_exception(capsys):
     finally:
         signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_terminal_without_the_characters_of_a_text():
+    program = (
+        "from examples.common import cli\n"
+        "raise SystemExit(cli.exit_code(lambda: print('\u2502 caf\u00e9') or 3))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONIOENCODING": "latin-1"},
+        capture_output=True,
+    )
+    assert (found.returncode, found.stdout) == (3, b"? caf\xe9\n")

@@ -58,8 +58,8 @@ def test_sizes_for_people():
 def plan(tmp_path, capsys, *arguments):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(tmp_path))
-        code = main([*arguments, "--json=~/plan.json", *SMALL])
-    return code, capsys.readouterr(), json.loads((tmp_path / "plan.json").read_text())
+        code = main([*arguments, "--json=~/plans/plan.json", *SMALL])
+    return code, capsys.readouterr(), json.loads((tmp_path / "plans" / "plan.json").read_text())
 
 
 def test_the_command_of_a_setting_that_fits(tmp_path, capsys):

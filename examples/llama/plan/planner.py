@@ -1,6 +1,5 @@
 """Looks for settings that fit into a device's memory."""
 
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ from rich.console import Console, Group
 from rich.table import Table
 
 from examples.common import cli
+from examples.common.config import write_json
 from examples.common.errors import ConfigError
 from examples.common.reporter import Activity, on_stderr
 from examples.llama.memory.sizes import format_bytes, parse_bytes, unit_of
@@ -197,7 +197,7 @@ def run(argv: list[str] | None, console: Console) -> int:
         rows = [row.to_dict(room) for row in found.rows]
         best = None if found.best is None else found.best.candidate.command
         results = {"device_bytes": memory, "room_bytes": room, "best": best, "settings": rows}
-        plan.json.write_text(json.dumps(results, indent=1) + "\n")
+        write_json(plan.json, results)
     if plan.figure is not None:
         # Matplotlib takes a second to import.
         from examples.llama.memory.figure import PAPER_SIZES, breakdown, draw
