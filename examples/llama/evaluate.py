@@ -115,13 +115,15 @@ def evaluate(config: EvaluateConfig) -> Record:
             f"1, got {seq_len} and {config.batch_size}"
         )
     tokens = encode(tokenizer, documents)
+    rows = len(documents) if data.rows == "documents" else -(-len(tokens) // seq_len)
+    batch_size = min(config.batch_size, rows)  # What fills a batch takes time and memory too.
     graphdef, params = nnx.split(loaded.model)
     step = make_eval_step(lambda params, rows: nnx.merge(graphdef, params)(rows))
     end = end_of_text(tokenizer) if data.rows == "documents" else None
     targets = []
 
     def batches() -> Iterator[dict[str, np.ndarray]]:
-        for batch in eval_batches(tokens, config.batch_size, seq_len, documents_end=end):
+        for batch in eval_batches(tokens, batch_size, seq_len, documents_end=end):
             targets.append(int(batch["mask"].sum()))
             yield batch
 

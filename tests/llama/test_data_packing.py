@@ -104,6 +104,8 @@ def test_bad_sizes():
         make_train_iterator(np.arange(99), batch_size=6, seq_len=8, seed=0, process_count=4)
     with pytest.raises(DataError, match="1 tokens: too short to evaluate"):
         next(eval_batches(np.arange(1), 2, 8))
+    with pytest.raises(DataError, match="--seq-len of at least 2, got 1"):
+        list(eval_batches(np.array([5, 0, 7, 0]), 2, 1, documents_end=0))
 
 
 DOCUMENTS = np.array([5, 6, 7, 8, 9, 0, 4, 0, 1, 2, 3, 0], np.uint16)  # 0 ends each.

@@ -39,6 +39,8 @@ class DocumentRows:
     """The documents of a token array, each in a row, as a random-access source for Grain."""
 
     def __init__(self, tokens: np.ndarray, seq_len: int, end_of_text: int):
+        if seq_len < 2:  # The first token is none to predict.
+            raise DataError(f"rows of documents need a --seq-len of at least 2, got {seq_len}")
         ends = np.flatnonzero(tokens == end_of_text) + 1
         self._tokens, self._seq_len = tokens, seq_len
         self._bounds = np.append(0, ends)

@@ -28,7 +28,10 @@ def split_documents(documents: list[str], seed: int) -> tuple[list[str], list[st
     pieces = [piece for text in documents for piece in _cut(text, total, _SEPARATORS)]
     ranked = sorted(set(pieces), key=lambda text: _digest(text, seed))
     if len(ranked) < 3:
-        raise DataError("the text is too short to be split into train, validation and test")
+        raise DataError(
+            "the text is too short to be split into train, validation and test: at least 3 "
+            f"different documents or paragraphs are required, got {len(ranked)}: give more --data"
+        )
     count = max(1, round(HELD_OUT * len(ranked)))
     validation, test = set(ranked[:count]), set(ranked[count : 2 * count])
     return (
