@@ -14,7 +14,7 @@ import tiny_encoder as tiny
 
 from examples.common.errors import DataError, WeightsError
 from examples.finetune.encoder.config import read_config
-from examples.finetune.encoder.data import ARCHIVE, TASKS, read_rows
+from examples.finetune.encoder.data import ARCHIVE, TASKS, read_rows, read_unlabelled
 from examples.finetune.encoder.data.batches import (
     Layout,
     eval_batches,
@@ -156,6 +156,38 @@ def test_errors_name_file_and_line(tmp_path, task, train, message):
     with pytest.raises(DataError, match=message) as error:
         read_rows(TASKS[task], tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_csv_files(tmp_path):
+    text = '\ufeffsentence1,id,label\r\n"a, ""b""",1,ham\r\n\r\n"c\nd",2,spam\r\n'
+    for stem in ("train", "dev", "test"):
+        (tmp_path / f"{stem}.csv").write_text(text, encoding="utf-8", newline="")
+    rows = read_rows(TASKS["own"], tmp_path)
+    assert rows.labels == ("ham", "spam")
+    assert rows.splits["train"] == [Row('a, "b"', None, 0), Row("c\nd", None, 1)]
+    with pytest.raises(DataError, match=r"test.csv: line 3: 0 columns, expected 3"):
+        read_unlabelled(TASKS["own"], tmp_path)
+    (tmp_path / "test.csv").write_text("sentence1\n'e', f\n".replace("'", '"'))
+    with pytest.raises(DataError, match=r"test.csv: line 2: 2 columns, expected 1"):
+        read_unlabelled(TASKS["own"], tmp_path)
+    (tmp_path / "test.csv").write_text('sentence1\n"e, f"\n')
+    assert [row.first for row in read_unlabelled(TASKS["own"], tmp_path)["test"]] == ["e, f"]
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ("sentence1,label\na,x\nb\n", r"train.csv: line 3: 1 columns, expected 2"),
+        ("text,label\na,x\n", r"line 1: expected the columns sentence1, label; got text, label"),
+        ('sentence1,label\na,x\n"b,y\n', r"train.csv: line 3: malformed CSV"),
+        ("sentence1,label\n\xe9,x\n", r"train.csv: invalid UTF-8 at byte 16"),
+        ("", r"train.csv: the file is empty"),
+    ],
+)
+def test_errors_in_csv(tmp_path, train, message):
+    (tmp_path / "train.csv").write_bytes(train.encode("latin-1"))
+    with pytest.raises(DataError, match=message):
+        read_rows(TASKS["own"], tmp_path)
 
 
 def test_a_split_is_one_file(tmp_path):

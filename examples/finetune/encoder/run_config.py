@@ -31,8 +31,9 @@ class OutputConfig(compare.OutputConfig):
     save_model: bool = True
     """Write the fine-tuned model, as transformers reads it."""
     predict: bool = False
-    """Write predictions for the test rows, in GLUE's files for submission: test.tsv or test.jsonl
-    in --data (mnli: test_matched, test_mismatched), or the hub's. Labels are not needed."""
+    """Write predictions for the test rows, in GLUE's files for submission: test.tsv, test.jsonl
+    or test.csv in --data (mnli: test_matched, test_mismatched), or the hub's. Labels are not
+    needed."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,9 @@ class RunConfig:
     task: TaskName = "movie-snippets"
     """A task of GLUE, or "own" and "own-regression" for files of yours."""
     data: Path | None = None
-    """Directory with train and dev files: .tsv as GLUE publishes them, or .jsonl with the columns
-    of the data sets library (own: sentence1, sentence2, label). Without it GLUE is fetched."""
+    """Directory with train and dev files: .tsv as GLUE publishes them, .jsonl or .csv with the
+    columns of the data sets library (own: sentence1, sentence2, label). Without it GLUE is
+    fetched."""
     methods: tuple[MethodName, ...] = ("adamw", "natural-galore")
     """Trained one after another."""
     model: str = "minilm"

@@ -1,5 +1,7 @@
-"""Local files: the TSV files of GLUE, and JSON lines."""
+"""Local files: the TSV files of GLUE, JSON lines, and CSV."""
 
+import csv
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,12 +20,12 @@ _STEMS = {
     "test_matched": ("test_matched",),
     "test_mismatched": ("test_mismatched",),
 }
-_SUFFIXES = (".tsv", ".jsonl")
+_SUFFIXES = (".tsv", ".jsonl", ".csv")
 _Malformed = list[str]
 
 
 def read_directory(task: Task, directory: Path) -> Rows:
-    """`train.tsv` or `train.jsonl`, and those of the splits that are evaluated.
+    """`train.tsv`, `train.jsonl` or `train.csv`, and those of the splits that are evaluated.
 
     Raises:
       DataError: names the file and line of what cannot be read.
@@ -34,8 +36,7 @@ def read_directory(task: Task, directory: Path) -> Rows:
     malformed: _Malformed = []
     for split in ("train", *task.held_out):
         path = _find(directory, split)
-        rows = _read_tsv if path.suffix == ".tsv" else _read_json_lines
-        raw[split] = list(rows(task, path, malformed))
+        raw[split] = list(_READERS[path.suffix](task, path, malformed))
         _check_not_empty(raw[split], split, path)
     return make_rows(task, raw, len(malformed))
 
@@ -50,8 +51,7 @@ def read_unlabelled(task: Task, directory: Path) -> dict[str, list[RawRow]]:
     found = {}
     for split in task.predicted:
         path, malformed = _find(directory, split), []
-        rows = _read_tsv if path.suffix == ".tsv" else _read_json_lines
-        found[split] = list(rows(task, path, malformed, labelled=False))
+        found[split] = list(_READERS[path.suffix](task, path, malformed, labelled=False))
         if malformed:
             raise DataError(f"{malformed[0]}: too few columns")
         _check_not_empty(found[split], split, path)
@@ -144,3 +144,30 @@ def _read_json_lines(
     for where, line in _lines(path, labelled):
         record = parse_json(line, where)
         yield from_mapping(record, task.json, where, task.name in OPTIONAL_SECOND, labelled)
+
+
+def _read_csv(
+    task: Task, path: Path, _malformed: _Malformed, labelled: bool = True
+) -> Iterator[RawRow]:
+    text = decode(read_bytes(path), str(path)).removeprefix("\ufeff")
+    # By records, not by lines: a quoted cell may hold line ends.
+    records = csv.reader(io.StringIO(text, newline=""), strict=True)
+    own = task.name in OPTIONAL_SECOND
+    try:
+        names = next(records, None)
+        if not names:
+            raise DataError(f"{path}: the file is empty")
+        columns = _known_columns(task, names, f"{path}: line 1", labelled)
+        for cells in records:
+            where = f"{path}: line {records.line_num}"
+            if not cells and labelled:
+                continue
+            if len(cells) != len(names):
+                raise DataError(f"{where}: {len(cells)} columns, expected {len(names)}")
+            record = dict(zip(names, cells, strict=True))
+            yield from_mapping(record, columns, where, own, labelled)
+    except csv.Error as error:
+        raise DataError(f"{path}: line {records.line_num}: malformed CSV ({error})") from error
+
+
+_READERS = {".tsv": _read_tsv, ".jsonl": _read_json_lines, ".csv": _read_csv}
