@@ -60,6 +60,7 @@ $(VENV)/.pretrained: $(VENV)/.examples
 
 SNIPPETS := .cache/glue/vaderSentiment-3.3.2.tar.gz
 $(SNIPPETS): | $(BIN)/python
+	@echo "$(@D): fetching sentences of movie reviews, a minute without output"
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: \
 	  vaderSentiment==3.3.2 -d $(@D)
 
