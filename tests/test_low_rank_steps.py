@@ -261,5 +261,5 @@ def test_shapes_are_checked():
     for call in (steps.refresh, steps.project):
         with pytest.raises(ValueError, match="has 5 states but received 4"):
             call(PARAMS, state[1:])
-        with pytest.raises(ValueError, match=r"w: the update has shape \(8, 6\)"):
+        with pytest.raises(ValueError, match=r"w: the update \(float32, \(8, 6\)\) needs bases"):
             call({**PARAMS, "w": PARAMS["w"].T}, state)

@@ -148,7 +148,7 @@ def test_the_best_rate_of_a_sweep():
             "in six digits, got 0.001 0",
         ),
         (["--sweep-learning-rates", "1", "--learning-rate", "1"], "not both"),
-        (["--predict"], "the test split is missing (none of test.tsv, test.jsonl)"),
+        (["--predict"], "the test split is missing (none of test.tsv, test.jsonl, test.csv)"),
         (["--model", "./nowhere"], "./nowhere: no such directory"),
         (["--data", "nowhere"], "nowhere: no such directory"),
         (["--task", "sst2"], 'train.jsonl: line 1: expected a string "sentence"'),

@@ -77,7 +77,7 @@ def test_the_hub_has_labels_of_minus_one(monkeypatch):
 @pytest.mark.parametrize(
     ("task", "text", "message"),
     [
-        ("sst2", None, r"the test split is missing \(none of test.tsv, test.jsonl\)"),
+        ("sst2", None, r"the test split is missing \(none of test.tsv, test.jsonl, test.csv\)"),
         ("sst2", "index\tsentence\n", "the test split has no rows"),
         ("sst2", "index\ttext\n0\ta\n", "line 1: expected the columns sentence; got index, text"),
         # Of the training rows of QQP, those with too few columns are left out.

@@ -183,8 +183,7 @@ def _scaled(plan, iterations, numbers, G, q, s, last_norm):
     q, s = (_averaged(plan, old, x, decay) for old, x in zip((q, s), new, strict=True))
     U = _on_axes(plan, 0, inverse_root(q)) * G * _on_axes(plan, 1, inverse_root(s))
     if limit is not None:
-        U, norm = limit_growth(plan.batch, U, last_norm, limit)
-        last_norm = jnp.where(jnp.isfinite(norm), norm, last_norm)
+        U, last_norm = limit_growth(plan.batch, U, last_norm, limit)
     return (scale * U).astype(dtype), q, s, last_norm
 
 

@@ -201,12 +201,12 @@ def growth_shrink(
 ) -> tuple[jax.Array, jax.Array]:
     """``min(1, γ ℓ / ‖U‖)`` for the norm of an update U and a level ℓ, and the norm after it.
 
-    1 if ℓ is 0. After a norm that overflows the level is 0.
+    1 if ℓ is 0. A norm that is not finite leaves the level for the next step.
     """
     level = jnp.asarray(level)
     allowed = jnp.where(level > 0, limit * level, jnp.inf)
     shrink = jnp.where(norm > allowed, allowed / norm, 1.0)
-    return shrink, jnp.where(jnp.isinf(norm), 0.0, norm * shrink).astype(jnp.float32)
+    return shrink, jnp.where(jnp.isfinite(norm), norm * shrink, level).astype(jnp.float32)
 
 
 def limit_growth(
