@@ -20,28 +20,34 @@ class Preset(NamedTuple):
     evaluations: int = 20
 
 
+# 200 steps between refreshes are for runs of 10,000: here there would be one or two.
+_NANO = Preset(
+    MODEL_PRESETS["nano"],
+    steps=400,
+    rows=16,
+    seq_len=128,
+    rank=32,
+    update_interval=100,
+    validation_tokens=8 * 2048,
+)
+_9M = _NANO._replace(model=MODEL_PRESETS["9m"], steps=300, rows=8, seq_len=256, rank=64)
+
+
 def _nano_at(width: int) -> Preset:
     """Nano's depth, vocabulary and batch at another width, for a quarter of its steps.
 
     The size of a head and the shares of feed-forward width and rank in the width stay.
     """
-    nano = MODEL_PRESETS["nano"]
+    nano = _NANO.model
     wider = width // nano.hidden
-    return Preset(
-        dataclasses.replace(
-            nano,
-            hidden=width,
-            intermediate=wider * nano.intermediate,
-            heads=wider * nano.heads,
-            kv_heads=wider * nano.kv_heads,
-        ),
-        steps=100,
-        rows=16,
-        seq_len=128,
-        rank=wider * 32,
-        update_interval=100,
-        validation_tokens=8 * 2048,
+    model = dataclasses.replace(
+        nano,
+        hidden=width,
+        intermediate=wider * nano.intermediate,
+        heads=wider * nano.heads,
+        kv_heads=wider * nano.kv_heads,
     )
+    return _NANO._replace(model=model, steps=100, rank=wider * _NANO.rank)
 
 
 PRESETS = {
@@ -63,36 +69,14 @@ PRESETS = {
         update_interval=5,
         validation_tokens=256,
     ),
-    # 200 steps between refreshes are for runs of 10,000: here there would be one or two.
-    "nano": Preset(
-        MODEL_PRESETS["nano"],
-        steps=400,
-        rows=16,
-        seq_len=128,
-        rank=32,
-        update_interval=100,
-        validation_tokens=8 * 2048,
-    ),
-    "9m": Preset(
-        MODEL_PRESETS["9m"],
-        steps=300,
-        rows=8,
-        seq_len=256,
-        rank=64,
-        update_interval=100,
-        validation_tokens=8 * 2048,
-    ),
+    "nano": _NANO,
+    "9m": _9M,
     # Between 9m and 60m: twice 9m's width, its vocabulary and batch.
-    "30m": Preset(
-        dataclasses.replace(
-            MODEL_PRESETS["9m"], hidden=512, intermediate=1376, layers=7, heads=8, kv_heads=8
+    "30m": _9M._replace(
+        model=dataclasses.replace(
+            _9M.model, hidden=512, intermediate=1376, layers=7, heads=8, kv_heads=8
         ),
-        steps=300,
-        rows=8,
-        seq_len=256,
         rank=128,
-        update_interval=100,
-        validation_tokens=8 * 2048,
     ),
     # To see how the best rates change with the width alone.
     **{f"width-{width}": _nano_at(width) for width in (128, 256, 512)},

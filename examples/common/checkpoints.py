@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from examples.common.config import Json, differences
+from examples.common.config import Json, check_same, differences
 from examples.common.errors import CheckpointError, ConfigError, first_line
 from examples.common.train_state import TrainState
 
@@ -102,11 +102,7 @@ class Checkpoints:
                 f"{run_dir} already has checkpoints: pass --resume to continue that run, "
                 "--name for another one, or --overwrite to delete it"
             )
-        changed = differences(self.config(), identity)
-        if changed:
-            raise ConfigError(
-                f"{run_dir} was made with another configuration: " + ", ".join(changed)
-            )
+        check_same(run_dir, self.config(), identity, differences)
         return latest
 
     def save(

@@ -17,12 +17,13 @@ from rich.console import Console
 import natgalore_jax as ng
 from examples.common.checkpoints import Checkpoints, damage
 from examples.common.cli import OPTIONS
-from examples.common.config import CHECKPOINTS, INT32, check_name, check_range, plain, write_json
+from examples.common.config import INT32, check_range, plain, write_json
 from examples.common.errors import CheckpointError, ConfigError
 from examples.common.loggers import LoggerName, make_loggers
 from examples.common.methods import Tuning
 from examples.common.metrics import Clock, MetricsLog, Record, of_kind
 from examples.common.reporter import COMPILING, STARTING, TRAINING, Reporter, evaluating
+from examples.common.run_directory import CHECKPOINTS, check_name
 from examples.common.train_state import Metrics, Params, TrainState, init_state
 
 ShouldStop = Callable[[], bool]
@@ -148,7 +149,7 @@ def train(
       run_dir: directory of metrics, checkpoints and summary; None writes nothing.
       resume: whether a run in `run_dir` may be continued.
       first: an evaluation before the first step.
-      started: called before the first step, see `config.run_directory`.
+      started: called before the first step, see `run_directory`.
       log_to: loggers that receive the metrics too.
       options: the whole configuration as a file for `--config`, written beside the metrics.
 

@@ -15,12 +15,12 @@ import optax
 import natgalore_jax as ng
 from examples.common.checkpoints import Checkpoints
 from examples.common.cli import OPTIONS, options_text
-from examples.common.config import CHECKPOINTS, run_directory
 from examples.common.errors import ConfigError
 from examples.common.loggers import make_loggers
 from examples.common.lora import partition
 from examples.common.metrics import Clock, MetricsLog, of_kind, replace_text
 from examples.common.reporter import COMPILING, STARTING, Reporter, evaluating
+from examples.common.run_directory import CHECKPOINTS, run_directory
 from examples.common.train_state import Metrics, Params, TrainState
 from examples.llama.data import Splits, eval_batches, load_splits
 from examples.llama.distributed.batches import TrainBatches, documents_end

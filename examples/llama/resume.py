@@ -13,9 +13,9 @@ from examples.common.checkpoints import (
     renumber,
     steps_done,
 )
-from examples.common.config import CHECKPOINTS
 from examples.common.errors import ConfigError
 from examples.common.reporter import Reporter
+from examples.common.run_directory import CHECKPOINTS
 from examples.common.train_state import TrainState
 from examples.llama.run_config import RunConfig, adjustments, differences
 

@@ -16,6 +16,7 @@ from examples.common.optimizers import (
     default_learning_rate,
     default_unprojected_ratio,
 )
+from examples.common.run_directory import check_name
 from examples.common.schedule import ScheduleConfig
 from examples.llama.data import DataConfig, is_hub
 from examples.llama.distributed.processes import DistributedConfig
@@ -30,7 +31,7 @@ _FROM_0, _COUNTS = f"[0, {config.INT32})", f"[1, {config.INT32})"
 
 @dataclass(frozen=True)
 class OutputConfig:
-    """What is written and shown. All of this may change when a run is resumed."""
+    """Output of a run. All of this may change when a run is resumed."""
 
     name: str | None = None
     """Directory under runs/; by default preset, optimizer and adapter."""
@@ -115,7 +116,7 @@ class RunConfig:
         config.check_range(self, _FROM_0, "seed")
         config.check_range(self.output, _COUNTS, "log_every", "eval_every", "save_every", "keep")
         config.check_range(self.output, _FROM_0, "keep_best")
-        config.check_name(self.output.name)
+        check_name(self.output.name)
         if self.accumulate_in_subspace and self.optimizer.clip_norm is not None:
             raise ConfigError(
                 f"clip_norm={self.optimizer.clip_norm} needs the whole gradient, which is never "

@@ -21,8 +21,8 @@ import examples
 from examples.common import cli
 from examples.common.checkpoints import Checkpoints
 from examples.common.cli import options_text
-from examples.common.config import run_directory
 from examples.common.metrics import of_kind, read_metrics
+from examples.common.run_directory import run_directory
 from examples.finetune.encoder import __main__ as encoder
 from examples.finetune.planner import __main__ as planner
 from examples.llama import __main__ as llama

@@ -8,9 +8,10 @@ from rich.console import Console
 from examples.common import cli
 from examples.common.accelerators import announce_devices
 from examples.common.compare import Result, compare
-from examples.common.config import run_directory, write_json
+from examples.common.config import write_json
 from examples.common.interrupt import stop_on_signals
 from examples.common.reporter import READING, make_reporter
+from examples.common.run_directory import run_directory
 from examples.finetune.encoder.baseline import baseline_scores
 from examples.finetune.encoder.data import TASKS
 from examples.finetune.encoder.loop import train

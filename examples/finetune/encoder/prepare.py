@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from examples.common.config import check_apart
 from examples.common.errors import ConfigError
+from examples.common.run_directory import check_apart
 from examples.finetune.encoder.data import TASKS, Row, Rows, Task, read_predicted, read_rows
 from examples.finetune.encoder.data.batches import Layout
 from examples.finetune.encoder.data.encode import Encoded, encode, read_tokenizer

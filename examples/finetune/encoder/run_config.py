@@ -22,7 +22,7 @@ else:  # The names that the command line offers.
 
 @dataclass(frozen=True)
 class OutputConfig(compare.OutputConfig):
-    """What is written and shown. All of this may change when a run is resumed."""
+    """Output of a comparison. All of this may change when a run is resumed."""
 
     root: Path = Path("runs/glue")
     """Directory of all runs."""
@@ -62,7 +62,7 @@ class RunConfig:
     new_head: bool = False
     """Start from a random head although the model has one, for other classes, say."""
     epochs: int = 3
-    """How often each row is seen."""
+    """Passes over the rows."""
     batch_size: int = 32
     """Rows in a batch."""
     max_length: int = 128

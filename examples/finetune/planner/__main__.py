@@ -7,10 +7,11 @@ from rich.console import Console
 from examples.common import cli
 from examples.common.accelerators import announce_devices
 from examples.common.compare import Result, compare
-from examples.common.config import run_directory, write_json
+from examples.common.config import write_json
 from examples.common.interrupt import stop_on_signals
 from examples.common.plots import plot_methods
 from examples.common.reporter import READING, evaluating, make_reporter
+from examples.common.run_directory import run_directory
 from examples.finetune.planner.evaluate import Evaluator
 from examples.finetune.planner.loop import train
 from examples.finetune.planner.predictions import side_by_side

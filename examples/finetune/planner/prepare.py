@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from examples.common.config import check_apart
 from examples.common.errors import ConfigError, WeightsError
+from examples.common.run_directory import check_apart
 from examples.common.train_state import Params
 from examples.finetune.planner.batches import Layout, make_layout
 from examples.finetune.planner.data.splits import NAMES

@@ -41,7 +41,7 @@ else:  # The names that the command line offers.
 
 @dataclass(frozen=True)
 class OutputConfig(compare.OutputConfig):
-    """What is written and shown. All of this may change when a run is resumed."""
+    """Output of a comparison. All of this may change when a run is resumed."""
 
     root: Path = Path("runs/function_calling")
     """Directory of all runs."""
@@ -67,7 +67,7 @@ class RunConfig:
     preset: PresetName = "default"
     """"small" is `make functions`; every other option overrides a part of it."""
     dataset: DatasetName = "nestful"
-    """Which data set, of a package unless --data is given."""
+    """Data set, of a package unless --data is given."""
     data: Path | None = None
     """Local files: the directory data_v1 of NESTFUL, bfcl_eval/data of BFCL, TinyAgent's JSON."""
     parts: tuple[str, ...] = ()
@@ -82,7 +82,7 @@ class RunConfig:
     """A GGUF file, a directory in the Hugging Face layout, a name on the hub, or
     smollm2-135m-instruct, from a package."""
     epochs: int = 3
-    """How often each row is seen."""
+    """Passes over the rows."""
     batch_size: int = 4
     """Rows in a batch."""
     accumulate: int = 8
@@ -101,7 +101,7 @@ class RunConfig:
     new_tokens: int = 512
     """The longest plan that the model may write, in tokens."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What products are computed in; weights are float32."""
+    """Dtype of products; weights are float32."""
     remat: bool = False
     """Recompute what is inside a layer in the backward pass, to save memory."""
     seed: int = 0

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from examples.common.config import differences
+from examples.common.config import check_same
 from examples.common.errors import ConfigError
 from examples.common.metrics import replace_text
 from examples.common.text import parse_json
@@ -47,10 +47,7 @@ def evaluate_untrained(
                 "one, or --overwrite to delete it"
             )
         found = parse_json(path.read_text(), str(path))
-        if changed := differences(found["made_from"], made_from):
-            raise ConfigError(
-                f"{run_dir} was made with another configuration: {', '.join(changed)}"
-            )
+        check_same(run_dir, found["made_from"], made_from)
         return found
     params = prepared.read()
     found = {"made_from": made_from}

@@ -1,4 +1,4 @@
-"""Where the text comes from and how it becomes tokens."""
+"""Configuration of the text and of its tokens."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,7 @@ class DataConfig:
     """Trained tokenizers and token arrays, keyed by the content of the text. Safe to delete."""
 
     split_seed: int = 0
-    """Which documents are held out."""
+    """Seed of the choice of held-out documents."""
 
     max_documents: int = 20_000
     """For a streamed data set: documents that train the tokenizer and fill the training array."""

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tokenizers import Tokenizer
 
-from examples.common.config import check_apart
 from examples.common.errors import CheckpointError, ConfigError, DataError, WeightsError
+from examples.common.run_directory import check_apart
 from examples.llama.data.tokenizer import load_tokenizer, plain_text, vocabulary_size
 from examples.llama.model.config import ModelConfig
 from examples.llama.run_config import RunConfig, run_preset

@@ -7,9 +7,10 @@ import jax
 
 import natgalore_jax as ng
 from examples.common.checkpoints import damage, kept, read_checkpoint, steps_done
-from examples.common.config import CHECKPOINTS, Json
+from examples.common.config import Json
 from examples.common.errors import CheckpointError, WeightsError
 from examples.common.lora import Tree, partition, union
+from examples.common.run_directory import CHECKPOINTS
 from examples.llama.model.adapters import AdapterConfig, make_linear, without_adapters
 from examples.llama.model.config import ModelConfig
 from examples.llama.model.llama import abstract_params

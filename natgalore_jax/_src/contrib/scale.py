@@ -72,8 +72,8 @@ def scale_by_column_norms(
       mu_dtype: dtype of the momenta of head and Adam; None: dtype of the parameter.
       vector_ratio: learning rate of vectors over that of matrices.
       head: which matrices are output heads, in the forms of ``where``, among the matrices that
-        ``where`` selects; None: by their names, see
-        :func:`.hidden_matrices` ("head", "lm_head", "logits", "classifier", ...).
+        ``where`` selects; None: by their names, see :func:`.hidden_matrices` ("head", "lm_head",
+        "logits", "classifier", ...).
       where: the matrices, in the forms of :func:`.low_rank_project`; None: all with
         two axes or more, except norms and biases of stacked layers by their names. All other
         parameters are vectors.
@@ -88,9 +88,8 @@ def scale_by_column_norms(
       TypeError, ValueError: at construction for an argument of a wrong type or value; at ``init``
         if there are parameters and no matrix among them, for a matrix that is not floating-point
         of at least 16 bits, or that ``head`` selects and ``where`` leaves out; at ``update`` for
-        gradients of other shapes than at ``init``. A
-        non-finite gradient makes its column NaN, and remains in the momentum of a head: put
-        ``optax.apply_if_finite`` around the optimizer.
+        gradients of other shapes than at ``init``. A non-finite gradient makes its column NaN, and
+        remains in the momentum of a head: put ``optax.apply_if_finite`` around the optimizer.
 
     References:
       Glentis et al., Memory-efficient LLM pretraining via minimalist optimizer design (2025, ICML

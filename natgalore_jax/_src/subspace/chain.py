@@ -1,5 +1,6 @@
 """``optax.chain`` with subspaces."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -91,21 +92,19 @@ def chain(*transforms: Any) -> Chain:
 
 def check_states(members: Sequence[Any], states: Sequence[Any]) -> None:
     """Check the number of states of a chain, and the types that a checkpoint may have lost."""
-    expected = sum(m.number_of_states if isinstance(m, Subspace) else 1 for m in members)
-    if len(states) != expected:
+    sizes = [m.number_of_states if isinstance(m, Subspace) else 1 for m in members]
+    if len(states) != sum(sizes):
         raise ValueError(
-            f"this chain has {expected} states but received {len(states)}; "
+            f"this chain has {sum(sizes)} states but received {len(states)}; "
             "the state must come from the init of the same chain"
         )
-    at = 0
-    for member in members:
+    for member, at in zip(members, itertools.accumulate(sizes, initial=0), strict=False):
         if isinstance(member, Subspace) and not isinstance(states[at], LowRankProjectState):
             raise ValueError(
                 f"state {at} of this chain is of type {type(states[at]).__name__} instead of "
                 "LowRankProjectState, as after restoring a checkpoint without a target: restore "
                 "it with jax.eval_shape(tx.init, params) as the target"
             )
-        at += member.number_of_states if isinstance(member, Subspace) else 1
 
 
 def update_members(
