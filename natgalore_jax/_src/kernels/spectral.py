@@ -43,9 +43,10 @@ def clip_leading(plan: LeafPlan, U: jax.Array, limit: jax.typing.ArrayLike) -> j
     U = U.astype(jnp.promote_types(dtype, jnp.float32))  # float64 stays: most pass unchanged
     s = on_axes_of_gradient(side_axes(plan, 0), _start(plan))
     y = jnp.sum(s * U, rows, keepdims=True)
-    x = _unit(jnp.sum(U * (y / _magnitude(y, cols)), cols, keepdims=True), rows)
+    unit = _magnitude(y, cols)
+    x = jnp.sum(U * (y / unit), cols, keepdims=True) / unit
     y = jnp.sum(x * U, rows, keepdims=True)
-    excess = _excess(x, y, rows, cols, limit * math.sqrt(max(plan.mode_sizes)))
+    excess = _excess(x, y, unit, rows, cols, limit * math.sqrt(max(plan.mode_sizes)))
     return (U - excess * y).astype(dtype)
 
 
@@ -70,12 +71,14 @@ def clip_leading_of_factored(
     U = Products(plan, factors, update, G)
     s = jnp.broadcast_to(_start(plan), (*plan.batch_shape, *plan.mode_shape(0)))
     y = U.with_rows(place_phi(of_rows, s, G))
-    x = U.with_columns(y / _magnitude(y, range(of_cols.batch_ndim, y.ndim)))
-    x = _unit(x, range(of_rows.batch_ndim, x.ndim))
-    y = on_axes_of_gradient(of_cols, U.with_rows(x))
+    own = range(of_cols.batch_ndim, y.ndim)
+    unit = _magnitude(y, own)
+    x = U.with_columns(y / unit)
+    x = x / jnp.expand_dims(unit.squeeze(own), range(of_rows.batch_ndim, x.ndim))
+    y, unit = (on_axes_of_gradient(of_cols, z) for z in (U.with_rows(x), unit))
     x = on_axes_of_gradient(of_rows, x)
     rows, cols = plan.modes
-    excess = _excess(x, y, rows, cols, limit * math.sqrt(max(plan.mode_sizes)))
+    excess = _excess(x, y, unit, rows, cols, limit * math.sqrt(max(plan.mode_sizes)))
     return whole(plan, factors, update, G) - excess * y
 
 
@@ -89,13 +92,12 @@ def _start(plan: LeafPlan) -> jax.Array:
     return s.reshape((1,) * len(plan.batch) + plan.mode_shape(0))
 
 
-def _unit(x: jax.Array, axes: Sequence[int]) -> jax.Array:
-    """x over its largest entry: its squares do not overflow."""
-    return x / jnp.maximum(jnp.max(jnp.abs(x), axes, keepdims=True), _TINY)
-
-
 def _magnitude(y: jax.Array, axes: Sequence[int]) -> jax.Array:
-    """A power of two near the largest entry of y: divided by it, y has the same digits."""
+    """A power of two near the largest entry of ``y = Uᵀ s``, the unit of U in what follows.
+
+    Numbers have the same digits in any unit that is a power of two. ``x = U y`` in units of U and y
+    is at least 1 / ‖s‖ long.
+    """
     info = jnp.finfo(y.dtype)
     largest = jnp.max(jnp.abs(y), axes, keepdims=True)
     # Halved, because rounding up could overflow. The results do not depend on the power.
@@ -106,12 +108,15 @@ def _magnitude(y: jax.Array, axes: Sequence[int]) -> jax.Array:
 def _excess(
     x: jax.Array,
     y: jax.Array,
+    unit: jax.Array,
     x_axes: Sequence[int],
     y_axes: Sequence[int],
     bound: jax.typing.ArrayLike,
 ) -> jax.Array:
-    """``(1 − bound / σ)₊ x / ‖x‖²`` with ``σ = ‖y‖ / ‖x‖``, y the product of U with x."""
+    """``(1 − bound / σ)₊ x / ‖x‖²`` with ``σ = ‖y‖ / ‖x‖``, y the product of U with x.
+
+    With ``unit`` near ‖y‖ no square overflows.
+    """
     x_squared = jnp.maximum(jnp.sum(jnp.square(x), x_axes, keepdims=True), _TINY)
-    unit = _magnitude(y, y_axes)
     norm = unit * jnp.sqrt(jnp.sum(jnp.square(y / unit), y_axes, keepdims=True) / x_squared)
     return jnp.where(norm > bound, 1.0 - bound / norm, 0.0) / x_squared * x
