@@ -135,12 +135,15 @@ class Products:
 def _product(subscripts: str, vector: jax.Array, matrix: jax.Array) -> jax.Array:
     """``einsum`` of a vector and a matrix in full float32: reading the matrix takes the time."""
     of_vector, of_matrix, out = subscripts.replace("->", ",").split(",")
-    if of_vector + out == of_matrix:
-        # A sum over leading axes takes as long as a product, and a tenth of the time to compile,
-        # unless what the operands are made of is repeated in its loop.
-        vector, matrix = jax.lax.optimization_barrier((vector, matrix))
-        vector = jnp.expand_dims(vector, range(len(of_vector), len(of_matrix)))
-        return jnp.sum(vector * matrix.astype(jnp.float32), range(len(of_vector)))
-    return contract(
-        subscripts, vector, matrix, dtype=jnp.float32, precision=jax.lax.Precision.HIGHEST
-    )
+    if matrix.dtype == jnp.float32 and of_matrix[-1] not in out:
+        return contract(subscripts, vector, matrix, precision=jax.lax.Precision.HIGHEST)
+    # A sum converts other dtypes entry by entry, where a product may store a converted matrix. Over
+    # leading axes it is as fast on CPUs, if what the operands are made of is computed before, and
+    # compiles in a tenth of the time.
+    vector, matrix = jax.lax.optimization_barrier((vector, matrix))
+    in_order = sorted(range(vector.ndim), key=lambda a: of_matrix.index(of_vector[a]))
+    missing = [a for a, letter in enumerate(of_matrix) if letter not in of_vector]
+    entries = jnp.expand_dims(vector.transpose(in_order), missing) * matrix.astype(jnp.float32)
+    kept = [letter for letter in of_matrix if letter in out]
+    summed = jnp.sum(entries, [a for a, letter in enumerate(of_matrix) if letter not in out])
+    return summed.transpose([kept.index(letter) for letter in out])
