@@ -194,6 +194,21 @@ def test_axes_of_rows_in_any_order(side):
     np.testing.assert_allclose(tensor, clipped["matrix"], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("shape", [(24, 40), (3, 24, 40)])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_gradient_in_bfloat16_is_not_converted_for_a_product(side, shape):
+    params = {"w": jnp.ones(shape, jnp.bfloat16)}
+    in_float32 = f"{'x'.join(map(str, shape))}xf32>"
+
+    def products(limit):
+        tx = _subspace(limit, "fisher", side=side)
+        text = jax.jit(tx.update).lower(params, tx.init(params)).as_text()
+        lines = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+        return sum(in_float32 in line.partition(" : ")[2].partition("->")[0] for line in lines)
+
+    assert products(0.1) == products(None)
+
+
 @pytest.mark.parametrize("limit", [0, -1.0, "0.2"])
 def test_singular_limit_must_be_a_positive_number(limit):
     with pytest.raises((TypeError, ValueError), match="singular_limit must be"):
