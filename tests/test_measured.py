@@ -1,0 +1,79 @@
+"""Tables of docs that are written by hand have the numbers of the committed results."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.common.environment import RESULTS
+from benchmarks.optimizer.compile_time import measure
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def rows(page):
+    """The rows of all tables of a page, as lists of cells."""
+    lines = (DOCS / page).read_text().splitlines()
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in lines if line[:1] == "|"
+    ]
+
+
+def recorded(file):
+    return json.loads((RESULTS / file).read_text())
+
+
+@pytest.mark.parametrize(("file", "first"), [("step_time.json", 0), ("step_time_rank_32.json", 1)])
+def test_time_of_updates(file, first):
+    names = {
+        "adamw": "`optax.adamw`",
+        "contrib": "`optax.contrib.galore`",
+        "galore": "`galore_adamw`",
+        "natural": "`natural_galore_adamw`",
+    }
+    methods = recorded(file)["methods"]
+    time = {name: methods[name]["amortised_s"] for name in names}
+    for name, shown in names.items():
+        of_both_ranks = [row for row in rows("speed.md") if row[0] == shown and len(row) == 6]
+        cells = of_both_ranks[first]
+        assert cells[1] == f"{1e3 * time[name]:.0f}"
+        assert cells[3] == f"{time[name] / time['contrib']:.2f}"
+        assert cells[4] == f"{time[name] / time['adamw']:.2f}"
+
+
+def test_time_to_compile():
+    runs = {
+        (run["optimizer"], run["matrices"]): run
+        for run in recorded("compile_time.json")["runs"]
+        if run["shapes"] == "equal"
+    }
+    shown = [row for row in rows("speed.md") if len(row) == 3 and row[0].startswith("`")]
+    assert len(shown) == 4
+    for name, *cells in shown:
+        of_name = (runs[name.strip("`"), matrices] for matrices in (10, 200))
+        assert cells == [f"{run['trace_s'] + run['compile_s']:.1f}" for run in of_name]
+    # What is compiled today is what was measured.
+    today = measure("natural_galore_adamw", 10, "equal")["equations"]
+    assert today == pytest.approx(runs["natural_galore_adamw", 10]["equations"], rel=0.05)
+
+
+def test_peak_of_llama_7b():
+    steps = recorded("gpu_memory_a100_256_tokens.json")["steps"]
+    size = {
+        (step["method"], step["step"]): f"{step['compiled_for_a100_bytes']['total'] / 1e9:.1f}"
+        for step in steps
+    }
+    shown = {
+        "7b, adamw": "adamw",
+        "7b, natural-galore, rank 1024": "natural-galore",
+        "7b, lean-natural-galore, rank 256": "lean-natural-galore",
+        "7b, lean-natural-galore, rank 16": "lean-natural-galore@rank=16",
+        "7b, lean-natural-galore, rank 16, `--weight-bits 8`": (
+            "lean-natural-galore@rank=16,weight_bits=8"
+        ),
+    }
+    found = [row for row in rows("memory.md") if row[0] in shown]
+    assert len(found) == len(shown)
+    for name, *cells in found:
+        ordinary_and_per_layer = [size.get((shown[name], s), "") for s in ("ordinary", "per layer")]
+        assert cells[:2] == ordinary_and_per_layer
