@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from examples.common.config import Json, check_same, differences
+from examples.common.config import Json, check_same, differences, refuse_unless_resumed
 from examples.common.errors import CheckpointError, ConfigError, first_line
 from examples.common.train_state import TrainState
 
@@ -97,11 +97,7 @@ class Checkpoints:
         latest = self.latest()
         if latest is None:
             return 0
-        if not resume:
-            raise ConfigError(
-                f"{run_dir} already has checkpoints: pass --resume to continue that run, "
-                "--name for another one, or --overwrite to delete it"
-            )
+        refuse_unless_resumed(run_dir, resume)
         check_same(run_dir, self.config(), identity, differences)
         return latest
 

@@ -83,6 +83,15 @@ def _flat(tree: Json, prefix: str = "") -> Json:
     return flat
 
 
+def refuse_unless_resumed(run_dir: Path, resume: bool) -> None:
+    """Raise a ConfigError for a directory with a run, unless it is resumed."""
+    if not resume:
+        raise ConfigError(
+            f"{run_dir} already has a run: pass --resume to continue it, --name for another one, "
+            "or --overwrite to delete it"
+        )
+
+
 def check_same(
     run_dir: Path,
     old: Json,

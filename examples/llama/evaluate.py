@@ -18,7 +18,7 @@ from examples.common.config import path_of, write_json
 from examples.common.errors import ConfigError
 from examples.common.metrics import Record
 from examples.common.reporter import Activity, on_stderr
-from examples.llama.data import DataConfig, eval_batches
+from examples.llama.data import DataConfig, eval_batches, eval_rows
 from examples.llama.data.corpus import load_corpus, load_documents
 from examples.llama.data.tokenizer import encode, end_of_text, plain_text, vocabulary_size
 from examples.llama.training.evaluate import make_eval_step, mean_nll, perplexity
@@ -115,11 +115,11 @@ def evaluate(config: EvaluateConfig) -> Record:
             f"1, got {seq_len} and {config.batch_size}"
         )
     tokens = encode(tokenizer, documents)
-    rows = len(documents) if data.rows == "documents" else -(-len(tokens) // seq_len)
-    batch_size = min(config.batch_size, rows)  # What fills a batch takes time and memory too.
+    end = end_of_text(tokenizer) if data.rows == "documents" else None
+    # Rows that only fill a batch take time and memory too.
+    batch_size = min(config.batch_size, eval_rows(tokens, seq_len, end))
     graphdef, params = nnx.split(loaded.model)
     step = make_eval_step(lambda params, rows: nnx.merge(graphdef, params)(rows))
-    end = end_of_text(tokenizer) if data.rows == "documents" else None
     targets = []
 
     def batches() -> Iterator[dict[str, np.ndarray]]:

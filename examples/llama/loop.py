@@ -26,7 +26,7 @@ from examples.llama.data import Splits, eval_batches, load_splits
 from examples.llama.distributed.batches import TrainBatches, documents_end
 from examples.llama.distributed.devices import Devices, make_devices
 from examples.llama.memory.peak import RunMemory, describe, observed_peak
-from examples.llama.memory.step_memory import StepMemory, of_compiled
+from examples.llama.memory.step_memory import StepMemory, check_batch, of_compiled
 from examples.llama.model.adapters import make_linear
 from examples.llama.result import Result as Result
 from examples.llama.resume import prepare, recounted, resume_point
@@ -76,13 +76,14 @@ def train(
     Raises:
       ConfigError: if `run_dir` holds a run that is not to be resumed, or one with more steps or a
         configuration that differs in more than `run_config.differences` allows, or nothing but
-        damaged checkpoints; if the optimizer does not fit the model, ReLoRA or the accumulation;
-        if the loss jumps after too many rollbacks.
+        damaged checkpoints; if a batch is larger than the memory; if the optimizer does not fit the
+        model, ReLoRA or the accumulation; if the loss jumps after too many rollbacks.
       CheckpointError: if a checkpoint cannot be written.
     """
     splits = splits if splits is not None else load_splits(config.data)
     options = options_text(config, "examples.llama")
     config = config.with_vocabulary(splits.vocab_size)
+    check_batch(config)
     devices = make_devices(config.distributed, config.batch_size)
     reporter = reporter if reporter is not None and devices.leads else Reporter()
     if run_dir is None:

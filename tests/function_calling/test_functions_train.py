@@ -164,6 +164,8 @@ def test_batches():
     for epoch in (epochs[:3], epochs[3:]):
         assert sorted(itertools.chain(*epoch)) == [3, 4, 5, 5, 40]
     assert drawn(4, 2) == epochs[4:]
+    ((batch,),) = itertools.islice(train_steps(rows, layout, 10**9, 1, seed=0, start=0), 1)
+    assert batch.tokens.shape == (5, 96)
 
 
 def test_a_run_goes_on_as_if_it_had_not_been_stopped(run, config, prepared, tmp_path):
@@ -198,7 +200,7 @@ def test_a_run_goes_on_as_if_it_had_not_been_stopped(run, config, prepared, tmp_
     assert len(predictions) == 2
     assert all(row["verdict"].startswith("no plan: ") for row in predictions)
 
-    with pytest.raises(ConfigError, match="already has checkpoints"):
+    with pytest.raises(ConfigError, match="already has a run"):
         run(tmp_path / "run")
 
 

@@ -48,7 +48,7 @@ def test_it_has_a_pulse(arguments, tmp_path, capsys, monkeypatch):
     # Asked after the next step, which is saved.
     assert "adamw: stopped at step 4, saved; --resume" in capsys.readouterr().out
     assert main([*arguments, "--quiet"]) == 1
-    assert_one_line(capsys, "already has checkpoints")
+    assert_one_line(capsys, "already has a run")
 
     assert main([*arguments, "--resume"]) == 0
     output = capsys.readouterr().out

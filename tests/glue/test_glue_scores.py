@@ -75,7 +75,8 @@ def test_published_protocols(preset, task, rate, batch, scale):
     assert config.warmup == config.method.weight_decay == 0
 
 
-def test_texts_without_words_have_no_baseline():
-    rows = [Row("!", None, 0), Row("", None, 1)]
+@pytest.mark.parametrize("texts", [("!", 0, "", 1), ("good", 1, "fine", 1)])
+def test_texts_without_words_or_of_one_label_have_no_baseline(texts):
+    rows = [Row(text, None, label) for text, label in zip(texts[::2], texts[1::2], strict=True)]
     splits = {"train": rows, "validation": rows}
     assert baseline_scores(TASKS["own"], Rows(("a", "b"), splits)) is None

@@ -67,6 +67,12 @@ def test_predictions_are_in_the_order_of_the_file(files, finished, tmp_path):
     assert lines[1:] == [f"{i}\t{label}" for i, (_, label) in enumerate(rows)]
 
 
+def test_the_limit_of_rows_is_that_of_baseline_and_batches_too(files):
+    prepared = prepare(config(files, limit=5))
+    assert len(prepared.rows.splits["train"]) == len(prepared.encoded["train"].tokens) == 5
+    assert prepared.layout.batch_size == 5
+
+
 @pytest.mark.parametrize("method", ["lora", "natural-galore"])
 def test_it_learns(files, method, request):
     prepared = prepare(config(files))
@@ -201,7 +207,7 @@ def test_a_run_goes_on_as_if_it_had_not_been_stopped(files, finished, tmp_path):
     kinds = [(r["kind"], r["step"]) for r in resumed.records]
     assert [step for kind, step in kinds if kind == "validation"] == list(range(14, 99, 14))
 
-    with pytest.raises(ConfigError, match="already has checkpoints"):
+    with pytest.raises(ConfigError, match="already has a run"):
         train(run, "natural-galore", prepared, run_dir=tmp_path)
     other = dataclasses.replace(again, epochs=8)
     with pytest.raises(ConfigError, match="epochs: 7 -> 8"):

@@ -118,7 +118,7 @@ def test_resume_and_overwrite(arguments, tmp_path, capsys):
     capsys.readouterr()
 
     assert main(adamw) == 1
-    assert_one_line(capsys, "already has checkpoints")
+    assert_one_line(capsys, "already has a run")
     assert main([*adamw, "--resume", "--b2", "0.95"]) == 1
     assert_one_line(capsys, "optimizer.b2: (default) -> 0.95")
     assert main([*adamw, "--resume"]) == 0
@@ -169,6 +169,7 @@ def test_resume_and_overwrite(arguments, tmp_path, capsys):
         (["--seed", "3000000000"], "seed must be at least 0 and less than 2147483648, got 3000"),
         (["--b2", "1"], "b2 must be at least 0 and less than 1, got 1"),
         (["--warmup", "nan"], "warmup must be at least 0 and at most 1, got nan"),
+        (["--batch-size", "999999999"], "batch_size=999999999: logits of 17.92 kB a row"),
         (["--steps", "0"], "steps must be at least 1"),
         (["--learning-rate", "1e30", "--optimizer", "adamw", "--steps", "9"], "not finite"),
     ],
@@ -336,9 +337,10 @@ def test_ctrl_c_during_the_imports_is_one_line(tmp_path):
         "import signal\ntry:\n    signal.raise_signal(signal.SIGINT)\n"
         "except BaseException as error:\n    raise ImportError from error\n"
     )
-    for program in ("llama", "llama.plan", "llama.sample", "finetune.encoder"):
+    examples = ("llama", "llama.plan", "llama.sample", "finetune.encoder")
+    for program in (*(f"examples.{name}" for name in examples), "benchmarks.generation"):
         found = subprocess.run(
-            [sys.executable, "-m", f"examples.{program}"],
+            [sys.executable, "-m", program],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(tmp_path)},
             capture_output=True,

@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from examples.common.errors import DataError
-from examples.llama.data import eval_batches, make_train_iterator
+from examples.llama.data import eval_batches, eval_rows, make_train_iterator
 
 
 def _take(iterator, count):
@@ -95,6 +95,15 @@ def test_evaluation_covers_every_target_once(length, processes):
                         predicted.append((int(row[t]), int(row[t + 1])))
     expected = [(int(tokens[i]), int(tokens[i + 1])) for i in range(length - 1)]
     assert Counter(predicted) == Counter(expected)
+
+
+@pytest.mark.parametrize(("seq_len", "rows"), [(3, 3), (4, 2), (8, 1), (9, 1)])
+def test_the_rows_of_an_evaluation_are_those_with_a_target(seq_len, rows):
+    tokens = np.arange(9)
+    assert eval_rows(tokens, seq_len) == rows
+    batches = eval_batches(tokens, 1, seq_len)
+    assert [batch["mask"].any() for batch in batches] == [True] * rows
+    assert eval_rows(DOCUMENTS, 4, documents_end=0) == len(ROWS)
 
 
 def test_bad_sizes():

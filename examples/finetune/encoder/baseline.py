@@ -11,17 +11,18 @@ _STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0)
 
 
 def baseline_scores(task: Task, rows: Rows) -> dict[str, dict[str, float]] | None:
-    """Metrics of every evaluated split; None for a regression, and without words to train on.
+    """Metrics of every evaluated split; None for a regression, without words or with one label.
 
     Words and pairs of words; the regularisation that does best on the first evaluated split.
     """
     words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
     texts = list(map(_text, rows.splits["train"]))
-    if task.regression or not any(map(words.build_analyzer(), texts)):
+    labels = {name: np.array([row.label for row in part]) for name, part in rows.splits.items()}
+    of_one_label = len(set(labels["train"])) == 1
+    if task.regression or of_one_label or not any(map(words.build_analyzer(), texts)):
         return None
     x = words.fit_transform(texts)
     features = {name: words.transform(map(_text, rows.splits[name])) for name in task.held_out}
-    labels = {name: np.array([row.label for row in part]) for name, part in rows.splits.items()}
 
     def fit(strength: float) -> dict[str, dict[str, float]]:
         model = LogisticRegression(C=strength, max_iter=1000).fit(x, labels["train"])

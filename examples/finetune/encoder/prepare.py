@@ -71,10 +71,13 @@ def prepare(config: RunConfig) -> Prepared:
     task = TASKS[config.task]
     rows = read_rows(task, config.data)
     predicted = read_predicted(task, config.data, rows) if config.output.predict else {}
+    counts = {}
+    if config.limit is not None:
+        counts["train"] = config.limit
     if config.eval_batches is not None:
-        count = config.eval_batches * config.batch_size
-        fewer = {name: _drawn(rows.splits[name], count) for name in task.held_out}
-        rows = rows._replace(splits=rows.splits | fewer)
+        counts |= dict.fromkeys(task.held_out, config.eval_batches * config.batch_size)
+    fewer = {name: _drawn(rows.splits[name], count) for name, count in counts.items()}
+    rows = rows._replace(splits=rows.splits | fewer)
     outputs = 1 if task.regression else len(rows.labels)
     directory = locate_model(config.model, FILES)
     pretrained = load_model(directory, outputs, config.seed, new_head=config.new_head)
@@ -84,9 +87,6 @@ def prepare(config: RunConfig) -> Prepared:
             f"max_length={config.max_length}: {directory} has positions for {encoder.max_length}"
         )
     tokenizer = read_tokenizer(directory, encoder)
-    splits = dict(rows.splits)
-    if config.limit is not None:
-        splits["train"] = _drawn(splits["train"], config.limit)
 
     def encode_all(parts: dict[str, list[Row]]) -> dict[str, Encoded]:
         return {
@@ -94,12 +94,13 @@ def prepare(config: RunConfig) -> Prepared:
             for name, part in parts.items()
         }
 
+    batch_size = min(config.batch_size, len(rows.splits["train"]))
     return Prepared(
         task,
         rows,
         pretrained._replace(config=encoder),
-        encode_all(splits),
-        Layout(config.batch_size, config.max_length, encoder.pad_token),
+        encode_all(rows.splits),
+        Layout(batch_size, config.max_length, encoder.pad_token),
         encode_all(predicted),
     )
 

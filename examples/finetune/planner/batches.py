@@ -67,6 +67,7 @@ def train_steps(
     Rows are drawn for a whole step, and sorted by length within it only. A step is a function of
     its number and the seed alone, so that a resumed run sees the same.
     """
+    batch_size = min(batch_size, len(rows))
     size = batch_size * accumulate
     epoch, position = divmod(start, steps_per_epoch(rows, size))
     while True:

@@ -80,7 +80,8 @@ class Evaluator:
     def _loss(self, params: Params, part: Split, should_stop: Callable[[], bool]) -> float | None:
         model = with_params(self._prepared.model, params)
         total, tokens = 0.0, 0
-        for _, batch in batches(part.rows, self._prepared.layout, self._batch_size):
+        size = min(self._batch_size, len(part.rows))
+        for _, batch in batches(part.rows, self._prepared.layout, size):
             if should_stop():
                 return None
             total += float(loss_of(model, batch))

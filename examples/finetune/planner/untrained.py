@@ -5,8 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from examples.common.config import check_same
-from examples.common.errors import ConfigError
+from examples.common.config import check_same, refuse_unless_resumed
 from examples.common.metrics import replace_text
 from examples.common.text import parse_json
 from examples.finetune.planner.evaluate import Evaluator
@@ -41,11 +40,7 @@ def evaluate_untrained(
         "rows": prepared.fingerprint,
     }
     if path.exists():
-        if not config.output.resume:
-            raise ConfigError(
-                f"{run_dir} already has a run: pass --resume to continue it, --name for another "
-                "one, or --overwrite to delete it"
-            )
+        refuse_unless_resumed(run_dir, config.output.resume)
         found = parse_json(path.read_text(), str(path))
         check_same(run_dir, found["made_from"], made_from)
         return found

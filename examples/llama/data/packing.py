@@ -104,6 +104,13 @@ def make_train_iterator(
     )
 
 
+def eval_rows(tokens: np.ndarray, seq_len: int, documents_end: int | None = None) -> int:
+    """Rows of :func:`eval_batches` that have a target."""
+    if documents_end is not None:
+        return len(DocumentRows(tokens, seq_len, documents_end))
+    return -(-(len(tokens) - 1) // seq_len)
+
+
 def eval_batches(
     tokens: np.ndarray,
     batch_size: int,

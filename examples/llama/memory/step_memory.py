@@ -8,6 +8,7 @@ bfloat16 on another device than the one it is compiled for, is an estimate; see 
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
@@ -16,7 +17,9 @@ import jax.numpy as jnp
 import optax
 
 import natgalore_jax as ng
+from examples.common.errors import ConfigError
 from examples.common.train_state import Params, TrainState
+from examples.llama.memory.sizes import format_bytes
 from examples.llama.run_config import RunConfig
 from examples.llama.training.build import AbstractRun, abstract_run
 from examples.llama.training.train_step import token_nll
@@ -127,6 +130,23 @@ def resident(run: AbstractRun) -> StepMemory:
     metrics = run.state.totals
     report = ng.memory_report(run.tx, _float_params(run.state))
     return _divided(report, run.state, nbytes((run.state, run.rows, metrics)))
+
+
+def check_batch(config: RunConfig) -> None:
+    """Raise a ConfigError if the logits of a batch alone are larger than the memory.
+
+    The operating system would kill the program without a message.
+    """
+    stats = jax.local_devices()[0].memory_stats() or {}
+    room = stats.get("bytes_limit", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    devices = jax.device_count() if config.distributed.enabled else 1
+    row = 4 * config.seq_len * config.model.vocab_size  # float32
+    if config.batch_size // devices * row > room:
+        raise ConfigError(
+            f"batch_size={config.batch_size}: logits of {format_bytes(row)} a row leave room for "
+            f"less than {room // row * devices} rows in {format_bytes(room)}: take fewer, with "
+            "--accumulate; python -m examples.llama.plan finds how many fit"
+        )
 
 
 class _Baseline(NamedTuple):
