@@ -133,7 +133,7 @@ format: $(VENV)/.dev ## mend what the style check can mend
 docs: $(VENV)/.dev ## build the site into .cache/docs/html
 	$(BIN)/sphinx-build --quiet --fresh-env --fail-on-warning --keep-going -c docs -d .cache/docs/doctrees . .cache/docs/html
 
-notebooks: $(VENV)/.dev $(VENV)/.glue $(SNIPPETS) ## run the notebooks, 6 minutes; ARGS="01_quickstart"
+notebooks: $(VENV)/.dev $(VENV)/.glue $(SNIPPETS) ## run the notebooks, 14 minutes; ARGS="01_quickstart"
 	$(BIN)/python -m notebooks.build $(ARGS)
 
 $(VENV)/.release: $(VENV)/.dev

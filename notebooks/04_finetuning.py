@@ -15,7 +15,7 @@
 #
 # MiniLM, a BERT of 6 layers and 22.7 M parameters, learns from a few hundred sentences of movie reviews whether a sentence
 # praises or blames. AdamW, LoRA and Natural GaLore are compared, with the parts of `examples/finetune/encoder`; published LLaMA weights
-# are in docs/pretrained.md. On two CPU cores it takes some minutes.
+# are in docs/pretrained.md. It takes about seven minutes on two CPU cores.
 
 # %%
 # Gets the repository, for its examples/, and installs what is missing, as on Colab.
