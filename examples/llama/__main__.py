@@ -15,7 +15,7 @@ from examples.common.errors import ConfigError
 from examples.common.interrupt import stop_on_signals
 from examples.common.metrics import Record, of_kind
 from examples.common.plots import plot_run
-from examples.common.reporter import READING, Reporter, make_reporter
+from examples.common.reporter import READING, Activity, Reporter, make_reporter
 from examples.llama.data import load_splits, ngram_perplexity
 from examples.llama.distributed.processes import abort_peers, several_processes, start
 from examples.llama.loop import Result, train
@@ -31,6 +31,7 @@ from examples.llama.weights.initial import start_from
 from examples.llama.weights.runs import EXPORT
 
 SAMPLE_TOKENS = 100
+RESULTS = Activity("writing summary, sample and export", "at once")
 
 BRIEF = """
 usage: python -m examples.llama [options]
@@ -125,18 +126,19 @@ def run(config: RunConfig, console: Console) -> int:
 
 def _write_results(result: Result, run_dir: Path, console: Console, reporter: Reporter) -> None:
     """Summary, curves, sample and export of a finished run."""
-    summary = summarize(result)
-    write_json(run_dir / "summary.json", summary)
-    plot_run(
-        result.records,
-        run_dir / "curves.png",
-        {name: summary["validation"][name] for name in ("bigram", "unigram")},
-        title=summary["name"],
-    )
-    trained = pretrained(result)
-    text = write_sample(trained, result.config)
-    (run_dir / "sample.txt").write_text(text + "\n")
-    replace_llama(trained, run_dir / EXPORT)
+    with reporter.during(RESULTS):
+        summary = summarize(result)
+        write_json(run_dir / "summary.json", summary)
+        plot_run(
+            result.records,
+            run_dir / "curves.png",
+            {name: summary["validation"][name] for name in ("bigram", "unigram")},
+            title=summary["name"],
+        )
+        trained = pretrained(result)
+        text = write_sample(trained, result.config)
+        (run_dir / "sample.txt").write_text(text + "\n")
+        replace_llama(trained, run_dir / EXPORT)
     reporter.note(f"\n{text}\n")
     console.print(summary_table(summary))
     console.print(

@@ -45,9 +45,14 @@ def places(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(places, fast_compile):
-    """The directory of a run, and what the program printed."""
+    """The directory of a run, and what the program printed, with a line for every wait."""
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
+
+    def speaking(console, quiet, describe):
+        return reporter.Lines(console, describe, silence=0.01)
+
+    with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("examples.llama.__main__.make_reporter", speaking)
         assert main([*places, *SIZES, *HOW, "--name=one", "--sample=-we the"]) == 0
     return Path(places[1].removeprefix("--root=")) / "one", printed.getvalue()
 
@@ -68,6 +73,10 @@ def test_the_sample_command(finished, capsys):
     assert first.startswith("--- 1 of 2\n-we the")
     assert second.startswith("-we the") and len(second) > len("-we the\n")
     assert first.split("\n")[1] == second.split("\n")[0]  # At a temperature of 0.
+
+
+def test_waiting_for_the_results_has_lines(finished):
+    assert "writing summary, sample and export: " in finished[1]
 
 
 def test_waiting_has_lines_on_stderr(finished, monkeypatch, capsys):
