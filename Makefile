@@ -131,6 +131,7 @@ format: $(VENV)/.dev ## mend what the style check can mend
 
 # Warnings are errors: a link, a name or a formula that is wrong.
 docs: $(VENV)/.dev ## build the site into .cache/docs/html
+	@echo ".cache/docs/html/index.html: building the site, a minute without output"
 	$(BIN)/sphinx-build --quiet --fresh-env --fail-on-warning --keep-going -c docs -d .cache/docs/doctrees . .cache/docs/html
 
 notebooks: $(VENV)/.dev $(VENV)/.glue $(SNIPPETS) ## run the notebooks, 14 minutes; ARGS="01_quickstart"
