@@ -2,8 +2,6 @@
 
 import os
 
-import examples as examples  # Ctrl-C ends a program with one line.
-
 # Before jax is imported. OpenBLAS, which does the factorisations, has a thread pool of its own that
 # spins while it waits and so takes the cores from XLA's: a factorisation then is up to a hundred
 # times slower, and no two runs are alike.
