@@ -139,10 +139,9 @@ def eval_batches(
             yield {"tokens": np.maximum(batch[mine], 0), "mask": real}
         return
     targets = len(tokens) - 1
-    per_batch = batch_size * seq_len
-    starts = np.arange(batch_size)[:, None] * seq_len
-    for first in range(0, targets, per_batch):
-        index = first + starts[mine] + np.arange(seq_len + 1)
+    numbers = np.arange(batch_size)[mine, None]
+    for first in range(0, eval_rows(tokens, seq_len), batch_size):
+        index = (first + numbers) * seq_len + np.arange(seq_len + 1)
         yield {
             "tokens": tokens[np.minimum(index, targets)].astype(np.int32),
             "mask": (index[:, 1:] <= targets).astype(np.float32),

@@ -132,13 +132,17 @@ def resident(run: AbstractRun) -> StepMemory:
     return _divided(report, run.state, nbytes((run.state, run.rows, metrics)))
 
 
+def accelerator_memory() -> int | None:
+    """Bytes of the first device; None for a CPU."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
 def check_batch(config: RunConfig) -> None:
     """Raise a ConfigError if the logits of a batch alone are larger than the memory.
 
     The operating system would kill the program without a message.
     """
-    stats = jax.local_devices()[0].memory_stats() or {}
-    room = stats.get("bytes_limit", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    room = accelerator_memory() or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     devices = jax.device_count() if config.distributed.enabled else 1
     row = 4 * config.seq_len * config.model.vocab_size  # float32
     if config.batch_size // devices * row > room:

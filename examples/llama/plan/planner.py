@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 from rich import box
 from rich.console import Console, Group
 from rich.table import Table
@@ -17,6 +16,7 @@ from examples.common.reporter import Activity, on_stderr
 from examples.llama.memory.sizes import format_bytes, parse_bytes, unit_of
 from examples.llama.memory.step_memory import (
     StepMemory,
+    accelerator_memory,
     live_gradients,
     lower_bound,
     predict,
@@ -219,10 +219,10 @@ def device_memory(text: str | None) -> int:
     """Bytes of the device: what is said, or what the accelerator has."""
     if text is not None:
         return _size("device-memory", text)
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "bytes_limit" not in stats:
+    memory = accelerator_memory()
+    if memory is None:
         raise ConfigError("there is no accelerator here: say --device-memory, such as 24GB")
-    return stats["bytes_limit"]
+    return memory
 
 
 def _size(option: str, text: str) -> int:

@@ -141,9 +141,11 @@ def _product(subscripts: str, vector: jax.Array, matrix: jax.Array) -> jax.Array
     # leading axes it is as fast on CPUs, if what the operands are made of is computed before, and
     # compiles in a tenth of the time.
     vector, matrix = jax.lax.optimization_barrier((vector, matrix))
-    in_order = sorted(range(vector.ndim), key=lambda a: of_matrix.index(of_vector[a]))
-    missing = [a for a, letter in enumerate(of_matrix) if letter not in of_vector]
-    entries = jnp.expand_dims(vector.transpose(in_order), missing) * matrix.astype(jnp.float32)
-    kept = [letter for letter in of_matrix if letter in out]
-    summed = jnp.sum(entries, [a for a, letter in enumerate(of_matrix) if letter not in out])
-    return summed.transpose([kept.index(letter) for letter in out])
+
+    def axes(letters: str) -> PhiAxes:
+        owners = tuple(map(of_matrix.index, letters))
+        full = tuple(a for a in range(matrix.ndim) if a not in owners)
+        return PhiAxes(owners, (), full, len(set(of_vector) & set(out)))
+
+    entries = on_axes_of_gradient(axes(of_vector), vector) * matrix.astype(jnp.float32)
+    return sum_for_phi(axes(out), entries)
