@@ -25,7 +25,7 @@ class Batch(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What rows are padded to."""
+    """Shape that rows are padded to."""
 
     tokens: int  # T
     learned: int  # C
@@ -102,7 +102,7 @@ def make_batch(rows: Sequence[Row], shape: Shape, batch_size: int) -> Batch:
 
 
 def learned_tokens(batches: Sequence[Batch]) -> int:
-    """How many tokens are learned from them."""
+    """Number of learned tokens."""
     return sum(int(batch.weight.sum()) for batch in batches)
 
 

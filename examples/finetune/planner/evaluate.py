@@ -1,4 +1,4 @@
-"""How well a model plans: the loss of held-out plans, and plans that it writes."""
+"""Evaluation of a model: the loss of held-out plans, and plans that it writes."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,12 +17,12 @@ from examples.llama.model.generate import generate
 from examples.llama.model.llama import Llama, unstack_layers, with_params
 
 EVALUATED = ("loss", "metrics", "plans", "seconds_per_plan")
-"""What the summary of an evaluation has."""
+"""Fields of the summary of an evaluation."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model wrote."""
+    """Plan that a model wrote."""
 
     record: Record
     prompt: str
@@ -35,13 +35,13 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a split came to."""
+    """Result of a split."""
 
     loss: float
     """Of the reference plans: nats a token, the end mark included."""
     predictions: tuple[Prediction, ...]
     seconds_per_plan: float | None
-    """How long it takes until a batch of plans is written, without compiling; None if
+    """Seconds until a batch of plans is written, without compiling; None if
     everything was compiled on the way."""
 
     def summary(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What all methods of a run share: the model's files, and the records as tokens."""
+"""Inputs that all methods of a run share: the model's files, and the records as tokens."""
 
 import dataclasses
 import hashlib
