@@ -42,6 +42,12 @@ class LeafPlan:
         """The plan without its path, equal for all parameters of this shape."""
         return dataclasses.replace(self, path="")
 
+    def stacked(self, length: int) -> "LeafPlan":
+        """The plan of a stack of such parameters, with a new first axis."""
+        batch = (0, *(a + 1 for a in self.batch))
+        modes = tuple(tuple(a + 1 for a in mode) for mode in self.modes)
+        return LeafPlan(self.path, (length, *self.shape), batch, modes, self.ranks)
+
     @property
     def batch_shape(self) -> tuple[int, ...]:
         return tuple(self.shape[a] for a in self.batch)

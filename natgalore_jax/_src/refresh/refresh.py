@@ -17,6 +17,7 @@ import numpy as np
 from natgalore_jax._src.kernels.basis import PROBED, is_start
 from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
 from natgalore_jax._src.kernels.linear_codes import load
+from natgalore_jax._src.kernels.stacks import most_in_stack, stack, unstack
 from natgalore_jax._src.params.context import is_active, matrices_of
 from natgalore_jax._src.params.placement import place_like, replicated, vary, varying_axes
 from natgalore_jax._src.params.plan import LeafPlan
@@ -31,11 +32,6 @@ from natgalore_jax._src.refresh.matrix import (
 from natgalore_jax._src.refresh.schedule import due_matrices
 from natgalore_jax._src.refresh.sharded import groups_of, refresh_group
 from natgalore_jax._src.states.transport import is_basis_state
-
-# Limits of one program for parameters of one kind. It selects one of N parameters by N branches of
-# N arguments, and all its gradients are live at once, where XLA could otherwise free each gradient
-# before the next is computed.
-MAX_PARAMETERS, MAX_BYTES = 64, 2**22
 
 
 @own_arithmetic
@@ -149,8 +145,7 @@ def _kinds(plans, gradients, bases, nodes, done) -> list[list[int]]:
             kinds[plan.unnamed, treedef, *map(jax.typeof, arrays)].append(i)
     shared = []
     for numbers in kinds.values():
-        G = gradients[numbers[0]]
-        most = max(1, min(MAX_PARAMETERS, MAX_BYTES // (G.size * G.dtype.itemsize)))
+        most = most_in_stack(gradients[numbers[0]])
         shared += [numbers[max(end - most, 0) : end] for end in range(len(numbers), 0, -most)]
     return sorted(shared, key=max, reverse=True)
 
@@ -164,62 +159,42 @@ def _refresh_kind(
     Returns:
       The new bases and basis-dependent states of each parameter, and the token.
     """
-    layers = plan.layers
     due = _due(plan, schedule, place, bases)
+    length, layers = len(gradients), plan.layers
+    due, stacked = _due(plan, schedule, place, bases), plan.stacked(length)
 
     def is_left(carry):
         return jnp.any(carry[0])
 
-    def refresh_next(carry):
-        left, bases, basis_states, token = carry
+    def refresh_next(G, carry):
+        left, stored, token = carry
         number = jnp.argmax(left).astype(jnp.int32) + token
-        leaf, layer = number // layers, number % layers
-        take = [functools.partial(_take_one, plan, i) for i in range(len(gradients))]
-        matrix = jax.lax.switch(leaf, take, layer, gradients, bases, basis_states)
+        matrix = take_matrix(stacked, G, stored[0], stored[1], number)
         if axis_name is not None:
             matrix = matrix._replace(tensor=jax.lax.pmean(matrix.tensor, axis_name))
+        leaf, layer = number // layers, number % layers
         own_key = matrix_key(
             settings.method, schedule.key, place.leaf[leaf], place.start[leaf] + layer
         )
         new = refresh_matrix(settings, plan, matrix, own_key, due.is_first[number])
-        bases, basis_states = _put_one(plan, (bases, basis_states), new, leaf, layer)
-        return left.at[number].set(False), bases, basis_states, jnp.minimum(token, number)
+        stored = put_matrix(stacked, stored, new, number)
+        return left.at[number].set(False), stored, jnp.minimum(token, number)
 
-    def refresh_all(carry):
-        return jax.lax.while_loop(is_left, refresh_next, carry)
+    def refresh_all(stored, token):
+        carry = (due.is_due, stack(stored), token)
+        next_of = functools.partial(refresh_next, stack(gradients))
+        _, new, token = jax.lax.while_loop(is_left, next_of, carry)
+        return unstack(new, length, schedule.end), token
 
-    carry = (due.is_due, list(bases), list(basis_states), token)
     # On CPUs loops without iterations took a third of a step: skip them by a cond.
-    _, bases, basis_states, token = jax.lax.cond(
-        jnp.any(due.is_due) | (token > 0), refresh_all, lambda carry: carry, carry
+    stored, token = jax.lax.cond(
+        jnp.any(due.is_due) | (token > 0),
+        refresh_all,
+        lambda *unchanged: unchanged,
+        list(zip(bases, basis_states, strict=True)),
+        token,
     )
-    return bases, basis_states, token
-
-
-def _take_one(plan, i, layer, gradients, bases, basis_states):
-    return take_matrix(plan, gradients[i], bases[i], basis_states[i], layer)
-
-
-def _put_one(plan, stored, new, leaf, layer):
-    """Replace bases and basis-dependent state of one matrix of parameter number ``leaf``.
-
-    Every parameter compares a decremented number with 0, so that all compile to the same kernel.
-    """
-    bases, basis_states = list(stored[0]), list(stored[1])
-    if len(bases) == 1:
-        own = put_matrix(plan, (bases[0], basis_states[0]), new, layer)
-        return [own[0]], [own[1]]
-
-    def put(left, own, new):
-        return left - 1, put_matrix(plan, own, new, layer)
-
-    def keep(left, own, new):
-        return left - 1, own
-
-    left = leaf
-    for i, own in enumerate(zip(bases, basis_states, strict=True)):
-        left, (bases[i], basis_states[i]) = jax.lax.cond(left == 0, put, keep, left, own, new)
-    return bases, basis_states
+    return *zip(*stored, strict=True), token
 
 
 def _refresh_resharded(settings, plans, schedule, place, gradients, bases, basis_states):

@@ -127,7 +127,8 @@ def refresh_group(
 def _refresh_by_layer(settings, plans, groups, is_due, matrix_keys, is_first):
     """Reshard by layer, refresh the matrices that are due, and reshard back."""
     is_stack = len(plans) == 1
-    plan, names = plans[0] if is_stack else _stacked(plans), _names(plans[0], groups[0].G)
+    plan = plans[0] if is_stack else plans[0].stacked(len(plans))
+    names = _names(plans[0], groups[0].G)
     layer_axis, *other_batch = plan.batch
     mesh = jax.typeof(groups[0].G).sharding.mesh
     arrays, treedef = jax.tree.flatten(groups[0])
@@ -136,8 +137,9 @@ def _refresh_by_layer(settings, plans, groups, is_due, matrix_keys, is_first):
     of_layers = layouts[0][layer_axis]
     for of in layouts[1:]:
         if of[0] != of_layers:
+            paths = ", ".join(p.path for p in plans)
             raise ValueError(
-                f"{plan.path}: the layers of its state must be sharded over {of_layers}, as the "
+                f"{paths}: the layers of its state must be sharded over {of_layers}, as the "
                 f"parameter, got {of[0]}: use natgalore_jax.training.state_shardings"
             )
 
@@ -220,18 +222,6 @@ def _refresh_by_layer(settings, plans, groups, is_due, matrix_keys, is_first):
         out_specs=[tuple(spec[1:]) for spec in specs],
         axis_names=explicit_axes_of(groups[0].G),
     )(list(groups), is_due_layer, matrix_keys, is_first)
-
-
-def _stacked(plans: Sequence[LeafPlan]) -> LeafPlan:
-    """Plan of a stack of single matrices of one shape."""
-    plan = plans[0]
-    return dataclasses.replace(
-        plan,
-        path=", ".join(p.path for p in plans),
-        shape=(len(plans), *plan.shape),
-        batch=(0, *(a + 1 for a in plan.batch)),
-        modes=tuple(tuple(a + 1 for a in mode) for mode in plan.modes),
-    )
 
 
 def _padded(x: jax.Array, axis: int, padding: int) -> jax.Array:

@@ -16,7 +16,8 @@ from natgalore_jax._src.kernels.fisher_factors import (
     multiply,
     norm_ratio,
 )
-from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
+from natgalore_jax._src.kernels.kernel import own_arithmetic
+from natgalore_jax._src.kernels.stacks import for_each
 from natgalore_jax._src.params.checks import (
     check_boolean,
     check_choice,
@@ -177,13 +178,23 @@ def compact_natural_gradient(
         columns = [flatten_like(updates, tree, "the parameters at init") for tree in state.fisher]
         updates, inner_state = inner_tx.update(updates, state.inner, params, **extra_args)
 
-        out, factors = [], []
-        for r, n, *entries in zip(R, treedef.flatten_up_to(updates), *columns, strict=True):
-            own = {m: A for m, A in enumerate(entries) if not isinstance(A, optax.MaskedNode)}
-            if own:
-                n, own = _preconditioned(settings, decay, current, r, n, own)
-            out.append(n)
-            factors.append(own)
+        out, factors = (
+            treedef.flatten_up_to(updates),
+            [
+                {m: A for m, A in enumerate(entries) if not isinstance(A, optax.MaskedNode)}
+                for entries in zip(*columns, strict=True)
+            ],
+        )
+        projected = [i for i, own in enumerate(factors) if own]
+        found = for_each(
+            _preconditioned,
+            [settings] * len(projected),
+            [(R[i], out[i], factors[i]) for i in projected],
+            (decay, current),
+            state.count,
+        )
+        for i, result in zip(projected, found, strict=True):
+            out[i], factors[i] = result
         new_state = CompactFisherState(
             optax.safe_increment(state.count), _trees(treedef, factors, modes), inner_state
         )
@@ -200,10 +211,10 @@ class _Settings(NamedTuple):
     cautious: bool
 
 
-@kernel("settings")
-def _preconditioned(settings, decay, damping, R, N, own):
+def _preconditioned(settings, operands, shared):
     """Update of one parameter, in the dtype of N, and its new factors by mode."""
     axes, diagonal, relative, exponent, cautious = settings
+    (R, N, own), (decay, damping) = operands, shared
     nb = next(A.ndim for A in own.values()) - (1 if diagonal else 2)
     dtype, N = N.dtype, N.astype(jnp.float32)
     new, factors = N, {}

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import optax
 
 from natgalore_jax._src.kernels.factored_update import FactoredUpdate, whole
-from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
+from natgalore_jax._src.kernels.kernel import own_arithmetic
 from natgalore_jax._src.kernels.projection import Factors
 from natgalore_jax._src.kernels.residual import RULES, Residual, Rule, with_residual
 from natgalore_jax._src.kernels.spectral import clip_leading, clip_leading_of_factored
+from natgalore_jax._src.kernels.stacks import for_each
 from natgalore_jax._src.params.checks import check_choice, check_decay, check_number, check_unused
 from natgalore_jax._src.params.placement import zeros_on_axes
 from natgalore_jax._src.params.plan import LeafPlan
@@ -200,6 +201,7 @@ def update_back(
     N: Sequence[jax.Array],
     R: Sequence[jax.Array],
     G: Sequence[jax.Array],
+    count: jax.Array,
     basis_error: float = 0.0,
 ) -> tuple[list[jax.Array], ProjectBackState | optax.EmptyState]:
     """Full-shape updates from low-rank updates; every sequence has one entry per leaf.
@@ -209,6 +211,7 @@ def update_back(
       N: the updates of the transformations inside the subspace.
       R: the low-rank gradients.
       G: the full gradients; without a residual anything of their shapes and shardings.
+      count: the steps taken.
       basis_error: relative mean square of the rounding errors of the stored bases.
     """
     has_state = isinstance(state, ProjectBackState)
@@ -218,32 +221,38 @@ def update_back(
         states = list(zip(*map(treedef.flatten_up_to, state), strict=True))
     rule, *numbers = settings.residual or (None,)
     updates = list(N)
-    for i, (plan, matrix) in enumerate(zip(plans, matrices, strict=True)):
-        own = [x and x.unnamed for x in (plan, matrix)]
-        if plan:
-            updates[i], states[i] = _back(
-                *own,
-                rule,
-                basis_error,
-                numbers,
-                (settings.scale, settings.singular_limit),
-                factors[i],
-                states[i],
-                (N[i], R[i], G[i]),
-            )
-        elif matrix:
-            updates[i] = clip_leading(own[1], N[i], settings.singular_limit)
+    own = [tuple(x and x.unnamed for x in pair) for pair in zip(plans, matrices, strict=True)]
+    projected = [i for i, plan in enumerate(plans) if plan]
+    found = for_each(
+        _back,
+        [(*own[i], rule, basis_error) for i in projected],
+        [(factors[i], states[i], (N[i], R[i], G[i])) for i in projected],
+        (numbers, settings.scale, settings.singular_limit),
+        count,
+    )
+    for i, result in zip(projected, found, strict=True):
+        updates[i], states[i] = result
+    whole = [i for i, (plan, matrix) in enumerate(own) if matrix and not plan]
+    found = for_each(
+        clip_leading,
+        [own[i][1] for i in whole],
+        [N[i] for i in whole],
+        settings.singular_limit,
+        count,
+    )
+    for i, U in zip(whole, found, strict=True):
+        updates[i] = U
     if not has_state:
         return updates, state
     fields = zip(*states, strict=True) if states else ((), (), ())
     return updates, ProjectBackState(*map(treedef.unflatten, fields))
 
 
-@kernel("plan", "matrix", "rule", "basis_error")
-def _back(plan, matrix, rule, basis_error, numbers, scale_and_limit, factors, state, arrays):
+def _back(settings, operands, shared):
     """The update of one parameter in the dtype of N; its direction, norm and Fisher entries."""
-    scale, limit = scale_and_limit
-    N, R, G = arrays
+    plan, matrix, rule, basis_error = settings
+    factors, state, (N, R, G) = operands
+    numbers, scale, limit = shared
     if rule is None:
         update = FactoredUpdate(scale * N)
     else:
@@ -254,7 +263,7 @@ def _back(plan, matrix, rule, basis_error, numbers, scale_and_limit, factors, st
             plan,
             scale,
             direction,
-            *arrays,
+            *(N, R, G),
             last_norm=norm,
             fisher=fisher,
             basis_error=basis_error,

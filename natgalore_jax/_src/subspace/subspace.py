@@ -197,7 +197,15 @@ class Subspace:
             settings = dataclasses.replace(self.opener.plan, rank=None)
             matrices = plan_tree(settings, opened.treedef.unflatten(G))
         out, closed = update_back(
-            self.closer, closed, opened.treedef, opened.plans, matrices, factors, N, R, G, error
+            self.closer,
+            closed,
+            opened.treedef,
+            opened.plans,
+            matrices,
+            factors,
+            *(N, R, G),
+            opener.count,
+            error,
         )
         opener = self._closed(opened, opener)
         opener = opener._replace(count=optax.safe_increment(opener.count))

@@ -1,0 +1,101 @@
+"""Small equal parameters are computed as one stack.
+
+XLA's compile time grows with the number of operations, and a small matrix is computed in less time
+than its operations take to start. Stacks are temporary: a state has one array per parameter.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from natgalore_jax._src.kernels.kernel import kernel
+
+# Bytes of the largest arrays of a stack: all are live at once, where XLA could otherwise free each
+# gradient before the next is computed, and copying larger ones takes longer than it saves.
+MAX_BYTES = 2**22
+
+
+def for_each(
+    function: Callable[[Any, Any, Any], Any],
+    settings: Sequence[Hashable],
+    operands: Sequence[Any],
+    shared: Any,
+    count: jax.Array,
+) -> list[Any]:
+    """``function(settings, operands, shared)`` of every parameter; small equal ones in a stack.
+
+    Args:
+      function: of one parameter, defined at the top level of a module.
+      settings, operands: one entry for each parameter; operands are pytrees of arrays.
+      shared: a pytree of numbers and arrays.
+      count: see :func:`unstack`.
+    """
+    results: list[Any] = [None] * len(operands)
+    for numbers in kinds(settings, operands):
+        own = [operands[i] for i in numbers]
+        found = _of_kind(function, settings[numbers[0]], own, shared, count)
+        for i, result in zip(numbers, found, strict=True):
+            results[i] = result
+    return results
+
+
+@kernel("function", "settings")
+def _of_kind(function, settings, operands, shared, count):
+    if len(operands) == 1:
+        return [function(settings, operands[0], shared)]
+    results = jax.vmap(lambda own: function(settings, own, shared))(stack(operands))
+    return unstack(results, len(operands), count)
+
+
+def kinds(settings: Sequence[Hashable], operands: Sequence[Any]) -> list[list[int]]:
+    """Numbers of the parameters of each stack."""
+    equal: dict[Hashable, list[int]] = defaultdict(list)
+    for i, (own, tree) in enumerate(zip(settings, operands, strict=True)):
+        arrays, treedef = jax.tree.flatten(tree)
+        equal[own, treedef, *map(jax.typeof, arrays)].append(i)
+    return [
+        numbers[start : start + most]
+        for numbers in equal.values()
+        for most in [most_in_stack(operands[numbers[0]])]
+        for start in range(0, len(numbers), most)
+    ]
+
+
+def most_in_stack(tree: Any) -> int:
+    """How many parameters with such arrays a stack has at most."""
+    largest = max(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    return max(1, MAX_BYTES // max(largest, 1))
+
+
+def stack(trees: Sequence[Any]) -> Any:
+    """Trees of equal arrays as one tree, with a new first axis."""
+    return jax.tree.map(lambda *arrays: jnp.stack(arrays), *trees)
+
+
+def unstack(stacked: Any, length: int, count: jax.Array) -> list[Any]:
+    """The inverse of :func:`stack`.
+
+    Args:
+      stacked: a tree of arrays.
+      length: of the first axis.
+      count: at least 0, which XLA does not know. Constant indices would make a kernel of 25 ms
+        compile time of every slice; indices that depend on a branch are data, so that all equal
+        slices are one kernel.
+    """
+    if length == 1:
+        return [jax.tree.map(lambda x: x.squeeze(0), stacked)]
+    numbers = range(length)
+    indices = jax.lax.cond(
+        count < 0,
+        lambda: tuple(jnp.uint32(0) for _ in numbers),
+        lambda: tuple(jnp.uint32(i) for i in numbers),
+    )
+    return [jax.tree.map(lambda x, i=i: _entry(x, i), stacked) for i in indices]
+
+
+def _entry(x: jax.Array, index: jax.Array) -> jax.Array:
+    starts = (index, *([jnp.uint32(0)] * (x.ndim - 1)))
+    return jax.lax.dynamic_slice(x, starts, (1, *x.shape[1:])).squeeze(0)
