@@ -17,7 +17,7 @@ _MIX = np.uint32(0x7FEB352D)
 def dither(
     shape: tuple[int, ...],
     step: jax.typing.ArrayLike,
-    salt: int,
+    salt: int | jax.Array,
     stride: np.uint32,
     first: jax.typing.ArrayLike | None = None,
 ) -> jax.Array:
@@ -34,7 +34,7 @@ def dither(
     Args:
       shape: of the array that is rounded.
       step: scalar integer.
-      salt: different for each array, so that roundings are independent.
+      salt: different for each array, so that roundings are independent; an array is uint32.
       stride: one of ``STRIDES``.
       first: the index of the first entry along the first axis. None: the index of the current
         layer in a layer-by-layer update, else 0.
@@ -43,7 +43,9 @@ def dither(
       ``shape``, uint32.
     """
     first = layer_index() if first is None else first
-    row = jnp.uint32((int(salt) * 0x632BE59B + 0x2545F491) & 0xFFFFFFFF)
+    if not isinstance(salt, jax.Array):
+        salt = jnp.uint32(int(salt) & 0xFFFFFFFF)
+    row = salt * np.uint32(0x632BE59B) + np.uint32(0x2545F491)
     outer = (*shape[:-1], 1)
     for axis in range(len(shape) - 1):
         index = jax.lax.broadcasted_iota(jnp.uint32, outer, axis)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from natgalore_jax._src.kernels.float8_blocks import block_max, blocks_between, decode
-from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
+from natgalore_jax._src.kernels.kernel import own_arithmetic
+from natgalore_jax._src.kernels.stacks import for_each
 from natgalore_jax._src.low_bits.moments import EightBits, QuantizedState, dithered, start
 from natgalore_jax._src.params.checks import check_adam, check_boolean, check_number
 from natgalore_jax._src.params.context import current_subspace
@@ -114,19 +115,21 @@ def scale_by_adam_8bit(
         entries = [flatten_like(updates, tree, "the parameters at init") for tree in trees]
         leaves = jax.tree_util.tree_leaves_with_path(updates)
         treedef = jax.tree.structure(updates)
-        out: list[list[Any]] = [[], [], [], [], []]
         dtypes = update_dtypes(updates, params)
-        for leaf, ((path, g), m, v, *scales) in enumerate(zip(leaves, *entries, strict=True)):
+        for (path, g), m in zip(leaves, entries[0], strict=True):
             if jnp.shape(g) != m.shape:
                 raise ValueError(
                     f"{KeyPath(path)}: the update has shape {jnp.shape(g)}, but the moments made "
                     f"at init have {m.shape}"
                 )
-            new = _step(leaf, nesterov, dtypes[leaf], numbers, state.count, g, m, v, *scales)
-            for column, value in zip(out, new, strict=True):
-                column.append(value)
-        new, *moments = map(treedef.unflatten, out)
-        return new, _state(count, *moments)
+        operands = [
+            (jnp.uint32(2 * i), jnp.asarray(g), *own)
+            for i, ((_, g), *own) in enumerate(zip(leaves, *entries, strict=True))
+        ]
+        settings = [(nesterov, dtype) for dtype in dtypes]
+        found = for_each(_step, settings, operands, (numbers, state.count), state.count)
+        new, *moments = zip(*found, strict=True) if found else [()] * 5
+        return treedef.unflatten(new), _state(count, *map(treedef.unflatten, moments))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -167,12 +170,13 @@ def _state(count, mu, nu, mu_scale, nu_scale) -> QuantizedState:
     return QuantizedState(count, codes, scales)
 
 
-@kernel("leaf", "nesterov", "dtype")
-def _step(leaf, nesterov, dtype, numbers, count, g, m, v, m_scale, v_scale):
+def _step(settings, operands, shared):
     """Update, moments and scales of one parameter after a step; ``count`` excludes this step."""
+    (nesterov, dtype), (numbers, count) = settings, shared
+    salt, g, m, v, m_scale, v_scale = operands
     numbers = tuple(jnp.asarray(x, jnp.float32) for x in numbers)
     b1, new1, b2, new2, *_ = numbers
-    G = _in_range(jnp.asarray(g).astype(jnp.float32))
+    G = _in_range(g.astype(jnp.float32))
     peak = None
     if not isinstance(m_scale, optax.MaskedNode):
         peak = block_max(G, blocks_between(g.shape, m_scale.shape))
@@ -188,10 +192,10 @@ def _step(leaf, nesterov, dtype, numbers, count, g, m, v, m_scale, v_scale):
         v = v if is_factored else V.astype(v.dtype)
     else:
         m_scale = b1 * m_scale + new1 * peak
-        m = dithered(M, m_scale, count, 2 * leaf, is_second=False)
+        m = dithered(M, m_scale, count, salt, is_second=False)
         if not is_factored:
             v_scale = b2 * v_scale + new2 * (peak * peak)
-            v = dithered(V, v_scale, count, 2 * leaf + 1, is_second=True)
+            v = dithered(V, v_scale, count, salt + 1, is_second=True)
     return U.astype(dtype), m, v, m_scale, v_scale
 
 

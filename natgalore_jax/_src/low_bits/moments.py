@@ -285,7 +285,11 @@ def start(
 
 
 def dithered(
-    value: jax.Array, bounds: jax.Array, count: jax.typing.ArrayLike, salt: int, is_second: bool
+    value: jax.Array,
+    bounds: jax.Array,
+    count: jax.typing.ArrayLike,
+    salt: int | jax.Array,
+    is_second: bool,
 ) -> jax.Array:
     """Codes of a moment after a step, with dithered rounding."""
     noise = dither(value.shape, count, salt, STRIDES[0 if is_second else 1])

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
+from natgalore_jax._src.kernels.kernel import own_arithmetic
 from natgalore_jax._src.kernels.linear_codes import (
     LinearCodes,
     bits_of,
@@ -16,6 +16,7 @@ from natgalore_jax._src.kernels.linear_codes import (
     leaves_of,
     tree_of,
 )
+from natgalore_jax._src.kernels.stacks import for_each
 from natgalore_jax._src.params.checks import (
     check_choice,
     check_integer,
@@ -148,14 +149,20 @@ def woodbury_natural_gradient(
             leaves_of(lambda tree: flatten_like(updates, tree, "the parameters at init"), field)
             for field in state.history
         ]
-        out, histories = [], []
-        for (path, h), *entries in zip(leaves, *fields, strict=True):
-            H = None if isinstance(entries[0], optax.MaskedNode) else History(*entries)
+        out = [h for _, h in leaves]
+        histories = [
+            None if isinstance(entries[0], optax.MaskedNode) else History(*entries)
+            for entries in zip(*fields, strict=True)
+        ]
+        kept = [i for i, H in enumerate(histories) if H is not None]
+        for (path, h), H in zip(leaves, histories, strict=True):
             if H is not None:
                 _check_shape(KeyPath(path), h, H)
-                h, H = _natural_gradient(is_relative, H, h, slot, current)
-            out.append(h)
-            histories.append(H)
+        operands = [(histories[i], jnp.asarray(out[i])) for i in kept]
+        settings, shared = [is_relative] * len(kept), (slot, current)
+        found = for_each(_natural_gradient, settings, operands, shared, state.count)
+        for i, result in zip(kept, found, strict=True):
+            out[i], histories[i] = result
         is_coded = isinstance(state.history.columns, LinearCodes)
         new_state = WoodburyState(
             optax.safe_increment(state.count), _transposed(treedef, histories, is_coded)
@@ -165,10 +172,9 @@ def woodbury_natural_gradient(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-@kernel("is_relative")
-def _natural_gradient(is_relative, H, h, slot, damping):
+def _natural_gradient(is_relative, operands, shared):
     """Natural gradient of one parameter, in the dtype of h, and its new history."""
-    h = jnp.asarray(h)
+    (H, h), (slot, damping) = operands, shared
     natural, H = natural_gradient(H, h, slot, damping, relative=is_relative)
     return natural.astype(h.dtype), H
 
