@@ -1,0 +1,169 @@
+"""Small equal parameters are computed as one stack, with the numbers of each alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from composed import composed_adamw
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from tolerances import PARAMETERS
+
+import natgalore_jax as ng
+from benchmarks.optimizer.compile_time import equations
+from natgalore_jax._src.kernels import stacks
+
+SETTINGS = {"rank": 3, "update_interval": 2}
+OPTIMIZERS = {
+    "galore": lambda: ng.galore_adamw(0.01, **SETTINGS),
+    "natural": lambda: ng.natural_galore_adamw(0.01, **SETTINGS),
+    "two sides": lambda: ng.natural_galore_adamw(0.01, **SETTINGS, side="both"),
+    "lean": lambda: ng.lean_natural_galore_adamw(0.01, **SETTINGS),
+    "history": lambda: composed_adamw(
+        "stored", 0.01, **SETTINGS, history=2, damping=0.1, basis_dtype="int4", history_dtype="int8"
+    ),
+    "reset, random": lambda: ng.chain(
+        ng.low_rank_project(**SETTINGS, method="gaussian", transition="reset"),
+        optax.scale_by_adam(),
+        ng.project_back(residual="fira"),
+        optax.scale(-0.01),
+    ),
+}
+# Four matrices in one stack, two stacks of layers in another, parameters of which there is one, and
+# a matrix too small for the rank.
+SHAPES = {
+    **{f"w{i}": (8, 12) for i in range(4)},
+    **{f"layers{i}": (2, 12, 6) for i in range(2)},
+    "alone": (16, 8),
+    "small": (3, 8),
+    "b0": (8,),
+    "b1": (8,),
+}
+STEPS = 5
+
+
+def start():
+    keys = jax.random.split(jax.random.key(0), len(SHAPES))
+    return {n: jax.random.normal(k, s) for k, (n, s) in zip(keys, SHAPES.items(), strict=True)}
+
+
+def loss(params, scale=1.0):
+    return sum(
+        jnp.sum(jnp.sin((i + 1) * scale * x) ** 2)
+        for i, x in enumerate(map(params.get, sorted(params)))
+    )
+
+
+def train(tx, params, scale=1.0, jit=jax.jit):
+    """Parameters and state after some steps."""
+
+    def step(params, state):
+        updates, state = tx.update(jax.grad(loss)(params, scale), state, params)
+        return optax.apply_updates(params, updates), state
+
+    step, state = jit(step), tx.init(params)
+    for _ in range(STEPS):
+        params, state = step(params, state)
+    return params, state
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_same_numbers_as_alone(kind, monkeypatch):
+    params, state = train(OPTIMIZERS[kind](), start())
+    monkeypatch.setattr(stacks, "MAX_BYTES", 0)
+    params_alone, state_alone = train(OPTIMIZERS[kind](), start())
+    compare(params, params_alone)
+    assert jax.tree.structure(state) == jax.tree.structure(state_alone)
+    for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(state_alone), strict=True):
+        assert jax.typeof(x) == jax.typeof(y)
+
+
+def test_same_numbers_without_jit():
+    tx = OPTIMIZERS["natural"]()
+    compare(train(tx, start())[0], train(tx, start(), jit=lambda step: step)[0])
+
+
+def test_a_stack_has_at_most_max_bytes(monkeypatch):
+    operands = [jnp.zeros((8, 12)) for _ in range(5)]
+    monkeypatch.setattr(stacks, "MAX_BYTES", 2 * operands[0].nbytes)
+    assert stacks.kinds([0] * 5, operands) == [[0, 1], [2, 3], [4]]
+    # Another shape, dtype, tree or setting is another kind.
+    others = [jnp.zeros((12, 8)), jnp.zeros((8, 12), jnp.bfloat16), (operands[0],), operands[0]]
+    assert len(stacks.kinds([0, 0, 0, 0, 1], [operands[0], *others])) == 5
+
+
+@pytest.mark.parametrize("length", [1, 2, 7])
+def test_unstack_is_the_inverse_of_stack(length):
+    trees = [{"x": jnp.full((2, 3), i), "y": (jnp.float32(i),)} for i in range(length)]
+    for count in (0, 2**31 - 1):
+        found = jax.jit(lambda trees, count: stacks.unstack(stacks.stack(trees), length, count))(
+            trees, jnp.int32(count)
+        )
+        jax.tree.map(np.testing.assert_array_equal, found, trees)
+
+
+def test_an_additional_matrix_takes_few_equations():
+    def traced(tx, number):
+        params = {f"{i}": jnp.zeros((32, 48)) for i in range(number)}
+        return equations(jax.make_jaxpr(tx.update)(params, tx.init(params), params).jaxpr)
+
+    tx, adamw = ng.natural_galore_adamw(0.01, rank=4), optax.adamw(0.01)
+    of_natural, of_adamw = ((traced(x, 40) - traced(x, 10)) / 30 for x in (tx, adamw))
+    assert of_natural < 45
+    assert of_natural < 3 * of_adamw
+
+
+def test_vmap_over_models():
+    tx = OPTIMIZERS["natural"]()
+    models = [jax.tree.map(lambda x, c=c: c * x, start()) for c in (1.0, 0.5)]
+    together, _ = jax.vmap(lambda params: train(tx, params))(stacks.stack(models))
+    for i, params in enumerate(models):
+        compare(jax.tree.map(lambda x, i=i: x[i], together), train(tx, params)[0])
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_equal_shapes_in_different_shardings(axis_type):
+    tx = OPTIMIZERS["natural"]()
+    expected, _ = train(tx, start())
+    mesh = jax.make_mesh((2, 2), ("x", "y"), (axis_type,) * 2, devices=jax.devices()[:4])
+    specs = {"w0": P("x", None), "w1": P(None, "x"), "w2": P("y", "x"), "w3": P("x", None)}
+    specs |= {"layers0": P(None, "x"), "layers1": P(None, "x")}
+    with jax.set_mesh(mesh):
+        params = {
+            n: jax.device_put(x, NamedSharding(mesh, specs.get(n, P()))) for n, x in start().items()
+        }
+        params, _ = train(tx, params)
+    compare(params, expected)
+
+
+def test_shard_map_with_different_gradients():
+    tx = OPTIMIZERS["natural"]()
+    mesh = jax.make_mesh((4,), ("data",), (AxisType.Auto,), devices=jax.devices()[:4])
+
+    def run(scale, params):
+        state = tx.init(params)
+        for _ in range(STEPS):
+            grads = jax.grad(lambda p: jax.lax.pmean(loss(p, scale[0]), "data"))(params)
+            updates, state = tx.update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    scales = jnp.asarray([0.5, 0.8, 1.0, 1.2])
+    found = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(P("data"), P()), out_specs=P()))(
+        scales, start()
+    )
+    params, state = start(), tx.init(start())
+    step = jax.jit(
+        lambda params, state: tx.update(
+            jax.grad(lambda p: sum(loss(p, s) for s in scales) / 4)(params), state, params
+        )
+    )
+    for _ in range(STEPS):
+        updates, state = step(params, state)
+        params = optax.apply_updates(params, updates)
+    compare(found, params)
+
+
+def compare(found, expected):
+    for name, x in expected.items():
+        np.testing.assert_allclose(found[name], x, **PARAMETERS, err_msg=name)
