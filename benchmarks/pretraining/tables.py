@@ -187,7 +187,7 @@ def short(groups: Groups, link: str) -> str:
     ran = [preset for preset in _presets(groups) if any(p == preset for p, _ in groups)]
     parts = []
     for preset in ran[:1]:
-        parts.append(f"**{preset}**: {protocol(groups, preset)}")
+        parts.append(f"**{preset}**: {protocol(groups, preset, brief=True)}")
         parts.append(losses(groups, preset, CORE, brief=True))
     for (preset, corpus), rows in groups.items():
         if preset not in ran[:1]:
@@ -253,8 +253,8 @@ def _losses(groups: Groups, preset: str, methods: Iterable[str]) -> list[str]:
     return [*parts, f"Not run: {missing}."] if missing else parts
 
 
-def protocol(groups: Groups, preset: str) -> str:
-    """Protocol of the runs of a preset."""
+def protocol(groups: Groups, preset: str, *, brief: bool = False) -> str:
+    """Protocol of the runs of a preset; that of the times unless ``brief``."""
     rows = [row for (p, _), of in groups.items() if p == preset for row in of.values()]
     if not rows:
         return "not run."
@@ -262,9 +262,10 @@ def protocol(groups: Groups, preset: str) -> str:
     shared = sorted({w for row in rows for w in row.workers})
     at_a_time = " or ".join(map(str, shared))
     plural = "" if seeds == 1 else "s"
+    of_times = f"; times with {at_a_time} run{'' if shared == [1] else 's'} at a time"
     return (
         f"{rows[0].steps} steps, {seeds} seed{plural}, mean ± standard deviation of the test loss "
-        f"in nats per token; times with {at_a_time} run{'' if shared == [1] else 's'} at a time."
+        f"in nats per token{'' if brief else of_times}."
     )
 
 
