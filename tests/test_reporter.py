@@ -48,8 +48,8 @@ def test_a_compilation_says_how_long_it_has_been(reporter):
 
 
 def test_an_evaluation_before_the_training_speaks_too(reporter):
-    with reporter.during(evaluating("validation")):
-        wait_for(reporter, "evaluating on the validation split: ")
+    with reporter.during(evaluating("validation", 48)):
+        wait_for(reporter, "evaluating on the validation split, 48 records: ")
 
 
 def test_silence_is_broken_by_the_last_step_and_the_time_left():

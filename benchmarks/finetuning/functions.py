@@ -132,7 +132,7 @@ def make(run: Run) -> Json | None:
     reporter = Reporter()
     with stop_on_signals(lambda: reporter.activity.stops) as stop:
         where = run.work / run.suite / "untrained"
-        untrained = evaluate_untrained(config, prepared, evaluator, where, stop)
+        untrained = evaluate_untrained(config, prepared, evaluator, where, reporter, stop)
         if untrained is None:
             return None
         given = (prepared, evaluator, untrained["validation"], run.work_dir, reporter, stop)

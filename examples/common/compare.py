@@ -19,6 +19,7 @@ from examples.common.checkpoints import Checkpoints, damage
 from examples.common.cli import OPTIONS
 from examples.common.config import INT32, check_range, plain, write_json
 from examples.common.errors import CheckpointError, ConfigError
+from examples.common.interrupt import GO_ON
 from examples.common.loggers import LoggerName, make_loggers
 from examples.common.methods import Tuning
 from examples.common.metrics import Clock, MetricsLog, Record, of_kind
@@ -322,9 +323,7 @@ def compare(
     for method in methods:
         result = train(method)
         if not result.finished or should_stop():
-            console.print(
-                f"{method}: stopped at step {result.steps}, saved; --resume goes on from there"
-            )
+            console.print(f"{method}: stopped at step {result.steps}, saved; {GO_ON}")
             return None
         results.append(result)
     return results

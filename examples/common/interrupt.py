@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Ends the line about a run that was stopped and saved.
+GO_ON = "--resume goes on from there (make: ARGS=--resume)"
 
 
 class StopFlag:

@@ -32,9 +32,12 @@ READING = Activity("reading model and data", "at once")
 STARTING = Activity("making the first state", "after the first batch")
 
 
-def evaluating(split: str) -> Activity:
+def evaluating(split: str, records: int | None = None) -> Activity:
     """An evaluation, which asks for a stop before each batch."""
-    return Activity(f"evaluating on the {split} split", "at the next batch of the evaluation")
+    number = "" if records is None else f", {records} records"
+    return Activity(
+        f"evaluating on the {split} split{number}", "at the next batch of the evaluation"
+    )
 
 
 class Reporter:

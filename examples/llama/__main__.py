@@ -12,7 +12,7 @@ from examples.common import cli
 from examples.common.accelerators import announce_devices
 from examples.common.config import write_json
 from examples.common.errors import ConfigError
-from examples.common.interrupt import stop_on_signals
+from examples.common.interrupt import GO_ON, stop_on_signals
 from examples.common.metrics import Record, of_kind
 from examples.common.plots import plot_run
 from examples.common.reporter import READING, Activity, Reporter, make_reporter
@@ -117,7 +117,7 @@ def run(config: RunConfig, console: Console) -> int:
     # By a signal, which another process may have got, or which came after the last batch.
     if not result.finished or stop():
         if leads:
-            console.print(f"stopped at step {result.steps}, saved; --resume goes on from there")
+            console.print(f"stopped at step {result.steps}, saved; {GO_ON}")
         return stop.exit_code
     if leads:
         _write_results(result, run_dir, console, reporter)

@@ -76,7 +76,8 @@ def run(config, prepared, evaluator, untrained):
 
 
 def test_the_first_evaluation_is_not_written_in_part(config, tmp_path, monkeypatch):
-    prepared = SimpleNamespace(fingerprint="", read=dict)
+    splits = dict.fromkeys(("validation", "test"), SimpleNamespace(records=()))
+    prepared = SimpleNamespace(fingerprint="", read=dict, splits=splits)
     evaluation = SimpleNamespace(predictions=(), summary=dict)
 
     def killed(*_):
@@ -84,7 +85,7 @@ def test_the_first_evaluation_is_not_written_in_part(config, tmp_path, monkeypat
 
     with monkeypatch.context() as patch, pytest.raises(OSError):
         patch.setattr(Path, "replace", killed)
-        evaluate_untrained(config, prepared, lambda *_: evaluation, tmp_path)
+        evaluate_untrained(config, prepared, lambda *_: evaluation, tmp_path, Reporter())
     assert not (tmp_path / "untrained.json").exists()
 
 

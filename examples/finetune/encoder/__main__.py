@@ -106,6 +106,12 @@ def run(config: RunConfig, console: Console) -> int:
     write_json(run_dir / "summary.json", summary)
     console.print(summary_table(summary))
     console.print(f"files in {run_dir}", highlight=False)
+    if config.output.save_model and not config.sweep_learning_rates:
+        console.print(
+            f"in the Hugging Face layout {run_dir}/METHOD/model; --resume --predict writes the "
+            "labels of test rows",
+            highlight=False,
+        )
     return 0
 
 

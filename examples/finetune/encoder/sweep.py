@@ -10,6 +10,7 @@ from rich.table import Table
 
 from examples.common.compare import Diverged, ShouldStop
 from examples.common.errors import ConfigError
+from examples.common.interrupt import GO_ON
 from examples.common.metrics import Record
 from examples.common.reporter import Reporter
 from examples.finetune.encoder.data import Task
@@ -52,7 +53,7 @@ def sweep(
     for method, rate in ((method, rate) for method in config.methods for rate in rates):
         outcome = Outcome(method, rate, None)
         if should_stop():
-            console.print(f"stopped before {outcome.name}; --resume goes on from there")
+            console.print(f"stopped before {outcome.name}; {GO_ON}")
             return None
         reporter.note(outcome.name)
         at_rate = dataclasses.replace(config.method, learning_rate=rate)

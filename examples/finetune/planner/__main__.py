@@ -10,7 +10,7 @@ from examples.common.compare import Result, compare
 from examples.common.config import write_json
 from examples.common.interrupt import stop_on_signals
 from examples.common.plots import plot_methods
-from examples.common.reporter import READING, evaluating, make_reporter
+from examples.common.reporter import READING, make_reporter
 from examples.common.run_directory import run_directory
 from examples.finetune.planner.evaluate import Evaluator
 from examples.finetune.planner.loop import train
@@ -79,8 +79,7 @@ def run(config: RunConfig, console: Console) -> int:
         run_directory(run_dir, config.output.overwrite) as started,
         stop_on_signals(lambda: reporter.activity.stops) as stop,
     ):
-        with reporter.during(evaluating("validation")):
-            untrained = evaluate_untrained(config, prepared, evaluator, run_dir, stop)
+        untrained = evaluate_untrained(config, prepared, evaluator, run_dir, reporter, stop)
         if untrained is None:
             console.print("stopped before the training: nothing is saved")
             return stop.exit_code
@@ -107,7 +106,9 @@ def run(config: RunConfig, console: Console) -> int:
     names = (UNTRAINED, *config.methods)
     console.print(side_by_side(run_dir, names, config.output.side_by_side))
     console.print(summary_table(summary))
-    console.print(f"files in {run_dir}", highlight=False)
+    console.print(
+        f"files in {run_dir}; in the Hugging Face layout {run_dir}/METHOD/model", highlight=False
+    )
     return 0
 
 

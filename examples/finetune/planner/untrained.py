@@ -7,6 +7,7 @@ from typing import Any
 
 from examples.common.config import check_same, refuse_unless_resumed
 from examples.common.metrics import replace_text
+from examples.common.reporter import Reporter, evaluating
 from examples.common.text import parse_json
 from examples.finetune.planner.evaluate import Evaluator
 from examples.finetune.planner.predictions import write_predictions
@@ -22,6 +23,7 @@ def evaluate_untrained(
     prepared: Prepared,
     evaluator: Evaluator,
     run_dir: Path,
+    reporter: Reporter,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any] | None:
     """Its validation and test, `Evaluation.summary()`; None if it was told to stop.
@@ -47,7 +49,8 @@ def evaluate_untrained(
     params = prepared.read()
     found = {"made_from": made_from}
     for split in ("validation", "test"):
-        evaluation = evaluator(params, split, should_stop)
+        with reporter.during(evaluating(split, len(prepared.splits[split].records))):
+            evaluation = evaluator(params, split, should_stop)
         if evaluation is None:
             return None
         found[split] = evaluation.summary()
