@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from natgalore_jax._src.kernels.kernel import kernel
+from natgalore_jax._src.params.context import is_layer_view
 
 # Bytes of the largest arrays of a stack: all are live at once, where XLA could otherwise free each
 # gradient before the next is computed, and copying larger ones takes longer than it saves.
@@ -29,12 +30,18 @@ def for_each(
 
     Args:
       function: of one parameter, defined at the top level of a module.
-      settings, operands: one entry for each parameter; operands are pytrees of arrays.
+      settings, operands: one entry for each parameter; operands are pytrees of arrays, or None
+        where there is nothing to compute.
       shared: a pytree of numbers and arrays.
       count: see :func:`unstack`.
+
+    Returns:
+      One result for each parameter, None without operands.
     """
     results: list[Any] = [None] * len(operands)
-    for numbers in kinds(settings, operands):
+    # Updates of one layer do not depend on the parameters of others, and XLA removes the latter's.
+    alone = [[i] for i, own in enumerate(operands) if own is not None]
+    for numbers in alone if is_layer_view() else kinds(settings, operands):
         own = [operands[i] for i in numbers]
         found = _of_kind(function, settings[numbers[0]], own, shared, count)
         for i, result in zip(numbers, found, strict=True):
@@ -51,20 +58,21 @@ def _of_kind(function, settings, operands, shared, count):
 
 
 def kinds(settings: Sequence[Hashable], operands: Sequence[Any]) -> list[list[int]]:
-    """Numbers of the parameters of each stack."""
+    """Numbers of the parameters of each stack, those without operands left out."""
     equal: dict[Hashable, list[int]] = defaultdict(list)
     for i, (own, tree) in enumerate(zip(settings, operands, strict=True)):
-        arrays, treedef = jax.tree.flatten(tree)
-        equal[own, treedef, *map(jax.typeof, arrays)].append(i)
+        if tree is not None:
+            arrays, treedef = jax.tree.flatten(tree)
+            equal[own, treedef, *map(jax.typeof, arrays)].append(i)
     return [
         numbers[start : start + most]
         for numbers in equal.values()
-        for most in [most_in_stack(operands[numbers[0]])]
+        for most in [_most_in_stack(operands[numbers[0]])]
         for start in range(0, len(numbers), most)
     ]
 
 
-def most_in_stack(tree: Any) -> int:
+def _most_in_stack(tree: Any) -> int:
     """How many parameters with such arrays a stack has at most."""
     largest = max(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
     return max(1, MAX_BYTES // max(largest, 1))

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from natgalore_jax._src.kernels.float8_blocks import block_max, blocks_between, decode
@@ -123,7 +124,7 @@ def scale_by_adam_8bit(
                     f"at init have {m.shape}"
                 )
         operands = [
-            (jnp.uint32(2 * i), jnp.asarray(g), *own)
+            (np.uint32(2 * i), jnp.asarray(g), *own)
             for i, ((_, g), *own) in enumerate(zip(leaves, *entries, strict=True))
         ]
         settings = [(nesterov, dtype) for dtype in dtypes]

@@ -6,8 +6,7 @@ the number of a parameter would make kernels differ; therefore all numbers are d
 """
 
 import functools
-from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +16,7 @@ import numpy as np
 from natgalore_jax._src.kernels.basis import PROBED, is_start
 from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
 from natgalore_jax._src.kernels.linear_codes import load
-from natgalore_jax._src.kernels.stacks import most_in_stack, stack, unstack
+from natgalore_jax._src.kernels.stacks import kinds, stack, unstack
 from natgalore_jax._src.params.context import is_active, matrices_of
 from natgalore_jax._src.params.placement import place_like, replicated, vary, varying_axes
 from natgalore_jax._src.params.plan import LeafPlan
@@ -138,16 +137,12 @@ def _kinds(plans, gradients, bases, nodes, done) -> list[list[int]]:
 
     In reverse order, because the backward pass computes the gradients of the last layers first.
     """
-    kinds: dict[Hashable, list[int]] = defaultdict(list)
-    for i, plan in enumerate(plans):
-        if is_active(plan) and i not in done:
-            arrays, treedef = jax.tree.flatten((gradients[i], bases[i], nodes[i]))
-            kinds[plan.unnamed, treedef, *map(jax.typeof, arrays)].append(i)
-    shared = []
-    for numbers in kinds.values():
-        most = most_in_stack(gradients[numbers[0]])
-        shared += [numbers[max(end - most, 0) : end] for end in range(len(numbers), 0, -most)]
-    return sorted(shared, key=max, reverse=True)
+    settings = [plan.unnamed for plan in plans]
+    operands = [
+        own if is_active(plan) and i not in done else None
+        for i, (plan, *own) in enumerate(zip(plans, gradients, bases, nodes, strict=True))
+    ]
+    return sorted(kinds(settings, operands), key=max, reverse=True)
 
 
 @kernel("settings", "plan", "axis_name", inline=False)
@@ -159,7 +154,6 @@ def _refresh_kind(
     Returns:
       The new bases and basis-dependent states of each parameter, and the token.
     """
-    due = _due(plan, schedule, place, bases)
     length, layers = len(gradients), plan.layers
     due, stacked = _due(plan, schedule, place, bases), plan.stacked(length)
 

@@ -178,23 +178,17 @@ def compact_natural_gradient(
         columns = [flatten_like(updates, tree, "the parameters at init") for tree in state.fisher]
         updates, inner_state = inner_tx.update(updates, state.inner, params, **extra_args)
 
-        out, factors = (
-            treedef.flatten_up_to(updates),
-            [
-                {m: A for m, A in enumerate(entries) if not isinstance(A, optax.MaskedNode)}
-                for entries in zip(*columns, strict=True)
-            ],
-        )
-        projected = [i for i, own in enumerate(factors) if own]
-        found = for_each(
-            _preconditioned,
-            [settings] * len(projected),
-            [(R[i], out[i], factors[i]) for i in projected],
-            (decay, current),
-            state.count,
-        )
-        for i, result in zip(projected, found, strict=True):
-            out[i], factors[i] = result
+        out = treedef.flatten_up_to(updates)
+        factors = [
+            {m: A for m, A in enumerate(entries) if not isinstance(A, optax.MaskedNode)}
+            for entries in zip(*columns, strict=True)
+        ]
+        operands = [x if x[-1] else None for x in zip(R, out, factors, strict=True)]
+        shared = (decay, current)
+        found = for_each(_preconditioned, [settings] * len(R), operands, shared, state.count)
+        for i, result in enumerate(found):
+            if result is not None:
+                out[i], factors[i] = result
         new_state = CompactFisherState(
             optax.safe_increment(state.count), _trees(treedef, factors, modes), inner_state
         )

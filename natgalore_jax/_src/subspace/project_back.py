@@ -222,26 +222,28 @@ def update_back(
     rule, *numbers = settings.residual or (None,)
     updates = list(N)
     own = [tuple(x and x.unnamed for x in pair) for pair in zip(plans, matrices, strict=True)]
-    projected = [i for i, plan in enumerate(plans) if plan]
     found = for_each(
         _back,
-        [(*own[i], rule, basis_error) for i in projected],
-        [(factors[i], states[i], (N[i], R[i], G[i])) for i in projected],
+        [(*pair, rule, basis_error) for pair in own],
+        [
+            (factors[i], states[i], (N[i], R[i], G[i])) if plan else None
+            for i, plan in enumerate(plans)
+        ],
         (numbers, settings.scale, settings.singular_limit),
         count,
     )
-    for i, result in zip(projected, found, strict=True):
-        updates[i], states[i] = result
-    whole = [i for i, (plan, matrix) in enumerate(own) if matrix and not plan]
-    found = for_each(
+    unprojected = for_each(
         clip_leading,
-        [own[i][1] for i in whole],
-        [N[i] for i in whole],
+        [matrix for _, matrix in own],
+        [U if matrix and not plan else None for U, (plan, matrix) in zip(N, own, strict=True)],
         settings.singular_limit,
         count,
     )
-    for i, U in zip(whole, found, strict=True):
-        updates[i] = U
+    for i, (result, U) in enumerate(zip(found, unprojected, strict=True)):
+        if result is not None:
+            updates[i], states[i] = result
+        elif U is not None:
+            updates[i] = U
     if not has_state:
         return updates, state
     fields = zip(*states, strict=True) if states else ((), (), ())

@@ -154,15 +154,17 @@ def woodbury_natural_gradient(
             None if isinstance(entries[0], optax.MaskedNode) else History(*entries)
             for entries in zip(*fields, strict=True)
         ]
-        kept = [i for i, H in enumerate(histories) if H is not None]
         for (path, h), H in zip(leaves, histories, strict=True):
             if H is not None:
                 _check_shape(KeyPath(path), h, H)
-        operands = [(histories[i], jnp.asarray(out[i])) for i in kept]
-        settings, shared = [is_relative] * len(kept), (slot, current)
+        operands = [
+            None if H is None else (H, jnp.asarray(h)) for H, h in zip(histories, out, strict=True)
+        ]
+        settings, shared = [is_relative] * len(out), (slot, current)
         found = for_each(_natural_gradient, settings, operands, shared, state.count)
-        for i, result in zip(kept, found, strict=True):
-            out[i], histories[i] = result
+        for i, result in enumerate(found):
+            if result is not None:
+                out[i], histories[i] = result
         is_coded = isinstance(state.history.columns, LinearCodes)
         new_state = WoodburyState(
             optax.safe_increment(state.count), _transposed(treedef, histories, is_coded)
