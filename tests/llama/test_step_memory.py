@@ -110,7 +110,10 @@ def test_bfloat16_is_counted_half_where_it_is_half(per_layer):
     assert one.weights == two.weights // 2
     assert one.temporary["gradients"] == live_gradients(abstract_run(half).params, per_layer)
     assert 2 * one.temporary["gradients"] == live_gradients(abstract_run(full).params, per_layer)
-    ratio = one.temporary["activations"] / two.temporary["activations"]
+    # The optimizer's step may need less than plain descent, whose activations are counted.
+    of_descent = lower_bound(abstract_run(full)).temporary["activations"]
+    assert two.temporary["activations"] <= of_descent
+    ratio = one.temporary["activations"] / of_descent
     assert ratio == pytest.approx(saved_bytes(half) / saved_bytes(full), rel=0.01)
     # Between all in bfloat16 and all in float32: logits and norms are float32 in both.
     assert 0.5 < ratio < 1
