@@ -17,9 +17,8 @@ import natgalore_jax as ng
 
 # Small, and different sides: a wrong axis cannot hide. Equal ones are computed as one stack.
 SHAPES: Mapping[str, Any] = {
-    "dense": {"kernel": (12, 8), "bias": (8,)},
+    "dense": {"kernel": (12, 8), "bias": (8,), "twin": (12, 8)},
     "layers": {"kernel": (3, 8, 10), "scale": (3, 8)},
-    "second": {"kernel": (12, 8)},
 }
 RANK, INTERVAL, HISTORY = 2, 4, 3
 
@@ -55,7 +54,6 @@ FACTORIES: Mapping[str, Callable[[], optax.GradientTransformation]] = {
         axes=lambda params: {
             "dense": None,
             "layers": {"kernel": ng.MatrixAxes(rows=1, cols=(0, 2)), "scale": None},
-            "second": None,
         }
     ),
     "svd": lambda: _adam_inside(method="svd"),

@@ -127,7 +127,10 @@ def test_a_step_without_jit_takes_float64_arrays_of_numpy(fast_compile):
     assert signature(updates) == signature(specs())
 
 
-WHERE = {"dense": {"kernel": True, "bias": False}, "layers": {"kernel": True, "scale": False}}
+WHERE = {
+    "dense": {"kernel": True, "bias": False, "twin": True},
+    "layers": {"kernel": True, "scale": False},
+}
 AXES = {
     "dense": None,
     "layers": {"kernel": ng.MatrixAxes(rows=2, cols=1), "scale": None},
@@ -150,7 +153,7 @@ def test_whole_trees_as_arguments_inside_masks_and_groups(name, around):
         tx = optax.partition({"ours": tx, "rest": optax.set_to_zero()}, labels)
         seen = {"layers": {"kernel": params["layers"]["kernel"]}}
     else:  # as eqx.filter leaves it
-        params = {**params, "dense": {"kernel": None, "bias": None}}
+        params = {**params, "dense": {"kernel": None, "bias": None, "twin": None}}
     updates, state, new_state = abstract_step(tx, params)
     assert signature(updates) == signature(params)
     assert signature(new_state) == signature(state)
