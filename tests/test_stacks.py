@@ -55,11 +55,11 @@ def loss(params, scale=1.0):
     )
 
 
-def train(tx, params, scale=1.0, jit=jax.jit):
+def train(tx, params, loss=loss, jit=jax.jit):
     """Parameters and state after some steps."""
 
     def step(params, state):
-        updates, state = tx.update(jax.grad(loss)(params, scale), state, params)
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
         return optax.apply_updates(params, updates), state
 
     step, state = jit(step), tx.init(params)
@@ -142,27 +142,14 @@ def test_shard_map_with_different_gradients():
     mesh = jax.make_mesh((4,), ("data",), (AxisType.Auto,), devices=jax.devices()[:4])
 
     def run(scale, params):
-        state = tx.init(params)
-        for _ in range(STEPS):
-            grads = jax.grad(lambda p: jax.lax.pmean(loss(p, scale[0]), "data"))(params)
-            updates, state = tx.update(grads, state, params)
-            params = optax.apply_updates(params, updates)
-        return params
+        return train(tx, params, lambda p: jax.lax.pmean(loss(p, scale[0]), "data"))[0]
 
     scales = jnp.asarray([0.5, 0.8, 1.0, 1.2])
     found = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(P("data"), P()), out_specs=P()))(
         scales, start()
     )
-    params, state = start(), tx.init(start())
-    step = jax.jit(
-        lambda params, state: tx.update(
-            jax.grad(lambda p: sum(loss(p, s) for s in scales) / 4)(params), state, params
-        )
-    )
-    for _ in range(STEPS):
-        updates, state = step(params, state)
-        params = optax.apply_updates(params, updates)
-    compare(found, params)
+    mean, _ = train(tx, start(), lambda p: sum(loss(p, s) for s in scales) / 4)
+    compare(found, mean)
 
 
 def test_benchmark(tmp_path):

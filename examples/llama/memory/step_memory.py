@@ -1,4 +1,4 @@
-"""What a training step takes in memory, part by part, before anything is allocated.
+"""Memory of a training step, part by part, before anything is allocated.
 
 Exact, from shapes: weights, optimizer state, batch and counters. What comes and goes within a step
 is what the compiler reserves for it, ahead of time. How that is divided, and what it would be in
@@ -118,7 +118,7 @@ def predict(
 
 
 def lower_bound(run: AbstractRun) -> StepMemory:
-    """What :func:`predict` gives without the working memory of the update: of the optimizer's
+    """Result of :func:`predict` without the working memory of the update: of the optimizer's
     step nothing is compiled."""
     base = _baseline_of(run.config)
     parts = {"gradients": base.gradients, "activations": base.activations}
@@ -126,7 +126,7 @@ def lower_bound(run: AbstractRun) -> StepMemory:
 
 
 def resident(run: AbstractRun) -> StepMemory:
-    """What stays from step to step, and the batch: exact, and nothing is compiled."""
+    """Memory that stays from step to step, and the batch: exact, and nothing is compiled."""
     metrics = run.state.totals
     report = ng.memory_report(run.tx, _float_params(run.state))
     return _divided(report, run.state, nbytes((run.state, run.rows, metrics)))

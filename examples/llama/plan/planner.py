@@ -52,7 +52,7 @@ class Row(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a search found."""
+    """Result of a search."""
 
     rows: list[Row]
     best: Row | None  # that fits

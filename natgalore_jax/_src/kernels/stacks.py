@@ -73,7 +73,7 @@ def kinds(settings: Sequence[Hashable], operands: Sequence[Any]) -> list[list[in
 
 
 def _most_in_stack(tree: Any) -> int:
-    """How many parameters with such arrays a stack has at most."""
+    """Largest number of parameters with such arrays in a stack."""
     largest = max(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
     return max(1, MAX_BYTES // max(largest, 1))
 
