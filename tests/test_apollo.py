@@ -129,8 +129,8 @@ def test_stacked_equals_separate_under_the_same_projections(granularity, monkeyp
     G = G * GROWTH.reshape(STEPS, 1, 1, 1, 1)
     P = RNG.standard_normal((layers, m, RANK)).astype(np.float32)
 
-    def known_projection(plan, seed, window, leaf, dtype):
-        return jnp.asarray(P if plan.batch else P[leaf], dtype)
+    def known_projection(plan, seed, window, leaf, dtype, first):
+        return jnp.asarray(P if plan.batch else jnp.asarray(P)[leaf], dtype)
 
     monkeypatch.setattr(_apollo, "random_projection", known_projection)
     settings = {"rank": RANK, "granularity": granularity, "where": True}

@@ -47,8 +47,7 @@ def test_columns_that_are_nearly_dependent_become_orthonormal():
 
 def test_conditioned_columns_keep_their_space():
     Y = jnp.asarray(orthogonal(60, 5) * np.geomspace(1, 1e-3, 5) @ orthogonal(5, 5), jnp.float32)
-    X, S = (np.asarray(x, np.float64) for x in nearly_polar(Y, CONDITIONED))
-    np.testing.assert_allclose(S, X.T @ X, atol=1e-6)
+    X = np.asarray(nearly_polar(Y, CONDITIONED), np.float64)
     values = np.linalg.svd(X, compute_uv=False)
     assert values.min() > 0.7 and values.max() < 1.3
     Q, P = np.linalg.qr(X)[0], np.linalg.qr(np.asarray(Y, np.float64))[0]

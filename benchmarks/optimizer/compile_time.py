@@ -30,6 +30,11 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "optax.contrib.galore": lambda: optax.contrib.galore(1e-3, rank=RANK),
     "galore_adamw": lambda: ng.galore_adamw(1e-3, rank=RANK),
     "natural_galore_adamw": lambda: ng.natural_galore_adamw(1e-3, rank=RANK),
+    "lean_natural_galore_adamw": lambda: ng.lean_natural_galore_adamw(1e-3, rank=RANK),
+    "racs_adamw": lambda: ng.contrib.racs_adamw(1e-3),
+    "apollo_adamw": lambda: ng.contrib.apollo_adamw(1e-3, rank=RANK),
+    "ldadamw": lambda: ng.contrib.ldadamw(1e-3, rank=RANK),
+    "alice_adamw": lambda: ng.contrib.alice_adamw(1e-3, rank=RANK),
 }
 
 

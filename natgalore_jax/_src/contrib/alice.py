@@ -14,7 +14,8 @@ from natgalore_jax._src.contrib.alice_kernels import (
 )
 from natgalore_jax._src.kernels.factored_update import phi_axes
 from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
-from natgalore_jax._src.kernels.random import matrix_keys
+from natgalore_jax._src.kernels.random import matrix_keys, numbers_of
+from natgalore_jax._src.kernels.stacks import for_each, merged
 from natgalore_jax._src.params.axes import AxesLike
 from natgalore_jax._src.params.checks import (
     check_decay,
@@ -194,23 +195,26 @@ def scale_by_alice(
         mu, nu, own = (without_matrices(treedef, x, plans) for x in (mus, nus, G))
         N, inner = adam.update(own, state.adam._replace(mu=mu, nu=nu))
         out, new_mus, new_nus = (treedef.flatten_up_to(x) for x in (N, inner.mu, inner.nu))
-        for i, plan in enumerate(plans):
-            if not plan:
-                continue
-            keys = _keys(plan, seed, count, i)
-            plan = plan.unnamed
-            U = bases[i] = switched_basis(plan, switch, due, keys, G[i], bases[i], tracked[i])
-            R, omega, new_mus[i], new_nus[i], tracked[i] = low_rank_step(
-                plan, switch.b3, (b1, b2), eps, G[i], U, mus[i], nus[i], tracked[i]
-            )
-            numbers = (scale, compensation_scale, norm_growth_limit)
-            out[i], residual_energy[i], norms[i] = compensated(
-                plan, numbers, b1, G[i], U, R, omega, residual_energy[i], norms[i]
-            )
-        adam_state = inner._replace(mu=treedef.unflatten(new_mus), nu=treedef.unflatten(new_nus))
-        return treedef.unflatten(out), ScaleByAliceState(
-            with_dtypes_of(state.adam, adam_state),
-            *map(treedef.unflatten, (bases, tracked, residual_energy, norms)),
+        found = for_each(
+            _switched,
+            [plan and (plan.unnamed, switch, int(seed)) for plan in plans],
+            (numbers_of(plans), G, bases, tracked),
+            (due, count),
+            one_by_one=True,
+        )
+        (bases,) = merged(found, bases)
+        found = for_each(
+            _stepped,
+            [plan and (plan.unnamed, switch.b3) for plan in plans],
+            (G, bases, mus, nus, tracked, residual_energy, norms),
+            ((b1, b2), eps, (scale, compensation_scale, norm_growth_limit)),
+        )
+        columns = merged(found, out, new_mus, new_nus, tracked, residual_energy, norms)
+        out, mu, nu, *fields = map(treedef.unflatten, columns)
+        return out, ScaleByAliceState(
+            with_dtypes_of(state.adam, inner._replace(mu=mu, nu=nu)),
+            treedef.unflatten(bases),
+            *fields,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -230,11 +234,29 @@ def _empty(plan, switch, has_limit, U, mu):
     return jnp.zeros_like(U), tracked, jnp.sum(zeros, phi_axes(plan).low), norm
 
 
-def _keys(plan, seed, count, leaf):
+def _switched(settings, operands, shared):
+    """Bases of one parameter, in a tuple."""
+    (plan, switch, seed), ((leaf, first), *own) = settings, operands
+    due, count = shared
+    keys = _keys(plan, seed, count, leaf, first)
+    return (switched_basis(plan, switch, due, keys, *own),)
+
+
+def _keys(plan, seed, count, leaf, first=0):
     """A key of random numbers for each matrix of a leaf, at one step."""
-    return matrix_keys(
-        plan, jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), count), leaf)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), count), leaf)
+    return matrix_keys(plan, key, first)
+
+
+def _stepped(settings, operands, shared):
+    """Update of one parameter, and its state."""
+    (plan, b3), (G, U, M, V, tracked, residual_energy, norm) = settings, operands
+    decays, eps, numbers = shared
+    R, omega, M, V, tracked = low_rank_step(plan, b3, decays, eps, G, U, M, V, tracked)
+    update, *of_residual = compensated(
+        plan, numbers, decays[0], G, U, R, omega, residual_energy, norm
     )
+    return update, M, V, tracked, *of_residual
 
 
 def alice_adamw(

@@ -14,7 +14,6 @@ import optax
 
 from natgalore_jax._src.kernels.factored_update import FactoredUpdate, phi_axes, whole
 from natgalore_jax._src.kernels.fisher_factors import gram
-from natgalore_jax._src.kernels.kernel import kernel
 from natgalore_jax._src.kernels.projection import project
 from natgalore_jax._src.kernels.random import normal
 from natgalore_jax._src.kernels.residual import energies, inverse_root, limited
@@ -34,7 +33,6 @@ def leading_kept(m: int, r: int, leading: int | None) -> int:
     return max(min(5 * r // 16 if leading is None else leading, r), 2 * r - m)
 
 
-@kernel("plan", "switch")
 def switched_basis(
     plan: LeafPlan,
     switch: Switch,
@@ -126,7 +124,6 @@ def sampled(key: jax.Array, total: int, number: int) -> jax.Array:
     return jax.lax.top_k(normal(key, (total,)), number)[1]
 
 
-@kernel("plan", "b3")
 def low_rank_step(plan, b3, decays, eps, G, U, M, V, tracked):
     """``R = Uᵀ G``, its moments and ``R Rᵀ`` averaged, and ``ω = M / (√V + ε)``."""
     b1, b2 = decays
@@ -142,7 +139,6 @@ def low_rank_step(plan, b3, decays, eps, G, U, M, V, tracked):
     return R, omega, M32.astype(M.dtype), V32.astype(V.dtype), tracked
 
 
-@kernel("plan")
 def compensated(plan, numbers, b1, G, U, R, omega, residual_energy, last_norm):
     """``α (U ω + α_c C)`` and the state of C, by ``U (ω − α_c R φ) + α_c G φ``: one product."""
     scale, compensation_scale, limit = numbers

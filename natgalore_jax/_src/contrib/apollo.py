@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import optax
 
 from natgalore_jax._src.kernels.factored_update import on_axes_of_gradient, phi_axes
-from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
+from natgalore_jax._src.kernels.kernel import own_arithmetic
 from natgalore_jax._src.kernels.projection import project
-from natgalore_jax._src.kernels.random import matrix_keys, normal
+from natgalore_jax._src.kernels.random import matrix_keys, normal, numbers_of
 from natgalore_jax._src.kernels.residual import gain, limit_growth
+from natgalore_jax._src.kernels.stacks import for_each, merged
 from natgalore_jax._src.params.axes import AxesLike
 from natgalore_jax._src.params.checks import (
     check_adam,
@@ -130,36 +131,39 @@ def scale_by_apollo(
         last_norms = flatten_like(updates, state.update_norm, "the parameters at init")
         check_moments(updates, plans, state.adam.mu)
         window = state.adam.count // update_interval
-        R = [
-            _projected(plan, seed, i, window, g) if plan else g
-            for i, (plan, g) in enumerate(zip(plans, G, strict=True))
-        ]
+        found = for_each(
+            _projected,
+            [plan and (plan.unnamed, int(seed)) for plan in plans],
+            (G, numbers_of(plans)),
+            window,
+        )
+        (R,) = merged(found, G)
         N, adam_state = adam.update(treedef.unflatten(R), state.adam)
 
-        out, norms = [], []
-        for plan, g, r, n, norm in zip(
-            plans, G, R, treedef.flatten_up_to(N), last_norms, strict=True
-        ):
-            if plan:
-                numbers = (scale, norm_growth_limit)
-                n, norm = _scaled(plan.unnamed, granularity, numbers, g, r, n, norm)
-            out.append(n)
-            norms.append(norm)
+        out = treedef.flatten_up_to(N)
+        found = for_each(
+            _scaled,
+            [plan and (plan.unnamed, granularity) for plan in plans],
+            (G, R, out, last_norms),
+            (scale, norm_growth_limit),
+        )
+        out, norms = map(treedef.unflatten, merged(found, out, last_norms))
         adam_state = with_dtypes_of(state.adam, adam_state)
-        return treedef.unflatten(out), ScaleByApolloState(adam_state, treedef.unflatten(norms))
+        return out, ScaleByApolloState(adam_state, norms)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-@kernel("plan", "seed", "leaf")
-def _projected(plan, seed, leaf, window, G):
-    return project(plan, G, (random_projection(plan, seed, window, leaf, G.dtype),))
+def _projected(settings, operands, window):
+    """Low-rank gradient of one parameter, in a tuple."""
+    (plan, seed), (G, (leaf, first)) = settings, operands
+    return (project(plan, G, (random_projection(plan, seed, window, leaf, G.dtype, first),)),)
 
 
-@kernel("plan", "granularity")
-def _scaled(plan, granularity, numbers, G, R, N, last_norm):
-    """Update of one matrix, and its norm."""
-    scale, limit = numbers
+def _scaled(settings, operands, shared):
+    """Update of one parameter, and its norm."""
+    (plan, granularity), (G, R, N, last_norm) = settings, operands
+    scale, limit = shared
     U = scaling(plan, R, N, granularity) * G.astype(jnp.float32)
     if limit is not None:
         U, last_norm = limit_growth(plan.batch, U, last_norm, limit)
@@ -167,7 +171,12 @@ def _scaled(plan, granularity, numbers, G, R, N, last_norm):
 
 
 def random_projection(
-    plan: LeafPlan, seed: int, window: jax.typing.ArrayLike, leaf: int, dtype: Any
+    plan: LeafPlan,
+    seed: int,
+    window: jax.typing.ArrayLike,
+    leaf: jax.typing.ArrayLike,
+    dtype: Any,
+    first: jax.typing.ArrayLike = 0,
 ) -> jax.Array:
     """``Pᵀ`` with entries from N(0, 1/r), determined by seed, window and leaf.
 
@@ -177,6 +186,7 @@ def random_projection(
       window: number of the interval of steps.
       leaf: number of the parameter.
       dtype: of the result, which is sampled in float32.
+      first: number of the first matrix of the parameter.
 
     Returns:
       Shape ``plan.factor_shape`` of the projected mode, different for each matrix of a batch.
@@ -185,7 +195,7 @@ def random_projection(
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), window), leaf)
     shape = (*plan.mode_shape(mode), plan.rank_of(mode))
     if plan.batch:
-        P = jax.vmap(lambda key: normal(key, shape))(matrix_keys(plan, key))
+        P = jax.vmap(lambda key: normal(key, shape))(matrix_keys(plan, key, first))
     else:
         P = normal(key, shape)
     return (P.reshape(plan.factor_shape(mode)) / math.sqrt(plan.rank_of(mode))).astype(dtype)

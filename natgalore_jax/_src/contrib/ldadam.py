@@ -9,6 +9,7 @@ import optax
 from natgalore_jax._src.contrib.ldadam_kernels import next_basis, overlap, rotated_moments
 from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
 from natgalore_jax._src.kernels.projection import project, project_back
+from natgalore_jax._src.kernels.stacks import for_each, merged
 from natgalore_jax._src.params.axes import AxesLike
 from natgalore_jax._src.params.checks import check_adam, check_boolean, check_decay, check_integer
 from natgalore_jax._src.params.plan import PlanSettings, plan_tree
@@ -127,25 +128,27 @@ def scale_by_ldadam(
             _sum(g, e) if plan and error_feedback else g
             for plan, g, e in zip(plans, G, errors, strict=True)
         ]
-        R, new_bases, M_rotated, V_rotated = list(A), list(bases), list(M), list(V)
-        for i, plan in enumerate(plans):
-            if plan:
-                R[i], new_bases[i], M_rotated[i], V_rotated[i] = _refreshed(
-                    plan.unnamed, (b1, b2, rho), count, A[i], bases[i], M[i], V[i]
-                )
+        own_plans = [plan and plan.unnamed for plan in plans]
+        found = for_each(
+            _refreshed,
+            own_plans,
+            (A, bases, M, V),
+            (b1, b2, rho, count),
+        )
+        R, new_bases, M_rotated, V_rotated = merged(found, A, bases, M, V)
         N, adam_state = adam.update(
             treedef.unflatten(R),
             state.adam._replace(mu=treedef.unflatten(M_rotated), nu=treedef.unflatten(V_rotated)),
         )
-        out = [
-            _back(plan.unnamed, n, P) if plan else n
-            for plan, n, P in zip(plans, treedef.flatten_up_to(N), new_bases, strict=True)
-        ]
-        if error_feedback:
-            for i, plan in enumerate(plans):
-                if plan:
-                    old, new = (M[i], bases[i]), (M_rotated[i], new_bases[i])
-                    errors[i] = _error(plan.unnamed, b1, A[i], R[i], old, new, errors[i])
+        out = treedef.flatten_up_to(N)
+        fed_back = [*zip(A, R, M, bases, M_rotated, errors, strict=True)]
+        found = for_each(
+            _back,
+            own_plans,
+            (out, new_bases, fed_back if error_feedback else [None] * len(plans)),
+            b1,
+        )
+        out, errors = merged(found, out, errors)
         return treedef.unflatten(out), ScaleByLDAdamState(
             with_dtypes_of(state.adam, adam_state),
             treedef.unflatten(new_bases),
@@ -160,27 +163,28 @@ def _sum(G, E):
     return G + E
 
 
-@kernel("plan")
-def _refreshed(plan, numbers, count, A, P, M, V):
-    """Low-rank gradient of one matrix in its new basis, the new basis, and rotated moments."""
-    b1, b2, rho = numbers
+def _refreshed(plan, operands, shared):
+    """Low-rank gradient of one parameter in its new basis, that basis, and rotated moments."""
+    A, P, M, V = operands
+    b1, b2, rho, count = shared
     P_new = next_basis(plan, A, P, M, count, b1, rho)
     C = overlap(plan, P_new, P)
     return project(plan, A, (P_new,)), P_new, *rotated_moments(plan, C, M, V, count, b1, b2)
 
 
-@kernel("plan")
-def _back(plan, N, P):
-    return project_back(plan, N, (P,))
+def _back(plan, operands, b1):
+    """Update of one parameter, and its error feedback in the dtype of the last one.
 
-
-@kernel("plan")
-def _error(plan, b1, A, R, old, new, old_error):
-    """Error feedback: gradient and momentum minus their projections, dtype of ``old_error``."""
-    (M, P), (M_rotated, P_new) = old, new
-    past = b1 / (1 - b1)
-    kept = project_back(plan, R + past * M_rotated, (P_new,))
-    return (A + past * project_back(plan, M, (P,)) - kept).astype(old_error.dtype)
+    The error is gradient and momentum minus their projections.
+    """
+    N, P_new, fed_back = operands
+    update, error = project_back(plan, N, (P_new,)), optax.MaskedNode()
+    if fed_back is not None:
+        A, R, M, P, M_rotated, last = fed_back
+        past = b1 / (1 - b1)
+        kept = project_back(plan, R + past * M_rotated, (P_new,))
+        error = (A + past * project_back(plan, M, (P,)) - kept).astype(last.dtype)
+    return update, error
 
 
 def ldadamw(

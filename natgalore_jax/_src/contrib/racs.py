@@ -9,6 +9,7 @@ import optax
 from natgalore_jax._src.kernels.factored_update import PhiAxes, on_axes_of_gradient
 from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
 from natgalore_jax._src.kernels.residual import inverse_root, limit_growth
+from natgalore_jax._src.kernels.stacks import for_each, merged
 from natgalore_jax._src.params.axes import AxesLike
 from natgalore_jax._src.params.checks import check_adam, check_decay, check_integer, check_number
 from natgalore_jax._src.params.plan import (
@@ -150,15 +151,14 @@ def scale_by_racs(
 
         N, adam_state = adam.update(without_matrices(treedef, G, plans), state.adam)
         out, q, s, norms = (treedef.flatten_up_to(x) for x in (N, *state[1:]))
-        numbers = (decay, scale, norm_growth_limit)
-        for i, plan in enumerate(plans):
-            if plan:
-                out[i], q[i], s[i], norms[i] = _scaled(
-                    plan.unnamed, iterations, numbers, G[i], q[i], s[i], norms[i]
-                )
-        return treedef.unflatten(out), ScaleByRacsState(
-            with_dtypes_of(state.adam, adam_state), *map(treedef.unflatten, (q, s, norms))
+        found = for_each(
+            _scaled,
+            [plan and (plan.unnamed, iterations) for plan in plans],
+            (G, q, s, norms),
+            (decay, scale, norm_growth_limit),
         )
+        out, *fields = map(treedef.unflatten, merged(found, out, q, s, norms))
+        return out, ScaleByRacsState(with_dtypes_of(state.adam, adam_state), *fields)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -174,10 +174,10 @@ def _empty(plan, leaf, with_norm):
     return *(_over_others(plan, mode, zeros) for mode in (0, 1)), norm
 
 
-@kernel("plan", "iterations")
-def _scaled(plan, iterations, numbers, G, q, s, last_norm):
-    """The update of one matrix, and its state. q is of the rows, s of the columns."""
-    decay, scale, limit = numbers
+def _scaled(settings, operands, shared):
+    """The update of one parameter, and its state. q is of the rows, s of the columns."""
+    (plan, iterations), (G, q, s, last_norm) = settings, operands
+    decay, scale, limit = shared
     dtype, G = G.dtype, G.astype(jnp.float32)
     new = fixed_point(plan, G, iterations)
     q, s = (_averaged(plan, old, x, decay) for old, x in zip((q, s), new, strict=True))

@@ -25,7 +25,7 @@ from natgalore_jax._src.kernels.orthonormal import (
 )
 from natgalore_jax._src.kernels.projection import contract
 from natgalore_jax._src.kernels.random import normal
-from natgalore_jax._src.params.placement import place_like, replicated
+from natgalore_jax._src.params.placement import place_like, replicated, vary, varying_axes
 
 Method = Literal["power", "svd", "eigh", "randomized", "gaussian", "online"]
 # Methods that call LAPACK, which may fail.
@@ -84,12 +84,15 @@ def new_basis(
 
 
 def is_usable(G: jax.Array) -> jax.Array:
-    """Whether a gradient is finite and non-zero.
+    """Whether a gradient is finite and non-zero in float32.
 
     A basis of any other gradient would spoil the next ``update_interval`` steps.
     """
-    # XLA's maximum on CPUs may ignore a NaN.
-    return jnp.all(jnp.isfinite(G)) & jnp.any(G != 0)
+    # Of integers: XLA's maximum of floats on CPUs may ignore a NaN. One reduction compiles faster
+    # than two.
+    magnitudes = jax.lax.bitcast_convert_type(jnp.abs(G.astype(jnp.float32)), jnp.int32)
+    largest = jax.lax.bitcast_convert_type(jnp.max(magnitudes), jnp.float32)
+    return (largest > 0) & jnp.isfinite(largest)
 
 
 def start_basis(m: int, r: int) -> jax.Array:
@@ -152,19 +155,24 @@ def _power(G, P, key, is_first):
     vectors.
     """
     P = P + POWER_PROBE * _probe(P, key)
-    Z = contract("mn,mr->nr", G, P)
-    steps = jnp.where(is_first | _is_lost(G, Z, POWER_LOST), COLD_STEPS, WARM_STEPS)
+    steps = jnp.where(is_first, COLD_STEPS, WARM_STEPS)
 
-    def step(i, Y):
-        # The polar iteration takes most of the compile time: all steps share one copy of it.
-        is_last = i == steps - 1
-        X, S = nearly_polar(
-            Y * jnp.where(is_last, order_weights(Y.shape[1]), 1.0),
-            jnp.where(is_last, NEARLY, CONDITIONED),
-        )
-        return jax.lax.cond(is_last, polished, lambda X, _: shifted(_times_gram(G, X), X), X, S)
+    def is_left(carry):
+        i, steps, _ = carry
+        return i < steps
 
-    return jax.lax.fori_loop(0, steps, step, shifted(_times(G, Z), P))
+    # One body for all steps, the first and the last included: the polar iteration takes most of
+    # the compile time.
+    def step(carry):
+        i, steps, P = carry
+        Z = contract("mn,mr->nr", G, P)
+        steps = jnp.where((i == 0) & _is_lost(G, Z, POWER_LOST), COLD_STEPS, steps)
+        is_last = i + 1 == steps
+        Y = shifted(_times(G, Z), P) * jnp.where(is_last, order_weights(P.shape[1]), 1.0)
+        return i + 1, steps, nearly_polar(Y, jnp.where(is_last, NEARLY, CONDITIONED))
+
+    start = (jnp.int32(0), vary(steps, varying_axes((G, P, is_first))), P)
+    return polished(jax.lax.while_loop(is_left, step, start)[-1])
 
 
 def _probe(P: jax.Array, key: jax.Array) -> jax.Array:

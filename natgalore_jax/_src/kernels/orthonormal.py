@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from natgalore_jax._src.params.placement import vary, varying_axes
+
 # δ, added to the normalised Gram matrix, whose float32 error is 1e-7: bounds the amplification of a
 # pass by δ^(−1/2).
 DAMPING = 1e-6
@@ -31,7 +33,7 @@ SMALLEST_WEIGHT = 1e-4
 
 def polar_factor(Y: jax.Array) -> jax.Array:
     """``Y (YᵀY)^(−1/2)``: (m, r) float32 of full rank, to an error of about 1e-6 in ``XᵀX − I``."""
-    return polished(*nearly_polar(Y, NEARLY))
+    return polished(nearly_polar(Y, NEARLY))
 
 
 def ordered_polar_factor(Y: jax.Array) -> jax.Array:
@@ -56,8 +58,8 @@ def shifted(Y: jax.Array, P: jax.Array) -> jax.Array:
     return Y / jnp.where(norm > 0, norm, 1.0) + SHIFT * P
 
 
-def nearly_polar(Y: jax.Array, tolerance: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
-    """X with the polar factor of Y and ``‖XᵀX − I‖ ≤ tolerance``, and XᵀX.
+def nearly_polar(Y: jax.Array, tolerance: jax.typing.ArrayLike) -> jax.Array:
+    """X with the polar factor of Y and ``‖XᵀX − I‖ ≤ tolerance``.
 
     A tolerance of ``CONDITIONED`` leaves singular values between 0.7 and 1.3, enough for a power
     step; ``NEARLY`` is for :func:`polished`.
@@ -75,13 +77,12 @@ def nearly_polar(Y: jax.Array, tolerance: jax.typing.ArrayLike) -> tuple[jax.Arr
     # Fourth powers of entries must not overflow float32.
     largest = jnp.max(jnp.abs(Y))
     Y = Y / jnp.where(largest > 0, largest, 1.0)
-    X, S, _ = jax.lax.while_loop(is_far, one_pass, (Y, _gram(Y), jnp.int32(0)))
-    return X, S
+    return jax.lax.while_loop(is_far, one_pass, (Y, _gram(Y), jnp.int32(0)))[0]
 
 
-def polished(X: jax.Array, S: jax.Array) -> jax.Array:
-    """The polar factor of X, given ``S = XᵀX`` with ``‖S − I‖ ≤ NEARLY``."""
-    return _times(X, _quintic(jnp.asarray((15 / 8, -10 / 8, 3 / 8), jnp.float32), S))
+def polished(X: jax.Array) -> jax.Array:
+    """The polar factor of X with ``‖XᵀX − I‖ ≤ NEARLY``."""
+    return _times(X, _quintic(jnp.asarray((15 / 8, -10 / 8, 3 / 8), jnp.float32), _gram(X)))
 
 
 def _inverse_root(S: jax.Array) -> jax.Array:
@@ -94,10 +95,8 @@ def _inverse_root(S: jax.Array) -> jax.Array:
         Z = _quintic(polynomials[k], R)
         return _times(root, Z), _times(_times(R, Z), Z)
 
-    R = S / norm + DAMPING * _identity(S)
-    Z = _quintic(polynomials[0], R)  # the first step, from the identity
-    start = (Z, _times(_times(R, Z), Z))
-    return jax.lax.fori_loop(1, QUINTICS, step, start)[0] / jnp.sqrt(norm)
+    start = (_identity(S), S / norm + DAMPING * _identity(S))
+    return jax.lax.fori_loop(0, QUINTICS, step, start)[0] / jnp.sqrt(norm)
 
 
 def _quintic(coefficients: jax.Array, R: jax.Array) -> jax.Array:
@@ -107,7 +106,7 @@ def _quintic(coefficients: jax.Array, R: jax.Array) -> jax.Array:
 
 
 def _identity(S: jax.Array) -> jax.Array:
-    return jnp.eye(S.shape[0], dtype=S.dtype)
+    return vary(jnp.eye(S.shape[0], dtype=S.dtype), varying_axes(S))
 
 
 def _gram(X: jax.Array) -> jax.Array:

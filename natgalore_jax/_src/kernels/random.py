@@ -4,6 +4,8 @@ JAX reads the option when a program is lowered, outside the configuration that k
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +16,18 @@ from natgalore_jax._src.params.context import matrices_of
 from natgalore_jax._src.params.plan import LeafPlan
 
 
-def matrix_keys(plan: LeafPlan, key: jax.Array) -> jax.Array:
-    """A key for each matrix of a parameter, equal in layer-by-layer updates: (layers,)."""
-    _, first = matrices_of(plan)
+def matrix_keys(plan: LeafPlan, key: jax.Array, first: jax.typing.ArrayLike = 0) -> jax.Array:
+    """A key for each matrix of a parameter, whose numbers start at ``first``: (layers,)."""
     numbers = first + jnp.arange(plan.layers, dtype=jnp.int32)
     return jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
+
+
+def numbers_of(plans: Sequence[LeafPlan | None]) -> list[Any]:
+    """Number of each parameter, and of its first matrix in this view: int32."""
+    return [
+        plan and (jnp.int32(i), jnp.asarray(matrices_of(plan)[1], jnp.int32))
+        for i, plan in enumerate(plans)
+    ]
 
 
 def normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

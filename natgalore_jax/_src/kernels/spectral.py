@@ -24,6 +24,11 @@ from natgalore_jax._src.params.plan import LeafPlan
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
+def clip_each(plan: LeafPlan, operands: tuple[jax.Array], limit: jax.typing.ArrayLike):
+    """:func:`clip_leading` of one parameter, in a tuple."""
+    return (clip_leading(plan, *operands, limit),)
+
+
 @kernel("plan")
 def clip_leading(plan: LeafPlan, U: jax.Array, limit: jax.typing.ArrayLike) -> jax.Array:
     """``U − (1 − c √max(m, n) / σ₁)₊ x xᵀ U / ‖x‖²`` with ``x = U Uᵀ s``, ``σ₁ = ‖Uᵀx‖ / ‖x‖``.

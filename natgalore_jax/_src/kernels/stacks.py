@@ -4,6 +4,7 @@ XLA's compile time grows with the number of operations, and a small matrix is co
 than its operations take to start. Stacks are temporary: a state has one array per parameter.
 """
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -22,46 +23,60 @@ MAX_BYTES = 2**22
 def for_each(
     function: Callable[[Any, Any, Any], Any],
     settings: Sequence[Hashable],
-    operands: Sequence[Any],
+    columns: Sequence[Sequence[Any]],
     shared: Any,
-    count: jax.Array,
+    *,
+    one_by_one: bool = False,
 ) -> list[Any]:
     """``function(settings, operands, shared)`` of every parameter; small equal ones in a stack.
 
     Args:
       function: of one parameter, defined at the top level of a module.
-      settings, operands: one entry for each parameter; operands are pytrees of arrays, or None
-        where there is nothing to compute.
+      settings: one entry for each parameter, None where there is nothing to compute.
+      columns: the operands, a pytree of arrays for each parameter in each column.
       shared: a pytree of numbers and arrays.
-      count: see :func:`unstack`.
+      one_by_one: loop over a stack, for a function with a ``cond``, which vectorisation would turn
+        into both branches.
 
     Returns:
-      One result for each parameter, None without operands.
+      One result for each parameter, None where there is nothing to compute.
     """
-    results: list[Any] = [None] * len(operands)
+    operands = [*zip(*columns, strict=True)]
+    results: list[Any] = [None] * len(settings)
     # Updates of one layer do not depend on the parameters of others, and XLA removes the latter's.
-    alone = [[i] for i, own in enumerate(operands) if own is not None]
+    alone = [[i] for i, own in enumerate(settings) if own is not None]
     for numbers in alone if is_layer_view() else kinds(settings, operands):
         own = [operands[i] for i in numbers]
-        found = _of_kind(function, settings[numbers[0]], own, shared, count)
+        found = _of_kind(function, settings[numbers[0]], one_by_one, own, shared)
         for i, result in zip(numbers, found, strict=True):
             results[i] = result
     return results
 
 
-@kernel("function", "settings")
-def _of_kind(function, settings, operands, shared, count):
+def merged(found: Sequence[Any], *columns: Sequence[Any]) -> list[list[Any]]:
+    """Results of :func:`for_each` by field; those of ``columns`` where nothing was computed."""
+    return [
+        [last if new is None else new[field] for new, last in zip(found, column, strict=True)]
+        for field, column in enumerate(columns)
+    ]
+
+
+@kernel("function", "settings", "one_by_one")
+def _of_kind(function, settings, one_by_one, operands, shared):
+    def of_one(own):
+        return function(settings, own, shared)
+
     if len(operands) == 1:
-        return [function(settings, operands[0], shared)]
-    results = jax.vmap(lambda own: function(settings, own, shared))(stack(operands))
-    return unstack(results, len(operands), count)
+        return [of_one(operands[0])]
+    of_stack = functools.partial(jax.lax.map, of_one) if one_by_one else jax.vmap(of_one)
+    return unstack(of_stack(stack(operands)), len(operands))
 
 
 def kinds(settings: Sequence[Hashable], operands: Sequence[Any]) -> list[list[int]]:
-    """Numbers of the parameters of each stack, those without operands left out."""
+    """Numbers of the parameters of each stack, those without settings left out."""
     equal: dict[Hashable, list[int]] = defaultdict(list)
     for i, (own, tree) in enumerate(zip(settings, operands, strict=True)):
-        if tree is not None:
+        if own is not None:
             arrays, treedef = jax.tree.flatten(tree)
             equal[own, treedef, *map(jax.typeof, arrays)].append(i)
     return [
@@ -83,21 +98,20 @@ def stack(trees: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *arrays: jnp.stack(arrays), *trees)
 
 
-def unstack(stacked: Any, length: int, count: jax.Array) -> list[Any]:
+def unstack(stacked: Any, length: int) -> list[Any]:
     """The inverse of :func:`stack`.
 
     Args:
       stacked: a tree of arrays.
       length: of the first axis.
-      count: at least 0, which XLA does not know. Constant indices would make a kernel of 25 ms
-        compile time of every slice; indices that depend on a branch are data, so that all equal
-        slices are one kernel.
     """
     if length == 1:
         return [jax.tree.map(lambda x: x.squeeze(0), stacked)]
     numbers = range(length)
+    # Constant indices would make a kernel of 25 ms compile time of every slice; indices that depend
+    # on a branch are data, so that all equal slices are one kernel.
     indices = jax.lax.cond(
-        count < 0,
+        jax.lax.optimization_barrier(jnp.bool_(False)),
         lambda: tuple(jnp.uint32(0) for _ in numbers),
         lambda: tuple(jnp.uint32(i) for i in numbers),
     )

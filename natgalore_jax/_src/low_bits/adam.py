@@ -123,12 +123,10 @@ def scale_by_adam_8bit(
                     f"{KeyPath(path)}: the update has shape {jnp.shape(g)}, but the moments made "
                     f"at init have {m.shape}"
                 )
-        operands = [
-            (np.uint32(2 * i), jnp.asarray(g), *own)
-            for i, ((_, g), *own) in enumerate(zip(leaves, *entries, strict=True))
-        ]
+        G = [jnp.asarray(g) for _, g in leaves]
+        salts = [np.uint32(2 * i) for i in range(len(G))]
         settings = [(nesterov, dtype) for dtype in dtypes]
-        found = for_each(_step, settings, operands, (numbers, state.count), state.count)
+        found = for_each(_step, settings, (salts, G, *entries), (numbers, state.count))
         new, *moments = zip(*found, strict=True) if found else [()] * 5
         return treedef.unflatten(new), _state(count, *map(treedef.unflatten, moments))
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import natgalore_jax._src.states.optax_types  # noqa: F401  registers the states of Optax
@@ -19,7 +20,8 @@ from natgalore_jax._src.kernels.float8_blocks import (
     decode,
     encode,
 )
-from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
+from natgalore_jax._src.kernels.kernel import own_arithmetic
+from natgalore_jax._src.kernels.stacks import for_each, merged
 from natgalore_jax._src.params.checks import check_integer
 from natgalore_jax._src.params.context import current_subspace
 from natgalore_jax._src.params.plan import LeafPlan
@@ -187,30 +189,27 @@ def quantize_state(
         moments = _moments(treedef, jax.tree.structure(updates))
         if not all(is_masked(x) or number in moments for number, x in enumerate(scales)):
             raise ValueError("the updates have another tree structure than the parameters at init")
-        decoded = [
-            (at_least_float32(x) if number in moments else x)
-            if is_masked(scale)
-            else _decode(moments[number][1], x, scale)
-            for number, (x, scale) in enumerate(zip(stored, scales, strict=True))
+        is_second = [
+            None if is_masked(scale) else moments[number][1] for number, scale in enumerate(scales)
         ]
+        plain = [at_least_float32(x) if n in moments else x for n, x in enumerate(stored)]
+        found = for_each(_decoded, is_second, (stored, scales), None)
+        (decoded,) = merged(found, plain)
         new, inner_state = inner.update(
             jax.tree.map(at_least_float32, updates),
             treedef.unflatten(decoded),
             params,
             **extra_args,
         )
-        codes, new_scales = [], []
-        for number, (x, scale, value) in enumerate(
-            zip(stored, scales, treedef.flatten_up_to(inner_state), strict=True)
-        ):
-            if is_masked(scale):
-                # Not of random keys, which have no other dtype.
-                value = value if value.dtype == x.dtype else value.astype(x.dtype)
-            else:
-                is_second = moments[number][1]
-                value, scale = _stored(number, is_second, value, scale, state.count)
-            codes.append(value)
-            new_scales.append(scale)
+        values = treedef.flatten_up_to(inner_state)
+        salts = [np.uint32(number) for number in range(len(values))]
+        found = for_each(_stored, is_second, (salts, values, scales), state.count)
+        plain = [
+            # Not of random keys, which have no other dtype.
+            value if found[n] or value.dtype == x.dtype else value.astype(x.dtype)
+            for n, (value, x) in enumerate(zip(values, stored, strict=True))
+        ]
+        codes, new_scales = merged(found, plain, scales)
         new, new_treedef = jax.tree.flatten(new)
         new = [u.astype(t) for u, t in zip(new, update_dtypes(updates, params), strict=True)]
         return new_treedef.unflatten(new), QuantizedState(
@@ -222,14 +221,14 @@ def quantize_state(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-@kernel("is_second")
-def _decode(is_second, codes, scale):
-    return decode(codes, scale, is_second=is_second)
+def _decoded(is_second, operands, _):
+    """A moment before a step, in a tuple."""
+    return (decode(*operands, is_second=is_second),)
 
 
-@kernel("salt", "is_second")
-def _stored(salt, is_second, value, scale, count):
+def _stored(is_second, operands, count):
     """Codes and bounds of a moment after a step."""
+    salt, value, scale = operands
     value = value.astype(jnp.float32)
     scale = block_max(value, blocks_between(value.shape, scale.shape))
     return dithered(value, scale, count, salt, is_second), scale

@@ -4,7 +4,8 @@ import jax
 import optax
 
 from natgalore_jax._src.kernels.kernel import own_arithmetic
-from natgalore_jax._src.kernels.spectral import clip_leading
+from natgalore_jax._src.kernels.spectral import clip_each
+from natgalore_jax._src.kernels.stacks import for_each, merged
 from natgalore_jax._src.params.axes import AxesLike
 from natgalore_jax._src.params.checks import check_number
 from natgalore_jax._src.params.plan import PlanSettings, plan_tree
@@ -65,10 +66,8 @@ def clip_leading_singular_value(
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         leaves, treedef = jax.tree.flatten(updates)
-        clipped = [
-            clip_leading(plan.unnamed, U, limit) if plan else U
-            for plan, U in zip(plan_tree(settings, updates), leaves, strict=True)
-        ]
+        own = [plan and plan.unnamed for plan in plan_tree(settings, updates)]
+        (clipped,) = merged(for_each(clip_each, own, (leaves,), limit), leaves)
         return treedef.unflatten(clipped), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update_fn)

@@ -137,11 +137,10 @@ def _kinds(plans, gradients, bases, nodes, done) -> list[list[int]]:
 
     In reverse order, because the backward pass computes the gradients of the last layers first.
     """
-    settings = [plan.unnamed for plan in plans]
-    operands = [
-        own if is_active(plan) and i not in done else None
-        for i, (plan, *own) in enumerate(zip(plans, gradients, bases, nodes, strict=True))
+    settings = [
+        plan.unnamed if is_active(plan) and i not in done else None for i, plan in enumerate(plans)
     ]
+    operands = [*zip(gradients, bases, nodes, strict=True)]
     return sorted(kinds(settings, operands), key=max, reverse=True)
 
 
@@ -178,7 +177,7 @@ def _refresh_kind(
         carry = (due.is_due, stack(stored), token)
         next_of = functools.partial(refresh_next, stack(gradients))
         _, new, token = jax.lax.while_loop(is_left, next_of, carry)
-        return unstack(new, length, schedule.end), token
+        return unstack(new, length), token
 
     # On CPUs loops without iterations took a third of a step: skip them by a cond.
     stored, token = jax.lax.cond(

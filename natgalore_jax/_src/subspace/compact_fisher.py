@@ -17,7 +17,7 @@ from natgalore_jax._src.kernels.fisher_factors import (
     norm_ratio,
 )
 from natgalore_jax._src.kernels.kernel import own_arithmetic
-from natgalore_jax._src.kernels.stacks import for_each
+from natgalore_jax._src.kernels.stacks import for_each, merged
 from natgalore_jax._src.params.checks import (
     check_boolean,
     check_choice,
@@ -183,12 +183,10 @@ def compact_natural_gradient(
             {m: A for m, A in enumerate(entries) if not isinstance(A, optax.MaskedNode)}
             for entries in zip(*columns, strict=True)
         ]
-        operands = [x if x[-1] else None for x in zip(R, out, factors, strict=True)]
+        own = [settings if factors_of_leaf else None for factors_of_leaf in factors]
         shared = (decay, current)
-        found = for_each(_preconditioned, [settings] * len(R), operands, shared, state.count)
-        for i, result in enumerate(found):
-            if result is not None:
-                out[i], factors[i] = result
+        found = for_each(_preconditioned, own, (R, out, factors), shared)
+        out, factors = merged(found, out, factors)
         new_state = CompactFisherState(
             optax.safe_increment(state.count), _trees(treedef, factors, modes), inner_state
         )

@@ -12,8 +12,8 @@ from natgalore_jax._src.kernels.factored_update import FactoredUpdate, whole
 from natgalore_jax._src.kernels.kernel import own_arithmetic
 from natgalore_jax._src.kernels.projection import Factors
 from natgalore_jax._src.kernels.residual import RULES, Residual, Rule, with_residual
-from natgalore_jax._src.kernels.spectral import clip_leading, clip_leading_of_factored
-from natgalore_jax._src.kernels.stacks import for_each
+from natgalore_jax._src.kernels.spectral import clip_each, clip_leading, clip_leading_of_factored
+from natgalore_jax._src.kernels.stacks import for_each, merged
 from natgalore_jax._src.params.checks import check_choice, check_decay, check_number, check_unused
 from natgalore_jax._src.params.placement import zeros_on_axes
 from natgalore_jax._src.params.plan import LeafPlan
@@ -201,7 +201,6 @@ def update_back(
     N: Sequence[jax.Array],
     R: Sequence[jax.Array],
     G: Sequence[jax.Array],
-    count: jax.Array,
     basis_error: float = 0.0,
 ) -> tuple[list[jax.Array], ProjectBackState | optax.EmptyState]:
     """Full-shape updates from low-rank updates; every sequence has one entry per leaf.
@@ -211,7 +210,6 @@ def update_back(
       N: the updates of the transformations inside the subspace.
       R: the low-rank gradients.
       G: the full gradients; without a residual anything of their shapes and shardings.
-      count: the steps taken.
       basis_error: relative mean square of the rounding errors of the stored bases.
     """
     has_state = isinstance(state, ProjectBackState)
@@ -220,30 +218,21 @@ def update_back(
     if has_state:
         states = list(zip(*map(treedef.flatten_up_to, state), strict=True))
     rule, *numbers = settings.residual or (None,)
-    updates = list(N)
     own = [tuple(x and x.unnamed for x in pair) for pair in zip(plans, matrices, strict=True)]
     found = for_each(
         _back,
-        [(*pair, rule, basis_error) for pair in own],
-        [
-            (factors[i], states[i], (N[i], R[i], G[i])) if plan else None
-            for i, plan in enumerate(plans)
-        ],
+        [(*pair, rule, basis_error) if pair[0] else None for pair in own],
+        (factors, states, N, R, G),
         (numbers, settings.scale, settings.singular_limit),
-        count,
     )
-    unprojected = for_each(
-        clip_leading,
-        [matrix for _, matrix in own],
-        [U if matrix and not plan else None for U, (plan, matrix) in zip(N, own, strict=True)],
+    updates, states = merged(found, N, states)
+    found = for_each(
+        clip_each,
+        [matrix if not plan else None for plan, matrix in own],
+        (updates,),
         settings.singular_limit,
-        count,
     )
-    for i, (result, U) in enumerate(zip(found, unprojected, strict=True)):
-        if result is not None:
-            updates[i], states[i] = result
-        elif U is not None:
-            updates[i] = U
+    (updates,) = merged(found, updates)
     if not has_state:
         return updates, state
     fields = zip(*states, strict=True) if states else ((), (), ())
@@ -253,7 +242,7 @@ def update_back(
 def _back(settings, operands, shared):
     """The update of one parameter in the dtype of N; its direction, norm and Fisher entries."""
     plan, matrix, rule, basis_error = settings
-    factors, state, (N, R, G) = operands
+    factors, state, N, R, G = operands
     numbers, scale, limit = shared
     if rule is None:
         update = FactoredUpdate(scale * N)

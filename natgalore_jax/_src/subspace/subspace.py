@@ -204,7 +204,6 @@ class Subspace:
             matrices,
             factors,
             *(N, R, G),
-            opener.count,
             error,
         )
         opener = self._closed(opened, opener)

@@ -16,7 +16,7 @@ from natgalore_jax._src.kernels.linear_codes import (
     leaves_of,
     tree_of,
 )
-from natgalore_jax._src.kernels.stacks import for_each
+from natgalore_jax._src.kernels.stacks import for_each, merged
 from natgalore_jax._src.params.checks import (
     check_choice,
     check_integer,
@@ -157,14 +157,10 @@ def woodbury_natural_gradient(
         for (path, h), H in zip(leaves, histories, strict=True):
             if H is not None:
                 _check_shape(KeyPath(path), h, H)
-        operands = [
-            None if H is None else (H, jnp.asarray(h)) for H, h in zip(histories, out, strict=True)
-        ]
-        settings, shared = [is_relative] * len(out), (slot, current)
-        found = for_each(_natural_gradient, settings, operands, shared, state.count)
-        for i, result in enumerate(found):
-            if result is not None:
-                out[i], histories[i] = result
+        settings = [None if H is None else is_relative for H in histories]
+        columns, shared = (histories, [*map(jnp.asarray, out)]), (slot, current)
+        found = for_each(_natural_gradient, settings, columns, shared)
+        out, histories = merged(found, out, histories)
         is_coded = isinstance(state.history.columns, LinearCodes)
         new_state = WoodburyState(
             optax.safe_increment(state.count), _transposed(treedef, histories, is_coded)
