@@ -33,7 +33,7 @@ OPTIMIZERS = {
         optax.scale_by_adam(), ng.clip_leading_singular_value(), optax.scale(-0.01)
     ),
     "moments in 8 bits": lambda: optax.chain(
-        ng.quantize_state(optax.scale_by_adam(), block_size=8, min_size=32), optax.scale(-0.01)
+        ng.quantize_state(optax.scale_by_adam(), block_size=32, min_size=32), optax.scale(-0.01)
     ),
     "racs": lambda: ng.contrib.racs_adamw(0.01),
     "apollo": lambda: ng.contrib.apollo_adamw(0.01, **SETTINGS),
