@@ -1,10 +1,13 @@
-"""The default optimizer put together from its parts is the default optimizer."""
+"""Variants of the default optimizer and other texts, for the comparison of optimizers."""
+
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import natgalore_jax as ng
+from benchmarks.pretraining.corpora import sources_of
 from benchmarks.pretraining.variants import recipe
 
 
@@ -20,3 +23,10 @@ def test_the_recipe_in_parts_is_the_default():
             update, states[i] = tx.update(grads, states[i], params)
             updates.append(update)
         jax.tree.map(np.testing.assert_array_equal, *updates)
+
+
+def test_texts_that_come_with_python(tmp_path):
+    for name, words in {"stdlib": "def abstractmethod", "pydoc": 'The "try" statement'}.items():
+        (source,) = sources_of(name, tmp_path)
+        assert words in Path(source).read_text()
+        assert sources_of(name, tmp_path) == (source,)

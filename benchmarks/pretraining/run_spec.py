@@ -9,8 +9,9 @@ import optax
 
 from benchmarks.common import result_files
 from benchmarks.common.environment import RESULTS
+from benchmarks.pretraining.corpora import name_of, sources_of
 from benchmarks.pretraining.methods import Setting, arguments, choose, configure, make
-from benchmarks.pretraining.presets import PRESETS, resolve
+from benchmarks.pretraining.presets import PRESETS
 from examples.common.errors import ConfigError
 from examples.common.optimizers import OptimizerConfig
 from examples.common.schedule import ScheduleConfig, warmup_cosine
@@ -87,7 +88,7 @@ class Run(Common):
     ratio: float = 1.0
     """Rate of the unprojected parameters (embedding, head, norms) over that of hidden matrices."""
     corpus: str = "sotu"
-    """sotu, shakespeare, c4, or other text as NAME=FILE[,FILE...]."""
+    """sotu, shakespeare, c4, stdlib, pydoc, or other text as NAME=FILE[,FILE...]."""
     seed: int = 1
     """Of the initial weights, the order of the text and random subspaces."""
     workers: int = 1
@@ -95,7 +96,7 @@ class Run(Common):
 
     @property
     def path(self) -> Path:
-        directory = self.root / self.suite / f"{resolve(self.corpus)[0]}-{self.preset}"
+        directory = self.root / self.suite / f"{name_of(self.corpus)}-{self.preset}"
         rates = f"lr{self.learning_rate:g}-x{self.ratio:g}"
         return directory / f"{self.method}-{rates}-seed{self.seed}.json"
 
@@ -130,7 +131,7 @@ def prepare(run: Run) -> Prepared:
         schedule=ScheduleConfig(warmup=run.warmup),
         optimizer=OptimizerConfig(name="adamw", learning_rate=learning_rate, rank=preset.rank),
         data=DataConfig(
-            data=resolve(run.corpus)[1],
+            data=sources_of(run.corpus, run.cache_dir),
             vocab_size=preset.model.vocab_size,
             cache_dir=run.cache_dir,
         ),

@@ -14,8 +14,8 @@ import optax
 
 from benchmarks.common.environment import environment
 from benchmarks.common.result_files import write
+from benchmarks.pretraining.corpora import name_of
 from benchmarks.pretraining.methods import choose
-from benchmarks.pretraining.presets import resolve
 from benchmarks.pretraining.run_spec import Run, prepare, was_made
 from examples.common.errors import ConfigError
 from examples.common.metrics import Record, of_kind
@@ -49,7 +49,7 @@ def run(spec: Run) -> dict[str, Any] | None:
         raise ConfigError(f"{spec.method}: {error}") from error
     record = {
         "suite": spec.suite,
-        "corpus": resolve(spec.corpus)[0],
+        "corpus": name_of(spec.corpus),
         "preset": spec.preset,
         "method": spec.method,
         "label": choose(spec.method).method.label,
