@@ -20,3 +20,5 @@ def end_at_once(*_: object) -> None:
 
 if sys.argv[0] == "-m":  # Python is looking for the program, which is one of this package.
     signal.signal(signal.SIGINT, end_at_once)
+    # A program that was compiled before starts sooner. jax reads this when it is imported.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(".cache", "jax"))

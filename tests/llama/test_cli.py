@@ -92,6 +92,19 @@ def test_it_has_a_pulse(arguments, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_program_is_compiled_once(arguments, tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    environment |= {"PYTHONPATH": str(ROOT), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    command = [sys.executable, "-m", "examples.llama", *arguments, "--optimizer", "adamw"]
+    compiled = []
+    for name in "first", "second":
+        more = ["--steps", "2", "--name", name]
+        subprocess.run([*command, *more], cwd=tmp_path, env=environment, check=True)
+        compiled.append({path.name for path in (tmp_path / ".cache/jax").glob("*-cache")})
+    assert compiled[0] and compiled[0] == compiled[1]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_stops(arguments, tmp_path, number):
     program = start([*arguments, "--steps", "100000", "--optimizer", "adamw"])
