@@ -14,6 +14,8 @@ from benchmarks.optimizer import compile_time, stacks as benchmark
 from benchmarks.optimizer.compile_time import equations
 from natgalore_jax._src.kernels import stacks
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 SETTINGS = {"rank": 3, "update_interval": 2}
 OPTIMIZERS = {
     "galore": lambda: ng.galore_adamw(0.01, **SETTINGS),
