@@ -11,6 +11,8 @@ from replay import updates_of
 import natgalore_jax as ng
 from natgalore_jax._src.kernels.fisher_factors import inverse_power
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 STEPS, RANK, SCALE, EPS = 5, 3, 0.5, 0.1
 
 

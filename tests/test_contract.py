@@ -11,6 +11,8 @@ from jax.sharding import AxisType
 
 import natgalore_jax as ng
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 every_factory = pytest.mark.parametrize("name", FACTORIES)
 # Compiled in the fast tier: each kind of projection, state and number format once. The signatures
 # of all are tested there by tracing.

@@ -8,6 +8,8 @@ import pytest
 
 import natgalore_jax as ng
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 PARAMS = {"a": jnp.zeros((12, 20)), "stack": jnp.zeros((3, 12, 20)), "wide": jnp.zeros((2, 20, 12))}
 # The step of the first gradient of each matrix.
 BEGINS = {"a": [2], "stack": [0, 3, 1], "wide": [5, 0]}

@@ -16,6 +16,8 @@ from natgalore_jax._src.params.plan import LeafPlan
 from natgalore_jax._src.states.entries import SecondMoment, registered_entries
 from natgalore_jax._src.states.transport import find_basis_states, put_back
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 ROWS, COLS, RANK, STEPS, INTERVAL = 8, 10, 3, 13, 4
 RNG = np.random.default_rng(0)
 TARGET = jnp.asarray(RNG.standard_normal((ROWS, COLS)), jnp.float32)

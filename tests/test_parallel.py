@@ -13,6 +13,8 @@ from tolerances import PARAMETERS
 
 import natgalore_jax as ng
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 DEVICES, STEPS = 8, 5
 SHAPES = {"up": (16, 32), "down": (32, 16), "bias": (16,)}
 

@@ -8,6 +8,8 @@ from jax.sharding import AxisType, NamedSharding
 
 import natgalore_jax as ng
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 SHAPES = {"down": (32, 16), "layers": (8, 16, 24), "up": (16, 32)}
 OPTIMIZERS = {
     "apollo": lambda: ng.contrib.apollo_adamw(0.05, rank=4, update_interval=2),

@@ -14,6 +14,8 @@ import natgalore_jax as ng
 from natgalore_jax._src.kernels.dither import STRIDES
 from natgalore_jax._src.kernels.float8_blocks import decode
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 SHAPE = (96, 64)
 
 

@@ -13,6 +13,8 @@ import natgalore_jax as ng
 from benchmarks.optimizer.compile_time import equations
 from natgalore_jax._src.refresh.schedule import due_matrices
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 
 def due_at(total, interval, accumulation, stagger, step):
     return range(*map(int, due_matrices(total, interval, accumulation, stagger=stagger, step=step)))

@@ -9,6 +9,8 @@ from contract import FACTORIES, random_like, zeros
 
 import natgalore_jax as ng
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 COVERING = [
     "all parts",
     "online",
