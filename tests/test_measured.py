@@ -48,7 +48,7 @@ def test_time_to_compile():
         if run["shapes"] == "equal"
     }
     shown = [row for row in rows("speed.md") if len(row) == 3 and row[0].startswith("`")]
-    assert len(shown) == 4
+    assert len(shown) == 9
     for name, *cells in shown:
         of_name = (runs[name.strip("`"), matrices] for matrices in (10, 200))
         assert cells == [f"{run['trace_s'] + run['compile_s']:.1f}" for run in of_name]
