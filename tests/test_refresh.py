@@ -150,7 +150,7 @@ def test_no_default_optimizer_calls_a_solver(name):
 
 
 def test_the_program_of_many_equal_matrices_grows_by_little_for_each():
-    """What differs between matrices of one kind is a copy in and a copy out."""
+    """Matrices of one kind differ by a copy in and a copy out."""
 
     def of(number):
         params = {f"{i}": jnp.zeros((16, 24)) for i in range(number)}

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from natgalore_jax._src.kernels.basis import is_usable
 from natgalore_jax._src.kernels.factored_update import FactoredUpdate, phi_axes, whole
 from natgalore_jax._src.kernels.fisher_factors import gram
 from natgalore_jax._src.kernels.projection import project
@@ -67,13 +68,12 @@ def switched_basis(
     def of_one(arrays):
         key, G, U, tracked = vary(arrays, varying_axes(arrays))
         is_first = jnp.all(U == 0)
-        usable = jnp.any(G != 0) & jnp.all(jnp.isfinite(G))
 
         def new():
             P = _switched(switch, key, G.astype(jnp.float32), U.astype(jnp.float32), tracked)
             return jnp.where(jnp.all(jnp.isfinite(P)), P, U.astype(jnp.float32)).astype(U.dtype)
 
-        return jax.lax.cond((due | is_first) & usable, new, lambda: U)
+        return jax.lax.cond((due | is_first) & is_usable(G), new, lambda: U)
 
     # vmap would turn cond into select and need the memory of all matrices: loop.
     new = jax.lax.map(of_one, (keys, matrices, bases, tracked))

@@ -6,7 +6,7 @@ of G, up to the method's accuracy. The right basis of G is the left basis of G�
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import jax
@@ -83,15 +83,15 @@ def new_basis(
     return Q.astype(P.dtype)
 
 
-def is_usable(G: jax.Array) -> jax.Array:
-    """Whether a gradient is finite and non-zero in float32.
+def is_usable(G: jax.Array, axes: Sequence[int] | None = None) -> jax.Array:
+    """Whether a gradient, or each matrix over ``axes`` of it, is finite and non-zero in float32.
 
     A basis of any other gradient would spoil the next ``update_interval`` steps.
     """
     # Of integers: XLA's maximum of floats on CPUs may ignore a NaN. One reduction compiles faster
     # than two.
     magnitudes = jax.lax.bitcast_convert_type(jnp.abs(G.astype(jnp.float32)), jnp.int32)
-    largest = jax.lax.bitcast_convert_type(jnp.max(magnitudes), jnp.float32)
+    largest = jax.lax.bitcast_convert_type(jnp.max(magnitudes, axes), jnp.float32)
     return (largest > 0) & jnp.isfinite(largest)
 
 
@@ -156,6 +156,7 @@ def _power(G, P, key, is_first):
     """
     P = P + POWER_PROBE * _probe(P, key)
     steps = jnp.where(is_first, COLD_STEPS, WARM_STEPS)
+    least = _least_energy(G, POWER_LOST)
 
     def is_left(carry):
         i, steps, _ = carry
@@ -166,7 +167,7 @@ def _power(G, P, key, is_first):
     def step(carry):
         i, steps, P = carry
         Z = contract("mn,mr->nr", G, P)
-        steps = jnp.where((i == 0) & _is_lost(G, Z, POWER_LOST), COLD_STEPS, steps)
+        steps = jnp.where((i == 0) & (_mean_energy(Z) < least), COLD_STEPS, steps)
         is_last = i + 1 == steps
         Y = shifted(_times(G, Z), P) * jnp.where(is_last, order_weights(P.shape[1]), 1.0)
         return i + 1, steps, nearly_polar(Y, jnp.where(is_last, NEARLY, CONDITIONED))
@@ -204,9 +205,14 @@ def _hash(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
-def _is_lost(G: jax.Array, Z: jax.Array, limit: float) -> jax.Array:
-    """Whether ``‖GᵀP‖² / r < limit ‖G‖² / m`` for ``Z = GᵀP``: a random P has ``‖G‖² / m``."""
-    return jnp.sum(Z * Z) / Z.shape[1] < limit * jnp.sum(G * G) / G.shape[0]
+def _mean_energy(Z: jax.Array) -> jax.Array:
+    """``‖Z‖² / r``, of ``Z = GᵀP``."""
+    return jnp.sum(Z * Z) / Z.shape[1]
+
+
+def _least_energy(G: jax.Array, limit: float) -> jax.Array:
+    """``limit ‖G‖² / m``, below which a basis is lost: a random one has ``‖G‖² / m``."""
+    return limit * jnp.sum(G * G) / G.shape[0]
 
 
 def _times_gram(G: jax.Array, Y: jax.Array) -> jax.Array:
@@ -274,14 +280,14 @@ def _online(G, P, key, is_first):
     """
     Z = contract("mn,mr->nr", G, P + ONLINE_PROBE * _probe(P, key))
 
+    mean_curvature = _mean_energy(Z)
+
     def oja():
-        mean_curvature = jnp.sum(Z * Z) / Z.shape[1]
         step = ONLINE_RATE / jnp.where(mean_curvature > 0, mean_curvature, 1.0)
         return ordered_polar_factor(P + step * _times(G, Z))
 
-    return jax.lax.cond(
-        is_first | _is_lost(G, Z, ONLINE_LOST), lambda: _power(G, P, key, True), oja
-    )
+    is_lost = mean_curvature < _least_energy(G, ONLINE_LOST)
+    return jax.lax.cond(is_first | is_lost, lambda: _power(G, P, key, True), oja)
 
 
 _KERNELS: dict[str, Callable[..., jax.Array]] = {

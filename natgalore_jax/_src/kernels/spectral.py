@@ -16,7 +16,6 @@ from natgalore_jax._src.kernels.factored_update import (
     side_axes,
     whole,
 )
-from natgalore_jax._src.kernels.kernel import kernel
 from natgalore_jax._src.kernels.projection import Factors
 from natgalore_jax._src.params.plan import LeafPlan
 
@@ -29,7 +28,6 @@ def clip_each(plan: LeafPlan, operands: tuple[jax.Array], limit: jax.typing.Arra
     return (clip_leading(plan, *operands, limit),)
 
 
-@kernel("plan")
 def clip_leading(plan: LeafPlan, U: jax.Array, limit: jax.typing.ArrayLike) -> jax.Array:
     """``U − (1 − c √max(m, n) / σ₁)₊ x xᵀ U / ‖x‖²`` with ``x = U Uᵀ s``, ``σ₁ = ‖Uᵀx‖ / ‖x‖``.
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from natgalore_jax._src.kernels.basis import PROBED, is_start
+from natgalore_jax._src.kernels.basis import PROBED, is_start, is_usable
 from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
 from natgalore_jax._src.kernels.linear_codes import load
 from natgalore_jax._src.kernels.stacks import kinds, stack, unstack
@@ -251,7 +251,6 @@ def first_gradients(G: jax.Array, started: jax.Array, *, batch: tuple[int, ...])
     axes = tuple(a for a in range(G.ndim) if a not in batch)
 
     def look(G):
-        is_bad, is_nonzero = ~jnp.all(jnp.isfinite(G), axes), jnp.any(G != 0, axes)
-        return place_like(is_nonzero & ~is_bad, started) & ~started
+        return place_like(is_usable(G, axes), started) & ~started
 
     return jax.lax.cond(jnp.all(started), lambda _: started & ~started, look, G)
