@@ -119,7 +119,8 @@ def test_an_additional_matrix_takes_few_equations(name):
         return equations(jax.make_jaxpr(tx.update)(params, tx.init(params), params).jaxpr)
 
     tx, adamw = compile_time.OPTIMIZERS[name](), optax.adamw(0.01)
-    of_tx, of_adamw = ((traced(x, 20) - traced(x, 10)) / 10 for x in (tx, adamw))
+    of_tx, of_adamw = ((traced(x, 40) - traced(x, 10)) / 30 for x in (tx, adamw))
+    assert of_tx < 45
     assert of_tx < 3 * of_adamw
 
 
