@@ -1,5 +1,6 @@
 """Texts that models are trained on."""
 
+import os
 import platform
 import sysconfig
 from collections.abc import Callable
@@ -22,7 +23,7 @@ def _modules() -> list[str]:
 
 
 def _topics() -> list[str]:
-    """What ``help()`` of the Python that runs has to say about its syntax."""
+    """Topics of ``help()``, of the Python that runs."""
     from pydoc_data.topics import topics
 
     return list(topics.values())
@@ -39,13 +40,13 @@ def name_of(corpus: str) -> str:
       ConfigError: if it is neither.
     """
     name, given, files = corpus.partition("=")
-    own = {*CORPORA, *WRITTEN}
+    own = (*CORPORA, *WRITTEN)
     if given and name and files and name not in own and "/" not in name:
         return name
     if corpus not in own:
         raise ConfigError(
-            f"corpus must be one of {', '.join((*CORPORA, *WRITTEN))}, or a new name with its "
-            f"files, NAME=FILE[,FILE...]; got {corpus!r}"
+            f"corpus must be one of {', '.join(own)}, or a new name with its files, "
+            f"NAME=FILE[,FILE...]; got {corpus!r}"
         )
     return corpus
 
@@ -60,5 +61,8 @@ def sources_of(corpus: str, cache_dir: Path) -> tuple[str, ...]:
     path = cache_dir / f"{name}-{platform.python_version()}.txt"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n\n".join(WRITTEN[name]()), encoding="utf-8")
+        # Runs that start at the same time must not read half a text.
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        unfinished.write_text("\n\n".join(WRITTEN[name]()), encoding="utf-8")
+        unfinished.replace(path)
     return (str(path),)
