@@ -54,12 +54,12 @@ def _optimizer(name: str, **settings: Any) -> OptimizerConfig:
     return OptimizerConfig(name=name, rank=RANK, update_interval=20, **settings)
 
 
-_FULL, _LOW = (1e-5, 3e-5, 1e-4, 3e-4), (3e-5, 1e-4, 3e-4, 1e-3)
+_LOW = (1e-4, 3e-4, 1e-3)
 METHODS = {
-    "adamw": Method(OptimizerConfig(name="adamw"), _FULL),
+    "adamw": Method(OptimizerConfig(name="adamw"), (3e-5, 1e-4, 3e-4)),
     "lora": Method(
         OptimizerConfig(name="adamw"),
-        (1e-4, 3e-4, 1e-3, 3e-3),
+        (3e-4, 1e-3, 3e-3),
         adapter=AdapterConfig(kind="lora", rank=RANK, alpha=RANK),
     ),
     "galore": Method(_optimizer("galore"), _LOW, 0.25),

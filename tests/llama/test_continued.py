@@ -134,5 +134,5 @@ def test_a_sweep_and_its_table(tmp_path, monkeypatch, capsys):
     assert untrained == "| untrained | | | | 1.000 | 2.000 | |"
     assert (
         adamw
-        == "| adamw | 1e-05, end of the grid | 2 | 2.0 | 1.000 ± 0.000 | 2.000 ± 0.000 | 1.5 |"
+        == "| adamw | 3e-05, end of the grid | 2 | 2.0 | 1.000 ± 0.000 | 2.000 ± 0.000 | 1.5 |"
     )

@@ -15,9 +15,11 @@ import jax.numpy as jnp
 from natgalore_jax._src.kernels.kernel import kernel
 from natgalore_jax._src.params.context import is_layer_view
 
-# Bytes of the largest arrays of a stack: all are live at once, where XLA could otherwise free each
-# gradient before the next is computed, and copying larger ones takes longer than it saves.
-MAX_BYTES = 2**22
+# Bytes of the largest arrays of a stack. All are live at once, and a stack is computed by fewer
+# cores than its matrices one by one: with 4 MiB updates of 512 x 512 matrices took a third longer.
+MAX_BYTES = 2**19
+# Stacks of smaller arrays may be larger, because each stack adds half a second of compile time.
+SMALL_BYTES, MAX_BYTES_OF_SMALL = 2**13, 2**21
 
 
 def for_each(
@@ -89,8 +91,8 @@ def kinds(settings: Sequence[Hashable], operands: Sequence[Any]) -> list[list[in
 
 def _most_in_stack(tree: Any) -> int:
     """Largest number of parameters with such arrays in a stack."""
-    largest = max(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-    return max(1, MAX_BYTES // max(largest, 1))
+    largest = max(1, *(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)))
+    return max(1, (MAX_BYTES_OF_SMALL if largest <= SMALL_BYTES else MAX_BYTES) // largest)
 
 
 def stack(trees: Sequence[Any]) -> Any:
