@@ -77,3 +77,15 @@ def test_peak_of_llama_7b():
     for name, *cells in found:
         ordinary_and_per_layer = [size.get((shown[name], s), "") for s in ("ordinary", "per layer")]
         assert cells[:2] == ordinary_and_per_layer
+
+
+def test_temporary_memory_per_layer():
+    names = {"adamw": "AdamW", "galore": "GaLore", "natural-galore": "Natural GaLore"}
+    size = {
+        (names[step["optimizer"]], step["route"], step["flags"]): step["temporary_bytes"] / 2**20
+        for step in recorded("per_layer.json")["steps"]
+    }
+    columns = [(r, f) for f in ("memory", "default") for r in ("ordinary", "per layer")]
+    found = {row[0]: row[1:] for row in rows("per_layer.md")}
+    for name in names.values():
+        assert found[name] == [f"{size[name, *column]:.0f}" for column in columns]
