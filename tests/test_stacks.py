@@ -98,11 +98,17 @@ def test_same_numbers_without_jit():
 
 def test_a_stack_has_at_most_max_bytes(monkeypatch):
     operands = [jnp.zeros((8, 12)) for _ in range(5)]
-    monkeypatch.setattr(stacks, "MAX_BYTES", 2 * operands[0].nbytes)
+    monkeypatch.setattr(stacks, "MAX_BYTES", operands[0].nbytes // 2)
     assert stacks.kinds([0] * 5, operands) == [[0, 1], [2, 3], [4]]
     # Another shape, dtype, tree or setting is another kind.
     others = [jnp.zeros((12, 8)), jnp.zeros((8, 12), jnp.bfloat16), (operands[0],), operands[0]]
     assert len(stacks.kinds([0, 0, 0, 0, 1], [operands[0], *others])) == 5
+
+
+def test_stacks_of_small_arrays_are_larger():
+    small, larger = (jax.ShapeDtypeStruct((n,), jnp.float32) for n in (2**11, 2**12))
+    assert len(stacks.kinds([0] * 257, [small] * 257)) == 2
+    assert len(stacks.kinds([0] * 257, [larger] * 257)) == 9
 
 
 @pytest.mark.parametrize("length", [1, 2, 7])
@@ -110,6 +116,13 @@ def test_unstack_is_the_inverse_of_stack(length):
     trees = [{"x": jnp.full((2, 3), i), "y": (jnp.float32(i),)} for i in range(length)]
     found = jax.jit(lambda trees: stacks.unstack(stacks.stack(trees), length))(trees)
     jax.tree.map(np.testing.assert_array_equal, found, trees)
+
+
+def test_xla_does_not_know_the_indices_of_slices():
+    x = jnp.zeros((8, 4, 5))
+    text = jax.jit(lambda x: stacks.unstack(jnp.sin(x), 8)).lower(x).compile().as_text()
+    # A constant one would make a kernel of every slice.
+    assert text.count(" dynamic-slice(") > 0 and " slice(" not in text
 
 
 @pytest.mark.parametrize("name", compile_time.OPTIMIZERS)

@@ -18,8 +18,9 @@ from natgalore_jax._src.params.context import is_layer_view
 # Bytes of the largest arrays of a stack. All are live at once, and a stack is computed by fewer
 # cores than its matrices one by one: with 4 MiB updates of 512 x 512 matrices took a third longer.
 MAX_BYTES = 2**19
-# Stacks of smaller arrays may be larger, because each stack adds half a second of compile time.
-SMALL_BYTES, MAX_BYTES_OF_SMALL = 2**13, 2**21
+# Stacks of arrays up to this size have four times as many bytes: each adds half a second of compile
+# time.
+SMALL_BYTES = 2**13
 
 
 def for_each(
@@ -92,7 +93,7 @@ def kinds(settings: Sequence[Hashable], operands: Sequence[Any]) -> list[list[in
 def _most_in_stack(tree: Any) -> int:
     """Largest number of parameters with such arrays in a stack."""
     largest = max(1, *(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)))
-    return max(1, (MAX_BYTES_OF_SMALL if largest <= SMALL_BYTES else MAX_BYTES) // largest)
+    return max(1, (4 if largest <= SMALL_BYTES else 1) * MAX_BYTES // largest)
 
 
 def stack(trees: Sequence[Any]) -> Any:
