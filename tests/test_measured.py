@@ -81,11 +81,31 @@ def test_peak_of_llama_7b():
 
 def test_temporary_memory_per_layer():
     names = {"adamw": "AdamW", "galore": "GaLore", "natural-galore": "Natural GaLore"}
-    size = {
-        (names[step["optimizer"]], step["route"], step["flags"]): step["temporary_bytes"] / 2**20
-        for step in recorded("per_layer.json")["steps"]
-    }
     columns = [(r, f) for f in ("memory", "default") for r in ("ordinary", "per layer")]
     found = {row[0]: row[1:] for row in rows("per_layer.md")}
-    for name in names.values():
-        assert found[name] == [f"{size[name, *column]:.0f}" for column in columns]
+    for file, suffix in (
+        ("per_layer.json", ""),
+        ("per_layer_7b.json", ", 7B, rank 1024, 1024 tokens"),
+    ):
+        size = {
+            (step["optimizer"], step["route"], step["flags"]): step["temporary_bytes"] / 2**20
+            for step in recorded(file)["steps"]
+        }
+        for name in {optimizer for optimizer, *_ in size}:
+            shown = found[names[name] + suffix]
+            assert shown == [f"{size[name, *column]:,.0f}" for column in columns]
+
+
+def test_peak_with_moments_in_8_bits():
+    steps = recorded("gpu_memory_a100.json")["steps"]
+    of_method = {
+        method: [
+            f"{step['compiled_for_a100_bytes']['total'] / 1e9:.1f}"
+            for step in steps
+            if (step["method"].split("@")[1], step["step"]) == (method, "per layer")
+        ]
+        for method in ("moment_bits=8", "moment_bits=8,basis_dtype=int8")
+    }
+    (few, many), (few_int8, many_int8) = of_method.values()
+    sentence = f"per layer: {few} at 256 tokens and {many} at 4,096, with int8 bases {few_int8} and"
+    assert f"{sentence} {many_int8}" in " ".join((DOCS / "memory.md").read_text().split())
