@@ -109,3 +109,28 @@ def test_peak_with_moments_in_8_bits():
     (few, many), (few_int8, many_int8) = of_method.values()
     sentence = f"per layer: {few} at 256 tokens and {many} at 4,096, with int8 bases {few_int8} and"
     assert f"{sentence} {many_int8}" in " ".join((DOCS / "memory.md").read_text().split())
+
+
+def test_losses_of_quadratic_problems():
+    columns = {
+        "AdamW": "adamw",
+        "GaLore": "galore",
+        "Fira": "fira",
+        "default": "natural-galore, default",
+        "without inside": "without the Fisher matrix inside",
+        "without outside": "without the Fisher matrix outside",
+        "without either": "without either",
+        "history of 10 inside": "a history of 10 inside",
+    }
+    table = [row for row in rows("experiments.md") if len(row) == 1 + len(columns)]
+    assert table[0][1:] == list(columns)
+    found = {row[0]: row[1:] for row in table[2:]}
+    for problem in recorded("curvature.json")["problems"]:
+        condition = "10" if problem["condition"] == 10 else "10⁴"
+        shown = found[
+            f"{condition}, {'as large as the first gradient' if problem['noise'] else 'none'}"
+        ]
+        for name, cell in zip(columns.values(), shown, strict=True):
+            run = problem["methods"][name]
+            assert cell.endswith("*") == run["at_edge"]
+            assert float(cell.strip("*")) == pytest.approx(run["mean"], rel=0.05, abs=1e-30)

@@ -147,7 +147,7 @@ def main(
     noises: tuple[float, ...] = (0.0, 1.0),
     rank: int = 16,
     interval: int = 50,
-    rates: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
+    rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0),
     tune: int = 1,
     seeds: int = 3,
     steps: int = 400,
