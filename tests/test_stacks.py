@@ -133,7 +133,7 @@ def test_an_additional_matrix_takes_few_equations(name):
 
     tx, adamw = compile_time.OPTIMIZERS[name](), optax.adamw(0.01)
     of_tx, of_adamw = ((traced(x, 40) - traced(x, 10)) / 30 for x in (tx, adamw))
-    assert of_tx < 45
+    assert of_tx < 46  # 43.2 with jax 0.10, 45.2 with 0.12, for the default
     assert of_tx < 3 * of_adamw
 
 
