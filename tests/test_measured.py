@@ -111,6 +111,25 @@ def test_peak_with_moments_in_8_bits():
     assert f"{sentence} {many_int8}" in " ".join((DOCS / "memory.md").read_text().split())
 
 
+def test_losses_of_other_texts():
+    names = {
+        "lean": ("natural-galore-lean", 0.00707, 0.00354),
+        "default": ("natural-galore", 0.01, 0.005),
+        "AdamW": ("adamw", 0.0025, 0.00125),
+        "Muon with AdamW": ("muon", 0.01, 0.005),
+    }
+    losses = {
+        (run["corpus"], run["method"], run["learning_rate"]): f"{run['test_loss']:.3f}"
+        for run in map(json.loads, map(Path.read_text, RESULTS.glob("quality/other-text/*/*")))
+    }
+    table = [row for row in rows("experiments.md") if len(row) == 4]
+    start = next(i for i, row in enumerate(table) if "standard library" in row[1])
+    shown = {name: cells for name, *cells in table[start + 2 : start + 2 + len(names)]}
+    for name, (method, rate, half) in names.items():
+        found = [losses[text, method, rate] for text in ("stdlib", "pydoc")]
+        assert shown[name] == [*found, losses.get(("pydoc", method, half), "not run")]
+
+
 def test_losses_of_quadratic_problems():
     columns = {
         "AdamW": "adamw",
