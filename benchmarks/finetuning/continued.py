@@ -6,7 +6,6 @@ snippets of film reviews, which no method trains on.
 """
 
 import dataclasses
-import statistics
 import sys
 import time
 from collections import defaultdict
@@ -217,13 +216,18 @@ def runs(sweep: Sweep) -> list[grids.RunOptions]:
     return [first, *grids.plan(sweep, tuned, planned)]
 
 
-_COLUMNS = ("rate", "seeds", "state, MiB", "addresses", "film reviews", "minutes")
+_COLUMNS = (
+    *("rate", "seeds", "state, MiB", "addresses", "film reviews"),
+    *("addresses - AdamW's", "film reviews - AdamW's", "minutes, fastest run"),
+)
 
 
 def table(records: list[Json]) -> str:
     """Markdown; test losses of each method, after those of the model before training.
 
-    Methods whose tuning has no further seeds yet are shown by the best run of their tuning.
+    Methods whose tuning has no further seeds yet are shown by the best run of their tuning. A seed
+    moves the losses of all methods together: the differences are to AdamW's run with the same seed,
+    that of the tuning included.
     """
     tuning = [r for r in records if r["method"] != UNTRAINED]
     tuned = grids.tuning_losses(tuning, lambda r: r["loss"]["validation"])
@@ -234,22 +238,30 @@ def table(records: list[Json]) -> str:
     for r in records:
         if r["method"] == UNTRAINED:
             losses = [f"{r['loss'][name]:.3f}" for name in ("test", "general")]
-            lines.append(f"| untrained | | | | {' | '.join(losses)} | |")
-    seeds: dict[str, list[Json]] = defaultdict(list)
+            lines.append(f"| untrained | | | | {' | '.join(losses)} | | | |")
+    rates = {method: grids.best_rate(method, losses) for method, losses in tuned.items()}
+    at_best: dict[str, list[Json]] = defaultdict(list)
     for r in tuning:
-        if r["seed"] != grids.TUNE_SEED and not r["diverged"]:
-            seeds[r["method"]].append(r)
-    for method, losses in tuned.items():
-        best = grids.best_rate(method, losses)
-        of_best = [r for r in tuning if (r["method"], r["learning_rate"]) == (method, best)]
-        group = seeds[method] or of_best
+        if not r["diverged"] and r["learning_rate"] == rates.get(r["method"]):
+            at_best[r["method"]].append(r)
+    reference = {r["seed"]: r["loss"] for r in at_best["adamw"]}
+    for method, best in rates.items():
+        of_best = at_best[method]
+        seeds = [r for r in of_best if r["seed"] != grids.TUNE_SEED]
+        group = seeds or of_best
+        pairs = [(r["loss"], reference.get(r["seed"])) for r in of_best if method != "adamw"]
+        both = [(own, other) for own, other in pairs if other is not None]
         cells = [
             method,
             grids.rate_cell(method, best, GRIDS),
-            str(len(group)) if seeds[method] else "tuning",
+            str(len(group)) if seeds else "tuning",
             f"{group[0]['state_bytes'] / 2**20:.1f}",
             *(mean_and_spread([r["loss"][n] for r in group], 3) for n in ("test", "general")),
-            f"{statistics.median(r['training_seconds'] for r in group) / 60:.1f}",
+            *(
+                mean_and_spread([own[n] - other[n] for own, other in both], 3) if both else ""
+                for n in ("test", "general")
+            ),
+            f"{min(r['training_seconds'] for r in of_best) / 60:.1f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -106,7 +106,7 @@ def test_a_sweep_and_its_table(tmp_path, monkeypatch, capsys):
     def make_all(todo, *_):
         for one in todo:
             made.append((one.method, one.learning_rate, one.seed))
-            loss = 1 + one.learning_rate
+            loss = one.seed / 10 + 1000 * one.learning_rate
             record = {
                 "method": one.method,
                 "learning_rate": one.learning_rate,
@@ -130,9 +130,11 @@ def test_a_sweep_and_its_table(tmp_path, monkeypatch, capsys):
     assert made == [(UNTRAINED, 0.0, TUNE_SEED), *tuning, *final]
     capsys.readouterr()
     assert COMPARISON.run(Show(root=tmp_path)) == 0
-    _, _, untrained, adamw, _ = capsys.readouterr().out.replace("\u00a0", " ").splitlines()
-    assert untrained == "| untrained | | | | 1.000 | 2.000 | |"
-    assert (
-        adamw
-        == "| adamw | 3e-05, end of the grid | 2 | 2.0 | 1.000 ± 0.000 | 2.000 ± 0.000 | 1.5 |"
-    )
+    _, _, untrained, *methods = capsys.readouterr().out.replace("\u00a0", " ").splitlines()
+    assert untrained == "| untrained | | | | 10.000 | 20.000 | | | |"
+    assert methods == [
+        "| adamw | 3e-05, end of the grid | 2 | 2.0 | 0.180 ± 0.071 | 0.360 ± 0.141 |  |  | 1.5 |",
+        # Seeds move losses, not differences.
+        "| lora | 0.0003, end of the grid | 2 | 2.0 | 0.450 ± 0.071 | 0.900 ± 0.141 | "
+        "0.270 ± 0.000 | 0.540 ± 0.000 | 1.5 |",
+    ]
