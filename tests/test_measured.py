@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.common.environment import RESULTS
+from benchmarks.common.result_files import read_results
+from benchmarks.finetuning import continued
 from benchmarks.optimizer.compile_time import measure
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -14,9 +16,11 @@ DOCS = Path(__file__).parents[1] / "docs"
 def rows(page):
     """The rows of all tables of a page, as lists of cells."""
     lines = (DOCS / page).read_text().splitlines()
-    return [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in lines if line[:1] == "|"
-    ]
+    return [cells_of(line) for line in lines if line[:1] == "|"]
+
+
+def cells_of(line):
+    return [cell.strip() for cell in line.removeprefix("|").removesuffix("|").split("|")]
 
 
 def recorded(file):
@@ -35,10 +39,10 @@ def test_time_of_updates(file, first):
     time = {name: methods[name]["amortised_s"] for name in names}
     for name, shown in names.items():
         of_both_ranks = [row for row in rows("speed.md") if row[0] == shown and len(row) == 6]
-        cells = of_both_ranks[first]
-        assert cells[1] == f"{1e3 * time[name]:.0f}"
-        assert cells[3] == f"{time[name] / time['contrib']:.2f}"
-        assert cells[4] == f"{time[name] / time['adamw']:.2f}"
+        row = of_both_ranks[first]
+        assert row[1] == f"{1e3 * time[name]:.0f}"
+        assert row[3] == f"{time[name] / time['contrib']:.2f}"
+        assert row[4] == f"{time[name] / time['adamw']:.2f}"
 
 
 def test_time_to_compile():
@@ -153,3 +157,20 @@ def test_losses_of_quadratic_problems():
             run = problem["methods"][name]
             assert cell.endswith("*") == run["at_edge"]
             assert float(cell.strip("*")) == pytest.approx(run["mean"], rel=0.05, abs=1e-30)
+
+
+def test_losses_of_continued_training():
+    names = {
+        "default": "natural-galore",
+        "lean, rank 32": "lean-natural-galore",
+        "Fira": "fira",
+        "LoRA": "lora",
+        "AdamW": "adamw",
+        "GaLore": "galore",
+    }
+    lines = continued.table(read_results(RESULTS / "continued", "main")).replace("-0.", "−0.")
+    printed = {name: found for name, *found in map(cells_of, lines.splitlines())}
+    shown = {row[0]: row[1:] for row in rows("pretrained.md") if len(row) == 7}
+    for name, method in names.items():
+        rate, _, state, *losses, _ = printed[method]
+        assert shown[name] == [rate, f"{float(state):.0f}", *losses]
