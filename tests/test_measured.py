@@ -170,7 +170,7 @@ def test_losses_of_continued_training():
     }
     lines = continued.table(read_results(RESULTS / "continued", "main")).replace("-0.", "−0.")
     printed = {name: found for name, *found in map(cells_of, lines.splitlines())}
-    shown = {row[0]: row[1:] for row in rows("pretrained.md") if len(row) == 7}
+    shown = {row[0]: row[1:] for row in rows("pretrained.md") if len(row) == 8}
     for name, method in names.items():
-        rate, _, state, *losses, _ = printed[method]
-        assert shown[name] == [rate, f"{float(state):.0f}", *losses]
+        rate, seeds, state, *losses, _ = printed[method]
+        assert shown[name] == [rate, seeds, f"{float(state):.0f}", *losses]
