@@ -124,7 +124,7 @@ def test_losses_of_other_texts():
     }
     losses = {
         (run["corpus"], run["method"], run["learning_rate"]): f"{run['test_loss']:.3f}"
-        for run in map(json.loads, map(Path.read_text, RESULTS.glob("quality/other-text/*/*")))
+        for run in read_results(RESULTS / "quality", "other-text")
     }
     table = [row for row in rows("experiments.md") if len(row) == 4]
     start = next(i for i, row in enumerate(table) if "standard library" in row[1])

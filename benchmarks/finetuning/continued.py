@@ -249,8 +249,7 @@ def table(records: list[Json]) -> str:
         of_best = at_best[method]
         seeds = [r for r in of_best if r["seed"] != grids.TUNE_SEED]
         group = seeds or of_best
-        pairs = [(r["loss"], reference.get(r["seed"])) for r in of_best if method != "adamw"]
-        both = [(own, other) for own, other in pairs if other is not None]
+        paired = [r for r in of_best if method != "adamw" and r["seed"] in reference]
         cells = [
             method,
             grids.rate_cell(method, best, GRIDS),
@@ -258,7 +257,9 @@ def table(records: list[Json]) -> str:
             f"{group[0]['state_bytes'] / 2**20:.1f}",
             *(mean_and_spread([r["loss"][n] for r in group], 3) for n in ("test", "general")),
             *(
-                mean_and_spread([own[n] - other[n] for own, other in both], 3) if both else ""
+                mean_and_spread([r["loss"][n] - reference[r["seed"]][n] for r in paired], 3)
+                if paired
+                else ""
                 for n in ("test", "general")
             ),
             f"{min(r['training_seconds'] for r in of_best) / 60:.1f}",

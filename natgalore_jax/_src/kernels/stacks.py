@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from natgalore_jax._src.kernels.kernel import kernel
 from natgalore_jax._src.params.context import is_layer_view
 
-# Bytes of the largest arrays of a stack. All are live at once, and a stack is computed by fewer
-# cores than its matrices one by one: with 4 MiB updates of 512 x 512 matrices took a third longer.
+# Bytes of the largest arrays of a stack: all are live at once, and stacks of 4 MiB made updates of
+# 512 x 512 matrices a third slower than one by one.
 MAX_BYTES = 2**19
-# Stacks of arrays up to this size have four times as many bytes: each adds half a second of compile
-# time.
+# Stacks of arrays up to this size have four times as many bytes, because each stack adds up to half
+# a second of compile time.
 SMALL_BYTES = 2**13
 
 
