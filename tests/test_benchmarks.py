@@ -19,7 +19,6 @@ from benchmarks.memory import gpu, gpu_run, per_layer
 from benchmarks.memory.step_bytes import step_bytes
 from benchmarks.optimizer import compile_time, curvature, quantization, refresh, step_time
 from benchmarks.optimizer.floor import accelerator_bounds, bytes_moved, floor_seconds, operations
-from benchmarks.optimizer.training_share import training_operations
 from examples.common.errors import ConfigError
 from examples.llama.__main__ import parse
 from examples.llama.data import DataConfig
@@ -114,13 +113,6 @@ def test_hidden_shapes_are_those_of_the_model():
         if "kernel" in jax.tree_util.keystr(path)
     )
     assert sorted(hidden_shapes("nano").values()) == of_model
-
-
-def test_training_operations_by_hand():
-    c = MODEL_PRESETS["nano"]
-    weights = 4 * (4 * 128 * 128 + 3 * 128 * 352) + 128 * c.vocab_size
-    scores = 4 * 2 * (2 * 16 * 128)  # 4 layers; QKᵀ and its product with V; one of 16 tokens
-    assert training_operations(c, tokens=1, length=16) == 6 * weights + 3 * scores
 
 
 def test_contrib_is_amortised_from_two_kinds_of_steps():

@@ -168,7 +168,8 @@ def test_losses_of_continued_training():
         "AdamW": "adamw",
         "GaLore": "galore",
     }
-    lines = continued.table(read_results(RESULTS / "continued", "main")).replace("-0.", "−0.")
+    found = continued.results_table(read_results(RESULTS / "continued", "main"))
+    lines = found.replace("-0.", "−0.")
     printed = {name: found for name, *found in map(cells_of, lines.splitlines())}
     shown = {row[0]: row[1:] for row in rows("pretrained.md") if len(row) == 8}
     for name, method in names.items():

@@ -13,7 +13,7 @@ PAGE = pathlib.Path(__file__).parents[1] / "docs" / "sharding.md"
 
 
 def test_the_page_has_the_table_of_the_benchmark():
-    assert state_layout.table("7b") in PAGE.read_text()
+    assert state_layout.layout_table("7b") in PAGE.read_text()
 
 
 KILO = 2 * 1024  # bytes of as many numbers

@@ -29,9 +29,9 @@ from benchmarks.common.environment import RESULTS, environment, write_results
 from benchmarks.common.shapes import BF16, LLAMA_RANKS, PaperSize, llama_shapes
 from benchmarks.common.timing import median, seconds
 from benchmarks.distributed.collectives import exchanged_bytes
-from benchmarks.optimizer.training_share import training_operations
 from examples.llama.model.config import MODEL_PRESETS, PresetName
 from examples.llama.training.train_step import make_model, token_nll
+from examples.llama.training.utilization import flops_per_token
 
 DEVICES = 8
 RATES = {"1 Gbit/s": 1e9 / 8, "10 Gbit/s": 1e10 / 8, "100 Gbit/s": 1e11 / 8}  # bytes/s
@@ -72,7 +72,7 @@ def main(
 
     passes = jax.jit(jax.value_and_grad(loss)).lower(params, batch).compile()
     taken = median([seconds(passes, params, batch) for _ in range(rounds)][1:])
-    rate = training_operations(config, rows * seq_len, seq_len) / taken
+    rate = rows * seq_len * flops_per_token(config, seq_len) / taken
     results = {
         "environment": environment(seed=0),
         "settings": {
@@ -154,7 +154,7 @@ def modelled(size: str, interval: int, hosts: int, tokens: int, rate: float) -> 
     low_rank = every + (whole - not_projected) / interval
     share = 2 * (hosts - 1) / hosts
     config = MODEL_PRESETS[size]
-    operations = training_operations(config, tokens // hosts, config.max_length)
+    operations = tokens // hosts * flops_per_token(config, config.max_length)
     return {
         "rank": rank,
         "whole_bytes": whole,

@@ -29,6 +29,7 @@ import tyro
 
 import natgalore_jax as ng
 from benchmarks.common.environment import RESULTS, environment, print_targets, target, write_results
+from benchmarks.common.markdown import table
 from benchmarks.common.shapes import LLAMA_RANKS, llama_shapes
 from benchmarks.distributed.collectives import sent_bytes
 
@@ -69,7 +70,7 @@ def main(
         "targets": targets,
     }
     write_results(result, output)
-    print(table(rows))
+    print(costs_table(rows))
     print_targets(targets)
     return result
 
@@ -140,26 +141,27 @@ def floors(tx: Any, shapes: Any, scheme: str, rank: int) -> tuple[float, float]:
     return flops, sent
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def costs_table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
-    lines = [
-        "| divided | optimizer | GFLOP | / floor | MB sent | / floor | MB more for a round of "
-        "refreshes | MB of arguments | MB temporary |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for r in rows:
-        ratio = f"{r['sent'] / r['sent_floor']:.2f}" if r["sent_floor"] else "floor is 0"
-        cells = [
-            r["scheme"],
-            f"`{r['optimizer']}`",
-            f"{r['flops'] / 1e9:.1f}",
-            f"{r['flops'] / r['flops_floor']:.2f}",
-            f"{r['sent'] / 1e6:.1f}",
-            ratio,
-            *(f"{r[k] / 1e6:.0f}" for k in ("sent_in_a_round", "arguments", "temporary")),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    header = (
+        *("divided", "optimizer", "GFLOP", "/ floor", "MB sent", "/ floor"),
+        *("MB more for a round of refreshes", "MB of arguments", "MB temporary"),
+    )
+    return table(
+        header,
+        (
+            [
+                r["scheme"],
+                f"`{r['optimizer']}`",
+                f"{r['flops'] / 1e9:.1f}",
+                f"{r['flops'] / r['flops_floor']:.2f}",
+                f"{r['sent'] / 1e6:.1f}",
+                f"{r['sent'] / r['sent_floor']:.2f}" if r["sent_floor"] else "floor is 0",
+                *(f"{r[k] / 1e6:.0f}" for k in ("sent_in_a_round", "arguments", "temporary")),
+            ]
+            for r in rows
+        ),
+    )
 
 
 def _compiled(update: Any, *args: Any) -> Any:

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 import natgalore_jax as ng
+from benchmarks.common.markdown import table
 from benchmarks.common.shapes import BF16, LLAMA_RANKS, PaperSize, llama_shapes
 from examples.common.figures import PAGE, STYLE
 
@@ -65,19 +66,18 @@ def main(sizes: tuple[PaperSize, ...] = ("350m", "7b"), figure: Path = FIGURE) -
       figure: where the figure goes.
     """
     for size in sizes:
-        print(f"{size}, rank {LLAMA_RANKS[size]}:\n\n{table(size)}\n")
+        print(f"{size}, rank {LLAMA_RANKS[size]}:\n\n{layout_table(size)}\n")
     draw(figure)
 
 
-def table(size: str) -> str:
+def layout_table(size: str) -> str:
     """Markdown, GB of each device."""
-    lines = ["| divided | weights | bases | moments | the optimizer sends | training sends |"]
-    lines.append("|---|---|---|---|---|---|")
+    header = ("divided", "weights", "bases", "moments", "the optimizer sends", "training sends")
+    rows = []
     for scheme in SCHEMES:
         values = per_device(llama_shapes(size), scheme, size)
-        cells = ("–" if x is None else f"{x / 1e9:.3f}" for x in values)
-        lines.append(f"| {scheme.name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([scheme.name, *("–" if x is None else f"{x / 1e9:.3f}" for x in values)])
+    return table(header, rows)
 
 
 def per_device(params: Any, scheme: Scheme, size: str) -> PerDevice:

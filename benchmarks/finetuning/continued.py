@@ -17,9 +17,9 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.common.environment import RESULTS, environment
+from benchmarks.common.markdown import mean_and_spread, table
 from benchmarks.common.result_files import Json, read_suite, write
 from benchmarks.finetuning import grids
-from benchmarks.pretraining.tables import mean_and_spread
 from benchmarks.pretraining.train import excerpt, finite, outcome
 from examples.common.optimizers import OptimizerConfig
 from examples.finetune.encoder.data import read_rows
@@ -217,12 +217,12 @@ def runs(sweep: Sweep) -> list[grids.RunOptions]:
 
 
 _COLUMNS = (
-    *("rate", "seeds", "state, MiB", "addresses", "film reviews"),
+    *("", "rate", "seeds", "state, MiB", "addresses", "film reviews"),
     *("addresses - AdamW's", "film reviews - AdamW's", "minutes, fastest run"),
 )
 
 
-def table(records: list[Json]) -> str:
+def results_table(records: list[Json]) -> str:
     """Markdown; test losses of each method, after those of the model before training.
 
     Methods whose tuning has no further seeds yet are shown by the best run of their tuning. A seed
@@ -231,14 +231,11 @@ def table(records: list[Json]) -> str:
     """
     tuning = [r for r in records if r["method"] != UNTRAINED]
     tuned = grids.tuning_losses(tuning, lambda r: r["loss"]["validation"])
-    lines = [
-        f"|  | {' | '.join(_COLUMNS)} |",
-        f"| {' | '.join(['---'] * (1 + len(_COLUMNS)))} |",
-    ]
+    rows = []
     for r in records:
         if r["method"] == UNTRAINED:
-            losses = [f"{r['loss'][name]:.3f}" for name in ("test", "general")]
-            lines.append(f"| untrained | | | | {' | '.join(losses)} | | | |")
+            losses = (f"{r['loss'][name]:.3f}" for name in ("test", "general"))
+            rows.append([UNTRAINED, *[None] * 3, *losses, *[None] * 3])
     rates = {method: grids.best_rate(method, losses) for method, losses in tuned.items()}
     at_best: dict[str, list[Json]] = defaultdict(list)
     for r in tuning:
@@ -250,22 +247,23 @@ def table(records: list[Json]) -> str:
         seeds = [r for r in of_best if r["seed"] != grids.TUNE_SEED]
         group = seeds or of_best
         paired = [r for r in of_best if method != "adamw" and r["seed"] in reference]
-        cells = [
-            method,
-            grids.rate_cell(method, best, GRIDS),
-            str(len(group)) if seeds else "tuning",
-            f"{group[0]['state_bytes'] / 2**20:.1f}",
-            *(mean_and_spread([r["loss"][n] for r in group], 3) for n in ("test", "general")),
-            *(
-                mean_and_spread([r["loss"][n] - reference[r["seed"]][n] for r in paired], 3)
-                if paired
-                else ""
-                for n in ("test", "general")
-            ),
-            f"{min(r['training_seconds'] for r in of_best) / 60:.1f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(
+            [
+                method,
+                grids.rate_cell(method, best, GRIDS),
+                str(len(group)) if seeds else "tuning",
+                f"{group[0]['state_bytes'] / 2**20:.1f}",
+                *(mean_and_spread([r["loss"][n] for r in group], 3) for n in ("test", "general")),
+                *(
+                    mean_and_spread([r["loss"][n] - reference[r["seed"]][n] for r in paired], 3)
+                    if paired
+                    else ""
+                    for n in ("test", "general")
+                ),
+                f"{min(r['training_seconds'] for r in of_best) / 60:.1f}",
+            ]
+        )
+    return table(_COLUMNS, rows)
 
 
 def _outcome(record: Json) -> str:
@@ -275,7 +273,9 @@ def _outcome(record: Json) -> str:
     return f"loss: {found}"
 
 
-COMPARISON = grids.Comparison("benchmarks.finetuning.continued", make, runs, _outcome, table)
+COMPARISON = grids.Comparison(
+    "benchmarks.finetuning.continued", make, runs, _outcome, results_table
+)
 
 if __name__ == "__main__":
     sys.exit(COMPARISON.main(Run | Sweep | Show))

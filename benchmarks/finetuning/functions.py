@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.common.environment import RESULTS, environment
+from benchmarks.common.markdown import mean_and_spread, table
 from benchmarks.common.result_files import Json, read_suite, write
 from benchmarks.finetuning import grids
-from benchmarks.pretraining.tables import mean_and_spread
 from examples.common.compare import Diverged
 from examples.common.errors import ConfigError
 from examples.common.interrupt import stop_on_signals
@@ -35,7 +35,7 @@ GRIDS = {
     "natural-galore": (1e-4, 3e-4, 1e-3, 3e-3),
 }
 _COLUMNS = (
-    *("learning rate", "seeds", "state, MiB", "test loss"),
+    *("", "learning rate", "seeds", "state, MiB", "test loss"),
     *("success, %", "with arguments, %", "minutes"),
 )
 
@@ -159,7 +159,7 @@ def runs(sweep: Sweep) -> list[grids.RunOptions]:
     return grids.plan(sweep, tuned, grids.maker(sweep, Common, Run))
 
 
-def table(records: list[Json]) -> str:
+def results_table(records: list[Json]) -> str:
     """Markdown; one line for each method, after the model before training."""
     groups: dict[tuple[str, float], list[Json]] = defaultdict(list)
     for r in records:
@@ -167,15 +167,11 @@ def table(records: list[Json]) -> str:
             groups[r["method"], r["learning_rate"]].append(r)
     if not groups:
         raise ConfigError("no finished run after the tuning yet: go on with the sweep command")
-    lines = [
-        f"|  | {' | '.join(_COLUMNS)} |",
-        f"| {' | '.join(['---'] * (1 + len(_COLUMNS)))} |",
-    ]
     before = records[0]["untrained"]
-    shares = [f"{100 * before['metrics'][name]:.1f}" for name in ("success", "aware_success")]
-    lines.append(f"| untrained | | | | {before['loss']:.3f} | {' | '.join(shares)} | |")
-    for (method, rate), group in groups.items():
-        cells = [
+    shares = (f"{100 * before['metrics'][name]:.1f}" for name in ("success", "aware_success"))
+    rows = [["untrained", *[None] * 3, f"{before['loss']:.3f}", *shares, None]]
+    rows += [
+        [
             method,
             grids.rate_cell(method, rate, GRIDS),
             str(len(group)),
@@ -187,8 +183,9 @@ def table(records: list[Json]) -> str:
             ),
             f"{statistics.median(r['seconds'] for r in group) / 60:.1f}",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        for (method, rate), group in groups.items()
+    ]
+    return table(_COLUMNS, rows)
 
 
 def _outcome(record: Json) -> str:
@@ -198,7 +195,9 @@ def _outcome(record: Json) -> str:
     return f"validation loss {found['loss']:.3f}, success {100 * found['metrics']['success']:.1f}"
 
 
-COMPARISON = grids.Comparison("benchmarks.finetuning.functions", make, runs, _outcome, table)
+COMPARISON = grids.Comparison(
+    "benchmarks.finetuning.functions", make, runs, _outcome, results_table
+)
 
 if __name__ == "__main__":
     sys.exit(COMPARISON.main(Run | Sweep | Show))

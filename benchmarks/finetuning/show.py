@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.common.environment import RESULTS, print_targets, target
+from benchmarks.common.markdown import mean_and_spread, table
 from benchmarks.common.result_files import Json, read_results
-from benchmarks.pretraining.tables import mean_and_spread
 
 # Natural GaLore may be so many points below AdamW.
 MARGIN = 0.2
@@ -29,7 +29,7 @@ class Show:
 
 def show(options: Show) -> None:
     groups = read_groups(options)
-    print(table(groups))
+    print(results_table(groups))
     targets = check(groups)
     if targets:
         print_targets(targets)
@@ -44,34 +44,31 @@ def read_groups(options: Show) -> list[list[Json]]:
     return list(groups.values())
 
 
-def table(groups: list[list[Json]]) -> str:
+def results_table(groups: list[list[Json]]) -> str:
     """Markdown; one line for each method, rank and learning rate."""
     columns = [(s, name) for s, found in groups[0][0]["metrics"].items() for name in found]
     titles = [f"{split} {name}" for split, name in columns]
-    lines = [
-        f"|  | learning rate | seeds | trained | state, MiB | {' | '.join(titles)} | minutes |",
-        f"| {' | '.join(['---'] * (6 + len(columns)))} |",
-    ]
-    for group in groups:
-        first = group[0]
-        cells = [
-            first["label"],
-            f"{first['learning_rate']:g}",
+    rows = [
+        [
+            group[0]["label"],
+            f"{group[0]['learning_rate']:g}",
             str(len(group)),
-            f"{first['trained_parameters']:,}",
-            f"{first['optimizer_bytes'] / 2**20:.2f}",
+            f"{group[0]['trained_parameters']:,}",
+            f"{group[0]['optimizer_bytes'] / 2**20:.2f}",
             *(
                 mean_and_spread([100 * r["metrics"][split][name] for r in group], 1)
                 for split, name in columns
             ),
             f"{statistics.median(r['seconds'] for r in group) / 60:.1f}",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
+        for group in groups
+    ]
     baseline = groups[0][0]["baseline"]
     if baseline is not None:
-        found = [f"{100 * baseline[split][name]:.1f}" for split, name in columns]
-        lines.append(f"| tf-idf, logistic | | | | | {' | '.join(found)} | |")
-    return "\n".join(lines)
+        found = (f"{100 * baseline[split][name]:.1f}" for split, name in columns)
+        rows.append(["tf-idf, logistic", *[None] * 4, *found, None])
+    header = ["", "learning rate", "seeds", "trained", "state, MiB", *titles, "minutes"]
+    return table(header, rows)
 
 
 def check(groups: list[list[Json]]) -> list[Json]:

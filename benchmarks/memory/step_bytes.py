@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import optax
 
 from examples.common.train_state import init_state, next_state
-from examples.llama.memory.step_memory import nbytes, temporary_bytes
+from examples.llama.memory.step_memory import temporary_bytes
 from examples.llama.model.config import MODEL_PRESETS
 from examples.llama.run_config import RunConfig, run_preset
 from examples.llama.training.build import abstract_run
 from examples.llama.training.train_step import make_model, token_nll
+from natgalore_jax._src.memory.compiled_step import bytes_per_device
 
 
 def step_bytes(
@@ -37,9 +38,9 @@ def step_bytes(
         compiled = run.compile()
     return {
         "temporary_bytes": temporary_bytes(compiled),
-        "state_bytes": nbytes(run.state),
+        "state_bytes": bytes_per_device(run.state),
         "in_place_bytes": cast(Any, compiled.memory_analysis()).alias_size_in_bytes,
-        "layer_gradient_bytes": nbytes(
+        "layer_gradient_bytes": bytes_per_device(
             jax.eval_shape(lambda state: state.float_params["layers"], run.state)
         ),
         "step_s": _seconds(compiled, config, run.tx, steps) if steps else [],

@@ -8,8 +8,9 @@ import jax
 import optax
 
 from benchmarks.common.timing import Updater, median, seconds
-from examples.llama.model.config import MODEL_PRESETS, ModelConfig
+from examples.llama.model.config import MODEL_PRESETS
 from examples.llama.training.train_step import make_model, token_nll
+from examples.llama.training.utilization import flops_per_token
 
 
 def training_share(
@@ -49,9 +50,8 @@ def training_share(
             updater.step(grads, params)
     passes = median(samples[1:])
     tokens = batch * length
-    ratio = training_operations(config, scaled_tokens, length) / training_operations(
-        config, tokens, length
-    )
+    scaled = passes * scaled_tokens / tokens
+    operations = tokens * flops_per_token(config, length)
     result: dict[str, Any] = {
         "preset": preset,
         "layers": config.layers,
@@ -59,9 +59,9 @@ def training_share(
         "length": length,
         "tokens": tokens,
         "forward_backward_s": passes,
-        "forward_backward_operations": training_operations(config, tokens, length),
+        "forward_backward_operations": operations,
         "computed_tokens": scaled_tokens,
-        "computed_forward_backward_s": passes * ratio,
+        "computed_forward_backward_s": scaled,
         "samples_s": {"forward_backward": samples},
         "methods": {},
     }
@@ -71,22 +71,9 @@ def training_share(
         result["methods"][name] = {
             "update_s": update,
             "share": update / (update + passes),
-            "computed_share": update / (update + passes * ratio),
+            "computed_share": update / (update + scaled),
         }
     return result
-
-
-def training_operations(config: ModelConfig, tokens: int, length: int) -> int:
-    """Of the matrix products of a forward and a backward pass, the latter twice the former.
-
-    6 for each token and each number of a matrix that multiplies it, and attention's two products
-    of length × length, which XLA computes without making use of the causal mask.
-    """
-    d, kv = config.hidden, config.kv_heads * config.head_dim
-    layer = 2 * d * (d + kv) + 3 * d * config.intermediate
-    matrices = config.layers * layer + d * config.vocab_size
-    attention = 3 * config.layers * 4 * length * d
-    return tokens * (6 * matrices + attention)
 
 
 def print_share(result: dict[str, Any]) -> None:

@@ -4,10 +4,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.common.markdown import table
 from benchmarks.common.result_files import Json, read_results, read_suite
 from benchmarks.pretraining.run_spec import ROOT
 from benchmarks.pretraining.summary import summarise
-from benchmarks.pretraining.tables import losses, protocol, table, tuning
+from benchmarks.pretraining.tables import losses, protocol, tuning
 from benchmarks.pretraining.tuning import tuned_by_preset
 
 

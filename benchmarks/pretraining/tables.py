@@ -1,15 +1,14 @@
 """The results as Markdown: tables, and the generated pages."""
 
 import math
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
+from benchmarks.common.markdown import PLUS_MINUS, table
 from benchmarks.pretraining.methods import CHANGES, METHODS, place
 from benchmarks.pretraining.summary import RECIPE, REFERENCE, Group, Row, best, separated
 from benchmarks.pretraining.tuning import Rates, Tuned
 
 NOT_RUN = "not run"
-PLUS_MINUS = "\u00a0±\u00a0"  # Not to be broken into lines.
 Groups = Mapping[Group, Mapping[tuple[str, Rates], Row]]
 
 COURSE = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)  # of a run
@@ -108,17 +107,6 @@ def tuning(tuned: Mapping[str, Tuned], *, brief: bool = False) -> str:
             line.append("; ".join(runs))
         lines.append(line)
     return table(["", "best rate × ratio", "loss", "runs", *([] if brief else ["all runs"])], lines)
-
-
-def mean_and_spread(values: Sequence[float], digits: int) -> str:
-    """The mean and, of several values, their standard deviation."""
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    return mean if len(values) < 2 else f"{mean}{PLUS_MINUS}{statistics.stdev(values):.{digits}f}"
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def label(method: str) -> str:

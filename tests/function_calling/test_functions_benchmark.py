@@ -14,8 +14,8 @@ from benchmarks.finetuning.functions import (
     Show,
     Sweep,
     make,
+    results_table,
     runs,
-    table,
 )
 from benchmarks.finetuning.grids import TUNE_SEED, best_rate, is_done
 from examples.common.errors import ConfigError
@@ -112,4 +112,4 @@ def test_the_table(tmp_path, capsys):
         "| lora | 0.003, end of the grid | 2 | 2.00 | 0.250 ± 0.000 | 55.0 ± 7.1"
     )
     with pytest.raises(ConfigError, match="no finished run after the tuning yet"):
-        table([record_of(Run(method="lora", seed=TUNE_SEED), 0.25)])
+        results_table([record_of(Run(method="lora", seed=TUNE_SEED), 0.25)])

@@ -7,12 +7,12 @@ import pathlib
 import pytest
 import tiny_encoder as tiny
 
+from benchmarks.common.markdown import PLUS_MINUS
 from benchmarks.common.result_files import write
 from benchmarks.common.sweep import command
 from benchmarks.finetuning.runs import Run, make
-from benchmarks.finetuning.show import Show, check, read_groups, table
+from benchmarks.finetuning.show import Show, check, read_groups, results_table
 from benchmarks.finetuning.sweep import Sweep, run_sweep, runs
-from benchmarks.pretraining.tables import PLUS_MINUS
 from examples.common.errors import ConfigError
 from examples.finetune.encoder.run_config import preset_config
 
@@ -154,7 +154,7 @@ def result(method, rank, seed, accuracy, state):
 
 def test_the_page_has_the_table_of_the_committed_runs():
     page = pathlib.Path(__file__).parents[2] / "docs/finetuning.md"
-    assert table(read_groups(Show())) in page.read_text()
+    assert results_table(read_groups(Show())) in page.read_text()
 
 
 def test_the_table_and_what_is_asked():
@@ -163,7 +163,7 @@ def test_the_table_and_what_is_asked():
         [result("lora", 8, 1, 0.897, 2**21)],
         [result("natural-galore", 8, 1, 0.8995, 2**20)],
     ]
-    lines = table(groups).splitlines()
+    lines = results_table(groups).splitlines()
     spread = "50.0 ± 0.0 | 90.2 ± 0.3".replace(" ± ", PLUS_MINUS)
     assert f"| adamw 0 | 0.0001 | 2 | 1,000 | 8.00 | {spread} | 1.5 |" in lines
     assert "| tf-idf, logistic | | | | | 40.0 | 45.0 | |" in lines

@@ -7,7 +7,6 @@ bfloat16 on another device than the one it is compiled for, is an estimate; see 
 
 import dataclasses
 import functools
-import math
 import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
@@ -23,6 +22,7 @@ from examples.llama.memory.sizes import format_bytes
 from examples.llama.run_config import RunConfig
 from examples.llama.training.build import AbstractRun, abstract_run
 from examples.llama.training.train_step import token_nll
+from natgalore_jax._src.memory.compiled_step import bytes_per_device
 
 
 class StepMemory(NamedTuple):
@@ -129,7 +129,7 @@ def resident(run: AbstractRun) -> StepMemory:
     """Memory that stays from step to step, and the batch: exact, and nothing is compiled."""
     metrics = run.state.totals
     report = ng.memory_report(run.tx, _float_params(run.state))
-    return _divided(report, run.state, nbytes((run.state, run.rows, metrics)))
+    return _divided(report, run.state, bytes_per_device((run.state, run.rows, metrics)))
 
 
 def accelerator_memory() -> int | None:
@@ -203,10 +203,10 @@ def live_gradients(params: Params, per_layer: bool) -> int:
     end, beside a layer's.
     """
     if not per_layer:
-        return nbytes(params)
-    layers, embedding = params["layers"], nbytes(params["embed"])
-    one_layer = nbytes(layers) // jax.tree.leaves(layers)[0].shape[0]
-    rest = nbytes({k: v for k, v in params.items() if k not in ("layers", "embed")})
+        return bytes_per_device(params)
+    layers, embedding = params["layers"], bytes_per_device(params["embed"])
+    one_layer = bytes_per_device(layers) // jax.tree.leaves(layers)[0].shape[0]
+    rest = bytes_per_device({k: v for k, v in params.items() if k not in ("layers", "embed")})
     if "head" not in params:
         return one_layer + embedding + rest
     return max(one_layer, embedding, rest)
@@ -224,18 +224,18 @@ def saved_bytes(config: RunConfig) -> int:
 
     kept = jax.tree.leaves(jax.eval_shape(backward, weights, run.rows))
     of_weights = {(x.shape, x.dtype) for x in jax.tree.leaves(weights)}
-    return nbytes([x for x in kept if (x.shape, x.dtype) not in of_weights])
+    return bytes_per_device([x for x in kept if (x.shape, x.dtype) not in of_weights])
 
 
 def _divided(report: ng.MemoryReport, state: TrainState, kept: int) -> StepMemory:
     """`kept` bytes of a device divided into the weights, the optimizer's state, and the rest."""
-    optimizer = nbytes(state.opt_state)
+    optimizer = bytes_per_device(state.opt_state)
     # The report counts sharded arrays whole.
     is_whole = report.total_state_bytes == optimizer
     parts = dict(report.part_bytes) if is_whole else {"state": optimizer}
-    parts["accumulated"] = nbytes(state.accumulated)
+    parts["accumulated"] = bytes_per_device(state.accumulated)
     parts = {name: size for name, size in parts.items() if size}
-    weights = nbytes((state.params, state.frozen))
+    weights = bytes_per_device((state.params, state.frozen))
     return StepMemory(weights, parts, kept - weights - sum(parts.values()), {})
 
 
@@ -252,14 +252,3 @@ def temporary_bytes(compiled: jax.stages.Compiled) -> int:
     if analysis is None:
         raise RuntimeError("this backend gives no account of the memory of compiled programs")
     return analysis.temp_size_in_bytes
-
-
-def nbytes(tree: Any) -> int:
-    """Bytes of a tree on one device."""
-
-    def size(leaf: Any) -> int:
-        sharding = getattr(leaf, "sharding", None)
-        shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
-        return math.prod(shape) * leaf.dtype.itemsize
-
-    return sum(map(size, jax.tree.leaves(tree)))
