@@ -172,8 +172,7 @@ print(f"always the commoner class: {majority:.3f}, on {len(test.labels)} rows")
 
 # %% [markdown]
 # With so few test rows differences of two or three points are chance: the standard error of an accuracy of 0.75 on 400
-# rows is 0.022. docs/finetuning.md and `python -m benchmarks.finetuning` have the protocol for a real comparison; `SIZE = "large"`
-# takes all rows.
+# rows is 0.022. docs/finetuning.md has a comparison by a protocol; `SIZE = "large"` takes all rows.
 #
 # The fine-tuned weights are those of an ordinary BERT: `save_model` of `examples/finetune/encoder/weights.py` writes them for
 # `transformers`.

@@ -1,4 +1,4 @@
-"""The searches for learning rates: one on a grid, two by coordinate descent."""
+"""The searches for learning rates by coordinate descent."""
 
 import math
 from collections import defaultdict
@@ -6,7 +6,6 @@ from collections import defaultdict
 import pytest
 
 from benchmarks.common.result_files import read_suite, write
-from benchmarks.finetuning.sweep import next_rates
 from benchmarks.pretraining.run_spec import prepare
 from benchmarks.pretraining.sweep import Sweep, run_sweep, runs
 from benchmarks.pretraining.tuning import (
@@ -18,29 +17,6 @@ from benchmarks.pretraining.tuning import (
     tuned_rates,
 )
 from examples.common.errors import ConfigError
-
-GRID = (0.001, 0.002, 0.005, 0.01, 0.02, 0.04, 0.08)
-
-
-def searched(curve):
-    """The rates that are run of a grid, where ``curve`` has the loss of each."""
-    done = {}
-    while missing := next_rates(tuple(curve), done):
-        assert not set(missing) & set(done)
-        done |= {rate: curve[rate] for rate in missing}
-    return done
-
-
-@pytest.mark.parametrize("best", range(len(GRID)))
-def test_a_search_finds_the_one_minimum(best):
-    done = searched({rate: float(abs(i - best)) for i, rate in enumerate(GRID)})
-    assert min(done, key=done.get) == GRID[best] and len(done) <= 5
-
-
-def test_a_search_takes_a_diverged_rate_for_the_worst():
-    assert set(searched({0.1: 2.0, 0.2: 3.0, 0.3: None})) == {0.1, 0.2, 0.3}
-    assert set(searched({0.1: None, 0.2: None, 0.3: 1.0})) == {0.1, 0.2, 0.3}
-    assert set(searched({0.1: None})) == {0.1}
 
 
 def loss_at(rates, best, ratio_matters=1.0):

@@ -1,1 +1,1 @@
-"""Comparison of fine-tuning methods: ``python -m benchmarks.finetuning --help``."""
+"""Comparisons of fine-tuning methods."""

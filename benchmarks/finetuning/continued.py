@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from flax import nnx
 
-from benchmarks.common.environment import RESULTS, environment
+from benchmarks.common.environment import RESULTS
 from benchmarks.common.markdown import mean_and_spread, table
 from benchmarks.common.result_files import Json, read_suite, write
 from benchmarks.finetuning import grids
@@ -160,14 +160,7 @@ def make(run: Run) -> Json | None:
     general = encode(start.tokenizer, general_texts())
     held_out = {"validation": splits.validation, "test": splits.test, "general": general}
     held_out = {name: excerpt(x, run.eval_tokens, run.seq_len) for name, x in held_out.items()}
-    record = {
-        "suite": run.suite,
-        "method": run.method,
-        "learning_rate": run.learning_rate,
-        "seed": run.seed,
-        "environment": environment(run.seed),
-        "workers": run.workers,
-        "configuration": run.configuration(),
+    record = grids.record_of(run) | {
         "text": {"fingerprint": splits.fingerprint, "tokens": len(splits.train)},
     }
     if run.method == UNTRAINED:

@@ -12,12 +12,11 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.common.environment import RESULTS, environment
+from benchmarks.common.environment import RESULTS
 from benchmarks.common.markdown import mean_and_spread, table
 from benchmarks.common.result_files import Json, read_suite, write
 from benchmarks.finetuning import grids
 from examples.common.compare import Diverged
-from examples.common.errors import ConfigError
 from examples.common.interrupt import stop_on_signals
 from examples.common.reporter import Reporter
 from examples.finetune.planner.evaluate import Evaluator
@@ -119,14 +118,7 @@ def make(run: Run) -> Json | None:
         plans_at_once=config.eval_batch_size,
         new_tokens=config.new_tokens,
     )
-    record = {
-        "suite": run.suite,
-        "method": run.method,
-        "learning_rate": run.learning_rate,
-        "seed": run.seed,
-        "environment": environment(run.seed),
-        "workers": run.workers,
-        "configuration": run.configuration(),
+    record = grids.record_of(run) | {
         "rows": {name: len(split.rows) for name, split in prepared.splits.items()},
     }
     reporter = Reporter()
@@ -162,11 +154,8 @@ def runs(sweep: Sweep) -> list[grids.RunOptions]:
 def results_table(records: list[Json]) -> str:
     """Markdown; one line for each method, after the model before training."""
     groups: dict[tuple[str, float], list[Json]] = defaultdict(list)
-    for r in records:
-        if r["seed"] != grids.TUNE_SEED and not r["diverged"]:
-            groups[r["method"], r["learning_rate"]].append(r)
-    if not groups:
-        raise ConfigError("no finished run after the tuning yet: go on with the sweep command")
+    for r in grids.after_tuning(records):
+        groups[r["method"], r["learning_rate"]].append(r)
     before = records[0]["untrained"]
     shares = (f"{100 * before['metrics'][name]:.1f}" for name in ("success", "aware_success"))
     rows = [["untrained", *[None] * 3, f"{before['loss']:.3f}", *shares, None]]

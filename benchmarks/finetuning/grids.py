@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from benchmarks.common import result_files
+from benchmarks.common.environment import environment, print_targets
 from benchmarks.common.result_files import Json, read_results
 from benchmarks.common.sweep import sweep as sweep_runs
 from examples.common.cli import exit_code, parse
@@ -88,12 +89,37 @@ def is_done(run: RunOptions) -> bool:
     return result_files.is_done(run.path, run.configuration())
 
 
+def record_of(run: RunOptions) -> Json:
+    """The first keys of a result."""
+    return {
+        "suite": run.suite,
+        "method": run.method,
+        "learning_rate": run.learning_rate,
+        "seed": run.seed,
+        "environment": environment(run.seed),
+        "workers": run.workers,
+        "configuration": run.configuration(),
+    }
+
+
 def tuning_losses(records: Iterable[Json], loss: Callable[[Json], float]) -> Losses:
     """Validation losses of the tuning."""
     found: Losses = defaultdict(dict)
     for r in records:
         if r["seed"] == TUNE_SEED:
             found[r["method"]][r["learning_rate"]] = None if r["diverged"] else loss(r)
+    return found
+
+
+def after_tuning(records: Iterable[Json]) -> list[Json]:
+    """The runs with other seeds that did not diverge.
+
+    Raises:
+      ConfigError: if there are none.
+    """
+    found = [r for r in records if r["seed"] != TUNE_SEED and not r["diverged"]]
+    if not found:
+        raise ConfigError("no finished run after the tuning yet: go on with the sweep command")
     return found
 
 
@@ -145,6 +171,8 @@ class Comparison(NamedTuple):
     """A result in a few words."""
     table: Callable[[list[Json]], str]
     """Results as Markdown."""
+    targets: Callable[[list[Json]], list[Json]] = lambda records: []
+    """What is asked of them."""
 
     def main(self, commands: Any, argv: Sequence[str] | None = None) -> int:
         """Run a command and return its exit code."""
@@ -168,7 +196,10 @@ class Comparison(NamedTuple):
                     only_plan=command.plan,
                     searching=True,
                 )
-        print(self.table(read_results(command.root, command.suite)))
+        records = read_results(command.root, command.suite)
+        print(self.table(records))
+        if targets := self.targets(records):
+            print_targets(targets)
         return 0
 
 
