@@ -212,3 +212,37 @@ def test_a_start_is_known_in_every_format_and_no_basis_is_taken_for_one(dtype, s
         for pair in zip(*([s[0].basis for s in x] for x in (states, states[1:])), strict=False)
     ]
     assert moved == [False, True, False, False]
+
+
+@pytest.mark.parametrize("method", ["power", "svd"])
+def test_tucker_of_a_mode_of_length_one_starts_at_its_first_gradient(method):
+    tx = ng.chain(
+        ng.low_rank_project(
+            rank=(1, 2, 2), update_interval=INTERVAL, method=method, where=lambda p, x: True
+        ),
+    )
+    steps, params = ng.training.low_rank_steps(tx), {"conv": jnp.zeros((1, 6, 8))}
+    _, state = tx.update(params, tx.init(params))
+    rng = np.random.default_rng(0)
+    G = {"conv": jnp.asarray(rng.standard_normal((6, 2)) @ rng.standard_normal((2, 8)))[None]}
+    _, state = tx.update(G, state)
+    low = steps.project(G, state)["conv"]
+    assert float(jnp.sum(low**2)) > 0.99 * float(jnp.sum(G["conv"] ** 2))
+
+
+@pytest.mark.parametrize("method", ["power", "svd"])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_basis_that_equals_the_start_by_chance_has_started(method, sign):
+    """Gradients of two classes are opposite, as the two rows of the start."""
+    settings = {
+        "rank": 1,
+        "update_interval": INTERVAL,
+        "stagger": False,
+        "where": lambda p, x: True,
+    }
+    tx = ng.chain(ng.low_rank_project(method=method, **settings))
+    state = tx.init({"head": jnp.zeros((2, 5))})
+    for rows in ([-1.0, 1.0], [1.0, 0.0]):
+        before = state
+        _, state = tx.update({"head": sign * jnp.outer(jnp.array(rows), jnp.arange(1.0, 6))}, state)
+    np.testing.assert_array_equal(_factor(before, "head"), _factor(state, "head"))

@@ -257,3 +257,13 @@ def test_only_what_is_meant_to_be_public_is():
         submodules = [public.pop(name) for name in ("training", "contrib") if name in public]
         assert submodules == ([ng.training, ng.contrib] if module is ng else [])
         assert all(v.__module__.startswith("natgalore_jax.") for v in public.values())
+
+
+def test_flags_and_axes_may_be_a_tree_of_an_equinox_model():
+    model = eqx.filter(eqx.nn.MLP(8, 8, 8, 1, key=jax.random.key(0)), eqx.is_inexact_array)
+    flags = jax.tree.map(lambda x: x.ndim > 1, model)
+    axes = jax.tree.map(lambda x: ng.MatrixAxes(0, 1), model)
+    for settings in ({"where": flags}, {"where": flags, "axes": axes}):
+        state = jax.eval_shape(ng.galore_adamw(0.1, rank=2, **settings).init, model)
+        mu = optax.tree.get(state, "mu")
+        assert mu.layers[0].weight.shape == (2, 8) and mu.layers[0].bias.shape == (8,)

@@ -187,3 +187,18 @@ def test_accumulation_around_with_a_residual_is_that_of_the_mean_gradient(residu
     for i, (expected, _) in enumerate(run(tx, means)):
         assert_close(around[K * i + K - 1][0], expected, rtol=1e-4, atol=1e-5)
         assert not any(np.any(u) for u in jax.tree.leaves(around[K * i][0]))
+
+
+@pytest.mark.parametrize("residual", ["none", "fisher"])
+def test_one_step_is_no_accumulation(residual):
+    alone, accumulated = (
+        ng.chain(ng.low_rank_project(rank=2), inner, ng.project_back(residual=residual))
+        for inner in (optax.scale_by_adam(), optax.MultiSteps(optax.scale_by_adam(), 1))
+    )
+    params = {"w": jnp.ones((6, 8))}
+    G = [{"w": jax.random.normal(jax.random.key(t), (6, 8))} for t in range(3)]
+    states = [tx.init(params) for tx in (alone, accumulated)]
+    for g in G:
+        a, states[0] = alone.update(g, states[0], params)
+        b, states[1] = accumulated.update(g, states[1], params)
+        np.testing.assert_allclose(a["w"], b["w"], rtol=1e-6, atol=1e-7)

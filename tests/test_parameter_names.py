@@ -5,6 +5,8 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 
 import natgalore_jax as ng
@@ -74,3 +76,18 @@ def test_joined_names_have_no_state_in_a_subspace():
     params = {str(i): {k: v} for i, (k, v) in enumerate(params.items())}  # keys of one type each
     bases = ng.natural_galore_adamw(1e-2, rank=4).init(params)[0].basis
     assert [leaf.shape for leaf in jax.tree.leaves(bases)] == [(64, 4)]
+
+
+def test_names_that_read_alike_are_different_parameters():
+    params = {"a": {"b": jnp.ones((6, 8))}, "a/b": jnp.ones(8)}
+    tx = ng.chain(ng.low_rank_project(rank=2), ng.woodbury_natural_gradient(history=2))
+    updates, state = tx.update(params, tx.init(params))
+    np.testing.assert_array_equal(updates["a/b"], params["a/b"])
+    assert isinstance(state[1].history.gram["a/b"], optax.MaskedNode)
+
+    params = {"a": {"b": jnp.ones((6, 8))}, "a/b": jnp.ones((3, 6, 8))}
+    state = tx.init(params)
+    assert state[1].history.columns["a"]["b"].shape == (2, 2, 8)
+    assert state[1].history.columns["a/b"].shape == (3, 2, 2, 8)
+    rows = ng.memory_report(tx, params).parameters
+    assert [row.layers for row in rows] == [1, 3]

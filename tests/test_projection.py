@@ -184,3 +184,28 @@ def test_one_matrix_axes_for_all():
         "a": (4, 20),
         "s": (3, 4, 9),
     }
+
+
+def test_a_subspace_inside_a_subspace_is_refused():
+    inner = ng.galore_adamw(1e-2, rank=2)
+    with pytest.raises(ValueError, match="a subspace inside a subspace"):
+        ng.chain(ng.low_rank_project(rank=4), inner, ng.project_back())
+    hidden = optax.chain(optax.clip(1.0), ng.natural_galore(rank=2))
+    tx = ng.chain(ng.low_rank_project(rank=4), hidden, ng.project_back())
+    with pytest.raises(ValueError, match="after project_back"):
+        tx.init({"w": jnp.ones((6, 8))})
+
+
+def test_containers_that_differ_are_named():
+    tx = ng.galore_adamw(1e-2, rank=2)
+    state = tx.init({"layers": [jnp.ones((6, 8))]})
+    with pytest.raises(ValueError, match="layers is of type tuple, and there of type list"):
+        tx.update({"layers": (jnp.ones((6, 8)),)}, state)
+
+
+def test_the_state_of_the_residual_fits_the_update():
+    tx = ng.chain(ng.low_rank_project(rank=2), ng.project_back(residual="fisher"))
+    state = tx.init({"w": jnp.ones((6, 8))})
+    message = r"w: an update of shape \(6, 12\) needs residual_fisher of shape \(12,\), .* \(8,\)"
+    with pytest.raises(ValueError, match=message):
+        tx.update({"w": jnp.ones((6, 12))}, state)

@@ -221,3 +221,8 @@ def test_hidden_matrices_that_are_too_small_to_be_projected_are_clipped_too(fact
     grads = jax.tree.map(jnp.ones_like, params)
     updates, _ = factory(1.0, rank=16).update(grads, factory(1.0, rank=16).init(params), params)
     np.testing.assert_allclose(np.linalg.norm(updates["small"], 2), 0.2 * np.sqrt(256), rtol=1e-5)
+
+
+def test_a_vector_that_is_selected_is_an_error_of_init():
+    with pytest.raises(ValueError, match="bias: a matrix needs at least two axes"):
+        ng.clip_leading_singular_value(where=True).init({"bias": jnp.ones(3)})

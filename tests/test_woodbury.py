@@ -127,3 +127,40 @@ def test_only_projected_matrices_have_a_history_inside_a_subspace():
     assert history.columns["w"].shape == (3, 2, 8)
     assert isinstance(history.columns["embed"], optax.MaskedNode)
     assert isinstance(history.columns["b"], optax.MaskedNode)
+
+
+@pytest.mark.parametrize("mode", ["absolute", "relative"])
+@pytest.mark.parametrize("bad", [(1,), (4,), (0, 5), (4, 5)])
+def test_a_gradient_that_is_not_finite_leaves_no_trace(bad, mode):
+    length, gradients = 3, normals(9)
+    given = [np.full_like(g, np.nan) if t in bad else g for t, g in enumerate(gradients)]
+    results = run(given, history=length, damping=0.3, damping_mode=mode)
+    seen = []
+    for t, (g, got) in enumerate(zip(gradients, results, strict=True)):
+        if t in bad:
+            assert not np.isfinite(got).any()
+            continue
+        seen.append(g)
+        want = dense_natural_gradient(seen, length, 0.3, mode == "relative")
+        np.testing.assert_allclose(got.ravel(), want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
+
+
+def test_each_matrix_of_a_stack_has_its_own_history():
+    stacks = normals(8, (2, 6, 9))
+    stacks[2][0] = np.inf
+    together = run(stacks, history=3, damping=0.2)
+    for layer in range(2):
+        finite = [t for t in range(8) if (t, layer) != (2, 0)]
+        alone = run([stacks[t][layer] for t in finite], history=3, damping=0.2)
+        for t, got in zip(finite, alone, strict=True):
+            np.testing.assert_allclose(together[t][layer], got, rtol=1e-5, atol=1e-7)
+
+
+def test_tiny_gradients_in_float16_have_finite_natural_gradients():
+    (natural,) = run([np.full((4, 4), 6e-7, np.float16)], history=2, damping_mode="relative")
+    np.testing.assert_array_equal(natural, float(jnp.finfo(jnp.float16).max))
+
+
+def test_a_damping_beyond_float32_gives_zero():
+    (natural,) = run(normals(1), history=2, damping=lambda step: jnp.float32(jnp.inf))
+    assert np.abs(natural).max() < 1e-37

@@ -78,6 +78,8 @@ def new_basis(
     with jax.default_matmul_precision("highest"):
         kernel = _svd_right if method == "svd" and is_right else _KERNELS[method]
         Q = kernel(G32, P32, key, is_first)
+    # With few rows a basis may be the start by chance, and would count as a start for ever.
+    Q = Q.at[:, 0].multiply(jnp.where(is_start(Q[:, 0]), -1.0, 1.0))
     if method in FACTORISING:
         Q = jnp.where(jnp.all(jnp.isfinite(Q)), Q, P32)
     return Q.astype(P.dtype)

@@ -142,6 +142,16 @@ def empty_fisher(plan: LeafPlan, low_rank: Any) -> jax.Array:
     return jnp.sum(optax.tree.zeros_like(low_rank, dtype=jnp.float32), phi_axes(plan).low)
 
 
+def check_fisher(plan: LeafPlan, fisher: jax.Array) -> None:
+    """Check that Fisher entries made at init fit the update's shape."""
+    expected = tuple(plan.shape[a] for a in phi_axes(plan).owners)
+    if jnp.shape(fisher) != expected:
+        raise ValueError(
+            f"{plan.path}: an update of shape {plan.shape} needs residual_fisher of shape "
+            f"{expected}, but the state made at init has {jnp.shape(fisher)}"
+        )
+
+
 # σ of "fisher" is twice the root mean square of AdamW's updates.
 RULES = {
     "fira": ResidualRule(_fira, scale=1.0, rms=None),

@@ -229,7 +229,7 @@ def _has_factors(factored: Where, params: Any) -> list[bool]:
         is_chosen
         and jnp.ndim(leaf) > 1
         and 0 not in jnp.shape(leaf)  # without means
-        and str(KeyPath(path)) not in plans
+        and KeyPath(path) not in plans
         for (path, leaf), is_chosen in zip(leaves, chosen, strict=True)
     ]
 

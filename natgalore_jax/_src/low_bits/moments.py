@@ -93,7 +93,7 @@ class EightBits(NamedTuple):
         leaves = jax.tree_util.tree_leaves_with_path(params)
         for (path, leaf), chosen in zip(leaves, selected(self.where, params), strict=True):
             leaf = shape_and_dtype(path, leaf)
-            plan = plans.get(str(KeyPath(path)))
+            plan = plans.get(KeyPath(path))
             nb = len(plan.batch) if plan else 0
             # Of one matrix, so that a stack of layers is stored as its layers are.
             size = math.prod(leaf.shape[nb:])

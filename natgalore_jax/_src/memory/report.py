@@ -223,7 +223,7 @@ def memory_report(
     with record_plans() as recorded:
         # eval_shape caches by function and would not record plans again: pass a new function.
         state = jax.eval_shape(lambda p: tx.init(p), params)
-    plans: dict[str, dict[LeafPlan, None]] = {}
+    plans: dict[KeyPath, dict[LeafPlan, None]] = {}
     for plan in recorded:
         plans.setdefault(plan.path, {})[plan] = None
 
@@ -231,13 +231,12 @@ def memory_report(
     pieces, shared_bytes = attribute(tx, state, jax.tree.structure(params))
     rows = []
     for (path, leaf), own in zip(leaves, pieces, strict=True):
-        name = str(KeyPath(path))
-        own_plans = list(plans.get(name, ()))
+        own_plans = list(plans.get(KeyPath(path), ()))
         plan = own_plans[0] if own_plans else None
         parts = {f"{part}_bytes": sum(p.bytes for p in own if p.part == part) for part in _PARTS}
         rows.append(
             ParameterMemory(
-                path=name,
+                path=str(KeyPath(path)),
                 shape=tuple(leaf.shape),
                 dtype=str(leaf.dtype),
                 side=_side(plan) if plan else None,

@@ -12,7 +12,7 @@ from natgalore_jax._src.kernels.residual import Rule
 from natgalore_jax._src.kernels.rotation import Transition
 from natgalore_jax._src.low_bits.adam import adam_with_bits, scale_by_adam_8bit
 from natgalore_jax._src.params.axes import AxesLike
-from natgalore_jax._src.params.checks import check_number
+from natgalore_jax._src.params.checks import check_number, check_rate
 from natgalore_jax._src.params.plan import Side
 from natgalore_jax._src.params.where import Where, hidden_matrices, selected
 from natgalore_jax._src.subspace.chain import Composite, chain
@@ -146,7 +146,8 @@ def natural_galore_adamw(
     gradient are dropped, and the leading singular value of the update is clipped
     (``singular_limit`` of :func:`project_back`). docs/experiments.md has the gain of each part.
 
-    It equals this composition, which gives access to all other settings::
+    It equals this composition, which gives access to all other settings (except that parameters
+    that ``where`` selects are never multiplied by ``unprojected_ratio``)::
 
       ng.chain(
           ng.low_rank_project(rank, update_interval, side, where=where, axes=axes,
@@ -244,7 +245,8 @@ def lean_natural_galore_adamw(
     * Embedding and output head have a momentum in 8 bits and factored second moments
       (:func:`scale_by_adam_8bit`), not two float32 numbers for each weight.
 
-    It equals this composition, which gives access to all other settings::
+    It equals this composition, which gives access to all other settings (except that parameters
+    that ``where`` selects are never multiplied by ``unprojected_ratio``)::
 
       ng.chain(
           ng.low_rank_project(rank, update_interval, side, where=where, axes=axes,
@@ -309,6 +311,8 @@ def _adamw_in(
     learning_rate: optax.ScalarOrSchedule,
 ) -> optax.GradientTransformationExtraArgs:
     """Natural GaLore with ``adam`` in the subspace between ``opener`` and ``closer``."""
+    check_rate("learning_rate", learning_rate)
+    check_rate("weight_decay", weight_decay)
     return chain(
         opener,
         compact_natural_gradient(adam, modes=opener.number_of_modes, cautious=True),

@@ -6,6 +6,7 @@ import optax
 
 from natgalore_jax._src.optimizers.torch_adam import decay_after_step, scale_by_transformers_adam
 from natgalore_jax._src.params.axes import AxesLike
+from natgalore_jax._src.params.checks import check_adam, check_rate
 from natgalore_jax._src.params.where import Where, hidden_matrices
 from natgalore_jax._src.subspace.chain import chain
 from natgalore_jax._src.subspace.project import low_rank_project
@@ -54,6 +55,7 @@ def published_galore_adamw(
       >>> state[1].mu["w"].shape
       (2, 8)
     """
+    _check(learning_rate, b1, b2, eps, weight_decay)
     return chain(
         _published_projection(rank, update_interval, side, where, axes),
         scale_by_transformers_adam(b1, b2, eps),
@@ -110,6 +112,7 @@ def published_natural_galore_adamw(
       >>> tx.init({"w": jnp.ones((6, 8))})[2].mu["w"].shape
       (2, 2)
     """
+    _check(learning_rate, b1, b2, eps, weight_decay)
     return chain(
         _published_projection(rank, update_interval, "both", where, axes),
         woodbury_natural_gradient(history, damping, damping_mode="absolute"),
@@ -177,6 +180,7 @@ def paper_natural_galore_adamw(
       >>> tx.init({"w": jnp.ones((6, 8))})[2].mu["w"].shape
       (2, 8)
     """
+    _check(learning_rate, b1, b2, eps)
     return chain(
         _published_projection(rank, update_interval, "short", where, axes),
         woodbury_natural_gradient(history, damping, damping_mode="absolute"),
@@ -197,3 +201,9 @@ def _published_projection(rank, update_interval, side, where, axes):
         where=where,
         axes=axes,
     )
+
+
+def _check(learning_rate, b1, b2, eps, weight_decay=0.0):
+    check_rate("learning_rate", learning_rate)
+    check_rate("weight_decay", weight_decay)
+    check_adam(b1, b2, eps)

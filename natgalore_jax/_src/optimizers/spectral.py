@@ -70,4 +70,8 @@ def clip_leading_singular_value(
         (clipped,) = merged(for_each(clip_each, own, (leaves,), limit), leaves)
         return treedef.unflatten(clipped), state
 
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update_fn)
+    def init_fn(params):
+        plan_tree(settings, params)  # for its errors
+        return optax.EmptyState()
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -7,7 +7,7 @@ from typing import Any, cast
 import jax
 
 from natgalore_jax._src.params.checks import check_integer
-from natgalore_jax._src.params.where import KeyPath, entry_per_leaf
+from natgalore_jax._src.params.where import KeyPath, entry_per_leaf, is_function
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ def _is_axes(x: Any) -> bool:
 
 def axes_per_leaf(axes: AxesLike, tree: Any) -> list[MatrixAxes | None]:
     """One entry per leaf of ``tree`` from any form of ``axes``; None for no matrix."""
-    if callable(axes):
+    if is_function(axes):
         axes = axes(tree)
     # Read from the whole argument: optax.masked may hide all that have dimension numbers.
     as_in_optax = any(

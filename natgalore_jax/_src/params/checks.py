@@ -25,6 +25,11 @@ def check_integer(name: str, value: Any, minimum: int, maximum: int | None = Non
         raise ValueError(f"{name} must be at most {maximum}, got {value}")
 
 
+def check_transformation(name: str, value: Any) -> None:
+    if not (hasattr(value, "init") and hasattr(value, "update")):
+        raise TypeError(f"{name} must be a gradient transformation, got {value!r}")
+
+
 def check_interval(name: str, value: Any) -> None:
     """Check a number of steps; step counts are int32 and saturate."""
     check_integer(name, value, minimum=1, maximum=2**31 - 1)
@@ -57,21 +62,41 @@ def check_float_dtype(name: str, value: Any, others: str = "") -> None:
 
 
 def check_stored_dtype(name: str, value: Any) -> None:
-    """Check for a floating-point dtype, int8, int4, or None for the default."""
+    """Check for a floating-point dtype of 16 bits or more, int8, int4, or None for the default."""
     if not isinstance(value, jax.Array):
         with contextlib.suppress(TypeError):
             if jnp.dtype(value) in (jnp.int8, jnp.int4):
                 return
     check_float_dtype(name, value, ", int8 or int4")
+    if value is not None and jnp.finfo(value).bits < 16:
+        raise TypeError(
+            f"{name} must be a floating-point dtype of 16 bits or more, int8 or int4, got {value!r}"
+        )
 
 
-def check_number(name: str, value: Any, *, above: float | None = None) -> None:
+def check_number(
+    name: str, value: Any, *, above: float | None = None, below: float | None = None
+) -> None:
     """Check for a real number or a scalar array; values of traced arrays are not checked."""
     _check_scalar(name, value)
-    if above is not None and not isinstance(value, jax.core.Tracer) and not float(value) > above:
-        raise ValueError(f"{name} must be greater than {above:g}, got {value}")
+    if not isinstance(value, jax.core.Tracer):
+        if above is not None and not float(value) > above:
+            raise ValueError(f"{name} must be greater than {above:g}, got {value}")
+        if below is not None and not float(value) < below:
+            raise ValueError(f"{name} must be less than {below:g}, got {value}")
     if isinstance(value, Real) and math.isnan(value):
         raise ValueError(f"{name} must be a number, got {value}")
+
+
+def check_seed(value: Any) -> None:
+    """Check for a seed; without x64 ``jax.random.key`` would drop higher bits."""
+    check_integer("seed", value, minimum=0, maximum=2**32 - 1)
+
+
+def check_rate(name: str, value: Any) -> None:
+    """Check for a number or a schedule."""
+    if not callable(value):
+        check_number(name, value)
 
 
 def check_decay(name: str, value: Any) -> None:

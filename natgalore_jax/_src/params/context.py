@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import jax
 
 from natgalore_jax._src.params.plan import LeafPlan
+from natgalore_jax._src.params.where import KeyPath
 
-_open: contextvars.ContextVar[Mapping[str, LeafPlan] | None] = contextvars.ContextVar(
+_open: contextvars.ContextVar[Mapping[KeyPath, LeafPlan] | None] = contextvars.ContextVar(
     "open_subspace", default=None
 )
 _layer: contextvars.ContextVar["LayerView | None"] = contextvars.ContextVar(
@@ -47,7 +48,7 @@ def open_subspace(plans: Sequence[LeafPlan | None]) -> Iterator[None]:
         yield
 
 
-def current_subspace() -> Mapping[str, LeafPlan] | None:
+def current_subspace() -> Mapping[KeyPath, LeafPlan] | None:
     """The projected leaves by path, or None outside of a subspace."""
     return _open.get()
 
@@ -67,8 +68,8 @@ class LayerView(NamedTuple):
     whose updates are discarded.
     """
 
-    lengths: Mapping[str, int]  # by path: L, or 1 for a parameter that is not stacked
-    active: frozenset[str]  # paths
+    lengths: Mapping[KeyPath, int]  # by path: L, or 1 for a parameter that is not stacked
+    active: frozenset[KeyPath]
     index: jax.Array  # shape (), int32: number of the layer
 
 
@@ -97,10 +98,10 @@ def matrices_of(plan: LeafPlan) -> tuple[int, jax.Array | int]:
     if view is None:
         return plan.layers, 0
     if plan.path not in view.lengths:
+        known = ", ".join(sorted(map(str, view.lengths))[:6])
         raise ValueError(
-            f"{plan.path} is not a parameter of per_layer: "
-            f"{', '.join(sorted(view.lengths)[:6])}, ...; a transformation around a subspace must "
-            "keep the tree of the parameters"
+            f"{plan.path} is not a parameter of per_layer: {known}, ...; a transformation around a "
+            "subspace must keep the tree of the parameters"
         )
     return plan.layers * view.lengths[plan.path], layer_index() * plan.layers
 

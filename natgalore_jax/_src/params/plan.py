@@ -31,7 +31,7 @@ class LeafPlan:
     rank.
     """
 
-    path: str
+    path: KeyPath
     shape: tuple[int, ...]
     batch: tuple[int, ...]  # axes of independent matrices
     modes: tuple[tuple[int, ...], ...]  # the axes of each mode
@@ -40,7 +40,7 @@ class LeafPlan:
     @property
     def unnamed(self) -> "LeafPlan":
         """The plan without its path, equal for all parameters of this shape."""
-        return dataclasses.replace(self, path="")
+        return dataclasses.replace(self, path=KeyPath())
 
     def stacked(self, length: int) -> "LeafPlan":
         """The plan of a stack of such parameters, with a new first axis."""
@@ -206,15 +206,13 @@ def _plan_leaf(
         return _plan_tucker(settings, path, shape, by_default)
     batch, modes = matrix_modes(path, shape, axes)
     if settings.rank is None:
-        return LeafPlan(str(path), shape, batch, modes, (None, None))
+        return LeafPlan(path, shape, batch, modes, (None, None))
     m, n = (math.prod(shape[a] for a in mode) for mode in modes)
     if by_default and min(m, n) <= settings.rank:
         return None
     rank = min(settings.rank, m, n)
     left, right = _projected_sides(settings.side, m, n)
-    return LeafPlan(
-        str(path), shape, batch, modes, (rank if left else None, rank if right else None)
-    )
+    return LeafPlan(path, shape, batch, modes, (rank if left else None, rank if right else None))
 
 
 def _check_dtype(path: KeyPath, leaf: Any) -> None:
@@ -251,7 +249,7 @@ def _plan_tucker(
     sizes = [shape[a] for (a,) in modes]
     columns = [math.prod(sizes) // max(size, 1) for size in sizes]
     clipped = tuple(min(entries) for entries in zip(ranks, sizes, columns, strict=True))
-    return LeafPlan(str(path), shape, batch, modes, clipped)
+    return LeafPlan(path, shape, batch, modes, clipped)
 
 
 def matrix_modes(

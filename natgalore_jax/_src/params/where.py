@@ -3,7 +3,7 @@
 import itertools
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -165,12 +165,17 @@ def _is_named_otherwise(parts: list[str], shape: tuple[int, ...]) -> bool:
     return any("moe" in part for part in parts) or 8 * small < large
 
 
+def is_function(x: Any) -> TypeGuard[Callable[..., Any]]:
+    """Whether x is a function and not a tree: modules of Equinox are trees that can be called."""
+    return callable(x) and jax.tree_util.all_leaves([x])
+
+
 def selected(where: Where, tree: Any, name: str = "where") -> list[bool]:
     """One boolean per leaf of ``tree`` from any form of ``where``; errors begin with ``name``."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     for path, leaf in leaves:
         shape_and_dtype(path, leaf)  # for its error, before where is called
-    if callable(where):
+    if is_function(where):
         return [bool(where(KeyPath(path), leaf)) for path, leaf in leaves]
     flags = entry_per_leaf(name, where, tree)
     for flag in flags:
@@ -199,7 +204,7 @@ def entry_per_leaf(
             return []
         if (is_entry is not None and is_entry(prefix)) or jax.tree_util.all_leaves([prefix]):
             return [prefix] * len(jax.tree.leaves(tree))
-        (expected, expected_kind), (received, received_kind) = map(_one_level, (tree, prefix))
+        (expected, expected_kind), (received, received_kind) = map(one_level, (tree, prefix))
         if received_kind != expected_kind:
             raise ValueError(
                 f"{name} is not a prefix of the tree of parameters: {KeyPath(path)} is "
@@ -214,6 +219,6 @@ def entry_per_leaf(
     return entries(prefix, tree, ())
 
 
-def _one_level(node: Any) -> tuple[list[tuple[Any, Any]], Any]:
+def one_level(node: Any) -> tuple[list[tuple[Any, Any]], Any]:
     """The children of a node with their keys, and the type of the node."""
     return jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)

@@ -20,7 +20,7 @@ class Parts:
     """Leaves of a tree of parameters that belong to the stack, by number."""
 
     treedef: Any
-    paths: tuple[str, ...]
+    paths: tuple[KeyPath, ...]
     shapes: tuple[jax.ShapeDtypeStruct, ...]
     stack_treedef: Any  # of the subtree of stacked parameters
     stacked: tuple[int, ...]  # in the order of its leaves
@@ -62,14 +62,15 @@ def split_params(params: Any, layers: Selector, weight_dtype: Any = None) -> Par
     if isinstance(params, QuantizedWeights):
         params = jax.eval_shape(lambda p: decoded(p, weight_dtype), params)
     entries, treedef = jax.tree_util.tree_flatten_with_path(params)
-    paths = tuple(str(KeyPath(path)) for path, _ in entries)
+    paths = tuple(KeyPath(path) for path, _ in entries)
     shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for _, x in entries)
     numbers = treedef.unflatten(range(len(paths)))
     try:
         stack = _select(numbers, layers)
     except (KeyError, AttributeError, TypeError) as error:
+        known = ", ".join(map(str, paths[:6]))
         raise ValueError(
-            f"layers={layers!r} selects nothing from the parameters: {', '.join(paths[:6])}, ..."
+            f"layers={layers!r} selects nothing from the parameters: {known}, ..."
         ) from error
     stacked, stack_treedef = jax.tree.flatten(stack)
     if not stacked:

@@ -113,7 +113,7 @@ def _check_independence(
     for name, owner, found in zip(names, owners, sources, strict=True):
         foreign = found if owner is None else found & ~own if owner in active else 0
         if foreign:
-            culprits = [path for i, path in enumerate(parts.paths) if foreign & (1 << i)]
+            culprits = [str(path) for i, path in enumerate(parts.paths) if foreign & (1 << i)]
             raise ValueError(
                 f"{name} depends on {', '.join(culprits[:3])}{', ...' if culprits[3:] else ''}. "
                 "per_layer updates one layer before the gradients of other layers exist, so that "

@@ -121,5 +121,5 @@ def _check_plans(parts: Parts, whole: Sequence[LeafPlan], single: Sequence[LeafP
     if names:
         raise ValueError(
             "where or axes treat one layer differently from the stack, for "
-            f"{', '.join(sorted(names))}"
+            f"{', '.join(sorted(map(str, names)))}"
         )

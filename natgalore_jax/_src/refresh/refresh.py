@@ -207,10 +207,12 @@ def _refresh_resharded(settings, plans, schedule, place, gradients, bases, basis
 
 def _due(plan: LeafPlan, schedule: _Schedule, place: _Place, bases: Sequence[Any]) -> Due:
     """Matrices of one kind that are due for a refresh: (parameters · layers,)."""
-    mode, nb = plan.projected_modes[0], len(plan.batch)
+    nb, modes = len(plan.batch), plan.projected_modes
+    # The basis of a mode of length 1 is the same before and after a refresh.
+    i = next((i for i, mode in enumerate(modes) if plan.mode_sizes[mode] > 1), 0)
+    shape = plan.factor_shape(modes[i])
     columns = [
-        jax.lax.slice_in_dim(load(P[0], plan.factor_shape(mode), jnp.float32, nb), 0, 1, axis=-1)
-        for P in bases
+        jax.lax.slice_in_dim(load(P[i], shape, jnp.float32, nb), 0, 1, axis=-1) for P in bases
     ]
     column = jnp.moveaxis(jnp.concatenate(columns, axis=-1), -1, 0)
     is_first = replicated(is_start(column, nb + 1)).reshape(-1)

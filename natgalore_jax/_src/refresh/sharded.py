@@ -137,7 +137,7 @@ def _refresh_by_layer(settings, plans, groups, is_due, matrix_keys, is_first):
     of_layers = layouts[0][layer_axis]
     for of in layouts[1:]:
         if of[0] != of_layers:
-            paths = ", ".join(p.path for p in plans)
+            paths = ", ".join(str(p.path) for p in plans)
             raise ValueError(
                 f"{paths}: the layers of its state must be sharded over {of_layers}, as the "
                 f"parameter, got {of[0]}: use natgalore_jax.training.state_shardings"

@@ -11,7 +11,7 @@ from natgalore_jax._src.kernels.kernel import own_arithmetic
 from natgalore_jax._src.kernels.linear_codes import LinearCodes, bits_of, codes_shape
 from natgalore_jax._src.params.context import open_subspace
 from natgalore_jax._src.params.plan import LeafPlan
-from natgalore_jax._src.params.where import KeyPath, shape_and_dtype
+from natgalore_jax._src.params.where import KeyPath, one_level, shape_and_dtype
 
 
 def flatten_like(updates: Any, tree: Any, what: str) -> list[Any]:
@@ -22,10 +22,28 @@ def flatten_like(updates: Any, tree: Any, what: str) -> list[Any]:
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             shape_and_dtype(path, leaf)  # a whole model: its own error says how to filter it
         here, there = _paths(updates), _paths(tree)
+        difference = (
+            f"only in the updates: {_listed(here - there)}; only there: {_listed(there - here)}"
+            if here != there
+            else _other_container(updates, tree)
+        )
         raise ValueError(
-            f"the updates have another tree structure than {what}: only in the updates: "
-            f"{_listed(here - there)}; only there: {_listed(there - here)}"
+            f"the updates have another tree structure than {what}: {difference}"
         ) from error
+
+
+def _other_container(updates: Any, tree: Any, path: tuple[Any, ...] = ()) -> str:
+    """The first node of two trees with equal paths that is of another type."""
+    (mine, kind), (theirs, other_kind) = one_level(updates), one_level(tree)
+    if kind != other_kind:
+        types = [type(node).__name__ for node in (updates, tree)]
+        return f"{KeyPath(path)} is of type {types[0]}, and there of type {types[1]}"
+    below = (
+        _other_container(own, other, (*path, *key))
+        for (key, own), (_, other) in zip(mine, theirs, strict=True)
+        if key
+    )
+    return next(filter(None, below), "")
 
 
 def _paths(tree: Any) -> set[str]:

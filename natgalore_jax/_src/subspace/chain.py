@@ -1,6 +1,7 @@
 """``optax.chain`` with subspaces."""
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from natgalore_jax._src.params.dependence import sources_of_outputs
 from natgalore_jax._src.states.tree_checks import with_dtypes_of
 from natgalore_jax._src.subspace.project import LowRankProject, LowRankProjectState
 from natgalore_jax._src.subspace.project_back import ProjectBack, project_back
-from natgalore_jax._src.subspace.subspace import Subspace, with_residual_error
+from natgalore_jax._src.subspace.subspace import NESTED, Subspace, with_residual_error
 
 
 class Chain(optax.GradientTransformationExtraArgs):
@@ -167,9 +168,11 @@ def _members(transforms: tuple[Any, ...]) -> list[Any]:
 
 
 def _subspace(opener: LowRankProject, inner: list[Any], closer: ProjectBack) -> Subspace:
+    if any(isinstance(m, Subspace) for tx in inner for m in getattr(tx, "members", ())):
+        raise ValueError(NESTED)
     inside = tuple(optax.with_extra_args_support(_transformation(tx)) for tx in inner)
     accumulation = _accumulation(inner, opener)
-    if accumulation > 1 and closer.residual is not None:
+    if accumulation not in (None, 1) and closer.residual is not None:
         raise ValueError(with_residual_error("optax.MultiSteps", closer.residual.rule))
     return Subspace(opener, inside, closer, accumulation)
 
@@ -182,13 +185,16 @@ def _transformation(tx: Any) -> optax.GradientTransformation:
     return tx
 
 
-def _accumulation(inner: list[Any], opener: LowRankProject) -> int:
-    """Steps of an ``optax.MultiSteps`` among the inner transformations, else 1."""
-    steps = 1
-    for tx in inner:
-        multi = tx if isinstance(tx, optax.MultiSteps) else getattr(tx.update, "__self__", None)
-        if isinstance(multi, optax.MultiSteps):
-            steps *= _constant_steps(multi._every_k_schedule)  # not public in Optax
+def _accumulation(inner: list[Any], opener: LowRankProject) -> int | None:
+    """Steps of an ``optax.MultiSteps`` among the inner transformations, if there is one."""
+    found = [
+        tx if isinstance(tx, optax.MultiSteps) else getattr(tx.update, "__self__", None)
+        for tx in inner
+    ]
+    found = [tx for tx in found if isinstance(tx, optax.MultiSteps)]
+    if not found:
+        return None
+    steps = math.prod(_constant_steps(tx._every_k_schedule) for tx in found)  # not public
     interval = opener.refresh.update_interval
     if steps > 1 and opener.refresh.method == "online":
         raise ValueError(

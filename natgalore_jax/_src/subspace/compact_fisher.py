@@ -1,5 +1,6 @@
 """Natural gradient with a compact Fisher matrix, around an inner optimizer."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from natgalore_jax._src.params.checks import (
     check_decay,
     check_integer,
     check_number,
+    check_transformation,
     check_unused,
 )
 from natgalore_jax._src.params.context import current_subspace
@@ -150,7 +152,7 @@ def compact_natural_gradient(
     check_decay("decay", decay)
     check_choice("damping_mode", damping_mode, DampingMode)
     if not callable(damping):
-        check_number("damping", damping, above=0.0)
+        check_number("damping", damping, above=0.0, below=math.inf)
     check_choice("structure", structure, STRUCTURES)
     check_integer("modes", modes, minimum=2)
     check_boolean("cautious", cautious)
@@ -160,6 +162,8 @@ def compact_natural_gradient(
     if inner is None and structure == "diagonal":
         check_unused("cautious", cautious, False, "on the low-rank gradient itself (inner=None)")
     relative, diagonal = damping_mode == "relative", structure == "diagonal"
+    if inner is not None:
+        check_transformation("inner", inner)
     # The low-rank axis of each mode in R. The unprojected mode of a matrix may have several axes.
     axes = (0, -1) if modes == 2 else tuple(range(modes))
     settings = _Settings(axes, diagonal, relative, float(exponent), cautious)
@@ -231,7 +235,7 @@ def _start(path: KeyPath, leaf: Any, axes: Sequence[int], diagonal: bool) -> dic
             "compact_natural_gradient acts on low-rank gradients and there are none here: use "
             "it in natgalore_jax.chain after low_rank_project"
         )
-    plan = plans.get(str(path))
+    plan = plans.get(path)
     if plan is None:
         return {}
     if len(plan.modes) != len(axes):

@@ -4,10 +4,12 @@ Shapes: B are the batch axes of the parameter, s the length of the history, K th
 gradient, k its number of elements. Formulas are for one matrix, with ``H`` (k, s).
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from natgalore_jax._src.kernels.linear_codes import (
     LinearCodes,
@@ -40,7 +42,9 @@ class History(NamedTuple):
     columns: Any
     gram: Any  #: B + (s, s), float32: HᵀH
     checksum: Any  #: B + (s,), float32: of the bits of each column, equal for copies
-    filled: Any  #: B, int32: number of gradients since the start or a reset, up to s
+    #: B, int32: number of finite gradients since the start or a reset; modulo s the number of the
+    #: column that the next gradient replaces
+    filled: Any
 
 
 class _PastGradients(StateType):
@@ -62,9 +66,9 @@ class _PastGradients(StateType):
         stored_columns, shape = fields["columns"], change.matrix_shape
 
         def rotate(i, columns):
-            stored = _column(columns, i, 0)
+            stored = _column(columns, i)
             h = rotate_linear(load(stored, shape, jnp.float32), change.C_of_axis)
-            return _put_column(columns, store(h, stored), i, 0)
+            return jax.tree.map(lambda x, y: _put(x, y, i), columns, store(h, stored))
 
         # For one product with all columns XLA would lay out the buffer with s innermost, and copy
         # it there and back at every step: rotate column by column, in place.
@@ -72,7 +76,7 @@ class _PastGradients(StateType):
         columns = jax.lax.fori_loop(0, length, rotate, stored_columns)
 
         def column(i):
-            return load(_column(columns, i, 0), shape, jnp.float32)
+            return load(_column(columns, i), shape, jnp.float32)
 
         gram, checksum = jax.lax.map(
             lambda i: (_products(columns, column(i), 0), _checksum(column(i), 0)),
@@ -114,7 +118,6 @@ def empty_history(length: int, batch_ndim: int, gradient: jax.Array, dtype: Any)
 def natural_gradient(
     history: History,
     h: jax.Array,
-    slot: jax.Array,
     damping: jax.typing.ArrayLike,
     *,
     relative: bool,
@@ -130,8 +133,8 @@ def natural_gradient(
     Args:
       history: of the previous gradients.
       h: B + K, the newest gradient; rounded to the dtype of the history before use.
-      slot: scalar int32, the column of the oldest gradient, which h replaces.
-      damping: scalar; λ in units of gradient², or ρ with ``λ = ρ tr(HᵀH) / filled`` if relative.
+      damping: scalar; λ in units of gradient², or ρ with ``λ = ρ tr(HᵀH) / s`` if relative, s the
+        number of gradients so far, up to the length of the history.
       relative: whether ``damping`` is relative.
 
     Returns:
@@ -140,32 +143,35 @@ def natural_gradient(
     """
     columns, nb = history.columns, history.filled.ndim
     s = history.gram.shape[-1]
-    oldest = _column(columns, slot, nb)
+    slot = history.filled % s
+    is_new = jnp.arange(s) == slot[..., None]  # B + (s,): the column of the oldest gradient
+    oldest = _of_each(_column, nb)(columns, slot)
     stored = store(_shrunk(h, oldest, nb), oldest, nb)
     h = load(stored, h.shape, jnp.float32, nb)
     h_energy = _inner(h, h, nb)
-    gram = _with_row(history.gram, _products(columns, h, nb), h_energy, slot)
-    checksum = _put(history.checksum, _checksum(h, nb), slot, nb)
-    filled = jnp.minimum(history.filled + 1, s)
+    row = jnp.where(is_new, h_energy[..., None], _products(columns, h, nb))
+    gram = jnp.where(is_new[..., :, None], row[..., None, :], history.gram)
+    gram = jnp.where(is_new[..., None, :], row[..., :, None], gram)
+    checksum = jnp.where(is_new, _checksum(h, nb)[..., None], history.checksum)
 
     energy = jnp.diagonal(gram, axis1=-2, axis2=-1)
-    lam = place_like(jnp.broadcast_to(jnp.asarray(damping, jnp.float32), filled.shape), filled)
+    lam = place_like(jnp.broadcast_to(jnp.asarray(damping, jnp.float32), slot.shape), slot)
     if relative:
-        lam = lam * jnp.sum(energy, -1) / filled
+        lam = lam * jnp.sum(energy, -1) / jnp.minimum(history.filled + 1, s)
     # An all-zero history has a relative λ of 0; any positive λ gives the solution, zero.
-    lam = jnp.maximum(lam, jnp.finfo(jnp.float32).tiny)
+    lam = jnp.clip(lam, jnp.finfo(jnp.float32).tiny, jnp.finfo(jnp.float32).max)
     w = in_auto_axes(_solve, energy)(gram, energy, checksum, slot, lam)
 
     # XLA updates the columns, the largest buffer, in place only if the write depends on the read of
     # the old columns (through w) and the sum reads the new columns. Any other order copies them.
     finite = jnp.isfinite(h_energy) & jnp.all(jnp.isfinite(w), axis=-1)
     kept = jax.tree.map(lambda x, y: jnp.where(_expand(finite, x.ndim), x, y), stored, oldest)
-    columns = _put_column(columns, kept, slot, nb)
+    columns = jax.tree.map(lambda x, y: _of_each(_put, nb)(x, y, slot), columns, kept)
     new = History(
         columns=columns,
         gram=jnp.where(_expand(finite, nb + 2), gram, history.gram),
         checksum=jnp.where(_expand(finite, nb + 1), checksum, history.checksum),
-        filled=jnp.where(finite, filled, history.filled),
+        filled=jnp.where(finite, optax.safe_increment(history.filled), history.filled),
     )
     natural = jnp.zeros(h.shape, jnp.float32)
     for i in range(s):
@@ -197,8 +203,8 @@ def _solve(gram, energy, checksum, slot, damping):
     parallel = (jnp.abs(gram - rows) <= 8 * eps * rows) & (jnp.abs(gram - cols) <= 8 * eps * cols)
     copies = parallel & (checksum[..., :, None] == checksum[..., None, :])
     copies = copies | jnp.eye(s, dtype=bool)
-    age = jnp.mod(slot - jnp.arange(s, dtype=jnp.int32), s)
-    is_newest = ~jnp.any(copies & (age[None, :] < age[:, None]), axis=-1)
+    age = jnp.mod(slot[..., None] - jnp.arange(s, dtype=jnp.int32), s)
+    is_newest = ~jnp.any(copies & (age[..., None, :] < age[..., :, None]), axis=-1)
     weight = jnp.where(is_newest, jnp.sqrt(jnp.sum(copies, -1).astype(jnp.float32)), 0.0)
     K = gram * weight[..., :, None] * weight[..., None, :]
     identity = jnp.broadcast_to(jnp.eye(s, dtype=jnp.float32), K.shape)
@@ -214,11 +220,10 @@ def _solve(gram, energy, checksum, slot, damping):
     def solve(b):
         return jax.scipy.linalg.cho_solve((L, True), b[..., None])[..., 0]
 
-    e_t = jnp.broadcast_to(jax.nn.one_hot(slot, s, dtype=jnp.float32), energy.shape)
+    e_t = (age == 0).astype(jnp.float32)
     w = solve(e_t)
     w = w + solve(e_t - jnp.einsum("...ij,...j->...i", A, w, precision="highest"))
-    newest_weight = jnp.take(weight, slot, axis=-1)[..., None]
-    return w * weight / newest_weight
+    return w * weight / jnp.sum(e_t * weight, -1, keepdims=True)
 
 
 def _products(columns: Stored, h: jax.Array, nb: int) -> jax.Array:
@@ -259,24 +264,20 @@ def _checksum(h: jax.Array, nb: int) -> jax.Array:
     return (out >> 8).astype(jnp.float32)
 
 
-def _with_row(gram: jax.Array, row: jax.Array, diagonal: jax.Array, slot: jax.Array) -> jax.Array:
-    """The Gram matrix with a new row and column ``slot``, and ``diagonal`` at their crossing."""
-    row = jnp.where(jnp.arange(row.shape[-1]) == slot, diagonal[..., None], row)
-    gram = _put(gram, row, slot, gram.ndim - 2)
-    return _put(gram, row, slot, gram.ndim - 1)
-
-
-def _column(columns: Stored, i: jax.typing.ArrayLike, nb: int) -> Stored:
+def _column(columns: Stored, i: jax.typing.ArrayLike, nb: int = 0) -> Stored:
     """One of the columns as stored, B + K."""
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, nb, keepdims=False), columns)
 
 
-def _put_column(columns: Stored, value: Stored, i: jax.Array, nb: int) -> Stored:
-    return jax.tree.map(lambda x, y: _put(x, y, i, nb), columns, value)
+def _put(columns: jax.Array, column: jax.Array, i: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(columns, column, i, 0)
 
 
-def _put(array: jax.Array, value: jax.Array, slot: jax.Array, axis: int) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(array, value, slot, axis)
+def _of_each(function: Callable[..., Any], nb: int) -> Callable[..., Any]:
+    """``function`` of one matrix, for nb batch axes."""
+    for _ in range(nb):
+        function = jax.vmap(function)
+    return function
 
 
 def _expand(x: jax.Array, ndim: int) -> jax.Array:

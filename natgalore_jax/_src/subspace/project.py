@@ -16,8 +16,8 @@ from natgalore_jax._src.params.axes import AxesLike
 from natgalore_jax._src.params.checks import (
     check_boolean,
     check_choice,
-    check_integer,
     check_interval,
+    check_seed,
     check_stored_dtype,
     check_unused,
 )
@@ -109,7 +109,8 @@ def low_rank_project(
         little of G restarts at once; directions of G stronger than the weakest in P are inside
         after some hundred steps (in 8 bits perhaps never, because small steps are rounded away).
       transition: transport of basis-dependent state when P changes to P'. ``"rotate"``: first
-        moments and history by ``P'ᵀP``, second moments by its squares; ``"reset"``: zero;
+        moments and history by ``P'ᵀP``, second moments by its squares; ``"reset"``: zero
+        (not for ``optax.contrib.adopt``, which divides by the second moment of the last step);
         ``"keep"``: unchanged, as in the published code. :func:`register_state` declares which
         fields of a state are moments; unregistered fields are kept.
       stagger: spread the refreshes of all matrices evenly over the interval, so that no step does
@@ -160,7 +161,7 @@ def low_rank_project(
     check_choice("transition", transition, Transition)
     if stagger is not None:
         check_boolean("stagger", stagger)
-    check_integer("seed", seed, minimum=0)
+    check_seed(seed)
     if method == "online":
         every_step = 'with method="online", which moves every basis at every step'
         if update_interval != 1:

@@ -11,7 +11,7 @@ import optax
 from natgalore_jax._src.kernels.factored_update import FactoredUpdate, whole
 from natgalore_jax._src.kernels.kernel import own_arithmetic
 from natgalore_jax._src.kernels.projection import Factors
-from natgalore_jax._src.kernels.residual import RULES, Residual, Rule, with_residual
+from natgalore_jax._src.kernels.residual import RULES, Residual, Rule, check_fisher, with_residual
 from natgalore_jax._src.kernels.spectral import clip_each, clip_leading, clip_leading_of_factored
 from natgalore_jax._src.kernels.stacks import for_each, merged
 from natgalore_jax._src.params.checks import check_choice, check_decay, check_number, check_unused
@@ -217,6 +217,9 @@ def update_back(
     states = [None] * len(plans)
     if has_state:
         states = list(zip(*map(treedef.flatten_up_to, state), strict=True))
+        for plan, (*_, fisher) in zip(plans, states, strict=True):
+            if plan and not isinstance(fisher, optax.MaskedNode):
+                check_fisher(plan, fisher)
     rule, *numbers = settings.residual or (None,)
     own = [tuple(x and x.unnamed for x in pair) for pair in zip(plans, matrices, strict=True)]
     found = for_each(

@@ -20,7 +20,7 @@ from natgalore_jax._src.kernels.linear_codes import (
     tree_of,
 )
 from natgalore_jax._src.kernels.projection import Factors, project, project_to_stored
-from natgalore_jax._src.params.context import open_subspace
+from natgalore_jax._src.params.context import current_subspace, open_subspace
 from natgalore_jax._src.params.placement import has_explicit_sharding, place_factor
 from natgalore_jax._src.params.plan import LeafPlan, PlanSettings, plan_tree, require_projection
 from natgalore_jax._src.refresh.matrix import StoredFactors
@@ -37,6 +37,11 @@ from natgalore_jax._src.states.tree_checks import (
 from natgalore_jax._src.subspace.project import LowRankProject, LowRankProjectState, start_factors
 from natgalore_jax._src.subspace.project_back import ProjectBack, init_back, update_back
 
+NESTED = (
+    "a subspace inside a subspace: a refresh would not transport the inner bases; put an optimizer "
+    "with a subspace of its own after project_back, or give it other parameters by optax.partition"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Subspace:
@@ -45,7 +50,7 @@ class Subspace:
     opener: LowRankProject
     inner: tuple[optax.GradientTransformationExtraArgs, ...]
     closer: ProjectBack
-    accumulation: int  # steps of an optax.MultiSteps inside, else 1
+    accumulation: int | None  # steps of an optax.MultiSteps inside
     # Shapes of inner states by the tree that they are for.
     known_states: dict[Any, Any] = dataclasses.field(default_factory=dict, compare=False)
 
@@ -54,12 +59,14 @@ class Subspace:
         return len(self.inner) + 2
 
     def init(self, params: Any) -> list[Any]:
+        if current_subspace() is not None:
+            raise ValueError(NESTED)
         treedef = jax.tree.structure(params)
         plans, opened, low_leaves = self._start(params)
         low_rank = treedef.unflatten(low_leaves)
         with open_subspace(plans):
             inner = [tx.init(low_rank) for tx in self.inner]
-        if self.accumulation == 1 and _holds(optax.MultiStepsState, inner):
+        if self.accumulation is None and _holds(optax.MultiStepsState, inner):
             raise ValueError(
                 "optax.MultiSteps inside a subspace must be an argument of natgalore_jax.chain, "
                 "not inside another transformation, so that refreshes fall on its multiples"
@@ -169,7 +176,7 @@ class Subspace:
             [opened.stored[i] for i in projected],
             [of_leaf[i] for i in projected],
             step=opener.count,
-            accumulation=self.accumulation,
+            accumulation=self.accumulation or 1,
             axis_name=axis_name,
             is_scheduled=is_scheduled,
         )

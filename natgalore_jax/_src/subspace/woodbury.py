@@ -1,5 +1,6 @@
 """Natural gradient from a history of gradients, as a transformation."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -49,7 +50,7 @@ def woodbury_natural_gradient(
     r"""Precondition gradients with the inverse of the damped empirical Fisher matrix.
 
     With :math:`h_t = \mathrm{vec}(R_t)` and the last s gradients
-    :math:`H = [h_{t-s+1}, \dots, h_t]` of one matrix, :math:`k \times s`,
+    :math:`H = [h_{t-s+1}, \dots, h_t]` of one matrix, :math:`k \times s`, non-finite ones left out,
 
     .. math::
       F = \lambda I + H H^\top, \qquad
@@ -113,7 +114,7 @@ def woodbury_natural_gradient(
     check_choice("damping_mode", damping_mode, DampingMode)
     is_relative = damping_mode == "relative"
     if not callable(damping):
-        check_number("damping", damping, above=0.0)
+        check_number("damping", damping, above=0.0, below=math.inf)
     check_stored_dtype("history_dtype", history_dtype)
     is_coded = coded_bits(history_dtype) is not None
 
@@ -130,7 +131,7 @@ def woodbury_natural_gradient(
             is_block = jnp.issubdtype(kind.dtype, jnp.floating)
             batch_ndim = max(len(kind.shape) - 2, 0)
         else:
-            plan = plans.get(str(KeyPath(path)))
+            plan = plans.get(KeyPath(path))
             is_block, batch_ndim = plan is not None, len(plan.batch) if plan else 0
         if not is_block or 0 in kind.shape:
             return None
@@ -140,7 +141,6 @@ def woodbury_natural_gradient(
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
-        slot = state.count % history
         current = damping(state.count) if callable(damping) else damping
 
         leaves = jax.tree_util.tree_leaves_with_path(updates)
@@ -158,8 +158,8 @@ def woodbury_natural_gradient(
             if H is not None:
                 _check_shape(KeyPath(path), h, H)
         settings = [None if H is None else is_relative for H in histories]
-        columns, shared = (histories, [*map(jnp.asarray, out)]), (slot, current)
-        found = for_each(_natural_gradient, settings, columns, shared)
+        columns = (histories, [*map(jnp.asarray, out)])
+        found = for_each(_natural_gradient, settings, columns, current)
         out, histories = merged(found, out, histories)
         is_coded = isinstance(state.history.columns, LinearCodes)
         new_state = WoodburyState(
@@ -170,10 +170,14 @@ def woodbury_natural_gradient(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _natural_gradient(is_relative, operands, shared):
+def _natural_gradient(is_relative, operands, damping):
     """Natural gradient of one parameter, in the dtype of h, and its new history."""
-    (H, h), (slot, damping) = operands, shared
-    natural, H = natural_gradient(H, h, slot, damping, relative=is_relative)
+    H, h = operands
+    natural, H = natural_gradient(H, h, damping, relative=is_relative)
+    if jnp.finfo(h.dtype).max < jnp.finfo(jnp.float32).max:
+        # Natural gradients of tiny gradients are large. Only finite ones are cut to the range.
+        within = jnp.clip(natural, jnp.finfo(h.dtype).min, jnp.finfo(h.dtype).max)
+        natural = jnp.where(jnp.isfinite(natural), within, natural)
     return natural.astype(h.dtype), H
 
 
