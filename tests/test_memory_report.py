@@ -329,15 +329,16 @@ def test_parameters_on_a_mesh_with_explicit_axes_are_counted_whole():
 SIDES = {k: v for k, v in PARAMS.items() if k != "embed"} | {"pairs": jnp.zeros((2, 10, 6, 10))}
 
 
+@pytest.mark.parametrize("residual", ["fira", "fisher"])
 @pytest.mark.parametrize("history", [2, 3])  # 2 is the rank: then a Gram matrix looks like R
 @pytest.mark.parametrize(
     "wrap",
     [lambda tx: tx, lambda tx: optax.MultiSteps(tx, 4), lambda tx: optax.chain(tx, optax.adam(1))],
     ids=["plain", "steps", "full-size moments"],
 )
-def test_alternatives_are_what_the_other_sides_cost(wrap, history):
+def test_alternatives_are_what_the_other_sides_cost(wrap, history, residual):
     def report(side):
-        tx = natural(side=side, history=history, history_dtype=jnp.bfloat16, residual="fira")
+        tx = natural(side=side, history=history, history_dtype=jnp.bfloat16, residual=residual)
         return ng.memory_report(wrap(tx), SIDES)
 
     found = report("left").alternative_state_bytes

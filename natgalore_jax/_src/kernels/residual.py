@@ -142,9 +142,19 @@ def empty_fisher(plan: LeafPlan, low_rank: Any) -> jax.Array:
     return jnp.sum(optax.tree.zeros_like(low_rank, dtype=jnp.float32), phi_axes(plan).low)
 
 
+def fisher_shape(plan: LeafPlan) -> tuple[int, ...]:
+    """The shape of c."""
+    return tuple(plan.shape[a] for a in phi_axes(plan).owners)
+
+
+def fisher_size(plan: LeafPlan) -> int:
+    """Number of entries of c."""
+    return math.prod(fisher_shape(plan))
+
+
 def check_fisher(plan: LeafPlan, fisher: jax.Array) -> None:
     """Check that Fisher entries made at init fit the update's shape."""
-    expected = tuple(plan.shape[a] for a in phi_axes(plan).owners)
+    expected = fisher_shape(plan)
     if jnp.shape(fisher) != expected:
         raise ValueError(
             f"{plan.path}: an update of shape {plan.shape} needs residual_fisher of shape "

@@ -146,10 +146,10 @@ def memory_report(
     :math:`s^2 + s + 1` small numbers have four bytes each.
 
     The report also has the bytes of alternatives: the state of each projected matrix if its
-    shorter, longer, or both sides were projected at the same rank. Basis, history and arrays in the
-    shape of the low-rank gradient change; other state (the factors of Adafactor, full-size moments
-    outside the subspace) does not. Scales of 8-bit moments change in proportion, and moments too
-    small for 8 bits are assumed to stay so.
+    shorter, longer, or both sides were projected at the same rank. Basis, history, arrays in the
+    shape of the low-rank gradient and the residual's Fisher entries change; other state (the
+    factors of Adafactor, full-size moments outside the subspace) does not. Scales of 8-bit moments
+    change in proportion, and moments too small for 8 bits are assumed to stay so.
 
     Given a compiled training step the report also has the gradients, and the activations with the
     working memory of the update. Compile a step from shapes, without allocating arrays, by

@@ -11,7 +11,14 @@ import optax
 from natgalore_jax._src.kernels.factored_update import FactoredUpdate, whole
 from natgalore_jax._src.kernels.kernel import own_arithmetic
 from natgalore_jax._src.kernels.projection import Factors
-from natgalore_jax._src.kernels.residual import RULES, Residual, Rule, check_fisher, with_residual
+from natgalore_jax._src.kernels.residual import (
+    RULES,
+    Residual,
+    Rule,
+    check_fisher,
+    fisher_size,
+    with_residual,
+)
 from natgalore_jax._src.kernels.spectral import clip_each, clip_leading, clip_leading_of_factored
 from natgalore_jax._src.kernels.stacks import for_each, merged
 from natgalore_jax._src.params.checks import check_choice, check_decay, check_number, check_unused
@@ -40,7 +47,11 @@ class ProjectBackState(NamedTuple):
 
 class _ResidualMemory(StateType):
     def parts(self, state):
-        return [Part("other", tuple(state))]
+        per_matrix = (state.direction, state.residual_norm)
+        return [
+            Part("other", per_matrix, lambda plan: 1),
+            Part("other", state.residual_fisher, fisher_size),
+        ]
 
 
 register_type(ProjectBackState, _ResidualMemory())
