@@ -185,6 +185,20 @@ def test_min_size_is_checked():
         ng.training.offload_state(optax.adam(0.1), min_size=0)
 
 
+def test_inside_a_subspace_the_place_for_it_is_named():
+    tx = ng.chain(ng.low_rank_project(4), ng.training.offload_state(optax.adam(0.1), 16))
+    with pytest.raises(ValueError, match="put it around the whole chain"):
+        tx.init({"w": jnp.ones((12, 8))})
+
+
+@needs_host_memory
+def test_numbers_stay_and_other_leaves_are_named():
+    tree = ng.training.to_host({"w": jnp.ones(16), "n": 3}, min_size=16)
+    assert tree["w"].sharding.memory_kind == "pinned_host" and tree["n"] == 3
+    with pytest.raises(TypeError, match=r"layer\.name: .*got 'mlp' of type str"):
+        ng.training.to_host({"layer": {"name": "mlp"}})
+
+
 def test_before_a_cpu_has_host_memory_the_version_is_named(monkeypatch):
     monkeypatch.setattr(jax, "__version_info__", (0, 10, 1))
     tx = ng.training.offload_state(optax.adam(0.1), min_size=1)

@@ -6,6 +6,8 @@ import jax
 import optax
 
 from natgalore_jax._src.params.checks import check_integer
+from natgalore_jax._src.params.context import current_subspace
+from natgalore_jax._src.params.where import shape_and_dtype
 
 
 def to_host(tree: Any, min_size: int = 4096) -> Any:
@@ -15,14 +17,15 @@ def to_host(tree: Any, min_size: int = 4096) -> Any:
     too. :func:`.per_layer` accepts weights in host memory, and fetches one layer at a time.
 
     Args:
-      tree: arrays, of any dtype.
+      tree: arrays, of any dtype, and numbers.
       min_size: elements; smaller arrays stay on the devices, because a copy has a fixed latency.
 
     Returns:
       The same tree; :func:`.to_device` is the inverse.
 
     Raises:
-      TypeError, ValueError: if ``min_size`` is not a positive integer.
+      TypeError, ValueError: if ``min_size`` is not a positive integer, and for a leaf that is no
+        array.
       NotImplementedError: on a CPU before jax 0.10.2, which has no separate host memory.
 
     Example:
@@ -37,9 +40,12 @@ def to_host(tree: Any, min_size: int = 4096) -> Any:
         raise NotImplementedError(
             f"arrays in host memory need jax 0.10.2 or newer on a CPU, found jax {jax.__version__}"
         )
-    return jax.tree.map(
-        lambda x: jax.device_put(x, jax.memory.Space.Host) if x.size >= min_size else x, tree
-    )
+
+    def stored(path, x):
+        is_large = shape_and_dtype(path, x).size >= min_size
+        return jax.device_put(x, jax.memory.Space.Host) if is_large else x
+
+    return jax.tree.map_with_path(stored, tree)
 
 
 def to_device(tree: Any) -> Any:
@@ -76,7 +82,8 @@ def offload_state(
     of each step in both directions.
 
     Args:
-      inner: any transformation, a whole optimizer or a part.
+      inner: any transformation, a whole optimizer or a part, but not a part inside a subspace,
+        whose states a refresh transports on the devices: put it around the whole chain.
       min_size: elements; smaller arrays of the state, such as counts, stay on the devices.
 
     Returns:
@@ -84,7 +91,8 @@ def offload_state(
       :func:`.in_place`, or by ``jax.jit`` with ``out_shardings`` for all outputs.
 
     Raises:
-      TypeError, ValueError: if ``min_size`` is not a positive integer.
+      TypeError, ValueError: if ``min_size`` is not a positive integer; at ``init`` inside a
+        subspace.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, natgalore_jax as ng
@@ -98,6 +106,11 @@ def offload_state(
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params):
+        if current_subspace() is not None:
+            raise ValueError(
+                "offload_state is inside a subspace, whose states a refresh transports on the "
+                "devices: put it around the whole chain, offload_state(natgalore_jax.chain(...))"
+            )
         return to_host(inner.init(params), min_size)
 
     def update_fn(updates, state, params=None, **extra_args):
