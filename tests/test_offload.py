@@ -146,6 +146,23 @@ def test_in_place_on_a_mesh_with_counts_on_one_device():
         ng.training.in_place(step, 0)
 
 
+def test_in_place_keeps_the_shardings_of_a_state_on_automatic_axes():
+    """XLA would shard the parameters like the moments."""
+    mesh = jax.make_mesh((2,), ("x",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    everywhere, rows = (jax.NamedSharding(mesh, spec) for spec in (jax.P(), jax.P("x")))
+    w, tx = jax.device_put(jnp.ones((16, 24)), everywhere), optax.adam(0.1)
+    state = jax.tree.map(lambda x: jax.device_put(x, rows) if x.ndim else x, tx.init(w))
+
+    @functools.partial(ng.training.in_place, number=2)
+    def step(w, state):
+        updates, state = tx.update(w, state, w)
+        return optax.apply_updates(w, updates), state, jnp.sum(w)
+
+    for _ in range(2):
+        w, state, _ = step(w, state)
+        assert (w.sharding, state[0].mu.sharding) == (everywhere, rows)
+
+
 @needs_host_memory
 def test_accumulated_and_restored(tmp_path):
     """``lax.cond`` around the update needs both branches in one memory."""

@@ -16,7 +16,7 @@ class InPlace:
     def __init__(self, step: Callable[..., Any], number: int):
         self._step, self._number = step, number
         self._on_device = jax.jit(step, donate_argnums=tuple(range(number)))
-        self._with_host: dict[Any, Any] = {}  # by the shardings of donated arguments
+        self._placed: dict[Any, Any] = {}  # by the shardings of the new state
 
     def __call__(self, *args: Any) -> Any:
         return self._jitted(args)(*args)
@@ -27,25 +27,25 @@ class InPlace:
     def _jitted(self, args: tuple) -> Any:
         leaves, treedef = jax.tree.flatten(args[: self._number])
         # Inside another jitted function the step is inlined and donates nothing.
-        if not any(is_on_host(x) and not isinstance(x, jax.core.Tracer) for x in leaves):
+        arrays = [x for x in leaves if not isinstance(x, jax.core.Tracer)]
+        shardings = [getattr(x, "sharding", None) for x in leaves]
+        on_mesh = [s for s in shardings if isinstance(s, NamedSharding)]
+        # Without out_shardings XLA shards the new state of automatic axes as it likes, and jax.jit
+        # may give an output a donated buffer in the other memory: the program crashes.
+        if len(arrays) < len(leaves) or not (on_mesh or any(map(is_on_host, arrays))):
             return self._on_device
-        # Without out_shardings jax.jit may give an output a donated buffer in the other memory, and
-        # the program crashes.
-        shardings = tuple(getattr(x, "sharding", None) for x in leaves)
-        if (treedef, shardings) not in self._with_host:
-            on_mesh = [s for s in shardings if isinstance(s, NamedSharding)]
-            result_at = _replicated(next(filter(None, on_mesh or shardings)))
-            # Arrays on one device, such as counts, go to the mesh of the others.
-            given = [
-                result_at if on_mesh and isinstance(s, SingleDeviceSharding) else s
-                for s in shardings
-            ]
-            self._with_host[treedef, shardings] = jax.jit(
+        result_at = _replicated(next(filter(None, on_mesh or shardings)))
+        # Arrays on one device, such as counts, go to the mesh of the others.
+        given = tuple(
+            result_at if on_mesh and isinstance(s, SingleDeviceSharding) else s for s in shardings
+        )
+        if (treedef, given) not in self._placed:
+            self._placed[treedef, given] = jax.jit(
                 self._step,
                 donate_argnums=tuple(range(self._number)),
                 out_shardings=(*treedef.unflatten(given), result_at),
             )
-        return self._with_host[treedef, shardings]
+        return self._placed[treedef, given]
 
 
 def in_place(step: Callable[..., Any], number: int = 1) -> InPlace:
@@ -58,7 +58,7 @@ def in_place(step: Callable[..., Any], number: int = 1) -> InPlace:
 
     Returns:
       The jitted step. The new state has the shardings and memory kinds of the old state. ``result``
-      is on the devices, replicated if some of the state is in host memory.
+      is on the devices, replicated on a mesh.
 
     Raises:
       TypeError, ValueError: if ``number`` is not a positive integer.
