@@ -61,3 +61,19 @@ def test_sharded_parameters(name, axis_type, axis):
                 np.asarray(actual[key]), expected[key], rtol=1e-3, atol=1e-4, err_msg=key
             )
     assert jnp.any(expected["up"] != 0)
+
+
+@pytest.mark.parametrize("name", ["ldadamw", "alice"])
+def test_bases_follow_their_parameters(name):
+    """The rows of "up" and of the layers are projected, the columns of "down"."""
+    mesh = jax.make_mesh((8,), ("x",))
+    specs = {"down": jax.P(None, "x"), "layers": jax.P("x"), "up": jax.P("x")}
+    params = {
+        key: jax.ShapeDtypeStruct(
+            SHAPES[key], jnp.float32, sharding=NamedSharding(mesh, specs[key])
+        )
+        for key in SHAPES
+    }
+    found = ng.training.state_shardings(OPTIMIZERS[name](), params)[0].basis
+    expected = {"down": jax.P("x", None), "layers": jax.P("x", None, None), "up": jax.P("x", None)}
+    assert {key: sharding.spec for key, sharding in found.items()} == expected

@@ -65,7 +65,8 @@ def next_basis(
         Q = jax.vmap(lambda Y, P: ordered_polar_factor(shifted(Y, P)))(Y, last)
         usable = jnp.any(Y != 0, (-2, -1), keepdims=True)
         usable &= jnp.all(jnp.isfinite(Q), (-2, -1), keepdims=True)
-        return jnp.where(usable, Q, replicated(P32).reshape(Y.shape)).reshape(P.shape)
+        new = jnp.where(usable, Q, replicated(P32).reshape(Y.shape)).reshape(P.shape)
+        return place_like(new, P32)
 
     size = math.prod(plan.mode_shape(mode))
     key = jax.random.fold_in(jax.random.key(0), count)

@@ -316,10 +316,14 @@ def init_low_rank(
 ) -> tuple[list[LeafPlan | None], list[Factors], Any]:
     """Plans and starts of the bases of ``params``, and the state of ``inner`` on the low-rank tree.
 
-    For optimizers with projections of their own; R is sharded as a product.
+    For optimizers with projections of their own; bases and R are sharded for products.
     """
     plans, factors = _starts(settings, params)
     leaves, treedef = jax.tree.flatten(params)
+    factors = [
+        _placed(plan, own, leaf, stored=False) if plan else ()
+        for plan, own, leaf in zip(plans, factors, leaves, strict=True)
+    ]
     low = (low_rank_leaf(*x, project) for x in zip(plans, leaves, factors, strict=True))
     with open_subspace(plans):
         return plans, factors, inner.init(treedef.unflatten(low))
@@ -342,9 +346,14 @@ def _stored(plan: LeafPlan, bits: int | None, factors: Factors, leaf: Any) -> St
     stored: StoredFactors = factors
     if bits is not None:
         stored = tuple(encode(P, bits, len(plan.batch)) for P in factors)
+    return _placed(plan, stored, leaf, stored=True)
+
+
+def _placed(plan: LeafPlan, factors: StoredFactors, leaf: Any, *, stored: bool) -> Any:
+    """The bases of one parameter, or their codes, sharded for storage or for products."""
     if isinstance(leaf, jax.ShapeDtypeStruct):
-        return stored
+        return factors
     return tuple(
-        jax.tree.map(lambda x, mode=mode: place_factor(plan, mode, x, leaf, stored=True), P)
-        for mode, P in zip(plan.projected_modes, stored, strict=True)
+        jax.tree.map(lambda x, mode=mode: place_factor(plan, mode, x, leaf, stored=stored), P)
+        for mode, P in zip(plan.projected_modes, factors, strict=True)
     )
