@@ -349,7 +349,7 @@ def test_the_longer_side_is_sharded():
         "stack": (8, 12, 16),
         "shorter": (8, 18),
         "neither": (6, 18),
-        "bias": (8,),
+        "bias": (8, 16),  # of stacked layers
         "heads": (32, 6, 8),
     }
     params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}

@@ -18,7 +18,7 @@ from jax.sharding import (
 
 from natgalore_jax._src.params.axes import DEFAULT, AxesLike, axes_per_leaf
 from natgalore_jax._src.params.plan import matrix_modes
-from natgalore_jax._src.params.where import KeyPath
+from natgalore_jax._src.params.where import KeyPath, is_stacked_vector
 from natgalore_jax._src.training.offload import host_kind
 
 
@@ -44,8 +44,9 @@ def longer_side_shardings(
 
     Returns:
       A ``jax.sharding.NamedSharding`` for each parameter. Square matrices are sharded along their
-      columns, matrices of which the devices divide only the shorter side along that side; vectors,
-      and matrices of which they divide no side, are replicated.
+      columns, matrices of which the devices divide only the shorter side along that side; vectors
+      (of stacked layers too, by their names: :func:`.hidden_matrices`), and matrices of which they
+      divide no side, are replicated.
 
     Raises:
       ValueError: for an axis that the mesh does not have, and for ``axes`` that do not fit.
@@ -66,8 +67,10 @@ def longer_side_shardings(
     devices = math.prod(mesh.shape[name] for name in names)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
 
-    def spec(path: Any, shape: tuple[int, ...], axes: Any) -> PartitionSpec:
-        if len(shape) < 2:
+    def spec(path: Any, x: Any, axes: Any) -> PartitionSpec:
+        shape = tuple(x.shape)
+        is_matrix = axes not in (None, DEFAULT) or not is_stacked_vector(path, x)
+        if len(shape) < 2 or not is_matrix:
             return PartitionSpec()
         _, (rows, columns) = matrix_modes(KeyPath(path), shape, axes or DEFAULT)
         longer_first = sorted(
@@ -79,7 +82,7 @@ def longer_side_shardings(
         return PartitionSpec()
 
     return treedef.unflatten(
-        NamedSharding(mesh, spec(path, tuple(x.shape), leaf_axes))
+        NamedSharding(mesh, spec(path, x, leaf_axes))
         for (path, x), leaf_axes in zip(leaves, axes_per_leaf(axes, params), strict=True)
     )
 
@@ -101,7 +104,8 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: An
     axes, b of P and a of R: these shard another axis, first m or n, then L, whose length they
     divide, ``(l, (a, b), None)`` and ``(l, None, (b, a))``. If b is an axis, every step gathers P
     (m × r numbers for each matrix). Numbers that all parameters share are replicated.
-    (:func:`.ldadamw` and :func:`.apollo_adamw` replicate over freed mesh axes.)
+    (:func:`.ldadamw`, :func:`.apollo_adamw` and :func:`.alice_adamw` replicate over freed mesh
+    axes.)
 
     On a mesh with explicit axes, the default of ``jax.make_mesh``, ``jax.jit(tx.init)`` has these
     shardings by itself, and an update preserves the shardings of the state.
