@@ -51,7 +51,7 @@ def scale_by_adam_8bit(
     time on a CPU.
 
     The second moments of a parameter that ``factored`` selects have rank one, as in Adafactor:
-    means of squares over rows and over columns, in the dtype of the parameter,
+    means of squares over rows and over columns, in float32,
 
     .. math::
       r_i \leftarrow \beta_2 r_i + (1 - \beta_2)\, \overline{g_{i:}^2}, \qquad
@@ -154,7 +154,8 @@ def _stored(moments, block_size, batch, has_factors=None, *, is_second):
     pairs: list[tuple[Any, Any]] = []
     for x, nb, factors in zip(moments, batch, has_factors or [False] * len(batch), strict=True):
         if factors:
-            pairs.append((jnp.sum(x, -1), jnp.sum(x, -2)))
+            # In bfloat16 1 − β₂ would be rounded away: a factor would stop at half its value.
+            pairs.append((jnp.sum(x, -1, dtype=jnp.float32), jnp.sum(x, -2, dtype=jnp.float32)))
         elif nb is None:
             pairs.append((x, optax.MaskedNode()))
         else:
@@ -204,14 +205,13 @@ def _in_range(G):
 
 
 def _rank_one(b2, new2, G, rows, columns):
-    """Second moments from their new factors, and the factors as they are stored."""
+    """Second moments from their new factors, and the new factors."""
     square = G * G
-    r = b2 * rows.astype(jnp.float32) + new2 * jnp.mean(square, -1)
-    c = b2 * columns.astype(jnp.float32) + new2 * jnp.mean(square, -2)
+    r, c = b2 * rows + new2 * jnp.mean(square, -1), b2 * columns + new2 * jnp.mean(square, -2)
     mean = jnp.mean(r, -1, keepdims=True)
     # Divide first: the product of two means of squares may underflow.
     V = (r / jnp.where(mean == 0, 1.0, mean))[..., None] * c[..., None, :]
-    return V, r.astype(rows.dtype), c.astype(columns.dtype)
+    return V, r, c
 
 
 def _decoded(stored, scale, *, is_second):

@@ -48,7 +48,8 @@ class QuantizedState(NamedTuple):
 
     count: jax.typing.ArrayLike  #: shape (), int32: steps taken
     #: The state of the inner optimizer. Where scales has an array: uint8, shape of the parameter.
-    #: Of factored second moments the row factor, shape of the parameter without its last axis.
+    #: Of factored second moments the row factor, float32, shape of the parameter without its last
+    #: axis.
     codes: Any
     #: A tree of the same structure: float32, a bound on the absolute values of each block, shape of
     #: the parameter except for the axis with blocks; MaskedNode where nothing is in 8 bits. Of
