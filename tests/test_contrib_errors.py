@@ -20,6 +20,7 @@ WRONG_ARGUMENTS = {
         ({"compensation_scale": "much"}, TypeError, "compensation_scale must be a number"),
         ({"norm_growth_limit": 1.0}, ValueError, "norm_growth_limit must be greater than 1"),
         ({"seed": -1}, ValueError, "seed must be at least 0"),
+        ({"b3": jnp.float32(0.9)}, TypeError, "b3 must be a Python number.*structural_args"),
     ],
     "apollo_adamw": [
         ({"rank": (2, 2, 2)}, TypeError, "rank must be an integer"),
@@ -28,6 +29,7 @@ WRONG_ARGUMENTS = {
         ({"scale": "big"}, TypeError, "scale must be a number"),
         ({"norm_growth_limit": 1.0}, ValueError, "norm_growth_limit must be greater than 1"),
         ({"seed": -1}, ValueError, "seed must be at least 0"),
+        ({"seed": 2**32}, ValueError, "seed must be at most 4294967295"),
     ],
     "ldadamw": [
         ({"rank": 0}, ValueError, "rank must be at least 1, got 0"),
@@ -38,6 +40,7 @@ WRONG_ARGUMENTS = {
         ({"decay": 1.0}, ValueError, "decay must be at least 0 and less than 1"),
         ({"iterations": 0}, ValueError, "iterations must be at least 1, got 0"),
         ({"scale": "big"}, TypeError, "scale must be a number"),
+        ({"scale": float("inf")}, ValueError, "scale must be less than inf, got inf"),
         ({"norm_growth_limit": 1.0}, ValueError, "norm_growth_limit must be greater than 1"),
     ],
     "scale_sgd": [
@@ -93,3 +96,14 @@ def test_wrong_trees(name, settings, nothing_selected, gradients):
     for leaf, shape, received in gradients:
         with pytest.raises(ValueError, match=f"{leaf}: the update has shape {received}"):
             tx.update(PARAMS | {leaf: jnp.zeros(shape)}, state, PARAMS)
+
+
+@pytest.mark.parametrize("name", WRONG_ARGUMENTS)
+def test_wrong_rates(name):
+    factory = getattr(ng.contrib, name)
+    with pytest.raises(TypeError, match="learning_rate must be a number, got 'fast'"):
+        factory("fast")
+    with pytest.raises(TypeError, match="weight_decay must be a number, got 'x'"):
+        factory(0.1, weight_decay="x")
+    with pytest.raises(ValueError, match=r"eps must be at least 0, got -1\.0"):
+        factory(0.1, eps=-1.0)

@@ -1,5 +1,6 @@
 """Alice: Adam in a tracked, partly switched eigenbasis, and compensation of the residual."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -12,16 +13,19 @@ from natgalore_jax._src.contrib.alice_kernels import (
     low_rank_step,
     switched_basis,
 )
+from natgalore_jax._src.contrib.descent import descent
 from natgalore_jax._src.kernels.factored_update import phi_axes
 from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
 from natgalore_jax._src.kernels.random import matrix_keys, numbers_of
 from natgalore_jax._src.kernels.stacks import for_each, merged
 from natgalore_jax._src.params.axes import AxesLike
 from natgalore_jax._src.params.checks import (
-    check_decay,
+    check_adam,
     check_integer,
     check_interval,
     check_number,
+    check_seed,
+    check_static_decay,
     check_unused,
 )
 from natgalore_jax._src.params.placement import zeros_on_axes
@@ -110,7 +114,8 @@ def scale_by_alice(
       leading: l, number of leading eigenvectors that are kept; None: 5/16 of r, which is 40 of 128
         and 160 of 512 as in the paper. It is clipped to at most r, and to at least 2r − m, because
         the complement has m − r vectors.
-      b1, b2, b3: β₁ of M and p, β₂ of V, β₃ of the tracked matrix.
+      b1, b2, b3: β₁ of M and p, β₂ of V, β₃ of the tracked matrix. ``b3`` is a Python number,
+        because the state has no tracked matrix if it is zero.
       eps: ε, here and in Adam.
       scale: α, a number or a traced scalar.
       compensation_scale: α_c, a number or a traced scalar.
@@ -149,16 +154,16 @@ def scale_by_alice(
         check_integer("leading", leading, minimum=0)
         if leading > rank:
             raise ValueError(f"leading must be at most rank={rank}, got {leading}")
-    for name, value in (("b1", b1), ("b2", b2), ("b3", b3)):
-        check_decay(name, value)
-    for name, value in (("eps", eps), ("scale", scale), ("compensation_scale", compensation_scale)):
-        check_number(name, value)
+    check_adam(b1, b2, eps)
+    check_static_decay("b3", b3)
+    check_number("scale", scale, below=math.inf)
+    check_number("compensation_scale", compensation_scale, below=math.inf)
     if norm_growth_limit is not None:
         check_number("norm_growth_limit", norm_growth_limit, above=1.0)
         if isinstance(compensation_scale, (int, float)) and compensation_scale == 0:
             where_unused = "without a compensation (compensation_scale=0)"
             check_unused("norm_growth_limit", norm_growth_limit, 1.01, where_unused)
-    check_integer("seed", seed, minimum=0)
+    check_seed(seed)
     settings = PlanSettings(int(rank), where, axes)
     adam: Any = optax.scale_by_adam(b1=ADAM_B1, b2=ADAM_B2, eps=eps)
     switch = Switch(None if leading is None else int(leading), float(b3))
@@ -326,7 +331,7 @@ def alice_adamw(
       >>> state[0].basis["w"].shape, state[0].tracked["w"].shape
       ((6, 2), (2, 2))
     """
-    return optax.chain(
+    return descent(
         scale_by_alice(
             rank=rank,
             update_interval=update_interval,
@@ -342,6 +347,7 @@ def alice_adamw(
             axes=axes,
             seed=seed,
         ),
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
+        learning_rate,
+        weight_decay,
+        mask,
     )

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from natgalore_jax._src.contrib.descent import descent
 from natgalore_jax._src.kernels.factored_update import on_axes_of_gradient, phi_axes
 from natgalore_jax._src.kernels.kernel import own_arithmetic
 from natgalore_jax._src.kernels.projection import project
@@ -20,6 +21,7 @@ from natgalore_jax._src.params.checks import (
     check_integer,
     check_interval,
     check_number,
+    check_seed,
 )
 from natgalore_jax._src.params.plan import LeafPlan, PlanSettings, plan_tree
 from natgalore_jax._src.params.where import Where, hidden_matrices
@@ -100,11 +102,11 @@ def scale_by_apollo(
     """
     check_integer("rank", rank, minimum=1)
     check_interval("update_interval", update_interval)
-    check_number("scale", scale)
+    check_number("scale", scale, below=math.inf)
     check_choice("granularity", granularity, GRANULARITIES)
     if norm_growth_limit is not None:
         check_number("norm_growth_limit", norm_growth_limit, above=1.0)
-    check_integer("seed", seed, minimum=0)
+    check_seed(seed)
     settings = PlanSettings(int(rank), where, axes)
     check_adam(b1, b2, eps, mu_dtype)
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)
@@ -280,7 +282,7 @@ def apollo_adamw(
       >>> state[0].adam.mu["w"].shape, state[0].update_norm["w"].shape
       ((2, 8), ())
     """
-    return optax.chain(
+    return descent(
         scale_by_apollo(
             rank=rank,
             update_interval=update_interval,
@@ -295,8 +297,9 @@ def apollo_adamw(
             axes=axes,
             seed=seed,
         ),
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
+        learning_rate,
+        weight_decay,
+        mask,
     )
 
 

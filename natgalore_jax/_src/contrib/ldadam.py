@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from natgalore_jax._src.contrib.descent import descent
 from natgalore_jax._src.contrib.ldadam_kernels import next_basis, overlap, rotated_moments
 from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
 from natgalore_jax._src.kernels.projection import project, project_back
@@ -235,7 +236,7 @@ def ldadamw(
       >>> state[0].adam.mu["w"].shape, state[0].error["w"].shape
       ((2, 8), (6, 8))
     """
-    return optax.chain(
+    return descent(
         scale_by_ldadam(
             rank=rank,
             b1=b1,
@@ -247,6 +248,7 @@ def ldadamw(
             where=where,
             axes=axes,
         ),
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
+        learning_rate,
+        weight_decay,
+        mask,
     )

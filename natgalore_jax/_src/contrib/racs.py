@@ -1,11 +1,13 @@
 """RACS: SGD whose gradients are scaled by row and by column."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from natgalore_jax._src.contrib.descent import descent
 from natgalore_jax._src.kernels.factored_update import PhiAxes, on_axes_of_gradient
 from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
 from natgalore_jax._src.kernels.residual import inverse_root, limit_growth
@@ -115,7 +117,7 @@ def scale_by_racs(
     """
     check_decay("decay", decay)
     check_integer("iterations", iterations, minimum=1)
-    check_number("scale", scale)
+    check_number("scale", scale, below=math.inf)
     if norm_growth_limit is not None:
         check_number("norm_growth_limit", norm_growth_limit, above=1.0)
     settings = PlanSettings(None, where, axes)
@@ -314,7 +316,7 @@ def racs_adamw(
       >>> state[0].rows["w"].shape, state[0].columns["w"].shape
       ((6,), (8,))
     """
-    return optax.chain(
+    return descent(
         scale_by_racs(
             decay=decay,
             iterations=iterations,
@@ -327,6 +329,7 @@ def racs_adamw(
             where=where,
             axes=axes,
         ),
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
+        learning_rate,
+        weight_decay,
+        mask,
     )

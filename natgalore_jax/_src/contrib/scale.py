@@ -1,11 +1,13 @@
 """SCALE: SGD with normalised columns, and momentum for the output head alone."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from natgalore_jax._src.contrib.descent import descent
 from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
 from natgalore_jax._src.params.axes import AxesLike
 from natgalore_jax._src.params.checks import check_adam, check_choice, check_decay, check_number
@@ -88,8 +90,9 @@ def scale_by_column_norms(
       TypeError, ValueError: at construction for an argument of a wrong type or value; at ``init``
         if there are parameters and no matrix among them, for a matrix that is not floating-point
         of at least 16 bits, or that ``head`` selects and ``where`` leaves out; at ``update`` for
-        gradients of other shapes than at ``init``. A non-finite gradient makes its column NaN, and
-        remains in the momentum of a head: put ``optax.apply_if_finite`` around the optimizer.
+        gradients of other shapes than at ``init``. A NaN makes its column NaN, an infinite entry
+        itself NaN and the rest of its column zero. Both remain in the momentum of a head: put
+        ``optax.apply_if_finite`` around the optimizer.
 
     References:
       Glentis et al., Memory-efficient LLM pretraining via minimalist optimizer design (2025, ICML
@@ -111,7 +114,7 @@ def scale_by_column_norms(
     """
     check_choice("norm", norm, NORMS)
     check_decay("momentum", momentum)
-    check_number("vector_ratio", vector_ratio)
+    check_number("vector_ratio", vector_ratio, below=math.inf)
     both_given = head is not None and where is not None
     head = output_heads if head is None else head
     settings = PlanSettings(None, all_matrices if where is None else where, axes)
@@ -263,7 +266,7 @@ def scale_sgd(
       >>> state[0].adam.mu["mlp"], state[0].adam.mu["b"].shape
       (MaskedNode(), (8,))
     """
-    return optax.chain(
+    return descent(
         scale_by_column_norms(
             norm=norm,
             momentum=momentum,
@@ -276,6 +279,7 @@ def scale_sgd(
             where=where,
             axes=axes,
         ),
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
+        learning_rate,
+        weight_decay,
+        mask,
     )

@@ -11,7 +11,7 @@ from natgalore_jax._src.kernels.float8_blocks import block_max, blocks_between, 
 from natgalore_jax._src.kernels.kernel import own_arithmetic
 from natgalore_jax._src.kernels.stacks import for_each
 from natgalore_jax._src.low_bits.moments import EightBits, QuantizedState, dithered, start
-from natgalore_jax._src.params.checks import check_adam, check_boolean, check_number
+from natgalore_jax._src.params.checks import check_adam, check_boolean, check_eps
 from natgalore_jax._src.params.context import current_subspace
 from natgalore_jax._src.params.where import (
     KeyPath,
@@ -89,7 +89,7 @@ def scale_by_adam_8bit(
       (True, dtype('uint8'))
     """
     check_adam(b1, b2, eps)
-    check_number("eps_root", eps_root)
+    check_eps("eps_root", eps_root)
     check_boolean("nesterov", nesterov)
     settings = EightBits(block_size, min_size, where)
     settings.check()

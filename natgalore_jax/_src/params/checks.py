@@ -106,6 +106,20 @@ def check_decay(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be at least 0 and less than 1, got {value}")
 
 
+def check_static_decay(name: str, value: Any) -> None:
+    """Check for a decay whose value shapes the state or the program."""
+    if isinstance(value, jax.Array):
+        raise TypeError(f"{name} must be a Python number, got the array {value}{_INJECTED}")
+    check_decay(name, value)
+
+
+def check_eps(name: str, value: Any) -> None:
+    """Check for a number that is not negative; values of traced arrays are not checked."""
+    check_number(name, value)
+    if not isinstance(value, jax.core.Tracer) and float(value) < 0:
+        raise ValueError(f"{name} must be at least 0, got {value}")
+
+
 def _check_scalar(name: str, value: Any) -> None:
     is_array = hasattr(value, "dtype") and getattr(value, "ndim", None) == 0
     if isinstance(value, (bool, str)) or not (isinstance(value, Real) or is_array):
@@ -116,7 +130,7 @@ def check_adam(b1: Any, b2: Any, eps: Any, mu_dtype: Any = None) -> None:
     """Check the arguments that ``optax.scale_by_adam`` takes unchecked."""
     check_decay("b1", b1)
     check_decay("b2", b2)
-    check_number("eps", eps)
+    check_eps("eps", eps)
     check_float_dtype("mu_dtype", mu_dtype)
 
 
