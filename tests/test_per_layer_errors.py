@@ -1,5 +1,6 @@
 """Errors of per-layer updates, before anything is computed."""
 
+import jax
 import jax.numpy as jnp
 import optax
 import pytest
@@ -55,6 +56,22 @@ def test_layers_that_share_the_scales_of_8_bits_are_refused():
     train = ng.training.per_layer(optax.sgd(0.1), embed, layer, head)
     with pytest.raises(ValueError, match=r"layers/gain: layers share the scales .*\(80, 12\)"):
         train.init(ng.training.quantize_weights(params, where=True))
+
+
+def test_a_dtype_of_decoded_weights_needs_weights_in_8_bits():
+    train = ng.training.per_layer(optax.sgd(0.1), embed, layer, head, weight_dtype=jnp.bfloat16)
+    with pytest.raises(ValueError, match="weight_dtype has no effect on parameters that are not"):
+        train.init(init_params())
+    state = train.init(ng.training.quantize_weights(init_params()))
+    with pytest.raises(ValueError, match="weight_dtype has no effect on parameters that are not"):
+        train.step(init_params(), state, batches(1)[0])
+
+
+def test_one_shape_may_be_that_of_several_parameters():
+    w = jax.ShapeDtypeStruct((2, D, D), jnp.float32)
+    train = ng.training.per_layer(optax.adam(0.1), embed, layer, head)
+    state = train.init({"layers": {"up": w, "down": w}})
+    assert state.opt_state[0].mu["layers"]["up"].shape == w.shape
 
 
 def test_an_optimizer_that_treats_one_layer_otherwise_is_refused():

@@ -60,7 +60,7 @@ def make_per_layer_step(
         *layered(config.model),
         clip_norm=config.optimizer.clip_norm,
         accumulate=config.accumulate if in_subspace else 1,
-        weight_dtype=config.model.param_dtype,
+        weight_dtype=None if config.weight_bits is None else config.model.param_dtype,
     )
 
     def step(state: TrainState, rows: jax.Array) -> tuple[TrainState, Metrics]:
@@ -83,9 +83,13 @@ def make_per_layer_step(
             accumulated=accumulated,
         )
 
+    def first_step(params: Params, rows: jax.Array) -> Any:
+        stored = params if config.weight_bits is None else ng.training.quantize_weights(params)
+        return train.step(stored, train.init(stored), rows)
+
     rows = jax.ShapeDtypeStruct((config.batch_size, config.seq_len + 1), jnp.int32)
     try:
-        jax.eval_shape(lambda p, rows: train.step(p, train.init(p), rows), params, rows)
+        jax.eval_shape(first_step, params, rows)
     except ValueError as error:  # An optimizer that mixes the gradients of parameters.
         raise ConfigError(f"--per-layer with {config.optimizer.name}: {error}") from error
     return ng.training.in_place(step)

@@ -9,6 +9,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from natgalore_jax._src.kernels.linear_codes import LinearCodes
 from natgalore_jax._src.low_bits.weights import QuantizedWeights, decoded, weight_leaves
+from natgalore_jax._src.params.checks import check_unused
 from natgalore_jax._src.params.where import KeyPath
 from natgalore_jax._src.training.offload import stored_like, to_device
 
@@ -55,11 +56,13 @@ def split_params(params: Any, layers: Selector, weight_dtype: Any = None) -> Par
       weight_dtype: dtype of decoded 8-bit parameters, None for float32.
 
     Raises:
-      ValueError: if there is no stack, its leaves do not have the same number of layers, or layers
-        share the scales of 8-bit parameters.
+      ValueError: if there is no stack, its leaves do not have the same number of layers, layers
+        share the scales of 8-bit parameters, or ``weight_dtype`` has no effect.
     """
     _, stored = weight_leaves(params)
-    if isinstance(params, QuantizedWeights):
+    if not isinstance(params, QuantizedWeights):
+        check_unused("weight_dtype", weight_dtype, None, "on parameters that are not in 8 bits")
+    else:
         params = jax.eval_shape(lambda p: decoded(p, weight_dtype), params)
     entries, treedef = jax.tree_util.tree_flatten_with_path(params)
     paths = tuple(KeyPath(path) for path, _ in entries)

@@ -87,7 +87,8 @@ def per_layer(
 
     The update of one layer must not depend on the gradients of other layers, which is checked when
     the step is traced. The check cannot see inside a stacked parameter: a norm over all layers
-    (``optax.scale_by_trust_ratio``, Adafactor's clipping) becomes a norm of each layer.
+    (``optax.scale_by_trust_ratio``, Adafactor's clipping) becomes a norm of each layer, and random
+    numbers (``optax.add_noise``) are the same in all layers.
 
     Args:
       tx: any Optax transformation.
@@ -115,7 +116,7 @@ def per_layer(
         instead of ``optax.apply_updates``; for bfloat16 parameters, for example,
         ``lambda params, updates, state: ng.training.apply_updates_stochastic(params, updates,
         state[0].count)``.
-      weight_dtype: for parameters in 8 bits (:func:`.quantize_weights`): the dtype of decoded
+      weight_dtype: for parameters in 8 bits (:func:`.quantize_weights`) only: the dtype of decoded
         weights and gradients for model and optimizer, one layer at a time; None is float32. Updates
         are always added to the exact weights in float32, also by ``apply_updates``, and then
         rounded stochastically.
@@ -126,7 +127,8 @@ def per_layer(
 
     Raises:
       TypeError, ValueError: for an argument of a wrong type or value; at ``init`` and ``step`` for
-        parameters without a stack, for an optimizer that treats a stack differently from its layers
+        parameters without a stack, for ``weight_dtype`` with parameters that are not in 8 bits, for
+        an optimizer that treats a stack differently from its layers
         (such as a layer axis in a projected matrix), and for an optimizer that mixes parameters,
         such as ``optax.clip_by_global_norm``.
 
@@ -290,7 +292,8 @@ def _distinct(tree: Any) -> Any:
     leaves, treedef = jax.tree.flatten(tree)
     seen: set[int] = set()
     for i, leaf in enumerate(leaves):
-        leaves[i] = jnp.copy(leaf) if id(leaf) in seen else leaf
+        is_repeated = id(leaf) in seen and isinstance(leaf, jax.Array)
+        leaves[i] = jnp.copy(leaf) if is_repeated else leaf
         seen.add(id(leaf))
     return treedef.unflatten(leaves)
 
