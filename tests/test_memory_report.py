@@ -51,6 +51,15 @@ def test_bytes_of_one_matrix_by_hand(side):
     assert not row(report, "bias").projected
 
 
+@pytest.mark.parametrize("factory", [ng.contrib.alice_adamw, ng.contrib.ldadamw])
+def test_bases_of_optimizers_that_have_no_choice_of_side(factory):
+    """Of five matrices with a shorter side of 6, and one of 7 × 7."""
+    report = ng.memory_report(factory(1e-2, rank=2), PARAMS)
+    assert report.part_bytes["basis"] == 4 * 2 * (5 * 6 + 7)
+    assert row(report, "wide").inner_bytes >= 4 * 2 * 2 * 10
+    assert report.alternative_state_bytes == {}
+
+
 def test_a_stack_is_its_layers():
     report = ng.memory_report(natural(side="left"), PARAMS)
     stack, wide = row(report, "stack"), row(report, "wide")
@@ -289,6 +298,15 @@ def test_gradients_that_live_at_the_same_time_may_be_fewer():
     assert step.gradient_bytes == 100 and step.total_bytes == whole.total_bytes
     with pytest.raises(ValueError, match=r"live_gradients=100 needs a compiled step"):
         ng.memory_report(tx, params, live_gradients=100)
+    with pytest.raises(ValueError, match="live_gradients must be at least 0, got -5"):
+        ng.memory_report(tx, params, step=compiled, live_gradients=-5)
+    with pytest.raises(TypeError, match=r"live_gradients must be an integer, got 1\.5"):
+        ng.memory_report(tx, params, step=compiled, live_gradients=1.5)
+    with pytest.raises(TypeError, match="step must be a compiled step"):
+        ng.memory_report(tx, params, step=jax.jit(training_step(tx)))
+    # A Python number among the parameters has four bytes, as without a step.
+    step = ng.memory_report(tx, params | {"n": 1.0}, step=compiled).step
+    assert step.gradient_bytes == whole.gradient_bytes + 4
 
 
 def test_without_a_step_there_is_no_account_of_it():

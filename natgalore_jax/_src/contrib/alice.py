@@ -31,6 +31,7 @@ from natgalore_jax._src.params.checks import (
 from natgalore_jax._src.params.placement import zeros_on_axes
 from natgalore_jax._src.params.plan import PlanSettings, plan_tree, without_matrices
 from natgalore_jax._src.params.where import Where, hidden_matrices
+from natgalore_jax._src.states.entries import OwnBasis, register_type
 from natgalore_jax._src.states.tree_checks import check_moments, flatten_like, with_dtypes_of
 from natgalore_jax._src.subspace.subspace import init_low_rank
 
@@ -56,6 +57,9 @@ class ScaleByAliceState(NamedTuple):
     #: φ. The tree of parameters: batch, float32, the norm of each matrix's last compensation;
     #: MaskedNode where unprojected, or without a limit.
     residual_norm: Any
+
+
+register_type(ScaleByAliceState, OwnBasis())
 
 
 def scale_by_alice(

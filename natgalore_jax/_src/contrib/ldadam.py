@@ -15,6 +15,7 @@ from natgalore_jax._src.params.axes import AxesLike
 from natgalore_jax._src.params.checks import check_adam, check_boolean, check_decay, check_integer
 from natgalore_jax._src.params.plan import PlanSettings, plan_tree
 from natgalore_jax._src.params.where import Where, hidden_matrices
+from natgalore_jax._src.states.entries import OwnBasis, register_type
 from natgalore_jax._src.states.tree_checks import check_moments, flatten_like, with_dtypes_of
 from natgalore_jax._src.subspace.subspace import init_low_rank
 
@@ -31,6 +32,9 @@ class ScaleByLDAdamState(NamedTuple):
     #: The tree of parameters: shape and dtype of the parameter; MaskedNode where unprojected, or
     #: without error feedback.
     error: Any
+
+
+register_type(ScaleByLDAdamState, OwnBasis())
 
 
 def scale_by_ldadam(

@@ -65,9 +65,9 @@ def attribute(
 def alternatives(plan: LeafPlan, pieces: Sequence[Piece]) -> dict[str, int]:
     """Bytes of the state of one projected matrix by the side that is projected.
 
-    Empty for Tucker, and for optimizers without a stored basis, which have no choice of side.
+    Empty for Tucker, and for optimizers without a basis whose size depends on the side.
     """
-    if len(plan.modes) > 2 or not any(piece.part == "basis" for piece in pieces):
+    if len(plan.modes) > 2 or not any(piece.part == "basis" and piece.size for piece in pieces):
         return {}
     rank = next(r for r in plan.ranks if r is not None)
     left, right, both = (

@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 
+from natgalore_jax._src.params.where import shape_and_dtype
+
 
 @dataclasses.dataclass(frozen=True)
 class StepMemory:
@@ -56,8 +58,8 @@ def step_memory(compiled: jax.stages.Compiled, gradients: int) -> StepMemory:
 def bytes_per_device(tree: Any) -> int:
     """Bytes per device of arrays or their shapes, replicated if without a sharding."""
     total = 0
-    for leaf in jax.tree.leaves(tree):
-        sharding = getattr(leaf, "sharding", None)
-        shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
-        total += math.prod(shape) * leaf.dtype.itemsize
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        sharding, kind = getattr(leaf, "sharding", None), shape_and_dtype(path, leaf)
+        shape = kind.shape if sharding is None else sharding.shard_shape(kind.shape)
+        total += math.prod(shape) * kind.dtype.itemsize
     return total

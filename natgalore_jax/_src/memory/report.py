@@ -10,6 +10,7 @@ import optax
 from natgalore_jax._src.memory.attribution import alternatives, attribute, nbytes
 from natgalore_jax._src.memory.compiled_step import StepMemory, bytes_per_device, step_memory
 from natgalore_jax._src.memory.table import align, format_bytes
+from natgalore_jax._src.params.checks import check_integer
 from natgalore_jax._src.params.context import record_plans
 from natgalore_jax._src.params.plan import LeafPlan
 from natgalore_jax._src.params.where import KeyPath
@@ -171,9 +172,9 @@ def memory_report(
       shows side and rank of the first and has no alternatives if they differ.
 
     Raises:
-      TypeError: if ``tx`` has no ``init``.
-      ValueError: if ``live_gradients`` comes without a step, or the step's backend has no memory
-        analysis.
+      TypeError: if ``tx`` has no ``init``, or ``step`` is not compiled.
+      TypeError, ValueError: if ``live_gradients`` is no integer, negative or without a step.
+      ValueError: if the step's backend has no memory analysis.
       TypeError, ValueError: from ``tx.init`` on these parameters.
 
     Example:
@@ -210,8 +211,14 @@ def memory_report(
     """
     if not hasattr(tx, "init"):
         raise TypeError(f"memory_report takes a gradient transformation, got {tx!r}")
-    if step is None and live_gradients is not None:
-        raise ValueError(f"live_gradients={live_gradients} needs a compiled step=, got None")
+    if live_gradients is not None:
+        check_integer("live_gradients", live_gradients, minimum=0)
+        if step is None:
+            raise ValueError(f"live_gradients={live_gradients} needs a compiled step=, got None")
+    if not (step is None or isinstance(step, jax.stages.Compiled)):
+        raise TypeError(
+            f"step must be a compiled step, jax.jit(f).lower(*shapes).compile(), got {step!r}"
+        )
     whole_step = None
     if step is not None:
         gradients = bytes_per_device(params) if live_gradients is None else live_gradients

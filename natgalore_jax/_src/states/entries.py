@@ -151,6 +151,17 @@ class Moments(StateType):
         return new
 
 
+class OwnBasis(StateType):
+    """A state with a field ``basis`` of an optimizer that projects by itself, without a choice."""
+
+    def inner(self, state):
+        return tuple(state)
+
+    def parts(self, state):
+        others = [x for name, x in state._asdict().items() if name != "basis"]
+        return [Part("basis", state.basis), Part(None, others)]
+
+
 _REGISTERED: dict[type, StateType] = {}
 
 
