@@ -376,13 +376,13 @@ def test_errors():
         ng.scale_by_adam_8bit(min_size=0.5)
     with pytest.raises(ValueError, match="registered type, got ScaleByLBFGSState"):
         ng.quantize_state(optax.lbfgs()).init({"w": jnp.ones(SHAPE)})
-    tx = ng.scale_by_adam_8bit()
-    with pytest.raises(ValueError, match=r"w: the update has shape \(64, 96\)"):
-        tx.update({"w": jnp.ones((64, 96))}, tx.init({"w": jnp.ones(SHAPE)}))
+    for tx in (ng.quantize_state(optax.scale_by_adam()), ng.scale_by_adam_8bit()):
+        with pytest.raises(ValueError, match=r"w: the update has shape \(64, 96\), but .*\(96, 64"):
+            tx.update({"w": jnp.ones((64, 96))}, tx.init({"w": jnp.ones(SHAPE)}))
     with pytest.raises(TypeError, match=r"block/w: scale_by_adam_8bit takes real .* got complex64"):
         tx.init({"block": {"w": jnp.ones(SHAPE, jnp.complex64)}})
     tx, params = ng.quantize_state(optax.scale_by_adam()), {"b": jnp.ones(8), "w": jnp.ones(SHAPE)}
-    with pytest.raises(ValueError, match="another tree structure than the parameters at init"):
+    with pytest.raises(ValueError, match=r"than the parameters at init.*only there: b"):
         tx.update({"w": params["w"]}, tx.init(params))
 
 

@@ -70,5 +70,8 @@ def test_small_updates_of_bfloat16_weights_add_up():
 def test_errors():
     with pytest.raises(TypeError, match="floating-point arrays, got int32"):
         ng.training.stochastic_round(jnp.arange(3), 0)
+    for step in (2.7, jnp.float32(1), jnp.arange(3)):
+        with pytest.raises(TypeError, match="step must be a scalar integer, got"):
+            ng.training.stochastic_round(jnp.ones(3), step)
     with pytest.raises(TypeError, match="seed must be an integer"):
         ng.training.stochastic_round(jnp.ones(3), 0, seed=0.5)

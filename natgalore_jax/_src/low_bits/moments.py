@@ -39,8 +39,9 @@ from natgalore_jax._src.states.entries import (
     is_masked,
     register_type,
     registered_entries,
+    registered_states,
 )
-from natgalore_jax._src.states.tree_checks import update_dtypes
+from natgalore_jax._src.states.tree_checks import flatten_like, update_dtypes
 
 
 class QuantizedState(NamedTuple):
@@ -188,8 +189,7 @@ def quantize_state(
         stored, treedef = jax.tree.flatten(state.codes)
         scales = treedef.flatten_up_to(state.scales)
         moments = _moments(treedef, jax.tree.structure(updates))
-        if not all(is_masked(x) or number in moments for number, x in enumerate(scales)):
-            raise ValueError("the updates have another tree structure than the parameters at init")
+        _check_moments(updates, state.codes, moments, stored, scales)
         is_second = [
             None if is_masked(scale) else moments[number][1] for number, scale in enumerate(scales)
         ]
@@ -259,6 +259,25 @@ def _moments(treedef: Any, params_treedef: Any) -> dict[int, tuple[int, bool]]:
                 if isinstance(number, int) and name not in centred:
                     found[number] = (leaf, isinstance(role, SecondMoment))
     return found
+
+
+def _check_moments(updates, codes, moments, stored, scales):
+    """Check that moments in 8 bits, made at init, fit the updates."""
+    leaves = jax.tree_util.tree_leaves_with_path(updates)
+    for number, (x, scale) in enumerate(zip(stored, scales, strict=True)):
+        if is_masked(scale):
+            continue
+        if number not in moments:
+            for meaning, node in registered_states(codes):
+                for name in meaning.roles:
+                    flatten_like(updates, getattr(node, name), "the parameters at init")
+            raise ValueError("the updates have another tree structure than the parameters at init")
+        path, g = leaves[moments[number][0]]
+        if jnp.shape(g) != x.shape:
+            raise ValueError(
+                f"{KeyPath(path)}: the update has shape {jnp.shape(g)}, but the moments made at "
+                f"init have {x.shape}"
+            )
 
 
 def _types_in(state: Any) -> str:

@@ -30,7 +30,7 @@ def stochastic_round(x: jax.Array, step: jax.typing.ArrayLike, seed: int = 0) ->
       Shape of x, bfloat16. Infinities and NaN are unchanged.
 
     Raises:
-      TypeError: if x is not real floating-point or the seed is not an integer.
+      TypeError: if x is not real floating-point, or step or seed is not an integer.
 
     Example:
       A third of a step of bfloat16 above 1, rounded 300 times:
@@ -42,6 +42,8 @@ def stochastic_round(x: jax.Array, step: jax.typing.ArrayLike, seed: int = 0) ->
       True
     """
     check_seed(seed)
+    if jnp.ndim(step) or not jnp.issubdtype(jnp.result_type(step), jnp.integer):
+        raise TypeError(f"step must be a scalar integer, got {step!r}")
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"stochastic_round takes floating-point arrays, got {x.dtype}")

@@ -244,13 +244,19 @@ def registered_entries(
     Returns:
       The meaning of each registered state, and one entry per parameter for each of its fields.
     """
-    found = []
+    return [
+        (meaning, meaning.entries(node, lambda tree: entries_of(tree, treedef)))
+        for meaning, node in registered_states(state)
+    ]
+
+
+def registered_states(state: Any) -> Iterator[tuple[StateType, Any]]:
+    """The registered states within a state, with their meaning, outer states first."""
     for node in jax.tree.leaves(state, is_leaf=lambda x: meaning_of(x) is not None):
         meaning = meaning_of(node)
         if meaning is not None:
-            own = meaning.entries(node, lambda tree: entries_of(tree, treedef))
-            found += [(meaning, own), *registered_entries(meaning.inner(node), treedef)]
-    return found
+            yield meaning, node
+            yield from registered_states(meaning.inner(node))
 
 
 def entries_of(tree: Any, treedef: Any) -> list[Any]:
