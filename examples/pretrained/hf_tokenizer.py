@@ -1,12 +1,12 @@
 """The tokenizer and the chat template of a directory in the Hugging Face layout."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
+from examples.common.config import write_json
 from examples.common.errors import WeightsError
 from examples.pretrained.chat import ChatTemplate
 from examples.pretrained.json_file import read_json
@@ -18,7 +18,7 @@ _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def read_tokenizer(directory: Path) -> Tokenizer | None:
-    """From `tokenizer.json`; None if there is no such file.
+    """From `tokenizer.json`, without truncation and padding; None if there is no such file.
 
     Raises:
       WeightsError: if the file is damaged.
@@ -27,9 +27,13 @@ def read_tokenizer(directory: Path) -> Tokenizer | None:
     if not path.exists():
         return None
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # The bindings raise nothing more specific.
         raise WeightsError(f"{path}: not a tokenizer file of `tokenizers` ({error})") from error
+    # A file may carry the truncation and padding of another use, which would drop or add tokens.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def read_chat_template(directory: Path) -> ChatTemplate | None:
@@ -59,12 +63,19 @@ def write_tokenizer(
 ) -> None:
     """Writes both, and `tokens` by names such as eos_token, for this module and transformers."""
     tokenizer.save(str(directory / TOKENIZER))
-    settings: dict[str, Any] = {
+    template = {} if chat_template is None else {"chat_template": chat_template.text}
+    write_settings({**tokens, **template}, directory)
+
+
+def write_settings(settings: Mapping[str, Any], directory: Path) -> None:
+    """Write `tokenizer_config.json`, by which transformers reads `tokenizer.json` as it is.
+
+    Without it transformers takes the class of the architecture, whose defaults override the file:
+    those of BERT make it lower-case.
+    """
+    fixed = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         # Otherwise transformers 4 deletes spaces before punctuation when it decodes.
         "clean_up_tokenization_spaces": False,
-        **tokens,
     }
-    if chat_template is not None:
-        settings["chat_template"] = chat_template.text
-    (directory / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+    write_json(directory / SETTINGS, fixed | dict(settings))

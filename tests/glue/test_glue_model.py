@@ -83,8 +83,7 @@ def test_dropout_is_random_and_right_on_average(model):
 def test_files_are_written_as_transformers_writes_them(model, tmp_path, case):
     loaded = load_model(model(case), OUTPUTS, seed=0)
     out, labels = tmp_path / "out", ("no", "maybe", "yes")
-    tokenizer = loaded.directory / "tokenizer.json"
-    save_model(loaded.params, loaded.config, loaded.raw_config, labels, tokenizer, out)
+    save_model(loaded.params, loaded.config, loaded.raw_config, labels, loaded.directory, out)
     written, expected = load_file(out / "model.safetensors"), tiny.weights(case)
     assert written.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -104,10 +103,9 @@ def test_transformers_reads_what_is_written(model, tmp_path, case):
     from transformers import AutoModelForSequenceClassification
 
     loaded = load_model(model(case), OUTPUTS, seed=0, new_head=True)
-    tokenizer = loaded.directory / "tokenizer.json"
-    labels = ("no", "maybe", "yes")
-    save_model(loaded.params, loaded.config, loaded.raw_config, labels, tokenizer, tmp_path / "out")
-    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    out, labels = tmp_path / "out", ("no", "maybe", "yes")
+    save_model(loaded.params, loaded.config, loaded.raw_config, labels, loaded.directory, out)
+    theirs = AutoModelForSequenceClassification.from_pretrained(out).eval()
     found = tiny.arrays(case)
     inputs = {"input_ids": found["tokens"], "attention_mask": found["mask"]}
     if case == "bert":
@@ -116,6 +114,35 @@ def test_transformers_reads_what_is_written(model, tmp_path, case):
         logits = theirs(**{k: torch.asarray(v) for k, v in inputs.items()}).logits
     expected = logits_of(loaded, tiny.inputs(case))
     np.testing.assert_allclose(logits.numpy(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_tokenizer_is_written_with_its_settings(model, tmp_path, case):
+    """Without them that of transformers for BERT makes text lower-case, and knows no length."""
+    loaded = load_model(model(case), OUTPUTS, seed=0)
+
+    def written():
+        args = (loaded.params, loaded.config, loaded.raw_config, ("a", "b", "c"))
+        save_model(*args, loaded.directory, tmp_path / "out")
+        return json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+
+    settings = written()
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert settings["model_max_length"] == loaded.config.max_length
+    assert ("token_type_ids" in settings["model_input_names"]) == (case == "bert")
+    tokens = {name: text for name, text in settings.items() if name.endswith("_token")}
+    known = ("cls", "pad", "sep", "unk") if case == "bert" else ()
+    assert tokens == {f"{name}_token": f"[{name.upper()}]" for name in known}
+    if find_spec("transformers"):
+        from transformers import AutoTokenizer
+
+        theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+        assert theirs("w4 W4")["input_ids"] == [2, 4, 1, 3] and theirs.model_max_length < 21
+    given = {"tokenizer_config.json": {"do_lower_case": False}, "special_tokens_map.json": {}}
+    for name, value in given.items():
+        (loaded.directory / name).write_text(json.dumps(value))
+    assert written() == given["tokenizer_config.json"]
+    assert (tmp_path / "out" / "special_tokens_map.json").read_text() == "{}"
 
 
 def test_weights_without_a_head_in_several_files_of_old_names(tmp_path):

@@ -162,6 +162,15 @@ def test_tokenizer_template_and_end(tmp_path, kind):
         assert loaded.tokenizer.decode(encoded.ids) == "hell23"
 
 
+def test_truncation_and_padding_of_another_use_are_left_out(tmp_path):
+    directory, tokenizer = tiny.write_directory(tmp_path / "model"), tiny.tokenizer()
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=5)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    read = open_weights(str(directory)).tokenizer
+    assert read.encode("w1 w2 w3").ids == [1, 2, 3]
+
+
 def test_a_template_that_refuses(tmp_path):
     refusing = "{{ raise_exception('only a user speaks') }}"
     directory = tiny.write_directory(tmp_path / "model")

@@ -74,7 +74,7 @@ def train(
             pretrained.config,
             pretrained.raw_config,
             labels,
-            prepared.tokenizer,
+            pretrained.directory,
             run_dir / "model",
         )
     return result

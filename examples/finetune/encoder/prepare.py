@@ -1,7 +1,6 @@
 """Inputs that all methods of a run share: the model from files, and the rows as tokens."""
 
 import hashlib
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +13,6 @@ from examples.finetune.encoder.data.encode import Encoded, encode, read_tokenize
 from examples.finetune.encoder.run_config import RunConfig
 from examples.finetune.encoder.weights import FILES, Pretrained, load_model
 from examples.pretrained import locate_model
-from examples.pretrained.hf_tokenizer import TOKENIZER
 
 
 class Prepared(NamedTuple):
@@ -26,10 +24,6 @@ class Prepared(NamedTuple):
     encoded: dict[str, Encoded]  # By split.
     layout: Layout
     predicted: dict[str, Encoded]  # By split, with --predict.
-
-    @property
-    def tokenizer(self) -> Path:
-        return self.pretrained.directory / TOKENIZER
 
     @property
     def truncated(self) -> dict[str, int]:

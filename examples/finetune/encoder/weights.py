@@ -7,15 +7,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
+from tokenizers import Tokenizer
 
 from examples.common.config import write_json
 from examples.common.errors import WeightsError
 from examples.finetune.encoder.config import EncoderConfig, classifier_config, read_config
 from examples.finetune.encoder.model import make_model
 from examples.pretrained import Stored, fill, read_tensors, tensors_of, write_tensors
-from examples.pretrained.hf_tokenizer import TOKENIZER
+from examples.pretrained.hf_tokenizer import SETTINGS, TOKENIZER, write_settings
 
-FILES = ("config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json")
+# transformers reads the first by the others, which a model may lack.
+_TOKENIZER_FILES = (TOKENIZER, SETTINGS, "special_tokens_map.json")
+FILES = ("config.json", *_TOKENIZER_FILES, "*.safetensors", "*.safetensors.index.json")
 
 Params = dict[str, Any]
 
@@ -38,6 +41,10 @@ MATRICES = tuple(name for name in _MODULES if name.startswith("layers.") and "no
 _HEADS = {
     "bert": {"head.dense": "bert.pooler.dense", "head.out": "classifier"},
     "roberta": {"head.dense": "classifier.dense", "head.out": "classifier.out_proj"},
+}
+_TOKENS = {
+    "bert": {"unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]"},
+    "roberta": {"unk": "<unk>", "cls": "<s>", "sep": "</s>", "pad": "<pad>"},
 }
 _LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 
@@ -99,15 +106,28 @@ def save_model(
     config: EncoderConfig,
     raw_config: dict[str, Any],
     labels: tuple[str, ...],
-    tokenizer: Path,
+    source: Path,
     directory: Path,
 ) -> None:
-    """Writes config, weights and tokenizer, to be read by this program and by transformers."""
+    """Writes config, weights and the tokenizer of the directory `source`, to be read by this
+    program and by transformers."""
     directory.mkdir(parents=True, exist_ok=True)
     flat: dict[Any, Any] = flatten_dict(params)
     write_tensors(tensors_of(flat, stored_as(flat, config)), directory)
     write_json(directory / "config.json", classifier_config(config, raw_config, labels))
-    shutil.copyfile(tokenizer, directory / TOKENIZER)
+    for name in _TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, directory / name)
+    if not (source / SETTINGS).exists():
+        write_settings(_tokenizer_settings(config, source), directory)
+
+
+def _tokenizer_settings(config: EncoderConfig, source: Path) -> dict[str, Any]:
+    vocabulary = Tokenizer.from_file(str(source / TOKENIZER)).get_vocab()
+    tokens = {f"{k}_token": v for k, v in _TOKENS[config.architecture].items() if v in vocabulary}
+    types = ["token_type_ids"] if config.token_types > 1 else []
+    inputs = ["input_ids", *types, "attention_mask"]
+    return {"model_max_length": config.max_length, "model_input_names": inputs, **tokens}
 
 
 def _renamed(tensors: dict[str, Any], architecture: str) -> dict[str, Any]:

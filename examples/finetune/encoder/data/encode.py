@@ -46,7 +46,6 @@ def encode(
     tokenizer: Tokenizer, rows: list[Row], config: EncoderConfig, max_length: int, regression: bool
 ) -> Encoded:
     """Tokens of each row, at most `max_length`, of which the longer sentence loses the end."""
-    tokenizer.no_padding()
     tokenizer.enable_truncation(max_length)  # strategy "longest_first"
     texts = [row.first if row.second is None else (row.first, row.second) for row in rows]
     encodings = tokenizer.encode_batch(texts)
