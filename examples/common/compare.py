@@ -58,6 +58,8 @@ def check(config: Any, positive: Sequence[str]) -> None:
     check_range(config, f"[0, {INT32})", "seed")
     if not config.methods or len(set(config.methods)) < len(config.methods):
         raise ConfigError(f"methods must name each method once, got {' '.join(config.methods)}")
+    if "lora" in config.methods and config.method.scale == 0:
+        raise ConfigError("scale must be above 0 for lora, whose adapters 0 takes away; got 0")
     check_name(config.output.name)
     if config.output.resume and config.output.overwrite:
         raise ConfigError("a run is either resumed or overwritten: --resume, --overwrite")

@@ -254,6 +254,7 @@ def test_what_each_method_trains(prepared):
         if method not in ("adamw", "lora"):
             assert trained(method) == everything - {("embed", "embedding")}
     assert trained("adamw") == trained("galore", embeddings="full") == everything
+    assert trained("adamw", scale=0.0) == everything  # Which LoRA alone refuses.
     assert {path[-1] for path in trained("lora")} == {"lora_a", "lora_b"}
     assert len(trained("lora")) == 14
 

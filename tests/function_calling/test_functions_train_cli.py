@@ -97,6 +97,7 @@ def test_it_has_a_pulse(command, directory, tmp_path, capsys, monkeypatch):
         (["--methods", "adamw", "adamw"], "methods must name each method once"),
         (["--parts", "sgd"], "parts: no part is called 'sgd'; there are none"),
         (["--resume", "--overwrite"], "--overwrite"),
+        (["--scale", "0", "--methods", "adamw", "lora"], "scale must be above 0 for lora"),
         (["--warmup", "2"], "warmup must be at least 0 and at most 1, got 2"),
         (["--learning-rate", "1e30", "--methods", "adamw"], "adamw: the loss is not finite at"),
     ],

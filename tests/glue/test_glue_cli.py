@@ -158,6 +158,7 @@ def test_the_best_rate_of_a_sweep():
         (["--targets", "keys"], "no matrix is called 'keys'"),
         (["--methods", "adamw", "adamw"], "methods must name each method once"),
         (["--resume", "--overwrite"], "--overwrite"),
+        (["--scale", "0", "--methods", "lora"], "scale must be above 0 for lora"),
         (["--root", "/dev/null"], "/dev/null"),
         (["--name", "a[1]"], "a[1]/adamw/checkpoints: Orbax writes no readable checkpoints"),
         (["--warmup", "2"], "warmup must be at least 0 and at most 1, got 2"),

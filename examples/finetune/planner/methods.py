@@ -68,7 +68,7 @@ def set_up(
     """
     lora = method == "lora"
     scale = 2.0 if config.scale is None else config.scale
-    adapter = AdapterConfig("lora" if lora else "none", config.rank, scale * config.rank)
+    adapter = AdapterConfig("lora", config.rank, scale * config.rank) if lora else AdapterConfig()
     made = abstract_model(model, make_linear(adapter))
     if lora:
         like = nnx.to_pure_dict(nnx.state(made, nnx.Param))
