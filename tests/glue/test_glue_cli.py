@@ -186,5 +186,9 @@ def test_a_preset_fills_what_is_not_given():
     config = parse(["--preset", "galore-rank-8", "--task", "rte", "--batch-size", "4"])
     assert (config.batch_size, config.epochs, config.method.rank) == (4, 30, 8)
     assert config.run_dir.name == "rte-galore-rank-8"
+    sweep = ["--preset", "natural-galore-rank-4", "--task", "rte", "--sweep-learning-rates", "1e-5"]
+    assert parse(sweep).sweep_learning_rates == (1e-5,)
+    with pytest.raises(ConfigError, match="not both"):
+        parse([*sweep, "--learning-rate", "1e-4"])
     with pytest.raises(SystemExit):
         parse(["--preset", "galore"])

@@ -73,8 +73,8 @@ class RunConfig:
     """Evaluate on so many batches of each split only, of rows drawn at random, the same for every
     seed."""
     sweep_learning_rates: tuple[float, ...] = ()
-    """Train each method once with each of these peak rates, instead of one, and take the best by
-    the validation rows."""
+    """Train each method once with each of these peak rates, instead of that of the preset or the
+    method's own, and take the best by the validation rows."""
     warmup: float = 0.1
     """Share of the steps in which the learning rate rises; then it falls to zero."""
     dropout: float | None = None
@@ -93,7 +93,9 @@ class RunConfig:
                 "sweep_learning_rates must be positive, finite and different in six digits, got "
                 f"{' '.join(map(str, rates))}"
             )
-        if rates and self.method.learning_rate is not None:
+        # The preset's rate is a default, which the sweep replaces.
+        default = PROTOCOLS[self.preset](self.task).method.learning_rate
+        if rates and self.method.learning_rate not in (None, default):
             raise ConfigError("give --learning-rate or --sweep-learning-rates, not both")
         # Two tokens begin and end a row, and RoBERTa has two more between sentences.
         check_range(self, f"[8, {INT32})", "max_length")
