@@ -135,7 +135,7 @@ def test_glue_on_files(tmp_path, in_this_process, monkeypatch, capsys):
     assert "average" in printed and "missing: cola" in printed
 
 
-def test_the_average_takes_the_best_rate_of_each_task(tmp_path):
+def test_averages_take_the_best_rate_of_each_task(tmp_path):
     runs = []
     for task in GLUE:
         for rate, score in ((1e-5, 0.5), (2e-5, 0.9 if task == "cola" else 0.7), (3e-5, 0.6)):
@@ -144,13 +144,17 @@ def test_the_average_takes_the_best_rate_of_each_task(tmp_path):
             names = ("matthews", "pearson", "f1", "accuracy")
             splits = ("validation", "validation_matched", "validation_mismatched")
             metrics = {split: dict.fromkeys(names, score) for split in splits}
-            method = {"metrics": metrics, "learning_rate": rate}
-            (run / "summary.json").write_text(json.dumps({"task": task, "methods": [method]}))
+            method = {"method": "adamw", "metrics": metrics, "learning_rate": rate}
+            # As with --methods adamw lora.
+            methods = [method, {**method, "method": "lora"}] if task == "cola" else [method]
+            (run / "summary.json").write_text(json.dumps({"task": task, "methods": methods}))
             runs.append(run)
-    *cells, average = list(glue_table(runs).columns[3].cells)
-    assert cells[0] == "90.00" and set(cells[1:]) == {"70.00"}
-    assert average == f"{(90 + 7 * 70) / 8:.2f}"
-    assert set(list(glue_table(runs).columns[2].cells)[:-1]) == {"2e-05"}
+    names, tasks, notes, rates, values = (list(c.cells) for c in glue_table(runs).columns)
+    assert names == ["adamw"] * 9 + ["lora"] * 2
+    assert values[0] == "90.00" and set(values[1:8]) == {"70.00"}
+    assert (tasks[8], values[8]) == ("average", f"{(90 + 7 * 70) / 8:.2f}")
+    assert set(rates[:8]) == {"2e-05"}
+    assert notes[-1].startswith("of 1; missing: stsb") and values[-1] == values[-2] == "90.00"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -20,20 +20,23 @@ def results(program: str, runs: list[Path]) -> Table:
 
 def glue_table(runs: list[Path]) -> Table:
     """The best rate of each task by its validation split, and the average over tasks."""
-    best: dict[str, tuple[float, float]] = {}
+    methods: dict[str, dict[str, tuple[float, float]]] = {}
     for run in runs:
         summary = json.loads((run / "summary.json").read_text())
-        (method,), task = summary["methods"], summary["task"]
+        task = summary["task"]
         split = TASKS[task].validation[0]
-        found = (method["metrics"][split][_metric(task)], method["learning_rate"])
-        best[task] = max(found, best.get(task, found))
-    table = Table("task", "metric", "rate", "validation")
-    for task, (score, rate) in best.items():
-        table.add_row(task, _metric(task), f"{rate:g}", f"{100 * score:.2f}")
-    missing = [task for task in GLUE if task not in best]
-    average = 100 * statistics.mean(score for score, _ in best.values())
-    note = f"of {len(best)}; missing: {', '.join(missing)}" if missing else f"of {len(best)}"
-    table.add_row("average", note, "", f"{average:.2f}", style="bold")
+        for method in summary["methods"]:
+            best = methods.setdefault(method["method"], {})
+            found = (method["metrics"][split][_metric(task)], method["learning_rate"])
+            best[task] = max(found, best.get(task, found))
+    table = Table("method", "task", "metric", "rate", "validation")
+    for method, best in methods.items():
+        for task, (score, rate) in best.items():
+            table.add_row(method, task, _metric(task), f"{rate:g}", f"{100 * score:.2f}")
+        missing = [task for task in GLUE if task not in best]
+        average = 100 * statistics.mean(score for score, _ in best.values())
+        note = f"of {len(best)}; missing: {', '.join(missing)}" if missing else f"of {len(best)}"
+        table.add_row(method, "average", note, "", f"{average:.2f}", style="bold")
     return table
 
 
