@@ -47,13 +47,15 @@ def test_what_models_write(text):
 def test_values():
     text = (
         "1. f(1, -2.5, 1e3, .5, None, null, false, [], {}, {'a': [1, {\"b\": '$$1'}]}, "
-        '"\\n\\t\\\\ \\q \\x41 \\ud83d\\ude00 \\/", \'"\', from="x", año=(1, 2))'
+        '"\\n\\t\\\\ \\q \\x41 \\ud83d\\ude00 \\/", \'"\', from="x", año=(1, 2), '
+        "one=(1 ,), same=((\n1 ) ))"
     )
     call = parse_plan(text).calls[0]
     positional = [argument.value for argument in call.arguments if argument.name is None]
     assert repr(positional[:9]) == "[1, -2.5, 1000.0, 0.5, None, None, False, [], {}]"
     assert positional[9:] == [{"a": [1, {"b": "$1"}]}, "\n\t\\ \\q A \N{GRINNING FACE} /", '"']
-    assert call.arguments[-2:] == (Argument("x", "from"), Argument([1, 2], "año"))
+    named = {argument.name: argument.value for argument in call.arguments if argument.name}
+    assert named == {"from": "x", "año": [1, 2], "one": [1], "same": 1}
 
 
 @pytest.mark.parametrize(
@@ -102,6 +104,12 @@ def test_results_next_to_amounts():
         Text((Ref(1), ", ", Ref(1), ".50 and $1.5 or $7.")),
         Text((Ref(1), ",", Ref(1))),
     ]
+
+
+def test_amounts_that_are_numbers_of_no_earlier_call():
+    plan = parse_plan('1. a("$2 off")\n2. f(["$1"], "$2 each, $3 for $1")\n3. join()')
+    assert plan.calls[0].arguments[0].value == "$2 off"
+    assert plan.calls[1].arguments[1].value == Text(("$2 each, $3 for ", Ref(1)))
 
 
 def test_later_results_are_allowed_where_no_calls_wait_for_each_other():

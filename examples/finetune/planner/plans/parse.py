@@ -100,13 +100,15 @@ def _value(text: str, at: int, depth: int) -> tuple[Value, int]:
     raise PlanError(f"expected a value, found {_near(text, at)}")
 
 
-def _items(close: str, text: str, at: int, depth: int) -> tuple[list[Value], int]:
+def _items(close: str, text: str, at: int, depth: int) -> tuple[Value, int]:
     items: list[Value] = []
-    at = _skip(text, at)
+    at = end = _skip(text, at)
     while not text.startswith(close, at):
-        item, at = _value(text, at, depth + 1)
+        item, end = _value(text, at, depth + 1)
         items.append(item)
-        at = _comma_or(close, text, at)
+        at = _comma_or(close, text, end)
+    if close == ")" and len(items) == 1 and text.find(",", end, at) < 0:
+        return items[0], at + 1  # Python's tuples of one item have a comma.
     return items, at + 1
 
 
@@ -192,7 +194,7 @@ def parse_plan(text: str) -> Plan | FailedPlan:
     that do not begin as an action (thoughts, fences, explanations, `Step 1: tool(`, `1. tool (`)
     and what follows an action in its line are passed over. Arguments are Python's literals with or
     without names, JSON's constants, and references: `$1`, `${1}`, `$1.field`, in quotes or not.
-    Within a longer text `$5` is five dollars if the plan has fewer calls.
+    Within a longer text `$5` is five dollars unless an earlier call is call 5.
 
     Never raises: a text that holds no plan gives a `FailedPlan` that says why.
 
@@ -203,7 +205,7 @@ def parse_plan(text: str) -> Plan | FailedPlan:
     """
     try:
         calls = _calls(text)
-        return Plan(tuple(_with_amounts(call, len(calls)) for call in calls))
+        return Plan(tuple(_with_amounts(call, n) for n, call in enumerate(calls, start=1)))
     except PlanError as error:
         return FailedPlan(str(error))
 
@@ -233,11 +235,11 @@ def _calls(text: str) -> list[Call]:
     return calls
 
 
-def _with_amounts(call: Call, count: int) -> Call:
-    """The call with `$n` inside texts as text where the plan has no call n."""
+def _with_amounts(call: Call, number: int) -> Call:
+    """The call of this number with `$n` inside texts as text where no earlier call is n."""
 
     def read_part(part: str | Ref) -> str | Ref:
-        if isinstance(part, str) or part.path or 1 <= part.call <= count:
+        if isinstance(part, str) or part.path or 1 <= part.call < number:
             return part
         return f"${part.call}"
 
