@@ -66,6 +66,13 @@ def test_official_files(tmp_path, name):
         assert lines == ["index\tprediction", f"0\t{written[0]}", f"1\t{written[1]}"]
 
 
+def test_small_and_large_numbers_of_an_own_regression(tmp_path):
+    values = np.array([1.2345678e-7, -3.25e8], np.float32)
+    write_submission(TASKS["own-regression"], (), {"test": values}, tmp_path)
+    lines = (tmp_path / "predictions.tsv").read_text().splitlines()[1:]
+    assert [np.float32(line.split("\t")[1]) for line in lines] == list(values)
+
+
 def test_the_hub_has_labels_of_minus_one(monkeypatch):
     records = [{"sentence": text, "label": -1, "idx": i} for i, text in enumerate("ab")]
     library = types.SimpleNamespace(load_dataset=lambda *_: {"test": records})

@@ -30,7 +30,9 @@ def write_submission(
 
 
 def _written(task: Task, labels: tuple[str, ...], value: float) -> str:
-    if task.regression:
-        # The server refuses numbers outside of the range of the labels.
-        return f"{value if task.range is None else np.clip(value, *task.range):.3f}"
-    return labels[int(value)] if task.submits_names else str(int(value))
+    if not task.regression:
+        return labels[int(value)] if task.submits_names else str(int(value))
+    if task.range is None:
+        return f"{value:.9g}"  # All digits of a float32: labels may have any unit.
+    # The server refuses numbers outside of the range of the labels.
+    return f"{np.clip(value, *task.range):.3f}"
