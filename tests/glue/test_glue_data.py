@@ -165,13 +165,16 @@ def test_csv_files(tmp_path):
     rows = read_rows(TASKS["own"], tmp_path)
     assert rows.labels == ("ham", "spam")
     assert rows.splits["train"] == [Row('a, "b"', None, 0), Row("c\nd", None, 1)]
-    with pytest.raises(DataError, match=r"test.csv: line 3: 0 columns, expected 3"):
+    with pytest.raises(DataError, match=r"test.csv: line 3: a blank line: each line is a row"):
         read_unlabelled(TASKS["own"], tmp_path)
     (tmp_path / "test.csv").write_text("sentence1\n'e', f\n".replace("'", '"'))
     with pytest.raises(DataError, match=r"test.csv: line 2: 2 columns, expected 1"):
         read_unlabelled(TASKS["own"], tmp_path)
-    (tmp_path / "test.csv").write_text('sentence1\n"e, f"\n')
-    assert [row.first for row in read_unlabelled(TASKS["own"], tmp_path)["test"]] == ["e, f"]
+    long = "word " * 50_000
+    for end in ("", "\n\n"):
+        (tmp_path / "test.csv").write_text(f'sentence1\n"e, f"\n{long}\n{end}')
+        rows = read_unlabelled(TASKS["own"], tmp_path)["test"]
+        assert [row.first for row in rows] == ["e, f", long]
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,11 @@
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
+from examples.common.config import INT32
 from examples.common.errors import DataError
 from examples.common.text import decode, parse_json, read_bytes
 from examples.finetune.encoder.data.rows import RawRow, Rows, from_mapping, make_rows
@@ -22,6 +24,7 @@ _STEMS = {
 }
 _SUFFIXES = (".tsv", ".jsonl", ".csv")
 _Malformed = list[str]
+T = TypeVar("T")
 
 
 def read_directory(task: Task, directory: Path) -> Rows:
@@ -75,31 +78,37 @@ def _check_not_empty(rows: list[RawRow], split: str, path: Path) -> None:
         raise DataError(f"{path}: the {split} split has no rows")
 
 
-def _lines(path: Path, labelled: bool) -> Iterator[tuple[str, str]]:
-    """Place and text of each line; blank lines are skipped.
-
-    Without labels none may stand between others: predictions have the numbers of the rows.
-    """
-    blank = None
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Place and text of each line, "" for blank ones."""
     # Not splitlines: text may hold line separators of Unicode.
     for number, line in enumerate(read_bytes(path).split(b"\n"), start=1):
         where = f"{path}: line {number}"
         text = decode(line, where, of=" of the line")
         if number == 1:
             text = text.removeprefix("\ufeff")
-        if not text.strip():
+        yield where, text.rstrip("\r") if text.strip() else ""
+
+
+def _not_blank(lines: Iterable[tuple[str, T]], labelled: bool) -> Iterator[tuple[str, T]]:
+    """The lines that are not blank.
+
+    Without labels no blank one may stand between others: predictions have the numbers of the rows.
+    """
+    blank = None
+    for where, content in lines:
+        if not content:
             blank = where
-            continue
-        if blank is not None and not labelled:
+        elif blank is not None and not labelled:
             raise DataError(f"{blank}: a blank line: each line is a row to predict")
-        yield where, text.rstrip("\r")
+        else:
+            yield where, content
 
 
 def _read_tsv(
     task: Task, path: Path, malformed: _Malformed, labelled: bool = True
 ) -> Iterator[RawRow]:
     # Quotes mean nothing in these files.
-    lines = _lines(path, labelled)
+    lines = _not_blank(_lines(path), labelled)
     if task.header or not labelled:  # GLUE's test files all have one.
         where, header = next(lines, (str(path), ""))
         if not header:
@@ -141,7 +150,7 @@ def _known_columns(task: Task, names: list[str], where: str, labelled: bool) -> 
 def _read_json_lines(
     task: Task, path: Path, _malformed: _Malformed, labelled: bool = True
 ) -> Iterator[RawRow]:
-    for where, line in _lines(path, labelled):
+    for where, line in _not_blank(_lines(path), labelled):
         record = parse_json(line, where)
         yield from_mapping(record, task.json, where, task.name in OPTIONAL_SECOND, labelled)
 
@@ -151,17 +160,17 @@ def _read_csv(
 ) -> Iterator[RawRow]:
     text = decode(read_bytes(path), str(path)).removeprefix("\ufeff")
     # By records, not by lines: a quoted cell may hold line ends.
+    csv.field_size_limit(INT32 - 1)  # By default a cell of more than 131,072 characters fails.
     records = csv.reader(io.StringIO(text, newline=""), strict=True)
     own = task.name in OPTIONAL_SECOND
     try:
-        names = next(records, None)
+        numbered = ((f"{path}: line {records.line_num}", cells) for cells in records)
+        lines = _not_blank(numbered, labelled)
+        where, names = next(lines, (str(path), []))
         if not names:
             raise DataError(f"{path}: the file is empty")
-        columns = _known_columns(task, names, f"{path}: line 1", labelled)
-        for cells in records:
-            where = f"{path}: line {records.line_num}"
-            if not cells and labelled:
-                continue
+        columns = _known_columns(task, names, where, labelled)
+        for where, cells in lines:
             if len(cells) != len(names):
                 raise DataError(f"{where}: {len(cells)} columns, expected {len(names)}")
             record = dict(zip(names, cells, strict=True))
