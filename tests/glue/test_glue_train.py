@@ -222,7 +222,13 @@ def test_a_run_goes_on_as_if_it_had_not_been_stopped(files, finished, tmp_path):
     text = "".join(json.dumps({"sentence1": sentence}) + "\n" for sentence, _ in rows)
     (files[1] / "test.jsonl").write_text(text)
     predicting = dataclasses.replace(run, output=OutputConfig(resume=True, predict=True))
-    later = train(predicting, "natural-galore", prepare(predicting), run_dir=tmp_path)
+    (tmp_path / "model" / "config.json").unlink()
+    given = {"prepared": prepare(predicting), "run_dir": tmp_path}
+    # The model does not wait for the predictions, which may take long and can be stopped.
+    stopped = train(predicting, "natural-galore", **given, should_stop=lambda: True)
+    assert not stopped.finished and not (tmp_path / "predictions").exists()
+    assert (tmp_path / "model" / "config.json").exists()
+    later = train(predicting, "natural-galore", **given)
     assert later.finished and later.records == resumed.records
     jax.tree.map(np.testing.assert_array_equal, later.state.weights, expected.state.weights)
     lines = (tmp_path / "predictions" / "predictions.tsv").read_text().splitlines()

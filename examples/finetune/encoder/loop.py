@@ -1,5 +1,6 @@
 """Fine-tuning of an encoder with one method."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from examples.common import compare
 from examples.common.cli import options_text
 from examples.common.compare import Result, Setup, ShouldStop
 from examples.common.metrics import Record
-from examples.common.reporter import Reporter
+from examples.common.reporter import Activity, Reporter
 from examples.common.schedule import warmup_linear
 from examples.common.train_state import Metrics, Params, TrainState
 from examples.finetune.encoder.data.batches import Batch, steps_per_epoch, train_batches
@@ -27,6 +28,8 @@ from examples.finetune.encoder.train_step import (
     row_losses,
 )
 from examples.finetune.encoder.weights import save_model
+
+_PREDICTING = Activity("predicting labels", "at the next batch of the predictions")
 
 
 def train(
@@ -47,17 +50,18 @@ def train(
       prepared: what `prepare(config)` returned.
       run_dir: directory of metrics, checkpoints and the model. Without it nothing is written.
       reporter: receives the progress. Without it nothing is printed.
-      should_stop: see `compare.train`.
+      should_stop: see `compare.train`; asked before each batch of the predictions too.
       started: see `compare.train`.
 
     Raises:
       ConfigError: see `compare.train`; if the method does not fit the model.
     """
+    reporter = Reporter() if reporter is None else reporter
     result = compare.train(
         lambda: _set_up(config, method, prepared),
         method,
         config.identity() | {"method_name": method, "rows": prepared.fingerprint},
-        Reporter() if reporter is None else reporter,
+        reporter,
         should_stop,
         run_dir=run_dir,
         resume=config.output.resume,
@@ -65,9 +69,9 @@ def train(
         log_to=config.output.log_to,
         options=options_text(config, "examples.finetune.encoder"),
     )
-    if run_dir is not None and result.finished and config.output.predict:
-        write_predictions(result, prepared, run_dir / "predictions")
-    if run_dir is not None and result.finished and config.output.save_model:
+    if run_dir is None or not result.finished:
+        return result
+    if config.output.save_model:
         pretrained, labels = prepared.pretrained, prepared.rows.labels
         save_model(
             result.tuning.plain(result.state.weights),
@@ -77,18 +81,27 @@ def train(
             pretrained.directory,
             run_dir / "model",
         )
+    if config.output.predict:
+        with reporter.during(_PREDICTING):
+            done = write_predictions(result, prepared, run_dir / "predictions", should_stop)
+        # A resumed run trains no further, and predicts.
+        result = dataclasses.replace(result, finished=done)
     return result
 
 
-def write_predictions(result: Result, prepared: Prepared, directory: Path) -> None:
-    """Write what the trained weights predict for the rows of --predict."""
+def write_predictions(
+    result: Result, prepared: Prepared, directory: Path, should_stop: ShouldStop = lambda: False
+) -> bool:
+    """Write what the trained weights predict for the rows of --predict; False if told to stop."""
     predict, task = make_predict(result.tuning.model), prepared.task
     found = {}
     for split, encoded in prepared.predicted.items():
-        outputs = predictions(predict, result.state.weights, encoded, prepared.layout)
-        assert outputs is not None, "nothing stops it"
+        outputs = predictions(predict, result.state.weights, encoded, prepared.layout, should_stop)
+        if outputs is None:
+            return False
         found[split] = decisions(outputs, task.regression)
     write_submission(task, prepared.rows.labels, found, directory)
+    return True
 
 
 def _set_up(config: RunConfig, method: str, prepared: Prepared) -> Setup:
