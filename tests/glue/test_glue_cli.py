@@ -9,6 +9,7 @@ from command_lines import Stops, assert_one_line
 from safetensors.numpy import load_file, save_file
 
 from examples.common.errors import ConfigError
+from examples.common.reporter import Reporter
 from examples.finetune.encoder.__main__ import main, parse
 from examples.finetune.encoder.data import TASKS
 from examples.finetune.encoder.run_config import preset_config
@@ -85,6 +86,22 @@ def test_it_has_a_pulse(arguments, tmp_path, capsys, monkeypatch):
     assert main([*arguments, "--overwrite", "--quiet", "--methods", "lora"]) == 0
     assert sorted(path.name for path in run.parent.iterdir()) == ["again", "test"]
     assert sorted(path.name for path in run.iterdir()) == ["lora", "summary.json"]
+
+
+def test_the_baseline_is_announced_and_loses_no_summary(arguments, tmp_path, monkeypatch):
+    reporter = Reporter()
+
+    def interrupted(*_):
+        assert reporter.activity.name == "fitting the tf-idf baseline"
+        raise KeyboardInterrupt
+
+    program = "examples.finetune.encoder.__main__"
+    monkeypatch.setattr(f"{program}.make_reporter", lambda *_: reporter)
+    monkeypatch.setattr(f"{program}.baseline_scores", interrupted)
+    assert main([*arguments, "--methods", "adamw", "--epochs", "1"]) == 128 + signal.SIGINT
+    summary = json.loads((tmp_path / "runs" / "test" / "summary.json").read_text())
+    assert [method["steps"] for method in summary["methods"]] == [3]
+    assert summary["baseline"] is None
 
 
 def test_a_sweep_goes_on_and_predicts(arguments, tmp_path, capsys, monkeypatch):

@@ -75,6 +75,14 @@ def test_published_protocols(preset, task, rate, batch, scale):
     assert config.warmup == config.method.weight_decay == 0
 
 
+def test_many_rows_have_no_baseline(monkeypatch):
+    rows = [Row("good", None, 1), Row("bad", None, 0)]
+    rows = Rows(("a", "b"), {"train": rows, "validation": rows})
+    assert baseline_scores(TASKS["own"], rows) == {"validation": {"accuracy": 1.0}}
+    monkeypatch.setattr("examples.finetune.encoder.baseline.MOST_ROWS", 1)
+    assert baseline_scores(TASKS["own"], rows) is None
+
+
 @pytest.mark.parametrize("texts", [("!", 0, "", 1), ("good", 1, "fine", 1)])
 def test_texts_without_words_or_of_one_label_have_no_baseline(texts):
     rows = [Row(text, None, label) for text, label in zip(texts[::2], texts[1::2], strict=True)]

@@ -10,7 +10,7 @@ from examples.common.accelerators import announce_devices
 from examples.common.compare import Result, compare
 from examples.common.config import write_json
 from examples.common.interrupt import stop_on_signals
-from examples.common.reporter import READING, make_reporter
+from examples.common.reporter import READING, Activity, make_reporter
 from examples.common.run_directory import run_directory
 from examples.finetune.encoder.baseline import baseline_scores
 from examples.finetune.encoder.data import TASKS
@@ -42,6 +42,8 @@ Fine-tune a BERT or RoBERTa with several methods. What most runs need:
 
 Ctrl-C or SIGTERM saves and stops; --resume goes on from there.
 """
+
+_BASELINE = Activity("fitting the tf-idf baseline", "at once")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -101,8 +103,12 @@ def run(config: RunConfig, console: Console) -> int:
         "truncated": prepared.truncated,
         "methods": methods,
         **sweep_summary,
-        "baseline": baseline_scores(prepared.task, prepared.rows),
+        "baseline": None,
     }
+    # Before the baseline, which may take minutes and is not worth a run that is lost.
+    write_json(run_dir / "summary.json", summary)
+    with reporter.during(_BASELINE):
+        summary["baseline"] = baseline_scores(prepared.task, prepared.rows)
     write_json(run_dir / "summary.json", summary)
     console.print(summary_table(summary))
     console.print(f"files in {run_dir}", highlight=False)
