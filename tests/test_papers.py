@@ -178,6 +178,14 @@ def test_an_unknown_name(arguments, capsys):
     assert "no experiment is called" in capsys.readouterr().err
 
 
+def test_the_help_of_the_program_is_printed_once(monkeypatch):
+    commands = []
+    monkeypatch.setattr(papers, "run_program", lambda command: commands.append(command) or 0)
+    assert papers.main(["glue/galore-rank-4", "--help"]) == 0
+    ((*_, last),) = commands
+    assert last == "--help"
+
+
 def test_the_command_line_is_printed(capsys):
     assert papers.main(["c4-60m/galore", "--print", "--steps", "5"]) == 0
     (line,) = capsys.readouterr().out.splitlines()

@@ -18,8 +18,9 @@ USAGE = """Runs of the GaLore and Natural GaLore papers.
 python -m examples.papers                     the names, and what each costs (takes a minute)
 python -m examples.papers NAME --print        the command lines of an experiment
 python -m examples.papers NAME [OPTION ...]   run it: all of its runs, one after another, with
-                                              these options of their program. A run that was
-                                              stopped goes on, a finished one is not repeated.
+                                              these options of their program (--help). A run
+                                              that was stopped goes on, a finished one is not
+                                              repeated.
 """
 
 
@@ -43,6 +44,9 @@ def run(arguments: Sequence[str]) -> int:
         known = [known for known in EXPERIMENTS if name.strip("/") in known] or EXPERIMENTS
         raise ConfigError(f"no experiment is called {name!r}; there are {', '.join(known)}")
     experiment = EXPERIMENTS[name]
+    if {"-h", "--help", "--help-all"} & set(options):
+        line = next(iter(experiment.runs(name).values()))
+        return run_program([sys.executable, "-m", experiment.program, *line, *options])
     if "--print" in options:
         options.remove("--print")
         for line in experiment.runs(name).values():

@@ -26,7 +26,8 @@ usage: python -m examples.finetune.encoder [options]
 
 Fine-tune a BERT or RoBERTa with several methods. What most runs need:
 
-  --task NAME            a task of GLUE, movie-snippets, own or own-regression
+  --task NAME            cola, mnli, mrpc, qnli, qqp, rte, sst2 or stsb of GLUE,
+                         movie-snippets, own or own-regression
   --data DIRECTORY       files of rows: train and dev, .tsv, .csv or .jsonl
   --model NAME           a directory, a name on the hub, or minilm
   --methods NAME ...     adamw, lora, galore, natural-galore, ...

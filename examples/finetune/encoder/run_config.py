@@ -50,7 +50,7 @@ class RunConfig:
     preset: ProtocolName = "default"
     """A published protocol; every other option overrides a part of it."""
     task: TaskName = "movie-snippets"
-    """A task of GLUE, or "own" and "own-regression" for files of yours."""
+    """A task of GLUE (all but wnli), or "own" and "own-regression" for files of yours."""
     data: Path | None = None
     """Directory with train and dev files: .tsv as GLUE publishes them, .jsonl or .csv with the
     columns of the data sets library (own: sentence1, sentence2, label). Without it GLUE is
