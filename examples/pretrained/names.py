@@ -37,6 +37,7 @@ def fill(
     tensors: Mapping[str, np.ndarray],
     *,
     optional: Collection[Path] = (),
+    remedy: str = "",
     source: str = "weights",
 ) -> Filled:
     """Parameters of the expected shapes and dtypes.
@@ -46,12 +47,13 @@ def fill(
       stored: where each of them stands.
       tensors: what the file holds, in any floating-point dtype.
       optional: parameters that may be missing, such as a classifier that is trained anew.
+      remedy: for messages, what helps if one of these does not fit.
       source: the name of the file, for messages.
 
     Raises:
       WeightsError: names all tensors that are missing, of another shape, or no numbers.
     """
-    params, new, problems = {}, [], []
+    params, new, problems, remedies = {}, [], [], set()
     for path, like in expected.items():
         names, stacked, transposed = stored[path]
         missing = [name for name in names if name not in tensors]
@@ -61,13 +63,18 @@ def fill(
         shape = like.shape[1:] if stacked else like.shape
         shape = shape[::-1] if transposed else shape
         found = [_problem(name, tensors.get(name), shape) for name in names]
-        problems += [problem for problem in found if problem is not None]
+        found = [problem for problem in found if problem is not None]
+        if found and path in optional:
+            remedies = {remedy}
+        problems += found
         if not problems:
             parts = [tensors[name].T if transposed else tensors[name] for name in names]
             array = np.stack(parts) if stacked else parts[0]
             params[path] = jnp.asarray(array, like.dtype)
     if problems:
-        raise WeightsError(f"{source}: {len(problems)} tensors do not fit: {'; '.join(problems)}")
+        raise WeightsError(
+            f"{source}: {len(problems)} tensors do not fit: {'; '.join([*problems, *remedies])}"
+        )
     used = {name for path in expected for name in stored[path].names}
     return Filled(params, tuple(new), tuple(sorted(tensors.keys() - used)))
 

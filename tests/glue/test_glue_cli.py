@@ -192,7 +192,8 @@ def test_weights_for_other_classes(arguments, tmp_path, capsys):
     path = tmp_path / "model" / "model.safetensors"
     save_file(tiny.weights("bert"), path)
     assert main([*arguments, "--quiet"]) == 1
-    assert_one_line(capsys, "classifier.weight is (3, 16), expected (2, 16)")
+    message = "classifier.weight is (3, 16), expected (2, 16); pass --new-head for other classes"
+    assert_one_line(capsys, message)
     path.write_bytes(path.read_bytes()[:1000])
     assert main([*arguments, "--quiet", "--new-head"]) == 1
     assert_one_line(capsys, "model.safetensors: not a complete safetensors file")

@@ -193,6 +193,25 @@ def test_everything_that_does_not_fit_is_in_one_line(model):
     assert "bert.embeddings.LayerNorm.bias is missing" in message
 
 
+def test_a_head_is_put_into_the_order_of_the_classes(model):
+    names = {"0": "Neutral", "1": "yes", "2": "no"}
+    plain = flatten_dict(load_model(model(), OUTPUTS, seed=0).params)
+    directory = model(id2label=names)
+    labels = ("no", "neutral", "yes")
+    found = flatten_dict(load_model(directory, OUTPUTS, seed=0, labels=labels).params)
+    for path, leaf in plain.items():
+        is_out = path[:2] == ("head", "out")
+        np.testing.assert_array_equal(found[path], leaf[..., [2, 0, 1]] if is_out else leaf)
+    other = ("angry", "happy", "sad")
+    message = "must name the classes angry, happy, sad, got Neutral, yes, no: pass --new-head"
+    with pytest.raises(WeightsError, match=message):
+        load_model(directory, OUTPUTS, seed=0, labels=other)
+    assert load_model(directory, OUTPUTS, seed=0, labels=other, new_head=True).new
+    for numbers in ({"0": "LABEL_0"}, {"0": "0", "1": "1", "2": "2"}):
+        found = load_model(model(id2label=numbers), OUTPUTS, seed=0, labels=other).params
+        jax.tree.map(np.testing.assert_array_equal, flatten_dict(found), plain)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -74,7 +74,9 @@ def prepare(config: RunConfig) -> Prepared:
     rows = rows._replace(splits=rows.splits | fewer)
     outputs = 1 if task.regression else len(rows.labels)
     directory = locate_model(config.model, FILES)
-    pretrained = load_model(directory, outputs, config.seed, new_head=config.new_head)
+    pretrained = load_model(
+        directory, outputs, config.seed, labels=rows.labels, new_head=config.new_head
+    )
     encoder = pretrained.config.with_dropout(config.dropout)
     if config.max_length > encoder.max_length:
         raise ConfigError(

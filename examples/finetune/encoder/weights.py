@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tokenizers import Tokenizer
 
@@ -48,6 +49,8 @@ _TOKENS = {
 }
 _LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 
+_NEW_HEAD = "pass --new-head for other classes"
+
 
 class Pretrained(NamedTuple):
     """A model from files."""
@@ -78,12 +81,22 @@ def stored_as(params: dict[tuple[str, ...], Any], config: EncoderConfig) -> dict
     return found
 
 
-def load_model(directory: Path, outputs: int, seed: int, *, new_head: bool = False) -> Pretrained:
+def load_model(
+    directory: Path,
+    outputs: int,
+    seed: int,
+    *,
+    labels: tuple[str, ...] = (),
+    new_head: bool = False,
+) -> Pretrained:
     """Reads a model; what of its head is missing, or all of it with `new_head`, is random.
 
+    A head whose classes the files name is put into the order of `labels`.
+
     Raises:
-      WeightsError: for a missing or damaged file, an unknown architecture, and a report of all
-        tensors of the encoder that are missing and all that have another shape.
+      WeightsError: for a missing or damaged file, an unknown architecture, a head for classes of
+        other names than `labels`, and a report of all tensors of the encoder that are missing and
+        all that have another shape.
     """
     config, raw = read_config(directory, outputs)
     expected: dict[Any, Any] = flatten_dict(make_model(config)[1])
@@ -93,12 +106,34 @@ def load_model(directory: Path, outputs: int, seed: int, *, new_head: bool = Fal
     if new_head:
         names = {name for path in head for name in stored[path].names}
         tensors = {name: tensor for name, tensor in tensors.items() if name not in names}
-    filled = fill(expected, stored, tensors, optional=head, source=str(directory))
+    filled = fill(expected, stored, tensors, optional=head, remedy=_NEW_HEAD, source=str(directory))
     params = filled.params
+    out = [path for path in head if path[1] == "out" and path in params]
+    if out and labels:
+        order = _class_order(raw, labels, directory / "config.json")
+        params |= {path: params[path][..., order] for path in out}
     for path, key in zip(head, jax.random.split(jax.random.key(seed), len(head)), strict=True):
         if path not in params:
             params[path] = _first_value(path, expected[path], config, key)
     return Pretrained(directory, config, raw, unflatten_dict(params), filled.new, filled.unused)
+
+
+def _class_order(raw: dict[str, Any], labels: tuple[str, ...], path: Path) -> np.ndarray:
+    """Place of each class in the head, by the names in config.json."""
+    found = raw.get("id2label")
+    found = found if isinstance(found, dict) else {}
+    names = [str(found.get(str(i), f"LABEL_{i}")) for i in range(len(labels))]
+    if all(name.removeprefix("LABEL_") == str(i) for i, name in enumerate(names)):
+        return np.arange(len(labels))  # Numbers say nothing about the classes.
+    stored, wanted = ([text.casefold() for text in texts] for texts in (names, labels))
+    if len(set(stored)) < len(stored):  # Names that differ in their capitals alone.
+        stored, wanted = names, list(labels)
+    if sorted(stored) != sorted(wanted):
+        raise WeightsError(
+            f"{path}: id2label must name the classes {', '.join(labels)}, got {', '.join(names)}: "
+            + _NEW_HEAD
+        )
+    return np.array([stored.index(name) for name in wanted])
 
 
 def save_model(
