@@ -17,6 +17,7 @@ from examples.common.metrics import Record, of_kind
 from examples.common.plots import plot_run
 from examples.common.reporter import READING, Activity, Reporter, make_reporter
 from examples.llama.data import load_splits, ngram_perplexity
+from examples.llama.data.tokenizer import for_prompts
 from examples.llama.distributed.processes import abort_peers, several_processes, start
 from examples.llama.loop import Result, train
 from examples.llama.model.adapters import without_adapters
@@ -178,11 +179,13 @@ def summarize(result: Result) -> Record:
 
 
 def pretrained(result: Result) -> PretrainedLlama:
-    """The trained model without adapters, and its tokenizer."""
+    """The trained model without adapters, and its tokenizer for prompts."""
     config, splits = result.config, result.splits
+    # A text had no token before it in training, only perhaps where the weights are from.
+    tokenizer = for_prompts(splits.tokenizer, start=config.init_from is not None)
     params = without_adapters(config.adapter, result.weights)
     model = with_params(config.model, params)
-    return PretrainedLlama(model, config.model, splits.tokenizer, None, (splits.end_of_text,))
+    return PretrainedLlama(model, config.model, tokenizer, None, (splits.end_of_text,))
 
 
 def write_sample(trained: PretrainedLlama, config: RunConfig) -> str:

@@ -9,6 +9,7 @@ import tyro
 
 from examples.common import cli
 from examples.common.accelerators import announce_devices
+from examples.common.config import path_of
 from examples.common.reporter import READING, on_stderr
 from examples.llama.model.llama import with_params
 from examples.llama.weights.files import PretrainedLlama, open_weights, read_params, replace_llama
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(config: ExportConfig) -> int:
     """Export, and print where to."""
-    directory = Path(config.run) / EXPORT if config.to is None else config.to
+    directory = path_of(config.run) / EXPORT if config.to is None else config.to
     announce_devices()
     with on_stderr().during(READING):
         export(config.run, directory, config.step)

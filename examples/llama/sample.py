@@ -1,6 +1,7 @@
 """Continue prompts with a trained model: `python -m examples.llama.sample --help`."""
 
 import sys
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -82,7 +83,6 @@ def run(config: SampleConfig) -> int:
             sampling,
             jax.random.fold_in(jax.random.key(config.seed), i),
             loaded.end_ids,
-            add_special_tokens=True,
         )
         print(next(text), end="", flush=True)  # The prompt.
         with waiting.during(WRITING):
@@ -102,18 +102,19 @@ def continued(
     sampling: Sampling,
     key: jax.Array,
     end_ids: tuple[int, ...] = (),
-    add_special_tokens: bool = False,
 ) -> Iterator[str]:
     """`prompt`, or as much of its end as leaves room, and its continuation, part by part.
 
-    With `add_special_tokens` the prompt begins as the tokenizer's file says: published models
-    expect that, and tokenizers of runs have nothing to add.
+    Raises:
+      DataError: if the prompt has no tokens, and the tokenizer no token that ends a document.
     """
     room = model.config.max_length
-    start = list(end_ids[:1]) or [end_of_text(tokenizer)]
-    ids = tokenizer.encode(prompt, add_special_tokens=add_special_tokens).ids or start
-    ids = ids[-max(1, room // 2, room - tokens) :]
-    shown = "" if ids == start else tokenizer.decode(ids)
+    ids, shown = tokenizer.encode(prompt).ids, ""
+    if ids:
+        ids = ids[-max(1, room // 2, room - tokens) :]
+        shown = tokenizer.decode(ids)
+    else:  # A document begins after the end of another one.
+        ids = list(end_ids[:1]) or [end_of_text(tokenizer, "an empty --prompt")]
     yield printable(shown)
     length = min(tokens, room - len(ids))
     written = []
@@ -130,7 +131,10 @@ def continued(
 
 def printable(text: str) -> str:
     """Without control characters, which a model may emit and a terminal would obey."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return "".join(
+        "\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c
+        for c in text
+    )
 
 
 if __name__ == "__main__":

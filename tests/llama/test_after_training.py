@@ -12,8 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_weights
 from cluster_run import write_text
 from flax import nnx
+from tokenizers import Tokenizer, processors
 
 from examples.common import reporter
 from examples.common.errors import DataError
@@ -21,7 +23,7 @@ from examples.common.metrics import of_kind, read_metrics
 from examples.llama.__main__ import main
 from examples.llama.data import eval_batches
 from examples.llama.evaluate import EvaluateConfig, evaluate
-from examples.llama.sample import main as sample
+from examples.llama.sample import main as sample, printable
 from examples.llama.weights.files import load_llama
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -73,6 +75,58 @@ def test_the_sample_command(finished, capsys):
     assert first.startswith("--- 1 of 2\n-we the")
     assert second.startswith("-we the") and len(second) > len("-we the\n")
     assert first.split("\n")[1] == second.split("\n")[0]  # At a temperature of 0.
+
+
+@pytest.mark.parametrize("where", ["run", "run/export"])
+def test_a_prompt_is_continued_though_the_tokenizer_ends_texts(
+    finished, places, tmp_path, monkeypatch, where
+):
+    """The template of t5-base, `$A </s>`, whose token would begin another document."""
+    words = Tokenizer.from_file(str(finished[0] / "tokenizer.json"))
+    end = words.token_to_id("<|endoftext|>")
+    words.post_processor = processors.TemplateProcessing(
+        "$A <|endoftext|>", special_tokens=[("<|endoftext|>", end)]
+    )
+    (tmp_path / "t5.json").write_text(words.to_str())
+    given = [places[0], *SIZES[:-1], *HOW, f"--root={tmp_path}", f"--cache-dir={tmp_path}/cache"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main([*given, "--tokenizer=~/t5.json", "--name=run", "--quiet", "--steps=1"]) == 0
+    prompts = []
+
+    def stream(model, ids, *_, **__):
+        prompts.append(ids)
+        return iter([5])
+
+    monkeypatch.setattr("examples.llama.sample.stream", stream)
+    assert sample([str(tmp_path / where), "--prompt=we the"]) == 0
+    assert sample([str(tmp_path / where)]) == 0
+    assert prompts == [words.encode("we the", add_special_tokens=False).ids, [end]]
+
+
+def test_only_an_empty_prompt_needs_an_end_of_text_token(tmp_path, monkeypatch, capsys):
+    """Of a directory without `eos_token_id`, whose tokenizer has no name that is known."""
+    directory = tiny_weights.write_directory(tmp_path / "model", eos_token_id=None)
+    words = (directory / "tokenizer.json").read_text().replace("</s>", "<fin>")
+    (directory / "tokenizer.json").write_text(words)
+    prompts = []
+
+    def stream(model, ids, *_, **__):
+        prompts.append(ids)
+        return iter([5])
+
+    monkeypatch.setattr("examples.llama.sample.stream", stream)
+    assert sample([str(directory), "--prompt=w3 w7"]) == 0
+    assert prompts == [[3, 7]]
+    capsys.readouterr()
+    assert sample([str(directory)]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: an empty --prompt: no end-of-text token (one of <|endoftext|>")
+
+
+def test_samples_keep_all_but_control_characters():
+    kept = "\ttab\nno\u00a0break\u3000wide \u200c\U0001f469\u200d\U0001f52c"
+    assert printable(kept) == kept
+    assert printable("\x1b[2J\r\x00\x9b") == "\ufffd[2J\ufffd\ufffd\ufffd"
 
 
 def test_waiting_for_the_results_has_lines(finished):
@@ -162,6 +216,14 @@ def test_the_export_command(finished, capsys):
     assert directory == finished[0].with_name("one-step2")
     files = [(d / "model.safetensors").read_bytes() for d in (directory, finished[0] / "export")]
     assert files[0] == files[1]
+
+
+def test_an_export_of_a_run_at_home_is_there(finished, monkeypatch, capsys):
+    """A quoted ~, which no shell has expanded."""
+    monkeypatch.setenv("HOME", str(finished[0].parent))
+    monkeypatch.chdir(finished[0])
+    assert importlib.import_module("examples.llama.export").main(["~/one"]) == 0
+    assert capsys.readouterr().out.strip() == str(finished[0] / "export")
 
 
 def test_as_programs(finished):

@@ -2,12 +2,18 @@
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, processors
 
 from examples.common.errors import DataError, WeightsError
 from examples.llama.data import DataConfig, load_splits
 from examples.llama.data.split import split_documents
-from examples.llama.data.tokenizer import encode, end_of_text, load_tokenizer, train_tokenizer
+from examples.llama.data.tokenizer import (
+    encode,
+    end_of_text,
+    for_prompts,
+    load_tokenizer,
+    train_tokenizer,
+)
 
 _TEXTS = [
     "the quick brown fox jumps over the lazy dog " * 5,
@@ -97,3 +103,26 @@ def test_file_without_end_of_text(tmp_path):
     Tokenizer(models.BPE(vocab={"a": 0}, merges=[])).save(path)
     with pytest.raises(DataError, match="no end-of-text token"):
         load_tokenizer(path)
+
+
+@pytest.mark.parametrize(
+    ("template", "tokens"),
+    [
+        ("$A", ["the"]),
+        ("$A </s>", ["the"]),  # T5
+        ("<s> $A", ["<s>", "the"]),  # LLaMA
+        ("<s> $A </s>", ["<s>", "the"]),  # BERT
+        ("</s> $A", ["</s>", "the"]),  # OPT
+    ],
+)
+def test_a_prompt_has_no_token_after_it(template, tokens):
+    tokenizer = train_tokenizer(_TEXTS[:1], 300)
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    special = [(token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>")]
+    tokenizer.post_processor = processors.TemplateProcessing(template, special_tokens=special)
+    before = tokenizer.to_str()
+    for start, expected in ((True, tokens), (False, ["the"])):
+        changed = for_prompts(tokenizer, start=start)
+        assert changed.encode("the").tokens == expected
+        assert changed.encode("</s>").ids[-1] != tokenizer.token_to_id("</s>")  # Is text.
+    assert tokenizer.to_str() == before

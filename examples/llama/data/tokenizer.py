@@ -1,11 +1,11 @@
 """Byte-level BPE: train, load, encode."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from examples.common.config import path_of
 from examples.common.errors import DataError
 from examples.pretrained.hf_tokenizer import TOKENIZER
 from examples.pretrained.locate import locate_model
@@ -38,10 +38,10 @@ def train_tokenizer(documents: Sequence[str], vocab_size: int) -> Tokenizer:
 
 def load_tokenizer(path: str) -> Tokenizer:
     """Loads the JSON file of a `tokenizers.Tokenizer`, of a directory, or of a name on the hub."""
-    if not path.endswith(".json") and not Path(path).is_file():
+    if not path.endswith(".json") and not path_of(path).is_file():
         path = str(locate_model(path, (TOKENIZER,)) / TOKENIZER)
     try:
-        tokenizer = Tokenizer.from_file(path)
+        tokenizer = Tokenizer.from_file(str(path_of(path)))
     # The bindings raise plain Exception for a missing file and for malformed JSON alike.
     except Exception as error:
         raise DataError(f"{path}: not a tokenizer file of `tokenizers` ({error})") from error
@@ -50,8 +50,7 @@ def load_tokenizer(path: str) -> Tokenizer:
 
 def plain_text(tokenizer: Tokenizer, source: str) -> Tokenizer:
     """Makes it read documents as they are. `source` is where it is from, for messages."""
-    if all(tokenizer.token_to_id(name) is None for name in END_OF_TEXT):
-        raise DataError(f"{source}: no end-of-text token (one of {', '.join(END_OF_TEXT)})")
+    end_of_text(tokenizer, source)
     return _as_plain_text(tokenizer)
 
 
@@ -64,10 +63,35 @@ def _as_plain_text(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
-def end_of_text(tokenizer: Tokenizer) -> int:
-    """Id of the token that ends a document."""
+def for_prompts(tokenizer: Tokenizer, *, start: bool) -> Tokenizer:
+    """A tokenizer that adds no token after a text, and with `start` the same ones before it.
+
+    The templates of T5 and BERT end a text. A model would begin another document after that token
+    instead of continuing the prompt.
+    """
+    if not tokenizer.num_special_tokens_to_add(False):
+        return tokenizer
+    encoding = tokenizer.encode("a")
+    added = encoding.special_tokens_mask
+    if start and not added[-1]:
+        return tokenizer
+    count = [*added, 0].index(0) if start else 0
+    before = list(zip(encoding.tokens, encoding.ids, strict=True))[:count]
+    changed = Tokenizer.from_str(tokenizer.to_str())
+    changed.encode_special_tokens = tokenizer.encode_special_tokens  # Not in the string.
+    changed.post_processor = processors.TemplateProcessing(
+        single=[*(token for token, _ in before), "$A"], special_tokens=before
+    )
+    return changed
+
+
+def end_of_text(tokenizer: Tokenizer, source: str = "the tokenizer") -> int:
+    """Id of the token that ends a document. `source` is for the message of the DataError."""
     ids = (tokenizer.token_to_id(name) for name in END_OF_TEXT)
-    return next(i for i in ids if i is not None)
+    found = next((i for i in ids if i is not None), None)
+    if found is None:
+        raise DataError(f"{source}: no end-of-text token (one of {', '.join(END_OF_TEXT)})")
+    return found
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:

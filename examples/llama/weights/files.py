@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from examples.common.config import write_json
 from examples.common.errors import WeightsError
-from examples.llama.data.tokenizer import end_of_text, load_tokenizer
+from examples.llama.data.tokenizer import end_of_text, for_prompts, load_tokenizer
 from examples.llama.model.config import ModelConfig
 from examples.llama.model.llama import Llama, abstract_params, with_params
 from examples.llama.weights import hf_config, names, runs
@@ -90,7 +90,7 @@ def load_llama(
 
 
 def open_weights(name: str, step: int | None = None) -> WeightsFile:
-    """Everything but the tensors.
+    """Everything but the tensors. The tokenizer is for prompts: it adds no token after a text.
 
     Raises:
       WeightsError: as :func:`load_llama`.
@@ -102,7 +102,10 @@ def open_weights(name: str, step: int | None = None) -> WeightsFile:
         path = path / runs.EXPORT
     if step is not None:
         raise WeightsError(f"{name}: no checkpoints in this directory, so no step {step}")
-    return _open_gguf(path) if path.is_file() else _open_directory(path)
+    file = _open_gguf(path) if path.is_file() else _open_directory(path)
+    if file.tokenizer is None:
+        return file
+    return file._replace(tokenizer=for_prompts(file.tokenizer, start=True))
 
 
 def read_params(file: WeightsFile, config: ModelConfig) -> Params:
@@ -177,7 +180,7 @@ def _open_run(path: Path, step: int | None) -> WeightsFile:
     return WeightsFile(
         path=path,
         config=run.model,
-        tokenizer=tokenizer,
+        tokenizer=for_prompts(tokenizer, start=run.init_from is not None),
         chat_template=None,
         end_ids=(end_of_text(tokenizer),),
         tensors=tensors,

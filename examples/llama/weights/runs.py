@@ -27,6 +27,7 @@ class SavedRun(NamedTuple):
     model: ModelConfig
     adapter: AdapterConfig
     weight_bits: int | None
+    init_from: str | None
 
 
 def is_run(path: Path) -> bool:
@@ -58,7 +59,8 @@ def saved_run(path: Path, step: int | None = None) -> SavedRun:
     if step not in by_step:
         steps = ", ".join(map(str, by_step))
         raise WeightsError(f"{path}: no checkpoint of step {step}; there are those of {steps}")
-    return SavedRun(path, by_step[step], model, adapter, config.get("weight_bits"))
+    more = config.get("weight_bits"), config.get("init_from")
+    return SavedRun(path, by_step[step], model, adapter, *more)
 
 
 def read_weights(run: SavedRun) -> Tree:
