@@ -103,7 +103,8 @@ def bf16_shorthands(option: str) -> dict[str, tuple[str, str]]:
 def _from_file(path: Path) -> list[str]:
     try:
         found = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    # ValueError of text that is not UTF-8, and of a date such as 2024-13-01.
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(found, dict) or any(isinstance(v, dict) for v in found.values()):
         raise ConfigError(
@@ -138,6 +139,8 @@ def _options(config: Any, prefix: str) -> dict[str, Any]:
         name = prefix + (renamed[0] if renamed else field.name.replace("_", "-"))
         if dataclasses.is_dataclass(value):
             found |= _options(value, prefix if _WITHOUT_PREFIX in marks else f"{name}.")
+        elif isinstance(value, bool) and type(None) in typing.get_args(hints[field.name]):
+            found[name] = str(value)  # tyro makes no flag of `bool | None`: --NAME=True.
         else:
             found[name] = plain(value)
     return found

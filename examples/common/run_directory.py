@@ -23,7 +23,8 @@ def check_name(name: str | None) -> None:
 
     None and "" leave it to the program.
     """
-    if name and (not Path(name).parts or ".." in Path(name).parts):
+    path = Path(name or "default")
+    if not path.parts or ".." in path.parts or path.is_absolute():
         raise ConfigError(f"name must be a directory below --root, got {name!r}")
 
 

@@ -174,6 +174,7 @@ def test_resume_and_overwrite(arguments, tmp_path, capsys):
         (["--resume", "--overwrite"], "--overwrite"),
         (["--name", "."], "name must be a directory below --root, got '.'"),
         (["--name", "a/../.."], "name must be a directory below --root, got 'a/../..'"),
+        (["--name", "/tmp/a"], "name must be a directory below --root, got '/tmp/a'"),
         (["--root", "/dev/null"], "/dev/null"),
         (["--name", "a[1]"], "a[1]/checkpoints: Orbax writes no readable checkpoints"),
         (["--sample", "caf\udce9"], r"'caf\udce9': arguments must be text in the encoding of the"),
@@ -264,6 +265,8 @@ EXAMPLES = (
     (llama, "--preset 60m --bf16 --per-layer --model.stacked --data a b --sample=-x"),
     (llama, "--optimizer galore --learning-rate 5e-3 --clip-norm 1 --log-to wandb --resume"),
     (encoder, "--preset galore-rank-8 --task rte --no-save-model --methods lora adamw"),
+    (llama, "--optimizer galore --stagger True"),
+    (llama, "--optimizer galore --stagger False"),
     (planner, "--bf16 --parts sgd --details --limit 3 --moment-bits 8"),
 )
 
@@ -316,6 +319,7 @@ def test_names_are_no_markup(capsys):
         ("model: {layers: 3}", "expected a line for each option, such as `model.layers: 4`"),
         ("- steps", "expected a line for each option"),
         ("steps: [", "not YAML"),
+        ("name: 2024-13-01", "options.yaml: not YAML (month must be in 1..12)"),
         (None, "options.yaml: No such file"),
     ],
 )
