@@ -185,7 +185,8 @@ class _Run:
         self.memory: StepMemory | None = None
         self._pending: tuple[int, Metrics] | None = None
         self._validation: tuple[int, float] | None = None  # Step and loss of the last one.
-        self._clock = Clock(log.records[-1]["seconds"] if log.records else 0.0)
+        # Records of rollbacks and of dropped batches have no time.
+        self._clock = Clock(max((r.get("seconds", 0.0) for r in log.records), default=0.0))
 
     def run(self, should_stop: Callable[[], bool]) -> Result:
         self.reporter.start(self._micro_step // self.config.accumulate, self.config.steps)
@@ -206,8 +207,9 @@ class _Run:
         config = self.config
         if config.faults.rollback_on_spike is not None and self._micro_step == 0:
             self._save()  # There is always something to go back to.
-        step, unfinished = divmod(self._micro_step, config.accumulate)
-        if step and not unfinished and self._is_due(step, config.output.eval_every):
+        step = self._micro_step // config.accumulate
+        # Within the next step the weights are still those after this one.
+        if step and self._is_due(step, config.output.eval_every):
             self._evaluate("validation", step, should_stop)
         while not self.interrupted and self._micro_step < config.steps * config.accumulate:
             rows = self.batches.next()

@@ -197,16 +197,17 @@ def test_a_spike_is_answered_with_the_last_checkpoint_and_other_data(model, tmp_
     assert [r["step"] for r in records] == sorted(r["step"] for r in records)
 
 
-def test_a_resume_after_a_rollback_is_the_run_that_was_not_interrupted(model, tmp_path):
+@pytest.mark.parametrize("log_every", [1, 50])  # At 50 the last record is that of the rollback.
+def test_a_resume_after_a_rollback_is_the_run_that_was_not_interrupted(model, tmp_path, log_every):
     """Whether it is interrupted before the spike, or between the rollback and a checkpoint."""
     spike, token = rare(14)
     model(loss=(token, 40.0))
     options = {"steps": 20, "rollback_on_spike": 3.0}
-    output = {"save_every": 8, "eval_every": 50, "resume": True}
+    output = {"save_every": 8, "eval_every": 50, "log_every": log_every, "resume": True}
     whole = train(
         run_config(**options, output=output), splits=tiny.splits(), run_dir=tmp_path / "a"
     )
-    for seen in (9, spike + 3, 2):
+    for seen in (9, spike - 6, 2):
         train(
             run_config(**options, output=output),
             splits=tiny.splits(),

@@ -118,6 +118,18 @@ def test_steps_after_the_last_checkpoint_are_run_again_and_recorded_once(tmp_pat
     assert read_metrics(log) == result.records
 
 
+def test_a_run_that_was_stopped_within_a_step_may_end_at_the_step_before(tmp_path, whole):
+    config = tiny.run_config(accumulate=2, output={"eval_every": 8})
+    train(config, splits=tiny.splits(), run_dir=tmp_path, should_stop=tiny.after(5))
+    shorter = resumed(dataclasses.replace(config, steps=2))
+    result = train(shorter, splits=tiny.splits(), run_dir=tmp_path)
+    assert result.finished
+    kinds = [(record["kind"], record["step"]) for record in result.records]
+    assert kinds == [("train", 1), ("train", 2), ("validation", 2), ("test", 2)]
+    longer = train(resumed(config), splits=tiny.splits(), run_dir=tmp_path)
+    tiny.assert_same_bits(longer.state, whole(config).state)
+
+
 def test_resuming_a_finished_run_changes_nothing(tmp_path):
     config = tiny.run_config()
     first = train(config, splits=tiny.splits(), run_dir=tmp_path)
