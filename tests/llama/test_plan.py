@@ -163,6 +163,28 @@ def test_low_rank_sums_where_whole_gradients_have_no_room():
     assert not whole.config.accumulate_in_subspace and whole.config.accumulate == 16
 
 
+@pytest.mark.parametrize(
+    ("spec", "more", "sums"),
+    [
+        ("natural-galore", "--residual fisher", False),
+        ("natural-galore@residual=fisher", "--residual none", False),
+        ("natural-galore@residual=none", "--residual fisher", True),
+        ("natural-galore", "--residual None", True),
+        ("natural-galore", "--adapter.kind none", True),
+        ("fira", "", False),
+    ],
+)
+def test_low_rank_sums_need_a_run_without_a_residual(spec, more, sums):
+    plan = PlanConfig(optimizers=(spec,), ranks=(4,))
+    (group,) = candidates(plan, [*SMALL, *more.split()])
+    assert [c.step for c in group if "sums" not in c.step] == [*STEPS]
+    assert len(group) == len(STEPS) * (1 + sums)
+    for candidate in group:
+        residual = candidate.config.optimizer.residual
+        assert residual == "none" or not candidate.config.accumulate_in_subspace
+        assert residual != "none" or sums
+
+
 def test_options_of_the_program_hold_for_all_settings():
     given = [*SMALL, "--optimizer", "fira", "--batch-size", "8", "--per-layer", "--model.stacked"]
     (group,) = candidates(PlanConfig(dtype="float32"), given)
@@ -220,12 +242,22 @@ def test_steps_that_an_option_rules_out_are_left_out():
         (["--device-memory", "1GB", "--ranks", "4", "-1"], "ranks must be at least 1, got 4 -1"),
         (["--device-memory", "1GB", "--offload", "state"], "no --offload state"),
         (["--device-memory", "1GB", "--optimizers", "galore@x"], "NAME or NAME@OPTION=VALUE"),
+        (
+            [
+                "--device-memory=1GB",
+                "--optimizer=fira",
+                "--accumulate=4",
+                "--accumulate-in-subspace",
+            ],
+            "the residual of fira",
+        ),
     ],
 )
 def test_errors_are_one_line(capsys, arguments, message):
     assert main([*arguments, *SMALL]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    *notes, error = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: ") and message in error
+    assert all(note.startswith("left out: ") for note in notes)
 
 
 @pytest.mark.parametrize("wrong", [["--rows", "1"], ["--optimizers", "galore@colour=red"]])

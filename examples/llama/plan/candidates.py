@@ -28,7 +28,7 @@ PREFERRED = (
     "adamw",
     "adamw-8bit",
 )
-IN_SUBSPACE = ("--accumulate-in-subspace", "--residual", "none")
+IN_SUBSPACE = ("--accumulate-in-subspace", "--residual=none")
 # From the fastest to the slowest.
 STEPS = {"ordinary": (), "remat": ("--model.remat",), "per layer": ("--per-layer",)}
 
@@ -121,7 +121,7 @@ def candidates(plan: PlanConfig, given: Sequence[str]) -> Iterator[list[Candidat
             for rank in sorted({*ranks}, reverse=True) if has_rank(spec) else (None,):
                 for step, flags in _steps(spec, base, int(batch_size), known):
                     if (base.per_layer and "--per-layer" not in flags) or (
-                        base.model.remat and step == "ordinary"
+                        base.model.remat and step.startswith("ordinary")
                     ):
                         continue  # The user has asked for another one.
                     chosen = [*optimizer_arguments(spec, rank), *lengths]
@@ -161,12 +161,18 @@ def _steps(
     """Names and arguments of `STEPS`: with whole gradients accumulated, then with low-rank ones."""
     name = spec.split("@")[0]
     parameters = inspect.signature(OPTIMIZERS[name].factory).parameters
-    possible = _accumulate(base, batch_size, given) > 1 and "residual" in parameters
-    wanted = base.accumulate_in_subspace
+    # "None" leaves it to the optimizer.
+    chosen = _given([*given, *optimizer_arguments(spec, None)], "--residual")
+    residuals = {*chosen, OPTIMIZERS[name].fixed.get("residual", "none")}
+    possible = (
+        _accumulate(base, batch_size, given) > 1
+        and "residual" in parameters
+        and residuals <= {"none", "None"}
+    )
     for step, flags in STEPS.items():
-        if not (wanted and possible):
+        if not (base.accumulate_in_subspace and possible):
             yield step, flags
-        if possible and OPTIMIZERS[name].fixed.get("residual", "none") == "none":
+        if possible:
             yield f"{step}, low-rank sums", (*flags, *IN_SUBSPACE)
 
 
