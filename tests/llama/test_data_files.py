@@ -1,7 +1,9 @@
 """Documents from files and directories, and one clear line for each kind of bad input."""
 
+import errno
 import gzip
 import json
+import os
 import sys
 
 import numpy as np
@@ -171,6 +173,27 @@ def test_links(tmp_path):
     (data / "gone.txt").symlink_to(tmp_path / "nowhere.txt")
     with pytest.warns(UserWarning), pytest.raises(DataError, match=r"gone\.txt: No such file"):
         list(read_path(data))
+
+
+def test_a_directory_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    """Permissions do not hold for root: a refusal of the system stands for them."""
+    closed = tmp_path / "a" / "closed"
+    closed.mkdir(parents=True)
+    for path in (tmp_path / "a.txt", closed / "b.txt"):
+        path.write_text("text")
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path) == str(closed):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=r"a/closed: Permission denied$"):
+        list(read_path(tmp_path))
+    closed.rename(tmp_path / "a" / ".closed")  # What is hidden is not looked at.
+    closed = tmp_path / "a" / ".closed"
+    assert list(read_path(tmp_path)) == ["text"]
 
 
 def test_parquet_without_pyarrow_names_the_package(tmp_path, monkeypatch):

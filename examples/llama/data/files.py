@@ -2,6 +2,8 @@
 
 import gzip
 import importlib
+import os
+import stat
 import warnings
 import zlib
 from collections import Counter
@@ -29,9 +31,10 @@ def read_path(
     Another warning has the files of other kinds, and links to directories, in a directory.
     """
     if path.is_dir():
-        # With links that lead nowhere: the text would be missing without a word.
-        paths = (p for p in path.rglob("*") if p.is_file() or p.is_symlink())
-        found = sorted(p for p in paths if not _is_hidden(p, path))
+        try:
+            found = sorted(_files_and_links(path))
+        except OSError as error:
+            raise DataError(f"{error.filename}: {error.strerror}") from error
         files = [p for p in found if p.name.endswith(SUFFIXES)]
         if not files:
             raise DataError(f"{path}: no {', '.join(SUFFIXES)} file in this directory")
@@ -56,8 +59,23 @@ def read_path(
             raise DataError(f"{file}: the file is empty")
 
 
-def _is_hidden(path: Path, directory: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(directory).parts)
+def _files_and_links(directory: Path) -> Iterator[Path]:
+    """Files and links below a directory, but for hidden ones and those in hidden directories.
+
+    Links that lead nowhere and directories that cannot be read are not passed over: their text
+    would be missing without a word.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for where, directories, names in os.walk(directory, onerror=refuse):
+        directories[:] = [name for name in directories if not name.startswith(".")]
+        for name in (*names, *directories):
+            path = Path(where, name)
+            mode = path.lstat().st_mode
+            if not name.startswith(".") and (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
+                yield path
 
 
 def _warn_of_others(directory: Path, others: Sequence[Path]) -> None:
