@@ -105,7 +105,8 @@ def train(
             if devices.leads:
                 text = json.dumps(config.to_dict(), indent=2) + "\n"
                 replace_text(run_dir / "config.json", text)
-                splits.tokenizer.save(str(run_dir / TOKENIZER))
+                text = splits.tokenizer.to_str(pretty=True)
+                (run_dir / TOKENIZER).write_text(text, encoding="utf-8")
                 (run_dir / OPTIONS).write_text(options)
                 step = done // config.accumulate
                 loggers = make_loggers(output.log_to, run_dir, config.to_dict(), step)

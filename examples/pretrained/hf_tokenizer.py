@@ -62,7 +62,8 @@ def write_tokenizer(
     directory: Path,
 ) -> None:
     """Writes both, and `tokens` by names such as eos_token, for this module and transformers."""
-    tokenizer.save(str(directory / TOKENIZER))
+    # Its `save` raises a plain Exception, without the name of the file, when the disk is full.
+    (directory / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     template = {} if chat_template is None else {"chat_template": chat_template.text}
     write_settings({**tokens, **template}, directory)
 

@@ -36,9 +36,17 @@ def read_tensors(directory: Path, optional: Collection[str] = ()) -> Tensors:
 
 
 def write_tensors(tensors: Mapping[str, np.ndarray], directory: Path) -> None:
-    """Writes `model.safetensors`, as libraries for PyTorch expect it."""
+    """Writes `model.safetensors`, as libraries for PyTorch expect it.
+
+    Raises:
+      WeightsError: if the file cannot be written.
+    """
     contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    safetensors.numpy.save_file(contiguous, directory / SINGLE, metadata={"format": "pt"})
+    path = directory / SINGLE
+    try:
+        safetensors.numpy.save_file(contiguous, path, metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:  # No OSError, such as that of a full disk.
+        raise WeightsError(f"{path}: cannot be written ({error})") from error
 
 
 def _read_file(path: Path) -> Tensors:

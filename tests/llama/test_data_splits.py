@@ -5,6 +5,7 @@ import random
 
 import numpy as np
 import pytest
+import tiny_run as tiny
 
 from examples.common.errors import DataError
 from examples.llama.data import DataConfig, load_splits, splits
@@ -102,6 +103,16 @@ def test_cache_that_cannot_be_written(config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot write the cache"):
         load_splits(dataclasses.replace(config, cache_dir=tmp_path / "file"))
+
+
+def test_a_full_disk_is_named(config):
+    corpus = load_corpus(config)
+    with (
+        tiny.full_disk(1000),
+        pytest.raises(DataError, match=r"cannot write the cache \(.*File too large\)$"),
+    ):
+        splits._store(config.cache_dir / "a", train_tokenizer(corpus.train, 300), {})
+    assert list(config.cache_dir.iterdir()) == []
 
 
 def test_damaged_entry_is_named(config):

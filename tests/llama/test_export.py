@@ -21,6 +21,7 @@ from examples.llama.export import export
 from examples.llama.loop import train
 from examples.llama.model.adapters import AdapterConfig
 from examples.llama.weights.files import load_llama, open_weights, replace_llama, save_llama
+from examples.pretrained.hf_tokenizer import write_tokenizer
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -147,6 +148,16 @@ def test_damage_and_other_files(tmp_path, finished):
         with pytest.raises(CheckpointError, match="4: cannot be read") as error:
             export(str(tmp_path / "run"), tmp_path / "hf")
         assert "\n" not in str(error.value)
+
+
+def test_a_full_disk_is_named(tmp_path, finished):
+    model = pretrained(finished[1])
+    with tiny.full_disk(100):
+        with pytest.raises(WeightsError, match=r"model\.safetensors: cannot be written \(.*large"):
+            replace_llama(model, tmp_path / "hf")
+        with pytest.raises(OSError, match="File too large"):
+            write_tokenizer(model.tokenizer, None, {}, tmp_path)
+    replace_llama(model, tmp_path / "hf")
 
 
 def test_killed_when_the_older_export_is_deleted(tmp_path, finished, monkeypatch):

@@ -1,13 +1,15 @@
 """A model, a text and a run so small that a whole training takes a moment."""
 
+import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from tokenizers import Tokenizer, models
 
 from examples.common.optimizers import OptimizerConfig
@@ -79,6 +81,18 @@ class Notes(Reporter):
 
     def note(self, text: str) -> None:
         self.notes.append(text)
+
+
+@contextlib.contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """A limit on the size of files stands for the full disk: EFBIG instead of ENOSPC."""
+    resource = pytest.importorskip("resource", reason="the limit is one of POSIX")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def assert_same_bits(a: Any, b: Any) -> None:

@@ -76,7 +76,9 @@ def _store(entry: Path, tokenizer: Tokenizer, arrays: dict[str, np.ndarray]) -> 
     unfinished = entry.with_name(f".{entry.name}.{uuid.uuid4().hex}")
     try:
         unfinished.mkdir(parents=True)
-        tokenizer.save(str(unfinished / "tokenizer.json"))
+        # Its `save` raises a plain Exception when the disk is full.
+        text = tokenizer.to_str(pretty=True)
+        (unfinished / "tokenizer.json").write_text(text, encoding="utf-8")
         for name, array in arrays.items():
             np.save(unfinished / f"{name}.npy", array)
         os.rename(unfinished, entry)
