@@ -54,7 +54,7 @@ class OutputConfig:
     """How many checkpoints are kept: the last ones."""
     keep_best: int = 0
     """How many more are kept: those of the lowest validation loss. Only a checkpoint of a step with
-    an evaluation has one; see --eval-every and --save-every."""
+    an evaluation has one, unless a stop interrupted that; see --eval-every and --save-every."""
     sample: str = "My fellow citizens,"
     """The text that the sample at the end continues."""
     log_to: tuple[LoggerName, ...] = ()
@@ -129,17 +129,14 @@ class RunConfig:
         self._check_offload()
         if self.output.resume and self.output.overwrite:
             raise ConfigError("a run is either resumed or overwritten: --resume, --overwrite")
-        # Published weights come with a max_length of their own.
+        # Published weights come with sizes and a max_length of their own.
         if self.init_from is None and self.seq_len > self.model.max_length:
             raise ConfigError(
                 f"seq_len={self.seq_len} is longer than the model's max_length="
                 f"{self.model.max_length}"
             )
-        if self.adapter.kind != "none" and self.adapter.rank > self.model.smallest_side:
-            raise ConfigError(
-                f"adapter.rank={self.adapter.rank} is larger than the smallest side of a layer's "
-                f"matrices, {self.model.smallest_side}"
-            )
+        if self.init_from is None:
+            check_adapter(self.adapter, self.model)
 
     def _check_per_layer(self) -> None:
         if self.faults.skip_nonfinite:
@@ -233,6 +230,15 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
         return config.plain(dataclasses.asdict(self))
+
+
+def check_adapter(adapter: AdapterConfig, model: ModelConfig) -> None:
+    """Raise a ConfigError for an adapter of more ranks than a matrix of the layers has."""
+    if adapter.kind != "none" and adapter.rank > model.smallest_side:
+        raise ConfigError(
+            f"adapter.rank={adapter.rank} is larger than the smallest side of a layer's "
+            f"matrices, {model.smallest_side}"
+        )
 
 
 def _paper(steps: int, rank: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from examples.llama.__main__ import main, parse
 from examples.llama.data import load_splits
 from examples.llama.loop import train
 from examples.llama.model.adapters import AdapterConfig, make_linear
+from examples.llama.run_config import run_preset
 from examples.llama.training.optimization import make_optimization
 from examples.llama.training.train_step import make_model
 from examples.llama.weights.files import load_llama
@@ -117,12 +118,20 @@ def test_learning_rate_is_one_for_trained_weights(files):
         (["--model.max-length=512"], "model.max_length=512, and the weights were trained up to 64"),
         (["--seq-len=100"], "seq_len=100 is longer than max_length=64"),
         (["--vocab-size=300"], "vocab_size is of a tokenizer to train"),
+        (["--adapter.kind=lora", "--adapter.rank=17"], "smallest side of a layer's matrices, 16"),
     ],
 )
 def test_options_that_contradict_the_weights(files, more, message):
     with pytest.raises(ConfigError) as error:
         start_from(parse(options(files, *more)))
     assert message in str(error.value)
+
+
+def test_the_rank_of_an_adapter_is_one_of_the_weights_not_of_the_preset(files):
+    wide = {"hidden_size": 512, "intermediate_size": 512, "num_key_value_heads": 4}
+    tiny.write_directory(files / "weights", **wide)
+    config = parse(options(files, "--adapter.kind=lora", "--adapter.rank=160"))
+    assert start_from(config).config.adapter.rank == 160 > run_preset("nano").model.smallest_side
 
 
 def test_another_tokenizer_is_refused(files):

@@ -29,7 +29,7 @@ class DataConfig:
 
     rows: Literal["packed", "documents"] = "packed"
     """Rows are full of documents that follow one another, or are a document each, cut to the length
-    of a row and padded. Padding has no loss."""
+    of a row and padded. Padding has no loss, but counts as tokens in metrics and speeds."""
 
     cache_dir: Path = Path(".cache/llama")
     """Trained tokenizers and token arrays, keyed by the content of the text. Safe to delete."""

@@ -13,7 +13,7 @@ from examples.common.errors import CheckpointError, ConfigError, DataError, Weig
 from examples.common.run_directory import check_apart
 from examples.llama.data.tokenizer import load_tokenizer, plain_text, vocabulary_size
 from examples.llama.model.config import ModelConfig
-from examples.llama.run_config import RunConfig, run_preset
+from examples.llama.run_config import RunConfig, check_adapter, run_preset
 from examples.llama.weights.files import Params, WeightsFile, open_weights, read_params
 
 TOKENIZER = "tokenizer.json"
@@ -115,6 +115,7 @@ def merge(config: RunConfig, model: ModelConfig) -> ModelConfig:
         conflicts.append(f"seq_len={config.seq_len} is longer than max_length={length}")
     if conflicts:
         raise ConfigError(f"--init-from {config.init_from}: {'; '.join(conflicts)}")
+    check_adapter(config.adapter, model)
     free = {name: getattr(given, name) for name in _FREE} | {"max_length": length}
     return dataclasses.replace(model, **free)
 
