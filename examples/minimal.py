@@ -178,6 +178,11 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 def train(config: Config, tokens: np.ndarray, out: Path, mesh: jax.sharding.Mesh) -> Any:
     """The trained parameters and the losses that were printed."""
     train_tokens, held_out = np.split(tokens, [len(tokens) * 19 // 20])
+    if len(held_out) <= config.context:
+        raise SystemExit(
+            f"--text: its held-out twentieth must have more than {config.context} "
+            f"bytes, got {len(held_out)}"
+        )
     tx = make_optimizer(config)
 
     def init():

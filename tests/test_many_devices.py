@@ -70,6 +70,13 @@ def test_sharded_and_restored_on_another_mesh(on_one_device, tmp_path):
     np.testing.assert_allclose(losses, on_one_device, rtol=TOLERANCE)
 
 
+def test_rows_that_devices_cannot_share_are_an_error_of_one_line(monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: [None] * 3)
+    monkeypatch.setattr(small_llama, "announce_devices", lambda *_: None)
+    with pytest.raises(SystemExit, match="--devices must divide the 16 rows of a batch, got 3"):
+        small_llama.devices(None)
+
+
 def test_each_device_has_an_eighth():
     """Of the model and of the optimizer as they are on the page, from shapes alone."""
     mesh = jax.sharding.AbstractMesh((8,), ("shard",))

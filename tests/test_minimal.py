@@ -135,6 +135,13 @@ def test_the_program(tmp_path, monkeypatch, capsys):
     assert resumed == "resume from step 2" and first.endswith(rest)
 
 
+def test_a_text_that_is_too_short_ends_before_training(tmp_path):
+    """The held-out twentieth of 320 bytes has no row of 16 + 1."""
+    with pytest.raises(SystemExit, match="held-out twentieth must have more than 16 bytes, got 16"):
+        minimal.train(Tiny(), TOKENS[:320], tmp_path / "out", mesh_of(1))
+    assert not (tmp_path / "out").exists()
+
+
 def test_it_is_one_short_file_that_stands_alone():
     source = pathlib.Path(minimal.__file__).read_text()
     assert len(source.splitlines()) <= 250

@@ -18,6 +18,8 @@ from examples.llama.training.train_step import token_nll
 
 MODEL = dataclasses.replace(MODEL_PRESETS["nano"], stacked=True)
 RANK = 32
+ROWS = 16
+"""Rows in a batch."""
 LEARNING_RATE = optax.linear_schedule(0.0, 0.005, 20)
 
 
@@ -31,7 +33,7 @@ def mean_loss(params: Params, rows: jax.Array, model: ModelConfig = MODEL) -> ja
     return token_nll(lambda p, tokens: with_params(model, p)(tokens), params, rows).mean()
 
 
-def batches(rows: int = 16, model: ModelConfig = MODEL) -> Iterator[np.ndarray]:
+def batches(rows: int = ROWS, model: ModelConfig = MODEL) -> Iterator[np.ndarray]:
     """Rows (B, T + 1) without end: each process its share of each batch."""
     splits = load_splits(DataConfig(vocab_size=model.vocab_size))
     iterator = make_train_iterator(
@@ -53,4 +55,7 @@ def devices(simulated: int | None) -> list[jax.Device]:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", simulated)
     announce_devices(print)
-    return jax.devices()
+    found = jax.devices()
+    if ROWS % len(found):
+        raise SystemExit(f"--devices must divide the {ROWS} rows of a batch, got {len(found)}")
+    return found
