@@ -39,6 +39,12 @@ def test_the_mean_over_elements_is_exact_too():
     assert abs(up - 0.2) < 4 * np.sqrt(0.2 * 0.8 / x.size)
 
 
+def test_seeds_may_be_of_any_size():
+    params, updates = [jnp.ones(64, jnp.bfloat16)] * 2, [jnp.full(64, 2.0**-9)] * 2
+    new = [ng.training.apply_updates_stochastic(params, updates, 1, s) for s in (2**32 - 1, 2**40)]
+    assert any(jnp.any(a != b) for a, b in zip(*new, strict=True))
+
+
 def test_seeds_may_be_integers_of_numpy():
     x = jnp.full(99, 1 + 2.0**-9)
     for seed in (np.int32(3), np.int64(3)):

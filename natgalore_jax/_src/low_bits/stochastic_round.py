@@ -9,7 +9,7 @@ import optax
 
 from natgalore_jax._src.kernels.dither import STRIDES, dither
 from natgalore_jax._src.kernels.kernel import own_arithmetic
-from natgalore_jax._src.params.checks import check_seed
+from natgalore_jax._src.params.checks import check_integer
 
 
 @own_arithmetic
@@ -41,7 +41,7 @@ def stochastic_round(x: jax.Array, step: jax.typing.ArrayLike, seed: int = 0) ->
       >>> 99 <= int(jnp.sum(rounded > 1)) <= 101
       True
     """
-    check_seed(seed)
+    check_integer("seed", seed, minimum=0)
     if jnp.ndim(step) or not jnp.issubdtype(jnp.result_type(step), jnp.integer):
         raise TypeError(f"step must be a scalar integer, got {step!r}")
     x = jnp.asarray(x)
@@ -88,7 +88,7 @@ def apply_updates_stochastic(
       >>> 100 < int(jnp.sum(new["w"] > 1)) < 150
       True
     """
-    check_seed(seed)
+    check_integer("seed", seed, minimum=0)
     W, treedef = jax.tree.flatten(params)
     plain = treedef.flatten_up_to(optax.apply_updates(params, updates))
     U = treedef.flatten_up_to(updates)
