@@ -212,7 +212,7 @@ def test_inside_a_subspace_the_place_for_it_is_named():
 def test_numbers_stay_and_other_leaves_are_named():
     tree = ng.training.to_host({"w": jnp.ones(16), "n": 3}, min_size=16)
     assert tree["w"].sharding.memory_kind == "pinned_host" and tree["n"] == 3
-    with pytest.raises(TypeError, match=r"layer\.name: .*got 'mlp' of type str"):
+    with pytest.raises(TypeError, match=r"layer/name: .*got 'mlp' of type str"):
         ng.training.to_host({"layer": {"name": "mlp"}})
 
 
