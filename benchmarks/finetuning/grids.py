@@ -172,7 +172,7 @@ class Comparison(NamedTuple):
     table: Callable[[list[Json]], str]
     """Results as Markdown."""
     targets: Callable[[list[Json]], list[Json]] = lambda records: []
-    """What is asked of them."""
+    """Targets of the results."""
 
     def main(self, commands: Any, argv: Sequence[str] | None = None) -> int:
         """Run a command and return its exit code."""

@@ -4,7 +4,7 @@ from typing import Any
 
 import optax
 
-from natgalore_jax._src.params.checks import check_rate
+from natgalore_jax._src.params.checks import check_rates
 
 
 def descent(
@@ -14,8 +14,7 @@ def descent(
     mask: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """``W ← W − η (U + ω W)`` with U of ``tx``."""
-    check_rate("learning_rate", learning_rate)
-    check_rate("weight_decay", weight_decay)
+    check_rates(learning_rate, weight_decay)
     return optax.chain(
         tx,
         optax.add_decayed_weights(weight_decay, mask),

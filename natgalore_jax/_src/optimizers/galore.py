@@ -10,7 +10,7 @@ from natgalore_jax._src.kernels.basis import Method
 from natgalore_jax._src.kernels.residual import Rule
 from natgalore_jax._src.low_bits.adam import adam_with_bits
 from natgalore_jax._src.params.axes import AxesLike
-from natgalore_jax._src.params.checks import check_rate
+from natgalore_jax._src.params.checks import check_rates
 from natgalore_jax._src.params.plan import Side
 from natgalore_jax._src.params.where import Where, hidden_matrices
 from natgalore_jax._src.subspace.chain import chain
@@ -82,8 +82,7 @@ def galore_adamw(
       >>> state[1].nu["w"].shape
       (2, 8)
     """
-    check_rate("learning_rate", learning_rate)
-    check_rate("weight_decay", weight_decay)
+    check_rates(learning_rate, weight_decay)
     return chain(
         low_rank_project(
             rank=rank,

@@ -12,7 +12,7 @@ from natgalore_jax._src.kernels.residual import Rule
 from natgalore_jax._src.kernels.rotation import Transition
 from natgalore_jax._src.low_bits.adam import adam_with_bits, scale_by_adam_8bit
 from natgalore_jax._src.params.axes import AxesLike
-from natgalore_jax._src.params.checks import check_number, check_rate
+from natgalore_jax._src.params.checks import check_number, check_rates
 from natgalore_jax._src.params.plan import Side
 from natgalore_jax._src.params.where import Where, hidden_matrices, selected
 from natgalore_jax._src.subspace.chain import Composite, chain
@@ -311,8 +311,7 @@ def _adamw_in(
     learning_rate: optax.ScalarOrSchedule,
 ) -> optax.GradientTransformationExtraArgs:
     """Natural GaLore with ``adam`` in the subspace between ``opener`` and ``closer``."""
-    check_rate("learning_rate", learning_rate)
-    check_rate("weight_decay", weight_decay)
+    check_rates(learning_rate, weight_decay)
     return chain(
         opener,
         compact_natural_gradient(adam, modes=opener.number_of_modes, cautious=True),

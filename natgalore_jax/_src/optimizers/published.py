@@ -6,7 +6,7 @@ import optax
 
 from natgalore_jax._src.optimizers.torch_adam import decay_after_step, scale_by_transformers_adam
 from natgalore_jax._src.params.axes import AxesLike
-from natgalore_jax._src.params.checks import check_adam, check_rate
+from natgalore_jax._src.params.checks import check_adam, check_rates
 from natgalore_jax._src.params.where import Where, hidden_matrices
 from natgalore_jax._src.subspace.chain import chain
 from natgalore_jax._src.subspace.project import low_rank_project
@@ -204,6 +204,5 @@ def _published_projection(rank, update_interval, side, where, axes):
 
 
 def _check(learning_rate, b1, b2, eps, weight_decay=0.0):
-    check_rate("learning_rate", learning_rate)
-    check_rate("weight_decay", weight_decay)
+    check_rates(learning_rate, weight_decay)
     check_adam(b1, b2, eps)

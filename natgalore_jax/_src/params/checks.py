@@ -93,10 +93,11 @@ def check_seed(value: Any) -> None:
     check_integer("seed", value, minimum=0, maximum=2**32 - 1)
 
 
-def check_rate(name: str, value: Any) -> None:
-    """Check for a number or a schedule."""
-    if not callable(value):
-        check_number(name, value)
+def check_rates(learning_rate: Any, weight_decay: Any = 0.0) -> None:
+    """Check for numbers or schedules, which Optax takes unchecked."""
+    for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
+        if not callable(value):
+            check_number(name, value)
 
 
 def check_decay(name: str, value: Any) -> None:

@@ -21,6 +21,7 @@ from natgalore_jax._src.params.checks import (
     check_float_dtype,
     check_integer,
     check_number,
+    check_transformation,
     check_unused,
 )
 from natgalore_jax._src.per_layer.accumulate import accumulated
@@ -165,8 +166,7 @@ def per_layer(
     for name, function in functions.items():
         if not callable(function):
             raise TypeError(f"{name} must be a function, got {function!r}")
-    if not (hasattr(tx, "init") and hasattr(tx, "update")):
-        raise TypeError(f"tx must be a gradient transformation, got {tx!r}")
+    check_transformation("tx", tx)
     if not (isinstance(layers, str) or callable(layers)):
         raise TypeError(f"layers must be a name or a function of the parameters, got {layers!r}")
     if clip_norm is not None:
