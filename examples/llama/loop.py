@@ -38,7 +38,8 @@ from examples.llama.training.optimization import make_optimization
 from examples.llama.training.relora import make_merge
 from examples.llama.training.train_step import make_model
 from examples.llama.training.utilization import speed
-from examples.llama.weights.initial import TOKENIZER, overlay
+from examples.llama.weights.initial import overlay
+from examples.pretrained.hf_tokenizer import save_tokenizer
 
 
 def train(
@@ -105,8 +106,7 @@ def train(
             if devices.leads:
                 text = json.dumps(config.to_dict(), indent=2) + "\n"
                 replace_text(run_dir / "config.json", text)
-                text = splits.tokenizer.to_str(pretty=True)
-                (run_dir / TOKENIZER).write_text(text, encoding="utf-8")
+                save_tokenizer(splits.tokenizer, run_dir)
                 (run_dir / OPTIONS).write_text(options)
                 step = done // config.accumulate
                 loggers = make_loggers(output.log_to, run_dir, config.to_dict(), step)

@@ -55,6 +55,12 @@ def read_chat_template(directory: Path) -> ChatTemplate | None:
     return ChatTemplate(text, texts)
 
 
+def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+    """Write `tokenizer.json`; an OSError if that fails."""
+    # Its `save` raises a plain Exception, without the name of the file, when the disk is full.
+    (directory / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+
+
 def write_tokenizer(
     tokenizer: Tokenizer,
     chat_template: ChatTemplate | None,
@@ -62,8 +68,7 @@ def write_tokenizer(
     directory: Path,
 ) -> None:
     """Writes both, and `tokens` by names such as eos_token, for this module and transformers."""
-    # Its `save` raises a plain Exception, without the name of the file, when the disk is full.
-    (directory / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    save_tokenizer(tokenizer, directory)
     template = {} if chat_template is None else {"chat_template": chat_template.text}
     write_settings({**tokens, **template}, directory)
 

@@ -20,6 +20,7 @@ from examples.llama.data.tokenizer import (
     train_tokenizer,
     vocabulary_size,
 )
+from examples.pretrained.hf_tokenizer import save_tokenizer
 
 _FORMAT = "1"
 
@@ -76,9 +77,7 @@ def _store(entry: Path, tokenizer: Tokenizer, arrays: dict[str, np.ndarray]) -> 
     unfinished = entry.with_name(f".{entry.name}.{uuid.uuid4().hex}")
     try:
         unfinished.mkdir(parents=True)
-        # Its `save` raises a plain Exception when the disk is full.
-        text = tokenizer.to_str(pretty=True)
-        (unfinished / "tokenizer.json").write_text(text, encoding="utf-8")
+        save_tokenizer(tokenizer, unfinished)
         for name, array in arrays.items():
             np.save(unfinished / f"{name}.npy", array)
         os.rename(unfinished, entry)

@@ -15,8 +15,7 @@ from examples.llama.data.tokenizer import load_tokenizer, plain_text, vocabulary
 from examples.llama.model.config import ModelConfig
 from examples.llama.run_config import RunConfig, check_adapter, run_preset
 from examples.llama.weights.files import Params, WeightsFile, open_weights, read_params
-
-TOKENIZER = "tokenizer.json"
+from examples.pretrained.hf_tokenizer import TOKENIZER
 
 # What the weights leave open.
 _FREE = ("stacked", "remat", "dtype", "param_dtype", "max_length")
