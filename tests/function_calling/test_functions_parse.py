@@ -37,8 +37,16 @@ _EXPECTED = Plan(
         "3) join()\n###\nQuestion: another\n1. find('Bob')\n2. join()",
         '- **1.** find("""Ann""")\r\n* 2. `send(["$1"], "it\'s 3", now=True)`\r\n3. join()\r\n',
         '1. find("Ann") 2. send(["$1"], "it\'s 3", now=True) 3. join()',
+        '0. find("Ann")\n1. send(["$0"], "it\'s 3", now=True)\n2. join()',
+        'Step 1: find("Ann")\n**step 2.** send(["$1"], "it\'s 3", now=True)\nStep 3) join()',
+        '1. find ("Ann")\n2. send\t(["$1"], "it\'s 3", now=True)\n3. join ()',
+        '1. find("Ann"\n2. send(["$1"], "it\'s 3", now=True 3. join(\n<END_OF_PLAN>',
+        'Step 0: find ("Ann" Step 1: send (["$0"], "it\'s 3", now=True\n- Step 2: join (',
     ],
-    ids=["plain", "same line", "json", "fence", "thoughts", "goes on", "markdown", "one line"],
+    ids=[
+        *("plain", "same line", "json", "fence", "thoughts", "goes on", "markdown", "one line"),
+        *("from zero", "steps", "blanks", "last parenthesis", "all of them"),
+    ],
 )
 def test_what_models_write(text):
     assert parse_plan(text) == _EXPECTED
@@ -112,6 +120,23 @@ def test_amounts_that_are_numbers_of_no_earlier_call():
     assert plan.calls[1].arguments[1].value == Text(("$2 each, $3 for ", Ref(1)))
 
 
+def test_amounts_where_numbers_begin_at_zero():
+    plan = parse_plan('0. a()\n1. f("$0 of $1 or $5")\n2. g("$1 for $2, ${1.price}")\n3. join()')
+    assert [plan.calls[i].arguments[0].value for i in (1, 2)] == [
+        Text((Ref(1), " of $1 or $5")),
+        Text((Ref(2), " for $2, ", Ref(2, ".price"))),
+    ]
+
+
+def test_without_last_parenthesis_calls_end_at_the_next_action():
+    plan = parse_plan('1. f("2. g(", [\n3,\n4]\n2. g(5,\n3. h(')
+    assert plan.calls == (
+        Call("f", (Argument("2. g("), Argument([3, 4]))),
+        Call("g", (Argument(5),)),
+        Call("h"),
+    )
+
+
 def test_later_results_are_allowed_where_no_calls_wait_for_each_other():
     assert parse_plan('1. b("$2")\n2. a()\n3. join()').dependencies() == {
         1: {2},
@@ -132,7 +157,9 @@ _HOSTILE = [
     ("I cannot help with that.", "no line that begins as"),
     ("1. join", "no line that begins as"),
     ("<END_OF_PLAN>\n1. join()", "no line that begins as"),
-    ("0. f()\n1. join()", "expected call 1, found number 0"),
+    ("0. f()\n2. join()", "expected call 1, found number 2"),
+    ("2. f()\n3. join()", "expected call 1, found number 2"),
+    ('0. f("$1")\n1. join()', "call 1: $2 is join, which has no result"),
     ("1. f()\n3. join()", "expected call 2, found number 3"),
     ("1. f()\n1. join()", "expected call 2, found number 1"),
     ('1. f("$1")', "call 1: $1 is the result of the call itself"),
@@ -147,8 +174,11 @@ _HOSTILE = [
     ('1. f("a\n2. join()', "call 1: quotes are not closed"),
     ("1. f('it's')\n2. join()", "call 1: expected a comma or ), found"),
     ('1. f("a" "b")', "expected a comma or )"),
-    ("1. f(1", "expected a comma or ), found the end of the text"),
-    ("1. f(", "the text ends inside a call"),
+    ("1. f([1", "expected a comma or ], found the end of the text"),
+    ("1. f([", "the text ends inside a call"),
+    ("1. f([1\n2. join()", "expected a comma or ], found '2. join()'"),
+    ("1. f(x=", "the text ends inside a call"),
+    ('1. f("a"\nThen\n2. join()', "expected a comma or ), found"),
     ("1. f([1)", "expected a comma or ]"),
     ("1. f(,)", "expected a value, found ',)'"),
     ('1. f({1: "a"})', "expected a key in quotes"),

@@ -29,6 +29,17 @@ from examples.finetune.planner.plans.plan import (
     write_string,
 )
 
+END_OF_PLAN = "<END_OF_PLAN>"
+
+MAX_CHARACTERS = 100_000
+"""The longest text that is read: many times what a model writes for a plan of `MAX_CALLS`."""
+
+# Numbers of Markdown lists may have marks before them.
+_ACTION = r"[ \t>*`-]*+(?:[Ss]tep[ \t]++)?+([0-9]{1,9})[.):][ \t*`]*+([^\W\d]\w*+)[ \t]*+\("
+_HERE = re.compile(_ACTION)
+_LINE = re.compile("^" + _ACTION, re.MULTILINE)
+_END = re.compile(rf"\)|(?={END_OF_PLAN}|{_ACTION}|\Z)")
+
 _BLANK = re.compile(r"\s*+")
 _NAME = re.compile(r"([^\W\d]\w*+)\s*+=(?!=)")
 _WORD = re.compile(r"[^\W\d]\w*+")
@@ -60,19 +71,23 @@ _CONSTANTS = {"True": True, "true": True, "False": False, "false": False} | dict
 def scan_arguments(text: str, at: int) -> tuple[tuple[Argument, ...], int]:
     """Reads arguments up to the closing parenthesis; returns them and the position after it.
 
+    The parenthesis may be missing before the next action, the end mark and the end of the text.
+
     Raises:
       PlanError: where something else is written.
     """
     arguments: list[Argument] = []
     at = _skip(text, at)
-    while not text.startswith(")", at):
+    while not (end := _END.match(text, at)):
         name = None
         if match := _NAME.match(text, at):
             name, at = match[1], _skip(text, match.end())
         value, at = _value(text, at, 0)
         arguments.append(Argument(value, name))
-        at = _comma_or(")", text, at)
-    return tuple(arguments), at + 1
+        at = _skip(text, at)
+        if not _END.match(text, at):
+            at = _comma_or(")", text, at)
+    return tuple(arguments), end.end()
 
 
 def _value(text: str, at: int, depth: int) -> tuple[Value, int]:
@@ -176,25 +191,15 @@ def _near(text: str, at: int) -> str:
     return repr(text[at : at + 20]) if at < len(text) else "the end of the text"
 
 
-END_OF_PLAN = "<END_OF_PLAN>"
-
-MAX_CHARACTERS = 100_000
-"""The longest text that is read: many times what a model writes for a plan of `MAX_CALLS`."""
-
-# Numbers of Markdown lists may have marks before them.
-_ACTION = r"[ \t>*`-]*+([0-9]{1,9})[.):][ \t*`]*+([^\W\d]\w*+)\("
-_HERE = re.compile(_ACTION)
-_LINE = re.compile("^" + _ACTION, re.MULTILINE)
-
-
 def parse_plan(text: str) -> Plan | FailedPlan:
     r"""Reads the actions `1. tool(arguments)` of a text, up to `join()` or the end mark.
 
-    Every action begins a line, or follows another; they are numbered from 1 without gaps. Lines
-    that do not begin as an action (thoughts, fences, explanations, `Step 1: tool(`, `1. tool (`)
-    and what follows an action in its line are passed over. Arguments are Python's literals with or
-    without names, JSON's constants, and references: `$1`, `${1}`, `$1.field`, in quotes or not.
-    Within a longer text `$5` is five dollars unless an earlier call is call 5.
+    Every action begins a line, or follows another; they are numbered without gaps from 1, or from 0
+    (then `$0` is the result of the first). `Step 1: tool(`, `1. tool (` and a missing parenthesis
+    at the end of an action are read too. Lines that do not begin as an action (thoughts, fences,
+    explanations) and what follows an action in its line are passed over. Arguments are Python's
+    literals with or without names, JSON's constants, and references: `$1`, `${1}`, `$1.field`, in
+    quotes or not. Within a longer text `$5` is five dollars unless an earlier call is call 5.
 
     Never raises: a text that holds no plan gives a `FailedPlan` that says why.
 
@@ -204,24 +209,27 @@ def parse_plan(text: str) -> Plan | FailedPlan:
     FailedPlan(reason='call 1: $7 is out of range, the plan has 2 calls')
     """
     try:
-        calls = _calls(text)
-        return Plan(tuple(_with_amounts(call, n) for n, call in enumerate(calls, start=1)))
+        first, calls = _calls(text)
+        return Plan(tuple(_from_one(call, n, first) for n, call in enumerate(calls, start=1)))
     except PlanError as error:
         return FailedPlan(str(error))
 
 
-def _calls(text: str) -> list[Call]:
+def _calls(text: str) -> tuple[int, list[Call]]:
+    """The number of the first call, and the calls as they are written."""
     if len(text) > MAX_CHARACTERS:
         raise PlanError(f"the text has {len(text)} characters, more than {MAX_CHARACTERS}")
     calls: list[Call] = []
-    at = 0
+    at, first = 0, 1
     while action := _HERE.match(text, at) or _LINE.search(text, at):
         if END_OF_PLAN in text[at : action.start()]:
             break
         number, tool = int(action[1]), action[2]
-        if number != len(calls) + 1:
-            raise PlanError(f"expected call {len(calls) + 1}, found number {number}")
-        if number > MAX_CALLS:
+        if not calls and number == 0:
+            first = 0
+        if number != first + len(calls):
+            raise PlanError(f"expected call {first + len(calls)}, found number {number}")
+        if len(calls) == MAX_CALLS:
             raise PlanError(f"the plan has more than {MAX_CALLS} calls")
         try:
             arguments, at = scan_arguments(text, action.end())
@@ -232,19 +240,28 @@ def _calls(text: str) -> list[Call]:
             break
     if not calls:
         raise PlanError("the text has no line that begins as '1. tool('")
-    return calls
+    return first, calls
 
 
-def _with_amounts(call: Call, number: int) -> Call:
-    """The call of this number with `$n` inside texts as text where no earlier call is n."""
+def _from_one(call: Call, number: int, first: int) -> Call:
+    """Call `number` with results counted from 1, and `$n` in texts as text if no earlier call is n.
+
+    As it is written, the plan counts from `first`.
+    """
+
+    def result(ref: Ref) -> Ref:
+        return Ref(ref.call + 1 - first, ref.path)
 
     def read_part(part: str | Ref) -> str | Ref:
-        if isinstance(part, str) or part.path or 1 <= part.call < number:
+        if isinstance(part, str):
             return part
-        return f"${part.call}"
+        counted = result(part)
+        return counted if part.path or 1 <= counted.call < number else f"${part.call}"
 
     def read(value: Value) -> Value:
         match value:
+            case Ref():
+                return result(value)
             case Text(parts):
                 return text_of([read_part(part) for part in parts])
             case list():
