@@ -201,6 +201,9 @@ def test_containers_that_differ_are_named():
     state = tx.init({"layers": [jnp.ones((6, 8))]})
     with pytest.raises(ValueError, match="layers is of type tuple, and there of type list"):
         tx.update({"layers": (jnp.ones((6, 8)),)}, state)
+    state = tx.init({"layers": {"1": jnp.ones((6, 8))}})
+    with pytest.raises(ValueError, match=r"layers is .*\{1: .*, and there .*\{'1': "):
+        tx.update({"layers": {1: jnp.ones((6, 8))}}, state)
 
 
 def test_the_state_of_the_residual_fits_the_update():

@@ -33,10 +33,12 @@ def flatten_like(updates: Any, tree: Any, what: str) -> list[Any]:
 
 
 def _other_container(updates: Any, tree: Any, path: tuple[Any, ...] = ()) -> str:
-    """The first node of two trees with equal paths that is of another type."""
+    """The first node of two trees with equal paths that is of another type or has other keys."""
     (mine, kind), (theirs, other_kind) = one_level(updates), one_level(tree)
     if kind != other_kind:
         types = [type(node).__name__ for node in (updates, tree)]
+        if types[0] == types[1]:
+            return f"{KeyPath(path)} is {kind}, and there {other_kind}"
         return f"{KeyPath(path)} is of type {types[0]}, and there of type {types[1]}"
     below = (
         _other_container(own, other, (*path, *key))
