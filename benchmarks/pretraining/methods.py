@@ -148,7 +148,7 @@ _ALICE = {"scale": 0.3, "compensation_scale": 0.4}
 METHODS: dict[str, Method] = {
     "adamw": Method("AdamW", optax.adamw, _ADAMW),
     "adamw-one-rate": Method("AdamW, one rate", optax.adamw, _ADAMW, ratio=1.0),
-    "adamw-clipped": Method("AdamW, leading singular value clipped", clipped_adamw),
+    "adamw-clipped": Method("AdamW, clipped", clipped_adamw),
     "adafactor": Method("Adafactor", OPTIMIZERS["adafactor"].factory),
     "muon": Method("Muon with AdamW", muon),
     "optax-galore": Method("GaLore, optax.contrib", optax_galore, scale=PAPER_SCALE),
@@ -190,9 +190,9 @@ METHODS: dict[str, Method] = {
         "Alice without tracking", ng.contrib.alice_adamw, {**_ALICE, "b3": 0.0}, scale=0.3
     ),
     "racs": Method("RACS", ng.contrib.racs_adamw, {"scale": 0.05}, scale=0.05),
-    # Embedding and head are normalised as hidden matrices are, at one rate, as in its scripts.
-    "scale": Method("SCALE", ng.contrib.scale_sgd, ratio=1.0),
-    "scale-l2": Method("SCALE, Euclidean norms", ng.contrib.scale_sgd, {"norm": "l2"}, ratio=1.0),
+    # Its scripts have one rate, at which it would lack an advantage that all others have.
+    "scale": Method("SCALE", ng.contrib.scale_sgd),
+    "scale-l2": Method("SCALE, Euclidean norms", ng.contrib.scale_sgd, {"norm": "l2"}),
     "fira": Method(
         "Fira", ng.galore_adamw, {"residual": "fira", "scale": PAPER_SCALE}, scale=PAPER_SCALE
     ),

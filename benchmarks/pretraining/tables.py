@@ -158,7 +158,7 @@ def _steps(row: Row | None) -> str:
 # The comparison that the project is about; the other methods are in the long tables only.
 CORE = (
     "adamw",
-    "adamw-one-rate",
+    "adamw-clipped",
     "muon",
     "scale",
     "galore",
