@@ -119,7 +119,7 @@ def train(
 
 
 def _identity(config: RunConfig, splits: Splits) -> dict[str, Any]:
-    """What must be equal for a run to go on: the configuration, and the text itself."""
+    """Configuration and fingerprint of the text, which must be equal for a run to go on."""
     return config.to_dict() | {"text": splits.fingerprint}
 
 

@@ -22,7 +22,7 @@ _FREE = ("stacked", "remat", "dtype", "param_dtype", "max_length")
 
 
 class Start(NamedTuple):
-    """What a run starts from."""
+    """Configuration, tokenizer and weights at the start of a run."""
 
     config: RunConfig  # With the model that the weights are for.
     tokenizer: Tokenizer

@@ -84,9 +84,7 @@ def scan_arguments(text: str, at: int) -> tuple[tuple[Argument, ...], int]:
             name, at = match[1], _skip(text, match.end())
         value, at = _value(text, at, 0)
         arguments.append(Argument(value, name))
-        at = _skip(text, at)
-        if not _END.match(text, at):
-            at = _comma_or(")", text, at)
+        at = _comma_or(")", text, at, _END)
     return tuple(arguments), end.end()
 
 
@@ -173,12 +171,12 @@ def _number(match: re.Match[str]) -> int | float:
     return int(match[0])
 
 
-def _comma_or(close: str, text: str, at: int) -> int:
-    """The position of the next item, or of the `close` that comes instead."""
+def _comma_or(close: str, text: str, at: int, end: re.Pattern[str] | None = None) -> int:
+    """The position of the next item, or of the `close` or `end` that comes instead."""
     at = _skip(text, at)
     if text.startswith(",", at):
         return _skip(text, at + 1)
-    if not text.startswith(close, at):
+    if not (text.startswith(close, at) or (end and end.match(text, at))):
         raise PlanError(f"expected a comma or {close}, found {_near(text, at)}")
     return at
 
@@ -209,14 +207,12 @@ def parse_plan(text: str) -> Plan | FailedPlan:
     FailedPlan(reason='call 1: $7 is out of range, the plan has 2 calls')
     """
     try:
-        first, calls = _calls(text)
-        return Plan(tuple(_from_one(call, n, first) for n, call in enumerate(calls, start=1)))
+        return Plan(tuple(_calls(text)))
     except PlanError as error:
         return FailedPlan(str(error))
 
 
-def _calls(text: str) -> tuple[int, list[Call]]:
-    """The number of the first call, and the calls as they are written."""
+def _calls(text: str) -> list[Call]:
     if len(text) > MAX_CHARACTERS:
         raise PlanError(f"the text has {len(text)} characters, more than {MAX_CHARACTERS}")
     calls: list[Call] = []
@@ -225,8 +221,8 @@ def _calls(text: str) -> tuple[int, list[Call]]:
         if END_OF_PLAN in text[at : action.start()]:
             break
         number, tool = int(action[1]), action[2]
-        if not calls and number == 0:
-            first = 0
+        if not calls:
+            first = min(number, 1)
         if number != first + len(calls):
             raise PlanError(f"expected call {first + len(calls)}, found number {number}")
         if len(calls) == MAX_CALLS:
@@ -235,12 +231,12 @@ def _calls(text: str) -> tuple[int, list[Call]]:
             arguments, at = scan_arguments(text, action.end())
         except PlanError as error:
             raise PlanError(f"call {number}: {error}") from None
-        calls.append(Call(tool, arguments))
+        calls.append(_from_one(Call(tool, arguments), len(calls) + 1, first))
         if tool == JOIN:
             break
     if not calls:
         raise PlanError("the text has no line that begins as '1. tool('")
-    return first, calls
+    return calls
 
 
 def _from_one(call: Call, number: int, first: int) -> Call:
