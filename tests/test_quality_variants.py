@@ -5,10 +5,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import natgalore_jax as ng
 from benchmarks.pretraining.corpora import sources_of
+from benchmarks.pretraining.methods import METHODS, Method, clipped
 from benchmarks.pretraining.variants import recipe
+from examples.common.errors import ConfigError
 
 
 def test_the_recipe_in_parts_is_the_default():
@@ -23,6 +26,27 @@ def test_the_recipe_in_parts_is_the_default():
             update, states[i] = tx.update(grads, states[i], params)
             updates.append(update)
         jax.tree.map(np.testing.assert_array_equal, *updates)
+
+
+def test_a_method_with_clipping_is_clipped_as_the_default_is():
+    params = {"mlp": jax.random.normal(jax.random.key(0), (24, 32)), "b": jnp.zeros(5)}
+    without = Method("", recipe, {"steps": 9, "rank": 4, "singular_limit": None})
+    whole = ng.natural_galore_adamw(0.02, rank=4, weight_decay=0.0)
+    for method in (without, clipped(without)):
+        tx = method.factory(learning_rate=lambda step: 0.02, **method.fixed)
+        states = [whole.init(params), tx.init(params)]
+        for step in range(3):
+            grads = jax.tree.map(lambda p, s=step: 1 + jnp.cos(7 * p + s), params)
+            expected, states[0] = whole.update(grads, states[0], params)
+            found, states[1] = tx.update(grads, states[1], params)
+            close = jnp.allclose(found["mlp"], expected["mlp"], rtol=1e-4, atol=1e-7)
+            assert close == (method is not without)
+            np.testing.assert_allclose(found["b"], expected["b"], rtol=1e-5)
+
+
+def test_clipping_refuses_weight_decay():
+    with pytest.raises(ConfigError, match="weight decay"):
+        clipped(METHODS["racs"]).factory(lambda step: 0.1, weight_decay=0.1)
 
 
 def test_texts_that_come_with_python(tmp_path):

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import inspect
 import operator
 from collections.abc import Callable, Mapping
@@ -92,6 +93,25 @@ def clipped_adamw(
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
+
+
+def clipped(method: Method) -> Method:
+    """A method with the leading singular value of its hidden updates clipped, as in the default.
+
+    The bound is the default's for updates that are α times as large.
+    """
+
+    @functools.wraps(method.factory)
+    def factory(learning_rate: optax.Schedule, **arguments: Any) -> optax.GradientTransformation:
+        if arguments.get("weight_decay"):
+            raise ConfigError("clipping is not implemented for a method with weight decay")
+        return optax.chain(
+            method.factory(1.0, **arguments),
+            ng.clip_leading_singular_value(0.2 * method.scale),
+            optax.scale_by_schedule(learning_rate),
+        )
+
+    return method._replace(label=f"{method.label}, clipped", factory=factory)
 
 
 def optax_galore(
@@ -209,6 +229,8 @@ METHODS: dict[str, Method] = {
     ),
     "relora": Method("ReLoRA", optax.adamw, _ADAMW, configure=_adapter("relora")),
 }
+
+METHODS |= {f"{name}-clipped": clipped(METHODS[name]) for name in ("galore", "racs", "fira")}
 
 # For questions about the default alone: in no sweep unless they are named.
 VARIANTS = {"recipe": Method("Natural GaLore, in parts", recipe)}
