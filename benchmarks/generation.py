@@ -8,6 +8,7 @@ row reads every weight once: ``GB/s`` is the rate at which that happens.
 
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import jax
@@ -16,7 +17,6 @@ import tyro
 from flax import nnx
 
 from benchmarks.common.environment import RESULTS, environment, print_targets, target, write_results
-from benchmarks.common.timing import median
 from examples.llama.model.generate import generate
 from examples.llama.weights.files import load_llama
 

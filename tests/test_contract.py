@@ -177,16 +177,6 @@ def test_tree_get_finds_the_parts_of_a_state():
     assert history.columns["dense"]["bias"] == optax.MaskedNode()
 
 
-def test_a_schedule_changes_the_damping_with_the_step_count():
-    g = {"w": jnp.full((4, 6), 2.0)}
-    scheduled = ng.woodbury_natural_gradient(1, lambda count: 1.0 + count, "absolute")
-    state = scheduled.init(g)
-    for count in range(3):
-        updates, state = scheduled.update(g, state)
-        # One gradient in the history: h̃ = h / (λ + ‖h‖²).
-        np.testing.assert_allclose(updates["w"], 2.0 / (1.0 + count + 4 * 24), rtol=1e-6)
-
-
 def test_masked_leaves_the_rest_untouched():
     inner = ng.galore_adamw(0.01, rank=RANK)
     mask = {"dense": False, "layers": True}

@@ -1,11 +1,10 @@
 """Seconds of compiled functions."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 
 
@@ -14,10 +13,6 @@ def seconds(function: Callable[..., Any], *args: Any) -> float:
     start = time.perf_counter()
     jax.block_until_ready(function(*args))
     return time.perf_counter() - start
-
-
-def median(samples: Sequence[float]) -> float:
-    return float(np.median(samples))
 
 
 class Updater:

@@ -11,6 +11,7 @@ that is measured here. (b) is a model: no network was used.
 
 import os
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 if __name__ == "__main__":  # Before jax is imported.
@@ -27,7 +28,7 @@ import tyro
 import natgalore_jax as ng
 from benchmarks.common.environment import RESULTS, environment, write_results
 from benchmarks.common.shapes import BF16, LLAMA_RANKS, PaperSize, llama_shapes
-from benchmarks.common.timing import median, seconds
+from benchmarks.common.timing import seconds
 from benchmarks.distributed.collectives import exchanged_bytes
 from examples.llama.model.config import MODEL_PRESETS, PresetName
 from examples.llama.training.train_step import make_model, token_nll

@@ -11,13 +11,13 @@ import os
 import socket
 import subprocess
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import tyro
 
 from benchmarks.common import child
 from benchmarks.common.environment import RESULTS, environment, write_results
-from benchmarks.common.timing import median
 from examples.llama.model.config import PresetName
 
 _ROOT = Path(__file__).parents[2]

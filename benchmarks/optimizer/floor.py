@@ -20,12 +20,13 @@ operations of Adam and of the natural gradient are done while the bytes move.
 """
 
 from collections.abc import Iterable
+from statistics import median
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks.common.timing import median, seconds
+from benchmarks.common.timing import seconds
 
 # Published bandwidth of the memory, bytes/s, and rate of products of float32 in the precision that
 # is native there (TF32, and one pass of bfloat16), operations/s: NVIDIA's data sheet of the H100

@@ -15,6 +15,7 @@ unlike wall time they hardly change when other programs run.
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +27,7 @@ import tyro
 import natgalore_jax as ng
 from benchmarks.common.environment import RESULTS, environment, print_targets, target, write_results
 from benchmarks.common.shapes import hidden_shapes, matrices, random_tree
-from benchmarks.common.timing import Updater, median
+from benchmarks.common.timing import Updater
 from benchmarks.optimizer.floor import Machine, floor_seconds, operations
 from examples.llama.memory.step_memory import temporary_bytes
 from examples.llama.model.config import PresetName

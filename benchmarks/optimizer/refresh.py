@@ -9,6 +9,7 @@ compiled update of a stack of layers.
 
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 from unittest import mock
 
@@ -21,7 +22,7 @@ import tyro
 import natgalore_jax as ng
 import natgalore_jax._src.subspace.subspace as _subspace
 from benchmarks.common.environment import RESULTS, environment, print_targets, target, write_results
-from benchmarks.common.timing import median, seconds
+from benchmarks.common.timing import seconds
 from benchmarks.optimizer.basis_energy import basis_energy, captured_energy
 from examples.llama.data import DataConfig
 from examples.llama.memory.step_memory import temporary_bytes

@@ -20,6 +20,7 @@ memory.
 
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import jax
@@ -30,7 +31,7 @@ import tyro
 import natgalore_jax as ng
 from benchmarks.common.environment import RESULTS, environment, print_targets, target, write_results
 from benchmarks.common.shapes import hidden_shapes, matrices, random_tree
-from benchmarks.common.timing import Updater, median
+from benchmarks.common.timing import Updater
 from benchmarks.optimizer.floor import (
     Machine,
     accelerator_bounds,

@@ -2,12 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 import jax
 import optax
 
-from benchmarks.common.timing import Updater, median, seconds
+from benchmarks.common.timing import Updater, seconds
 from examples.llama.model.config import MODEL_PRESETS
 from examples.llama.training.train_step import make_model, token_nll
 from examples.llama.training.utilization import flops_per_token

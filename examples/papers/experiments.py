@@ -10,6 +10,8 @@ points of the ablations that they only plot, and the micro-batches of one device
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from natgalore_jax._src.memory.llama_sizes import LLAMA_RANKS
+
 Arguments = tuple[str, ...]
 
 LLAMA, ENCODER, PLANNER = "examples.llama", "examples.finetune.encoder", "examples.finetune.planner"
@@ -46,7 +48,6 @@ C4 = _words(
 BF16 = _words("--model.stacked --model.dtype bfloat16 --model.param-dtype bfloat16")
 # Rows of a micro-batch, and micro-batches of a step of 512 rows.
 MICRO_BATCHES = {"60m": (256, 2), "130m": (256, 2), "350m": (128, 4), "1b": (16, 32), "7b": (8, 64)}
-RANKS = {"60m": 128, "130m": 256, "350m": 256, "1b": 512, "7b": 1024}
 
 
 def _rates(*rates: str) -> dict[str, Arguments]:
@@ -72,7 +73,7 @@ def _c4(size: str) -> Iterable[tuple[str, Experiment]]:
         source = "GaLore, table 2; Natural GaLore, table 1"
         return f"c4-{size}/{method}", _pretraining(size, source, arguments, **more)
 
-    rank = f"--adapter.rank {RANKS[size]}"
+    rank = f"--adapter.rank {LLAMA_RANKS[size]}"
     yield experiment("full-rank", _FULL_RANK, variants=_TUNED)
     yield experiment("galore", _GALORE)
     yield experiment("natural-galore", _NATURAL, variants=_TUNED)

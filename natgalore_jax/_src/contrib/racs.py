@@ -8,7 +8,11 @@ import jax.numpy as jnp
 import optax
 
 from natgalore_jax._src.contrib.descent import descent
-from natgalore_jax._src.kernels.factored_update import PhiAxes, on_axes_of_gradient
+from natgalore_jax._src.kernels.factored_update import (
+    on_axes_of_gradient,
+    side_axes,
+    sum_for_phi,
+)
 from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
 from natgalore_jax._src.kernels.residual import inverse_root, limit_growth
 from natgalore_jax._src.kernels.stacks import for_each, merged
@@ -239,22 +243,14 @@ def _over_squared_norm(plan, x, of):
     return x / jnp.where(square == 0, 1.0, square)
 
 
-def _axes(plan, mode):
-    """Axes of one number per row or per column."""
-    owners = (*plan.batch, *plan.modes[mode])
-    others = tuple(a for a in range(len(plan.shape)) if a not in owners)
-    return PhiAxes(owners, (), others, len(plan.batch))
-
-
 def _over_others(plan, mode, x):
     """Sum over the other side: batch + the axes of one mode."""
-    axes = _axes(plan, mode)
-    return jnp.sum(x, axes.full).transpose([sorted(axes.owners).index(a) for a in axes.owners])
+    return sum_for_phi(side_axes(plan, mode), x)
 
 
 def _on_axes(plan, mode, x):
     """Expand to as many axes as the parameter, for broadcasting."""
-    return on_axes_of_gradient(_axes(plan, mode), x)
+    return on_axes_of_gradient(side_axes(plan, mode), x)
 
 
 def racs_adamw(

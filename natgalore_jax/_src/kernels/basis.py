@@ -217,11 +217,6 @@ def _least_energy(G: jax.Array, limit: float) -> jax.Array:
     return limit * jnp.sum(G * G) / G.shape[0]
 
 
-def _times_gram(G: jax.Array, Y: jax.Array) -> jax.Array:
-    """``G (Gᵀ Y)``, replicated."""
-    return _times(G, contract("mn,mr->nr", G, Y))
-
-
 def _times(G: jax.Array, Z: jax.Array) -> jax.Array:
     """``G Z``, replicated."""
     return contract("mn,nr->mr", G, Z)
@@ -263,7 +258,7 @@ def _randomized(G, P, key, is_first):
     width = min(P.shape[1] + OVERSAMPLING, *G.shape)
     Q = _orthonormal(_times(G, normal(key, (G.shape[1], width))))
     for _ in range(SKETCH_STEPS):
-        Q = _orthonormal(_times_gram(G, Q))
+        Q = _orthonormal(_times(G, contract("mn,mr->nr", G, Q)))
     U, _, _ = jnp.linalg.svd(replicated(contract("mw,mn->wn", Q, G)), full_matrices=False)
     return (Q @ U)[:, : P.shape[1]]
 
