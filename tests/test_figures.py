@@ -1,6 +1,7 @@
 """Figures: one style, at the width of a page, with nothing below 9 points and the line named."""
 
 import ast
+import itertools
 import types
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,15 @@ PROGRAMS = {
     "run": lambda path: plots.plot_run(PROGRESS, path, {"bigram": 3.0}, "a run"),
     "methods": lambda path: plots.plot_methods({"adamw": PROGRESS}, path, "methods"),
 }
+
+
+def test_names_of_points_at_one_place_do_not_overlap(drawn, tmp_path):
+    PROGRAMS["size"](tmp_path / "figure.svg")
+    (figure,) = drawn
+    for axes in figure.axes:
+        boxes = [text.get_window_extent() for text in axes.texts]
+        assert len(boxes) >= 3
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

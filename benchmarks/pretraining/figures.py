@@ -1,11 +1,13 @@
 """PNG plots of the results."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib.figure
 import matplotlib.ticker
+from matplotlib.transforms import Bbox
 
 from benchmarks.pretraining.methods import METHODS
 from benchmarks.pretraining.summary import Group, Point, Row
@@ -48,23 +50,42 @@ def size(groups: Groups, path: Path) -> None:
     """Final test loss over the bytes of the optimizer's state."""
     figure, panels = _panels(groups)
     for axes, rows in panels:
-        for row in (r for r in rows if not r.diverged):
-            at = (row.state_bytes / 2**20, row.test)
-            colour, _ = COLOURS.get(row.method, (_GREY, None))
+        shown = [r for r in rows if not r.diverged]
+        for row in shown:
+            at, colour = _at(row), _colour(row)
             axes.errorbar(*at, yerr=row.test_std or 0, fmt="o", color=colour, markersize=5)
-            # To the side where there is room.
-            right = row.state_bytes < 0.75 * max(r.state_bytes for r in rows)
-            axes.annotate(
-                label(row.method).removeprefix("Natural GaLore, "),
-                at,
-                (4 if right else -4, 4),
-                textcoords="offset points",
-                ha="left" if right else "right",
-                color=colour,
-            )
         axes.set(xlabel="optimizer state, MiB", ylabel="test loss, nats per token")
+        axes.margins(y=0.1)
         axes.set_xlim(0, 1.06 * axes.dataLim.x1)
+    figure.draw_without_rendering()  # Names have no place before the panels have theirs.
+    for axes, rows in panels:
+        _name_points(axes, [r for r in rows if not r.diverged])
     figure.savefig(path)
+
+
+def _at(row: Row) -> tuple[float, float]:
+    return row.state_bytes / 2**20, row.test
+
+
+def _colour(row: Row) -> str:
+    return COLOURS.get(row.method, (_GREY, None))[0]
+
+
+def _name_points(axes: Any, rows: Sequence[Row]) -> None:
+    """Write each name at the first place beside its point that nothing else has."""
+    points = axes.transData.transform([_at(row) for row in rows])
+    taken = [Bbox.from_extents(*(xy - 5), *(xy + 5)) for xy in points]
+    for row, own in zip(rows, list(taken), strict=True):
+        name = label(row.method).removeprefix("Natural GaLore, ")
+        text = axes.annotate(name, _at(row), (0, 0), textcoords="offset points", color=_colour(row))
+        for x, y in itertools.product((4, -4), (4, -4, 14, -14)):
+            horizontal, vertical = "left" if x > 0 else "right", "bottom" if y > 0 else "top"
+            text.set(position=(x, y), ha=horizontal, va=vertical)
+            box = text.get_window_extent()
+            others = (other for other in taken if other is not own)
+            if axes.bbox.containsx(box.x1) and not any(map(box.overlaps, others)):
+                break
+        taken.append(box)
 
 
 @in_style
