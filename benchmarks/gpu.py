@@ -22,7 +22,7 @@ from examples.common.errors import ConfigError
 
 PYTHON = [sys.executable, "-m"]
 STEP_MEMORY = [*PYTHON, "benchmarks.memory.gpu", "--timed", "none"]
-PRETRAINING = [*PYTHON, "benchmarks.pretraining", "sweep", "--suite", "main", "--seeds", "1"]
+PRETRAINING = [*PYTHON, "benchmarks.pretraining", "sweep", "--suite", "width-rule", "--seeds", "1"]
 LAST_LINES = 40
 
 
@@ -61,7 +61,7 @@ def stages(output: Path, text: str) -> list[Stage]:
         )
 
     def pretraining(method: str) -> Stage:
-        command = [*PRETRAINING, "--methods", method, "--corpora", text, "--tune-preset", "nano"]
+        command = [*PRETRAINING, "--methods", method, "--corpora", text, "--tune-preset", "9m"]
         return Stage(
             f"60m-{method}",
             9,

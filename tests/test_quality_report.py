@@ -236,10 +236,14 @@ def test_a_sweep_takes_the_tuned_rates(tmp_path):
     assert [(run.learning_rate, run.ratio) for run in runs(sweep)] == [
         *((0.003, 2), (0.01, 4), (0.03, 4), (0.01, 4)),
     ]
-    elsewhere = Sweep(
-        methods=("adamw",), seeds=(1,), preset="9m", tune_preset="nano", tune_root=tmp_path
-    )
-    assert {run.learning_rate for run in runs(elsewhere)} == {0.003}
+
+
+def test_rates_of_another_size_follow_the_width(tmp_path):
+    for record in [*tune("adamw", {(0.004, 2): 4.0}), *tune("muon", {(0.004, 2): 4.0})]:
+        write(record, tmp_path / "tune" / "sotu-nano" / "{method}.json".format(**record))
+    given = {"corpora": ("sotu",), "seeds": (1,), "tune_preset": "nano", "tune_root": tmp_path}
+    wider = Sweep(methods=("adamw", "muon"), preset="9m", **given)
+    assert [(r.learning_rate, r.ratio) for r in runs(wider)] == [(0.002, 4), (0.004, 2)]
 
 
 @pytest.mark.parametrize(

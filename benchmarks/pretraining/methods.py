@@ -58,6 +58,8 @@ class Method(NamedTuple):
     scale: float = 1.0
     # A ratio of the two rates that is part of the method, and not tuned.
     ratio: float | None = None
+    # Whether the best rate of the hidden matrices falls as the model gets wider.
+    rate_falls: bool = True
 
 
 def muon(
@@ -170,7 +172,7 @@ METHODS: dict[str, Method] = {
     "adamw-one-rate": Method("AdamW, one rate", optax.adamw, _ADAMW, ratio=1.0),
     "adamw-clipped": Method("AdamW, clipped", clipped_adamw),
     "adafactor": Method("Adafactor", OPTIMIZERS["adafactor"].factory),
-    "muon": Method("Muon with AdamW", muon),
+    "muon": Method("Muon with AdamW", muon, rate_falls=False),
     "optax-galore": Method("GaLore, optax.contrib", optax_galore, scale=PAPER_SCALE),
     "galore": Method("GaLore", ng.galore_adamw, _SVD, scale=PAPER_SCALE),
     "galore-8bit": Method(

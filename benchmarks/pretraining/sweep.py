@@ -8,6 +8,7 @@ from pathlib import Path
 from benchmarks.common.result_files import Json, read_suite
 from benchmarks.common.sweep import sweep as sweep_runs
 from benchmarks.pretraining.methods import METHODS, choose, own_ratio
+from benchmarks.pretraining.presets import PRESETS
 from benchmarks.pretraining.run_spec import Common, Run, is_done
 from benchmarks.pretraining.summary import RECIPE
 from benchmarks.pretraining.tuning import Rates, curves, next_points, tuned_rates
@@ -48,7 +49,8 @@ class Sweep(Common):
     tune_root: Path | None = None
     """Root of the tuning suite, if it is another one."""
     tune_preset: str | None = None
-    """Preset of the tuning suite, if it is another one."""
+    """Preset of the tuning suite, if it is another one. At another width the rate of the hidden
+    matrices is divided by the ratio of the widths and the ratio multiplied, but for Muon."""
     plan: bool = False
     """Print what would be run, and stop."""
 
@@ -139,11 +141,20 @@ def _given(sweep: Sweep, method: str) -> tuple[Rates, ...]:
     # With other arguments a method keeps its rates, unless it was tuned with them as well.
     for name in (method, method.partition("@")[0]):
         if name in tuned:
-            return (tuned[name].rates,)
+            return (_carried_over(sweep, method, tuned[name].rates),)
     raise ConfigError(
         f"{method} has no tuned rates at {preset}: no usable run of it in the suite "
         f"{sweep.tune_suite!r}"
     )
+
+
+def _carried_over(sweep: Sweep, method: str, rates: Rates) -> Rates:
+    """Rates at the width of the preset, from those at the width where they were tuned."""
+    if sweep.tune_preset is None or not choose(method).method.rate_falls:
+        return rates
+    wider = PRESETS[sweep.preset].model.hidden / PRESETS[sweep.tune_preset].model.hidden
+    fixed = own_ratio(method)
+    return Rates(rates.hidden / wider, rates.ratio * wider if fixed is None else fixed)
 
 
 def _estimate(sweep: Sweep, count: int) -> str:
