@@ -72,7 +72,7 @@ plt.rcParams["axes.prop_cycle"] = plt.cycler(
 #
 # $$R = P^\top G, \qquad E = G - P R$$
 #
-# are the gradient in the subspace, r × n numbers, and what the subspace misses. How much it misses is told by the energy
+# are the gradient in the subspace, r × n numbers, and the residual. The energy tells how large it is
 #
 # $$\frac{\lVert R \rVert^2}{\lVert G \rVert^2} = 1 - \frac{\lVert E \rVert^2}{\lVert G \rVert^2} \;\le\;
 #   \frac{\sigma_1^2 + \dots + \sigma_r^2}{\sigma_1^2 + \dots + \sigma_m^2},$$
@@ -141,7 +141,7 @@ plt.show()
 
 # %% [markdown]
 # **The basis over the training.** The optimizer computes a new basis every `update_interval` steps by a few power
-# iterations, $P \leftarrow \mathrm{qr}(G G^\top P)$, from the last one. Between refreshes the basis is that of an older
+# iterations, $P \leftarrow \mathrm{polar}(G G^\top P)$, from the last one. Between refreshes the basis is that of an older
 # gradient of another batch, and holds less than the best basis of the current gradient. Without refreshes it would be the
 # one of the first step. A random subspace would hold r/m.
 

@@ -15,7 +15,7 @@
 #
 # The same program on one device and on eight: sharded weights with a state that follows them, devices that exchange
 # low-rank gradients only, and a checkpoint that another mesh restores. The eight devices are simulated on the CPU, so that
-# this shows what is where and that the numbers are the same, and no speed. It takes about half a minute.
+# this shows what is where and that the numbers agree, and no speed. It takes about half a minute.
 
 # %%
 # Installs the library where it is missing, as on Colab; does nothing otherwise.
@@ -124,7 +124,7 @@ print(f"loss {one_losses[0]:.4f} -> {one_losses[-1]:.4f}")
 # %% [markdown]
 # ## Weights and state on a mesh
 #
-# Two axes: rows of a batch are divided over `data`, weights over both. Only the arguments say so. The axes are left to
+# Two axes: rows of a batch are sharded over `data`, weights over both. Only the arguments say so. The axes are left to
 # XLA (`AxisType.Auto`); on explicit ones, the default of `jax.make_mesh`, the library works too.
 
 # %%
@@ -191,7 +191,7 @@ print(f"largest relative difference to one device: {difference:.1e}")
 #
 # $$P^\top \Bigl(\tfrac1D \sum_d G_d\Bigr) = \tfrac1D \sum_d P^\top G_d :$$
 #
-# $r \times n$ numbers are summed instead of $m \times n$. `ng.training.data_parallel_step` does that; a matrix whose basis is due is
+# $r \times n$ numbers are summed instead of $m \times n$. `ng.training.data_parallel_step` does that; a matrix that is due for a refresh is
 # exchanged whole, once in `update_interval` steps. It needs an optimizer without a residual, which would need the whole
 # gradient.
 

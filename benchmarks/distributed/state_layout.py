@@ -72,7 +72,7 @@ def main(sizes: tuple[PaperSize, ...] = ("350m", "7b"), figure: Path = FIGURE) -
 
 def layout_table(size: str) -> str:
     """Markdown, GB of each device."""
-    header = ("divided", "weights", "bases", "moments", "the optimizer sends", "training sends")
+    header = ("sharded", "weights", "bases", "moments", "the optimizer sends", "training sends")
     rows = []
     for scheme in SCHEMES:
         values = per_device(llama_shapes(size), scheme, size)

@@ -107,7 +107,7 @@ def tuning_losses(records: Iterable[Json], loss: Callable[[Json], float]) -> Los
     found: Losses = defaultdict(dict)
     for r in records:
         if r["seed"] == TUNE_SEED:
-            found[r["method"]][r["learning_rate"]] = None if r["diverged"] else loss(r)
+            found[r["method"]][r["learning_rate"]] = None if r.get("diverged") else loss(r)
     return found
 
 
@@ -117,7 +117,7 @@ def after_tuning(records: Iterable[Json]) -> list[Json]:
     Raises:
       ConfigError: if there are none.
     """
-    found = [r for r in records if r["seed"] != TUNE_SEED and not r["diverged"]]
+    found = [r for r in records if r["seed"] != TUNE_SEED and not r.get("diverged")]
     if not found:
         raise ConfigError("no finished run after the tuning yet: go on with the sweep command")
     return found

@@ -241,6 +241,12 @@ def _losses(groups: Groups, preset: str, methods: Iterable[str]) -> list[str]:
     return [*parts, f"Not run: {missing}."] if missing else parts
 
 
+_CLIPPED = (
+    ". Natural GaLore, default and lean, and methods named so clip the leading singular value of "
+    "their updates"
+)
+
+
 def protocol(groups: Groups, preset: str, *, brief: bool = False) -> str:
     """Protocol of the runs of a preset; that of the times unless ``brief``."""
     rows = [row for (p, _), of in groups.items() if p == preset for row in of.values()]
@@ -253,7 +259,7 @@ def protocol(groups: Groups, preset: str, *, brief: bool = False) -> str:
     of_times = f"; times with {at_a_time} run{'' if shared == [1] else 's'} at a time"
     return (
         f"{rows[0].steps} steps, {seeds} seed{plural}, mean ± standard deviation of the test loss "
-        f"in nats per token{'' if brief else of_times}."
+        f"in nats per token{'' if brief else of_times + _CLIPPED}."
     )
 
 

@@ -144,7 +144,9 @@ def memory_report(
 
     numbers, and :math:`(m + n)r + s\,r^2 + s^2 + s + 1 + a\,r^2` with both sides projected. By
     default basis, moments and columns of the history have the dtype of the parameter; the
-    :math:`s^2 + s + 1` small numbers have four bytes each.
+    :math:`s^2 + s + 1` small numbers have four bytes each. Without a history its terms
+    are absent. The compact Fisher matrices of the default, inside and outside the subspace, add
+    r + n numbers of four bytes.
 
     The report also has the bytes of alternatives: the state of each projected matrix if its
     shorter, longer, or both sides were projected at the same rank. Basis, history, arrays in the
