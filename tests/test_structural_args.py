@@ -145,11 +145,20 @@ def test_parts_can_be_injected_under_jit():
     np.testing.assert_allclose(2 * half["w"], whole["w"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["rank", "update_interval", "seed", "where", "b3"])
-def test_injecting_a_structural_argument_names_the_remedy(name):
-    factory = ng.contrib.alice_adamw if name == "b3" else ng.natural_galore_adamw
+@pytest.mark.parametrize(
+    ("name", "factory", "given"),
+    [
+        *(
+            (name, ng.natural_galore_adamw, {"learning_rate": 0.1, "rank": 2, "moment_bits": 8})
+            for name in ("rank", "update_interval", "seed", "where", "moment_bits")
+        ),
+        ("b3", ng.contrib.alice_adamw, {"learning_rate": 0.1, "rank": 2}),
+        ("exponent", ng.compact_natural_gradient, {}),
+    ],
+)
+def test_injecting_a_structural_argument_names_the_remedy(name, factory, given):
     static = [arg for arg in ng.structural_args(factory) if arg != name]
-    tx = optax.inject_hyperparams(factory, static_args=static)(0.1, rank=2)
+    tx = optax.inject_hyperparams(factory, static_args=static)(**given)
     with pytest.raises(TypeError, match=r"natgalore_jax\.structural_args"):
         jax.eval_shape(tx.init, PARAMS)
 

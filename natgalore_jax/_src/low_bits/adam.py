@@ -11,7 +11,7 @@ from natgalore_jax._src.kernels.float8_blocks import block_max, blocks_between, 
 from natgalore_jax._src.kernels.kernel import own_arithmetic
 from natgalore_jax._src.kernels.stacks import for_each
 from natgalore_jax._src.low_bits.moments import EightBits, QuantizedState, dithered, start
-from natgalore_jax._src.params.checks import check_adam, check_boolean, check_eps
+from natgalore_jax._src.params.checks import check_adam, check_boolean, check_eps, check_static
 from natgalore_jax._src.params.context import current_subspace
 from natgalore_jax._src.params.where import (
     KeyPath,
@@ -144,6 +144,7 @@ def adam_with_bits(
     if moment_bits is None:
         check_adam(b1, b2, eps)
         return optax.scale_by_adam(b1=b1, b2=b2, eps=eps, nesterov=nesterov)
+    check_static("moment_bits", moment_bits, "None or 8")
     if moment_bits != 8 or isinstance(moment_bits, bool):
         raise ValueError(f"moment_bits must be None or 8, got {moment_bits!r}")
     return scale_by_adam_8bit(b1, b2, eps, nesterov=nesterov)

@@ -14,9 +14,14 @@ _INJECTED = (
 )
 
 
-def check_integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> None:
+def check_static(name: str, value: Any, kind: str) -> None:
+    """Check that what shapes the state or the program is no array, not even a traced one."""
     if isinstance(value, jax.Array):
-        raise TypeError(f"{name} must be a Python integer, got the array {value}{_INJECTED}")
+        raise TypeError(f"{name} must be {kind}, got the array {value}{_INJECTED}")
+
+
+def check_integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> None:
+    check_static(name, value, "a Python integer")
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
     if value < minimum:
@@ -36,6 +41,7 @@ def check_interval(name: str, value: Any) -> None:
 
 
 def check_boolean(name: str, value: Any) -> None:
+    check_static(name, value, "True or False")
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
@@ -51,8 +57,7 @@ def check_choice(name: str, value: Any, choices: Any) -> None:
 
 def check_float_dtype(name: str, value: Any, others: str = "") -> None:
     """Check for a floating-point dtype, or None for the default."""
-    if isinstance(value, jax.Array):
-        raise TypeError(f"{name} must be a dtype, got the array {value}{_INJECTED}")
+    check_static(name, value, "a dtype")
     try:
         is_float = value is None or jnp.issubdtype(jnp.dtype(value), jnp.floating)
     except TypeError:
@@ -109,8 +114,7 @@ def check_decay(name: str, value: Any) -> None:
 
 def check_static_decay(name: str, value: Any) -> None:
     """Check for a decay whose value shapes the state or the program."""
-    if isinstance(value, jax.Array):
-        raise TypeError(f"{name} must be a Python number, got the array {value}{_INJECTED}")
+    check_static(name, value, "a Python number")
     check_decay(name, value)
 
 

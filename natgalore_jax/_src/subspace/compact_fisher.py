@@ -25,6 +25,7 @@ from natgalore_jax._src.params.checks import (
     check_decay,
     check_integer,
     check_number,
+    check_static,
     check_transformation,
     check_unused,
 )
@@ -156,6 +157,7 @@ def compact_natural_gradient(
     check_choice("structure", structure, STRUCTURES)
     check_integer("modes", modes, minimum=2)
     check_boolean("cautious", cautious)
+    check_static("exponent", exponent, "a Python number")
     check_number("exponent", exponent)
     if not -1.0 <= exponent < 0.0:
         raise ValueError(f"exponent must be at least -1 and less than 0, got {exponent}")
