@@ -93,6 +93,41 @@ def test_the_numbers_are_those_of_one_device(name, mesh):
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, **PARAMETERS), params, expected)
 
 
+@pytest.mark.parametrize(
+    "tx",
+    [
+        ng.galore_adamw(0.01, rank=2, update_interval=2, basis_dtype="int8"),
+        ng.chain(ng.natural_galore(rank=2, history=2, update_interval=2), optax.sgd(0.01)),
+    ],
+    ids=["int8", "history"],
+)
+def test_a_second_explicit_axis_shards_the_parameters(tx):
+    mesh = jax.make_mesh((2, 4), ("data", "model"))
+    params = {"w": jnp.linspace(-1, 1, 8 * 12).reshape(8, 12)}
+    batch = jax.random.normal(jax.random.key(0), (4, 8))
+
+    def loss(params, batch):
+        return jnp.mean(jnp.tanh(batch @ params["w"]) ** 2)
+
+    def steps(step, params):
+        state = tx.init(params)
+        for _ in range(3):
+            params, state, _ = step(params, state, batch)
+        return params["w"]
+
+    @jax.jit
+    def ordinary(params, state, batch):
+        value, grads = jax.value_and_grad(loss)(params, batch)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    expected = steps(ordinary, params)
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(params, jax.P(None, "model"))
+        found = steps(ng.training.data_parallel_step(loss, tx, mesh), sharded)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_micro_batches_are_exchanged_once(mesh):
     tx = ng.training.low_rank_steps(OPTIMIZERS["galore"]())
 

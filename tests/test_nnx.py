@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from composed import composed_adamw
 from flax import nnx
 from jax.sharding import AxisType
@@ -121,3 +122,19 @@ def test_an_abstract_state_has_the_shardings_that_are_given():
     optimizer = nnx.eval_shape(lambda: nnx.Optimizer(MLP(nnx.Rngs(0)), tx, wrt=nnx.Param))
     mu = optax.tree.get(optimizer.opt_state, "mu")
     assert mu["up"]["kernel"].get_metadata("out_sharding") == jax.P(None, "model")
+
+
+class Stacked(nnx.Module):
+    def __init__(self):
+        self.w = nnx.Param(jnp.ones((3, 8, 12)))
+        self.q_bias = nnx.Param(jnp.ones((3, 24)))  # of stacked layers
+
+
+@pytest.mark.parametrize("where", [ng.hidden_matrices, lambda path, leaf: str(path) == "w"])
+def test_names_are_the_same_in_a_state_of_variables_and_in_its_values(where):
+    """nnx.Optimizer gives init the variables, and update the values."""
+    model, tx = Stacked(), ng.galore_adamw(1e-2, rank=4, where=where)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    optimizer.update(model, nnx.grad(lambda m: jnp.sum(m.w[...] ** 2 + m.q_bias[0, 0]))(model))
+    basis = jax.tree.leaves(optax.tree.get(nnx.as_pure(optimizer.opt_state), "basis"))
+    assert [x.shape for x in basis] == [(3, 8, 4)]

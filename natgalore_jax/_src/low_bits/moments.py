@@ -22,7 +22,7 @@ from natgalore_jax._src.kernels.float8_blocks import (
 )
 from natgalore_jax._src.kernels.kernel import own_arithmetic
 from natgalore_jax._src.kernels.stacks import for_each, merged
-from natgalore_jax._src.params.checks import check_integer
+from natgalore_jax._src.params.checks import check_integer, check_transformation
 from natgalore_jax._src.params.context import current_subspace
 from natgalore_jax._src.params.plan import LeafPlan
 from natgalore_jax._src.params.where import (
@@ -167,6 +167,7 @@ def quantize_state(
     """
     settings = EightBits(block_size, min_size, where)
     settings.check()
+    check_transformation("inner", inner)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params):

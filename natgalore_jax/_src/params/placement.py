@@ -65,7 +65,8 @@ def in_auto_axes(function: Any, like: jax.Array) -> Any:
     """
     if not has_explicit_sharding(like):
         return function
-    return jax.sharding.auto_axes(function, out_sharding=jax.typeof(like).sharding)
+    axes = tuple(sorted(explicit_axes_of(like)))
+    return jax.sharding.auto_axes(function, axes=axes, out_sharding=jax.typeof(like).sharding)
 
 
 def with_auto_axes(function: Any, x: jax.Array, axis: int, shape: Sequence[int]) -> jax.Array:
@@ -80,7 +81,10 @@ def with_auto_axes(function: Any, x: jax.Array, axis: int, shape: Sequence[int])
     if not _divides(mesh, names[axis], shape[axis]):
         names[axis] = ()
     out = NamedSharding(mesh, spec_of(names))
-    return cast(Any, jax.sharding.auto_axes(function, out_sharding=out))(x)
+    on_auto_axes = jax.sharding.auto_axes(
+        function, axes=tuple(sorted(explicit_axes_of(x))), out_sharding=out
+    )
+    return cast(Any, on_auto_axes)(x)
 
 
 def varying_axes(tree: Any) -> frozenset[str]:

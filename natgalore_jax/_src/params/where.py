@@ -140,7 +140,9 @@ def _parts(key: Any) -> list[str]:
 
 
 def _is_named_a_vector(parts: list[str]) -> bool:
-    return any(_VECTOR.search(part) for part in parts) or "".join(parts[-1:]).endswith("_bias")
+    # The last part is "value" where a box of Flax is around the parameter.
+    last = next((part for part in reversed(parts) if part != "value"), "")
+    return any(_VECTOR.search(part) for part in parts) or last.endswith("_bias")
 
 
 def _is_named_an_embedding(parts: list[str]) -> bool:
@@ -165,6 +167,17 @@ def _is_named_otherwise(parts: list[str], shape: tuple[int, ...]) -> bool:
     return any("moe" in part for part in parts) or 8 * small < large
 
 
+def _unboxed(path: Any) -> Any:
+    """The path without the attribute of a box of Flax.
+
+    Of an ``nnx.State``, which ``nnx.Optimizer`` gives to init and not to update, and of Linen's
+    ``Partitioned``. Rules for names must decide alike for both.
+    """
+    keys = jax.tree_util
+    boxed = path[-1:] == (keys.GetAttrKey("value"),) and isinstance(path[-2:][0], keys.DictKey)
+    return path[:-1] if boxed else path
+
+
 def is_function(x: Any) -> TypeGuard[Callable[..., Any]]:
     """Whether x is a function and not a tree: modules of Equinox are trees that can be called."""
     return callable(x) and jax.tree_util.all_leaves([x])
@@ -176,7 +189,7 @@ def selected(where: Where, tree: Any, name: str = "where") -> list[bool]:
     for path, leaf in leaves:
         shape_and_dtype(path, leaf)  # for its error, before where is called
     if is_function(where):
-        return [bool(where(KeyPath(path), leaf)) for path, leaf in leaves]
+        return [bool(where(KeyPath(_unboxed(path)), leaf)) for path, leaf in leaves]
     flags = entry_per_leaf(name, where, tree)
     for flag in flags:
         if not isinstance(flag, (bool, np.bool_)):

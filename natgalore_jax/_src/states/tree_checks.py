@@ -161,8 +161,12 @@ def check_stored(
         if received != shape:
             raise ValueError(
                 f"{KeyPath(path)}: the update has shape {jnp.shape(g)}, which needs {what} of "
-                f"shape {shape or 'none'}, but at init it had {received or 'none'}"
+                f"shape {_or_none(shape)}, but at init it had {_or_none(received)}"
             )
+
+
+def _or_none(shape: tuple[int, ...] | None) -> str:
+    return "none" if shape is None else str(shape)
 
 
 def _by_mode(shapes: Sequence[tuple[int, ...] | None]) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import optax
 
+from natgalore_jax._src.params.checks import check_transformation
 from natgalore_jax._src.training.state_shardings import state_shardings
 
 
@@ -46,6 +47,7 @@ def for_nnx(
       >>> sorted({str(spec) for spec in jax.tree.leaves(nnx.as_pure(specs))})
       ["P('model', None)", 'P()', "P(None, 'model')"]
     """
+    check_transformation("tx", tx)
     tx = optax.with_extra_args_support(tx)
 
     def init_fn(params):

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import optax
 
-from natgalore_jax._src.params.checks import check_integer
+from natgalore_jax._src.params.checks import check_integer, check_transformation
 from natgalore_jax._src.params.context import current_subspace
 from natgalore_jax._src.params.where import shape_and_dtype
 
@@ -103,6 +103,7 @@ def offload_state(
       ('pinned_host', 'device')
     """
     check_integer("min_size", min_size, minimum=1)
+    check_transformation("inner", inner)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params):

@@ -17,6 +17,7 @@ from jax.sharding import (
 )
 
 from natgalore_jax._src.params.axes import DEFAULT, AxesLike, axes_per_leaf
+from natgalore_jax._src.params.checks import check_transformation
 from natgalore_jax._src.params.plan import matrix_modes
 from natgalore_jax._src.params.where import KeyPath, is_stacked_vector
 from natgalore_jax._src.training.offload import host_kind
@@ -199,6 +200,7 @@ def with_shardings(
       >>> updates["w"].shape
       (4, 6, 8)
     """
+    check_transformation("tx", tx)
     given = _shardings(params, shardings)
     tx = optax.with_extra_args_support(tx)
     if _single_device(given):
