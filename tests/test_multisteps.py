@@ -1,5 +1,7 @@
 """Gradient accumulation with optax.MultiSteps, around the chain and inside the subspace."""
 
+from contextlib import nullcontext
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -114,6 +116,17 @@ def test_interval_must_be_a_multiple_of_the_accumulation():
     with pytest.raises(ValueError, match=r"online.*MultiSteps around the chain"):
         ng.chain(ng.low_rank_project(rank=2, method="online"), accumulate)
     ng.chain(project(interval=99), accumulate, ng.project_back())  # a multiple of three
+
+
+def test_steps_cannot_be_skipped_inside():
+    """A skipped step would move the refreshes into the accumulations."""
+    for k, outcome in (
+        (K, pytest.raises(ValueError, match="around the chain")),
+        (1, nullcontext()),
+    ):
+        skipping = optax.MultiSteps(optax.sgd(0.1), k, should_skip_update_fn=optax.skip_not_finite)
+        with outcome:
+            ng.chain(project(), skipping, ng.project_back())
 
 
 def test_outside_any_interval_will_do():

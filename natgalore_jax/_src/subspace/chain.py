@@ -195,6 +195,11 @@ def _accumulation(inner: list[Any], opener: LowRankProject) -> int | None:
     if not found:
         return None
     steps = math.prod(_constant_steps(tx._every_k_schedule) for tx in found)  # not public
+    if steps > 1 and any(_may_skip(tx) for tx in found):
+        raise ValueError(
+            "optax.MultiSteps with should_skip_update_fn inside a subspace would have refreshes in "
+            "the middle of an accumulation: put optax.MultiSteps around the chain"
+        )
     interval = opener.refresh.update_interval
     if steps > 1 and opener.refresh.method == "online":
         raise ValueError(
@@ -207,6 +212,12 @@ def _accumulation(inner: list[Any], opener: LowRankProject) -> int | None:
             "optax.MultiSteps accumulates inside the subspace"
         )
     return steps
+
+
+def _may_skip(tx: optax.MultiSteps) -> bool:
+    """Whether steps may be left out of an accumulation: a function was given, not Optax's own."""
+    skip = tx._should_skip_update_fn  # not public
+    return not getattr(skip, "__qualname__", "").startswith("MultiSteps.__init__")
 
 
 def _constant_steps(every_k: Callable[[jax.Array], Any]) -> int:

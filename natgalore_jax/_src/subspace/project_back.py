@@ -224,7 +224,11 @@ def update_back(
       basis_error: relative mean square of the rounding errors of the stored bases.
     """
     has_state = isinstance(state, ProjectBackState)
-    assert has_state == (settings.residual is not None), "a state of init_back"
+    if has_state != (settings.residual is not None):
+        raise ValueError(
+            f"the state was made {'with' if has_state else 'without'} a residual, and project_back "
+            f"has {'one' if settings.residual else 'none'}: use the state of the same options"
+        )
     states = [None] * len(plans)
     if has_state:
         states = list(zip(*map(treedef.flatten_up_to, state), strict=True))
