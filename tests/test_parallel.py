@@ -166,3 +166,23 @@ def test_sharded_parameters(axis_type, spec):
     for name, sharding in shardings.items():
         assert sharded[name].sharding.is_equivalent_to(sharding, sharded[name].ndim)
     assert_same_as_on_one_device(sharded)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("shape", [(8, 4, 32), (8, 8, 64)])
+def test_codes_and_scales_of_several_axes_are_sharded_alike(dtype, shape):
+    """On an explicit mesh they are multiplied; scales have fewer rows than the basis."""
+    axes = ng.MatrixAxes((0, 1), 2)
+    tx = ng.natural_galore_adamw(0.1, rank=2, update_interval=2, basis_dtype=dtype, axes=axes)
+    params = {"w": jax.random.normal(jax.random.key(0), shape)}
+
+    def steps(params):
+        update, state = jax.jit(tx.update), tx.init(params)
+        for _ in range(3):
+            updates, state = update(jax.tree.map(jnp.sin, params), state, params)
+        return updates["w"]
+
+    expected = steps(params)
+    with jax.set_mesh(jax.make_mesh((4,), ("x",), devices=jax.devices()[:4])):
+        found = steps(jax.device_put(params, jax.P(None, None, "x")))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)

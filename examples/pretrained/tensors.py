@@ -43,8 +43,11 @@ def write_tensors(tensors: Mapping[str, np.ndarray], directory: Path) -> None:
     """
     contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     path = directory / SINGLE
+    path.touch()
+    mode = path.stat().st_mode  # of any new file: safetensors makes one for its owner alone
     try:
         safetensors.numpy.save_file(contiguous, path, metadata={"format": "pt"})
+        path.chmod(mode)
     except safetensors.SafetensorError as error:  # No OSError, such as that of a full disk.
         raise WeightsError(f"{path}: cannot be written ({error})") from error
 

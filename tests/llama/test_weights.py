@@ -65,6 +65,8 @@ def test_what_is_saved_is_what_was_loaded(tmp_path, case):
     assert again.end_ids == loaded.end_ids == (0,)
     assert again.tokenizer.to_str() == loaded.tokenizer.to_str()
     assert again.chat_template == loaded.chat_template
+    # safetensors makes files that others may not read.
+    assert len({path.stat().st_mode for path in (tmp_path / "saved").iterdir()}) == 1
 
 
 @pytest.mark.skipif(not find_spec("transformers"), reason="needs transformers")

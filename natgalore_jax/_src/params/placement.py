@@ -142,13 +142,14 @@ def place_factor(
         return U
     of, mesh = names_of(like), jax.typeof(like).sharding.mesh
     own = [*plan.batch, *plan.modes[mode]]
-    # 4-bit codes and block scales have fewer rows than the basis.
-    names = [of[a] if _divides(mesh, of[a], n) else () for a, n in zip(own, U.shape, strict=False)]
-    names.append(())
+    names = [*(of[a] for a in own), ()]
     if stored:
         freed = [n for a in range(len(plan.shape)) if a not in own for n in of[a]]
-        names = _with_freed(mesh, names, U.shape, range(len(plan.batch), len(own)), freed)
-    return placed(U, names)
+        shape = plan.factor_shape(mode)
+        names = _with_freed(mesh, names, shape, range(len(plan.batch), len(own)), freed)
+    # 4-bit codes and block scales, which decode together, have fewer rows than the basis.
+    divided = zip(names, U.shape, strict=True)
+    return placed(U, [axes if _divides(mesh, axes, n) else () for axes, n in divided])
 
 
 def _with_freed(
