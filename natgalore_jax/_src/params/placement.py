@@ -7,7 +7,7 @@ to another axis whose length it divides: R (l, –, ba), P (l, ab, –).
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,8 +65,7 @@ def in_auto_axes(function: Any, like: jax.Array) -> Any:
     """
     if not has_explicit_sharding(like):
         return function
-    axes = tuple(sorted(explicit_axes_of(like)))
-    return jax.sharding.auto_axes(function, axes=axes, out_sharding=jax.typeof(like).sharding)
+    return _auto_axes(function, like, jax.typeof(like).sharding)
 
 
 def with_auto_axes(function: Any, x: jax.Array, axis: int, shape: Sequence[int]) -> jax.Array:
@@ -81,10 +80,13 @@ def with_auto_axes(function: Any, x: jax.Array, axis: int, shape: Sequence[int])
     if not _divides(mesh, names[axis], shape[axis]):
         names[axis] = ()
     out = NamedSharding(mesh, spec_of(names))
-    on_auto_axes = jax.sharding.auto_axes(
-        function, axes=tuple(sorted(explicit_axes_of(x))), out_sharding=out
-    )
-    return cast(Any, on_auto_axes)(x)
+    return _auto_axes(function, x, out)(x)
+
+
+def _auto_axes(function: Any, x: jax.Array, out: Any) -> Any:
+    """``function`` with the explicit axes of the mesh of x made automatic, and no manual one."""
+    axes = tuple(sorted(explicit_axes_of(x)))
+    return jax.sharding.auto_axes(function, axes=axes, out_sharding=out)
 
 
 def varying_axes(tree: Any) -> frozenset[str]:
