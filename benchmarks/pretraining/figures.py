@@ -49,9 +49,9 @@ def time(groups: Groups, path: Path) -> None:
 def size(groups: Groups, path: Path) -> None:
     """Final test loss over the bytes of the optimizer's state."""
     figure, panels = _panels(groups)
+    panels = [(axes, [row for row in rows if not row.diverged]) for axes, rows in panels]
     for axes, rows in panels:
-        shown = [r for r in rows if not r.diverged]
-        for row in shown:
+        for row in rows:
             at, colour = _at(row), _colour(row)
             axes.errorbar(*at, yerr=row.test_std or 0, fmt="o", color=colour, markersize=5)
         axes.set(xlabel="optimizer state, MiB", ylabel="test loss, nats per token")
@@ -59,7 +59,7 @@ def size(groups: Groups, path: Path) -> None:
         axes.set_xlim(0, 1.06 * axes.dataLim.x1)
     figure.draw_without_rendering()  # Names have no place before the panels have theirs.
     for axes, rows in panels:
-        _name_points(axes, [r for r in rows if not r.diverged])
+        _name_points(axes, rows)
     figure.savefig(path)
 
 

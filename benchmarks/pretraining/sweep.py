@@ -45,7 +45,7 @@ class Sweep(Common):
     workers: int = 1
     """Runs at a time, each on one core where there is more than one."""
     tune_suite: str = "tune"
-    """Where "tuned" learning rates come from."""
+    """Suite of the "tuned" learning rates."""
     tune_root: Path | None = None
     """Root of the tuning suite, if it is another one."""
     tune_preset: str | None = None
