@@ -275,10 +275,11 @@ def test_a_disk_without_room_ends_the_run_and_leaves_the_checkpoint_before(model
     model()
     # Before the disk is full, so that all is compiled and in the cache on disk.
     expected = train(run_config(), splits=tiny.splits()).state
-    # Evaluations ask whether to stop too: without them the count of the questions is the step.
+    # Evaluations ask whether to stop too: without them it is asked once before the first step and
+    # once after each.
     config = run_config(output={"save_every": 2, "eval_every": 100, "resume": True})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    counter = iter(range(1, 99))
+    counter = iter(range(99))
 
     def fill():
         if next(counter) == 5:
