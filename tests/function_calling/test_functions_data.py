@@ -29,7 +29,7 @@ def test_tinyagent():
     assert write_plan(first.plan) == (
         '1. get_email_address("Ann Smith")\n'
         '2. get_zoom_meeting_link("Planning", "2024-05-31 14:00:00", 60, ["$1"])\n'
-        '3. compose_new_email(["$1"], [], "Planning", "Join at $2, it costs $$300.", [])\n'
+        '3. compose_new_email(["$1"], [], "Planning", "Join at ${2}, it costs $$300.", [])\n'
         "4. join()\n"
         "<END_OF_PLAN>"
     )
