@@ -5,9 +5,11 @@ import shlex
 
 import pytest
 
+from examples.common.cli import options_text
 from examples.common.errors import ConfigError
 from examples.llama.__main__ import parse
 from examples.llama.plan.candidates import STEPS, PlanConfig, candidates
+from examples.llama.run_config import run_preset
 
 SMALL = shlex.split(
     "--model.hidden 16 --model.intermediate 24 --model.layers 2 --model.heads 2 --model.kv-heads 1 "
@@ -59,6 +61,7 @@ _GIVEN = {
     "--model.no-remat": {"model.remat": False},
     "--per-layer": {"per_layer": True, "model.stacked": True},
     "--no-per-layer": {"per_layer": False},
+    "--weight-bits 8": {"weight_bits": 8, "per_layer": True},
     "--no_accumulate_in_subspace": {"accumulate_in_subspace": False},
     "--accumulate-in-subspace --residual=none": {"accumulate_in_subspace": True},
     "--rank 3": {"optimizer.rank": 3},
@@ -120,3 +123,10 @@ def test_options_of_a_file_hold_too(tmp_path):
     ] * len(STEPS)
     assert not group[0].larger
     assert parse(shlex.split(group[0].command)[3:]) == parse(list(group[0].arguments))
+
+
+def test_the_file_of_a_run_plans_that_run(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(options_text(run_preset("nano"), "examples.llama"))
+    ((only,),) = candidates(PlanConfig(), ["--config", str(file)])
+    assert only.config == parse(["--config", str(file)]) and only.step == "ordinary"

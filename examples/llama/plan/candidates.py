@@ -54,7 +54,7 @@ class PlanConfig:
     """By default --rank, or the preset's, and half of it."""
     batch_sizes: tuple[int, ...] = ()
     """Rows in a batch; by default --batch-size, or the most that fit. Without --accumulate, batches
-    are accumulated to the rows of the preset's step."""
+    are accumulated to the rows of the preset's step, with it a step has at most as many."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """What matrix products are computed in; by default --model.dtype, or bfloat16."""
     param_dtype: Literal["float32", "bfloat16"] | None = None
@@ -134,7 +134,7 @@ def candidates(plan: PlanConfig, given: Sequence[str]) -> Iterator[list[Candidat
     _check_given_once(plan, given)
     known = _written_out(given)
     stacked = ("--model.stacked",) if _flag(known, "model.stacked") is None else ()
-    base = parse([*given, *stacked])
+    base = parse([*given, *stacked, *_needed(known)])
     ranks = plan.ranks or (base.optimizer.rank,)
     if not plan.ranks and "--rank" not in known:
         ranks = (*ranks, max(base.optimizer.rank // 2, 1))
@@ -176,6 +176,12 @@ def _check_given_once(plan: PlanConfig, given: Sequence[str]) -> None:
 def _preferred(given: Sequence[str]) -> list[str]:
     """`PREFERRED` without those that set an option which is given."""
     return [spec for spec in PREFERRED if not {*optimizer_arguments(spec, None)[2::2]} & {*given}]
+
+
+def _needed(given: Sequence[str]) -> tuple[str, ...]:
+    """What options need without which they are refused, and which the plan chooses."""
+    free = _flag(given, "per-layer") is None
+    return ("--per-layer",) if free and _given(given, "--weight-bits") == ("8",) else ()
 
 
 def _dtypes(plan: PlanConfig, base: RunConfig, given: Sequence[str]) -> tuple[str, ...]:
