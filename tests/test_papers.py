@@ -111,6 +111,8 @@ def test_finetuning_on_files(tmp_path, in_this_process, monkeypatch, capsys):
     import tiny_planner
 
     options = tiny_planner.command_line(tmp_path)
+    at = options.index("--dataset")  # The experiment's own.
+    options = options[:at] + options[at + 2 :]
     options += ["--root", str(tmp_path / "runs"), "--limit", "4", "--eval-limit", "1", "--quiet"]
     options += ["--held-out", "0.1", "--epochs", "1", "--examples", "0"]
     assert papers.main(["tinyagent/lora", *options]) == 0
