@@ -130,7 +130,7 @@ def most_rows(best: Row, room: int, progress: Callable[[str], None] = lambda tex
     """The setting with the largest of its batches that take at most `room` bytes.
 
     Activations grow by the same bytes with every row. Two programs tell how many; the batch is then
-    compiled, and if it does not fit, it tells better.
+    compiled; one that does not fit corrects the estimate.
     """
     first, larger = best.candidate.config.batch_size, best.candidate.larger
     if not larger:
