@@ -18,7 +18,6 @@ import tyro
 import yaml
 from rich.console import Console
 
-from examples import end_at_once
 from examples.common.config import path_of, plain
 from examples.common.errors import USER_ERRORS, ConfigError
 from examples.common.text import has_half_pair
@@ -215,8 +214,6 @@ def exit_code(
     program: Callable[[], int], on_error: Callable[[int], None] = lambda code: None
 ) -> int:
     """Exit code of a program; what the user can correct is printed as one line."""
-    if signal.getsignal(signal.SIGINT) is end_at_once:  # All is imported.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     if isinstance(sys.stdout, io.TextIOWrapper):  # A terminal may not have all characters.
         sys.stdout.reconfigure(errors="replace")
     try:

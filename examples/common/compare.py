@@ -147,8 +147,8 @@ def train(
       method: its name.
       identity: what must be equal for a run to go on.
       reporter: receives the progress.
-      should_stop: asked after each step and within evaluations; once true, the run is saved and
-        ends. A resumed run begins with the evaluation that was due.
+      should_stop: asked before the first step, after each step and within evaluations; once true,
+        the run is saved and ends. A resumed run begins with the evaluation that was due.
       run_dir: directory of metrics, checkpoints and summary; None writes nothing.
       resume: whether a run in `run_dir` may be continued.
       first: an evaluation before the first step.
@@ -235,6 +235,9 @@ class _Run:
                 if done == self.steps:
                     tested = self._evaluate(self.setup.test, done, should_stop)
                     return self._result(done, tested)
+                if activity is COMPILING and should_stop():
+                    self._save()
+                    return self._result(done, False)
                 batch = next(batches)
                 with self.reporter.during(activity):
                     self.state, metrics = self.setup.step(self.state, batch)

@@ -29,7 +29,7 @@ COMPILING = Activity(
 
 
 READING = Activity("reading model and data", "at once")
-STARTING = Activity("making the first state", "after the first batch")
+STARTING = Activity("making the first state", "when that is done")
 
 
 def evaluating(split: str, records: int | None = None) -> Activity:

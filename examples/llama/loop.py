@@ -63,8 +63,9 @@ def train(
         ReLoRA's restarts multiply its updates.
       run_dir: Where metrics and checkpoints go. Without it nothing is written.
       reporter: Is told about progress. Without it nothing is printed.
-      should_stop: Asked after each micro-batch and before each batch of an evaluation; once true,
-        the run is saved and ends. A run that is resumed begins with the evaluation that was due.
+      should_stop: Asked before the step is compiled, after each micro-batch and before each batch
+        of an evaluation; once true, the run is saved and ends. A run that is resumed begins with
+        the evaluation that was due.
       initial: Gives the weights to start from, of a model without adapters, instead of random
         ones. Not called by a run that is resumed.
 
@@ -213,6 +214,10 @@ class _Run:
         if step and self._is_due(step, config.output.eval_every):
             self._evaluate("validation", step, should_stop)
         while not self.interrupted and self._micro_step < config.steps * config.accumulate:
+            if not self._compiled and any(self.devices.gather(should_stop())):
+                self.interrupted = True
+                self._save()
+                break
             rows = self.batches.next()
             if not self._compiled:
                 self._compile(rows)

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from examples.common import cli
 from examples.common.errors import ConfigError
+from examples.common.interrupt import answered
 from examples.papers.experiments import EXPERIMENTS, Experiment
 
 USAGE = """Runs of the GaLore and Natural GaLore papers.
@@ -107,13 +108,12 @@ def run_program(command: list[str]) -> int:
     """The exit code of a process, which gets to save its run when this one is to stop."""
     with subprocess.Popen(command) as process:
         # A terminal sends SIGINT to both.
-        handlers = {signal.SIGINT: lambda *_: None, signal.SIGTERM: lambda *_: process.terminate()}
-        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-        try:
+        answers = {
+            signal.SIGINT: lambda number: None,
+            signal.SIGTERM: lambda number: process.terminate(),
+        }
+        with answered(answers):
             return process.wait()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def _root(line: Sequence[str]) -> Path:

@@ -172,13 +172,15 @@ def test_batches():
 def test_a_run_goes_on_as_if_it_had_not_been_stopped(run, config, prepared, tmp_path):
     expected = run(tmp_path / "whole")
     assert expected.finished and expected.steps == 8
+    stopped = run(tmp_path / "run", lambda: True)  # Before the first step.
+    assert (stopped.steps, stopped.finished) == (0, False)
     count = iter(range(10_000))
-    stopped = run(tmp_path / "run", lambda: next(count) == 2)  # After its third step.
+    stopped = run(tmp_path / "run", lambda: next(count) == 3, resume=True)  # After its third step.
     assert (stopped.steps, stopped.finished) == (3, False)
 
     # Stopped in the validation of the first epoch: the step of that epoch is done and saved.
     count = iter(range(10_000))
-    stopped = run(tmp_path / "run", lambda: next(count) == 2, resume=True)
+    stopped = run(tmp_path / "run", lambda: next(count) == 3, resume=True)
     assert (stopped.steps, stopped.finished) == (4, False)
     assert [r["step"] for r in of_kind(stopped.records, "validation")] == [0]
     resumed = run(tmp_path / "run", resume=True)

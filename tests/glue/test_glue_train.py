@@ -194,11 +194,11 @@ def test_a_run_goes_on_as_if_it_had_not_been_stopped(files, finished, tmp_path):
         )
 
     # An epoch is 14 steps, and an evaluation two batches: stopped before the second of them.
-    stopped = stop_at(15, run)
+    stopped = stop_at(1 + 15, run)
     assert (stopped.steps, stopped.finished) == (14, False)
     assert not of_kind(stopped.records, "validation")
     # It begins with that evaluation, and is stopped after a step.
-    stopped = stop_at(2 + 14 + 2 + 4, again)
+    stopped = stop_at(2 + 1 + 14 + 2 + 4, again)
     assert (stopped.steps, stopped.finished) == (33, False)
     assert [r["step"] for r in of_kind(stopped.records, "validation")] == [14, 28]
     resumed = train(again, "natural-galore", prepared, run_dir=tmp_path)

@@ -1,5 +1,6 @@
 """Signals: a line at once, a checkpoint in time, and an end at once at the second one."""
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -31,16 +32,43 @@ with stop_on_signals(lambda: "right after the compilation") as stop:
             sys.exit(stop.exit_code)
 """
 
+# Before its loop, as when a tokenizer is trained, and after it.
+LOOPLESS = """
+import hashlib
+from examples.common.interrupt import end_on_signals, stop_on_signals
+end_on_signals()
+{loop}
+print("in C", flush=True)
+print("printed")
+hashlib.pbkdf2_hmac("sha256", b"", b"", 400_000_000)
+"""
+
+
+@contextlib.contextmanager
+def in_c(code):
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as program:
+        assert any(line == b"in C\n" for line in program.stdout)
+        yield program
+        program.kill()
+
 
 @pytest.fixture
 def deaf():
-    program = subprocess.Popen(
-        [sys.executable, "-c", DEAF], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    assert program.stdout is not None and program.stdout.readline() == b"in C\n"
-    yield program
-    program.kill()
-    program.communicate()
+    with in_c(DEAF) as program:
+        yield program
+
+
+@pytest.mark.parametrize("loop", ["", "with stop_on_signals(str): pass"])
+@pytest.mark.parametrize(
+    ("number", "said"), [(signal.SIGINT, b"interrupted\n"), (signal.SIGTERM, b"terminated\n")]
+)
+def test_a_program_ends_at_once_outside_of_its_loop(loop, number, said):
+    with in_c(LOOPLESS.format(loop=loop)) as program:
+        program.send_signal(number)
+        assert program.wait(10.0) == 128 + number
+        assert (program.stdout.read(), program.stderr.read()) == (b"printed\n", said)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -41,7 +41,7 @@ def whole(fast_compile):
     ("accumulate", "stops"),
     [
         (1, [3]),  # where a checkpoint is due anyway, between two refreshes
-        (1, [1, 3, 2]),  # several times, before and after a refresh
+        (1, [0, 1, 0, 3, 2]),  # several times, before the first step and after a refresh too
         (2, [5]),  # inside an accumulation
         (2, [3, 1, 7]),  # inside, between, inside
     ],
@@ -81,7 +81,8 @@ def test_a_stop_in_an_evaluation_is_made_up_for(tmp_path, whole):
         return should_stop
 
     # Six batches of two rows of eight tokens: the validation split has 101, the test split 90.
-    for call, step, known in ((6, 4, 0), (6 + 4 + 6 + 3, 8, 2)):
+    # It is asked before the first step too.
+    for call, step, known in ((1 + 6, 4, 0), (6 + 1 + 4 + 6 + 3, 8, 2)):
         part = train(
             resumed(config), splits=tiny.splits(), run_dir=tmp_path, should_stop=stop_at(call)
         )

@@ -69,7 +69,7 @@ def splits(seed: int = 0) -> Splits:
 
 def after(batches: int) -> Callable[[], bool]:
     """A `should_stop` that asks for a stop after so many batches, those of evaluations included."""
-    counter = itertools.count(1)
+    counter = itertools.count()  # It is asked before the first one too.
     return lambda: next(counter) >= batches
 
 

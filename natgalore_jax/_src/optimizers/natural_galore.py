@@ -184,6 +184,10 @@ def natural_galore_adamw(
     Raises:
       TypeError, ValueError: as its parts.
 
+    References:
+      Of its parts: :func:`compact_natural_gradient`, :func:`project_back`,
+      :func:`clip_leading_singular_value`; Dozat, Nesterov momentum in Adam (2016).
+
     Example:
       >>> import jax, jax.numpy as jnp, optax, natgalore_jax as ng
       >>> target = jnp.outer(jnp.arange(8.0), jnp.arange(6.0))
@@ -273,6 +277,9 @@ def lean_natural_galore_adamw(
 
     Raises:
       TypeError, ValueError: as its parts.
+
+    References:
+      Of :func:`natural_galore_adamw` and :func:`scale_by_adam_8bit`.
 
     Example:
       >>> import jax.numpy as jnp, natgalore_jax as ng
