@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from examples.common.cli import command
 from examples.common.optimizers import make_optimizer
 from examples.llama.data.tokenizer import train_tokenizer
 from examples.papers import __main__ as papers
@@ -100,6 +101,9 @@ def test_pretraining_on_files_of_the_hub(c4, tmp_path, in_this_process, capsys):
     assert "c4-60m-galore" in capsys.readouterr().out
     assert papers.main(["c4-60m/galore", *options]) == 0  # Not once more.
     assert len(in_this_process) == 1 and "done before" in capsys.readouterr().out
+    made = (run / "summary.json").stat().st_mtime_ns
+    assert papers.main(["c4-60m/galore", *options, "--overwrite"]) == 0
+    assert (run / "summary.json").stat().st_mtime_ns > made
 
 
 def test_finetuning_on_files(tmp_path, in_this_process, monkeypatch, capsys):
@@ -107,6 +111,8 @@ def test_finetuning_on_files(tmp_path, in_this_process, monkeypatch, capsys):
     import tiny_planner
 
     options = tiny_planner.command_line(tmp_path)
+    at = options.index("--dataset")  # The experiment's own.
+    options = options[:at] + options[at + 2 :]
     options += ["--root", str(tmp_path / "runs"), "--limit", "4", "--eval-limit", "1", "--quiet"]
     options += ["--held-out", "0.1", "--epochs", "1", "--examples", "0"]
     assert papers.main(["tinyagent/lora", *options]) == 0
@@ -189,4 +195,40 @@ def test_the_help_of_the_program_is_printed_once(monkeypatch):
 def test_the_command_line_is_printed(capsys):
     assert papers.main(["c4-60m/galore", "--print", "--steps", "5"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("python -m examples.llama --preset 60m") and line.endswith("--steps 5")
+    assert line.startswith(f"{command('examples.llama')} --preset 60m")
+    assert line.endswith("--steps 5")
+
+
+_REFUSED = {
+    "glue/full --task sst2": "--task cannot be given: each run of glue/full sets it",
+    "glue/full --learning-rate 1e-5": "--learning-rate cannot be given: each run of glue/full",
+    "c4-60m/lora --learning_rate=1": "--learning-rate cannot be given: each run of c4-60m/lora",
+    "throughput-1b --no-per-layer": "--per-layer cannot be given: each run of throughput-1b",
+    "ablation-130m/rank --steps 5": "--steps cannot be given: each run of ablation-130m/rank",
+    "c4-60m/galore --optimizer adamw": "--optimizer cannot be given: c4-60m/galore sets it",
+    "c4-60m/lora --adapter.kind relora": "--adapter.kind cannot be given: c4-60m/lora sets it",
+    "c4-60m/galore --preset 130m": "--preset cannot be given: c4-60m/galore sets it",
+    "c4-1b/galore-rank-1024 --rank 8": "--rank cannot be given: c4-1b/galore-rank-1024 sets it",
+    "tinyagent/lora --methods adamw": "--methods cannot be given: tinyagent/lora sets it",
+    "c4-60m/galore --name mine": "--name cannot be given: the runs of c4-60m/galore have their own",
+}
+
+
+@pytest.mark.parametrize("printed", [[], ["--print"]])
+@pytest.mark.parametrize("line", _REFUSED)
+def test_an_option_that_a_run_is_named_after(line, printed, capsys, monkeypatch):
+    monkeypatch.setattr(papers, "run_program", lambda _: pytest.fail("a run was started"))
+    assert papers.main([*line.split(), *printed]) == 1
+    assert _REFUSED[line] in capsys.readouterr().err
+
+
+def test_a_file_of_options_is_read_too(tmp_path, capsys):
+    (tmp_path / "options.yaml").write_text("learning-rate: 0.1\n")
+    assert papers.main(["c4-60m/lora", "--config", str(tmp_path / "options.yaml"), "--print"]) == 1
+    assert "--learning-rate cannot be given" in capsys.readouterr().err
+
+
+def test_other_options_are_for_all_runs(capsys):
+    assert papers.main(["glue/full", "--print", "--rank", "2", "--root", "x", "--epochs", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 24 and all(line.endswith("--rank 2 --root x --epochs 1") for line in lines)

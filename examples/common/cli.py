@@ -4,6 +4,8 @@ import argparse
 import dataclasses
 import io
 import os
+import shlex
+import shutil
 import signal
 import sys
 import typing
@@ -94,6 +96,18 @@ def expand(argv: Sequence[str] | None, shorthands: Mapping[str, Sequence[str]]) 
     return [new for word in words for new in shorthands.get(word, [word])]
 
 
+def apart(words: Sequence[str]) -> list[str]:
+    """Arguments with `--a_name=value` as two words, `--a-name` and `value`."""
+    found = []
+    for word in words:
+        if word.startswith("--"):
+            name, *value = word.split("=", 1)
+            found += [name.replace("_", "-"), *value]
+        else:
+            found.append(word)
+    return found
+
+
 def bf16_shorthands(option: str) -> dict[str, tuple[str, str]]:
     """--bf16 for an option of the dtype, and `bf16: false` of a file of options."""
     return {"--bf16": (option, "bfloat16"), "--no-bf16": (option, "float32")}
@@ -157,6 +171,21 @@ def peek(argv: Sequence[str] | None, **defaults: str) -> argparse.Namespace:
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", nargs="?", default=default, const=default)
     return parser.parse_known_args(argv)[0]
+
+
+def command(program: str, *arguments: str) -> str:
+    """The command line of a program, which runs in this directory as it is printed."""
+    return shlex.join((_python(), "-m", program, *arguments))
+
+
+def _python() -> str:
+    """The interpreter of this program, as briefly as the shell finds it."""
+    found = shutil.which("python")
+    if found is not None and Path(found).absolute() == Path(sys.executable).absolute():
+        return "python"
+    here = Path.cwd()
+    path = Path(sys.executable)
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 def terminal() -> Console:

@@ -68,6 +68,25 @@ def decode(raw: bytes, where: str, *, start: int = 0, of: str = "", remedy: str 
         ) from error
 
 
+def found_instead(record: Any, name: str) -> str:
+    """For messages: the content of a field of JSON, or the fields that there are instead."""
+    if isinstance(record, dict) and name not in record:
+        names = ", ".join(map(shown_name, record))
+        return f"the fields {_short(names)}" if names else "no fields"
+    is_object = isinstance(record, dict)
+    text = _short(json.dumps(record[name] if is_object else record, default=repr))
+    return f'"{name}": {text}' if is_object else text
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def shown_name(name: str) -> str:
+    """A name in a list of names: in quotes if it has blanks that would not be seen, or nothing."""
+    return name if name and name.isprintable() and name == " ".join(name.split()) else repr(name)
+
+
 def check_string(text: str, what: str, *, remedy: str = "") -> None:
     """Raise a DataError if a string of JSON or Parquet has characters that UTF-8 text has not."""
     if has_half_pair(text):

@@ -1,12 +1,10 @@
 """Descriptions of records and summaries for the terminal."""
 
-import shlex
-import shutil
-import sys
 from pathlib import Path
 
 from rich.table import Table
 
+from examples.common.cli import command
 from examples.common.metrics import Record
 from examples.llama.data import Splits, is_hub
 from examples.llama.memory.peak import peak_rows
@@ -82,17 +80,7 @@ def next_commands(result: Result) -> list[str]:
 
 
 def _command(module: str, run_dir: Path, *options: str) -> str:
-    return shlex.join([_python(), "-m", f"examples.llama.{module}", str(run_dir), *options])
-
-
-def _python() -> str:
-    """The interpreter of this program, as briefly as the shell finds it."""
-    found = shutil.which("python")
-    if found is not None and Path(found).absolute() == Path(sys.executable).absolute():
-        return "python"
-    here = Path.cwd()
-    path = Path(sys.executable)
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+    return command(f"examples.llama.{module}", str(run_dir), *options)
 
 
 def describe(record: Record) -> str:

@@ -1,6 +1,5 @@
 """The papers' experiments by name: `python -m examples.papers`."""
 
-import shlex
 import signal
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from examples.common.cli import exit_code
+from examples.common import cli
 from examples.common.errors import ConfigError
 from examples.common.interrupt import answered
 from examples.papers.experiments import EXPERIMENTS, Experiment
@@ -21,14 +20,18 @@ python -m examples.papers NAME --print        the command lines of an experiment
 python -m examples.papers NAME [OPTION ...]   run it: all of its runs, one after another, with
                                               these options of their program (--help). A run
                                               that was stopped goes on, a finished one is not
-                                              repeated.
+                                              repeated, except with --overwrite.
 """
+
+# Options without which a run is not what the name of its experiment says.
+_NAMED_AFTER = ("--preset", "--dataset", "--optimizer", "--methods", "--adapter.kind")
+_NAMED_AFTER += ("--rank", "--moment-bits", "--per-layer")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program and return its exit code."""
     arguments = sys.argv[1:] if argv is None else argv
-    return exit_code(lambda: run(arguments))
+    return cli.exit_code(lambda: run(arguments))
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -48,26 +51,50 @@ def run(arguments: Sequence[str]) -> int:
     if {"-h", "--help", "--help-all"} & set(options):
         line = next(iter(experiment.runs(name).values()))
         return run_program([sys.executable, "-m", experiment.program, *line, *options])
-    if "--print" in options:
-        options.remove("--print")
+    printed = "--print" in options
+    options = [option for option in options if option != "--print"]
+    _check_options(name, experiment, options)
+    if printed:
         for line in experiment.runs(name).values():
-            print(shlex.join(["python", "-m", experiment.program, *line, *options]))
+            print(cli.command(experiment.program, *line, *options))
         return 0
     return run_all(name, experiment, options)
+
+
+def _check_options(name: str, experiment: Experiment, options: Sequence[str]) -> None:
+    """Raise a ConfigError for an option that makes runs other ones than their names say."""
+    of_runs = {option for words in experiment.variants.values() for option in _names(words)}
+    of_experiment = {*_NAMED_AFTER} & {*_names(experiment.arguments)}
+    for option in _names(cli.expand(options, {})):
+        if option in of_runs:
+            who = f"each run of {name} sets it, and is named after it"
+        elif option in of_experiment:
+            who = f"{name} sets it, and is named after it"
+        elif option == "--name":
+            who = f"the runs of {name} have their own names; --root is the directory of them"
+        else:
+            continue
+        raise ConfigError(f"{option} cannot be given: {who}")
+
+
+def _names(words: Sequence[str]) -> list[str]:
+    """The options of a command line; --no-x is one with --x."""
+    options = [word for word in cli.apart(words) if word.startswith("--")]
+    return [option.replace("--no-", "--", 1) for option in options]
 
 
 def run_all(name: str, experiment: Experiment, options: list[str]) -> int:
     """Each run in a process of its own, until one fails; then the results."""
     from examples.papers.results import results
 
-    directories = []
+    directories, overwrite = [], "--overwrite" in options
     for run_name, line in experiment.runs(name).items():
         directory = _root([*line, *options]) / run_name
         directories.append(directory)
-        if (directory / "summary.json").exists():
+        if (directory / "summary.json").exists() and not overwrite:
             print(f"{directory}: done before", flush=True)
             continue
-        resume = ["--resume"] if directory.exists() else []
+        resume = ["--resume"] if directory.exists() and not overwrite else []
         # The name stands last: each run of a sweep has its own.
         command = [*line, *options, *resume, "--name", run_name]
         code = run_program([sys.executable, "-m", experiment.program, *command])

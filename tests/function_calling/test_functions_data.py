@@ -29,7 +29,7 @@ def test_tinyagent():
     assert write_plan(first.plan) == (
         '1. get_email_address("Ann Smith")\n'
         '2. get_zoom_meeting_link("Planning", "2024-05-31 14:00:00", 60, ["$1"])\n'
-        '3. compose_new_email(["$1"], [], "Planning", "Join at $2, it costs $$300.", [])\n'
+        '3. compose_new_email(["$1"], [], "Planning", "Join at ${2}, it costs $$300.", [])\n'
         "4. join()\n"
         "<END_OF_PLAN>"
     )
@@ -84,7 +84,9 @@ def test_bfcl():
 
 
 _TINYAGENT_BAD = [
-    (lambda d: d["7c1f0d4e-2"].pop("input"), 'expected an object with a string "input"'),
+    (lambda d: d["7c1f0d4e-2"].pop("input"), 'with a string "input", got the fields output'),
+    (lambda d: d["7c1f0d4e-2"].update(input=3), 'with a string "input", got "input": 3'),
+    (lambda d: d.update({"7c1f0d4e-2": ["x"]}), 'with a string "input", got ["x"]'),
     (lambda d: d["7c1f0d4e-2"].update(input=" "), "the query is empty"),
     (lambda d: d["7c1f0d4e-2"].update(input="\ud83d"), "the query holds half a surrogate pair"),
     (lambda d: d["7c1f0d4e-2"].update(output=[]), 'no output of type "plan"'),

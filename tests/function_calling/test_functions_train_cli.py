@@ -41,6 +41,7 @@ def test_it_has_a_pulse(command, directory, tmp_path, capsys, monkeypatch):
     assert main([*arguments, "--resume"]) == 0
     output, run = capsys.readouterr().out, tmp_path / "run"
     assert "train: 8 records" in output and "untrained: validation loss" in output
+    assert f"plans of the test split in {run}/METHOD/predictions.md" in " ".join(output.split())
     # The plans of one question, before training and after it.
     (shown,) = json.loads((run / "untrained" / "predictions.json").read_text())
     position = output.index(shown["id"])
@@ -69,6 +70,14 @@ def test_it_has_a_pulse(command, directory, tmp_path, capsys, monkeypatch):
     before = (run / "untrained.json").read_text()
     assert main([*arguments, "--resume", "--quiet", "--new-tokens", "5"]) == 1
     assert_one_line(capsys, "run was made with another configuration: new_tokens: 6 -> 5")
+    # What changed, and not the rows that follow from it.
+    for option, changed in (
+        ("--negatives", "prompt.negatives: 1 -> 2"),
+        ("--eval-limit", "eval_limit: 1 -> 2"),
+    ):
+        assert main([*arguments, "--resume", "--quiet", option, "2"]) == 1
+        error = capsys.readouterr().err
+        assert error == f"error: {run} was made with another configuration: {changed}\n"
     assert (run / "untrained.json").read_text() == before
     # The model that was written can be trained further.
     again = ["--model", str(run / "lora" / "model"), "--name", "again", "--epochs", "1", "--quiet"]

@@ -119,6 +119,7 @@ def test_a_sweep_goes_on_and_predicts(arguments, tmp_path, capsys, monkeypatch):
     output = capsys.readouterr().out
     assert "the loss is not finite at step" in output and "by the validation rows" in output
     run = tmp_path / "runs" / "test"
+    assert f"labels of test rows in {run}/METHOD-lrRATE/predictions" in output.replace("\n", "")
     summary = json.loads((run / "summary.json").read_text())
     assert [method["learning_rate"] for method in summary["methods"]] == [0.02]
     assert [(r["run"], r["diverged"], r["best"]) for r in summary["sweep"]] == [

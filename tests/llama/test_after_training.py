@@ -196,7 +196,7 @@ def test_a_run_on_documents_is_evaluated_on_documents(places, tmp_path):
     assert packed["tokens"] > found["tokens"]
     # An export has no settings of a run, but the command line has.
     export = EvaluateConfig(str(run / "export"), (str(text),), "test")
-    with pytest.raises(DataError, match='string "text"; --text-column names it'):
+    with pytest.raises(DataError, match='"text", got the fields note; --text-column names it'):
         evaluate(export)
     text.write_text(lines + '{"note": "\\u0000"}\n')
     named = dataclasses.replace(

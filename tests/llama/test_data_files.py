@@ -62,8 +62,8 @@ _BAD = [
     ("broken.jsonl", _lines("ok", "ok") + b'{"text": \n', "line 3: malformed JSON"),
     ("digits.jsonl", b"9" * 5000 + b"\n", "line 1: malformed JSON"),
     ("deep.jsonl", b"[" * 100_000 + b"\n", "line 1: malformed JSON"),
-    ("key.jsonl", _lines("ok") + b'\n{"content": "x"}\n', "line 3: expected an object with a st"),
-    ("type.jsonl", b'{"text": 3}\n', 'line 1: expected an object with a string "text"'),
+    ("key.jsonl", _lines("ok") + b'\n{"content": "x"}\n', '"text", got the fields content; --t'),
+    ("type.jsonl", b'{"text": 3}\n', 'an object with a string "text", got "text": 3; --text-col'),
     ("list.jsonl", b'["text"]\n', 'line 1: expected an object with a string "text"'),
     ("half.jsonl", b'{"text": "\\ud83d"}\n', 'line 1: "text" holds half a surrogate pair'),
     ("short.jsonl.gz", _TRUNCATED, "corrupt gzip file"),
@@ -121,7 +121,7 @@ def test_the_column_of_the_text_has_a_name(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text('{"content": "one", "text": 1}\n')
     assert load_corpus_of(file, text_column="content") == ["one"]
-    with pytest.raises(DataError, match='string "text"; --text-column names it'):
+    with pytest.raises(DataError, match=r'string "text", got "text": 1; --text-column names it'):
         load_corpus_of(file)
 
 

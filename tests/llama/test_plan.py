@@ -7,14 +7,15 @@ import matplotlib.image
 import pytest
 import tiny_weights as tiny
 
+from examples.common.cli import command
 from examples.common.errors import ConfigError
 from examples.llama.__main__ import parse
 from examples.llama.memory.figure import METHODS, breakdown, draw
 from examples.llama.memory.sizes import format_bytes, parse_bytes
 from examples.llama.memory.step_memory import StepMemory
 from examples.llama.plan import planner
-from examples.llama.plan.candidates import STEPS, PlanConfig, candidates, free_batches
-from examples.llama.plan.planner import Row, main, search
+from examples.llama.plan.candidates import STEPS, PlanConfig, candidates
+from examples.llama.plan.planner import Row, main, search, verdict
 from examples.llama.weights.files import open_weights
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -27,7 +28,6 @@ OPTIONS = {
     "model.kv-heads": 1,
     "vocab-size": 280,
     "seq-len": 16,
-    "rank": 4,
 }
 SMALL = [word for name, value in OPTIONS.items() for word in (f"--{name}", str(value))]
 
@@ -82,7 +82,7 @@ def test_the_command_of_a_setting_that_fits(tmp_path, capsys):
     assert fitting[0]["batch_size"] == 1 < fitting[1]["batch_size"]
     assert results["best"] == fitting[1]["command"] and results["best"] in printed.out
     words = shlex.split(results["best"])
-    assert words[:3] == ["python", "-m", "examples.llama"]
+    assert words[:3] == command("examples.llama").split()
     config = parse(words[3:])
     assert config.optimizer.name == "adamw" and config.seq_len == 16
     assert config.batch_size * config.accumulate == 16  # As in the preset.
@@ -116,7 +116,7 @@ def test_the_choice(monkeypatch):
 
     monkeypatch.setattr(planner, "_row", row)
     optimizers = ("galore", "galore@moment_bits=8", "adamw")
-    groups = list(candidates(PlanConfig(optimizers=optimizers), SMALL))
+    groups = list(candidates(PlanConfig(optimizers=optimizers, ranks=(4, 2)), SMALL))
     assert [len(group) for group in groups] == [12, 12, 3]  # Galore: sums of whole or low-rank.
 
     def best(room, **options):
@@ -155,6 +155,31 @@ def test_the_most_rows_that_fit(monkeypatch):
     assert compiled == [2, 8, 16, 16]  # The one that is printed, and no other.
 
 
+def test_the_most_rows_with_batches_that_are_given(monkeypatch):
+    """Rows that take more than the estimate, which two small programs gave."""
+    (group,) = candidates(PlanConfig(optimizers=("adamw",)), [*SMALL, "--accumulate", "3"])
+    assert [(c.config.batch_size, c.config.accumulate) for c in group] == [(1, 3)] * len(STEPS)
+    assert group[0].larger == ((2, 3), (3, 3), (4, 3), (5, 3))  # At most the preset's 16 rows.
+    compiled = []
+
+    def memory(config, a_row=10):
+        return StepMemory(100, {}, 0, {"activations": a_row * config.batch_size})
+
+    def row(candidate, room, everything, progress):
+        compiled.append(candidate.config.batch_size)
+        return Row(candidate, memory(candidate.config, 20), True)
+
+    monkeypatch.setattr(planner, "_row", row)
+    monkeypatch.setattr(planner, "abstract_run", lambda config: config)
+    monkeypatch.setattr(planner, "lower_bound", memory)
+    for room, rows in ((200, 5), (199, 4), (150, 2), (139, 1)):
+        found = planner.most_rows(Row(group[0], memory(group[0].config), True), room)
+        assert (found.candidate.config.batch_size, found.candidate.config.accumulate) == (rows, 3)
+        text = verdict(planner.Plan([found], found, found), room)
+        assert f"{3 * rows} rows a step instead of the preset's 16:\n" in text
+    assert compiled == [5, 5, 4, 5, 2, 3, 2]
+
+
 def test_low_rank_sums_where_whole_gradients_have_no_room():
     (group,) = candidates(PlanConfig(optimizers=("natural-galore",), ranks=(4,)), SMALL)
     whole, sums = group[-2:]
@@ -183,30 +208,6 @@ def test_low_rank_sums_need_a_run_without_a_residual(spec, more, sums):
         residual = candidate.config.optimizer.residual
         assert residual == "none" or not candidate.config.accumulate_in_subspace
         assert residual != "none" or sums
-
-
-def test_options_of_the_program_hold_for_all_settings():
-    given = [*SMALL, "--optimizer", "fira", "--batch-size", "8", "--per-layer", "--model.stacked"]
-    (group,) = candidates(PlanConfig(dtype="float32"), given)
-    full, half = group
-    assert full.config.accumulate == 2  # Of 8 rows, for the 16 of the preset.
-    assert full.optimizer == half.optimizer == "fira" and (full.rank, half.rank) == (4, 2)
-    assert full.config.batch_size == 8 and full.config.per_layer
-    assert full.config.model.dtype == full.config.model.param_dtype == "float32"
-    assert full.config.model.vocab_size == 280
-    assert all(full.arguments.count(x) == 1 for x in ("--per-layer", "--rank", "--batch-size"))
-
-
-def test_options_of_a_file_hold_too(tmp_path):
-    file = tmp_path / "a plan.yaml"
-    file.write_text("optimizer: adamw\nbatch-size: 8\naccumulate: 3\n")
-    given = [*SMALL, "--config", str(file)]
-    (group,) = candidates(PlanConfig(), given)
-    assert [(c.optimizer, c.config.batch_size, c.config.accumulate) for c in group] == [
-        ("adamw", 8, 3)
-    ] * len(STEPS)
-    assert not free_batches(PlanConfig(), given)
-    assert parse(shlex.split(group[0].command)[3:]) == parse(list(group[0].arguments))
 
 
 def test_the_model_is_that_of_the_weights(tmp_path):
@@ -246,6 +247,7 @@ def test_steps_that_an_option_rules_out_are_left_out():
             [
                 "--device-memory=1GB",
                 "--optimizer=fira",
+                "--rank=4",
                 "--accumulate=4",
                 "--accumulate-in-subspace",
             ],
@@ -257,7 +259,20 @@ def test_errors_are_one_line(capsys, arguments, message):
     assert main([*arguments, *SMALL]) == 1
     *notes, error = capsys.readouterr().err.splitlines()
     assert error.startswith("error: ") and message in error
-    assert all(note.startswith("left out: ") for note in notes)
+    assert all(note.startswith(("left out: ", "  ")) for note in notes)
+
+
+def test_what_is_left_out_fits_the_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    optimizers = ("galore", "galore@moment_bits=8,basis_dtype=bfloat16")
+    words = ["--device-memory", "1GB", "--ranks", "20", "19", "--optimizers", *optimizers]
+    assert main([*words, *SMALL]) == 1
+    *notes, _ = capsys.readouterr().err.splitlines()
+    assert max(map(len, notes)) <= 80
+    # Of each optimizer and rank, not of each step.
+    starts = [note for note in notes if not note.startswith("  ")]
+    assert len(starts) == 4 and starts[0].startswith("left out: galore: galore: where selects no")
+    assert len(notes) <= 3 * len(starts)
 
 
 @pytest.mark.parametrize("wrong", [["--rows", "1"], ["--optimizers", "galore@colour=red"]])

@@ -113,12 +113,14 @@ def run(config: RunConfig, console: Console) -> int:
     write_json(run_dir / "summary.json", summary)
     console.print(summary_table(summary))
     console.print(f"files in {run_dir}", highlight=False)
+    of_each = run_dir / ("METHOD-lrRATE" if config.sweep_learning_rates else "METHOD")
+    if config.output.predict:
+        console.print(f"labels of test rows in {of_each}/predictions", highlight=False)
     if config.output.save_model and not config.sweep_learning_rates:
-        console.print(
-            f"in the Hugging Face layout {run_dir}/METHOD/model; --resume --predict writes the "
-            "labels of test rows",
-            highlight=False,
+        more = (
+            "" if config.output.predict else "; --resume --predict writes the labels of test rows"
         )
+        console.print(f"in the Hugging Face layout {of_each}/model{more}", highlight=False)
     return 0
 
 

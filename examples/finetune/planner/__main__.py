@@ -107,7 +107,9 @@ def run(config: RunConfig, console: Console) -> int:
     console.print(side_by_side(run_dir, names, config.output.side_by_side))
     console.print(summary_table(summary))
     console.print(
-        f"files in {run_dir}; in the Hugging Face layout {run_dir}/METHOD/model", highlight=False
+        f"files in {run_dir}; in the Hugging Face layout {run_dir}/METHOD/model; plans of the test "
+        f"split in {run_dir}/METHOD/predictions.md",
+        highlight=False,
     )
     return 0
 

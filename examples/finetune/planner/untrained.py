@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from examples.common.config import check_same, refuse_unless_resumed
+from examples.common.config import Json, check_same, differences, refuse_unless_resumed
 from examples.common.metrics import replace_text
 from examples.common.reporter import Reporter, evaluating
 from examples.common.text import parse_json
@@ -16,6 +16,9 @@ from examples.finetune.planner.run_config import RunConfig
 
 NAME = "untrained"
 FILE = f"{NAME}.json"
+# Settings that decide which records are evaluated, and as which tokens.
+_OF_ROWS = ("dataset", "data", "parts", "skip_unusable", "held_out", "max_length")
+_OF_ROWS += ("limit", "eval_limit", "prompt")
 
 
 def evaluate_untrained(
@@ -35,16 +38,15 @@ def evaluate_untrained(
       ConfigError: if there is a run that is not to be resumed, or was made from something else.
     """
     path = run_dir / FILE
-    made_from = {
-        "model": config.model,
-        "dtype": config.dtype,
-        "new_tokens": config.new_tokens,
-        "rows": prepared.fingerprint,
-    }
+    settings = config.identity()
+    names = ("model", "dtype", "new_tokens", *_OF_ROWS)
+    made_from = {name: settings[name] for name in names} | {"rows": prepared.fingerprint}
     if path.exists():
         refuse_unless_resumed(run_dir, config.output.resume)
         found = parse_json(path.read_text(), str(path))
-        check_same(run_dir, found["made_from"], made_from)
+        # An older file has fewer settings; the fingerprint of the rows covers them.
+        known = {name: value for name, value in made_from.items() if name in found["made_from"]}
+        check_same(run_dir, found["made_from"], known, _changed)
         return found
     params = prepared.read()
     found = {"made_from": made_from}
@@ -60,3 +62,9 @@ def evaluate_untrained(
             write_predictions(evaluation.predictions, run_dir / NAME, title=title, shown=shown)
     replace_text(path, json.dumps(found, indent=2) + "\n")
     return found
+
+
+def _changed(old: Json, new: Json) -> list[str]:
+    """The settings that differ; the rows, which follow from them, only if no setting does."""
+    found = differences(old, new)
+    return [text for text in found if not text.startswith("rows:")] or found

@@ -12,7 +12,7 @@ from io import BufferedIOBase
 from pathlib import Path
 
 from examples.common.errors import DataError, first_line
-from examples.common.text import check_string, decode, parse_json, refuse_wide
+from examples.common.text import check_string, decode, found_instead, parse_json, refuse_wide
 
 # `.json.gz` holds JSON lines too: it is the name under which C4 is published.
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
@@ -172,7 +172,8 @@ def _parse(where: str, line: str, text_column: str) -> str:
     text = record.get(text_column) if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise DataError(
-            f'{where}: expected an object with a string "{text_column}"; --text-column names it'
+            f'{where}: expected an object with a string "{text_column}", got '
+            f"{found_instead(record, text_column)}; --text-column names it"
         )
     check_string(text, f'{where}: "{text_column}"', remedy=_SKIP)
     return text

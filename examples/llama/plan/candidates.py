@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import inspect
 import itertools
-import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,9 +36,10 @@ STEPS = {"ordinary": (), "remat": ("--model.remat",), "per layer": ("--per-layer
 class PlanConfig:
     """Find settings of a run that fit into a device's memory, before anything is allocated.
 
-    Takes all options of `python -m examples.llama` too; they hold for every setting. Weights and
-    optimizer states are exact. The rest is what XLA's compiler reserves: docs/memory.md. Errors end
-    with exit code 1, wrong arguments with 2; a plan in which nothing fits is no error.
+    Takes all options of `python -m examples.llama` too; they hold for every setting, and what they
+    leave open is chosen. Weights and optimizer states are exact. The rest is what XLA's compiler
+    reserves: docs/memory.md. Errors end with exit code 1, wrong arguments with 2; a plan in which
+    nothing fits is no error.
     """
 
     device_memory: str | None = None
@@ -51,14 +51,15 @@ class PlanConfig:
     """NAME or NAME@OPTION=VALUE,...: names and options of the program, best first. By default
     --optimizer, or Natural GaLore, GaLore and AdamW, with moments in 8 bits too."""
     ranks: tuple[int, ...] = ()
-    """By default the one of the run, and half of it."""
+    """By default --rank, or the preset's, and half of it."""
     batch_sizes: tuple[int, ...] = ()
     """Rows in a batch; by default --batch-size, or the most that fit. Without --accumulate, batches
-    are accumulated to the rows of the preset's step."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """What matrix products are computed in."""
+    are accumulated to the rows of the preset's step, with it a step has at most as many."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """What matrix products are computed in; by default --model.dtype, or bfloat16."""
     param_dtype: Literal["float32", "bfloat16"] | None = None
-    """What parameters are stored in; by default the same."""
+    """What parameters are stored in; by default --model.param-dtype, or with --model.dtype (--bf16)
+    what the program takes, or the same as --dtype."""
     all: bool = False
     """Look at all settings: also at those that are worse than one that fits."""
     json: Path | None = None
@@ -74,6 +75,23 @@ class PlanConfig:
                 )
 
 
+# Options of the plan, and those of the program that say the same.
+_SAME = {
+    "optimizers": ("--optimizer",),
+    "ranks": ("--rank",),
+    "batch_sizes": ("--batch-size",),
+    "dtype": ("--model.dtype", *SHORTHANDS),
+    "param_dtype": ("--model.param-dtype",),
+}
+
+
+class Batches(NamedTuple):
+    """Division of the rows of a step."""
+
+    batch_size: int
+    accumulate: int
+
+
 class Candidate(NamedTuple):
     """A setting."""
 
@@ -81,6 +99,7 @@ class Candidate(NamedTuple):
     step: str  # one of `STEPS`
     arguments: tuple[str, ...]  # of the program
     config: RunConfig
+    larger: tuple[Batches, ...] = ()  # that may be taken instead, from the smallest to the largest
 
     @property
     def rank(self) -> int | None:
@@ -88,13 +107,12 @@ class Candidate(NamedTuple):
 
     @property
     def command(self) -> str:
-        return shlex.join(("python", "-m", "examples.llama", *self.arguments))
+        return cli.command("examples.llama", *self.arguments)
 
-    def with_rows(self, batch_size: int) -> "Candidate":
-        """With another batch, and as many rows in a step."""
-        rows = self.config.batch_size * self.config.accumulate
+    def with_batches(self, batches: Batches) -> "Candidate":
+        """With larger batches."""
         arguments = list(self.arguments)
-        for option, value in (("--batch-size", batch_size), ("--accumulate", rows // batch_size)):
+        for option, value in zip(("--batch-size", "--accumulate"), batches, strict=True):
             arguments[arguments.index(option) + 1] = str(value)
         return self._replace(arguments=tuple(arguments), config=_sized(parse(arguments)))
 
@@ -102,75 +120,132 @@ class Candidate(NamedTuple):
 def candidates(plan: PlanConfig, given: Sequence[str]) -> Iterator[list[Candidate]]:
     """For each optimizer and batch size the settings, from the best to the least good.
 
+    What is given is kept, what is not is chosen. Without a batch size the settings have the
+    smallest one, and all larger ones beside it.
+
     Args:
       plan: what to look at.
       given: arguments of the program.
 
     Raises:
-      ConfigError: if there is no such optimizer, or a setting is none of the program's.
+      ConfigError: if there is no such optimizer, a setting is none of the program's, or two options
+        say the same.
     """
-    base, known = parse([*given]), _written_out(given)
-    optimizers = plan.optimizers or _given(known, "--optimizer") or PREFERRED
-    ranks = plan.ranks or (base.optimizer.rank, max(base.optimizer.rank // 2, 1))
-    batch_sizes = plan.batch_sizes or _given(known, "--batch-size") or (1,)
+    _check_given_once(plan, given)
+    known = _written_out(given)
+    stacked = ("--model.stacked",) if _flag(known, "model.stacked") is None else ()
+    base = parse([*given, *stacked, *_needed(known)])
+    ranks = plan.ranks or (base.optimizer.rank,)
+    if not plan.ranks and "--rank" not in known:
+        ranks = (*ranks, max(base.optimizer.rank // 2, 1))
     lengths = ("--seq-len", str(base.seq_len))
-    dtypes = ("--model.dtype", plan.dtype, "--model.param-dtype", plan.param_dtype or plan.dtype)
-    for spec in optimizers:
-        for batch_size in batch_sizes:
+    dtypes = _dtypes(plan, base, known)
+    for spec in plan.optimizers or _given(known, "--optimizer") or _preferred(known):
+        for (batch_size, accumulate), *larger in _batches(plan, base, known):
             group, error = [], None
             for rank in sorted({*ranks}, reverse=True) if has_rank(spec) else (None,):
-                for step, flags in _steps(spec, base, int(batch_size), known):
-                    if (base.per_layer and "--per-layer" not in flags) or (
-                        base.model.remat and step.startswith("ordinary")
-                    ):
-                        continue  # The user has asked for another one.
+                for step, flags in _steps(spec, accumulate, known):
                     chosen = [*optimizer_arguments(spec, rank), *lengths]
-                    chosen += ["--batch-size", str(batch_size)]
-                    chosen += ["--accumulate", str(_accumulate(base, int(batch_size), known))]
+                    chosen += ["--batch-size", str(batch_size), "--accumulate", str(accumulate)]
                     chosen += dtypes
-                    flags = [x for x in ("--model.stacked", *flags) if x not in given]
+                    flags = [x for x in (*stacked, *flags) if x not in known]
                     arguments = (*_without(given, chosen[::2]), *chosen, *flags)
                     try:
                         config = _sized(parse([*arguments]))
                     except ConfigError as e:  # Weights in 8 bits need --per-layer, for example.
                         error = error or e
                         continue
-                    group.append(Candidate(spec, step, arguments, config))
+                    group.append(Candidate(spec, step, arguments, config, (*larger,)))
             if not group and error is not None:
                 raise error
             yield group
 
 
-def free_batches(plan: PlanConfig, given: Sequence[str]) -> bool:
-    """Whether the plan decides how many rows a batch has."""
-    fixed = {"--batch-size", "--accumulate"} & {*_written_out(given)}
-    return not plan.batch_sizes and not fixed
+def step_rows(config: RunConfig) -> int:
+    """Rows of all batches of a step."""
+    return config.batch_size * config.accumulate
 
 
-def _accumulate(base: RunConfig, batch_size: int, given: Sequence[str]) -> int:
-    """Batches of a step: those that are given, or as many as keep the rows of the preset's step."""
-    if "--accumulate" in given:
-        return base.accumulate
-    preset = run_preset(base.preset)
-    return max(1, preset.batch_size * preset.accumulate // batch_size)
+def _check_given_once(plan: PlanConfig, given: Sequence[str]) -> None:
+    for name, options in _SAME.items():
+        both = [option for option in options if option in given]
+        if getattr(plan, name) and both:
+            raise ConfigError(f"--{name.replace('_', '-')} and {both[0]}: give one of the two")
+
+
+def _preferred(given: Sequence[str]) -> list[str]:
+    """`PREFERRED` without those that set an option which is given."""
+    return [spec for spec in PREFERRED if not {*optimizer_arguments(spec, None)[2::2]} & {*given}]
+
+
+def _needed(given: Sequence[str]) -> tuple[str, ...]:
+    """What options need without which they are refused, and which the plan chooses."""
+    free = _flag(given, "per-layer") is None
+    return ("--per-layer",) if free and _given(given, "--weight-bits") == ("8",) else ()
+
+
+def _dtypes(plan: PlanConfig, base: RunConfig, given: Sequence[str]) -> tuple[str, ...]:
+    model, products = base.model, "--model.dtype" in given
+    dtype = plan.dtype or (model.dtype if products else "bfloat16")
+    stored = plan.param_dtype
+    if stored is None:
+        stored = model.param_dtype if products or "--model.param-dtype" in given else dtype
+    return ("--model.dtype", dtype, "--model.param-dtype", stored)
+
+
+def _batches(plan: PlanConfig, base: RunConfig, given: Sequence[str]) -> list[list[Batches]]:
+    """For each batch size the batches of a step, and larger ones if the plan decides.
+
+    A step has the rows of the preset's, or if --accumulate is given at most as many.
+
+    Raises:
+      ConfigError: if a batch size divides no such step, and --accumulate is not given.
+    """
+    rows = step_rows(run_preset(base.preset))
+    accumulate = base.accumulate if "--accumulate" in given else None
+    sizes = plan.batch_sizes or ((base.batch_size,) if "--batch-size" in given else ())
+    divisors = [size for size in range(1, rows + 1) if rows % size == 0]
+    if accumulate is not None:
+        free = [Batches(size, accumulate) for size in range(1, max(rows // accumulate, 1) + 1)]
+        return [[Batches(size, accumulate)] for size in sizes] or [free]
+    for size in sizes:
+        if size not in divisors:
+            raise ConfigError(
+                f"a batch size must divide the {rows} rows of a step of the preset {base.preset}, "
+                f"or --accumulate must say how many make a step, got {size}; what divides them is "
+                f"{', '.join(map(str, divisors))}"
+            )
+    return [[Batches(size, rows // size)] for size in sizes] or [
+        [Batches(size, rows // size) for size in divisors]
+    ]
 
 
 def _steps(
-    spec: str, base: RunConfig, batch_size: int, given: Sequence[str]
+    spec: str, accumulate: int, given: Sequence[str]
 ) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Names and arguments of `STEPS`: with whole gradients accumulated, then with low-rank ones."""
+    """Names and arguments of `STEPS`: with whole gradients accumulated, then with low-rank ones.
+
+    Without those that a flag of the user rules out.
+    """
     name = spec.split("@")[0]
     parameters = inspect.signature(OPTIMIZERS[name].factory).parameters
     # "None" leaves it to the optimizer.
     chosen = _given([*given, *optimizer_arguments(spec, None)], "--residual")
     residuals = {*chosen, OPTIMIZERS[name].fixed.get("residual", "none")}
+    sums = _flag(given, "accumulate-in-subspace")
     possible = (
-        _accumulate(base, batch_size, given) > 1
+        accumulate > 1
         and "residual" in parameters
         and residuals <= {"none", "None"}
+        and sums is not False
     )
+    per_layer, remat = _flag(given, "per-layer"), _flag(given, "model.remat")
     for step, flags in STEPS.items():
-        if not (base.accumulate_in_subspace and possible):
+        if per_layer is not None and per_layer != (step == "per layer"):
+            continue
+        if remat is not None and step == ("ordinary" if remat else "remat"):
+            continue
+        if not (sums and possible):
             yield step, flags
         if possible:
             yield f"{step}, low-rank sums", (*flags, *IN_SUBSPACE)
@@ -208,13 +283,15 @@ def optimizer_arguments(spec: str, rank: int | None) -> list[str]:
 
 def _written_out(given: Sequence[str]) -> list[str]:
     """Arguments with those of their --config FILE, names and values apart."""
-    return apart(cli.expand(given, SHORTHANDS))
+    return cli.apart(cli.expand(given, SHORTHANDS))
 
 
-def apart(words: Sequence[str]) -> list[str]:
-    """Arguments with `--name=value` as two words."""
-    pairs = [word.split("=", 1) if word.startswith("--") else [word] for word in words]
-    return [word for pair in pairs for word in pair]
+def _flag(arguments: Sequence[str], name: str) -> bool | None:
+    """What a flag is set to, if it is there; the last one counts."""
+    group, dot, field = name.rpartition(".")
+    values = {f"--{name}": True, f"--{group}{dot}no-{field}": False}
+    found = [values[word] for word in arguments if word in values]
+    return found[-1] if found else None
 
 
 def _given(arguments: Sequence[str], name: str) -> tuple[str, ...]:

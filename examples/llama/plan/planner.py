@@ -1,6 +1,8 @@
 """Looks for settings that fit into a device's memory."""
 
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -22,7 +24,8 @@ from examples.llama.memory.step_memory import (
     predict,
     resident,
 )
-from examples.llama.plan.candidates import Candidate, PlanConfig, apart, candidates, free_batches
+from examples.llama.plan.candidates import Candidate, PlanConfig, candidates, step_rows
+from examples.llama.run_config import run_preset
 from examples.llama.training.build import abstract_run
 
 
@@ -78,7 +81,8 @@ def search(
       everything: look at all of them.
       progress: is told what is compiled.
     """
-    rows, fitting, refused = [], [], []
+    rows, fitting = [], []
+    refused: dict[tuple[str, str], ConfigError] = {}
     for group in groups:
         for candidate in group:
             if not everything and any(_is_worse(candidate, row.candidate) for row in fitting):
@@ -86,8 +90,10 @@ def search(
             try:
                 row = _row(candidate, room, everything, progress)
             except ConfigError as error:  # An optimizer that the step or the sums do not suit.
-                refused.append(error)
-                progress(f"left out: {candidate.optimizer}, {candidate.step}: {error}")
+                reason = candidate.optimizer, str(error)
+                if reason not in refused:  # It is the same for every step.
+                    progress(f"left out: {candidate.optimizer}: {error}")
+                refused.setdefault(reason, error)
                 continue
             rows.append(row)
             if row.fits(room):
@@ -95,7 +101,7 @@ def search(
                 if not everything:
                     break
     if not rows and refused:
-        raise refused[0]
+        raise next(iter(refused.values()))
     order = list(dict.fromkeys(c.config.optimizer.name for group in groups for c in group))
     # The first in order; of one optimizer, moments in 8 bits at a higher rank before a lower rank.
     best = min(
@@ -121,25 +127,25 @@ def _is_worse(candidate: Candidate, fitting: Candidate) -> bool:
 
 
 def most_rows(best: Row, room: int, progress: Callable[[str], None] = lambda text: None) -> Row:
-    """The setting with the most rows in a batch that take at most `room` bytes.
+    """The setting with the largest of its batches that take at most `room` bytes.
 
     Activations grow by the same bytes with every row. Two programs tell how many; the batch is then
-    compiled.
+    compiled; one that does not fit corrects the estimate.
     """
-    config = best.candidate.config
-    first, step = config.batch_size, config.batch_size * config.accumulate
-    sizes = [n for n in range(first + 1, step + 1) if step % n == 0]
-    if not sizes:
+    first, larger = best.candidate.config.batch_size, best.candidate.larger
+    if not larger:
         return best
-    probe = min(sizes, key=lambda size: abs(size - 4 * first))
-    more = lower_bound(abstract_run(best.candidate.with_rows(probe).config))
+    probe = min(larger, key=lambda batches: abs(batches.batch_size - 4 * first))
+    more = lower_bound(abstract_run(best.candidate.with_batches(probe).config))
     activations = more.parts["activations"] - best.memory.parts["activations"]
-    a_row = max(activations / (probe - first), 1)
+    a_row = max(activations / (probe.batch_size - first), 1)
     left = room - best.memory.total
-    for size in reversed([n for n in sizes if (n - first) * a_row <= left]):
-        row = _row(best.candidate.with_rows(size), room, False, progress)
+    while larger := [x for x in larger if (x.batch_size - first) * a_row <= left]:
+        row = _row(best.candidate.with_batches(larger[-1]), room, False, progress)
         if row.fits(room):
             return row
+        a_row = max(a_row, (row.memory.total - best.memory.total) / (larger[-1].batch_size - first))
+        larger = larger[:-1]
     return best
 
 
@@ -171,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(argv: list[str] | None, console: Console) -> int:
     plan, given = cli.parse_known(PlanConfig, "examples.llama.plan", argv)
-    given = apart(given)
+    given = cli.apart(given)
     memory, reserve = device_memory(plan.device_memory), _size("reserve", plan.reserve)
     room = memory - reserve
     if room <= 0:
@@ -179,17 +185,20 @@ def run(argv: list[str] | None, console: Console) -> int:
     groups = list(candidates(plan, given))
 
     def progress(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        width = shutil.get_terminal_size().columns
+        print(_within(text, width), file=sys.stderr, flush=True)
 
     found = search(groups, room, plan.all, progress)
-    if found.best is not None and free_batches(plan, given):
+    if found.best is not None:
         best = most_rows(found.best, room, progress)
         if best is not found.best:
             found = found._replace(best=best, rows=[*found.rows, best])
     config = found.rows[0].candidate.config
+    tokens = [row.candidate.config.tokens_per_step for row in found.rows]
+    per_step = " to ".join(f"{n:,}" for n in sorted({min(tokens), max(tokens)}))
     title = (
         f"{config.preset}: {format_bytes(memory)}, {format_bytes(reserve)} of it reserved; rows of "
-        f"{config.seq_len} tokens, {config.tokens_per_step:,} tokens a step"
+        f"{config.seq_len} tokens, {per_step} tokens a step"
     )
     console.print(plan_table(title, found.rows, room))
     console.print(verdict(found, room), highlight=False, soft_wrap=True)
@@ -208,11 +217,23 @@ def run(argv: list[str] | None, console: Console) -> int:
 
 def verdict(plan: Plan, room: int) -> str:
     """The command for the best setting, or by how much the nearest one misses."""
+    row = plan.best or plan.nearest
     if plan.best is not None:
-        left = format_bytes(room - plan.best.memory.total)
-        return f"best that fits, with {left} left:\n{plan.best.candidate.command}"
-    over = format_bytes(plan.nearest.memory.total - room)
-    return f"nothing fits; the nearest misses by {over}:\n{plan.nearest.candidate.command}"
+        text = f"best that fits, with {format_bytes(room - row.memory.total)} left"
+    else:
+        text = f"nothing fits; the nearest misses by {format_bytes(row.memory.total - room)}"
+    config = row.candidate.config
+    rows, preset = step_rows(config), step_rows(run_preset(config.preset))
+    if rows != preset:
+        text += f", {rows} rows a step instead of the preset's {preset}"
+    return f"{text}:\n{row.candidate.command}"
+
+
+def _within(text: str, width: int) -> str:
+    """A text in lines of at most `width` characters, at most three of them."""
+    return textwrap.fill(
+        text, width, subsequent_indent="  ", break_on_hyphens=False, max_lines=3, placeholder=" ..."
+    )
 
 
 def device_memory(text: str | None) -> int:

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from examples.common.config import INT32
 from examples.common.errors import DataError
-from examples.common.text import decode, parse_json, read_bytes
+from examples.common.text import decode, parse_json, read_bytes, shown_name
 from examples.finetune.encoder.data.rows import RawRow, Rows, from_mapping, make_rows
 from examples.finetune.encoder.data.tasks import OPTIONAL_SECOND, Columns, Task
 
@@ -142,7 +142,7 @@ def _known_columns(task: Task, names: list[str], where: str, labelled: bool) -> 
                 raise DataError(f"{where}: the column {twice[0]} is there twice")
             return columns
     wanted = ", ".join(name for name in task.tsv if name is not None and name not in optional)
-    got = " ".join(", ".join(names).split())
+    got = ", ".join(map(shown_name, names))
     got = got if len(got) <= 80 else f"{got[:80]}..."
     raise DataError(f"{where}: expected the columns {wanted}; got {got}")
 

@@ -5,7 +5,7 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 from examples.common.errors import DataError
-from examples.common.text import check_string
+from examples.common.text import check_string, found_instead
 from examples.finetune.encoder.data.tasks import Columns, Task
 
 
@@ -45,11 +45,15 @@ def from_mapping(
         second = None
     for name in (columns.first, second):
         if name is not None and not isinstance(record.get(name), str):
-            raise DataError(f'{where}: expected a string "{name}"')
+            got = found_instead(record, name)
+            raise DataError(f'{where}: expected a string "{name}", got {got}')
         if name is not None:
             check_string(record[name], f'{where}: "{name}"')
+    if labelled and columns.label not in record:
+        got = found_instead(record, columns.label)
+        raise DataError(f'{where}: no "{columns.label}", got {got}')
     if labelled:
-        _check_label(record.get(columns.label), columns.label, where)
+        _check_label(record[columns.label], columns.label, where)
     return RawRow(
         where,
         record[columns.first],
@@ -62,8 +66,11 @@ def _check_label(label: Any, column: str, where: str) -> None:
     """A label is a number, or text that fits into a line of predictions."""
     if label is None or (isinstance(label, str) and not label.strip()):
         raise DataError(f'{where}: no "{column}"')
-    if not isinstance(label, (str, int, float)) or not str(label).strip().isprintable():
-        raise DataError(f'{where}: "{column}" must be a number or a line of text, got {label!r}')
+    is_number = isinstance(label, int) or (isinstance(label, float) and math.isfinite(label))
+    if not is_number and not (isinstance(label, str) and label.strip().isprintable()):
+        raise DataError(
+            f'{where}: "{column}" must be a finite number or a line of text, got {label!r}'
+        )
 
 
 def make_rows(task: Task, raw: dict[str, list[RawRow]], left_out: int = 0) -> Rows:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.common.errors import DataError
-from examples.common.text import decode, parse_json, read_bytes
+from examples.common.text import decode, found_instead, parse_json, read_bytes
 
 _KINDS = {str: "a string", list: "a list", dict: "an object", bool: "true or false"}
 
@@ -38,7 +38,8 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
 def entry(record: Any, key: str, kind: type, where: str) -> Any:
     """The value of `key`, which must be there and of this kind."""
     if not isinstance(record, dict) or not isinstance(record.get(key), kind):
-        raise DataError(f'{where}: expected an object with {_KINDS[kind]} "{key}"')
+        got = found_instead(record, key)
+        raise DataError(f'{where}: expected an object with {_KINDS[kind]} "{key}", got {got}')
     return record[key]
 
 

@@ -5,7 +5,6 @@ planner and a joiner wrote, of which the first of type "plan" is the plan. Its "
 the list of calls, `join` the last, each {"tool_name", "tool_args"}.
 """
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from examples.common.errors import DataError
 from examples.finetune.planner.data.files import entry, expect, located, read_json
 from examples.finetune.planner.data.tinyagent_tools import TINYAGENT_TOOLS
 from examples.finetune.planner.plans.plan import (
-    AMOUNT,
+    REFERENCE,
     Argument,
     Call,
     Plan,
@@ -21,18 +20,17 @@ from examples.finetune.planner.plans.plan import (
     Text,
     Value,
     from_json,
+    reference_of,
     text_of,
 )
 from examples.finetune.planner.plans.records import Record
-
-_REFERENCE = re.compile(rf"\$(?:\{{([0-9]{{1,9}})\}}|([0-9]{{1,9}}+)(?!{AMOUNT}))")
 
 
 def load_tinyagent(path: Path, rejected: list[str] | None = None) -> list[Record]:
     """Reads the records of a file, in its order; ids are its keys.
 
-    A string that is "$2" or "${2}" is the result of call 2. Inside a longer string it is that
-    only if an earlier call has this number, and else an amount of money.
+    A string that is "$2", "${2}" or "$2.name" is the result of call 2, or a part of it. Inside a
+    longer string it is that only if an earlier call has this number, and else an amount of money.
 
     Args:
       path: the JSON file.
@@ -61,8 +59,16 @@ def _record(key: str, row: Any, where: str) -> Record:
         raise DataError(f'{where}: no output of type "plan"')
     steps = entry(plans[0], "parsed_output", list, where)
     calls = [_call(step, n, f"{where}, call {n}") for n, step in enumerate(steps, start=1)]
+    labelled = tuple(_by_name(step["tool_args"]) for step in steps)
     with located(where):
-        return Record(key, query, TINYAGENT_TOOLS, Plan(tuple(calls)))
+        return Record(key, query, TINYAGENT_TOOLS, Plan(tuple(calls)), labelled=labelled)
+
+
+def _by_name(arguments: list[Any] | dict[str, Any]) -> list[Any]:
+    """The values, sorted by name where they have names."""
+    if isinstance(arguments, list):
+        return arguments
+    return [arguments[name] for name in sorted(arguments)]
 
 
 def _call(step: Any, number: int, where: str) -> Call:
@@ -84,13 +90,13 @@ def _call(step: Any, number: int, where: str) -> Call:
 
 
 def _read(content: str, number: int) -> str | Ref | Text:
-    if match := _REFERENCE.fullmatch(content):
-        return Ref(int(match[1] or match[2]))
+    if match := REFERENCE.fullmatch(content):
+        return reference_of(match)
     parts: list[str | Ref] = []
     end = 0
-    for match in _REFERENCE.finditer(content):
-        call = int(match[1] or match[2])
-        if 1 <= call < number:
-            parts += [content[end : match.start()], Ref(call)]
+    for match in REFERENCE.finditer(content):
+        reference = reference_of(match)
+        if 1 <= reference.call < number:
+            parts += [content[end : match.start()], reference]
             end = match.end()
     return text_of([*parts, content[end:]])

@@ -35,20 +35,24 @@ _Call = tuple[str, Sequence[object]]
 def officially_succeeds(record: Record, text: str) -> bool:
     """Compare the tools and the dependencies of a text with those of the record's plan.
 
-    Texts are read up to the end mark, where TinyAgent stops its model. The evaluator knows no names
-    of arguments; where the reference has them, names are dropped from both texts, so that each
-    argument is a value of its own.
+    Texts are read up to the end mark, where TinyAgent stops its model. The evaluator has the
+    arguments of the reference as values, from its data set. It knows no names of arguments; where
+    the reference has them, names are dropped from both sides, so that each argument is a value of
+    its own.
     """
     if len(text) > MAX_CHARACTERS:
         return False
     tools = {tool.name for tool in record.tools} | {JOIN}
     named = any(argument.name for call in record.plan.calls for argument in call.arguments)
+    if record.labelled is None:
+        label = _calls(write_plan(record.plan), tools, named)
+    else:
+        names = (call.tool for call in record.plan.calls)
+        label = list(zip(names, record.labelled, strict=True))
     shapes: dict[Hashable, int] = {}
     try:
-        expected, predicted = (
-            _graph(_calls(written, tools, named), shapes)
-            for written in (write_plan(record.plan), text)
-        )
+        expected = _graph(label, shapes)
+        predicted = _graph(_calls(text, tools, named), shapes)
     except ValueError:  # A result that cannot be taken, or a number of thousands of digits.
         return False
     return isomorphic(expected, predicted)

@@ -8,6 +8,7 @@ that does not depend on the interpreter, and `true`, `null` and `from="x"` are a
 
 import json
 import re
+from dataclasses import replace
 
 from examples.finetune.planner.plans.plan import (
     JOIN,
@@ -246,7 +247,7 @@ def _from_one(call: Call, number: int, first: int) -> Call:
     """
 
     def result(ref: Ref) -> Ref:
-        return Ref(ref.call + 1 - first, ref.path)
+        return replace(ref, call=ref.call + 1 - first)
 
     def read_part(part: str | Ref) -> str | Ref:
         if isinstance(part, str):

@@ -12,7 +12,7 @@ of money too: "$1.50", "$1,500".
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
@@ -46,6 +46,8 @@ class Ref:
     """Number of the call, from 1."""
     path: str = ""
     """Which part: fields by name and items of lists by position, as in ".flights[0].id"."""
+    braces: bool = field(default=False, compare=False, repr=False)
+    """Whether it is written in braces where it could be written without."""
 
     def __post_init__(self) -> None:
         if self.call < 0:
@@ -270,7 +272,9 @@ def reference_of(match: re.Match[str]) -> Ref:
     """The reference that `REFERENCE` found."""
     in_braces, path_in_braces, number, path = match.groups()
     # Some digits are enough to be out of range, and int() refuses thousands.
-    return Ref(int((in_braces or number)[:9]), path_in_braces or path or "")
+    return Ref(
+        int((in_braces or number)[:9]), path_in_braces or path or "", braces=in_braces is not None
+    )
 
 
 def read_string(content: str) -> str | Ref | Text:
@@ -312,7 +316,7 @@ def write_string(value: str | Ref | Text) -> str:
 
 
 def _write_reference(ref: Ref, following: str) -> str:
-    """A reference before a text, in braces only where the end would be misread."""
+    """A reference before a text, in braces if it had some or if the end would be misread."""
     plain = f"${ref.call}{ref.path}"
-    match = REFERENCE.match(plain + following)
+    match = None if ref.braces else REFERENCE.match(plain + following)
     return plain if match and match.end() == len(plain) else f"${{{ref.call}{ref.path}}}"

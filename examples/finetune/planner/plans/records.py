@@ -1,6 +1,7 @@
 """One typed record for every data set: a query, the tools on offer, and the plan."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -76,6 +77,9 @@ class Record:
     accepted: tuple[dict[str, Accepted], ...] | None = None
     """For data with more than one right answer: the accepted arguments of every call by name.
     None stands for the arguments of the plan."""
+    labelled: tuple[Sequence[object], ...] | None = None
+    """The arguments of every call as the data set has them, for the official score, which reads
+    strings in its own way. None stands for the plan as it is written."""
 
     def __post_init__(self) -> None:
         if not self.query.strip():
@@ -90,10 +94,12 @@ class Record:
         for number, tool in enumerate(self.plan.tools, start=1):
             if tool not in known:
                 raise ValueError(f"call {number}: unknown tool {tool}")
-        if self.accepted is not None and len(self.accepted) != len(self.plan.calls):
-            raise ValueError(
-                f"{len(self.plan.calls)} calls, but accepted arguments of {len(self.accepted)}"
-            )
+        for name in ("accepted", "labelled"):
+            arguments = getattr(self, name)
+            if arguments is not None and len(arguments) != len(self.plan.calls):
+                raise ValueError(
+                    f"{len(self.plan.calls)} calls, but {name} arguments of {len(arguments)}"
+                )
 
     @property
     def combination(self) -> frozenset[str]:
