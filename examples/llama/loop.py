@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -154,10 +155,7 @@ class _Run:
         self.merge = make_merge(adapter, self.tx, params, config.seed)
         step = make_step(config, self.apply, optimization, params)
         self.eval_step = make_eval_step(self.apply)
-
-        def initial_state(params: Params, frozen: Params) -> TrainState:
-            return first_state(config, optimization, params, frozen)
-
+        initial_state = functools.partial(first_state, config, optimization)
         state_at = devices.state_at(jax.eval_shape(initial_state, params, frozen), self.tx)
         self.step_fn = devices.step(step, state_at)
         # The weights are donated: there is no room for them twice.
@@ -298,11 +296,7 @@ class _Run:
             self._record("train", step, **metrics)
 
     def _roll_back(self, step: int, loss: float) -> None:
-        """Back to the last checkpoint, after the loss of `step`; the data go on from where it is.
-
-        Raises:
-          ConfigError: if there were too many.
-        """
+        """Back to the last checkpoint, after the loss of `step`; the data go on from there."""
         self.guard.rolls_back(step, loss)
         self.guard.compare_with(self._restore()["guard"])
         self._micro_step = int(self.state.micro_step)

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from examples.common import cli
 from examples.common.errors import ConfigError
-from examples.common.interrupt import answered
+from examples.common.interrupt import Answer, answered
 from examples.papers.experiments import EXPERIMENTS, Experiment
 
 USAGE = """Runs of the GaLore and Natural GaLore papers.
@@ -108,7 +108,7 @@ def run_program(command: list[str]) -> int:
     """The exit code of a process, which gets to save its run when this one is to stop."""
     with subprocess.Popen(command) as process:
         # A terminal sends SIGINT to both.
-        answers = {
+        answers: dict[int, Answer] = {
             signal.SIGINT: lambda number: None,
             signal.SIGTERM: lambda number: process.terminate(),
         }
