@@ -22,7 +22,7 @@ from examples.common.lora import partition
 from examples.common.metrics import Clock, MetricsLog, of_kind, replace_text
 from examples.common.reporter import COMPILING, STARTING, Reporter, evaluating
 from examples.common.run_directory import CHECKPOINTS, run_directory
-from examples.common.train_state import Metrics, Params, TrainState
+from examples.common.train_state import Metrics, TrainState
 from examples.llama.data import Splits, eval_batches, load_splits
 from examples.llama.distributed.batches import TrainBatches, documents_end
 from examples.llama.distributed.devices import Devices, make_devices
