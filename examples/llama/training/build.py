@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import SingleDeviceSharding
 
+from examples.common.accelerators import platforms_asked_for
+from examples.common.errors import ConfigError
 from examples.common.lora import partition
 from examples.common.train_state import Params, TrainState, init_state
 from examples.llama.model.adapters import make_linear
@@ -49,10 +51,20 @@ def first_state(
 
 def on_the_host(config: RunConfig) -> AbstractContextManager[Any]:
     """Where first weights are made that will be in 8 bits: an accelerator that has room for them
-    need not have room for the numbers that they are rounded from."""
+    need not have room for the numbers that they are rounded from.
+
+    Raises:
+      ConfigError: if JAX_PLATFORMS leaves the processor out.
+    """
     if config.weight_bits is None or jax.default_backend() == "cpu":
         return contextlib.nullcontext()
-    return jax.default_device(jax.local_devices(backend="cpu")[0])
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError as error:
+        raise ConfigError(
+            "--weight-bits makes first weights on the processor, which "
+            f"JAX_PLATFORMS={platforms_asked_for()} leaves out: add cpu at its end"
+        ) from error
 
 
 def to_device(x: jax.Array) -> jax.Array:
