@@ -199,6 +199,7 @@ def write_sample(trained: PretrainedLlama, config: RunConfig) -> str:
             SAMPLE_TOKENS,
             Sampling(temperature=0.8, top_k=50),
             jax.random.key(config.seed),
+            trained.end_ids,
         )
     )
 

@@ -49,10 +49,19 @@ def read_chat_template(directory: Path) -> ChatTemplate | None:
         text = {entry["name"]: entry["template"] for entry in text}.get("default")
     if text is None:
         return None
+    return ChatTemplate(text, read_tokens(directory))
+
+
+def read_tokens(directory: Path) -> dict[str, str]:
+    """Texts of the tokens that `tokenizer_config.json` names, such as eos_token; none without it.
+
+    Raises:
+      WeightsError: if the file is damaged.
+    """
+    settings = read_json(directory / SETTINGS) if (directory / SETTINGS).exists() else {}
     # A token is its text, or an object of which that is a part.
     tokens = {name: settings[name] for name in _NAMED if settings.get(name)}
-    texts = {k: v["content"] if isinstance(v, dict) else v for k, v in tokens.items()}
-    return ChatTemplate(text, texts)
+    return {k: v["content"] if isinstance(v, dict) else v for k, v in tokens.items()}
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from examples.common.config import write_json
 from examples.common.errors import WeightsError
-from examples.llama.data.tokenizer import end_of_text, for_prompts, load_tokenizer
+from examples.llama.data.tokenizer import for_prompts, load_tokenizer
 from examples.llama.model.config import ModelConfig
 from examples.llama.model.llama import Llama, abstract_params, with_params
 from examples.llama.weights import hf_config, names, runs
@@ -23,6 +23,7 @@ from examples.pretrained.hf_tokenizer import (
     TOKENIZER,
     read_chat_template,
     read_tokenizer,
+    read_tokens,
     write_tokenizer,
 )
 from examples.pretrained.json_file import read_json
@@ -171,7 +172,7 @@ def save_llama(pretrained: PretrainedLlama, directory: Path) -> None:
 
 def _open_run(path: Path, step: int | None) -> WeightsFile:
     run = runs.saved_run(path, step)
-    tokenizer = load_tokenizer(str(path / TOKENIZER))
+    tokenizer, end = load_tokenizer(str(path / TOKENIZER))
 
     def tensors() -> Tensors:
         flat: dict[Any, Any] = flatten_dict(runs.read_weights(run))
@@ -182,7 +183,7 @@ def _open_run(path: Path, step: int | None) -> WeightsFile:
         config=run.model,
         tokenizer=for_prompts(tokenizer, start=run.init_from is not None),
         chat_template=None,
-        end_ids=(end_of_text(tokenizer),),
+        end_ids=(end,),
         tensors=tensors,
         names=names.HUGGING_FACE,
         types={},
@@ -203,6 +204,9 @@ def _open_directory(path: Path) -> WeightsFile:
     settings = read_json(generation) if generation.exists() else {}
     # Null, which transformers writes for what was not set, says nothing.
     ends = [source.get("eos_token_id") for source in (settings, raw)]
+    tokenizer = read_tokenizer(path)
+    if tokenizer is not None:
+        ends.append(tokenizer.token_to_id(read_tokens(path).get("eos_token", "")))
     end = next((end for end in ends if end not in (None, [])), ())
     end_ids: tuple[int, ...] = tuple(end) if isinstance(end, list | tuple) else (end,)  # type: ignore[bad-assignment]
     # Left out of files where the embedding takes its place, but not always of their index.
@@ -210,7 +214,7 @@ def _open_directory(path: Path) -> WeightsFile:
     return WeightsFile(
         path=path,
         config=config,
-        tokenizer=read_tokenizer(path),
+        tokenizer=tokenizer,
         chat_template=read_chat_template(path),
         end_ids=end_ids,
         tensors=lambda: read_tensors(path, absent),
