@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str] | None) -> RunConfig:
     """The configuration: the preset, and what the command line overrides."""
-    argv = cli.expand(argv, SHORTHANDS)
+    argv = cli.expand(argv, SHORTHANDS, RunConfig)
     preset = cli.peek(argv, preset="nano").preset
     # An unknown name is left to tyro, which lists the known ones.
     default = run_preset(preset if preset in MODEL_PRESETS else "nano")

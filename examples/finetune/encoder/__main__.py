@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str] | None) -> RunConfig:
     """The configuration: the preset of the task, and what the command line overrides."""
-    argv = cli.expand(argv, {})
+    argv = cli.expand(argv, {}, RunConfig)
     given = cli.peek(argv, preset="default", task="movie-snippets")
     # Unknown names are left to tyro, which lists the known ones.
     default = preset_config(

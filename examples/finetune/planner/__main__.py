@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str] | None) -> RunConfig:
     """The configuration: the preset, and what the command line overrides."""
-    argv = cli.expand(argv, SHORTHANDS)
+    argv = cli.expand(argv, SHORTHANDS, RunConfig)
     preset = cli.peek(argv, preset="default").preset
     # An unknown name is left to tyro, which lists the known ones.
     default = preset_config(preset if preset in PRESETS else "default")

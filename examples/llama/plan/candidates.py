@@ -208,7 +208,7 @@ def optimizer_arguments(spec: str, rank: int | None) -> list[str]:
 
 def _written_out(given: Sequence[str]) -> list[str]:
     """Arguments with those of their --config FILE, names and values apart."""
-    return apart(cli.expand(given, SHORTHANDS))
+    return apart(cli.expand(given, SHORTHANDS, RunConfig))
 
 
 def apart(words: Sequence[str]) -> list[str]:
