@@ -1,13 +1,11 @@
 """Command lines: options to a configuration and to a file of options, errors to exit codes."""
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import inspect
 import io
 import os
-import re
 import shutil
 import signal
 import sys
@@ -58,17 +56,14 @@ def parse(
         argv = ["--help" if word == "--help-all" else word for word in argv]
     more: dict[str, Any] = {} if default is None else {"default": default}
     more["description"] = _wrapped(inspect.getdoc(kind) or "")
-    said = io.StringIO()
+    # Without its --help an error of tyro does not point to it.
+    more["add_help"] = brief is None or "--help" in argv
     try:
-        with contextlib.redirect_stderr(said):
-            return _at_home(tyro.cli(kind, prog=f"python -m {program}", args=argv, **more))
-    finally:
-        text = said.getvalue()
-        sys.stderr.write(text if brief is None else _HINT.sub(r"\1-all\2", text))
-
-
-# The last line of tyro's errors, which it pads to the width of a box.
-_HINT = re.compile(r"(For full helptext, .* --help)(\S*) {,4}")
+        return _at_home(tyro.cli(kind, prog=f"python -m {program}", args=argv, **more))
+    except SystemExit as stop:
+        if stop.code and brief is not None:
+            print(f"all options: python -m {program} --help-all", file=sys.stderr)
+        raise
 
 
 def _wrapped(text: str) -> str:
