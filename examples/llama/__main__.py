@@ -16,6 +16,7 @@ from examples.common.interrupt import GO_ON, stop_on_signals
 from examples.common.metrics import Record, of_kind
 from examples.common.plots import plot_run
 from examples.common.reporter import READING, Activity, Reporter, make_reporter
+from examples.common.run_directory import check_start
 from examples.llama.data import load_splits, ngram_perplexity
 from examples.llama.data.tokenizer import for_prompts
 from examples.llama.distributed.processes import abort_peers, several_processes, start
@@ -27,6 +28,7 @@ from examples.llama.model.llama import with_params
 from examples.llama.report import describe, next_commands, summary_table, warnings_of
 from examples.llama.run_config import RunConfig, run_preset
 from examples.llama.sample import continued
+from examples.llama.training.build import check_config
 from examples.llama.weights.files import PretrainedLlama, replace_llama
 from examples.llama.weights.initial import start_from
 from examples.llama.weights.runs import EXPORT
@@ -91,12 +93,16 @@ def run(config: RunConfig, console: Console) -> int:
     reporter = make_reporter(console, quiet or not leads, describe)
     if leads:
         announce_devices(reporter.note, None if config.distributed.enabled else 1)
+        check_start(run_dir, [run_dir], config.output)
+    if config.init_from is None:
+        check_config(config)
     reporter.note(f"{run_dir}: reading text and tokenizer")
     tokenizer = initial = None
     with reporter.during(READING):
         if config.init_from is not None:
             config, tokenizer, initial, note = start_from(config)
             reporter.note(note)
+            check_config(config)
         splits = load_splits(config.data, tokenizer)
     for warning in warnings_of(config, splits) if leads else ():
         print(f"warning: {warning}", file=sys.stderr, flush=True)

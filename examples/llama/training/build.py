@@ -1,6 +1,7 @@
 """The training step that a configuration describes, and its arguments as shapes."""
 
 import contextlib
+import dataclasses
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, cast
 
@@ -13,10 +14,13 @@ from examples.common.accelerators import platforms_asked_for
 from examples.common.errors import ConfigError
 from examples.common.lora import partition
 from examples.common.train_state import Params, TrainState, init_state
+from examples.llama.distributed.devices import make_devices
 from examples.llama.model.adapters import make_linear
+from examples.llama.model.llama import abstract_params
 from examples.llama.run_config import RunConfig
 from examples.llama.training.optimization import Optimization, make_optimization
 from examples.llama.training.per_layer import make_per_layer_step
+from examples.llama.training.relora import make_merge
 from examples.llama.training.train_step import Apply, make_model, make_train_step
 
 
@@ -71,6 +75,22 @@ def to_device(x: jax.Array) -> jax.Array:
     """On the first device; what is in host memory stays there."""
     where = SingleDeviceSharding(jax.local_devices()[0], memory_kind=x.sharding.memory_kind)
     return jax.device_put(x, where)
+
+
+def check_config(config: RunConfig) -> None:
+    """Refuse what could not be trained whatever the text is. Nothing is allocated.
+
+    Raises:
+      ConfigError: if the optimizer does not fit the model, its adapters, the accumulation or an
+        update by layers, or the rows of a batch the devices.
+    """
+    make_devices(config.distributed, config.batch_size)
+    model = dataclasses.replace(config.model, layers=1)  # All layers have the shapes of one.
+    params, _ = partition(abstract_params(model, make_linear(config.adapter)))
+    optimization = make_optimization(config, params)
+    make_merge(config.adapter, optimization.tx, params, config.seed)
+    if config.per_layer:
+        make_per_layer_step(dataclasses.replace(config, model=model), optimization.tx, params)
 
 
 class AbstractRun(NamedTuple):
