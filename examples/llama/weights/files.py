@@ -71,10 +71,11 @@ def load_llama(
     a package or a hub.
 
     Args:
-      name: the directory of a run; a path ``model.gguf``; a directory with ``config.json``,
-        ``model.safetensors`` (or its parts and their index) and, where there are any,
-        ``tokenizer.json`` and ``tokenizer_config.json``; ``smollm2-135m-instruct``, for
-        the pip package that brings it along; or a name on the Hugging Face hub.
+      name: the directory of a run, or of a method that `examples.finetune.planner` has trained; a
+        path ``model.gguf``; a directory with ``config.json``, ``model.safetensors`` (or its parts
+        and their index) and, where there are any, ``tokenizer.json`` and ``tokenizer_config.json``;
+        ``smollm2-135m-instruct``, for the pip package that brings it along; or a name on the
+        Hugging Face hub.
       stacked: keep the layers in one stack, as `per_layer` training needs them.
       dtype: what products are computed in.
       param_dtype: what the weights become, whatever the file has.
@@ -99,8 +100,10 @@ def open_weights(name: str, step: int | None = None) -> WeightsFile:
     path = locate_model(name, FILES)
     if runs.is_run(path):
         return _open_run(path, step)
-    if (path / runs.EXPORT / CONFIG).exists():
-        path = path / runs.EXPORT
+    for part in (runs.EXPORT, runs.METHOD_MODEL):
+        if (path / part / CONFIG).exists():
+            path = path / part
+            break
     if step is not None:
         raise WeightsError(f"{name}: no checkpoints in this directory, so no step {step}")
     file = _open_gguf(path) if path.is_file() else _open_directory(path)
@@ -191,6 +194,11 @@ def _open_run(path: Path, step: int | None) -> WeightsFile:
 
 
 def _open_directory(path: Path) -> WeightsFile:
+    methods = sorted(p.parent for p in path.glob(f"*/{runs.METHOD_MODEL}") if p.is_dir())
+    if methods and not (path / CONFIG).exists():
+        raise WeightsError(
+            f"{path}: a comparison of methods: name one of {', '.join(map(str, methods))}"
+        )
     if not (path / CONFIG).exists():
         raise WeightsError(
             f"{path}: neither a run, which has {runs.CHECKPOINTS} or {runs.EXPORT}, nor a model in "
