@@ -19,6 +19,7 @@ from examples.common.reporter import READING, Activity, Reporter, make_reporter
 from examples.common.run_directory import check_start
 from examples.llama.data import load_splits, ngram_perplexity
 from examples.llama.data.tokenizer import for_prompts
+from examples.llama.distributed.devices import make_devices
 from examples.llama.distributed.processes import abort_peers, several_processes, start
 from examples.llama.loop import Result, train
 from examples.llama.model.adapters import without_adapters
@@ -94,6 +95,7 @@ def run(config: RunConfig, console: Console) -> int:
     if leads:
         announce_devices(reporter.note, None if config.distributed.enabled else 1)
         check_start(run_dir, [run_dir], config.output)
+    make_devices(config.distributed, config.batch_size)  # Refuses a batch that cannot be shared.
     if config.init_from is None:
         check_config(config)
     reporter.note(f"{run_dir}: reading text and tokenizer")

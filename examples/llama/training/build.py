@@ -14,7 +14,6 @@ from examples.common.accelerators import platforms_asked_for
 from examples.common.errors import ConfigError
 from examples.common.lora import partition
 from examples.common.train_state import Params, TrainState, init_state
-from examples.llama.distributed.devices import make_devices
 from examples.llama.model.adapters import make_linear
 from examples.llama.model.llama import abstract_params
 from examples.llama.run_config import RunConfig
@@ -82,9 +81,8 @@ def check_config(config: RunConfig) -> None:
 
     Raises:
       ConfigError: if the optimizer does not fit the model, its adapters, the accumulation or an
-        update by layers, or the rows of a batch the devices.
+        update by layers.
     """
-    make_devices(config.distributed, config.batch_size)
     model = dataclasses.replace(config.model, layers=1)  # All layers have the shapes of one.
     params, _ = partition(abstract_params(model, make_linear(config.adapter)))
     optimization = make_optimization(config, params)
