@@ -138,6 +138,8 @@ def test_weights_of_a_method_are_those_of_its_best_epoch(tmp_path, monkeypatch, 
     assert evaluate([str(method), "--data", str(text)]) == 0
     with pytest.raises(WeightsError, match=rf"a comparison of methods: name one of {method}$"):
         open_weights(str(method.parent))
+    saved["model"] = {}  # Of a run that was exported into "model".
+    assert runs.is_run(method)
 
 
 def test_any_kept_step(tmp_path, finished):

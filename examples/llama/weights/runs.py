@@ -34,7 +34,9 @@ class SavedRun(NamedTuple):
 
 def is_run(path: Path) -> bool:
     """Whether a directory is that of a run with checkpoints, not of a method with its model."""
-    return bool(kept(path / CHECKPOINTS)) and not (path / METHOD_MODEL).exists()
+    if not kept(path / CHECKPOINTS):
+        return False
+    return not (path / METHOD_MODEL).exists() or _describes_model(_newest_config(path))
 
 
 def config_of(path: Path) -> dict[str, Any]:
@@ -43,14 +45,23 @@ def config_of(path: Path) -> dict[str, Any]:
     Raises:
       WeightsError: if it is no checkpoint of `examples.llama`.
     """
-    checkpoints = path / CHECKPOINTS
-    config = read_checkpoint(checkpoints, kept(checkpoints)[-1])[0]
-    if not isinstance(config.get("model"), dict):
+    config = _newest_config(path)
+    if not _describes_model(config):
         raise WeightsError(
             f"{path}: no checkpoints of examples.llama; a method of examples.finetune has its "
             f"weights in {path / METHOD_MODEL}, which is not there yet"
         )
     return config
+
+
+def _newest_config(path: Path) -> dict[str, Any]:
+    checkpoints = path / CHECKPOINTS
+    return read_checkpoint(checkpoints, kept(checkpoints)[-1])[0]
+
+
+def _describes_model(config: dict[str, Any]) -> bool:
+    """Whether a configuration is one of `examples.llama`: others have the name of a model."""
+    return isinstance(config.get("model"), dict)
 
 
 def saved_run(path: Path, step: int | None = None) -> SavedRun:
