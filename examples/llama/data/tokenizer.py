@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from examples.common.config import path_of
 from examples.common.errors import DataError
-from examples.pretrained.hf_tokenizer import SETTINGS, TOKENIZER, read_tokens, write_tokenizer
+from examples.pretrained.hf_tokenizer import SETTINGS, TOKENIZER, stated_end, write_tokenizer
 from examples.pretrained.locate import locate_model
 
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "</s>", "<eos>", "[SEP]")
@@ -69,8 +69,7 @@ def load_tokenizer(path: str, stated: Sequence[int] = ()) -> TextTokenizer:
     except Exception as error:
         raise DataError(f"{path}: not a tokenizer file of `tokenizers` ({error})") from error
     file = path_of(path)
-    name = read_tokens(file.parent).get("eos_token", "") if file.name == TOKENIZER else ""
-    end = tokenizer.token_to_id(name)
+    end = stated_end(tokenizer, file.parent) if file.name == TOKENIZER else None
     return plain_text(tokenizer, path, stated if end is None else (end,))
 
 

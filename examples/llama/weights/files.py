@@ -23,7 +23,7 @@ from examples.pretrained.hf_tokenizer import (
     TOKENIZER,
     read_chat_template,
     read_tokenizer,
-    read_tokens,
+    stated_end,
     write_tokenizer,
 )
 from examples.pretrained.json_file import read_json
@@ -214,7 +214,7 @@ def _open_directory(path: Path) -> WeightsFile:
     ends = [source.get("eos_token_id") for source in (settings, raw)]
     tokenizer = read_tokenizer(path)
     if tokenizer is not None:
-        ends.append(tokenizer.token_to_id(read_tokens(path).get("eos_token", "")))
+        ends.append(stated_end(tokenizer, path))
     end = next((end for end in ends if end not in (None, [])), ())
     end_ids: tuple[int, ...] = tuple(end) if isinstance(end, list | tuple) else (end,)  # type: ignore[bad-assignment]
     # Left out of files where the embedding takes its place, but not always of their index.
