@@ -60,7 +60,10 @@ def load_tokens(path: Path | None) -> np.ndarray:
         np.random.default_rng(0).shuffle(files)  # So that held-out addresses are of all centuries.
     else:
         files = [path]
-    return np.frombuffer(b"\n\n".join(file.read_bytes() for file in files), np.uint8)
+    try:
+        return np.frombuffer(b"\n\n".join(file.read_bytes() for file in files), np.uint8)
+    except OSError as error:
+        raise SystemExit(f"--text: {error}") from error
 
 
 def batch(tokens: np.ndarray, step: int, config: Config) -> jax.Array:
@@ -178,11 +181,8 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 def train(config: Config, tokens: np.ndarray, out: Path, mesh: jax.sharding.Mesh) -> Any:
     """The trained parameters and the losses that were printed."""
     train_tokens, held_out = np.split(tokens, [len(tokens) * 19 // 20])
-    if len(held_out) <= config.context:
-        raise SystemExit(
-            f"--text: its held-out twentieth must have more than {config.context} "
-            f"bytes, got {len(held_out)}"
-        )
+    if (size := len(held_out)) <= (low := config.context):
+        raise SystemExit(f"--text: held-out twentieth must have more than {low} bytes, got {size}")
     tx = make_optimizer(config)
 
     def init():

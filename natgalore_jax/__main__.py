@@ -63,8 +63,11 @@ def _environment() -> str:
     ]
     try:
         devices = jax.devices()
-    except RuntimeError as error:  # jax without a working backend is part of the diagnosis
-        return _lines([*rows, ["devices", f"none, {error}"]])
+    # jax without a working backend is part of the diagnosis. An assertion, without a message, where
+    # JAX_PLATFORMS asks for GPUs alone and none is visible.
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error) or "JAX_PLATFORMS asks for GPUs, and none is visible"
+        return _lines([*rows, ["devices", f"none, {reason}"]])
     kinds = collections.Counter((d.platform, d.device_kind) for d in devices)
     for (backend, kind), count in kinds.items():
         rows.append(["devices", f"{count} × {backend}" + (f", {kind}" if kind != backend else "")])

@@ -1,14 +1,19 @@
 """Accelerators: which jax is installed, and what programs say about devices."""
 
+import dataclasses
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import pytest
 
 from examples.common import accelerators
+from examples.common.errors import ConfigError
+from examples.llama.run_config import run_preset
+from examples.llama.training.build import on_the_host
 
 ROOT = Path(__file__).parent.parent
 
@@ -103,6 +108,65 @@ def test_idle_devices_are_a_warning(monkeypatch, capsys):
     assert "7 of 8 devices are idle" in capsys.readouterr().err
     accelerators.announce_devices(lambda text: None)
     assert capsys.readouterr().err == ""
+
+
+ASKED = {
+    "nonsense": RuntimeError("Unable to initialize backend 'nonsense'"),
+    "cuda": AssertionError(),  # What jax raises where no GPU is visible.
+    "": RuntimeError("Unable to initialize backend 'cuda': a plugin\nthat fails"),
+}
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_without_devices_an_error_says_what_was_asked_and_what_is_there(asked, monkeypatch):
+    found = jax.devices()
+
+    def devices():
+        if jax.config.jax_platforms == asked:
+            raise ASKED[asked]
+        return found
+
+    monkeypatch.setattr(jax, "devices", devices)
+    before = jax.config.jax_platforms
+    jax.config.update("jax_platforms", asked)
+    try:
+        with pytest.raises(ConfigError) as raised:
+            accelerators.announce_devices(lambda text: None)
+        assert jax.config.jax_platforms == asked
+    finally:
+        jax.config.update("jax_platforms", before)
+    message = str(raised.value)
+    assert (str(ASKED[asked]) or "none is visible").splitlines()[0] in message
+    assert "\n" not in message
+    if asked:
+        assert message.startswith(f"JAX_PLATFORMS={asked}: no such device")
+        assert message.endswith(f"without JAX_PLATFORMS there is {len(found)} x cpu")
+
+
+def test_programs_end_with_one_line_where_the_platform_is_not_there():
+    environment = os.environ | {"JAX_PLATFORMS": "nonsense", "PYTHONPATH": str(ROOT)}
+    for words in ("llama", "llama.export x", "many_devices.replicated"):
+        command = [sys.executable, "-m", *f"examples.{words}".split()]
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert ended.returncode == 1, ended.stderr
+        (line,) = ended.stderr.splitlines()
+        assert line.startswith("error: JAX_PLATFORMS=nonsense: no such device")
+
+
+def test_weights_in_8_bits_need_the_processor_beside_an_accelerator(monkeypatch):
+    def no_processor(backend=None):
+        raise RuntimeError("Unknown backend cpu")
+
+    config = dataclasses.replace(
+        run_preset("nano"),
+        weight_bits=8,
+        per_layer=True,
+        model=dataclasses.replace(run_preset("nano").model, stacked=True),
+    )
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", no_processor)
+    with pytest.raises(ConfigError, match=r"JAX_PLATFORMS=.*leaves out: add cpu"):
+        on_the_host(config)
 
 
 def test_hints_name_pinned_packages():

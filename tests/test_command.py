@@ -58,13 +58,20 @@ def test_versions_and_devices(capsys):
     assert lines["devices"] == f"{jax.device_count()} × cpu"
 
 
-def test_without_devices_it_says_why(capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("no backend here"), "no backend here"),
+        (AssertionError(), "JAX_PLATFORMS asks for GPUs, and none is visible"),
+    ],
+)
+def test_without_devices_it_says_why(capsys, monkeypatch, error, reason):
     def no_backend():
-        raise RuntimeError("no backend here")
+        raise error
 
     monkeypatch.setattr(jax, "devices", no_backend)
     main([])
-    assert "none, no backend here" in capsys.readouterr().out
+    assert f"none, {reason}" in capsys.readouterr().out
 
 
 def test_table_of_a_preset(capsys):

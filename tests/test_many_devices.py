@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import natgalore_jax as ng
+from examples.common.errors import ConfigError
 from examples.llama.model.config import ModelConfig
 from examples.many_devices import replicated, sharded, small_llama
 
@@ -73,8 +74,10 @@ def test_sharded_and_restored_on_another_mesh(on_one_device, tmp_path):
 def test_rows_that_devices_cannot_share_are_an_error_of_one_line(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: [None] * 3)
     monkeypatch.setattr(small_llama, "announce_devices", lambda *_: None)
-    with pytest.raises(SystemExit, match="--devices must divide the 16 rows of a batch, got 3"):
-        small_llama.devices(None)
+    for simulated, number in ((None, 3), (0, 0), (-1, -1), (5, 5)):
+        message = f"--devices must divide the 16 rows of a batch, got {number}"
+        with pytest.raises(ConfigError, match=message):
+            small_llama.devices(simulated)
 
 
 def test_each_device_has_an_eighth():

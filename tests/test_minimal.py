@@ -154,3 +154,9 @@ def test_it_is_one_short_file_that_stands_alone():
             imported |= {alias.name.partition(".")[0] for alias in node.names}
     packages = {"flax", "jax", "natgalore_jax", "numpy", "optax", "orbax"}
     assert imported <= packages | sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("name", ["missing.txt", "."])
+def test_a_text_that_cannot_be_read_is_an_error_of_one_line(tmp_path, name):
+    with pytest.raises(SystemExit, match=rf"^--text: .*{tmp_path}"):
+        minimal.load_tokens(tmp_path / name)

@@ -13,7 +13,7 @@ FAST = {
     *("test_memory_report", "test_memory_tables", "test_parameter_names", "test_dependence"),
     "test_minimal",
     *("test_cli", "test_data_files", "test_data_ngram", "test_data_packing", "test_data_split"),
-    *("test_data_splits", "test_data_tokenizer"),
+    *("test_data_splits", "test_data_tokenizer", "test_options_file"),
     *("test_loggers", "test_reporter", "test_tables", "test_utilization"),
     *("test_glue_data", "test_glue_scores"),
     *("test_functions_data", "test_functions_metrics", "test_functions_parse"),

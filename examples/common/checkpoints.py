@@ -37,12 +37,8 @@ class Checkpoints:
         Raises:
           ConfigError: if checkpoints in this directory could not be read.
         """
+        check_directory(directory)
         self._directory = directory.absolute()
-        if "[" in str(self._directory):  # Orbax takes it for a pattern, and merges nothing.
-            raise ConfigError(
-                f"{self._directory}: Orbax writes no readable checkpoints below a directory with "
-                "[ in its name: pass another --name or --root"
-            )
         policies = ocp.checkpoint_managers
         options = ocp.CheckpointManagerOptions(
             create=True,
@@ -190,6 +186,15 @@ class Checkpoints:
         except CheckpointError:
             if kind is None:  # What went wrong first says more.
                 raise
+
+
+def check_directory(directory: Path) -> None:
+    """Raise a ConfigError if checkpoints in this directory could not be read."""
+    if "[" in str(directory.absolute()):  # Orbax takes it for a pattern, and merges nothing.
+        raise ConfigError(
+            f"{directory.absolute()}: Orbax writes no readable checkpoints below a directory with "
+            "[ in its name: pass another --name or --root"
+        )
 
 
 @contextlib.contextmanager

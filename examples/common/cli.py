@@ -2,15 +2,18 @@
 
 import argparse
 import dataclasses
+import functools
+import inspect
 import io
 import os
 import shlex
 import shutil
 import signal
 import sys
+import textwrap
 import typing
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,7 +55,22 @@ def parse(
             raise SystemExit(0)
         argv = ["--help" if word == "--help-all" else word for word in argv]
     more: dict[str, Any] = {} if default is None else {"default": default}
-    return _at_home(tyro.cli(kind, prog=f"python -m {program}", args=argv, **more))
+    more["description"] = _wrapped(inspect.getdoc(kind) or "")
+    # Without its --help an error of tyro does not point to it.
+    more["add_help"] = brief is None or "--help" in argv
+    try:
+        return _at_home(tyro.cli(kind, prog=f"python -m {program}", args=argv, **more))
+    except SystemExit as stop:
+        if stop.code and brief is not None:
+            print(f"all options: python -m {program} --help-all", file=sys.stderr)
+        raise
+
+
+def _wrapped(text: str) -> str:
+    """Paragraphs in lines of a box of tyro, which joins lines that begin with a letter."""
+    width = min(80, shutil.get_terminal_size().columns)
+    how = {"width": width, "initial_indent": "  ", "subsequent_indent": "  "}
+    return "\n\n".join(textwrap.fill(" ".join(p.split()), **how) for p in text.split("\n\n"))
 
 
 def parse_known(kind: type[T], program: str, argv: Sequence[str] | None) -> tuple[T, list[str]]:
@@ -81,8 +99,16 @@ def _at_home(value: Any) -> Any:
     return dataclasses.replace(value, **changed) if changed else value
 
 
-def expand(argv: Sequence[str] | None, shorthands: Mapping[str, Sequence[str]]) -> list[str]:
+def expand(
+    argv: Sequence[str] | None, shorthands: Mapping[str, Sequence[str]], kind: type | None
+) -> list[str]:
     """The command line with shorthands written out, after the options of its --config FILE.
+
+    Args:
+      argv: words of the command line; None: those of this process.
+      shorthands: words and what they stand for.
+      kind: type of the configuration, which has the types of the options; None: of no matter,
+        as where only the names of options are read.
 
     Raises:
       ConfigError: if the file cannot be read, or holds anything else than options.
@@ -92,7 +118,10 @@ def expand(argv: Sequence[str] | None, shorthands: Mapping[str, Sequence[str]]) 
     given, words = parser.parse_known_args(argv)
     if None in given.config:
         raise ConfigError("--config needs a file of options")
-    words = [word for path in given.config for word in _from_file(path)] + words
+    types: dict[str, Any] = {word.removeprefix("--"): bool for word in shorthands}
+    if kind is not None:
+        types |= {name: hint for name, _, hint in _leaves(kind)}
+    words = [word for path in given.config for word in _from_file(path, types)] + words
     return [new for word in words for new in shorthands.get(word, [word])]
 
 
@@ -113,50 +142,86 @@ def bf16_shorthands(option: str) -> dict[str, tuple[str, str]]:
     return {"--bf16": (option, "bfloat16"), "--no-bf16": (option, "float32")}
 
 
-def _from_file(path: Path) -> list[str]:
+def _from_file(path: Path, types: Mapping[str, Any]) -> list[str]:
     try:
-        found = yaml.safe_load(path.read_text())
-    # ValueError of text that is not UTF-8, and of a date such as 2024-13-01.
-    except (yaml.YAMLError, ValueError) as error:
+        # Not loaded: YAML would make 8 of 010, true of on and a date of 2024-01-01.
+        root = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(found, dict) or any(isinstance(v, dict) for v in found.values()):
+    pairs = root.value if isinstance(root, yaml.MappingNode) else [(root, root)]
+    if not all(isinstance(name, yaml.ScalarNode) and _is_value(value) for name, value in pairs):
         raise ConfigError(
             f"{path}: expected a line for each option, such as `model.layers: 4`; {OPTIONS} of a "
             "run has them all"
         )
-    return [word for name, value in found.items() for word in _option(str(name), value)]
+    return [
+        word
+        for name, value in pairs
+        for word in _words_of(path, name.value, value, types.get(name.value, Any))
+    ]
 
 
-def _option(name: str, value: Any) -> list[str]:
-    if isinstance(value, bool):
-        group, dot, field = name.rpartition(".")
-        return [f"--{name}" if value else f"--{group}{dot}no-{field}"]
-    if isinstance(value, list):
-        return [f"--{name}", *map(str, value)]
-    return [f"--{name}={value}"]
+def _is_value(node: Any) -> bool:
+    nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    return all(isinstance(inner, yaml.ScalarNode) for inner in nodes)
+
+
+def _words_of(path: Path, name: str, node: Any, hint: Any) -> list[str]:
+    """An option of a file as words of the command line; `hint` is its type."""
+    kinds = {hint, *typing.get_args(hint)}
+
+    def text_of(scalar: yaml.ScalarNode, has_none: bool) -> str:
+        where, text = f"{path}: line {scalar.start_mark.line + 1}: {name}", scalar.value
+        if scalar.tag == _NULL:
+            if not has_none:
+                raise ConfigError(f"{where}: null, expected a value")
+            return "None"
+        if bool in kinds and text != "None":
+            if text.lower() not in _BOOLEANS:
+                raise ConfigError(f"{where}: expected true or false, got {text!r}")
+            return str(_BOOLEANS[text.lower()])
+        if float in kinds and text.lower().lstrip("+-") in (".inf", ".nan"):
+            return text.replace(".", "")
+        return text
+
+    if isinstance(node, yaml.SequenceNode):
+        items = [text_of(item, False) for item in node.value]
+        return [f"--{name}={items[0]}"] if len(items) == 1 else [f"--{name}", *items]
+    text = text_of(node, hint is Any or type(None) in kinds)
+    if hint is not bool:
+        return [f"--{name}={text}"]
+    group, dot, field = name.rpartition(".")
+    return [f"--{name}" if text == "True" else f"--{group}{dot}no-{field}"]
+
+
+_NULL = "tag:yaml.org,2002:null"
+_BOOLEANS = yaml.SafeLoader.bool_values
 
 
 def options_text(config: Any, program: str) -> str:
     """All options of a configuration, by the names of the command line, as YAML."""
-    values = {k: v for k, v in _options(config, "").items() if k not in _ONCE}
+    values = {
+        name: plain(functools.reduce(getattr, fields, config))
+        for name, fields, _ in _leaves(type(config))
+        if name not in _ONCE
+    }
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     return f"# python -m {program} --config {OPTIONS} --name another\n{text}"
 
 
-def _options(config: Any, prefix: str) -> dict[str, Any]:
-    hints = typing.get_type_hints(type(config), include_extras=True)
-    found = {}
-    for field in dataclasses.fields(config):
-        value, marks = getattr(config, field.name), getattr(hints[field.name], "__metadata__", ())
+def _leaves(kind: type, prefix: str = "") -> Iterator[tuple[str, tuple[str, ...], Any]]:
+    """Names of all options of a configuration, the fields that lead to each, and its type."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    for field in dataclasses.fields(kind):
+        hint, marks = hints[field.name], getattr(hints[field.name], "__metadata__", ())
+        hint = typing.get_args(hint)[0] if marks else hint
         renamed = [m.name for m in marks if getattr(m, "name", None) is not None]
         name = prefix + (renamed[0] if renamed else field.name.replace("_", "-"))
-        if dataclasses.is_dataclass(value):
-            found |= _options(value, prefix if _WITHOUT_PREFIX in marks else f"{name}.")
-        elif isinstance(value, bool) and type(None) in typing.get_args(hints[field.name]):
-            found[name] = str(value)  # tyro makes no flag of `bool | None`: --NAME=True.
-        else:
-            found[name] = plain(value)
-    return found
+        if not dataclasses.is_dataclass(hint):
+            yield name, (field.name,), hint
+            continue
+        inner = _leaves(hint, prefix if _WITHOUT_PREFIX in marks else f"{name}.")
+        yield from ((option, (field.name, *fields), type_) for option, fields, type_ in inner)
 
 
 _, _WITHOUT_PREFIX = typing.get_args(tyro.conf.OmitArgPrefixes[int])

@@ -21,6 +21,12 @@ class Logger(Protocol):
     def close(self) -> None: ...
 
 
+def check_loggers(names: Sequence[LoggerName]) -> None:
+    """Raise a ConfigError if the package of a logger is missing."""
+    for name in names:
+        _package(name)
+
+
 def make_loggers(
     names: Sequence[LoggerName], run_dir: Path, config: Json, step: int
 ) -> list[Logger]:
@@ -46,7 +52,7 @@ class _TensorBoard:
     """Event files in RUN/tensorboard."""
 
     def __init__(self, run_dir: Path, config: Json, step: int):
-        package = _package("tensorboard", "tensorboardX")
+        package = _package("tensorboard")
         # What an earlier run recorded of later steps, which are run again, is not shown.
         directory = str(run_dir / "tensorboard")
         self._writer = package.SummaryWriter(directory, purge_step=step + 1 if step else None)
@@ -63,7 +69,7 @@ class _Wandb:
     """A run of Weights & Biases; WANDB_PROJECT and WANDB_MODE=offline act as always."""
 
     def __init__(self, run_dir: Path, config: Json, step: int):
-        package = _package("wandb", "wandb")
+        package = _package("wandb")
         path = run_dir / WANDB_ID
         if not path.exists():
             path.write_text(uuid.uuid4().hex[:8])
@@ -85,13 +91,15 @@ class _Wandb:
         self._run.finish()
 
 
+_PACKAGES: dict[LoggerName, str] = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 _LOGGERS: dict[LoggerName, Callable[[Path, Json, int], Logger]] = {
     "tensorboard": _TensorBoard,
     "wandb": _Wandb,
 }
 
 
-def _package(option: str, name: str) -> Any:
+def _package(option: LoggerName) -> Any:
+    name = _PACKAGES[option]
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -3,11 +3,14 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from examples.common.config import path_of
+from examples.common.checkpoints import check_directory, kept
+from examples.common.config import path_of, refuse_unless_resumed
 from examples.common.errors import ConfigError
+from examples.common.loggers import check_loggers
 
 try:
     import fcntl
@@ -34,6 +37,30 @@ def check_apart(run_dir: Path, option: str, source: str) -> None:
         raise ConfigError(f"--overwrite would delete {option} {source}: pass another --name")
 
 
+def check_start(run_dir: Path, parts: Sequence[Path], output: Any) -> None:
+    """Refuse a run that would be refused after its text was read.
+
+    Args:
+      run_dir: directory of the run.
+      parts: directories of what is trained in it, each with checkpoints.
+      output: has the options `resume`, `overwrite` and `log_to`.
+
+    Raises:
+      ConfigError: if there is such a run, another program holds the directory, what is to be
+        overwritten is no run, checkpoints would be unreadable, or the package of a logger is
+        missing.
+    """
+    check_loggers(output.log_to)
+    for part in parts:
+        check_directory(part / CHECKPOINTS)
+    if run_dir.exists():
+        with _held(run_dir.resolve(), output.overwrite):
+            pass
+    for part in parts:
+        if kept(part / CHECKPOINTS) and not output.overwrite:
+            refuse_unless_resumed(part, output.resume)
+
+
 @contextlib.contextmanager
 def run_directory(run_dir: Path, overwrite: bool) -> Iterator[Callable[[], None]]:
     """Hold the directory of a run, and set an old run aside if that is to be overwritten.
@@ -53,12 +80,7 @@ def run_directory(run_dir: Path, overwrite: bool) -> Iterator[Callable[[], None]
 
     run_dir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as held:
-        held.enter_context(_locked(run_dir))
-        runs = [run_dir / CHECKPOINTS, *run_dir.glob(f"*/{CHECKPOINTS}")]
-        if overwrite and any(run_dir.iterdir()) and not any(path.exists() for path in runs):
-            raise ConfigError(
-                f"--overwrite deletes a run, and {run_dir} is none: use another --name"
-            )
+        held.enter_context(_held(run_dir, overwrite))
         try:
             if overwrite:
                 if old.exists():
@@ -72,6 +94,18 @@ def run_directory(run_dir: Path, overwrite: bool) -> Iterator[Callable[[], None]
             if overwrite and old.exists():
                 shutil.rmtree(run_dir, ignore_errors=True)
                 old.rename(run_dir)
+
+
+@contextlib.contextmanager
+def _held(run_dir: Path, overwrite: bool) -> Iterator[None]:
+    """Hold a directory, which with `overwrite` must be empty or one of a run."""
+    with _locked(run_dir):
+        runs = [run_dir / CHECKPOINTS, *run_dir.glob(f"*/{CHECKPOINTS}")]
+        if overwrite and any(run_dir.iterdir()) and not any(path.exists() for path in runs):
+            raise ConfigError(
+                f"--overwrite deletes a run, and {run_dir} is none: use another --name"
+            )
+        yield
 
 
 @contextlib.contextmanager

@@ -16,8 +16,10 @@ from examples.common.interrupt import GO_ON, stop_on_signals
 from examples.common.metrics import Record, of_kind
 from examples.common.plots import plot_run
 from examples.common.reporter import READING, Activity, Reporter, make_reporter
+from examples.common.run_directory import check_start
 from examples.llama.data import load_splits, ngram_perplexity
 from examples.llama.data.tokenizer import for_prompts
+from examples.llama.distributed.devices import make_devices
 from examples.llama.distributed.processes import abort_peers, several_processes, start
 from examples.llama.loop import Result, train
 from examples.llama.model.adapters import without_adapters
@@ -27,6 +29,7 @@ from examples.llama.model.llama import with_params
 from examples.llama.report import describe, next_commands, summary_table, warnings_of
 from examples.llama.run_config import RunConfig, run_preset
 from examples.llama.sample import continued
+from examples.llama.training.build import check_config
 from examples.llama.weights.files import PretrainedLlama, replace_llama
 from examples.llama.weights.initial import start_from
 from examples.llama.weights.runs import EXPORT
@@ -72,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str] | None) -> RunConfig:
     """The configuration: the preset, and what the command line overrides."""
-    argv = cli.expand(argv, SHORTHANDS)
+    argv = cli.expand(argv, SHORTHANDS, RunConfig)
     preset = cli.peek(argv, preset="nano").preset
     # An unknown name is left to tyro, which lists the known ones.
     default = run_preset(preset if preset in MODEL_PRESETS else "nano")
@@ -91,12 +94,17 @@ def run(config: RunConfig, console: Console) -> int:
     reporter = make_reporter(console, quiet or not leads, describe)
     if leads:
         announce_devices(reporter.note, None if config.distributed.enabled else 1)
+        check_start(run_dir, [run_dir], config.output)
+    make_devices(config.distributed, config.batch_size)  # Refuses a batch that cannot be shared.
+    if config.init_from is None:
+        check_config(config)
     reporter.note(f"{run_dir}: reading text and tokenizer")
     tokenizer = initial = None
     with reporter.during(READING):
         if config.init_from is not None:
             config, tokenizer, initial, note = start_from(config)
             reporter.note(note)
+            check_config(config)
         splits = load_splits(config.data, tokenizer)
     for warning in warnings_of(config, splits) if leads else ():
         print(f"warning: {warning}", file=sys.stderr, flush=True)
@@ -112,7 +120,7 @@ def run(config: RunConfig, console: Console) -> int:
     config = result.config
     if result.diverged:
         raise ConfigError(
-            f"the loss is not finite at step {result.steps}: try a --learning-rate below "
+            f"the loss is not finite at step {result.diverged_at}: try a --learning-rate below "
             f"{config.learning_rate:g}"
         )
     # By a signal, which another process may have got, or which came after the last batch.
@@ -199,6 +207,7 @@ def write_sample(trained: PretrainedLlama, config: RunConfig) -> str:
             SAMPLE_TOKENS,
             Sampling(temperature=0.8, top_k=50),
             jax.random.key(config.seed),
+            trained.end_ids,
         )
     )
 

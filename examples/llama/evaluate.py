@@ -20,7 +20,7 @@ from examples.common.metrics import Record
 from examples.common.reporter import Activity, on_stderr
 from examples.llama.data import DataConfig, eval_batches, eval_rows
 from examples.llama.data.corpus import load_corpus, load_documents
-from examples.llama.data.tokenizer import encode, end_of_text, plain_text, vocabulary_size
+from examples.llama.data.tokenizer import encode, plain_text, vocabulary_size
 from examples.llama.training.evaluate import make_eval_step, mean_nll, perplexity
 from examples.llama.weights.files import load_llama
 from examples.llama.weights.runs import config_of, is_run
@@ -102,10 +102,11 @@ def evaluate(config: EvaluateConfig) -> Record:
     )
     if loaded.tokenizer is None:
         raise ConfigError(f"{config.model}: no tokenizer.json")
-    tokenizer, most = plain_text(loaded.tokenizer, config.model), loaded.config.max_length
-    if vocabulary_size(tokenizer) > loaded.config.vocab_size:
+    tokenizer = plain_text(loaded.tokenizer, config.model, loaded.end_ids)
+    vocabulary, most = vocabulary_size(loaded.tokenizer), loaded.config.max_length
+    if vocabulary > loaded.config.vocab_size:
         raise ConfigError(
-            f"{config.model}: a tokenizer of {vocabulary_size(tokenizer)} tokens, and weights for "
+            f"{config.model}: a tokenizer of {vocabulary} tokens, and weights for "
             f"{loaded.config.vocab_size}"
         )
     seq_len = min(most, LONGEST) if seq_len is None else seq_len
@@ -115,7 +116,7 @@ def evaluate(config: EvaluateConfig) -> Record:
             f"1, got {seq_len} and {config.batch_size}"
         )
     tokens = encode(tokenizer, documents)
-    end = end_of_text(tokenizer) if data.rows == "documents" else None
+    end = tokenizer.end_of_text if data.rows == "documents" else None
     # Rows that only fill a batch take time and memory too.
     batch_size = min(config.batch_size, eval_rows(tokens, seq_len, end))
     graphdef, params = nnx.split(loaded.model)

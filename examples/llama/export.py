@@ -10,10 +10,11 @@ import tyro
 from examples.common import cli
 from examples.common.accelerators import announce_devices
 from examples.common.config import path_of
+from examples.common.errors import ConfigError
 from examples.common.reporter import READING, on_stderr
 from examples.llama.model.llama import with_params
 from examples.llama.weights.files import PretrainedLlama, open_weights, read_params, replace_llama
-from examples.llama.weights.runs import EXPORT
+from examples.llama.weights.runs import EXPORT, is_run
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class ExportConfig:
     step: int | None = None
     """The step of the checkpoint; the newest one by default."""
     to: Path | None = None
-    """The directory to write; by default RUN/export. An older export is replaced."""
+    """The directory to write; for a run by default RUN/export. An older export is replaced."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,7 +39,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(config: ExportConfig) -> int:
     """Export, and print where to."""
-    directory = path_of(config.run) / EXPORT if config.to is None else config.to
+    path = path_of(config.run)
+    if config.to is None and not is_run(path):
+        raise ConfigError(
+            f"{config.run}: not a directory of a run with checkpoints, in which the export would "
+            "be: pass --to"
+        )
+    directory = path / EXPORT if config.to is None else config.to
     announce_devices()
     with on_stderr().during(READING):
         export(config.run, directory, config.step)

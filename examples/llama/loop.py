@@ -24,6 +24,7 @@ from examples.common.reporter import COMPILING, STARTING, Reporter, evaluating
 from examples.common.run_directory import CHECKPOINTS, run_directory
 from examples.common.train_state import Metrics, TrainState
 from examples.llama.data import Splits, eval_batches, load_splits
+from examples.llama.data.tokenizer import save_text_tokenizer
 from examples.llama.distributed.batches import TrainBatches, documents_end
 from examples.llama.distributed.devices import Devices, make_devices
 from examples.llama.memory.peak import RunMemory, describe, observed_peak
@@ -40,7 +41,6 @@ from examples.llama.training.relora import make_merge
 from examples.llama.training.train_step import make_model
 from examples.llama.training.utilization import speed
 from examples.llama.weights.initial import overlay
-from examples.pretrained.hf_tokenizer import save_tokenizer
 
 
 def train(
@@ -108,7 +108,7 @@ def train(
             if devices.leads:
                 text = json.dumps(config.to_dict(), indent=2) + "\n"
                 replace_text(run_dir / "config.json", text)
-                save_tokenizer(splits.tokenizer, run_dir)
+                save_text_tokenizer(splits.tokenizer, splits.end_of_text, run_dir)
                 (run_dir / OPTIONS).write_text(options)
                 step = done // config.accumulate
                 loggers = make_loggers(output.log_to, run_dir, config.to_dict(), step)

@@ -1,11 +1,12 @@
 """Result of a run."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import optax
 
-from examples.common.metrics import Record
+from examples.common.metrics import Record, of_kind
 from examples.common.train_state import TrainState
 from examples.llama.data import Splits
 from examples.llama.memory.peak import RunMemory
@@ -44,6 +45,15 @@ class Result:
     def weights(self) -> Any:
         """All parameters, the frozen ones of LoRA included: what `apply` takes."""
         return self.state.weights
+
+    @property
+    def diverged_at(self) -> int:
+        """Of a run that diverged: the first step with a loss or gradient that is not finite."""
+        train = of_kind(self.records, "train")
+        # A dropped batch has no loss, and ends the records of a run that dropped too many.
+        return next(
+            (r["step"] for r in train if not math.isfinite(r["loss"])), self.records[-1]["step"]
+        )
 
     @property
     def finished(self) -> bool:

@@ -137,6 +137,11 @@ class RunConfig:
             )
         if self.init_from is None:
             check_adapter(self.adapter, self.model)
+        elif self.adapter.kind == "factorised":
+            raise ConfigError(
+                "--init-from: weights of low rank cannot start from published ones: use "
+                "--adapter.kind none, lora or relora"
+            )
 
     def _check_per_layer(self) -> None:
         if self.faults.skip_nonfinite:

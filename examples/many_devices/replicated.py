@@ -8,6 +8,7 @@ same step; the optimizer needs to know nothing of it.
 """
 
 import functools
+import sys
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -17,6 +18,7 @@ import optax
 import tyro
 
 import natgalore_jax as ng
+from examples.common.cli import exit_code
 from examples.llama.model.config import ModelConfig
 from examples.many_devices import small_llama
 
@@ -53,7 +55,7 @@ def train(
     return losses
 
 
-def main(devices: int | None = None, steps: int = 20) -> None:
+def main(devices: int | None = None, steps: int = 20) -> int:
     """Trains a small LLaMA on the presidential addresses.
 
     Args:
@@ -61,7 +63,8 @@ def main(devices: int | None = None, steps: int = 20) -> None:
       steps: how many to take, of 16 rows.
     """
     train(small_llama.devices(devices), small_llama.batches(), steps)
+    return 0
 
 
 if __name__ == "__main__":
-    tyro.cli(main, description=__doc__)
+    sys.exit(exit_code(lambda: tyro.cli(main, description=__doc__)))

@@ -8,6 +8,7 @@ No device ever has all weights, nor all of the optimizer's state. docs/sharding.
 to divide, and what is exchanged.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import tyro
 from jax.sharding import NamedSharding
 
 import natgalore_jax as ng
+from examples.common.cli import exit_code
 from examples.llama.model.config import ModelConfig
 from examples.many_devices import small_llama
 
@@ -89,7 +91,7 @@ def train(
 
 def main(
     devices: int | None = None, steps: int = 20, directory: Path = Path("runs/many_devices")
-) -> None:
+) -> int:
     """Trains a small LLaMA on the presidential addresses.
 
     Args:
@@ -98,7 +100,8 @@ def main(
       directory: of the checkpoint, written at the end. A run that finds one goes on from it.
     """
     train(small_llama.devices(devices), small_llama.batches(), steps, directory)
+    return 0
 
 
 if __name__ == "__main__":
-    tyro.cli(main, description=__doc__)
+    sys.exit(exit_code(lambda: tyro.cli(main, description=__doc__)))

@@ -10,6 +10,7 @@ import optax
 from flax import nnx
 
 from examples.common.accelerators import announce_devices
+from examples.common.errors import ConfigError
 from examples.common.train_state import Params
 from examples.llama.data import DataConfig, load_splits, make_train_iterator
 from examples.llama.model.config import MODEL_PRESETS, ModelConfig
@@ -48,14 +49,23 @@ def batches(rows: int = ROWS, model: ModelConfig = MODEL) -> Iterator[np.ndarray
 
 
 def devices(simulated: int | None) -> list[jax.Device]:
-    """All that there are, or so many simulated ones on a CPU; before any other use of one."""
+    """All that there are, or so many simulated ones on a CPU; before any other use of one.
+
+    Raises:
+      ConfigError: if there is none, or a batch cannot be divided among them.
+    """
     if simulated is not None:
+        _check_number(simulated)
         # Simulated devices wait for one another in the threads of one pool.
         os.environ.setdefault("NPROC", "32")
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", simulated)
     announce_devices(print)
     found = jax.devices()
-    if ROWS % len(found):
-        raise SystemExit(f"--devices must divide the {ROWS} rows of a batch, got {len(found)}")
+    _check_number(len(found))
     return found
+
+
+def _check_number(devices: int) -> None:
+    if devices < 1 or ROWS % devices:
+        raise ConfigError(f"--devices must divide the {ROWS} rows of a batch, got {devices}")

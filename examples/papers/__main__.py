@@ -65,7 +65,7 @@ def _check_options(name: str, experiment: Experiment, options: Sequence[str]) ->
     """Raise a ConfigError for an option that makes runs other ones than their names say."""
     of_runs = {option for words in experiment.variants.values() for option in _names(words)}
     of_experiment = {*_NAMED_AFTER} & {*_names(experiment.arguments)}
-    for option in _names(cli.expand(options, {})):
+    for option in _names(cli.expand(options, {}, None)):
         if option in of_runs:
             who = f"each run of {name} sets it, and is named after it"
         elif option in of_experiment:

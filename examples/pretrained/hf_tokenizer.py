@@ -49,10 +49,25 @@ def read_chat_template(directory: Path) -> ChatTemplate | None:
         text = {entry["name"]: entry["template"] for entry in text}.get("default")
     if text is None:
         return None
+    return ChatTemplate(text, _tokens(settings))
+
+
+def stated_end(tokenizer: Tokenizer, directory: Path) -> int | None:
+    """Id of the eos_token of `tokenizer_config.json`; None without it.
+
+    Raises:
+      WeightsError: if the file is damaged.
+    """
+    settings = read_json(directory / SETTINGS) if (directory / SETTINGS).exists() else {}
+    name = _tokens(settings).get("eos_token")
+    return None if name is None else tokenizer.token_to_id(name)
+
+
+def _tokens(settings: Mapping[str, Any]) -> dict[str, str]:
     # A token is its text, or an object of which that is a part.
-    tokens = {name: settings[name] for name in _NAMED if settings.get(name)}
-    texts = {k: v["content"] if isinstance(v, dict) else v for k, v in tokens.items()}
-    return ChatTemplate(text, texts)
+    found = {name: settings.get(name) for name in _NAMED}
+    texts = {k: v.get("content") if isinstance(v, dict) else v for k, v in found.items()}
+    return {name: text for name, text in texts.items() if text and isinstance(text, str)}
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:

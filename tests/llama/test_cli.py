@@ -1,6 +1,5 @@
 """The program as users start it: files, exit codes, and errors of one line."""
 
-import dataclasses
 import json
 import os
 import re
@@ -19,17 +18,17 @@ from command_lines import assert_one_line
 
 from examples.common import cli
 from examples.common.checkpoints import Checkpoints
-from examples.common.cli import options_text
 from examples.common.metrics import of_kind, read_metrics
 from examples.common.run_directory import run_directory
 from examples.finetune.encoder import __main__ as encoder
 from examples.finetune.planner import __main__ as planner
-from examples.llama import __main__ as llama
+from examples.llama import __main__ as llama, sample
 from examples.llama.__main__ import main, parse
 from examples.llama.run_config import run_preset
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
+PROGRAMS = (llama, encoder, planner)
 ROOT = Path(__file__).parents[2]
 SMALL = {
     "model.hidden": 16,
@@ -122,7 +121,7 @@ def test_a_signal_saves_and_stops(arguments, tmp_path, number):
 
 
 @pytest.mark.slow
-def test_resume_and_overwrite(arguments, tmp_path, capsys):
+def test_resume_and_overwrite(arguments, tmp_path, capsys, monkeypatch):
     adamw = [*arguments, "--optimizer", "adamw", "--steps", "2", "--quiet"]
     assert main(adamw) == 0
     metrics = tmp_path / "runs" / "test" / "metrics.jsonl"
@@ -136,7 +135,8 @@ def test_resume_and_overwrite(arguments, tmp_path, capsys):
     assert main([*adamw, "--resume"]) == 0
     assert read_metrics(metrics) == first
     capsys.readouterr()
-    # The rank is found to fit no matrix after the old run was set aside.
+    # As if the rank was found to fit no matrix after the old run was set aside.
+    monkeypatch.setattr(llama, "check_config", lambda config: None)
     assert main([*arguments, "--overwrite", "--steps", "2", "--rank", "64", "--quiet"]) == 1
     assert_one_line(capsys, "rank 64")
     assert read_metrics(metrics) == first
@@ -218,15 +218,29 @@ def test_wrong_arguments_are_explained(capsys, wrong, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_wrong_option_points_to_the_whole_help(program, capsys):
+    for wrong in ("--unknown=1", "--seed=many", "--preset=none"):
+        with pytest.raises(SystemExit) as stop:
+            program.main([wrong])
+        errors = capsys.readouterr().err
+        assert stop.value.code == 2 and "full helptext" not in errors
+        assert re.fullmatch(r"all options: python -m \S+ --help-all", errors.splitlines()[-1])
+
+
+@pytest.mark.parametrize("program", [*PROGRAMS, sample])
+def test_the_whole_help_fits_the_terminal(program, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    option = "--help" if program is sample else "--help-all"
+    assert max(map(len, help_of(program, option, capsys).splitlines())) <= 80
+
+
 def test_a_preset_fills_what_is_not_given():
     assert parse([]) == run_preset("nano")
     config = parse(["--preset", "60m", "--rank", "32"])
     assert config.model == run_preset("60m").model
     assert config.optimizer.rank == 32
     assert config.steps == 10_000
-
-
-PROGRAMS = (llama, encoder, planner)
 
 
 def help_of(program, option, capsys):
@@ -260,37 +274,6 @@ def test_no_flag_has_the_help_of_its_opposite(program, capsys):
     assert shown and all(shown)
 
 
-EXAMPLES = (
-    (llama, "--preset 60m --bf16 --per-layer --model.stacked --data a b --sample=-x"),
-    (llama, "--optimizer galore --learning-rate 5e-3 --clip-norm 1 --log-to wandb --resume"),
-    (encoder, "--preset galore-rank-8 --task rte --no-save-model --methods lora adamw"),
-    (llama, "--optimizer galore --stagger True"),
-    (llama, "--optimizer galore --stagger False"),
-    (planner, "--bf16 --parts sgd --details --limit 3 --moment-bits 8"),
-)
-
-
-@pytest.mark.parametrize(("program", "options"), EXAMPLES)
-def test_a_file_of_options_repeats_a_run(program, options, tmp_path):
-    config = program.parse(options.split())
-    file = tmp_path / "config.yaml"
-    file.write_text(options_text(config, "examples"))
-    output = dataclasses.replace(config.output, resume=False)
-    again = dataclasses.replace(config, output=output)
-    assert program.parse(["--config", str(file)]) == again
-    other = program.parse([f"--config={file}", "--seed", "7", "--name", "other"])
-    output = dataclasses.replace(output, name="other")
-    assert other == dataclasses.replace(again, seed=7, output=output)
-
-
-def test_a_file_of_some_options(tmp_path):
-    """Flags of the command line undo those of the file."""
-    file = tmp_path / "options.yaml"
-    file.write_text("# mine\npreset: 60m\nbf16: true\nmodel.stacked: true\nlearning-rate: 5e-3\n")
-    config = parse(["--config", str(file), "--model.no-stacked", "--steps", "3"])
-    assert config == parse(["--preset", "60m", "--bf16", "--learning-rate", "5e-3", "--steps", "3"])
-
-
 def test_paths_after_an_equals_sign_may_start_at_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "some.yaml").write_text("steps: 7\n")
@@ -299,37 +282,9 @@ def test_paths_after_an_equals_sign_may_start_at_home(tmp_path, monkeypatch):
     assert (config.output.root, config.data.cache_dir) == (tmp_path / "runs", tmp_path / "cache")
 
 
-def test_a_file_undoes_a_shorthand(tmp_path):
-    file = tmp_path / "options.yaml"
-    file.write_text("bf16: false\n")
-    for program in (llama, planner):
-        assert program.parse(["--bf16", "--no-bf16"]) == program.parse([])
-        assert program.parse(["--config", str(file)]) == program.parse([])
-
-
 def test_names_are_no_markup(capsys):
     cli.terminal().print("runs/a[/red]b [bold]c", highlight=False)
     assert capsys.readouterr().out == "runs/a[/red]b [bold]c\n"
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("model: {layers: 3}", "expected a line for each option, such as `model.layers: 4`"),
-        ("- steps", "expected a line for each option"),
-        ("steps: [", "not YAML"),
-        ("name: 2024-13-01", "options.yaml: not YAML (month must be in 1..12)"),
-        (None, "options.yaml: No such file"),
-    ],
-)
-def test_a_bad_file_of_options_is_an_error_of_one_line(tmp_path, capsys, text, message):
-    file = tmp_path / "options.yaml"
-    if text is not None:
-        file.write_text(text)
-    assert main(["--config", str(file)]) == 1
-    assert_one_line(capsys, message)
-    assert main(["--config"]) == 1
-    assert_one_line(capsys, "--config needs a file of options")
 
 
 def test_warnings_about_files_are_one_line():

@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 
 from examples.common.errors import DataError
-from examples.llama.data import DataConfig
+from examples.llama.data import DataConfig, corpus
 from examples.llama.data.corpus import load_corpus, load_documents
-from examples.llama.data.files import read_path
+from examples.llama.data.files import read_files, text_files
+
+
+def read_path(path, **how):
+    return read_files(text_files(path), path, **how)
 
 
 def _lines(*texts):
@@ -132,9 +136,12 @@ def load_corpus_of(file, **options):
 def test_parquet(tmp_path):
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     file = tmp_path / "a.parquet"
-    rows = {"text": ["one", None, " ", "t\0wo", "three\r\n"], "id": [1, 2, 3, 4, 5]}
+    rows = {"text": ["one", None, " ", "t\0wo", "three\r\n", None], "id": [1, 2, 3, 4, 5, 6]}
     parquet.write_table(arrow.table(rows), file, row_group_size=2)
-    with pytest.warns(UserWarning, match=r'^1 bad line.*a\.parquet: row 4: "text": 1 NUL byte'):
+    with (
+        pytest.warns(UserWarning, match=r'a\.parquet: 2 of 6 rows skipped: "text" is null$'),
+        pytest.warns(UserWarning, match=r'^1 bad line.*a\.parquet: row 4: "text": 1 NUL byte'),
+    ):
         assert load_corpus_of(file, skip_bad_lines=True) == ["one", "three\n"]
     with pytest.raises(DataError, match="row 4"):
         load_corpus_of(file)
@@ -162,17 +169,38 @@ def test_parquet_of_other_writers(tmp_path):
     assert load_corpus_of(file, text_column="a.text") == ["yes"]
 
 
-def test_links(tmp_path):
-    data = tmp_path / "data"
+def test_links_are_followed_and_each_directory_is_read_once(tmp_path):
+    data, other = tmp_path / "data", tmp_path / "other"
     (data / "more").mkdir(parents=True)
+    other.mkdir()
     (data / "a.txt").write_text("one")
+    (other / "b.txt").write_text("two")
     (data / "linked.txt").symlink_to(data / "a.txt")
-    (data / "more" / "again").symlink_to(data)
-    with pytest.warns(UserWarning, match=r"1 file\(s\) of other kinds not read .*: again"):
-        assert list(read_path(data)) == ["one", "one"]
+    for name, target in {"again": data, "further": other, "twice": other, ".hidden": other}.items():
+        (data / "more" / name).symlink_to(target)
+    (other / "back").symlink_to(data / "more")
+    assert list(read_path(data)) == ["one", "one", "two"]
     (data / "gone.txt").symlink_to(tmp_path / "nowhere.txt")
-    with pytest.warns(UserWarning), pytest.raises(DataError, match=r"gone\.txt: No such file"):
+    with pytest.raises(DataError, match=r"gone\.txt: No such file"):
         list(read_path(data))
+
+
+def test_empty_files_of_a_directory_are_counted(tmp_path):
+    for name, text in {"a.txt": "", "b.txt": "one", "c.jsonl": "\n", "d.txt": "two"}.items():
+        (tmp_path / name).write_text(text)
+    with pytest.warns(UserWarning, match=r"2 of 4 text files are empty, the first: .*a\.txt$"):
+        assert list(read_path(tmp_path)) == ["one", "two"]
+    for name in ("b.txt", "d.txt"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(DataError, match=rf"^{tmp_path}: all 4 text files are empty$"):
+        list(read_path(tmp_path))
+
+
+def test_no_text_is_read_before_all_of_it_is_found(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("one")
+    monkeypatch.setattr(corpus, "read_files", lambda *_, **__: pytest.fail("read"))
+    with pytest.raises(DataError, match=r"missing\.txt: no such file or directory"):
+        load_documents(DataConfig(data=(str(tmp_path / "a.txt"), "missing.txt")))
 
 
 def test_a_directory_that_cannot_be_read_is_named(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import tiny_run as tiny
 from examples.common.errors import DataError
 from examples.llama.data import DataConfig, load_splits, splits
 from examples.llama.data.corpus import load_corpus
-from examples.llama.data.tokenizer import train_tokenizer
+from examples.llama.data.tokenizer import plain_text, train_tokenizer
 
 
 @pytest.fixture
@@ -111,7 +111,8 @@ def test_a_full_disk_is_named(config):
         tiny.full_disk(1000),
         pytest.raises(DataError, match=r"cannot write the cache \(.*File too large\)$"),
     ):
-        splits._store(config.cache_dir / "a", train_tokenizer(corpus.train, 300), {})
+        tokenizer = plain_text(train_tokenizer(corpus.train, 300), "")
+        splits._store(config.cache_dir / "a", tokenizer, {})
     assert list(config.cache_dir.iterdir()) == []
 
 

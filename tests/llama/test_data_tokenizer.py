@@ -12,6 +12,8 @@ from examples.llama.data.tokenizer import (
     end_of_text,
     for_prompts,
     load_tokenizer,
+    plain_text,
+    save_text_tokenizer,
     train_tokenizer,
 )
 
@@ -24,7 +26,7 @@ _TEXTS = [
 
 def test_encode_round_trip():
     tokenizer = train_tokenizer(_TEXTS[:1], 300)
-    tokens = encode(tokenizer, _TEXTS)
+    tokens = encode(plain_text(tokenizer, ""), _TEXTS)
     end = end_of_text(tokenizer)
     ends = np.flatnonzero(tokens == end)
     assert len(ends) == len(_TEXTS) and ends[-1] == len(tokens) - 1
@@ -34,7 +36,7 @@ def test_encode_round_trip():
 
 
 def test_encode_across_chunks_and_of_nothing():
-    tokenizer = train_tokenizer(_TEXTS, 300)
+    tokenizer = plain_text(train_tokenizer(_TEXTS, 300), "")
     documents = [str(i) for i in range(1300)]
     one_by_one = [token for text in documents for token in encode(tokenizer, [text])]
     np.testing.assert_array_equal(encode(tokenizer, documents), one_by_one)
@@ -50,7 +52,7 @@ def test_training_is_reproducible():
 def test_vocabulary_size():
     assert train_tokenizer(_TEXTS, 300).get_vocab_size() == 300
     assert train_tokenizer(["aa"], 1000).get_vocab_size() == 258
-    with pytest.raises(DataError, match="vocab_size 256 is too small"):
+    with pytest.raises(DataError, match=r"vocab_size must be at least 257, .*got 256"):
         train_tokenizer(_TEXTS, 256)
 
 
@@ -74,7 +76,7 @@ def test_file_with_truncation_loses_no_text(tmp_path):
     tokenizer.save(str(tmp_path / "t.json"))
     loaded = load_tokenizer(str(tmp_path / "t.json"))
     np.testing.assert_array_equal(
-        encode(loaded, _TEXTS), encode(train_tokenizer(_TEXTS, 300), _TEXTS)
+        encode(loaded, _TEXTS), encode(plain_text(train_tokenizer(_TEXTS, 300), ""), _TEXTS)
     )
 
 
@@ -93,7 +95,7 @@ def test_bad_file(tmp_path, content, message):
 
 def test_a_directory_has_one(tmp_path):
     train_tokenizer(["a text"], 300).save(str(tmp_path / "tokenizer.json"))
-    assert load_tokenizer(str(tmp_path)).get_vocab_size() > 256
+    assert load_tokenizer(str(tmp_path)).tokenizer.get_vocab_size() > 256
     with pytest.raises(WeightsError, match="no such directory"):
         load_tokenizer(str(tmp_path / "t5-base"))
 
@@ -103,6 +105,33 @@ def test_file_without_end_of_text(tmp_path):
     Tokenizer(models.BPE(vocab={"a": 0}, merges=[])).save(path)
     with pytest.raises(DataError, match="no end-of-text token"):
         load_tokenizer(path)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "stated", "expected"),
+    [
+        (["<fin>"], ["<fin>"], "<fin>"),  # DeepSeek and others: no known name
+        (["<|endoftext|>", "<|im_end|>"], ["<|im_end|>"], "<|endoftext|>"),  # SmolLM2-Instruct
+        (["<|end_of_text|>", "<|eot_id|>"], ["<|eot_id|>"], "<|end_of_text|>"),  # LLaMA 3 Instruct
+        (["<|im_end|>", "</s>"], ["</s>"], "</s>"),
+        (["</s>", "<eos>"], ["<eos>"], "<eos>"),  # Gemma has HTML among its tokens
+        (["<|im_end|>", "<fin>"], ["<fin>", "<|im_end|>"], "<|im_end|>"),
+        (["<a>", "<b>"], ["<b>", "<a>"], "<b>"),
+        (["</s>"], [], "</s>"),
+    ],
+)
+def test_the_end_of_a_document_is_a_known_name_or_the_one_that_files_state(
+    tmp_path, tokens, stated, expected
+):
+    tokenizer = Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
+    tokenizer.add_special_tokens(tokens)
+    end = tokenizer.token_to_id(expected)
+    ids = [tokenizer.token_to_id(name) for name in stated]
+    found = plain_text(tokenizer, "", [99, *ids])
+    assert found.end_of_text == end
+    assert encode(found, ["a", "aa"]).tolist() == [0, end, 0, 0, end]
+    save_text_tokenizer(*found, tmp_path)
+    assert load_tokenizer(str(tmp_path)).end_of_text == end
 
 
 @pytest.mark.parametrize(

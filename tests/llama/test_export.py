@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_run as tiny
+import tiny_weights
 from flax import nnx
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -17,9 +18,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from examples.common.errors import CheckpointError, WeightsError
 from examples.common.optimizers import OptimizerConfig
 from examples.llama.__main__ import pretrained
-from examples.llama.export import export
+from examples.llama.evaluate import main as evaluate
+from examples.llama.export import export, main
 from examples.llama.loop import train
 from examples.llama.model.adapters import AdapterConfig
+from examples.llama.weights import runs
 from examples.llama.weights.files import load_llama, open_weights, replace_llama, save_llama
 from examples.pretrained.hf_tokenizer import write_tokenizer
 
@@ -108,6 +111,35 @@ def test_files(tmp_path, finished):
     # Without its checkpoints a run is its export.
     (tmp_path / "run" / "checkpoints").rename(tmp_path / "moved")
     assert open_weights(str(tmp_path / "run")).path == directory
+
+
+def test_an_export_of_what_is_no_run_needs_a_place(tmp_path, capsys):
+    directory = tiny_weights.write_directory(tmp_path / "export")
+    for name in (str(directory), str(tmp_path)):
+        assert main([name]) == 1
+        assert capsys.readouterr().err.endswith("in which the export would be: pass --to\n")
+    assert not (directory / "export").exists()
+    assert main([str(tmp_path), "--to", str(tmp_path / "copy")]) == 0
+    assert load_llama(str(tmp_path / "copy")).end_ids == (0,)
+
+
+def test_weights_of_a_method_are_those_of_its_best_epoch(tmp_path, monkeypatch, capsys):
+    """In a comparison of fine-tuning methods, whose checkpoints are of another program."""
+    method = tmp_path / "runs" / "galore"
+    (method / "checkpoints" / "3").mkdir(parents=True)
+    saved = {"model": "smollm2-135m-instruct", "data": None}
+    monkeypatch.setattr(runs, "read_checkpoint", lambda *_: (saved, None))
+    text = tmp_path / "text.txt"
+    text.write_text("w1 w2 w3")
+    assert evaluate([str(method), "--data", str(text)]) == 1
+    assert f"weights in {method / 'model'}, which is not there yet" in capsys.readouterr().err
+    directory = tiny_weights.write_directory(method / "model")
+    assert open_weights(str(method)).path == directory
+    assert evaluate([str(method), "--data", str(text)]) == 0
+    with pytest.raises(WeightsError, match=rf"a comparison of methods: name one of {method}$"):
+        open_weights(str(method.parent))
+    saved["model"] = {}  # Of a run that was exported into "model".
+    assert runs.is_run(method)
 
 
 def test_any_kept_step(tmp_path, finished):

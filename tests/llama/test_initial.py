@@ -15,6 +15,7 @@ from examples.common.errors import ConfigError
 from examples.common.optimizers import OPTIMIZERS
 from examples.llama.__main__ import main, parse
 from examples.llama.data import load_splits
+from examples.llama.evaluate import EvaluateConfig, evaluate
 from examples.llama.loop import train
 from examples.llama.model.adapters import AdapterConfig, make_linear
 from examples.llama.run_config import run_preset
@@ -143,13 +144,44 @@ def test_another_tokenizer_is_refused(files):
     with pytest.raises(ConfigError, match=r"2 tokens are not those of .*such as 'w1'"):
         start_from(parse(options(files, f"--tokenizer={path}")))
     (files / "weights" / "tokenizer.json").unlink()
-    assert start_from(parse(options(files, f"--tokenizer={path}"))).tokenizer.token_to_id("w1") == 2
+    start = start_from(parse(options(files, f"--tokenizer={path}")))
+    assert start.tokenizer.tokenizer.token_to_id("w1") == 2
     with pytest.raises(ConfigError, match="no tokenizer"):
         start_from(parse(options(files)))
     vocabulary["w99"] = 64
     path.write_text(json.dumps(other))
     with pytest.raises(ConfigError, match="a tokenizer of 65 tokens, and weights for 64"):
         start_from(parse(options(files, f"--tokenizer={path}")))
+
+
+@pytest.mark.parametrize("where", ["config.json", "tokenizer_config.json", "gguf", "--tokenizer"])
+def test_an_end_of_text_without_a_known_name_is_the_one_that_files_state(files, where):
+    """In the text, in a run that is resumed from its own files, and in its evaluation."""
+    directory, end, more = files / "weights", "<fin>", []
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        text = (directory / name).read_text().replace("</s>", end)
+        (directory / name).write_text(text)
+    if where == "tokenizer_config.json":
+        config = json.loads((directory / "config.json").read_text()) | {"eos_token_id": None}
+        (directory / "config.json").write_text(json.dumps(config))
+    else:
+        (directory / "tokenizer_config.json").unlink()
+    if where == "gguf":
+        shutil.rmtree(directory)
+        tiny.write_gguf(directory.with_suffix(".gguf"))
+        more, end = [f"--init-from={directory}.gguf"], "<|end|>"
+    if where == "--tokenizer":
+        (directory / "tokenizer.json").rename(files / "own.json")
+        more = [f"--tokenizer={files / 'own.json'}"]
+    config = parse(options(files, *more))
+    run(config, run_dir=config.run_dir, should_stop=after(1))
+    result = run(parse(options(files, *more, "--resume")), run_dir=config.run_dir)
+    splits = result.splits
+    assert result.finished and splits.tokenizer.id_to_token(splits.end_of_text) == end
+    assert np.count_nonzero(splits.train == splits.end_of_text) == splits.documents["train"]
+    assert load_llama(str(config.run_dir)).end_ids == (splits.end_of_text,)
+    evaluation = EvaluateConfig(str(config.run_dir), (str(files / "text"),), split="test")
+    assert evaluate(evaluation)["documents"] == splits.documents["test"]
 
 
 def test_unusable_weights(files):

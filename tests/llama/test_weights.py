@@ -124,7 +124,13 @@ def test_what_has_no_effect_is_accepted(tmp_path, changes):
 
 @pytest.mark.parametrize(
     ("in_config", "in_generation", "ends"),
-    [(3, None, (3,)), (3, 5, (5,)), (3, [5, 7], (5, 7)), ([3, 4], None, (3, 4)), (None, None, ())],
+    [
+        (3, None, (3,)),
+        (3, 5, (5,)),
+        (3, [5, 7], (5, 7)),
+        ([3, 4], None, (3, 4)),
+        (None, None, (0,)),  # The tokenizer's settings have one.
+    ],
 )
 def test_null_is_no_end_of_answers(tmp_path, in_config, in_generation, ends):
     directory = tiny.write_directory(tmp_path / "model", eos_token_id=in_config)

@@ -11,7 +11,7 @@ from examples.common.compare import Result, compare
 from examples.common.config import write_json
 from examples.common.interrupt import stop_on_signals
 from examples.common.reporter import READING, Activity, make_reporter
-from examples.common.run_directory import run_directory
+from examples.common.run_directory import check_start, run_directory
 from examples.finetune.encoder.baseline import baseline_scores
 from examples.finetune.encoder.data import TASKS
 from examples.finetune.encoder.loop import train
@@ -19,7 +19,13 @@ from examples.finetune.encoder.prepare import prepare
 from examples.finetune.encoder.protocols import PROTOCOLS
 from examples.finetune.encoder.report import describe, summary_table
 from examples.finetune.encoder.run_config import RunConfig, preset_config
-from examples.finetune.encoder.sweep import best_outcomes, sweep, sweep_record, sweep_table
+from examples.finetune.encoder.sweep import (
+    best_outcomes,
+    run_names,
+    sweep,
+    sweep_record,
+    sweep_table,
+)
 
 BRIEF = """
 usage: python -m examples.finetune.encoder [options]
@@ -54,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str] | None) -> RunConfig:
     """The configuration: the preset of the task, and what the command line overrides."""
-    argv = cli.expand(argv, {})
+    argv = cli.expand(argv, {}, RunConfig)
     given = cli.peek(argv, preset="default", task="movie-snippets")
     # Unknown names are left to tyro, which lists the known ones.
     default = preset_config(
@@ -69,6 +75,7 @@ def run(config: RunConfig, console: Console) -> int:
     run_dir = config.run_dir
     reporter = make_reporter(console, config.output.quiet, describe)
     announce_devices(reporter.note)
+    check_start(run_dir, [run_dir / name for name in run_names(config)], config.output)
     reporter.note(f"{run_dir}: reading the model and the rows")
     with reporter.during(READING):
         prepared = prepare(config)

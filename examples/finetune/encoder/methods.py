@@ -5,7 +5,7 @@ projects the gradients of the same matrices that LoRA adapts, of the head's own 
 tables of tokens and positions; it trains norms, biases and the classifier in full.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -93,6 +93,14 @@ def set_up(
     trained, frozen = partition(params, lambda path: _is_trained(method, config, path))
     tx = _transformation(method, config, modules, learning_rate, seed)
     return Tuning(apply, trained, frozen, tx, plain)
+
+
+def check_methods(names: Sequence[str], config: MethodConfig, encoder: EncoderConfig) -> None:
+    """Raise a ConfigError for what `set_up` refuses, without the parameters of the model."""
+    config.check_rank(min(encoder.hidden, encoder.intermediate))
+    modules = chosen_modules(config.targets, encoder)
+    for name in names:
+        _transformation(name, config, modules, optax.constant_schedule(0.0), seed=0)
 
 
 def chosen_modules(targets: tuple[str, ...], encoder: EncoderConfig) -> frozenset[str]:

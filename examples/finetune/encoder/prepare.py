@@ -7,9 +7,11 @@ import numpy as np
 
 from examples.common.errors import ConfigError
 from examples.common.run_directory import check_apart
+from examples.finetune.encoder.config import read_config
 from examples.finetune.encoder.data import TASKS, Row, Rows, Task, read_predicted, read_rows
 from examples.finetune.encoder.data.batches import Layout
 from examples.finetune.encoder.data.encode import Encoded, encode, read_tokenizer
+from examples.finetune.encoder.methods import check_methods
 from examples.finetune.encoder.run_config import RunConfig
 from examples.finetune.encoder.weights import FILES, Pretrained, load_model
 from examples.pretrained import locate_model
@@ -63,6 +65,13 @@ def prepare(config: RunConfig) -> Prepared:
     if config.output.overwrite:
         check_apart(config.run_dir, "--model", config.model)
     task = TASKS[config.task]
+    directory = locate_model(config.model, FILES)
+    known, _ = read_config(directory, 1)  # The number of classes is one of the rows.
+    if config.max_length > known.max_length:
+        raise ConfigError(
+            f"max_length={config.max_length}: {directory} has positions for {known.max_length}"
+        )
+    check_methods(config.methods, config.method, known)
     rows = read_rows(task, config.data)
     predicted = read_predicted(task, config.data, rows) if config.output.predict else {}
     counts = {}
@@ -73,15 +82,10 @@ def prepare(config: RunConfig) -> Prepared:
     fewer = {name: _drawn(rows.splits[name], count) for name, count in counts.items()}
     rows = rows._replace(splits=rows.splits | fewer)
     outputs = 1 if task.regression else len(rows.labels)
-    directory = locate_model(config.model, FILES)
     pretrained = load_model(
         directory, outputs, config.seed, labels=rows.labels, new_head=config.new_head
     )
     encoder = pretrained.config.with_dropout(config.dropout)
-    if config.max_length > encoder.max_length:
-        raise ConfigError(
-            f"max_length={config.max_length}: {directory} has positions for {encoder.max_length}"
-        )
     tokenizer = read_tokenizer(directory, encoder)
 
     def encode_all(parts: dict[str, list[Row]]) -> dict[str, Encoded]:

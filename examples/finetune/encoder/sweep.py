@@ -32,6 +32,14 @@ class Outcome(NamedTuple):
         return f"{self.method}-lr{self.rate:g}"
 
 
+def run_names(config: RunConfig) -> list[str]:
+    """Names of the directories of all trainings."""
+    rates = config.sweep_learning_rates
+    if not rates:
+        return list(config.methods)
+    return [Outcome(method, rate, None).name for method in config.methods for rate in rates]
+
+
 def sweep(
     config: RunConfig,
     prepared: Prepared,

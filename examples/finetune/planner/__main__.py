@@ -11,14 +11,18 @@ from examples.common.config import write_json
 from examples.common.interrupt import stop_on_signals
 from examples.common.plots import plot_methods
 from examples.common.reporter import READING, make_reporter
-from examples.common.run_directory import run_directory
+from examples.common.run_directory import check_start, run_directory
 from examples.finetune.planner.evaluate import Evaluator
 from examples.finetune.planner.loop import train
 from examples.finetune.planner.predictions import side_by_side
 from examples.finetune.planner.prepare import prepare
 from examples.finetune.planner.report import brief, describe, evaluation, summary_table
 from examples.finetune.planner.run_config import PRESETS, RunConfig, preset_config
-from examples.finetune.planner.untrained import NAME as UNTRAINED, evaluate_untrained
+from examples.finetune.planner.untrained import (
+    NAME as UNTRAINED,
+    check_untrained,
+    evaluate_untrained,
+)
 
 BRIEF = """
 usage: python -m examples.finetune.planner [options]
@@ -52,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str] | None) -> RunConfig:
     """The configuration: the preset, and what the command line overrides."""
-    argv = cli.expand(argv, SHORTHANDS)
+    argv = cli.expand(argv, SHORTHANDS, RunConfig)
     preset = cli.peek(argv, preset="default").preset
     # An unknown name is left to tyro, which lists the known ones.
     default = preset_config(preset if preset in PRESETS else "default")
@@ -64,6 +68,8 @@ def run(config: RunConfig, console: Console) -> int:
     run_dir = config.run_dir
     reporter = make_reporter(console, config.output.quiet, describe, brief)
     announce_devices(reporter.note)
+    check_start(run_dir, [run_dir / name for name in config.methods], config.output)
+    check_untrained(config, run_dir)
     reporter.note(f"{run_dir}: reading the model and the records")
     with reporter.during(READING):
         prepared = prepare(config)

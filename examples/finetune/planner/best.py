@@ -7,8 +7,7 @@ from examples.common.train_state import Params
 from examples.finetune.planner.prepare import Prepared
 from examples.llama.model.llama import with_params
 from examples.llama.weights.files import PretrainedLlama, open_weights, read_params, replace_llama
-
-MODEL = "model"
+from examples.llama.weights.runs import METHOD_MODEL
 
 
 def best_epoch(records: list[Record]) -> Record:
@@ -28,9 +27,9 @@ def save_best(params: Params, prepared: Prepared, run_dir: Path) -> None:
         chat.template,
         chat.end_ids,
     )
-    replace_llama(model, run_dir / MODEL)
+    replace_llama(model, run_dir / METHOD_MODEL)
 
 
 def read_best(prepared: Prepared, run_dir: Path) -> Params:
     """The weights that `save_best` wrote."""
-    return read_params(open_weights(str(run_dir / MODEL)), prepared.model)
+    return read_params(open_weights(str(run_dir / METHOD_MODEL)), prepared.model)

@@ -4,6 +4,7 @@
 Every other method projects the gradients of the same matrices, and trains the norms in full.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -51,6 +52,13 @@ class MethodConfig(methods.MethodConfig):
     embeddings: Literal["frozen", "full"] = "frozen"
     """Low-rank: what becomes of the table of tokens and the output head, which LoRA freezes.
     Moments of the whole table would be larger than everything else together."""
+
+
+def check_methods(names: Sequence[str], config: MethodConfig, model: ModelConfig) -> None:
+    """Raise a ConfigError for what `set_up` refuses, without the parameters of the model."""
+    config.check_rank(model.smallest_side)
+    for name in names:
+        method_transformation(name, config, optax.constant_schedule(0.0), 0, mask=decayed)
 
 
 def set_up(

@@ -14,6 +14,7 @@ from examples.finetune.planner.batches import Layout, make_layout
 from examples.finetune.planner.data.splits import NAMES
 from examples.finetune.planner.datasets import Source, load_dataset
 from examples.finetune.planner.encode import Chat, Row
+from examples.finetune.planner.methods import check_methods
 from examples.finetune.planner.plans.records import Record
 from examples.finetune.planner.prompts import Retriever, make_pair
 from examples.finetune.planner.run_config import RunConfig
@@ -62,8 +63,6 @@ def prepare(config: RunConfig) -> Prepared:
     """
     if config.output.overwrite:
         check_apart(config.run_dir, "--model", config.model)
-    source = Source(config.data, config.parts, config.skip_unusable, config.held_out)
-    records, notes = load_dataset(config.dataset, source)
     file = open_weights(config.model)
     if file.tokenizer is None:
         raise WeightsError(f"{file.path}: no tokenizer")
@@ -72,13 +71,15 @@ def prepare(config: RunConfig) -> Prepared:
     model = dataclasses.replace(
         file.config, stacked=True, remat=config.remat, dtype=config.dtype, param_dtype="float32"
     )
-    config.method.check_rank(model.smallest_side)
+    check_methods(config.methods, config.method, model)
     longest = config.max_length + config.new_tokens
     if longest > model.max_length:
         raise ConfigError(
             f"max_length={config.max_length} and new_tokens={config.new_tokens} together are above "
             f"the {model.max_length} tokens that {file.path} has positions for"
         )
+    source = Source(config.data, config.parts, config.skip_unusable, config.held_out)
+    records, notes = load_dataset(config.dataset, source)
     chat = Chat(file.tokenizer, file.chat_template, file.end_ids)
     if chat.template is None:
         notes = [*notes, "the model has no chat template: prompt and plan follow one another"]

@@ -21,6 +21,12 @@ _OF_ROWS = ("dataset", "data", "parts", "skip_unusable", "held_out", "max_length
 _OF_ROWS += ("limit", "eval_limit", "prompt")
 
 
+def check_untrained(config: RunConfig, run_dir: Path) -> None:
+    """Raise a ConfigError if `run_dir` has an evaluation of a run that is not to go on."""
+    if (run_dir / FILE).exists() and not config.output.overwrite:
+        refuse_unless_resumed(run_dir, config.output.resume)
+
+
 def evaluate_untrained(
     config: RunConfig,
     prepared: Prepared,

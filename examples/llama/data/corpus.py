@@ -1,6 +1,5 @@
 """From the configured sources to documents in three splits."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,7 +7,7 @@ from examples.common.config import path_of
 from examples.common.errors import DataError
 from examples.llama.data import hub
 from examples.llama.data.config import DataConfig
-from examples.llama.data.files import read_path
+from examples.llama.data.files import read_files, text_files
 from examples.llama.data.split import split_documents
 from examples.pretrained.packages import Package, locate_package
 
@@ -51,18 +50,17 @@ def _is_streamed(config: DataConfig) -> bool:
 
 def _documents(config: DataConfig) -> list[str]:
     try:
-        return [text for source in config.data for text in _read(source, config)]
+        # Each source is looked for before one is read.
+        found = [(path, text_files(path)) for source in config.data for path in _paths(source)]
+        how = {"text_column": config.text_column, "skip_bad_lines": config.skip_bad_lines}
+        return [text for path, files in found for text in read_files(files, path, **how)]
     # Directories that may not be listed; what goes wrong inside a file is reported with it.
     except OSError as error:
         raise DataError(f"{error.filename}: {error.strerror}") from error
 
 
-def _read(source: str, config: DataConfig) -> Iterator[str]:
-    paths = _locate(source) if source in PACKAGES else [path_of(source)]
-    for path in paths:
-        yield from read_path(
-            path, text_column=config.text_column, skip_bad_lines=config.skip_bad_lines
-        )
+def _paths(source: str) -> list[Path]:
+    return _locate(source) if source in PACKAGES else [path_of(source)]
 
 
 def _locate(name: str) -> list[Path]:

@@ -19,49 +19,71 @@ SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
 _SKIP = "--skip-bad-lines leaves out such lines"
 
 
-def read_path(
-    path: Path, *, text_column: str = "text", skip_bad_lines: bool = False
-) -> Iterator[str]:
-    r"""Yields the documents of a file, or of all text files below a directory in sorted order.
+def text_files(path: Path) -> list[Path]:
+    """A file, or all text files below a directory in sorted order, of whose other files a warning
+    says how many there are.
 
-    A text file is one document; a line of JSON, or a row of Parquet, is one document, its field
-    `text_column`. Line endings become "\n", a byte order mark is dropped, blank JSON lines and
-    empty documents are skipped. With `skip_bad_lines` so are lines that are not UTF-8, hold a NUL
-    or are not such JSON: a warning for each file says how many, and what is wrong with the first.
-    Another warning has the files of other kinds, and links to directories, in a directory.
+    Raises:
+      DataError: if there is none, or a directory cannot be read.
     """
     if path.is_dir():
         try:
-            found = sorted(_files_and_links(path))
+            found = sorted(_files(path))
         except OSError as error:
             raise DataError(f"{error.filename}: {error.strerror}") from error
         files = [p for p in found if p.name.endswith(SUFFIXES)]
         if not files:
             raise DataError(f"{path}: no {', '.join(SUFFIXES)} file in this directory")
         _warn_of_others(path, [p for p in found if not p.name.endswith(SUFFIXES)])
-    elif not path.exists():
+        return files
+    if not path.exists():
         raise DataError(f"{path}: no such file or directory")
-    elif not path.name.endswith(SUFFIXES):
+    if not path.name.endswith(SUFFIXES):
         raise DataError(f"{path}: unknown extension (expected {', '.join(SUFFIXES)})")
-    else:
-        files = [path]
+    return [path]
+
+
+def read_files(
+    files: Sequence[Path], source: Path, *, text_column: str = "text", skip_bad_lines: bool = False
+) -> Iterator[str]:
+    r"""Yields the documents of files, all of which `text_files(source)` has found.
+
+    A text file is one document; a line of JSON, or a row of Parquet, is one document, its field
+    `text_column`. Line endings become "\n", a byte order mark is dropped, blank JSON lines and
+    empty documents are skipped. With `skip_bad_lines` so are lines that are not UTF-8, hold a NUL
+    or are not such JSON: a warning for each file says how many, and what is wrong with the first.
+    Other warnings count rows of Parquet that are null, and the empty files of a directory.
+
+    Raises:
+      DataError: for the first line that cannot be used, or if all files are empty.
+    """
+    empty = []
     for file in files:
         bad: list[DataError] | None = [] if skip_bad_lines else None
         read = _read_parquet if file.suffix == ".parquet" else _read_file
-        empty = True
+        is_empty = True
         for text in read(file, text_column, bad):
             if text.strip():
-                empty = False
+                is_empty = False
                 yield text.replace("\r\n", "\n")
         if bad:
             warnings.warn(f"{len(bad)} bad line(s) skipped, the first: {bad[0]}", stacklevel=2)
-        if empty:
-            raise DataError(f"{file}: the file is empty")
+        if is_empty:
+            empty.append(file)
+    if empty and len(empty) == len(files):
+        all_of = "the file is" if empty == [source] else f"all {len(empty)} text files are"
+        raise DataError(f"{source}: {all_of} empty")
+    if empty:
+        warnings.warn(
+            f"{source}: {len(empty)} of {len(files)} text files are empty, the first: {empty[0]}",
+            stacklevel=2,
+        )
 
 
-def _files_and_links(directory: Path) -> Iterator[Path]:
-    """Files and links below a directory, but for hidden ones and those in hidden directories.
+def _files(directory: Path) -> Iterator[Path]:
+    """Files below a directory, but for hidden ones and those in hidden directories.
 
+    Links are followed, and a directory with several names is read once: links in a circle end.
     Links that lead nowhere and directories that cannot be read are not passed over: their text
     would be missing without a word.
     """
@@ -69,9 +91,15 @@ def _files_and_links(directory: Path) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise error
 
-    for where, directories, names in os.walk(directory, onerror=refuse):
-        directories[:] = [name for name in directories if not name.startswith(".")]
-        for name in (*names, *directories):
+    seen = {os.path.realpath(directory)}
+    for where, directories, names in os.walk(directory, onerror=refuse, followlinks=True):
+        known, directories[:] = sorted(directories), []
+        for name in known:
+            real = os.path.realpath(Path(where, name))
+            if not name.startswith(".") and real not in seen:
+                seen.add(real)
+                directories.append(name)
+        for name in names:
             path = Path(where, name)
             mode = path.lstat().st_mode
             if not name.startswith(".") and (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
@@ -107,19 +135,27 @@ def _read_parquet(path: Path, text_column: str, bad: list[DataError] | None) -> 
             kind = str(file.schema_arrow.field(text_column).type)
             if kind not in ("string", "large_string", "string_view"):
                 raise DataError(f'{path}: column "{text_column}" has {kind}, expected string')
-            number = 0
+            number = nulls = 0
             for batch in file.iter_batches(columns=[text_column]):
                 # By name: a field "b" of a column "a" is read with a column "a.b".
                 for scalar in batch.column(text_column):
                     number += 1
                     where = f'{path}: row {number}: "{text_column}"'
                     raw = scalar.as_buffer()  # Parquet's strings need not be UTF-8.
+                    if raw is None:
+                        nulls += 1
+                        continue
                     try:
-                        yield "" if raw is None else decode(raw.to_pybytes(), where, remedy=_SKIP)
+                        yield decode(raw.to_pybytes(), where, remedy=_SKIP)
                     except DataError as error:
                         if bad is None:
                             raise
                         bad.append(error)
+            if nulls:
+                warnings.warn(
+                    f'{path}: {nulls} of {number} rows skipped: "{text_column}" is null',
+                    stacklevel=2,
+                )
     except (arrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not readable as Parquet ({first_line(error)})") from error
 

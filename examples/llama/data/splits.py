@@ -14,13 +14,17 @@ from examples.common.errors import DataError
 from examples.llama.data.config import DataConfig
 from examples.llama.data.corpus import Corpus, load_corpus
 from examples.llama.data.tokenizer import (
+    END_OF_TEXT,
+    TextTokenizer,
+    check_vocab_size,
     encode,
-    end_of_text,
     load_tokenizer,
+    plain_text,
+    save_text_tokenizer,
     train_tokenizer,
     vocabulary_size,
 )
-from examples.pretrained.hf_tokenizer import save_tokenizer
+from examples.pretrained.hf_tokenizer import TOKENIZER
 
 _FORMAT = "1"
 
@@ -42,24 +46,34 @@ class Splits:
     """Hash of text, split and tokenizer: equal if and only if the arrays are equal."""
 
 
-def load_splits(config: DataConfig, tokenizer: Tokenizer | None = None) -> Splits:
+def load_splits(config: DataConfig, tokenizer: TextTokenizer | None = None) -> Splits:
     """Reads, splits and tokenises the text of `config`, or takes the arrays from its cache.
 
     `tokenizer` takes the place of that of `config`. One that is trained is trained on the training
     split alone. Every cache entry is a directory that appears with all its files at once; processes
     that race for it write equal content.
     """
-    corpus = load_corpus(config)
     given = tokenizer
     if given is None and config.tokenizer:
         given = load_tokenizer(config.tokenizer)
-    key = _fingerprint(corpus, given.to_str() if given else f"bpe {config.vocab_size}")
+    if given is None:
+        check_vocab_size(config.vocab_size)
+    corpus = load_corpus(config)
+    key = _fingerprint(corpus, _identity(given) if given else f"bpe {config.vocab_size}")
     entry = config.cache_dir / key
     if not entry.exists():
-        tokenizer = given or train_tokenizer(corpus.train, config.vocab_size)
+        tokenizer = given or plain_text(train_tokenizer(corpus.train, config.vocab_size), "")
         arrays = {name: encode(tokenizer, texts) for name, texts in corpus._asdict().items()}
         _store(entry, tokenizer, arrays)
     return _restore(entry, key, {name: len(texts) for name, texts in corpus._asdict().items()})
+
+
+def _identity(text_tokenizer: TextTokenizer) -> str:
+    """Its text, and the end of documents unless that follows from the names in the text."""
+    tokenizer, end = text_tokenizer
+    text, known = tokenizer.to_str(), [tokenizer.token_to_id(name) for name in END_OF_TEXT]
+    first = next((i for i in known if i is not None), None)
+    return text if end == first else f"{text} {end}"
 
 
 def _fingerprint(corpus: Corpus, tokenizer: str) -> str:
@@ -73,11 +87,11 @@ def _fingerprint(corpus: Corpus, tokenizer: str) -> str:
     return digest.hexdigest()[:32]
 
 
-def _store(entry: Path, tokenizer: Tokenizer, arrays: dict[str, np.ndarray]) -> None:
+def _store(entry: Path, tokenizer: TextTokenizer, arrays: dict[str, np.ndarray]) -> None:
     unfinished = entry.with_name(f".{entry.name}.{uuid.uuid4().hex}")
     try:
         unfinished.mkdir(parents=True)
-        save_tokenizer(tokenizer, unfinished)
+        save_text_tokenizer(*tokenizer, unfinished)
         for name, array in arrays.items():
             np.save(unfinished / f"{name}.npy", array)
         os.rename(unfinished, entry)
@@ -94,12 +108,12 @@ def _restore(entry: Path, fingerprint: str, documents: dict[str, int]) -> Splits
         arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="r") for name in documents}
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{entry}: damaged cache entry, delete it ({error})") from error
-    tokenizer = load_tokenizer(str(entry / "tokenizer.json"))
+    tokenizer, end = load_tokenizer(str(entry / TOKENIZER))
     return Splits(
         **arrays,
         tokenizer=tokenizer,
         vocab_size=vocabulary_size(tokenizer),
-        end_of_text=end_of_text(tokenizer),
+        end_of_text=end,
         documents=documents,
         fingerprint=fingerprint,
     )

@@ -10,7 +10,7 @@ from examples.llama.data import hub
 from examples.llama.data.config import DataConfig
 from examples.llama.data.packing import document_row, process_slice
 from examples.llama.data.splits import Splits
-from examples.llama.data.tokenizer import encode
+from examples.llama.data.tokenizer import TextTokenizer, encode
 
 
 def make_streaming_iterator(
@@ -37,7 +37,8 @@ def make_streaming_iterator(
         documents = grain.experimental.WindowShuffleIterDataset(
             documents, window_size=config.shuffle, seed=seed
         )
-    tokens = documents.map(lambda text: encode(splits.tokenizer, [text]))
+    tokenizer = TextTokenizer(splits.tokenizer, splits.end_of_text)
+    tokens = documents.map(lambda text: encode(tokenizer, [text]))
     rows = (
         _PackRows(tokens, seq_len)
         if config.rows == "packed"

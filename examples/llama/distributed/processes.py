@@ -7,6 +7,7 @@ from typing import Literal
 
 import jax
 
+from examples.common.accelerators import find_devices
 from examples.common.errors import ConfigError
 
 # A process that ends early waits this long for the first one, which still draws and writes.
@@ -76,10 +77,14 @@ def start(config: DistributedConfig) -> None:
     """Joins the other processes, if there are any; before anything uses a device.
 
     Raises:
-      ConfigError: if no cluster is found, or the other processes are not.
+      ConfigError: if no cluster is found, or the other processes or a device are not.
     """
-    if not config.several_processes:
-        return
+    if config.several_processes:
+        _join(config)
+    find_devices()
+
+
+def _join(config: DistributedConfig) -> None:
     # Its handler of SIGTERM would stand in the way of that of `interrupt`.
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -99,7 +104,12 @@ def start(config: DistributedConfig) -> None:
 
 def several_processes() -> bool:
     """Whether this process has joined others."""
-    return jax.distributed.is_initialized() and jax.process_count() > 1
+    if not jax.distributed.is_initialized():
+        return False
+    try:
+        return jax.process_count() > 1
+    except (RuntimeError, AssertionError):  # It has no device; see `find_devices`.
+        return True
 
 
 def abort_peers(code: int) -> None:

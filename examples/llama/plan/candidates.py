@@ -283,7 +283,7 @@ def optimizer_arguments(spec: str, rank: int | None) -> list[str]:
 
 def _written_out(given: Sequence[str]) -> list[str]:
     """Arguments with those of their --config FILE, names and values apart."""
-    return cli.apart(cli.expand(given, SHORTHANDS))
+    return cli.apart(cli.expand(given, SHORTHANDS, RunConfig))
 
 
 def _flag(arguments: Sequence[str], name: str) -> bool | None:

@@ -12,6 +12,7 @@ from rich.console import Console, Group
 from rich.table import Table
 
 from examples.common import cli
+from examples.common.accelerators import find_devices
 from examples.common.config import write_json
 from examples.common.errors import ConfigError
 from examples.common.reporter import Activity, on_stderr
@@ -178,6 +179,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(argv: list[str] | None, console: Console) -> int:
     plan, given = cli.parse_known(PlanConfig, "examples.llama.plan", argv)
     given = cli.apart(given)
+    find_devices()
     memory, reserve = device_memory(plan.device_memory), _size("reserve", plan.reserve)
     room = memory - reserve
     if room <= 0:

@@ -1,6 +1,7 @@
 """The training step that a configuration describes, and its arguments as shapes."""
 
 import contextlib
+import dataclasses
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, cast
 
@@ -9,12 +10,16 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import SingleDeviceSharding
 
+from examples.common.accelerators import platforms_asked_for
+from examples.common.errors import ConfigError
 from examples.common.lora import partition
 from examples.common.train_state import Params, TrainState, init_state
 from examples.llama.model.adapters import make_linear
+from examples.llama.model.llama import abstract_params
 from examples.llama.run_config import RunConfig
 from examples.llama.training.optimization import Optimization, make_optimization
 from examples.llama.training.per_layer import make_per_layer_step
+from examples.llama.training.relora import make_merge
 from examples.llama.training.train_step import Apply, make_model, make_train_step
 
 
@@ -49,16 +54,41 @@ def first_state(
 
 def on_the_host(config: RunConfig) -> AbstractContextManager[Any]:
     """Where first weights are made that will be in 8 bits: an accelerator that has room for them
-    need not have room for the numbers that they are rounded from."""
+    need not have room for the numbers that they are rounded from.
+
+    Raises:
+      ConfigError: if JAX_PLATFORMS leaves the processor out.
+    """
     if config.weight_bits is None or jax.default_backend() == "cpu":
         return contextlib.nullcontext()
-    return jax.default_device(jax.local_devices(backend="cpu")[0])
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError as error:
+        raise ConfigError(
+            "--weight-bits makes first weights on the processor, which "
+            f"JAX_PLATFORMS={platforms_asked_for()} leaves out: add cpu at its end"
+        ) from error
 
 
 def to_device(x: jax.Array) -> jax.Array:
     """On the first device; what is in host memory stays there."""
     where = SingleDeviceSharding(jax.local_devices()[0], memory_kind=x.sharding.memory_kind)
     return jax.device_put(x, where)
+
+
+def check_config(config: RunConfig) -> None:
+    """Refuse what could not be trained whatever the text is. Nothing is allocated.
+
+    Raises:
+      ConfigError: if the optimizer does not fit the model, its adapters, the accumulation or an
+        update by layers.
+    """
+    model = dataclasses.replace(config.model, layers=1)  # All layers have the shapes of one.
+    params, _ = partition(abstract_params(model, make_linear(config.adapter)))
+    optimization = make_optimization(config, params)
+    make_merge(config.adapter, optimization.tx, params, config.seed)
+    if config.per_layer:
+        make_per_layer_step(dataclasses.replace(config, model=model), optimization.tx, params)
 
 
 class AbstractRun(NamedTuple):

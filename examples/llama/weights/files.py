@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from examples.common.config import write_json
 from examples.common.errors import WeightsError
-from examples.llama.data.tokenizer import end_of_text, for_prompts, load_tokenizer
+from examples.llama.data.tokenizer import for_prompts, load_tokenizer
 from examples.llama.model.config import ModelConfig
 from examples.llama.model.llama import Llama, abstract_params, with_params
 from examples.llama.weights import hf_config, names, runs
@@ -23,6 +23,7 @@ from examples.pretrained.hf_tokenizer import (
     TOKENIZER,
     read_chat_template,
     read_tokenizer,
+    stated_end,
     write_tokenizer,
 )
 from examples.pretrained.json_file import read_json
@@ -70,10 +71,11 @@ def load_llama(
     a package or a hub.
 
     Args:
-      name: the directory of a run; a path ``model.gguf``; a directory with ``config.json``,
-        ``model.safetensors`` (or its parts and their index) and, where there are any,
-        ``tokenizer.json`` and ``tokenizer_config.json``; ``smollm2-135m-instruct``, for
-        the pip package that brings it along; or a name on the Hugging Face hub.
+      name: the directory of a run, or of a method that `examples.finetune.planner` has trained; a
+        path ``model.gguf``; a directory with ``config.json``, ``model.safetensors`` (or its parts
+        and their index) and, where there are any, ``tokenizer.json`` and ``tokenizer_config.json``;
+        ``smollm2-135m-instruct``, for the pip package that brings it along; or a name on the
+        Hugging Face hub.
       stacked: keep the layers in one stack, as `per_layer` training needs them.
       dtype: what products are computed in.
       param_dtype: what the weights become, whatever the file has.
@@ -98,8 +100,10 @@ def open_weights(name: str, step: int | None = None) -> WeightsFile:
     path = locate_model(name, FILES)
     if runs.is_run(path):
         return _open_run(path, step)
-    if (path / runs.EXPORT / CONFIG).exists():
-        path = path / runs.EXPORT
+    for part in (runs.EXPORT, runs.METHOD_MODEL):
+        if (path / part / CONFIG).exists():
+            path = path / part
+            break
     if step is not None:
         raise WeightsError(f"{name}: no checkpoints in this directory, so no step {step}")
     file = _open_gguf(path) if path.is_file() else _open_directory(path)
@@ -171,7 +175,7 @@ def save_llama(pretrained: PretrainedLlama, directory: Path) -> None:
 
 def _open_run(path: Path, step: int | None) -> WeightsFile:
     run = runs.saved_run(path, step)
-    tokenizer = load_tokenizer(str(path / TOKENIZER))
+    tokenizer, end = load_tokenizer(str(path / TOKENIZER))
 
     def tensors() -> Tensors:
         flat: dict[Any, Any] = flatten_dict(runs.read_weights(run))
@@ -182,7 +186,7 @@ def _open_run(path: Path, step: int | None) -> WeightsFile:
         config=run.model,
         tokenizer=for_prompts(tokenizer, start=run.init_from is not None),
         chat_template=None,
-        end_ids=(end_of_text(tokenizer),),
+        end_ids=(end,),
         tensors=tensors,
         names=names.HUGGING_FACE,
         types={},
@@ -190,6 +194,11 @@ def _open_run(path: Path, step: int | None) -> WeightsFile:
 
 
 def _open_directory(path: Path) -> WeightsFile:
+    methods = sorted(p.parent for p in path.glob(f"*/{runs.METHOD_MODEL}") if p.is_dir())
+    if methods and not (path / CONFIG).exists():
+        raise WeightsError(
+            f"{path}: a comparison of methods: name one of {', '.join(map(str, methods))}"
+        )
     if not (path / CONFIG).exists():
         raise WeightsError(
             f"{path}: neither a run, which has {runs.CHECKPOINTS} or {runs.EXPORT}, nor a model in "
@@ -203,6 +212,9 @@ def _open_directory(path: Path) -> WeightsFile:
     settings = read_json(generation) if generation.exists() else {}
     # Null, which transformers writes for what was not set, says nothing.
     ends = [source.get("eos_token_id") for source in (settings, raw)]
+    tokenizer = read_tokenizer(path)
+    if tokenizer is not None:
+        ends.append(stated_end(tokenizer, path))
     end = next((end for end in ends if end not in (None, [])), ())
     end_ids: tuple[int, ...] = tuple(end) if isinstance(end, list | tuple) else (end,)  # type: ignore[bad-assignment]
     # Left out of files where the embedding takes its place, but not always of their index.
@@ -210,7 +222,7 @@ def _open_directory(path: Path) -> WeightsFile:
     return WeightsFile(
         path=path,
         config=config,
-        tokenizer=read_tokenizer(path),
+        tokenizer=tokenizer,
         chat_template=read_chat_template(path),
         end_ids=end_ids,
         tensors=lambda: read_tensors(path, absent),

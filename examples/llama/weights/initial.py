@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flax.traverse_util import flatten_dict, unflatten_dict
-from tokenizers import Tokenizer
 
 from examples.common.errors import CheckpointError, ConfigError, DataError, WeightsError
 from examples.common.run_directory import check_apart
-from examples.llama.data.tokenizer import load_tokenizer, plain_text, vocabulary_size
+from examples.llama.data.tokenizer import (
+    TextTokenizer,
+    load_tokenizer,
+    plain_text,
+    vocabulary_size,
+)
 from examples.llama.model.config import ModelConfig
 from examples.llama.run_config import RunConfig, check_adapter, run_preset
 from examples.llama.weights.files import Params, WeightsFile, open_weights, read_params
@@ -25,7 +29,7 @@ class Start(NamedTuple):
     """Configuration, tokenizer and weights at the start of a run."""
 
     config: RunConfig  # With the model that the weights are for.
-    tokenizer: Tokenizer
+    tokenizer: TextTokenizer
     weights: Callable[[], Params]  # Reads them; a run that is resumed never calls it.
     note: str  # Where model and tokenizer are from, and whether the weights were rounded.
 
@@ -119,25 +123,25 @@ def merge(config: RunConfig, model: ModelConfig) -> ModelConfig:
     return dataclasses.replace(model, **free)
 
 
-def _tokenizer(config: RunConfig, file: WeightsFile) -> Tokenizer:
+def _tokenizer(config: RunConfig, file: WeightsFile) -> TextTokenizer:
     """That of the weights, or the one that is given, which must be the same."""
-    given = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
-    own = file.tokenizer
+    name, own = config.data.tokenizer, file.tokenizer
+    given = load_tokenizer(name, file.end_ids) if name else None
     if given is not None:
         tokenizer = given
     elif own is not None:
-        tokenizer = _using(lambda path: plain_text(own, path), str(file.path))
+        tokenizer = _using(lambda path: plain_text(own, path, file.end_ids), str(file.path))
     else:
         raise ConfigError(f"{file.path}: no tokenizer: pass the one of the weights, --tokenizer")
     if given is not None and own is not None:
-        ids = [t.get_vocab(with_added_tokens=True) for t in (given, own)]
+        ids = [t.get_vocab(with_added_tokens=True) for t in (given.tokenizer, own)]
         other = sorted(t for t in ids[0].keys() | ids[1].keys() if ids[0].get(t) != ids[1].get(t))
         if other:
             raise ConfigError(
                 f"{config.data.tokenizer}: {len(other)} tokens are not those of the tokenizer of "
                 f"{file.path}, such as {other[0]!r}: leave --tokenizer out"
             )
-    size = vocabulary_size(tokenizer)
+    size = vocabulary_size(tokenizer.tokenizer)
     if size > file.config.vocab_size:
         raise ConfigError(
             f"{config.data.tokenizer or file.path}: a tokenizer of {size} tokens, and weights for "

@@ -17,6 +17,8 @@ from examples.llama.model.llama import abstract_params
 
 EXPORT = "export"
 """Directory of a finished run with its weights in the Hugging Face layout."""
+METHOD_MODEL = "model"
+"""The same of a method that `examples.finetune` has trained."""
 
 
 class SavedRun(NamedTuple):
@@ -31,14 +33,35 @@ class SavedRun(NamedTuple):
 
 
 def is_run(path: Path) -> bool:
-    """Whether a directory is that of a run with checkpoints."""
-    return bool(kept(path / CHECKPOINTS))
+    """Whether a directory is that of a run with checkpoints, not of a method with its model."""
+    if not kept(path / CHECKPOINTS):
+        return False
+    return not (path / METHOD_MODEL).exists() or _describes_model(_newest_config(path))
 
 
 def config_of(path: Path) -> dict[str, Any]:
-    """The configuration in the newest checkpoint of a run."""
+    """The configuration in the newest checkpoint of a run.
+
+    Raises:
+      WeightsError: if it is no checkpoint of `examples.llama`.
+    """
+    config = _newest_config(path)
+    if not _describes_model(config):
+        raise WeightsError(
+            f"{path}: no checkpoints of examples.llama; a method of examples.finetune has its "
+            f"weights in {path / METHOD_MODEL}, which is not there yet"
+        )
+    return config
+
+
+def _newest_config(path: Path) -> dict[str, Any]:
     checkpoints = path / CHECKPOINTS
     return read_checkpoint(checkpoints, kept(checkpoints)[-1])[0]
+
+
+def _describes_model(config: dict[str, Any]) -> bool:
+    """Whether a configuration is one of `examples.llama`: others have the name of a model."""
+    return isinstance(config.get("model"), dict)
 
 
 def saved_run(path: Path, step: int | None = None) -> SavedRun:

@@ -1,0 +1,95 @@
+"""What the configuration alone refuses is refused before any text is read."""
+
+import sys
+
+import pytest
+from cluster_run import write_text
+from command_lines import assert_one_line
+
+from examples.common.run_directory import run_directory
+from examples.finetune.encoder import __main__ as encoder, prepare as encoder_inputs
+from examples.finetune.planner import __main__ as planner, prepare as planner_inputs
+from examples.llama import __main__ as llama
+from examples.llama.data import splits
+
+READERS = (
+    (llama, splits, "load_corpus", "nano-natural-galore"),
+    (encoder, encoder_inputs, "read_rows", "movie-snippets"),
+    (planner, planner_inputs, "load_dataset", "nestful"),
+)
+
+
+@pytest.fixture(params=READERS, ids=lambda param: param[0].__name__.split(".")[-2])
+def program(request, monkeypatch, tmp_path):
+    """A program that fails when it reads, and its directory of runs."""
+    main, module, reader, name = request.param
+    monkeypatch.setattr(module, reader, lambda *_: pytest.fail("text was read"))
+    return main, tmp_path / "runs" / name
+
+
+def refused(program, capsys, words, message):
+    main, run_dir = program
+    assert main.main([f"--root={run_dir.parent}", "--quiet", *words]) == 1
+    assert_one_line(capsys, message)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--rank=4096"], "4096"),
+        (["--name=a[1]"], "Orbax writes no readable checkpoints"),
+        (["--log-to=wandb"], "--log-to wandb needs the package wandb"),
+    ],
+)
+def test_options(program, capsys, monkeypatch, words, message):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    refused(program, capsys, words, message)
+
+
+def test_directories_of_runs(program, capsys):
+    main, run_dir = program
+    part = run_dir if main is llama else run_dir / "natural-galore"
+    (run_dir / "mine").mkdir(parents=True)
+    refused(program, capsys, ["--overwrite"], f"--overwrite deletes a run, and {run_dir} is none")
+    with run_directory(run_dir, False):
+        refused(program, capsys, [], f"{run_dir}: another program is training this run")
+    (part / "checkpoints" / "3").mkdir(parents=True)
+    refused(program, capsys, [], f"{part} already has a run: pass --resume")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--vocab-size=256", "vocab_size must be at least 257"),
+        ("--tokenizer=nowhere.json", "nowhere.json"),
+        ("--optimizer=adamw --side=left", "adamw has no side"),
+        ("--optimizer=stored-gradients --damping=-1", "damping must be at least 0"),
+        ("--adapter.kind=lora --adapter.rank=129", "adapter.rank=129 is larger"),
+        ("--adapter.kind=factorised --init-from=x", "weights of low rank cannot start from"),
+        ("--adapter.kind=relora --optimizer=galore --rank=8", "one without a subspace"),
+        ("--accumulate-in-subspace --optimizer=adamw", "needs an optimizer with a subspace"),
+        ("--distributed.devices --batch-size=5", "batch_size=5 must be a multiple of the number"),
+    ],
+)
+def test_options_of_pretraining(capsys, monkeypatch, tmp_path, words, message):
+    monkeypatch.setattr(splits, "load_corpus", lambda *_: pytest.fail("text was read"))
+    refused((llama, tmp_path / "runs" / "a"), capsys, words.split(), message)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--targets=nothing", "targets: no matrix is called 'nothing'"),
+        ("--max-length=99999", "max_length=99999"),
+    ],
+)
+def test_options_of_the_encoder(capsys, monkeypatch, tmp_path, words, message):
+    monkeypatch.setattr(encoder_inputs, "read_rows", lambda *_: pytest.fail("text was read"))
+    refused((encoder, tmp_path / "runs" / "a"), capsys, words.split(), message)
+
+
+def test_a_path_that_is_missing_is_found_before_the_other_is_read(capsys, monkeypatch, tmp_path):
+    write_text(tmp_path / "text.jsonl")
+    monkeypatch.setattr("examples.llama.data.corpus.read_files", lambda *_, **__: pytest.fail())
+    words = [f"--data={tmp_path / 'text.jsonl'}", "nowhere.txt"]
+    refused((llama, tmp_path / "runs" / "a"), capsys, words, "nowhere.txt: no such file")
