@@ -16,6 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 from natgalore_jax._src.params.plan import LeafPlan
 
 Names = tuple[str, ...]  # mesh axes over which one axis of an array is sharded
+AxisName = str | tuple[str, ...]  # mesh axes of a collective
 
 
 def has_explicit_sharding(x: jax.Array) -> bool:
