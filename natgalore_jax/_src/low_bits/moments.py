@@ -36,6 +36,7 @@ from natgalore_jax._src.states.entries import (
     Part,
     SecondMoment,
     StateType,
+    check_entries,
     is_masked,
     register_type,
     registered_entries,
@@ -152,7 +153,8 @@ def quantize_state(
 
     Raises:
       TypeError, ValueError: for an argument of a wrong type or value; at ``init`` for an inner
-        state without any registered type; at ``update`` for another tree than at ``init``.
+        state without any registered type, and for ``optax.flatten``; at ``update`` for another tree
+        than at ``init``.
 
     References:
       Dettmers et al., 8-bit optimizers via block-wise quantization (2022), whose codes are decades
@@ -172,7 +174,14 @@ def quantize_state(
 
     def init_fn(params):
         leaves, params_treedef = jax.tree.flatten(params)
-        values, treedef = jax.tree.flatten(inner.init(params))
+        state = inner.init(params)
+        check_entries(
+            state,
+            params,
+            "stored in 8 bits",
+            "leave out optax.flatten, or put it around quantize_state",
+        )
+        values, treedef = jax.tree.flatten(state)
         moments = _moments(treedef, params_treedef)
         batch = settings.batch_of_leaves(params)
         scales: list[Any] = [optax.MaskedNode()] * len(values)

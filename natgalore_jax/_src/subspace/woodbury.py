@@ -24,7 +24,7 @@ from natgalore_jax._src.params.checks import (
     check_number,
     check_stored_dtype,
 )
-from natgalore_jax._src.params.context import current_subspace
+from natgalore_jax._src.params.context import current_subspace, plan_of
 from natgalore_jax._src.params.plan import check_bits
 from natgalore_jax._src.params.where import KeyPath, shape_and_dtype
 from natgalore_jax._src.states.tree_checks import flatten_like
@@ -125,13 +125,12 @@ def woodbury_natural_gradient(
         return WoodburyState(jnp.zeros([], jnp.int32), _transposed(treedef, histories, is_coded))
 
     def _init_leaf(path, leaf):
-        plans = current_subspace()
         kind = shape_and_dtype(path, leaf)
-        if plans is None:
+        if current_subspace() is None:
             is_block = jnp.issubdtype(kind.dtype, jnp.floating)
             batch_ndim = max(len(kind.shape) - 2, 0)
         else:
-            plan = plans.get(KeyPath(path))
+            plan = plan_of(path, leaf)
             is_block, batch_ndim = plan is not None, len(plan.batch) if plan else 0
         if not is_block or 0 in kind.shape:
             return None
