@@ -25,6 +25,11 @@ def has_explicit_sharding(x: jax.Array) -> bool:
     return not mesh.empty and AxisType.Explicit in mesh.axis_types
 
 
+def is_manual() -> bool:
+    """Whether arrays are the shards of devices, within ``jax.shard_map``."""
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
 def names_of(x: jax.Array) -> list[Names]:
     """Mesh axes over which each axis of x is sharded."""
     spec = jax.typeof(x).sharding.spec

@@ -267,7 +267,7 @@ def check_entries(state: Any, params: Any, task: str, instead: str) -> None:
         entries = _entries_or_none(tree, treedef)
         # A tree that is a single array has no other structure, but another number of axes.
         is_array = treedef.num_nodes == 1
-        if entries is None or (is_array and _is_flattened(entries[0], leaves[0])):
+        if entries is None or (is_array and any(map(_is_flattened, entries, leaves))):
             raise ValueError(
                 f"{name} inside optax.flatten has no entry for each parameter, but moments are "
                 f"{task} by parameter: {instead}"

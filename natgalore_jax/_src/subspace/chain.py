@@ -63,7 +63,8 @@ def chain(*transforms: Any) -> Chain:
       ValueError: for a subspace inside a subspace, a ``project_back`` without a subspace, an
         interval that is not a multiple of the accumulation, or an accumulation with a residual; at
         ``init`` for ``optax.apply_every`` inside a subspace, and for ``optax.flatten`` around
-        moments that a refresh transports, or around natural gradients.
+        moments that a refresh transports, or around natural gradients; at ``update`` for a state
+        that was made with other options.
       TypeError: for anything that is not a transformation.
 
     Example:

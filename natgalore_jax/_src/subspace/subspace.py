@@ -37,6 +37,7 @@ from natgalore_jax._src.states.tree_checks import (
     check_low_rank,
     check_params,
     flatten_like,
+    other_options,
     with_dtypes_of,
 )
 from natgalore_jax._src.subspace.project import LowRankProject, LowRankProjectState, start_factors
@@ -165,10 +166,16 @@ class Subspace:
         columns = _by_mode(
             opener, lambda tree: flatten_like(updates, tree, "the parameters at init")
         )
+        if len(columns) != self.opener.number_of_modes:
+            raise ValueError(
+                f"bases of {self.opener.number_of_modes} modes are needed, but the state has "
+                f"{len(columns)}: {other_options('rank')}"
+            )
         if params is not None:
             check_params(updates, params)
         plans = plan_tree(self.opener.plan, updates)
-        check_bases(updates, plans, list(zip(*columns, strict=True)))
+        dtype = self.opener.basis_dtype
+        check_bases(updates, plans, list(zip(*columns, strict=True)), dtype)
         check_inner_states(self.inner, inner_states, updates, plans, self.known_states)
         stored: list[StoredFactors] = [
             tuple(columns[mode][i] for mode in plan.projected_modes) if plan else ()
@@ -205,7 +212,8 @@ class Subspace:
         low_params = None if params is None else opened.project(params, factors)
         updates, new_inner = low, []
         for tx, state in zip(self.inner, inner_states, strict=True):
-            updates, new_state = tx.update(updates, state, low_params, **extra_args)
+            with open_subspace(opened.plans):
+                updates, new_state = tx.update(updates, state, low_params, **extra_args)
             new_inner.append(with_dtypes_of(state, new_state))
 
         assert full is not None or self.closer.residual is None, "a residual needs full"
