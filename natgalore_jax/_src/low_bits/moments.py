@@ -302,7 +302,7 @@ def _check_moments(settings, updates, codes, moments, stored, scales):
     batch = settings.batch_of_leaves(updates)
     for number, (x, scale) in enumerate(zip(stored, scales, strict=True)):
         if is_masked(scale):
-            if number in moments and jnp.issubdtype(x.dtype, jnp.floating):
+            if number in moments and jnp.issubdtype(jnp.result_type(x), jnp.floating):
                 path, g = leaves[moments[number][0]]
                 if jnp.shape(g) == x.shape:
                     settings.check_stored(path, g, batch[moments[number][0]], x, scale)

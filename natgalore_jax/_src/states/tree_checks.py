@@ -290,7 +290,7 @@ def check_inner_states(
         if not (is_layer_view() or is_manual()):
             _check_nodes(expected, states, ())
         return
-    dtypes = {g.dtype for _, g in leaves}
+    dtypes = {x.dtype for x in low_rank}
     for (path, actual), wanted in zip(
         jax.tree_util.tree_leaves_with_path(states), jax.tree.leaves(expected), strict=True
     ):
