@@ -128,6 +128,47 @@ def test_a_second_explicit_axis_shards_the_parameters(tx):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("spec", [jax.P("model"), jax.P(None, "model")], ids=["layers", "rows"])
+@pytest.mark.parametrize("method", ["power", "svd"])
+def test_a_second_explicit_axis_shards_a_stack(spec, method):
+    mesh = jax.make_mesh((2, 4), ("data", "model"))
+    # Two layers on each device of the second axis, single matrices that are refreshed together, and
+    # one layer that has no gradient until its second step.
+    shapes = {"stack": (8, 12, 8), "a": (8, 12), "b": (8, 12)}
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    params = {n: jax.random.normal(k, shapes[n]) for n, k in zip(shapes, keys, strict=True)}
+    specs = {"stack": spec, "a": jax.P("model"), "b": jax.P("model")}
+    batches = jax.random.normal(jax.random.key(1), (4, 8, 8)).at[0, :, 7].set(0)
+    tx = ng.chain(
+        ng.low_rank_project(rank=2, update_interval=2, method=method),
+        ng.woodbury_natural_gradient(history=2),
+        optax.scale_by_adam(),
+        ng.project_back(),
+        optax.scale(-0.1),
+    )
+
+    def loss(params, batch):
+        hidden = jnp.tanh(batch @ params["a"]) - jnp.tanh(batch @ params["b"])
+        layers = jnp.einsum("bn,lnm->blm", hidden, params["stack"])
+        return jnp.mean((layers * jnp.tanh(batch)[:, :, None]) ** 2)
+
+    @jax.jit
+    def ordinary(params, state, batch):
+        value, grads = jax.value_and_grad(loss)(params, batch)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    expected, expected_state = params, tx.init(params)
+    for batch in batches:
+        expected, expected_state, _ = ordinary(expected, expected_state, batch)
+    with jax.set_mesh(mesh):
+        found = {n: jax.device_put(x, jax.NamedSharding(mesh, specs[n])) for n, x in params.items()}
+        state, step = tx.init(found), ng.training.data_parallel_step(loss, tx, mesh)
+        for batch in batches:
+            found, state, _ = step(found, state, batch)
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, **PARAMETERS), found, expected)
+
+
 def test_micro_batches_are_exchanged_once(mesh):
     tx = ng.training.low_rank_steps(OPTIMIZERS["galore"]())
 
@@ -181,6 +222,8 @@ def test_errors(mesh):
     galore = OPTIMIZERS["galore"]()
     with pytest.raises(ValueError, match=r"axis_name='rows' is not an axis .*, \('data',\)"):
         ng.training.data_parallel_step(loss, galore, mesh, axis_name="rows")
+    with pytest.raises(TypeError, match=r"loss must be a function .*, got 3"):
+        ng.training.data_parallel_step(3, galore, mesh)
     with pytest.raises(ValueError, match="micro_batches"):
         ng.training.data_parallel_step(loss, galore, mesh, micro_batches=0)
     step = ng.training.data_parallel_step(lambda p, b: loss(p, b["x"]), galore, mesh, "data", 2)

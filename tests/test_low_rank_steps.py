@@ -206,6 +206,46 @@ def test_devices_exchange_low_rank_gradients_only():
     assert_close(compiled(params, state, batch), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", list(jax.sharding.AxisType)[:2], ids=["auto", "explicit"])
+def test_devices_of_two_mesh_axes_exchange(kind):
+    tx = ng.galore_adamw(0.05, **SETTINGS)
+    steps = ng.training.low_rank_steps(tx)
+    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(kind, kind))
+    params, state = zeros(), tx.init(zeros())
+    grads = random_like(jax.tree.map(lambda x: jnp.stack([x] * 4), params), 0)
+
+    def exchanged(grads, state):
+        own = jax.tree.map(lambda x: x.squeeze(0), grads)
+        return steps.exchange(own, state, ("a", "b"))
+
+    found = jax.jit(
+        jax.shard_map(
+            exchanged, mesh=mesh, in_specs=(jax.P(("a", "b")), jax.P()), out_specs=jax.P()
+        )
+    )(jax.device_put(grads, jax.NamedSharding(mesh, jax.P(("a", "b")))), state)
+    mean = jax.tree.map(lambda x: jnp.mean(x, 0), grads)
+    expected = steps.refresh(mean, state)
+    assert_close(found, (expected, steps.project(mean, expected)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_an_accumulated_mean_keeps_its_dtypes(dtypes):
+    params, micro_batches = (jax.tree.map(lambda x, t=t: x.astype(t), zeros()) for t in dtypes)
+    tx = ng.galore_adamw(0.05, **SETTINGS)
+    steps, state = ng.training.low_rank_steps(tx), tx.init(params)
+    zero = optax.tree.zeros_like(steps.project(params, state))
+    parts = random_like(jax.tree.map(lambda x: jnp.stack([x] * 3), micro_batches), 0)
+
+    def accumulate(carry, part):
+        state, mean, position = carry
+        return (*steps.accumulate(part, state, mean, position), position + 1), None
+
+    (state, mean, _), _ = jax.lax.scan(accumulate, (state, zero, jnp.int32(0)), parts)
+    assert {x.dtype for x in jax.tree.leaves(mean)} == {jnp.dtype(dtypes[0])}
+    expected = steps.project(jax.tree.map(lambda x: jnp.mean(x, 0), parts), state)
+    assert_close(mean, expected, rtol=0.02, atol=0.02)
+
+
 PARAMS = {"w": jnp.ones((6, 8)), "b": jnp.ones(8)}
 
 

@@ -168,11 +168,3 @@ def test_every_matrix_finds_its_sign_at_its_own_first_update():
         np.testing.assert_array_equal(state[-1].direction["w"], expected)
     along = np.sum(np.asarray(updates["w"]) * second, (1, 2))
     np.testing.assert_array_equal(np.sign(along), [1, -1, -1])
-
-
-@pytest.mark.parametrize("residuals", [("none", "fira"), ("fisher", "none")])
-def test_a_state_of_another_residual_is_named(residuals):
-    old, new = (ng.galore_adamw(0.1, rank=2, residual=residual) for residual in residuals)
-    params = {"w": jnp.ones((6, 8))}
-    with pytest.raises(ValueError, match=r"made with.* a residual, and project_back has"):
-        new.update(params, old.init(params), params)

@@ -32,7 +32,14 @@ from natgalore_jax._src.params.placement import zeros_on_axes
 from natgalore_jax._src.params.plan import PlanSettings, plan_tree, without_matrices
 from natgalore_jax._src.params.where import Where, hidden_matrices
 from natgalore_jax._src.states.entries import OwnBasis, register_type
-from natgalore_jax._src.states.tree_checks import check_moments, flatten_like, with_dtypes_of
+from natgalore_jax._src.states.tree_checks import (
+    Form,
+    check_moments,
+    check_stored,
+    check_type,
+    flatten_like,
+    with_dtypes_of,
+)
 from natgalore_jax._src.subspace.subspace import init_low_rank
 
 # Adam's decays for unprojected parameters, as in the paper.
@@ -193,8 +200,13 @@ def scale_by_alice(
         del params, extra_args
         plans = plan_tree(settings, updates)
         G, treedef = jax.tree.flatten(updates)
+        check_type(state, ScaleByAliceState, "optimizer")
+        check_moments(updates, plans, state.adam.mu, None, "rank or where")
+        tracked = [_tracked_form(p) if p and switch.b3 > 0 else None for p in plans]
+        check_stored(updates, tracked, state.tracked, "tracked", "b3")
+        norms = [Form(p.batch_shape) if p and has_limit else None for p in plans]
+        check_stored(updates, norms, state.residual_norm, "residual_norm", "norm_growth_limit")
         bases = flatten_like(updates, state.basis, "the parameters at init")
-        check_moments(updates, plans, state.adam.mu)
         mus, nus, tracked, residual_energy, norms = (
             treedef.flatten_up_to(x) for x in (state.adam.mu, state.adam.nu, *state[2:])
         )
@@ -230,6 +242,12 @@ def scale_by_alice(
 
 
 _NOTHING = (optax.MaskedNode(),) * 4
+
+
+def _tracked_form(plan):
+    """Form of the tracked matrices of one parameter."""
+    (mode,) = plan.projected_modes
+    return Form((*plan.batch_shape, plan.rank_of(mode), plan.rank_of(mode)))
 
 
 @kernel("plan", "switch", "has_limit")

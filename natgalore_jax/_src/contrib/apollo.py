@@ -25,7 +25,13 @@ from natgalore_jax._src.params.checks import (
 )
 from natgalore_jax._src.params.plan import LeafPlan, PlanSettings, plan_tree
 from natgalore_jax._src.params.where import Where, hidden_matrices
-from natgalore_jax._src.states.tree_checks import check_moments, flatten_like, with_dtypes_of
+from natgalore_jax._src.states.tree_checks import (
+    Form,
+    check_moments,
+    check_stored,
+    check_type,
+    with_dtypes_of,
+)
 from natgalore_jax._src.subspace.subspace import init_low_rank
 
 GRANULARITIES = ("channel", "tensor")
@@ -130,8 +136,12 @@ def scale_by_apollo(
         del params, extra_args
         plans = plan_tree(settings, updates)
         G, treedef = jax.tree.flatten(updates)
-        last_norms = flatten_like(updates, state.update_norm, "the parameters at init")
-        check_moments(updates, plans, state.adam.mu)
+        check_type(state, ScaleByApolloState, "optimizer")
+        check_moments(updates, plans, state.adam.mu, mu_dtype, "rank, where or mu_dtype")
+        has_limit = norm_growth_limit is not None
+        norms = [Form(p.batch_shape) if p and has_limit else None for p in plans]
+        check_stored(updates, norms, state.update_norm, "update_norm", "norm_growth_limit")
+        last_norms = treedef.flatten_up_to(state.update_norm)
         window = state.adam.count // update_interval
         found = for_each(
             _projected,

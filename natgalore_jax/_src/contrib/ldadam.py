@@ -16,7 +16,13 @@ from natgalore_jax._src.params.checks import check_adam, check_boolean, check_de
 from natgalore_jax._src.params.plan import PlanSettings, plan_tree
 from natgalore_jax._src.params.where import Where, hidden_matrices
 from natgalore_jax._src.states.entries import OwnBasis, register_type
-from natgalore_jax._src.states.tree_checks import check_moments, flatten_like, with_dtypes_of
+from natgalore_jax._src.states.tree_checks import (
+    Form,
+    check_moments,
+    check_stored,
+    check_type,
+    with_dtypes_of,
+)
 from natgalore_jax._src.subspace.subspace import init_low_rank
 
 
@@ -122,8 +128,11 @@ def scale_by_ldadam(
         del params, extra_args
         plans = plan_tree(settings, updates)
         G, treedef = jax.tree.flatten(updates)
-        errors = flatten_like(updates, state.error, "the parameters at init")
-        check_moments(updates, plans, state.adam.mu)
+        check_type(state, ScaleByLDAdamState, "optimizer")
+        check_moments(updates, plans, state.adam.mu, mu_dtype, "rank, where or mu_dtype")
+        shapes = [Form(p.shape) if p and error_feedback else None for p in plans]
+        check_stored(updates, shapes, state.error, "error", "error_feedback")
+        errors = treedef.flatten_up_to(state.error)
         bases, M, V = (
             treedef.flatten_up_to(x) for x in (state.basis, state.adam.mu, state.adam.nu)
         )

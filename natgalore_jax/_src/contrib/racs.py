@@ -26,7 +26,13 @@ from natgalore_jax._src.params.plan import (
     without_matrices,
 )
 from natgalore_jax._src.params.where import Where, hidden_matrices
-from natgalore_jax._src.states.tree_checks import check_stored, with_dtypes_of
+from natgalore_jax._src.states.tree_checks import (
+    Form,
+    check_stored,
+    check_type,
+    form_in,
+    with_dtypes_of,
+)
 
 
 class ScaleByRacsState(NamedTuple):
@@ -149,11 +155,18 @@ def scale_by_racs(
         del params, extra_args
         plans = plan_tree(settings, updates)
         G, treedef = jax.tree.flatten(updates)
+        check_type(state, ScaleByRacsState, "optimizer")
         for mode, field in enumerate(("rows", "columns")):
-            shapes = [(*p.batch_shape, *p.mode_shape(mode)) if p else None for p in plans]
-            check_stored(updates, shapes, getattr(state, field), f"scales of the {field}")
-        shapes = [None if plan else jnp.shape(g) for plan, g in zip(plans, G, strict=True)]
-        check_stored(updates, shapes, state.adam.mu, "moments")
+            forms = [Form((*p.batch_shape, *p.mode_shape(mode))) if p else None for p in plans]
+            check_stored(updates, forms, getattr(state, field), f"scales of the {field}", "where")
+        has_limit = norm_growth_limit is not None
+        forms = [Form(p.batch_shape) if p and has_limit else None for p in plans]
+        check_stored(updates, forms, state.update_norm, "update_norm", "norm_growth_limit")
+        forms = [
+            None if plan else form_in(mu_dtype, jnp.shape(g))
+            for plan, g in zip(plans, G, strict=True)
+        ]
+        check_stored(updates, forms, state.adam.mu, "moments", "where or mu_dtype")
 
         N, adam_state = adam.update(without_matrices(treedef, G, plans), state.adam)
         out, q, s, norms = (treedef.flatten_up_to(x) for x in (N, *state[1:]))

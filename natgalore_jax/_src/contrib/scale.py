@@ -18,7 +18,12 @@ from natgalore_jax._src.params.plan import (
     without_matrices,
 )
 from natgalore_jax._src.params.where import KeyPath, Where, all_matrices, output_heads, selected
-from natgalore_jax._src.states.tree_checks import check_stored, with_dtypes_of
+from natgalore_jax._src.states.tree_checks import (
+    check_stored,
+    check_type,
+    form_in,
+    with_dtypes_of,
+)
 
 NORMS = ("rms", "l2")
 
@@ -147,11 +152,12 @@ def scale_by_column_norms(
         del params, extra_args
         plans, heads = plans_of(updates)
         G, treedef = jax.tree.flatten(updates)
-        shapes = [jnp.shape(g) for g in G]
-        stored = [s if is_head else None for s, is_head in zip(shapes, heads, strict=True)]
-        check_stored(updates, stored, state.momentum, "a momentum")
-        stored = [None if plan else s for s, plan in zip(shapes, plans, strict=True)]
-        check_stored(updates, stored, state.adam.mu, "moments")
+        check_type(state, ScaleByColumnNormsState, "optimizer")
+        forms = [form_in(mu_dtype, jnp.shape(g)) for g in G]
+        stored = [form if is_head else None for form, is_head in zip(forms, heads, strict=True)]
+        check_stored(updates, stored, state.momentum, "momentum", "head, where or mu_dtype")
+        stored = [None if plan else form for form, plan in zip(forms, plans, strict=True)]
+        check_stored(updates, stored, state.adam.mu, "moments", "where or mu_dtype")
 
         N, adam_state = adam.update(without_matrices(treedef, G, plans), state.adam)
         out, momenta = treedef.flatten_up_to(N), treedef.flatten_up_to(state.momentum)

@@ -152,16 +152,6 @@ def fisher_size(plan: LeafPlan) -> int:
     return math.prod(fisher_shape(plan))
 
 
-def check_fisher(plan: LeafPlan, fisher: jax.Array) -> None:
-    """Check that Fisher entries made at init fit the update's shape."""
-    expected = fisher_shape(plan)
-    if jnp.shape(fisher) != expected:
-        raise ValueError(
-            f"{plan.path}: an update of shape {plan.shape} needs residual_fisher of shape "
-            f"{expected}, but the state made at init has {jnp.shape(fisher)}"
-        )
-
-
 # σ of "fisher" is twice the root mean square of AdamW's updates.
 RULES = {
     "fira": ResidualRule(_fira, scale=1.0, rms=None),

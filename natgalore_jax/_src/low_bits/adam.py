@@ -12,7 +12,8 @@ from natgalore_jax._src.kernels.kernel import own_arithmetic
 from natgalore_jax._src.kernels.stacks import for_each
 from natgalore_jax._src.low_bits.moments import EightBits, QuantizedState, dithered, start
 from natgalore_jax._src.params.checks import check_adam, check_boolean, check_eps, check_static
-from natgalore_jax._src.params.context import current_subspace
+from natgalore_jax._src.params.context import current_subspace, is_layer_view
+from natgalore_jax._src.params.placement import is_manual
 from natgalore_jax._src.params.where import (
     KeyPath,
     Where,
@@ -20,7 +21,13 @@ from natgalore_jax._src.params.where import (
     shape_and_dtype,
     token_matrices,
 )
-from natgalore_jax._src.states.tree_checks import flatten_like, update_dtypes
+from natgalore_jax._src.states.tree_checks import (
+    Form,
+    check_form,
+    check_type,
+    flatten_like,
+    update_dtypes,
+)
 
 # Larger entries count as this: sums of 1e8 of its squares are float32. An infinite square would
 # make its block, or a factored second moment, NaN.
@@ -111,6 +118,7 @@ def scale_by_adam_8bit(
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
+        check_type(state, QuantizedState, "optimizer or moment_bits")
         count = optax.safe_increment(state.count)
         trees = (*state.codes[1:], *state.scales[1:])
         entries = [flatten_like(updates, tree, "the parameters at init") for tree in trees]
@@ -123,10 +131,11 @@ def scale_by_adam_8bit(
                     f"{KeyPath(path)}: the update has shape {jnp.shape(g)}, but the moments made "
                     f"at init have {m.shape}"
                 )
+        _check_stored(settings, factored, updates, entries)
         G = [jnp.asarray(g) for _, g in leaves]
         salts = [np.uint32(2 * i) for i in range(len(G))]
-        settings = [(nesterov, dtype) for dtype in dtypes]
-        found = for_each(_step, settings, (salts, G, *entries), (numbers, state.count))
+        own = [(nesterov, dtype) for dtype in dtypes]
+        found = for_each(_step, own, (salts, G, *entries), (numbers, state.count))
         new, *moments = zip(*found, strict=True) if found else [()] * 5
         return treedef.unflatten(new), _state(count, *map(treedef.unflatten, moments))
 
@@ -162,6 +171,23 @@ def _stored(moments, block_size, batch, has_factors=None, *, is_second):
         else:
             pairs.append(start(x, block_size, nb, is_second=is_second))
     return [x for x, _ in pairs], [scale for _, scale in pairs]
+
+
+def _check_stored(settings: EightBits, factored: Where, updates: Any, entries: Any) -> None:
+    """Check that moments made at init are stored as the arguments require."""
+    if is_layer_view() or is_manual():
+        return  # as in EightBits.check_stored
+    batch, has_factors = settings.batch_of_leaves(updates), _has_factors(factored, updates)
+    leaves = jax.tree_util.tree_leaves_with_path(updates)
+    for (path, g), nb, factors, m, v, m_scale, v_scale in zip(
+        leaves, batch, has_factors, *entries, strict=True
+    ):
+        shape = jnp.shape(g)
+        settings.check_stored(path, g, nb, m, m_scale)
+        expected = Form(shape[:-1]) if factors else Form(shape)
+        check_form(path, shape, expected, Form(v.shape), "second moments", "factored")
+        if not factors:
+            settings.check_stored(path, g, nb, v, v_scale)
 
 
 def _state(count, mu, nu, mu_scale, nu_scale) -> QuantizedState:

@@ -23,7 +23,8 @@ from natgalore_jax._src.kernels.float8_blocks import (
 from natgalore_jax._src.kernels.kernel import own_arithmetic
 from natgalore_jax._src.kernels.stacks import for_each, merged
 from natgalore_jax._src.params.checks import check_integer, check_transformation
-from natgalore_jax._src.params.context import current_subspace
+from natgalore_jax._src.params.context import current_subspace, is_layer_view
+from natgalore_jax._src.params.placement import is_manual
 from natgalore_jax._src.params.plan import LeafPlan
 from natgalore_jax._src.params.where import (
     KeyPath,
@@ -36,12 +37,20 @@ from natgalore_jax._src.states.entries import (
     Part,
     SecondMoment,
     StateType,
+    check_entries,
     is_masked,
     register_type,
     registered_entries,
     registered_states,
 )
-from natgalore_jax._src.states.tree_checks import flatten_like, update_dtypes
+from natgalore_jax._src.states.tree_checks import (
+    CODES,
+    Form,
+    check_form,
+    check_type,
+    flatten_like,
+    update_dtypes,
+)
 
 
 class QuantizedState(NamedTuple):
@@ -106,6 +115,23 @@ class EightBits(NamedTuple):
             out.append(nb if chosen and is_large else None)
         return out
 
+    def check_stored(self, path: Any, g: Any, batch: int | None, codes: Any, scale: Any) -> None:
+        """Check that a moment of the shape of its parameter is stored as these arguments require.
+
+        Not of parts of parameters: fewer moments may be large enough for codes in one layer or on
+        one device.
+        """
+        if is_layer_view() or is_manual():
+            return
+        shape, is_coded = jnp.shape(g), not is_masked(scale)
+        received = Form(codes.shape, CODES[8] if is_coded else None)
+        expected = Form(shape, CODES[8] if batch is not None else None)
+        check_form(path, shape, expected, received, "moments", "moment_bits, min_size or where")
+        if batch is not None:
+            blocks = blocks_of(shape, self.block_size, batch)
+            scales = Form((*shape[: blocks.axis], blocks.count, *shape[blocks.axis + 1 :]))
+            check_form(path, shape, scales, Form(scale.shape), "block scales", "block_size")
+
 
 def quantize_state(
     inner: optax.GradientTransformation,
@@ -152,7 +178,8 @@ def quantize_state(
 
     Raises:
       TypeError, ValueError: for an argument of a wrong type or value; at ``init`` for an inner
-        state without any registered type; at ``update`` for another tree than at ``init``.
+        state without any registered type, and for ``optax.flatten``; at ``update`` for another tree
+        than at ``init``.
 
     References:
       Dettmers et al., 8-bit optimizers via block-wise quantization (2022), whose codes are decades
@@ -172,7 +199,14 @@ def quantize_state(
 
     def init_fn(params):
         leaves, params_treedef = jax.tree.flatten(params)
-        values, treedef = jax.tree.flatten(inner.init(params))
+        state = inner.init(params)
+        check_entries(
+            state,
+            params,
+            "stored in 8 bits",
+            "leave out optax.flatten, or put it around quantize_state",
+        )
+        values, treedef = jax.tree.flatten(state)
         moments = _moments(treedef, params_treedef)
         batch = settings.batch_of_leaves(params)
         scales: list[Any] = [optax.MaskedNode()] * len(values)
@@ -186,10 +220,11 @@ def quantize_state(
         )
 
     def update_fn(updates, state, params=None, **extra_args):
+        check_type(state, QuantizedState, "optimizer or moment_bits")
         stored, treedef = jax.tree.flatten(state.codes)
         scales = treedef.flatten_up_to(state.scales)
         moments = _moments(treedef, jax.tree.structure(updates))
-        _check_moments(updates, state.codes, moments, stored, scales)
+        _check_moments(settings, updates, state.codes, moments, stored, scales)
         is_second = [
             None if is_masked(scale) else moments[number][1] for number, scale in enumerate(scales)
         ]
@@ -261,11 +296,16 @@ def _moments(treedef: Any, params_treedef: Any) -> dict[int, tuple[int, bool]]:
     return found
 
 
-def _check_moments(updates, codes, moments, stored, scales):
-    """Check that moments in 8 bits, made at init, fit the updates."""
+def _check_moments(settings, updates, codes, moments, stored, scales):
+    """Check that moments made at init fit the updates and the settings."""
     leaves = jax.tree_util.tree_leaves_with_path(updates)
+    batch = settings.batch_of_leaves(updates)
     for number, (x, scale) in enumerate(zip(stored, scales, strict=True)):
         if is_masked(scale):
+            if number in moments and jnp.issubdtype(jnp.result_type(x), jnp.floating):
+                path, g = leaves[moments[number][0]]
+                if jnp.shape(g) == x.shape:
+                    settings.check_stored(path, g, batch[moments[number][0]], x, scale)
             continue
         if number not in moments:
             for meaning, node in registered_states(codes):
@@ -278,6 +318,7 @@ def _check_moments(updates, codes, moments, stored, scales):
                 f"{KeyPath(path)}: the update has shape {jnp.shape(g)}, but the moments made at "
                 f"init have {x.shape}"
             )
+        settings.check_stored(path, g, batch[moments[number][0]], x, scale)
 
 
 def _types_in(state: Any) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from natgalore_jax._src.params.plan import LeafPlan
 from natgalore_jax._src.params.where import KeyPath
@@ -51,6 +52,23 @@ def open_subspace(plans: Sequence[LeafPlan | None]) -> Iterator[None]:
 def current_subspace() -> Mapping[KeyPath, LeafPlan] | None:
     """The projected leaves by path, or None outside of a subspace."""
     return _open.get()
+
+
+def plan_of(path: Sequence[Any], leaf: Any) -> LeafPlan | None:
+    """Plan of a leaf of the tree with which a transformation inside a subspace is initialised.
+
+    None for an unprojected leaf, and outside of a subspace.
+    """
+    plans, path = _open.get() or {}, KeyPath(path)
+    plan = plans.get(path)
+    # optax.flatten leaves the root alone, which else has a plan if there is any.
+    is_hidden = plans and not path if plan is None else jnp.shape(leaf) != plan.low_rank_shape
+    if is_hidden:
+        raise ValueError(
+            "optax.flatten inside a subspace hides which parameters are projected, which natural "
+            "gradients need: leave out optax.flatten"
+        )
+    return plan
 
 
 @contextlib.contextmanager

@@ -16,12 +16,18 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 from natgalore_jax._src.params.plan import LeafPlan
 
 Names = tuple[str, ...]  # mesh axes over which one axis of an array is sharded
+AxisName = str | tuple[str, ...]  # mesh axes of a collective
 
 
 def has_explicit_sharding(x: jax.Array) -> bool:
     """Whether x is on a mesh with explicit axes, where its sharding is part of its type."""
     mesh = jax.typeof(x).sharding.mesh
     return not mesh.empty and AxisType.Explicit in mesh.axis_types
+
+
+def is_manual() -> bool:
+    """Whether arrays are the shards of devices, within ``jax.shard_map``."""
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
 
 
 def names_of(x: jax.Array) -> list[Names]:

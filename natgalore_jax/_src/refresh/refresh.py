@@ -18,7 +18,14 @@ from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
 from natgalore_jax._src.kernels.linear_codes import load
 from natgalore_jax._src.kernels.stacks import kinds, stack, unstack
 from natgalore_jax._src.params.context import is_active, matrices_of
-from natgalore_jax._src.params.placement import place_like, replicated, vary, varying_axes
+from natgalore_jax._src.params.placement import (
+    AxisName,
+    Names,
+    place_like,
+    replicated,
+    vary,
+    varying_axes,
+)
 from natgalore_jax._src.params.plan import LeafPlan
 from natgalore_jax._src.refresh.matrix import (
     Due,
@@ -42,7 +49,7 @@ def refresh(
     basis_states: Sequence[Any],
     step: jax.Array,
     accumulation: int = 1,
-    axis_name: str | None = None,
+    axis_name: AxisName | None = None,
     is_scheduled: jax.typing.ArrayLike = True,
 ) -> tuple[list[StoredFactors], list[Any]]:
     """Refresh the matrices that are due at this step.
@@ -64,8 +71,9 @@ def refresh(
         :class:`natgalore_jax._src.states.transport.BasisState`.
       step: scalar int32.
       accumulation: see :func:`due_matrices`.
-      axis_name: of devices with different gradients, whose mean is used. Only gradients of matrices
-        that are due are summed over the devices, one at a time.
+      axis_name: of devices with different gradients, whose mean is used; one mesh axis or several.
+        Only gradients of matrices that are due are summed over the devices, one at a time, or one
+        on each device of a group.
       is_scheduled: scalar boolean; if False, only first refreshes are due.
 
     Returns:
@@ -84,6 +92,7 @@ def refresh(
     step_key = jax.random.fold_in(jax.random.key(settings.seed), step // accumulation)
     schedule = _Schedule(begin, end, step_key)
 
+    names = () if axis_name is None else (axis_name,) if isinstance(axis_name, str) else axis_name
     new_bases, new_states = list(bases), list(basis_states)
     nodes, treedefs = zip(
         *(jax.tree.flatten(own, is_leaf=is_basis_state) for own in basis_states), strict=True
@@ -91,7 +100,7 @@ def refresh(
     # Always 0, but opaque to XLA: serialises the loops, which bounds peak memory. One for each set
     # of mesh axes: through a shared token all bases would vary over the axes of the first.
     tokens: dict[frozenset[str], jax.Array] = {}
-    groups = groups_of(plans, gradients, bases, basis_states) if axis_name is None else []
+    groups = groups_of(plans, gradients, bases, basis_states)
     for is_resharded, numbers in [(True, x) for x in groups] + [
         (False, x) for x in _kinds(plans, gradients, bases, nodes, {i for x in groups for i in x})
     ]:
@@ -102,14 +111,14 @@ def refresh(
             offset=jnp.asarray(offsets[list(numbers)], jnp.int32),
         )
         own = [[x[i] for i in numbers] for x in (gradients, bases, nodes)]
+        axes = (varying_axes(own[0]) - {*names}) | varying_axes((own[1:], schedule))
+        own = vary(own, axes)
         if is_resharded:
-            found = _refresh_resharded(settings, own_plans, schedule, place, *own)
+            found = _refresh_resharded(settings, own_plans, names, schedule, place, *own)
         else:
-            of_gradients = varying_axes(own[0]) - {axis_name}
-            axes = of_gradients | varying_axes((own[1:], schedule))
             token = tokens.get(axes, vary(jnp.zeros([], jnp.int32), axes))
             *found, tokens[axes] = _refresh_kind(
-                settings, own_plans[0].unnamed, axis_name, schedule, place, *vary(own, axes), token
+                settings, own_plans[0].unnamed, names, schedule, place, *own, token
             )
         for i, basis, leaves in zip(numbers, *found, strict=True):
             new_bases[i], new_states[i] = basis, treedefs[i].unflatten(leaves)
@@ -144,9 +153,9 @@ def _kinds(plans, gradients, bases, nodes, done) -> list[list[int]]:
     return sorted(kinds(settings, operands), key=max, reverse=True)
 
 
-@kernel("settings", "plan", "axis_name", inline=False)
+@kernel("settings", "plan", "axis_names", inline=False)
 def _refresh_kind(
-    settings, plan, axis_name, schedule, place, gradients, bases, basis_states, token
+    settings, plan, axis_names, schedule, place, gradients, bases, basis_states, token
 ):
     """Loop over the due matrices of parameters of one kind.
 
@@ -163,8 +172,8 @@ def _refresh_kind(
         left, stored, token = carry
         number = jnp.argmax(left).astype(jnp.int32) + token
         matrix = take_matrix(stacked, G, stored[0], stored[1], number)
-        if axis_name is not None:
-            matrix = matrix._replace(tensor=jax.lax.pmean(matrix.tensor, axis_name))
+        if axis_names:
+            matrix = matrix._replace(tensor=jax.lax.pmean(matrix.tensor, axis_names))
         leaf, layer = number // layers, number % layers
         own_key = matrix_key(
             settings.method, schedule.key, place.leaf[leaf], place.start[leaf] + layer
@@ -190,18 +199,21 @@ def _refresh_kind(
     return *zip(*stored, strict=True), token
 
 
-def _refresh_resharded(settings, plans, schedule, place, gradients, bases, basis_states):
+def _refresh_resharded(
+    settings, plans, axis_names, schedule, place, gradients, bases, basis_states
+):
     """Refresh a group of parameters that are sharded over devices."""
     plan = plans[0]
     is_due, is_first = _due(plan, schedule, place, bases)
     started = ~is_first.reshape(len(plans), *plan.batch_shape)
     first = [
-        first_gradients(G, x, batch=plan.batch) for G, x in zip(gradients, started, strict=True)
+        first_gradients(G, x, batch=plan.batch, axis_names=axis_names)
+        for G, x in zip(gradients, started, strict=True)
     ]
     first = jnp.concatenate([replicated(x).reshape(-1) for x in first])
     due = Due(jnp.where(is_first, first, is_due), is_first)
     keys = _keys(settings, plan, schedule, place)
-    found = refresh_group(settings, plans, gradients, bases, basis_states, due, keys)
+    found = refresh_group(settings, plans, axis_names, gradients, bases, basis_states, due, keys)
     return zip(*found, strict=True)
 
 
@@ -238,14 +250,17 @@ def matrix_key(
     return jax.random.fold_in(jax.random.fold_in(step_key, leaf), number)
 
 
-@kernel("batch")
-def first_gradients(G: jax.Array, started: jax.Array, *, batch: tuple[int, ...]) -> jax.Array:
+@kernel("batch", "axis_names")
+def first_gradients(
+    G: jax.Array, started: jax.Array, *, batch: tuple[int, ...], axis_names: Names = ()
+) -> jax.Array:
     """Matrices with their first finite, non-zero gradient.
 
     Args:
       G: of a parameter.
       started: batch, bool; if all are True, G is not read.
       batch: the axes of independent matrices.
+      axis_names: of devices with different gradients; a gradient on any of them counts.
 
     Returns:
       Batch, bool.
@@ -253,6 +268,7 @@ def first_gradients(G: jax.Array, started: jax.Array, *, batch: tuple[int, ...])
     axes = tuple(a for a in range(G.ndim) if a not in batch)
 
     def look(G):
-        return place_like(is_usable(G, axes), started) & ~started
+        found = place_like(is_usable(G, axes), started) & ~started
+        return jax.lax.pmax(found.astype(jnp.int32), axis_names) > 0 if axis_names else found
 
     return jax.lax.cond(jnp.all(started), lambda _: started & ~started, look, G)

@@ -94,10 +94,11 @@ class _Group(NamedTuple):
     basis_states: list[Any]
 
 
-@kernel("settings", "plans")
+@kernel("settings", "plans", "axis_names")
 def refresh_group(
     settings: RefreshSettings,
     plans: tuple[LeafPlan, ...],
+    axis_names: Names,
     gradients: Sequence[jax.Array],
     bases: Sequence[StoredFactors],
     basis_states: Sequence[Any],
@@ -109,6 +110,7 @@ def refresh_group(
     Args:
       settings: of the refresh.
       plans, gradients, bases, basis_states: as in ``refresh.refresh``, for the group.
+      axis_names: of devices with different gradients, whose mean is used.
       due: which matrices are due, (parameters · layers,).
       matrix_keys: of all matrices in the same order, for the random methods and the probes.
 
@@ -118,13 +120,13 @@ def refresh_group(
 
     def reshard_and_refresh(stored):
         groups = [_Group(G, *x) for G, x in zip(gradients, stored, strict=True)]
-        return _refresh_by_layer(settings, plans, groups, due.is_due, matrix_keys, due.is_first)
+        return _refresh_by_layer(settings, plans, axis_names, groups, due, matrix_keys)
 
     stored = list(zip(bases, basis_states, strict=True))
     return jax.lax.cond(jnp.any(due.is_due), reshard_and_refresh, lambda stored: stored, stored)
 
 
-def _refresh_by_layer(settings, plans, groups, is_due, matrix_keys, is_first):
+def _refresh_by_layer(settings, plans, axis_names, groups, due, matrix_keys):
     """Reshard by layer, refresh the matrices that are due, and reshard back."""
     is_stack = len(plans) == 1
     plan = plans[0] if is_stack else plans[0].stacked(len(plans))
@@ -149,7 +151,7 @@ def _refresh_by_layer(settings, plans, groups, is_due, matrix_keys, is_first):
     shape = tuple(1 if a == layer_axis else n for a, n in enumerate(plan.shape))
     own_plan = dataclasses.replace(plan, shape=shape)
     matrices = math.prod(plan.shape[a] for a in other_batch)  # per layer
-    is_due_layer = is_due.reshape(-1, matrices)
+    is_due_layer = due.is_due.reshape(-1, matrices)
 
     def on_each_device(groups, is_due, matrix_keys, is_first):
         parts = [*zip(*map(jax.tree.leaves, groups), strict=True)]
@@ -173,6 +175,9 @@ def _refresh_by_layer(settings, plans, groups, is_due, matrix_keys, is_first):
                     shard_by_layer(x, axis, of, names)
                     for x, axis, of in zip(some, axes, layouts, strict=True)
                 ]
+                if axis_names:
+                    # Here and not per matrix: all devices of a collective must take one branch.
+                    own[0] = jax.lax.pmean(own[0], axis_names)
                 numbers = jnp.where(is_next, first + here, -1)
                 layer = shard_by_layer(numbers, 0, [of_layers], names)[0]
                 own = refresh_own(treedef.unflatten(own), layer)
@@ -221,7 +226,7 @@ def _refresh_by_layer(settings, plans, groups, is_due, matrix_keys, is_first):
         in_specs=(specs, replicated, replicated, replicated),
         out_specs=[tuple(spec[1:]) for spec in specs],
         axis_names=explicit_axes_of(groups[0].G),
-    )(list(groups), is_due_layer, matrix_keys, is_first)
+    )(list(groups), is_due_layer, matrix_keys, due.is_first)
 
 
 def _padded(x: jax.Array, axis: int, padding: int) -> jax.Array:

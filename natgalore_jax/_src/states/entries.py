@@ -6,6 +6,7 @@ transported at a refresh. Arrays of any other type are kept.
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -183,7 +184,8 @@ def register_state(state_type: type, /, **fields: FirstMoment | SecondMoment) ->
     and centred pairs in full precision.
 
     The meaning of a field is looked up by the type of the state, within chains, masks and other
-    wrappers, and never guessed from names or shapes. The states of Optax are registered, except for
+    wrappers that keep the tree of the parameters (not ``optax.flatten``, an error at ``init``), and
+    never guessed from names or shapes. The states of Optax are registered, except for
     statistics without a meaning in other coordinates: step sizes, bets, estimates of the Hessian,
     parameters. Unregistered fields are kept at a refresh, and :func:`quantize_state` keeps them in
     full precision.
@@ -250,6 +252,39 @@ def registered_entries(
     ]
 
 
+def check_entries(state: Any, params: Any, task: str, instead: str) -> None:
+    """Check that every registered tree of parameters in a state has their structure.
+
+    Args:
+      state: of an optimizer, from ``init(params)``.
+      params: arrays or shapes.
+      task: what is done with the moments of each parameter, for the error.
+      instead: what to do instead of ``optax.flatten``, for the error.
+    """
+    leaves, treedef = jax.tree.flatten(params)
+
+    def flatten(tree):
+        entries = _entries_or_none(tree, treedef)
+        # A tree that is a single array has no other structure, but another number of axes.
+        is_array = treedef.num_nodes == 1
+        if entries is None or (is_array and any(map(_is_flattened, entries, leaves))):
+            raise ValueError(
+                f"{name} inside optax.flatten has no entry for each parameter, but moments are "
+                f"{task} by parameter: {instead}"
+            )
+        return entries
+
+    for meaning, node in registered_states(state):
+        name = type(node).__name__
+        meaning.entries(node, flatten)
+
+
+def _is_flattened(entry: Any, leaf: Any) -> bool:
+    """Whether an entry has the numbers of a matrix in a vector."""
+    shape = jnp.shape(leaf)
+    return len(shape) > 1 and [x.shape for x in _arrays(entry)] == [(math.prod(shape),)]
+
+
 def registered_states(state: Any) -> Iterator[tuple[StateType, Any]]:
     """The registered states within a state, with their meaning, outer states first."""
     for node in jax.tree.leaves(state, is_leaf=lambda x: meaning_of(x) is not None):
@@ -264,6 +299,12 @@ def entries_of(tree: Any, treedef: Any) -> list[Any]:
 
     A mask may cover whole branches. In a tree of another structure all parameters are masked.
     """
+    entries = _entries_or_none(tree, treedef)
+    return [optax.MaskedNode()] * treedef.num_leaves if entries is None else entries
+
+
+def _entries_or_none(tree: Any, treedef: Any) -> list[Any] | None:
+    """The entry of each parameter; None if the tree has another structure."""
     numbers = treedef.unflatten(range(treedef.num_leaves))
 
     def below(x, part):
@@ -274,7 +315,7 @@ def entries_of(tree: Any, treedef: Any) -> list[Any]:
             return treedef.flatten_up_to(candidate())
         except ValueError:
             continue
-    return [optax.MaskedNode()] * treedef.num_leaves
+    return None
 
 
 def parts_of(state: Any, name: str = "inner") -> Iterator[tuple[Part, Any]]:

@@ -2,10 +2,17 @@
 
 import numpy as np
 import optax
-from optax import contrib
+from optax import contrib, transforms
 from optax._src import transform  # three types of states that Optax does not export
 
-from natgalore_jax._src.states.entries import FirstMoment, Role, SecondMoment, register_state
+from natgalore_jax._src.states.entries import (
+    FirstMoment,
+    Role,
+    SecondMoment,
+    StateType,
+    register_state,
+    register_type,
+)
 
 _FIRST, _SECOND = FirstMoment(), SecondMoment()
 # Accumulated gradients, and previous gradients that are compared with the next gradient.
@@ -76,3 +83,6 @@ _MOMENTS: dict[type, dict[str, Role]] = {
 
 for _state_type, _roles in _MOMENTS.items():
     register_state(_state_type, **_roles)
+
+# Measurements, whose averages are registered types without being trees of parameters.
+register_type(transforms.MonitorState, StateType())

@@ -1,15 +1,21 @@
 """Checks that trees at ``update`` match the trees at ``init``."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from natgalore_jax._src.kernels.kernel import own_arithmetic
-from natgalore_jax._src.kernels.linear_codes import LinearCodes, bits_of, codes_shape
-from natgalore_jax._src.params.context import open_subspace
+from natgalore_jax._src.kernels.linear_codes import (
+    LinearCodes,
+    bits_of,
+    coded_bits,
+    codes_shape,
+)
+from natgalore_jax._src.params.context import is_layer_view, open_subspace
+from natgalore_jax._src.params.placement import is_manual
 from natgalore_jax._src.params.plan import LeafPlan
 from natgalore_jax._src.params.where import KeyPath, one_level, shape_and_dtype
 
@@ -95,37 +101,107 @@ def check_params(updates: Any, params: Any) -> None:
             )
 
 
-def check_bases(updates: Any, plans: Sequence[LeafPlan | None], bases: Sequence[Any]) -> None:
+class Form(NamedTuple):
+    """Form of what is stored for one parameter."""
+
+    shape: tuple[int, ...]
+    #: A dtype, an entry of ``CODES``, or None: any dtype is required, but no codes.
+    dtype: Any = None
+
+    def __str__(self) -> str:
+        return f"{self.shape}" if self.dtype is None else f"{self.shape} in {self.dtype}"
+
+
+CODES = {4: "codes of 4 bits", 8: "codes of 8 bits"}
+
+
+def form_in(dtype: Any, shape: Sequence[int], batch: int = 0) -> Form:
+    """Form of an array that an option stores in ``dtype``; None: the parameter's dtype."""
+    bits = coded_bits(dtype)
+    if bits is not None and len(shape) > batch:
+        return Form(codes_shape(shape, bits, batch), CODES[bits])
+    if dtype is None or bits is not None:
+        return Form(tuple(shape))
+    return Form(tuple(shape), jax.dtypes.canonicalize_dtype(dtype))
+
+
+def form_of(entry: Any) -> Form | None:
+    """Form of an array or of :class:`LinearCodes`; None for a ``MaskedNode``."""
+    if isinstance(entry, optax.MaskedNode):
+        return None
+    if isinstance(entry, LinearCodes):
+        return Form(entry.codes.shape, CODES[bits_of(entry)])
+    return Form(jnp.shape(entry), jnp.result_type(entry))
+
+
+def fits(expected: Form | None, received: Form | None) -> bool:
+    """Whether what is stored has the form that the options and the update require."""
+    if expected is None or received is None:
+        return expected is received
+    if expected.dtype is None:
+        return expected.shape == received.shape and not isinstance(received.dtype, str)
+    return expected == received
+
+
+def other_options(options: str) -> str:
+    return f"the state was made for other parameters, or with another {options}"
+
+
+def check_form(
+    path: Any, shape: tuple[int, ...], expected: Any, received: Any, what: str, options: str
+) -> None:
+    """Check the form of what is stored for one parameter, for an update of this shape."""
+    if not fits(expected, received):
+        needed = f"no {what}" if expected is None else f"{what} of shape {expected}"
+        found = "none" if received is None else f"shape {_shown(expected, received)}"
+        raise ValueError(
+            f"{KeyPath(path)}: the update has shape {shape}, which needs {needed}, but the state "
+            f"has {found}: {other_options(options)}"
+        )
+
+
+def _shown(expected: Form | None, received: Form) -> Form:
+    """``received`` without a dtype that options do not decide."""
+    if isinstance(received.dtype, str) or (expected and expected.dtype is not None):
+        return received
+    return received._replace(dtype=None)
+
+
+def check_type(state: Any, expected: type, options: str) -> None:
+    """Check the type of a state."""
+    if not isinstance(state, expected):
+        raise ValueError(
+            f"a {expected.__name__} is needed, but the state is of type {type(state).__name__}: "
+            f"{other_options(options)}, or restored without a target"
+        )
+
+
+def check_bases(
+    updates: Any, plans: Sequence[LeafPlan | None], bases: Sequence[Any], dtype: Any
+) -> None:
     """Check that the bases made at init fit the updates' shapes.
 
     Args:
       bases: for each leaf and mode an array, :class:`LinearCodes` of arrays or ``MaskedNode``.
+      dtype: ``basis_dtype``.
     """
     for (path, g), plan, entries in zip(
         jax.tree_util.tree_leaves_with_path(updates), plans, bases, strict=True
     ):
-        received = [
-            None
-            if isinstance(e, optax.MaskedNode)
-            else (e.codes if isinstance(e, LinearCodes) else e).shape
-            for e in entries
-        ]
+        received = [form_of(entry) for entry in entries]
         expected = [
-            _stored_shape(plan, mode, entry) if plan and mode in plan.projected_modes else None
-            for mode, entry in enumerate(entries)
+            form_in(dtype, plan.factor_shape(mode), len(plan.batch))
+            if plan and mode in plan.projected_modes
+            else None
+            for mode in range(len(entries))
         ]
-        if received != expected:
+        if not all(map(fits, expected, received)):
+            shown = [r and _shown(e, r) for e, r in zip(expected, received, strict=True)]
             raise ValueError(
                 f"{KeyPath(path)}: the update ({g.dtype}, {g.shape}) needs bases of shapes "
-                f"{_by_mode(expected)}, but the bases made at init have {_by_mode(received)}"
+                f"{_by_mode(expected)}, but the bases made at init have {_by_mode(shown)}: "
+                + other_options("rank, side, where or basis_dtype")
             )
-
-
-def _stored_shape(plan: LeafPlan, mode: int, stored: Any) -> tuple[int, ...]:
-    shape = plan.factor_shape(mode)
-    if isinstance(stored, LinearCodes):
-        return codes_shape(shape, bits_of(stored), len(plan.batch))
-    return shape
 
 
 def check_low_rank(low: Any, params: Any, plans: Sequence[LeafPlan | None]) -> None:
@@ -142,37 +218,42 @@ def check_low_rank(low: Any, params: Any, plans: Sequence[LeafPlan | None]) -> N
             )
 
 
-def check_moments(updates: Any, plans: Sequence[LeafPlan | None], moments: Any) -> None:
+def check_moments(
+    updates: Any, plans: Sequence[LeafPlan | None], moments: Any, dtype: Any, options: str
+) -> None:
     """Check that moments made at init fit: low-rank coordinates where a leaf is projected."""
     leaves = jax.tree.leaves(updates)
     shapes = [p.low_rank_shape if p else jnp.shape(g) for p, g in zip(plans, leaves, strict=True)]
-    check_stored(updates, shapes, moments, "moments")
+    check_stored(updates, [form_in(dtype, x) for x in shapes], moments, "moments", options)
 
 
 def check_stored(
-    updates: Any, expected: Sequence[tuple[int, ...] | None], stored: Any, what: str
+    updates: Any, expected: Sequence[Form | None], stored: Any, what: str, options: str
 ) -> None:
-    """Check that arrays made at init have the shapes ``expected``; None: nothing is stored."""
+    """Check a tree of parameters made at init.
+
+    Args:
+      updates: of the parameters.
+      expected: the form that each leaf needs; None: nothing is stored.
+      stored: the tree.
+      what: is stored, for the error.
+      options: that decide the form besides the shapes, for the error.
+    """
     entries = flatten_like(updates, stored, "the parameters at init")
-    for (path, g), shape, entry in zip(
+    for (path, g), form, entry in zip(
         jax.tree_util.tree_leaves_with_path(updates), expected, entries, strict=True
     ):
-        received = None if isinstance(entry, optax.MaskedNode) else jnp.shape(entry)
-        if received != shape:
-            raise ValueError(
-                f"{KeyPath(path)}: the update has shape {jnp.shape(g)}, which needs {what} of "
-                f"shape {_or_none(shape)}, but at init it had {_or_none(received)}"
-            )
+        check_form(path, jnp.shape(g), form, form_of(entry), what, options)
 
 
-def _or_none(shape: tuple[int, ...] | None) -> str:
-    return "none" if shape is None else str(shape)
-
-
-def _by_mode(shapes: Sequence[tuple[int, ...] | None]) -> str:
-    """Shapes with their modes: a transposed matrix has a basis of the same shape, of another."""
-    modes = ("rows", "columns") if len(shapes) == 2 else [f"mode {i}" for i in range(len(shapes))]
-    named = [f"{x} of {mode}" for x, mode in zip(shapes, modes, strict=True) if x is not None]
+def _by_mode(forms: Sequence[Form | None]) -> str:
+    """Forms with their modes: a transposed matrix has a basis of the same shape, of another."""
+    modes = ("rows", "columns") if len(forms) == 2 else [f"mode {i}" for i in range(len(forms))]
+    named = []
+    for form, mode in zip(forms, modes, strict=True):
+        if form is not None:
+            in_dtype = "" if form.dtype is None else f" in {form.dtype}"
+            named.append(f"{form.shape} of {mode}{in_dtype}")
     return ", ".join(named) or "none (not projected)"
 
 
@@ -203,11 +284,15 @@ def check_inner_states(
             known[kind] = jax.eval_shape(
                 lambda tree: [tx.init(tree) for tx in inner], treedef.unflatten(low_rank)
             )
-    expected = known[kind]
-    if jax.tree.structure(expected) != jax.tree.structure(list(states)):
+    expected, states = known[kind], list(states)
+    if jax.tree.structure(expected) != jax.tree.structure(states):
+        # In one layer or on one device fewer moments may be large enough for codes.
+        if not (is_layer_view() or is_manual()):
+            _check_nodes(expected, states, ())
         return
+    dtypes = {x.dtype for x in low_rank}
     for (path, actual), wanted in zip(
-        jax.tree_util.tree_leaves_with_path(list(states)), jax.tree.leaves(expected), strict=True
+        jax.tree_util.tree_leaves_with_path(states), jax.tree.leaves(expected), strict=True
     ):
         if jnp.shape(actual) != wanted.shape:
             of_leaf = [f"{KeyPath(p)} {g.shape}" for p, g in leaves if _contains(path, p)]
@@ -216,6 +301,43 @@ def check_inner_states(
                 f"{KeyPath(path[1:])} in the state of an inner transformation would have shape "
                 f"{wanted.shape}, but has {jnp.shape(actual)}"
             )
+        # The dtype of parameters at init, which may differ from that of the updates, is unknown.
+        if wanted.dtype not in dtypes and _is_other_dtype(wanted.dtype, actual):
+            raise ValueError(
+                f"{KeyPath(path[1:])} in the state of an inner transformation has the dtype "
+                f"{actual.dtype}, but its options need {wanted.dtype}: the state was made with "
+                "other options, such as history_dtype or mu_dtype"
+            )
+
+
+def _is_other_dtype(expected: Any, x: Any) -> bool:
+    """Whether x has another float dtype; float64 is a matter of JAX's configuration alone."""
+    dtypes = (expected, getattr(x, "dtype", expected))
+    are_float = all(jnp.issubdtype(t, jnp.floating) and t != jnp.float64 for t in dtypes)
+    return are_float and dtypes[0] != dtypes[1]
+
+
+def _type_in_state(node: Any) -> str:
+    """The type of a state, else whether anything is stored."""
+    if isinstance(node, optax.MaskedNode):
+        return "nothing"
+    return f"a {type(node).__name__}" if hasattr(node, "_fields") else "an array or a tree"
+
+
+def _check_nodes(expected: Any, actual: Any, path: tuple[Any, ...]) -> None:
+    """Check the types of states, and what is masked; Optax's states may gain keys after init."""
+    (wanted, kind), (found, other_kind) = one_level(expected), one_level(actual)
+    names = [_type_in_state(node) for node in (expected, actual)]
+    if names[0] != names[1]:
+        raise ValueError(
+            f"{KeyPath(path[1:])} in the state of an inner transformation is {names[1]}, but its "
+            f"options need {names[0]}: the state was made with other options, such as moment_bits, "
+            "min_size or history_dtype, or restored without a target"
+        )
+    if kind == other_kind:
+        for (key, own), (_, other) in zip(wanted, found, strict=True):
+            if key:
+                _check_nodes(own, other, (*path, *key))
 
 
 def _contains(path: Sequence[Any], part: Sequence[Any]) -> bool:

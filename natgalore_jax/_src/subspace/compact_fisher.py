@@ -29,7 +29,7 @@ from natgalore_jax._src.params.checks import (
     check_transformation,
     check_unused,
 )
-from natgalore_jax._src.params.context import current_subspace
+from natgalore_jax._src.params.context import current_subspace, plan_of
 from natgalore_jax._src.params.where import KeyPath
 from natgalore_jax._src.states.entries import Part, StateType, register_type
 from natgalore_jax._src.states.tree_checks import flatten_like
@@ -231,13 +231,12 @@ def _preconditioned(settings, operands, shared):
 @own_arithmetic
 def _start(path: KeyPath, leaf: Any, axes: Sequence[int], diagonal: bool) -> dict[int, jax.Array]:
     """Zero factors of one parameter by mode, with the sharding of later factors."""
-    plans = current_subspace()
-    if plans is None:
+    if current_subspace() is None:
         raise ValueError(
             "compact_natural_gradient acts on low-rank gradients and there are none here: use "
             "it in natgalore_jax.chain after low_rank_project"
         )
-    plan = plans.get(path)
+    plan = plan_of(path, leaf)
     if plan is None:
         return {}
     if len(plan.modes) != len(axes):

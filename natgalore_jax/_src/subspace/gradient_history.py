@@ -49,8 +49,9 @@ class History(NamedTuple):
 
 class _PastGradients(StateType):
     def entries(self, state, flatten):
-        columns = leaves_of(flatten, state.columns)
-        return {**{name: flatten(x) for name, x in state._asdict().items()}, "columns": columns}
+        columns, *others = state
+        names = state._fields
+        return dict(zip(names, (leaves_of(flatten, columns), *map(flatten, others)), strict=True))
 
     def parts(self, state):
         small = (state.gram, state.checksum, state.filled)

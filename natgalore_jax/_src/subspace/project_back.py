@@ -15,7 +15,7 @@ from natgalore_jax._src.kernels.residual import (
     RULES,
     Residual,
     Rule,
-    check_fisher,
+    fisher_shape,
     fisher_size,
     with_residual,
 )
@@ -25,6 +25,7 @@ from natgalore_jax._src.params.checks import check_choice, check_decay, check_nu
 from natgalore_jax._src.params.placement import zeros_on_axes
 from natgalore_jax._src.params.plan import LeafPlan
 from natgalore_jax._src.states.entries import Part, StateType, register_type
+from natgalore_jax._src.states.tree_checks import Form, check_form, check_type, form_of
 
 NORM_GROWTH_LIMIT, RESIDUAL_DECAY = 1.01, 0.9
 
@@ -223,18 +224,16 @@ def update_back(
       G: the full gradients; without a residual anything of their shapes and shardings.
       basis_error: relative mean square of the rounding errors of the stored bases.
     """
-    has_state = isinstance(state, ProjectBackState)
-    if has_state != (settings.residual is not None):
-        raise ValueError(
-            f"the state was made {'with' if has_state else 'without'} a residual, and project_back "
-            f"has {'one' if settings.residual else 'none'}: use the state of the same options"
-        )
+    residual = settings.residual
+    has_state = residual is not None
+    if has_state or isinstance(state, ProjectBackState):
+        check_type(state, ProjectBackState if has_state else optax.EmptyState, "residual")
     states = [None] * len(plans)
     if has_state:
         states = list(zip(*map(treedef.flatten_up_to, state), strict=True))
-        for plan, (*_, fisher) in zip(plans, states, strict=True):
-            if plan and not isinstance(fisher, optax.MaskedNode):
-                check_fisher(plan, fisher)
+        for plan, own in zip(plans, states, strict=True):
+            if plan:
+                _check_memory(residual, plan, own)
     rule, *numbers = settings.residual or (None,)
     own = [tuple(x and x.unnamed for x in pair) for pair in zip(plans, matrices, strict=True)]
     found = for_each(
@@ -255,6 +254,20 @@ def update_back(
         return updates, state
     fields = zip(*states, strict=True) if states else ((), (), ())
     return updates, ProjectBackState(*map(treedef.unflatten, fields))
+
+
+def _check_memory(residual: Residual, plan: LeafPlan, memory: Sequence[Any]) -> None:
+    """Check the entries of one parameter in the fields of a :class:`ProjectBackState`."""
+    of_matrices = Form(plan.batch_shape)
+    expected = (
+        of_matrices,
+        of_matrices if residual.keeps_norm else None,
+        Form(fisher_shape(plan)) if RULES[residual.rule].memory else None,
+    )
+    for name, form, entry in zip(ProjectBackState._fields, expected, memory, strict=True):
+        check_form(
+            plan.path, plan.shape, form, form_of(entry), name, "residual or norm_growth_limit"
+        )
 
 
 def _back(settings, operands, shared):

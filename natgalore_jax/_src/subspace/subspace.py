@@ -21,10 +21,15 @@ from natgalore_jax._src.kernels.linear_codes import (
 )
 from natgalore_jax._src.kernels.projection import Factors, project, project_to_stored
 from natgalore_jax._src.params.context import current_subspace, open_subspace
-from natgalore_jax._src.params.placement import has_explicit_sharding, place_factor
+from natgalore_jax._src.params.placement import (
+    AxisName,
+    has_explicit_sharding,
+    place_factor,
+)
 from natgalore_jax._src.params.plan import LeafPlan, PlanSettings, plan_tree, require_projection
 from natgalore_jax._src.refresh.matrix import StoredFactors
 from natgalore_jax._src.refresh.refresh import refresh
+from natgalore_jax._src.states.entries import check_entries
 from natgalore_jax._src.states.transport import find_basis_states, put_back
 from natgalore_jax._src.states.tree_checks import (
     check_bases,
@@ -32,6 +37,7 @@ from natgalore_jax._src.states.tree_checks import (
     check_low_rank,
     check_params,
     flatten_like,
+    other_options,
     with_dtypes_of,
 )
 from natgalore_jax._src.subspace.project import LowRankProject, LowRankProjectState, start_factors
@@ -71,8 +77,18 @@ class Subspace:
                 "optax.MultiSteps inside a subspace must be an argument of natgalore_jax.chain, "
                 "not inside another transformation, so that refreshes fall on its multiples"
             )
-        if self.closer.residual is not None and _holds(optax.ApplyEvery, inner):
-            raise ValueError(with_residual_error("optax.apply_every", self.closer.residual.rule))
+        if _holds(optax.ApplyEvery, inner):
+            raise ValueError(
+                "optax.apply_every inside a subspace would sum updates in different bases: put it "
+                "after project_back, or use optax.MultiSteps as an argument of natgalore_jax.chain"
+            )
+        if self.opener.refresh.transition != "keep":
+            check_entries(
+                inner,
+                low_rank,
+                "transported at a refresh",
+                'leave out optax.flatten, or set transition="keep"',
+            )
         return [opened, *inner, init_back(self.closer, treedef, plans, low_leaves)]
 
     @own_arithmetic
@@ -114,7 +130,7 @@ class Subspace:
         self,
         grads: Any,
         states: Sequence[Any],
-        axis_name: str | None = None,
+        axis_name: AxisName | None = None,
         is_scheduled: jax.typing.ArrayLike = True,
     ) -> list[Any]:
         """States with refreshed bases and transported basis-dependent state; the count stays.
@@ -150,10 +166,16 @@ class Subspace:
         columns = _by_mode(
             opener, lambda tree: flatten_like(updates, tree, "the parameters at init")
         )
+        if len(columns) != self.opener.number_of_modes:
+            raise ValueError(
+                f"bases of {self.opener.number_of_modes} modes are needed, but the state has "
+                f"{len(columns)}: {other_options('rank')}"
+            )
         if params is not None:
             check_params(updates, params)
         plans = plan_tree(self.opener.plan, updates)
-        check_bases(updates, plans, list(zip(*columns, strict=True)))
+        dtype = self.opener.basis_dtype
+        check_bases(updates, plans, list(zip(*columns, strict=True)), dtype)
         check_inner_states(self.inner, inner_states, updates, plans, self.known_states)
         stored: list[StoredFactors] = [
             tuple(columns[mode][i] for mode in plan.projected_modes) if plan else ()
@@ -190,7 +212,8 @@ class Subspace:
         low_params = None if params is None else opened.project(params, factors)
         updates, new_inner = low, []
         for tx, state in zip(self.inner, inner_states, strict=True):
-            updates, new_state = tx.update(updates, state, low_params, **extra_args)
+            with open_subspace(opened.plans):
+                updates, new_state = tx.update(updates, state, low_params, **extra_args)
             new_inner.append(with_dtypes_of(state, new_state))
 
         assert full is not None or self.closer.residual is None, "a residual needs full"
@@ -291,9 +314,9 @@ def _holds(kind: type, states: list[Any]) -> bool:
     return any(isinstance(node, kind) for node in nodes)
 
 
-def with_residual_error(what: str, rule: str) -> str:
+def with_residual_error(rule: str) -> str:
     return (
-        f"{what} inside a subspace updates with the sum of several gradients, but "
+        "optax.MultiSteps inside a subspace updates with the sum of several gradients, but "
         f"project_back(residual={rule!r}) would add the residual of each single gradient: put "
         "optax.MultiSteps around the whole chain, split the chain by "
         "natgalore_jax.training.low_rank_steps, or use residual='none'"

@@ -11,9 +11,7 @@ import optax
 from natgalore_jax._src.kernels.kernel import own_arithmetic
 from natgalore_jax._src.kernels.linear_codes import (
     LinearCodes,
-    bits_of,
     coded_bits,
-    codes_shape,
     leaves_of,
     tree_of,
 )
@@ -24,10 +22,16 @@ from natgalore_jax._src.params.checks import (
     check_number,
     check_stored_dtype,
 )
-from natgalore_jax._src.params.context import current_subspace
+from natgalore_jax._src.params.context import current_subspace, plan_of
 from natgalore_jax._src.params.plan import check_bits
 from natgalore_jax._src.params.where import KeyPath, shape_and_dtype
-from natgalore_jax._src.states.tree_checks import flatten_like
+from natgalore_jax._src.states.tree_checks import (
+    check_form,
+    check_type,
+    flatten_like,
+    form_in,
+    form_of,
+)
 from natgalore_jax._src.subspace.gradient_history import History, empty_history, natural_gradient
 
 Schedule = Callable[[jax.Array], jax.Array]
@@ -125,13 +129,12 @@ def woodbury_natural_gradient(
         return WoodburyState(jnp.zeros([], jnp.int32), _transposed(treedef, histories, is_coded))
 
     def _init_leaf(path, leaf):
-        plans = current_subspace()
         kind = shape_and_dtype(path, leaf)
-        if plans is None:
+        if current_subspace() is None:
             is_block = jnp.issubdtype(kind.dtype, jnp.floating)
             batch_ndim = max(len(kind.shape) - 2, 0)
         else:
-            plan = plans.get(KeyPath(path))
+            plan = plan_of(path, leaf)
             is_block, batch_ndim = plan is not None, len(plan.batch) if plan else 0
         if not is_block or 0 in kind.shape:
             return None
@@ -141,6 +144,7 @@ def woodbury_natural_gradient(
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
+        check_type(state, WoodburyState, "optimizer")
         current = damping(state.count) if callable(damping) else damping
 
         leaves = jax.tree_util.tree_leaves_with_path(updates)
@@ -156,7 +160,7 @@ def woodbury_natural_gradient(
         ]
         for (path, h), H in zip(leaves, histories, strict=True):
             if H is not None:
-                _check_shape(KeyPath(path), h, H)
+                _check_history(path, h, H, history, history_dtype)
         settings = [None if H is None else is_relative for H in histories]
         columns = (histories, [*map(jnp.asarray, out)])
         found = for_each(_natural_gradient, settings, columns, current)
@@ -193,15 +197,9 @@ def _transposed(treedef: Any, histories: Sequence[History | None], is_coded: boo
     return History(tree_of(treedef, columns, is_coded), *map(treedef.unflatten, rest))
 
 
-def _check_shape(path: KeyPath, h: jax.Array, H: History) -> None:
-    nb, in_codes, shape = H.filled.ndim, "", jnp.shape(h)
-    columns = H.columns
-    if isinstance(columns, LinearCodes):
-        shape, in_codes = codes_shape(shape, bits_of(columns), nb), " in codes"
-        columns = columns.codes
-    expected = columns.shape[:nb] + columns.shape[nb + 1 :]
-    if shape != expected:
-        raise ValueError(
-            f"{path}: woodbury_natural_gradient was initialised for a gradient of shape "
-            f"{expected}{in_codes}, but received one of shape {shape}{in_codes}"
-        )
+def _check_history(path: Any, h: jax.Array, H: History, length: int, dtype: Any) -> None:
+    """Check the history of one parameter against the options; scalars are never stored in codes."""
+    nb, shape = H.filled.ndim, jnp.shape(h)
+    column = form_in(dtype, shape, nb)
+    expected = column._replace(shape=(*column.shape[:nb], length, *column.shape[nb:]))
+    check_form(path, shape, expected, form_of(H.columns), "history", "history or history_dtype")

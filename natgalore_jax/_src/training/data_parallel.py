@@ -67,6 +67,8 @@ def data_parallel_step(
       >>> float(value)
       1.0
     """
+    if not callable(loss):
+        raise TypeError(f"loss must be a function (params, batch) -> scalar, got {loss!r}")
     steps = low_rank_steps(tx)
     check_integer("micro_batches", micro_batches, minimum=1)
     if axis_name not in mesh.axis_names:

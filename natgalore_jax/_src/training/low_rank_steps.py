@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from natgalore_jax._src.kernels.kernel import own_arithmetic
+from natgalore_jax._src.params.placement import AxisName
 from natgalore_jax._src.subspace.chain import Chain, check_states, update_members
 from natgalore_jax._src.subspace.subspace import Subspace
 
@@ -28,7 +29,7 @@ class LowRankSteps(NamedTuple):
     needs_full: bool
 
     def exchange(
-        self, grads: Any, state: optax.OptState, axis_name: str
+        self, grads: Any, state: optax.OptState, axis_name: AxisName
     ) -> tuple[optax.OptState, Any]:
         """Refresh, and average low-rank gradients over devices with different gradients.
 
@@ -39,7 +40,7 @@ class LowRankSteps(NamedTuple):
         Args:
           grads: of the mean loss of this device's rows, whose number is the same on all devices.
           state: of the optimizer, the same on all devices.
-          axis_name: of the devices.
+          axis_name: of the devices; one mesh axis or a tuple of several.
 
         Returns:
           The refreshed state, and the low-rank tree of the mean gradient for ``update``, both the
@@ -54,7 +55,7 @@ class LowRankSteps(NamedTuple):
         state: optax.OptState,
         mean: Any,
         position: jax.typing.ArrayLike,
-        axis_name: str | None = None,
+        axis_name: AxisName | None = None,
     ) -> tuple[optax.OptState, Any]:
         """Add the gradient of one micro-batch to the mean low-rank gradient of a step.
 
@@ -62,7 +63,8 @@ class LowRankSteps(NamedTuple):
           grads: of this micro-batch.
           state: of the optimizer. The first micro-batch of a step refreshes it; the first refresh
             of a matrix may be at any micro-batch.
-          mean: of the low-rank gradients of this step so far, in the shapes of ``project``.
+          mean: of the low-rank gradients of this step so far, in the shapes of ``project``. Its
+            dtypes stay, whatever the dtypes of the gradients.
           position: number of micro-batches so far, int32; at 0 the old mean is ignored.
           axis_name: of devices with different gradients. Bases are computed from the mean gradient
             of the first micro-batch over all devices; each device has its own mean.
@@ -77,10 +79,12 @@ class LowRankSteps(NamedTuple):
 
 @own_arithmetic
 def _mean(position: jax.typing.ArrayLike, mean: Any, new: Any) -> Any:
-    """Mean of ``mean`` over ``position`` trees and one more tree."""
-    return jax.tree.map(
-        lambda m, x: jnp.where(position == 0, x, m + (x - m) / (position + 1)), mean, new
-    )
+    """Mean of ``mean`` over ``position`` trees and one more tree, in the dtypes of ``mean``."""
+
+    def averaged(m, x):
+        return jnp.where(position == 0, x, m + (x - m) / (position + 1)).astype(jnp.result_type(m))
+
+    return jax.tree.map(averaged, mean, new)
 
 
 def low_rank_steps(tx: optax.GradientTransformation) -> LowRankSteps:
