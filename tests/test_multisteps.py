@@ -182,6 +182,11 @@ def test_accumulation_inside_with_a_residual_is_an_error(residual):
         natural = ng.natural_galore(rank=2, update_interval=4, residual=residual)
         with pytest.raises(ValueError, match=right_way):
             ng.chain(natural, inner)
+    hidden = ng.chain(
+        project(), optax.chain(optax.apply_every(K), optax.sgd(0.1)), ng.project_back(1.0, residual)
+    )
+    with pytest.raises(ValueError, match=right_way):
+        hidden.init(PARAMS)
 
 
 @pytest.mark.parametrize("residual", ["fira", "fisher"])

@@ -62,9 +62,9 @@ def chain(*transforms: Any) -> Chain:
     Raises:
       ValueError: for a subspace inside a subspace, a ``project_back`` without a subspace, an
         interval that is not a multiple of the accumulation, or an accumulation with a residual; at
-        ``init`` for ``optax.apply_every`` inside a subspace, and for ``optax.flatten`` around
-        moments that a refresh transports, or around natural gradients; at ``update`` for a state
-        that was made with other options.
+        ``init`` for ``optax.apply_every`` inside a subspace with ``transition="keep"``, and for
+        ``optax.flatten`` around moments that a refresh transports, or around natural gradients; at
+        ``update`` for a state that was made with other options.
       TypeError: for anything that is not a transformation.
 
     Example:
@@ -176,7 +176,7 @@ def _subspace(opener: LowRankProject, inner: list[Any], closer: ProjectBack) -> 
     inside = tuple(optax.with_extra_args_support(_transformation(tx)) for tx in inner)
     accumulation = _accumulation(inner, opener)
     if accumulation not in (None, 1) and closer.residual is not None:
-        raise ValueError(with_residual_error(closer.residual.rule))
+        raise ValueError(with_residual_error("optax.MultiSteps", closer.residual.rule))
     return Subspace(opener, inside, closer, accumulation)
 
 

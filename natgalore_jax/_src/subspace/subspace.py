@@ -77,12 +77,19 @@ class Subspace:
                 "optax.MultiSteps inside a subspace must be an argument of natgalore_jax.chain, "
                 "not inside another transformation, so that refreshes fall on its multiples"
             )
+        keeps = self.opener.refresh.transition == "keep"
         if _holds(optax.ApplyEvery, inner):
-            raise ValueError(
-                "optax.apply_every inside a subspace would sum updates in different bases: put it "
-                "after project_back, or use optax.MultiSteps as an argument of natgalore_jax.chain"
-            )
-        if self.opener.refresh.transition != "keep":
+            if self.closer.residual is not None:
+                raise ValueError(
+                    with_residual_error("optax.apply_every", self.closer.residual.rule)
+                )
+            if keeps:
+                raise ValueError(
+                    'optax.apply_every inside a subspace with transition="keep" would sum updates '
+                    "in different bases: put it after project_back, or use optax.MultiSteps as an "
+                    "argument of natgalore_jax.chain"
+                )
+        if not keeps:
             check_entries(
                 inner,
                 low_rank,
@@ -314,9 +321,9 @@ def _holds(kind: type, states: list[Any]) -> bool:
     return any(isinstance(node, kind) for node in nodes)
 
 
-def with_residual_error(rule: str) -> str:
+def with_residual_error(what: str, rule: str) -> str:
     return (
-        "optax.MultiSteps inside a subspace updates with the sum of several gradients, but "
+        f"{what} inside a subspace updates with the sum of several gradients, but "
         f"project_back(residual={rule!r}) would add the residual of each single gradient: put "
         "optax.MultiSteps around the whole chain, split the chain by "
         "natgalore_jax.training.low_rank_steps, or use residual='none'"
