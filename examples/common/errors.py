@@ -26,3 +26,8 @@ USER_ERRORS = (ConfigError, DataError, WeightsError, CheckpointError, OSError)
 def first_line(error: Exception) -> str:
     """Of an error's text, or the name of its type."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def with_type(error: Exception) -> str:
+    """Type and first line of an error of another package, whose text may say little alone."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]

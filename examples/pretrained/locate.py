@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from examples.common.config import path_of
-from examples.common.errors import WeightsError
+from examples.common.errors import WeightsError, with_type
 from examples.pretrained.packages import PACKAGES, locate_package
 
 GGUF = ".gguf"
@@ -50,7 +50,6 @@ def locate_model(name: str, files: Sequence[str]) -> Path:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(files)))
     # Anything from no network to a model that needs a token, of a dozen types.
     except Exception as error:
-        why = f"{type(error).__name__}: {error}".splitlines()[0]
         raise WeightsError(
-            f"{name}: no such directory, and the hub cannot be read ({why})"
+            f"{name}: no such directory, and the hub cannot be read ({with_type(error)})"
         ) from error

@@ -21,10 +21,9 @@ from examples.common.metrics import of_kind
 from examples.common.reporter import Reporter
 from examples.common.train_state import init_state
 from examples.finetune.planner.batches import Layout, Shape, batches, make_layout, train_steps
-from examples.finetune.planner.best import best_epoch, read_best
 from examples.finetune.planner.encode import Chat, Row
 from examples.finetune.planner.evaluate import Evaluator
-from examples.finetune.planner.loop import train
+from examples.finetune.planner.loop import best_epoch, read_best, train
 from examples.finetune.planner.methods import LEARNING_RATES, MethodConfig, set_up
 from examples.finetune.planner.prepare import prepare
 from examples.finetune.planner.prompts import Pair, PromptConfig

@@ -12,7 +12,6 @@ from examples.common.reporter import Reporter
 from examples.common.schedule import warmup_cosine
 from examples.common.train_state import Params
 from examples.finetune.planner.batches import learned_tokens, steps_per_epoch, train_steps
-from examples.finetune.planner.best import best_epoch, read_best, save_best
 from examples.finetune.planner.evaluate import EVALUATED, Evaluator
 from examples.finetune.planner.methods import set_up
 from examples.finetune.planner.predictions import write_predictions
@@ -20,6 +19,9 @@ from examples.finetune.planner.prepare import Prepared
 from examples.finetune.planner.run_config import RunConfig
 from examples.finetune.planner.train_step import make_step
 from examples.llama.model.config import parameter_count
+from examples.llama.model.llama import with_params
+from examples.llama.weights.files import PretrainedLlama, open_weights, read_params, replace_llama
+from examples.llama.weights.runs import METHOD_MODEL
 
 
 def train(
@@ -99,7 +101,7 @@ def _set_up(
         evaluate=evaluate,
         summarize=_summary,
         best=best_epoch,
-        keep=lambda weights: save_best(tuning.plain(weights), prepared, run_dir),
+        keep=lambda weights: _save_best(tuning.plain(weights), prepared, run_dir),
         donate=True,
     )
 
@@ -111,3 +113,28 @@ def _summary(records: list[Record]) -> Record:
         "validation": {name: best[name] for name in EVALUATED},
         "test": {name: test[name] for name in EVALUATED},
     }
+
+
+def best_epoch(records: list[Record]) -> Record:
+    """The validation with the highest success rate after an epoch; of equal ones that of the
+    lowest loss, then the earliest."""
+    epochs = [record for record in of_kind(records, "validation") if record["step"] > 0]
+    return max(epochs, key=lambda record: (record["metrics"]["success"], -record["loss"]))
+
+
+def _save_best(params: Params, prepared: Prepared, run_dir: Path) -> None:
+    """Writes plain weights in the Hugging Face layout, instead of those before."""
+    chat = prepared.chat
+    model = PretrainedLlama(
+        with_params(prepared.model, params),
+        prepared.model,
+        chat.tokenizer,
+        chat.template,
+        chat.end_ids,
+    )
+    replace_llama(model, run_dir / METHOD_MODEL)
+
+
+def read_best(prepared: Prepared, run_dir: Path) -> Params:
+    """The weights of the best epoch, as they were written."""
+    return read_params(open_weights(str(run_dir / METHOD_MODEL)), prepared.model)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from examples.common.errors import DataError
+from examples.common.errors import DataError, with_type
 from examples.llama.data.config import DataConfig
 from examples.llama.data.split import HELD_OUT
 
@@ -96,15 +96,11 @@ def _load(source: str, name: str, subset: str | None) -> Any:
         return datasets.load_dataset(name, subset, streaming=True)
     # Anything from no network to a malformed card, of a dozen types: the message is what counts.
     except Exception as error:
-        raise DataError(f"{source}: cannot be opened ({_first_line(error)})") from error
+        raise DataError(f"{source}: cannot be opened ({with_type(error)})") from error
 
 
 def _guard(source: str, records: Iterator[Any]) -> Iterator[Any]:
     try:
         yield from records
     except Exception as error:
-        raise DataError(f"{source}: cannot be read ({_first_line(error)})") from error
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+        raise DataError(f"{source}: cannot be read ({with_type(error)})") from error

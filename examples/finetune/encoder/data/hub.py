@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from examples.common.errors import DataError
+from examples.common.errors import DataError, with_type
 from examples.finetune.encoder.data.rows import RawRow, Rows, from_mapping, make_rows
 from examples.finetune.encoder.data.tasks import Task
 
@@ -46,5 +46,4 @@ def _load(task: Task, name: str) -> Any:
         return datasets.load_dataset(name, task.name)
     # Anything from no network to a malformed card, of a dozen types: the message is what counts.
     except Exception as error:
-        why = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise DataError(f"{name}: cannot be read ({why}); {hint}") from error
+        raise DataError(f"{name}: cannot be read ({with_type(error)}); {hint}") from error
