@@ -84,7 +84,8 @@ print("perplexity:", {name: round(value, 1) for name, value in counts.items()})
 # ## Two optimizers
 #
 # The learning rates are those that `examples/llama` has as defaults, chosen for each optimizer at this size with longer
-# runs. Everything else is the same: first weights, batches, schedule.
+# runs. Everything else is the same: first weights, batches, schedule. AdamW has no clipping of the leading singular value,
+# which is a part of `natural-galore` and at this size most of its distance (README).
 
 # %%
 print({f.name: getattr(config.model, f.name) for f in dataclasses.fields(config.model)})

@@ -145,7 +145,7 @@ def test_without_devices_an_error_says_what_was_asked_and_what_is_there(asked, m
 
 def test_programs_end_with_one_line_where_the_platform_is_not_there():
     environment = os.environ | {"JAX_PLATFORMS": "nonsense", "PYTHONPATH": str(ROOT)}
-    for words in ("llama", "llama.export x", "many_devices.replicated"):
+    for words in ("llama", "llama.export x --to y", "many_devices.replicated"):
         command = [sys.executable, "-m", *f"examples.{words}".split()]
         ended = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert ended.returncode == 1, ended.stderr

@@ -151,7 +151,9 @@ def _write_results(result: Result, run_dir: Path, console: Console, reporter: Re
     reporter.note(f"\n{text}\n")
     console.print(summary_table(summary))
     console.print(
-        f"files in {run_dir}; in the Hugging Face layout {run_dir / EXPORT}", highlight=False
+        f"files in {run_dir}; in the Hugging Face layout {run_dir / EXPORT}",
+        highlight=False,
+        soft_wrap=True,
     )
     if not result.config.output.quiet:
         # One line each, whatever the width of the terminal, to be copied.

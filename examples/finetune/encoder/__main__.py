@@ -119,15 +119,16 @@ def run(config: RunConfig, console: Console) -> int:
         summary["baseline"] = baseline_scores(prepared.task, prepared.rows)
     write_json(run_dir / "summary.json", summary)
     console.print(summary_table(summary))
-    console.print(f"files in {run_dir}", highlight=False)
     of_each = run_dir / ("METHOD-lrRATE" if config.sweep_learning_rates else "METHOD")
-    if config.output.predict:
-        console.print(f"labels of test rows in {of_each}/predictions", highlight=False)
+    lines = [f"files in {run_dir}"]
     if config.output.save_model and not config.sweep_learning_rates:
-        more = (
-            "" if config.output.predict else "; --resume --predict writes the labels of test rows"
-        )
-        console.print(f"in the Hugging Face layout {of_each}/model{more}", highlight=False)
+        lines.append(f"in the Hugging Face layout {of_each}/model")
+        if not config.output.predict:
+            lines.append("--resume --predict writes the labels of test rows")
+    if config.output.predict:
+        lines.append(f"labels of test rows in {of_each}/predictions")
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
     return 0
 
 

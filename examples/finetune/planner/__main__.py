@@ -112,11 +112,12 @@ def run(config: RunConfig, console: Console) -> int:
     names = (UNTRAINED, *config.methods)
     console.print(side_by_side(run_dir, names, config.output.side_by_side))
     console.print(summary_table(summary))
-    console.print(
-        f"files in {run_dir}; in the Hugging Face layout {run_dir}/METHOD/model; plans of the test "
-        f"split in {run_dir}/METHOD/predictions.md",
-        highlight=False,
-    )
+    for line in (
+        f"files in {run_dir}",
+        f"in the Hugging Face layout {run_dir}/METHOD/model",
+        f"plans of the test split in {run_dir}/METHOD/predictions.md",
+    ):
+        console.print(line, highlight=False, soft_wrap=True)
     return 0
 
 
