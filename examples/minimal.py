@@ -181,8 +181,9 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 def train(config: Config, tokens: np.ndarray, out: Path, mesh: jax.sharding.Mesh) -> Any:
     """The trained parameters and the losses that were printed."""
     train_tokens, held_out = np.split(tokens, [len(tokens) * 19 // 20])
-    if (size := len(held_out)) <= (low := config.context):
-        raise SystemExit(f"--text: held-out twentieth must have more than {low} bytes, got {size}")
+    if len(held_out) <= config.context:
+        needed = f"more than {config.context} bytes, got {len(held_out)}"
+        raise SystemExit(f"--text: its held-out twentieth must have {needed}")
     tx = make_optimizer(config)
 
     def init():
@@ -241,8 +242,7 @@ def main() -> None:
     with jax.set_mesh(mesh):
         params, _ = train(config, load_tokens(args.text), args.out, mesh)
         report = ng.memory_report(make_optimizer(config), params)
-        state, adamw = report.total_state_bytes / 1e6, report.adamw_state_bytes / 1e6
-        print(f"optimizer state {state:.2f} MB, AdamW's {adamw:.2f} MB")
+        print(f"state: {report.total_state_bytes / report.adamw_state_bytes:.0%} of AdamW's")
         print(bytes(sample(params, config).tolist()).decode(errors="replace"))
 
 
