@@ -92,6 +92,7 @@ def test_names_of_points_at_one_place_do_not_overlap(drawn, tmp_path):
         boxes = [text.get_window_extent() for text in axes.texts]
         assert len(boxes) >= 3
         assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+        assert all(axes.bbox.contains(*corner) for box in boxes for corner in box.get_points())
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

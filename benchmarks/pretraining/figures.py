@@ -55,7 +55,7 @@ def size(groups: Groups, path: Path) -> None:
             at, colour = _at(row), _colour(row)
             axes.errorbar(*at, yerr=row.test_std or 0, fmt="o", color=colour, markersize=5)
         axes.set(xlabel="optimizer state, MiB", ylabel="test loss, nats per token")
-        axes.margins(y=0.1)
+        axes.margins(y=0.15)
         axes.set_xlim(0, 1.06 * axes.dataLim.x1)
     figure.draw_without_rendering()  # Names have no place before the panels have theirs.
     for axes, rows in panels:
@@ -76,14 +76,16 @@ def _name_points(axes: Any, rows: Sequence[Row]) -> None:
     points = axes.transData.transform([_at(row) for row in rows])
     taken = [Bbox.from_extents(*(xy - 5), *(xy + 5)) for xy in points]
     for row, own in zip(rows, list(taken), strict=True):
-        name = label(row.method).removeprefix("Natural GaLore, ")
+        name = label(row.method).removeprefix("Natural GaLore, ").removesuffix(" with AdamW")
+        name = name.replace(", ", ",\n")
         text = axes.annotate(name, _at(row), (0, 0), textcoords="offset points", color=_colour(row))
-        for x, y in itertools.product((4, -4), (4, -4, 14, -14)):
+        for y, x in itertools.product((4, -4, 14, -14), (4, -4)):
             horizontal, vertical = "left" if x > 0 else "right", "bottom" if y > 0 else "top"
             text.set(position=(x, y), ha=horizontal, va=vertical)
             box = text.get_window_extent()
             others = (other for other in taken if other is not own)
-            if axes.bbox.containsx(box.x1) and not any(map(box.overlaps, others)):
+            is_inside = all(axes.bbox.contains(*corner) for corner in box.get_points())
+            if is_inside and not any(map(box.overlaps, others)):
                 break
         taken.append(box)
 
