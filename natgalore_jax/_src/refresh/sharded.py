@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import PartitionSpec, reshard
 
 from natgalore_jax._src.kernels.kernel import kernel
 from natgalore_jax._src.params.context import is_layer_view
@@ -153,11 +153,11 @@ def _refresh_by_layer(settings, plans, axis_names, groups, due, matrix_keys):
     matrices = math.prod(plan.shape[a] for a in other_batch)  # per layer
     is_due_layer = due.is_due.reshape(-1, matrices)
 
-    def on_each_device(groups, is_due, matrix_keys, is_first):
+    def on_each_device(groups, layers, is_due, matrix_keys, is_first):
         parts = [*zip(*map(jax.tree.leaves, groups), strict=True)]
         parts = [xs[0] if is_stack else jnp.stack(xs) for xs in parts]
         G, *stored = [_padded(x, axis, padding) for x, axis in zip(parts, axes, strict=True)]
-        first = length * jax.lax.axis_index(of_layers) if of_layers else 0
+        first = layers[0]
 
         def refresh_some(i, stored):
             """As many layers as there are devices; the last slice may overlap its predecessor."""
@@ -166,7 +166,7 @@ def _refresh_by_layer(settings, plans, axis_names, groups, due, matrix_keys):
             is_next = (here >= i * devices) & (here < length)
             is_wanted = is_next & jnp.any(is_due[first + here], -1)
 
-            def reshard(stored):
+            def move_and_refresh(stored):
                 some = [
                     jax.lax.dynamic_slice_in_dim(x, start, devices, axis)
                     for x, axis in zip([G, *stored], axes, strict=True)
@@ -190,7 +190,7 @@ def _refresh_by_layer(settings, plans, axis_names, groups, due, matrix_keys):
                     for x, y in zip(stored, back, strict=True)
                 ]
 
-            return jax.lax.cond(jnp.any(is_wanted), reshard, lambda stored: stored, stored)
+            return jax.lax.cond(jnp.any(is_wanted), move_and_refresh, lambda stored: stored, stored)
 
         def refresh_own(group, layer):
             """Refresh the layer of this device."""
@@ -220,13 +220,15 @@ def _refresh_by_layer(settings, plans, axis_names, groups, due, matrix_keys):
         return [structure.unflatten([x[i] for x in stored]) for i in range(len(plans))]
 
     specs = [jax.tree.map(lambda x: spec_of(names_of(x)), group) for group in groups]
-    replicated = PartitionSpec()
+    replicated, by_layer = PartitionSpec(), PartitionSpec(of_layers or None)
+    # Not by axis_index, which jax 0.10.0 cannot lower within another shard_map.
+    layers = reshard(jnp.arange(plan.shape[layer_axis], dtype=jnp.int32), by_layer)
     return jax.shard_map(
         on_each_device,
-        in_specs=(specs, replicated, replicated, replicated),
+        in_specs=(specs, by_layer, replicated, replicated, replicated),
         out_specs=[tuple(spec[1:]) for spec in specs],
         axis_names=explicit_axes_of(groups[0].G),
-    )(list(groups), is_due_layer, matrix_keys, due.is_first)
+    )(list(groups), layers, is_due_layer, matrix_keys, due.is_first)
 
 
 def _padded(x: jax.Array, axis: int, padding: int) -> jax.Array:
