@@ -85,11 +85,17 @@ def test_what_it_cannot_do_is_refused(changes, message):
         run_config(per_layer=True, **changes)
 
 
-@pytest.mark.parametrize(("offload", "bits"), [("state", None), ("weights", None), ("state", 8)])
-def test_same_run_from_host_memory(offload, bits, tmp_path):
+WIDE = dataclasses.replace(NATURAL_GALORE, rank=40)
+
+
+@pytest.mark.parametrize(
+    ("offload", "bits", "optimizer"),
+    [("state", None, WIDE), ("state", 8, WIDE), ("weights", None, OptimizerConfig(name="adamw"))],
+)
+def test_same_run_from_host_memory(offload, bits, optimizer, tmp_path):
     """Stopped and resumed: what was on the host when it was saved is there again."""
     changes = {
-        "optimizer": dataclasses.replace(NATURAL_GALORE, rank=40),
+        "optimizer": optimizer,
         "model": dataclasses.replace(MODEL, hidden=64, intermediate=72),
         "per_layer": True,
         "weight_bits": bits,
