@@ -1,4 +1,4 @@
-"""How a model is fine-tuned: what is trained, and by which optimizer.
+"""Methods of fine-tuning: what is trained, and by which optimizer.
 
 "adamw" trains everything. "lora" trains adapters beside the matrices of the layers with AdamW.
 Every other method projects the gradients of the same matrices, and trains the norms in full.

@@ -1,4 +1,4 @@
-"""How the processes of a run find one another."""
+"""Start and end of a run of several processes."""
 
 import os
 import sys
@@ -26,9 +26,9 @@ class DistributedConfig:
     coordinator_address: str | None = None
     """One of several processes, where there is no cluster to ask: HOST:PORT of process 0."""
     num_processes: int | None = None
-    """How many there are; with the coordinator's address."""
+    """Number of processes; with the coordinator's address."""
     process_id: int | None = None
-    """Which of them this is, from 0; with the coordinator's address."""
+    """Number of this process, from 0; with the coordinator's address."""
     sharding: Literal["replicated", "full"] = "replicated"
     """Weights and optimizer state replicated, or sharded over all devices."""
     heartbeat_timeout: int = 30

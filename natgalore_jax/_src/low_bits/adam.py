@@ -12,8 +12,7 @@ from natgalore_jax._src.kernels.kernel import own_arithmetic
 from natgalore_jax._src.kernels.stacks import for_each
 from natgalore_jax._src.low_bits.moments import EightBits, QuantizedState, dithered, start
 from natgalore_jax._src.params.checks import check_adam, check_boolean, check_eps, check_static
-from natgalore_jax._src.params.context import current_subspace, is_layer_view
-from natgalore_jax._src.params.placement import is_manual
+from natgalore_jax._src.params.context import current_subspace
 from natgalore_jax._src.params.where import (
     KeyPath,
     Where,
@@ -26,6 +25,7 @@ from natgalore_jax._src.states.tree_checks import (
     check_form,
     check_type,
     flatten_like,
+    sees_parts,
     update_dtypes,
 )
 
@@ -175,8 +175,8 @@ def _stored(moments, block_size, batch, has_factors=None, *, is_second):
 
 def _check_stored(settings: EightBits, factored: Where, updates: Any, entries: Any) -> None:
     """Check that moments made at init are stored as the arguments require."""
-    if is_layer_view() or is_manual():
-        return  # as in EightBits.check_stored
+    if sees_parts():
+        return
     batch, has_factors = settings.batch_of_leaves(updates), _has_factors(factored, updates)
     leaves = jax.tree_util.tree_leaves_with_path(updates)
     for (path, g), nb, factors, m, v, m_scale, v_scale in zip(

@@ -23,8 +23,7 @@ from natgalore_jax._src.kernels.float8_blocks import (
 from natgalore_jax._src.kernels.kernel import own_arithmetic
 from natgalore_jax._src.kernels.stacks import for_each, merged
 from natgalore_jax._src.params.checks import check_integer, check_transformation
-from natgalore_jax._src.params.context import current_subspace, is_layer_view
-from natgalore_jax._src.params.placement import is_manual
+from natgalore_jax._src.params.context import current_subspace
 from natgalore_jax._src.params.plan import LeafPlan
 from natgalore_jax._src.params.where import (
     KeyPath,
@@ -49,6 +48,7 @@ from natgalore_jax._src.states.tree_checks import (
     check_form,
     check_type,
     flatten_like,
+    sees_parts,
     update_dtypes,
 )
 
@@ -116,12 +116,8 @@ class EightBits(NamedTuple):
         return out
 
     def check_stored(self, path: Any, g: Any, batch: int | None, codes: Any, scale: Any) -> None:
-        """Check that a moment of the shape of its parameter is stored as these arguments require.
-
-        Not of parts of parameters: fewer moments may be large enough for codes in one layer or on
-        one device.
-        """
-        if is_layer_view() or is_manual():
+        """Check that a moment of the shape of its parameter is stored as the settings require."""
+        if sees_parts():
             return
         shape, is_coded = jnp.shape(g), not is_masked(scale)
         received = Form(codes.shape, CODES[8] if is_coded else None)

@@ -101,6 +101,14 @@ def check_params(updates: Any, params: Any) -> None:
             )
 
 
+def sees_parts() -> bool:
+    """Whether arrays are parts of parameters: one layer, or the shards of one device.
+
+    Fewer moments of parts may be large enough for codes, so what init stored in 8 bits is unknown.
+    """
+    return is_layer_view() or is_manual()
+
+
 class Form(NamedTuple):
     """Form of what is stored for one parameter."""
 
@@ -286,8 +294,7 @@ def check_inner_states(
             )
     expected, states = known[kind], list(states)
     if jax.tree.structure(expected) != jax.tree.structure(states):
-        # In one layer or on one device fewer moments may be large enough for codes.
-        if not (is_layer_view() or is_manual()):
+        if not sees_parts():
             _check_nodes(expected, states, ())
         return
     dtypes = {x.dtype for x in low_rank}

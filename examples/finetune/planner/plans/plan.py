@@ -24,7 +24,7 @@ MAX_CALLS = 50
 polynomial bound; the longest reference plan of the data sets used here has 12 calls."""
 
 MAX_DEPTH = 16
-"""How far lists and dictionaries may be nested in an argument."""
+"""Largest depth of lists and dictionaries in an argument."""
 
 MAX_DIGITS = 40
 """The longest whole number."""
@@ -35,7 +35,7 @@ _PATH = re.compile(r"(?:[.\[][^{}$]*)?")
 
 
 class PlanError(ValueError):
-    """What is wrong with a plan, in one line."""
+    """A defect of a plan, in one line."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Ref:
     call: int
     """Number of the call, from 1."""
     path: str = ""
-    """Which part: fields by name and items of lists by position, as in ".flights[0].id"."""
+    """Part of the result: fields by name and items of lists by position, as in ".flights[0].id"."""
     braces: bool = field(default=False, compare=False, repr=False)
     """Whether it is written in braces where it could be written without."""
 
@@ -136,7 +136,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class FailedPlan:
-    """What a model wrote, where it is not a plan."""
+    """Text of a model that is not a plan."""
 
     reason: str
 

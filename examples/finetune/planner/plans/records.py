@@ -103,7 +103,7 @@ class Record:
 
     @property
     def combination(self) -> frozenset[str]:
-        """Which tools the plan uses, without order and number."""
+        """Tools of the plan, without order and number."""
         return frozenset(self.plan.tools)
 
 
