@@ -7,6 +7,8 @@ import durations
 import pytest
 import tiers
 
+pytest.register_assert_rewrite("command_lines")  # A failure says what was printed.
+
 # XLA's CPU thread pool is as large as the machine; on two cores, several simulated devices that
 # wait for each other inside batched linear algebra starve it and hang. NPROC enlarges the pool.
 os.environ.setdefault("NPROC", "32")

@@ -102,7 +102,6 @@ def test_it_has_a_pulse(command, directory, tmp_path, capsys, monkeypatch):
         (["--data", "nowhere.json"], "nowhere.json: No such file"),
         (["--max-length", "12"], "max_length=12: no row of the train split is that short"),
         (["--max-length", "598"], "max_length=598 and new_tokens=6 together are above the 600"),
-        (["--rank", "8"], "rank must be below the smallest side of the matrices, 8; got 8"),
         (["--methods", "adamw", "adamw"], "methods must name each method once"),
         (["--parts", "sgd"], "parts: no part is called 'sgd'; there are none"),
         (["--resume", "--overwrite"], "--overwrite"),
@@ -115,6 +114,14 @@ def test_errors_are_one_line(command, tmp_path, capsys, more, message):
     short = ["--root", str(tmp_path), "--quiet", "--limit", "8", "--eval-limit", "1"]
     assert main([*command, *short, "--methods", "galore", *more]) == 1
     assert_one_line(capsys, message)
+
+
+def test_a_rank_is_refused_before_records_are_read(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        "examples.finetune.planner.prepare.load_dataset", lambda *_: pytest.fail("they were read")
+    )
+    assert main([*command, f"--root={tmp_path}", "--quiet", "--methods=galore", "--rank=8"]) == 1
+    assert_one_line(capsys, "rank must be below the smallest side of the matrices, 8; got 8")
 
 
 def test_a_plan_with_an_unknown_tool(command, directory, tmp_path, capsys):

@@ -36,7 +36,6 @@ def refused(program, capsys, words, message):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--rank=4096"], "4096"),
         (["--name=a[1]"], "Orbax writes no readable checkpoints"),
         (["--log-to=wandb"], "--log-to wandb needs the package wandb"),
     ],
@@ -60,6 +59,7 @@ def test_directories_of_runs(program, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        ("--rank=4096", "no parameter to project at rank 4096"),
         ("--vocab-size=256", "vocab_size must be at least 257"),
         ("--tokenizer=nowhere.json", "nowhere.json"),
         ("--optimizer=adamw --side=left", "adamw has no side"),
@@ -79,6 +79,7 @@ def test_options_of_pretraining(capsys, monkeypatch, tmp_path, words, message):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        ("--rank=4096", "got 4096"),
         ("--targets=nothing", "targets: no matrix is called 'nothing'"),
         ("--max-length=99999", "max_length=99999"),
     ],
