@@ -85,7 +85,7 @@ def test_what_it_cannot_do_is_refused(changes, message):
         run_config(per_layer=True, **changes)
 
 
-WIDE = dataclasses.replace(NATURAL_GALORE, rank=40)
+WIDE = OptimizerConfig(name="galore", rank=40, update_interval=5, residual="none")
 
 
 @pytest.mark.parametrize(
