@@ -1,4 +1,4 @@
-"""What the configuration alone refuses is refused before any text is read."""
+"""Errors of the configuration alone, before any text is read."""
 
 import sys
 

@@ -19,6 +19,8 @@ from examples.llama.training.build import abstract_run, make_step
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
+GALORE = OptimizerConfig(name="galore", rank=4, update_interval=5, residual="none")
+
 
 def run(**changes):
     config = run_config({"eval_every": 10}, steps=20, **changes)
@@ -49,14 +51,12 @@ def test_same_run_with_tied_embeddings_and_batches_accumulated():
 
 
 def test_same_run_with_batches_accumulated_in_the_subspace():
-    galore = OptimizerConfig(name="galore", rank=4, update_interval=5, residual="none")
-    assert_same_run(optimizer=galore, accumulate=2, accumulate_in_subspace=True)
+    assert_same_run(optimizer=GALORE, accumulate=2, accumulate_in_subspace=True)
 
 
 def test_a_plan_of_batches_accumulated_in_the_subspace():
-    galore = OptimizerConfig(name="galore", rank=4, update_interval=5, residual="none")
     changes = {"accumulate": 2, "accumulate_in_subspace": True, "per_layer": True}
-    found = abstract_run(run_config(optimizer=galore, **changes))
+    found = abstract_run(run_config(optimizer=GALORE, **changes))
     # After the state of the whole stack has been traced.
     make_step(found.config, found.apply, found.optimization, found.params)
 
@@ -85,12 +85,13 @@ def test_what_it_cannot_do_is_refused(changes, message):
         run_config(per_layer=True, **changes)
 
 
-WIDE = OptimizerConfig(name="galore", rank=40, update_interval=5, residual="none")
-
-
 @pytest.mark.parametrize(
     ("offload", "bits", "optimizer"),
-    [("state", None, WIDE), ("state", 8, WIDE), ("weights", None, OptimizerConfig(name="adamw"))],
+    [
+        ("state", None, dataclasses.replace(NATURAL_GALORE, rank=40)),
+        ("state", 8, dataclasses.replace(GALORE, rank=40)),
+        ("weights", None, OptimizerConfig(name="adamw")),
+    ],
 )
 def test_same_run_from_host_memory(offload, bits, optimizer, tmp_path):
     """Stopped and resumed: what was on the host when it was saved is there again."""
