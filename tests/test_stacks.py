@@ -13,6 +13,7 @@ import natgalore_jax as ng
 from benchmarks.optimizer import compile_time, stacks as benchmark
 from benchmarks.optimizer.compile_time import equations
 from natgalore_jax._src.kernels import stacks
+from natgalore_jax._src.refresh import refresh
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -84,11 +85,33 @@ def train(tx, params, loss=loss, jit=jax.jit):
 def test_same_numbers_as_alone(kind, monkeypatch):
     params, state = train(OPTIMIZERS[kind](), start())
     monkeypatch.setattr(stacks, "MAX_BYTES", 0)
+    monkeypatch.setattr(refresh, "PROGRAM_SHARE", 0)
     params_alone, state_alone = train(OPTIMIZERS[kind](), start())
     compare(params, params_alone)
     assert jax.tree.structure(state) == jax.tree.structure(state_alone)
     for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(state_alone), strict=True):
         assert jax.typeof(x) == jax.typeof(y)
+
+
+@pytest.mark.parametrize("kind", ["natural", "two sides", "history", "reset, random"])
+def test_one_refresh_program_of_parameters_that_are_no_stack(kind, monkeypatch):
+    expected, _ = train(OPTIMIZERS[kind](), start())
+    monkeypatch.setattr(stacks, "MAX_BYTES", 0)
+    monkeypatch.setattr(refresh, "PROGRAM_SHARE", 1)
+    compare(train(OPTIMIZERS[kind](), start())[0], expected)
+
+
+def test_large_parameters_share_refresh_programs():
+    """One for each kind, and one more for each 16th of all bytes."""
+
+    def loops(number):
+        tx = ng.galore_adamw(0.01, rank=8, update_interval=2)
+        params = {f"{i}": jnp.zeros((256, 1024)) for i in range(number)}
+        traced = jax.make_jaxpr(tx.update)(params, tx.init(params), params)
+        return str(traced).count("name=_refresh_kind")
+
+    assert loops(8) == 8
+    assert loops(64) == 16
 
 
 def test_same_numbers_without_jit():

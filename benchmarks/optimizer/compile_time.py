@@ -1,9 +1,9 @@
 """Time that the first update takes to trace and to compile, beside optax.contrib.galore's.
 
 ``python -m benchmarks.optimizer.compile_time`` makes optimizers for many unstacked matrices, equal
-ones and of several shapes, and measures the processor time of tracing (to StableHLO) and of
-compiling, and the equations of the jaxpr, those of inner functions counted at every call. Every
-measurement is a process of its own, without a compilation cache.
+ones, of several shapes, and large ones, and measures the processor time of tracing (to StableHLO)
+and of compiling, and the equations of the jaxpr, those of inner functions counted at every call.
+Every measurement is a process of its own, without a compilation cache.
 """
 
 import time
@@ -24,6 +24,8 @@ RANK = 4
 SHAPES = {
     "equal": [(32, 48)],
     "seven shapes": [(32, 32), (32, 48), (48, 32), (32, 64), (64, 32), (48, 48), (24, 40)],
+    # The matrices of a layer, too large for stacks.
+    "large": [(512, 1024), *2 * [(512, 512)], (1024, 512), *2 * [(512, 1408)], (1408, 512)],
 }
 OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "optax.adamw": lambda: optax.adamw(1e-3),
@@ -41,6 +43,7 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
 def main(
     matrices: tuple[int, ...] = (10, 40, 200, 1000),
     optimizers: tuple[str, ...] = tuple(OPTIMIZERS),
+    shapes: tuple[str, ...] = tuple(SHAPES),
     output: Path = RESULTS / "compile_time.json",
 ) -> dict[str, Any]:
     """Measure tracing and compiling.
@@ -48,21 +51,22 @@ def main(
     Args:
       matrices: how many.
       optimizers: of ``OPTIMIZERS``.
+      shapes: of ``SHAPES``.
       output: where the results go.
     """
     results: dict[str, Any] = {"environment": environment(0), "rank": RANK, "runs": []}
-    for shapes in SHAPES:
+    for kind in shapes:
         for number in matrices:
             for optimizer in optimizers:
                 run = call(
                     "benchmarks.optimizer.compile_time:measure",
                     optimizer=optimizer,
                     number=number,
-                    shapes=shapes,
+                    shapes=kind,
                 )
                 results["runs"].append(run)
                 print(
-                    f"{shapes:12} {number:5} {optimizer:22} trace {run['trace_s']:6.2f}  compile "
+                    f"{kind:12} {number:5} {optimizer:22} trace {run['trace_s']:6.2f}  compile "
                     f"{run['compile_s']:7.2f}  equations {run['equations']:7}",
                     flush=True,
                 )

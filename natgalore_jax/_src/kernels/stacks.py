@@ -75,25 +75,37 @@ def _of_kind(function, settings, one_by_one, operands, shared):
     return unstack(of_stack(stack(operands)), len(operands))
 
 
-def kinds(settings: Sequence[Hashable], operands: Sequence[Any]) -> list[list[int]]:
-    """Numbers of the parameters of each stack, those without settings left out."""
+def kinds(
+    settings: Sequence[Hashable],
+    operands: Sequence[Any],
+    most: Callable[[Any], int] | None = None,
+) -> list[list[int]]:
+    """Numbers of the parameters of each stack, those without settings left out.
+
+    ``most`` of the operands of a parameter is the largest length; by default :func:`most_in_stack`.
+    """
     equal: dict[Hashable, list[int]] = defaultdict(list)
     for i, (own, tree) in enumerate(zip(settings, operands, strict=True)):
         if own is not None:
             arrays, treedef = jax.tree.flatten(tree)
             equal[own, treedef, *map(jax.typeof, arrays)].append(i)
     return [
-        numbers[start : start + most]
+        numbers[start : start + length]
         for numbers in equal.values()
-        for most in [_most_in_stack(operands[numbers[0]])]
-        for start in range(0, len(numbers), most)
+        for length in [(most or most_in_stack)(operands[numbers[0]])]
+        for start in range(0, len(numbers), length)
     ]
 
 
-def _most_in_stack(tree: Any) -> int:
+def most_in_stack(tree: Any) -> int:
     """Largest number of parameters with such arrays in a stack."""
-    largest = max(1, *(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)))
+    largest = max(1, *map(bytes_of, jax.tree.leaves(tree)))
     return max(1, (4 if largest <= SMALL_BYTES else 1) * MAX_BYTES // largest)
+
+
+def bytes_of(tree: Any) -> int:
+    """Bytes of all arrays of a tree."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def stack(trees: Sequence[Any]) -> Any:

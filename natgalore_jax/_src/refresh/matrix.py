@@ -70,11 +70,19 @@ def take_matrix(
     plan: LeafPlan, G: jax.Array, basis: StoredFactors, basis_states: Any, layer: jax.Array
 ) -> Matrix:
     """Matrix number ``layer``, int32, of a parameter."""
-    index = _index_of(plan, layer)
+    return Matrix(take_tensor(plan, G, layer), *take_stored(plan, (basis, basis_states), layer))
+
+
+def take_tensor(plan: LeafPlan, G: jax.Array, layer: jax.Array) -> jax.Array:
+    """Matrix number ``layer`` of a gradient, axes in the order of the modes."""
     order = [plan.matrix_axes.index(a) for mode in plan.modes for a in mode]
-    tensor = _take(G, plan.batch, index).transpose(order)
-    stored = jax.tree.map(lambda x: _take(x, range(len(index)), index), (basis, basis_states))
-    return Matrix(tensor, *stored)
+    return _take(G, plan.batch, _index_of(plan, layer)).transpose(order)
+
+
+def take_stored(plan: LeafPlan, stored: Any, layer: jax.Array) -> Any:
+    """Entries of matrix number ``layer`` of arrays with leading batch axes."""
+    index = _index_of(plan, layer)
+    return jax.tree.map(lambda x: _take(x, range(len(index)), index), stored)
 
 
 def put_matrix(

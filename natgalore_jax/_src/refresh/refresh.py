@@ -16,7 +16,7 @@ import numpy as np
 from natgalore_jax._src.kernels.basis import PROBED, is_start, is_usable
 from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
 from natgalore_jax._src.kernels.linear_codes import load
-from natgalore_jax._src.kernels.stacks import kinds, stack, unstack
+from natgalore_jax._src.kernels.stacks import bytes_of, kinds, most_in_stack, stack, unstack
 from natgalore_jax._src.params.context import is_active, matrices_of
 from natgalore_jax._src.params.placement import (
     AxisName,
@@ -29,15 +29,21 @@ from natgalore_jax._src.params.placement import (
 from natgalore_jax._src.params.plan import LeafPlan
 from natgalore_jax._src.refresh.matrix import (
     Due,
+    Matrix,
     RefreshSettings,
     StoredFactors,
     put_matrix,
     refresh_matrix,
-    take_matrix,
+    take_stored,
+    take_tensor,
 )
 from natgalore_jax._src.refresh.schedule import due_matrices
 from natgalore_jax._src.refresh.sharded import groups_of, refresh_group
 from natgalore_jax._src.states.transport import is_basis_state
+
+# Parameters that share a program have at most this share of all bytes. Their gradients are kept
+# until the last one is computed, and in a step with a refresh bases and states are copied.
+PROGRAM_SHARE = 1 / 16
 
 
 @own_arithmetic
@@ -150,7 +156,12 @@ def _kinds(plans, gradients, bases, nodes, done) -> list[list[int]]:
         plan.unnamed if is_active(plan) and i not in done else None for i, plan in enumerate(plans)
     ]
     operands = [*zip(gradients, bases, nodes, strict=True)]
-    return sorted(kinds(settings, operands), key=max, reverse=True)
+    largest = PROGRAM_SHARE * bytes_of(operands)
+
+    def most(own):
+        return max(most_in_stack(own[0]), int(largest / max(1, bytes_of(own))))
+
+    return sorted(kinds(settings, operands, most), key=max, reverse=True)
 
 
 @kernel("settings", "plan", "axis_names", inline=False)
@@ -164,16 +175,25 @@ def _refresh_kind(
     """
     length, layers = len(gradients), plan.layers
     due, stacked = _due(plan, schedule, place, bases), plan.stacked(length)
+    in_stack = most_in_stack(gradients[0])
 
     def is_left(carry):
         return jnp.any(carry[0])
 
-    def refresh_next(G, carry):
+    def gradient_of(stacks, number):
+        # A branch reads one stack: one stack of all gradients would be a copy of them.
+        branches = [
+            lambda number, G=G: take_tensor(plan.stacked(in_stack), G, number) for G in stacks
+        ]
+        return jax.lax.switch(number // (in_stack * layers), branches, number % (in_stack * layers))
+
+    def refresh_next(stacks, carry):
         left, stored, token = carry
         number = jnp.argmax(left).astype(jnp.int32) + token
-        matrix = take_matrix(stacked, G, stored[0], stored[1], number)
+        tensor = gradient_of(stacks, number)
         if axis_names:
-            matrix = matrix._replace(tensor=jax.lax.pmean(matrix.tensor, axis_names))
+            tensor = jax.lax.pmean(tensor, axis_names)
+        matrix = Matrix(tensor, *take_stored(stacked, stored, number))
         leaf, layer = number // layers, number % layers
         own_key = matrix_key(
             settings.method, schedule.key, place.leaf[leaf], place.start[leaf] + layer
@@ -184,7 +204,9 @@ def _refresh_kind(
 
     def refresh_all(stored, token):
         carry = (due.is_due, stack(stored), token)
-        next_of = functools.partial(refresh_next, stack(gradients))
+        starts = range(0, length, in_stack)
+        stacks = [stack(gradients[start : start + in_stack]) for start in starts]
+        next_of = functools.partial(refresh_next, stacks)
         _, new, token = jax.lax.while_loop(is_left, next_of, carry)
         return unstack(new, length), token
 
