@@ -43,16 +43,16 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
 def main(
     matrices: tuple[int, ...] = (10, 40, 200, 1000),
     optimizers: tuple[str, ...] = tuple(OPTIMIZERS),
-    shapes: tuple[str, ...] = tuple(SHAPES),
     output: Path = RESULTS / "compile_time.json",
+    shapes: tuple[str, ...] = tuple(SHAPES),
 ) -> dict[str, Any]:
     """Measure tracing and compiling.
 
     Args:
       matrices: how many.
       optimizers: of ``OPTIMIZERS``.
-      shapes: of ``SHAPES``.
       output: where the results go.
+      shapes: of ``SHAPES``.
     """
     results: dict[str, Any] = {"environment": environment(0), "rank": RANK, "runs": []}
     for kind in shapes:
