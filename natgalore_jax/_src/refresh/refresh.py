@@ -181,6 +181,8 @@ def _refresh_kind(
         return jnp.any(carry[0])
 
     def gradient_of(stacks, number):
+        if len(stacks) == 1:
+            return take_tensor(stacked, stacks[0], number)
         # A branch reads one stack: one stack of all gradients would be a copy of them.
         branches = [
             lambda number, G=G: take_tensor(plan.stacked(in_stack), G, number) for G in stacks
