@@ -76,7 +76,7 @@ def test_compile_time(tmp_path):
     path = tmp_path / "compile_time.json"
     results = compile_time.main((2,), OPTIMIZERS, path)
     runs = json.loads(path.read_text())["runs"]
-    assert runs == results["runs"] and len(runs) == len(OPTIMIZERS) * len(compile_time.SHAPES)
+    assert runs == results["runs"] and len(runs) == 4
     adamw, galore = ({r["equations"] for r in runs if r["optimizer"] == o} for o in OPTIMIZERS)
     assert 20 < max(adamw) < min(galore)
     assert all(r["trace_s"] > 0 and r["compile_s"] > 0 for r in runs)
@@ -211,7 +211,7 @@ TINY = {
 
 @pytest.mark.usefixtures("fast_compile")
 def test_gpu_memory(tmp_path, monkeypatch):
-    """What runs on a GPU, run on the CPU, whose memory is not limited."""
+    """The stages for a GPU run on a CPU, whose memory is not limited."""
 
     def child(task, arguments, fraction):
         assert fraction is None

@@ -75,28 +75,6 @@ def _of_kind(function, settings, one_by_one, operands, shared):
     return unstack(of_stack(stack(operands)), len(operands))
 
 
-def kinds(
-    settings: Sequence[Hashable],
-    operands: Sequence[Any],
-    most: Callable[[Any], int] | None = None,
-) -> list[list[int]]:
-    """Numbers of the parameters of each stack, those without settings left out.
-
-    ``most`` of the operands of a parameter is the largest length; by default :func:`most_in_stack`.
-    """
-    equal: dict[Hashable, list[int]] = defaultdict(list)
-    for i, (own, tree) in enumerate(zip(settings, operands, strict=True)):
-        if own is not None:
-            arrays, treedef = jax.tree.flatten(tree)
-            equal[own, treedef, *map(jax.typeof, arrays)].append(i)
-    return [
-        numbers[start : start + length]
-        for numbers in equal.values()
-        for length in [(most or most_in_stack)(operands[numbers[0]])]
-        for start in range(0, len(numbers), length)
-    ]
-
-
 def most_in_stack(tree: Any) -> int:
     """Largest number of parameters with such arrays in a stack."""
     largest = max(1, *map(bytes_of, jax.tree.leaves(tree)))
@@ -106,6 +84,28 @@ def most_in_stack(tree: Any) -> int:
 def bytes_of(tree: Any) -> int:
     """Bytes of all arrays of a tree."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def kinds(
+    settings: Sequence[Hashable],
+    operands: Sequence[Any],
+    most: Callable[[Any], int] = most_in_stack,
+) -> list[list[int]]:
+    """Numbers of the parameters of each stack, those without settings left out.
+
+    ``most`` of the operands of a parameter is the largest length.
+    """
+    equal: dict[Hashable, list[int]] = defaultdict(list)
+    for i, (own, tree) in enumerate(zip(settings, operands, strict=True)):
+        if own is not None:
+            arrays, treedef = jax.tree.flatten(tree)
+            equal[own, treedef, *map(jax.typeof, arrays)].append(i)
+    return [
+        numbers[start : start + length]
+        for numbers in equal.values()
+        for length in [most(operands[numbers[0]])]
+        for start in range(0, len(numbers), length)
+    ]
 
 
 def stack(trees: Sequence[Any]) -> Any:
