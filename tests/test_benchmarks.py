@@ -330,8 +330,6 @@ def test_curvature(tmp_path, monkeypatch):
 
 def test_quantization(tmp_path):
     results = quantization.main(
-        steps=60,
-        spreads=(1.0,),
         preset="60m",
         layers=1,
         rank=64,
@@ -347,9 +345,6 @@ def test_quantization(tmp_path):
     for kind in "galore, {} basis", "history, {}":
         assert sizes[kind.format("int4")] < sizes[kind.format("int8")]
         assert sizes[kind.format("int8")] < sizes[kind.split(",")[0]]
-    rows = results["errors"]["1.0"]
-    assert rows["float32"]["update_error"] == 0
-    assert rows["ours"]["update_error"] < 0.2 < rows["linear"]["update_error"]
     adam, small = results["cost"]["adam"], results["cost"]["adam, 8 bits"]
     assert 0.25 < small["state_bytes"] / adam["state_bytes"] < 0.26
 

@@ -41,7 +41,7 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
 
 
 def main(
-    matrices: tuple[int, ...] = (10, 40, 200, 1000),
+    matrices: tuple[int, ...] = (10, 40, 200),
     optimizers: tuple[str, ...] = tuple(OPTIMIZERS),
     output: Path = RESULTS / "compile_time.json",
     shapes: tuple[str, ...] = ("equal", "seven shapes"),

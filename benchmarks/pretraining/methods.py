@@ -1,13 +1,12 @@
 """The methods that are compared. A new one is one row of ``METHODS``."""
 
 import ast
-import dataclasses
 import functools
 import inspect
 import operator
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -21,8 +20,6 @@ from examples.common.optimizers import (
     with_factor,
     with_unprojected_ratio,
 )
-from examples.llama.model.adapters import AdapterConfig
-from examples.llama.run_config import RunConfig
 
 PAPER_SCALE = 0.25  # of GaLore
 _ADAMW = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
@@ -46,14 +43,12 @@ class Method(NamedTuple):
     """One row of the comparison.
 
     ``factory(**arguments)`` makes the optimizer, where the arguments are those of the setting that
-    the factory knows, and then ``fixed``. ``configure`` changes the run itself, for methods that
-    change the model.
+    the factory knows, and then ``fixed``.
     """
 
     label: str
     factory: Callable[..., optax.GradientTransformation]
     fixed: Mapping[str, Any] = MappingProxyType({})
-    configure: Callable[[RunConfig, Setting], RunConfig] | None = None
     # α by which the factory multiplies the updates of hidden matrices, beside its learning rate.
     scale: float = 1.0
     # A ratio of the two rates that is part of the method, and not tuned.
@@ -144,28 +139,8 @@ def optax_galore(
     )
 
 
-def _adapter(
-    kind: Literal["factorised", "lora", "relora"],
-) -> Callable[[RunConfig, Setting], RunConfig]:
-    """The model's matrices replaced by low-rank ones, which AdamW trains."""
-
-    def change(config: RunConfig, setting: Setting) -> RunConfig:
-        adapter = AdapterConfig(
-            kind=kind,
-            rank=setting.rank,
-            alpha=float(setting.rank),
-            merge_every=setting.update_interval,
-            restart_warmup=max(setting.update_interval // 10, 1),
-        )
-        return dataclasses.replace(config, adapter=adapter)
-
-    return change
-
-
 _ONLINE = {"method": "online", "scale": PAPER_SCALE}
 _SVD = {"method": "svd", "stagger": False, "scale": PAPER_SCALE}
-
-_ALICE = {"scale": 0.3, "compensation_scale": 0.4}
 
 METHODS: dict[str, Method] = {
     "adamw": Method("AdamW", optax.adamw, _ADAMW),
@@ -201,20 +176,15 @@ METHODS: dict[str, Method] = {
         scale=PAPER_SCALE,
     ),
     "ldadam": Method("LDAdam", ng.contrib.ldadamw),
-    "ldadam-error-feedback": Method(
-        "LDAdam with error feedback", ng.contrib.ldadamw, {"error_feedback": True}
-    ),
     "apollo": Method("APOLLO", ng.contrib.apollo_adamw),
     "apollo-mini": Method("APOLLO-Mini", ng.contrib.apollo_mini_adamw),
     # α and α_c of the paper; embedding and head have AdamW, as with the other low-rank methods.
-    "alice": Method("Alice", ng.contrib.alice_adamw, _ALICE, scale=0.3),
-    "alice-0": Method(
-        "Alice without tracking", ng.contrib.alice_adamw, {**_ALICE, "b3": 0.0}, scale=0.3
+    "alice": Method(
+        "Alice", ng.contrib.alice_adamw, {"scale": 0.3, "compensation_scale": 0.4}, scale=0.3
     ),
     "racs": Method("RACS", ng.contrib.racs_adamw, {"scale": 0.05}, scale=0.05),
     # Its scripts have one rate, at which it would lack an advantage that all others have.
     "scale": Method("SCALE", ng.contrib.scale_sgd),
-    "scale-l2": Method("SCALE, Euclidean norms", ng.contrib.scale_sgd, {"norm": "l2"}),
     "fira": Method(
         "Fira", ng.galore_adamw, {"residual": "fira", "scale": PAPER_SCALE}, scale=PAPER_SCALE
     ),
@@ -223,13 +193,6 @@ METHODS: dict[str, Method] = {
     "natural-galore-lean": Method(
         "Natural GaLore, lean", ng.lean_natural_galore_adamw, {"rank": 8}
     ),
-    "factorised": Method(
-        "Low-rank weights W = BA", optax.adamw, _ADAMW, configure=_adapter("factorised")
-    ),
-    "lora": Method(
-        "LoRA on frozen initial weights", optax.adamw, _ADAMW, configure=_adapter("lora")
-    ),
-    "relora": Method("ReLoRA", optax.adamw, _ADAMW, configure=_adapter("relora")),
 }
 
 METHODS |= {f"{name}-clipped": clipped(METHODS[name]) for name in ("galore", "racs", "fira")}
@@ -268,8 +231,6 @@ def choose(text: str) -> Chosen:
         raise ConfigError(f"method must be one of {', '.join(known_methods)}; got {name!r}")
     method, chosen = known_methods[name], {}
     known = inspect.signature(method.factory).parameters
-    if method.configure is not None:
-        known = {**known, **dict.fromkeys(Setting._fields)}
     for item in filter(None, changes.split(",")):
         key, _, value = item.partition("=")
         if key not in known or key == "learning_rate":
@@ -324,14 +285,6 @@ def make(chosen: Chosen, setting: Setting, values: dict[str, Any]) -> optax.Grad
         setting.norm_ratio / setting.unprojected_ratio,
         lambda params: jax.tree.map(operator.not_, decayed(params)),
     )
-
-
-def configure(chosen: Chosen, config: RunConfig, setting: Setting) -> RunConfig:
-    """The run that the method asks for."""
-    if chosen.method.configure is None:
-        return config
-    changes = {k: v for k, v in chosen.changes.items() if k in Setting._fields}
-    return chosen.method.configure(config, setting._replace(**changes))
 
 
 def _literal(text: str) -> Any:

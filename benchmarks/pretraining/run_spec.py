@@ -10,7 +10,7 @@ import optax
 from benchmarks.common import result_files
 from benchmarks.common.environment import RESULTS
 from benchmarks.pretraining.corpora import name_of, sources_of
-from benchmarks.pretraining.methods import Setting, arguments, choose, configure, make
+from benchmarks.pretraining.methods import Setting, arguments, choose, make
 from benchmarks.pretraining.presets import PRESETS
 from examples.common.errors import ConfigError
 from examples.common.optimizers import OptimizerConfig
@@ -149,7 +149,6 @@ def prepare(run: Run) -> Prepared:
         unprojected_ratio=run.ratio,
         norm_ratio=run.norm_ratio,
     )
-    config = configure(chosen, config, setting)
     values = arguments(chosen, setting)
     try:
         tx = make(chosen, setting, values)

@@ -110,13 +110,15 @@ else:  # The names that the command line offers.
 @dataclass(frozen=True)
 class OptimizerConfig:
     """The optimizer. "None" leaves an argument to the optimizer's own default. An option
-    that the optimizer does not have is an error; only a rank is not looked at by adamw."""
+    that the optimizer does not have is an error; only --rank is ignored by optimizers without
+    a subspace."""
 
     name: Annotated[OptimizerName, tyro.conf.arg(name="optimizer")] = "natural-galore"
     """The optimizer that trains the model."""
     learning_rate: float | None = None
-    """Peak learning rate; each optimizer has its own default, which halves where the width of the
-    model doubles, and is a hundredth where published weights are trained further."""
+    """Peak learning rate; each optimizer has its own default. Those of adamw, adamw-8bit and both
+    forms of natural-galore halve where the width of the model doubles; all are a hundredth where
+    published weights are trained further."""
     weight_decay: float = 0.0
     """Decoupled weight decay of the matrices; norm scales are never decayed."""
     clip_norm: float | None = None
@@ -132,33 +134,36 @@ class OptimizerConfig:
     update_interval: Annotated[int | None, tyro.conf.arg(name="interval")] = None
     """Low-rank: steps between two refreshes of the subspace."""
     moment_bits: Literal[8] | None = None
-    """Galore and natural-galore: store Adam's moments in 8 bits instead of the weights' dtype."""
+    """Galore, fira and natural-galore: store Adam's moments in 8 bits instead of the
+    weights' dtype."""
     unprojected_ratio: float | None = None
     """Learning rate of embeddings, head and norms over that of the hidden matrices; by default 4
-    for both forms of natural-galore and, on random weights, for adamw, and more where their own
-    learning rate falls with the width; else 1. Galore and its relatives have it in their scale."""
+    for both forms of natural-galore and, on random weights, for adamw and adamw-8bit, more where
+    their own learning rate falls with the width; else 1. Galore and its relatives have it in their
+    scale."""
     scale: float | None = None
     """Low-rank: factor on the update of projected matrices."""
     side: Literal["short", "long", "left", "right", "both"] | None = None
     """Low-rank: which side of a matrix is projected."""
     method: Literal["power", "svd", "eigh", "randomized", "gaussian", "online"] | None = None
-    """Galore, fira and stored-gradients: how the subspace is computed."""
+    """Galore, galore-adafactor, fira and stored-gradients: how the subspace is computed."""
     basis_dtype: Literal["float32", "bfloat16", "int8", "int4"] | None = None
     """Low-rank: number format of the stored bases; that of the weights by default."""
     transition: Literal["rotate", "reset", "keep"] | None = None
     """Stored-gradients and galore-adafactor: what happens to moments and history when the subspace
     changes."""
     stagger: bool | None = None
-    """Galore, fira and stored-gradients: refreshes spread over the interval."""
+    """Galore, galore-adafactor, fira and stored-gradients: refreshes spread over the interval."""
     residual: Literal["none", "fira", "fisher"] | None = None
     """Low-rank: what becomes of the gradient outside the subspace: nothing, scaled as the inner
     optimizer scales the inside (Fira), or by its own Fisher matrix."""
     residual_scale: float | None = None
     """Natural-galore and stored-gradients: factor on the update outside the subspace."""
     history: int | None = None
-    """Stored-gradients: how many gradients the Fisher matrix is built from."""
+    """Stored-gradients, published- and paper-natural-galore: how many gradients the Fisher matrix
+    is built from."""
     damping: float | None = None
-    """Stored-gradients: what is added to the Fisher matrix."""
+    """Stored-gradients, published- and paper-natural-galore: what is added to the Fisher matrix."""
     damping_mode: Literal["absolute", "relative"] | None = None
     """Stored-gradients: damping as it is, or times the mean squared norm of the history."""
     history_dtype: Literal["float32", "bfloat16", "int8", "int4"] | None = None

@@ -58,12 +58,12 @@ def train(
     Args:
       config: The whole configuration.
       splits: The text as tokens; by default what `config.data` names.
-      tx: An optimizer to use in place of `config.optimizer`. It sees one gradient for each
+      tx: An optimizer to use instead of `config.optimizer`. It sees one gradient for each
         micro-batch, of the trained parameters only, or with `config.accumulate_in_subspace` one
         low-rank gradient for each step; its learning rate is its own and is not recorded.
         ReLoRA's restarts multiply its updates.
       run_dir: Where metrics and checkpoints go. Without it nothing is written.
-      reporter: Is told about progress. Without it nothing is printed.
+      reporter: Receives the progress. Without it nothing is printed.
       should_stop: Asked before the step is compiled, after each micro-batch and before each batch
         of an evaluation; once true, the run is saved and ends. A run that is resumed begins with
         the evaluation that was due.

@@ -16,7 +16,7 @@ MOST_EPOCHS = 4  # From here on, repeated text is worth less and less.
 
 
 def warnings_of(config: RunConfig, splits: Splits) -> list[str]:
-    """What makes a run another one than its preset promises."""
+    """Warnings about a run that differs from its preset."""
     found, length = [], len(splits.train)
     epochs = config.steps * config.tokens_per_step / max(length, 1)
     if config.data.rows == "documents":

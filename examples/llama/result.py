@@ -30,7 +30,7 @@ class Result:
     steps: int
     """Optimizer steps done: fewer than `config.steps` if the run was stopped or diverged."""
     diverged: bool
-    """Whether the loss became infinite or not a number."""
+    """Whether the loss became non-finite."""
     memory: RunMemory
     """What a step takes, and the peak that was seen."""
     interrupted: bool = False

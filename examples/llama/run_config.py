@@ -51,10 +51,10 @@ class OutputConfig:
     save_every: int = 100
     """Steps between two checkpoints."""
     keep: int = 2
-    """How many checkpoints are kept: the last ones."""
+    """Number of last checkpoints to keep."""
     keep_best: int = 0
-    """How many more are kept: those of the lowest validation loss. Only a checkpoint of a step with
-    an evaluation has one, unless a stop interrupted that; see --eval-every and --save-every."""
+    """Number of further checkpoints to keep, by lowest validation loss. Only a checkpoint of a step
+    with an evaluation has one, unless a stop interrupted that; see --eval-every, --save-every."""
     sample: str = "My fellow citizens,"
     """The text that the sample at the end continues."""
     log_to: tuple[LoggerName, ...] = ()

@@ -26,7 +26,7 @@ import natgalore_jax as ng
 
 
 def get_optimizer(config, schedule, model=None, mesh=None):
-    """In place of the function of this name in MaxText."""
+    """Instead of the function of this name in MaxText."""
     tx = ng.natural_galore_adamw(
         schedule,
         rank=4,

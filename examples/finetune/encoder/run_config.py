@@ -79,7 +79,7 @@ class RunConfig:
     warmup: float = 0.1
     """Share of the steps in which the learning rate rises; then it falls to zero."""
     dropout: float | None = None
-    """In place of the model's own rates."""
+    """Instead of the model's own rates."""
     seed: int = 0
     """Of the head, the order of the rows, dropout, adapters and random subspaces."""
     method: tyro.conf.OmitArgPrefixes[MethodConfig] = field(default_factory=MethodConfig)

@@ -74,9 +74,7 @@ def sweep(
             reporter.note(str(error))
         else:
             if not result.finished:
-                console.print(
-                    f"{outcome.name}: stopped at step {result.steps}, saved; --resume goes on"
-                )
+                console.print(f"{outcome.name}: stopped at step {result.steps}, saved; {GO_ON}")
                 return None
             outcome = outcome._replace(summary=result.summary())
         outcomes.append(outcome)

@@ -32,7 +32,7 @@ class AdapterConfig:
     """
 
     kind: Literal["none", "factorised", "lora", "relora"] = "none"
-    """What the matrices of the layers are; "none" is matrices of full rank."""
+    """Kind of the layers' matrices; "none" is matrices of full rank."""
     rank: int = 32
     """Columns of B and rows of A."""
     alpha: float = 32.0
@@ -71,7 +71,7 @@ class Factorised(nnx.LoRA):
 
 
 def make_linear(adapter: AdapterConfig) -> MakeLinear:
-    """What makes the linear maps of a model's layers."""
+    """Factory of the linear maps of a model's layers."""
     if adapter.kind == "none":
         return dense
     make = _factorised if adapter.kind == "factorised" else _lora

@@ -36,9 +36,9 @@ class ModelConfig:
     remat: bool = False
     """Recompute what is inside a layer in the backward pass, instead of keeping it."""
     dtype: str = "float32"
-    """What matrix products are computed in: float32 or bfloat16."""
+    """Dtype of matrix products: float32 or bfloat16."""
     param_dtype: str = "float32"
-    """What parameters are stored in: float32 or bfloat16."""
+    """Dtype of parameters: float32 or bfloat16."""
 
     def __post_init__(self) -> None:
         sizes = (
@@ -80,7 +80,7 @@ class ModelConfig:
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """How many parameters a model of this configuration has."""
+    """Number of parameters."""
     c = config
     attention = 2 * c.hidden * c.head_dim * (c.heads + c.kv_heads)
     mlp = 3 * c.hidden * c.intermediate

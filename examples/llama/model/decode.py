@@ -32,7 +32,7 @@ def empty_caches(config: ModelConfig, rows: int, slots: int) -> Caches:
 
 
 def slots_of(caches: Caches) -> int:
-    """How many slots there are."""
+    """Number of slots."""
     return (caches if isinstance(caches, KVCache) else caches[0]).k.shape[-2]
 
 

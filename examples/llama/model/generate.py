@@ -17,7 +17,7 @@ from examples.llama.model.llama import Llama
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen.
+    """Choice of a token.
 
     Raises:
       ValueError: if a number is out of its range.
@@ -65,7 +65,7 @@ GREEDY = Sampling()
 
 
 class Generated(NamedTuple):
-    """What was written, and how long it took: the first call of a shape compiles in that time."""
+    """Generated tokens, and their time: the first call of a shape compiles in that time."""
 
     tokens: list[list[int]]  # New tokens of each row, without the end mark.
     ended: list[bool]  # Whether a row came to an end mark; if not, it was cut off.

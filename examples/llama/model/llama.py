@@ -138,7 +138,7 @@ class Attention(nnx.Module):
         return q, k, self.v(x).reshape(heads)
 
     def output(self, mixed: jax.Array) -> jax.Array:
-        """What attention made of the values, (B, T, N, H), to (B, T, D)."""
+        """Attention output (B, T, N, H) to (B, T, D)."""
         return self.o(mixed.reshape(*mixed.shape[:-2], -1))
 
 

@@ -46,7 +46,7 @@ class PlanConfig:
     """Memory of the device, such as 24GB (10⁹ bytes each) or 24GiB (2³⁰); by default that of the
     accelerator in this machine."""
     reserve: str = "500MB"
-    """What the driver, the allocator and the libraries take of it."""
+    """Memory reserved for driver, allocator and libraries."""
     optimizers: tuple[str, ...] = ()
     """NAME or NAME@OPTION=VALUE,...: names and options of the program, best first. By default
     --optimizer, or Natural GaLore, GaLore and AdamW, with moments in 8 bits too."""
@@ -56,9 +56,9 @@ class PlanConfig:
     """Rows in a batch; by default --batch-size, or the most that fit. Without --accumulate, batches
     are accumulated to the rows of the preset's step, with it a step has at most as many."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """What matrix products are computed in; by default --model.dtype, or bfloat16."""
+    """Dtype of matrix products; by default --model.dtype, or bfloat16."""
     param_dtype: Literal["float32", "bfloat16"] | None = None
-    """What parameters are stored in; by default --model.param-dtype, or with --model.dtype (--bf16)
+    """Dtype of parameters; by default --model.param-dtype, or with --model.dtype (--bf16)
     what the program takes, or the same as --dtype."""
     all: bool = False
     """Look at all settings: also at those that are worse than one that fits."""
@@ -287,7 +287,7 @@ def _written_out(given: Sequence[str]) -> list[str]:
 
 
 def _flag(arguments: Sequence[str], name: str) -> bool | None:
-    """What a flag is set to, if it is there; the last one counts."""
+    """Value of a flag, if it is there; the last one counts."""
     group, dot, field = name.rpartition(".")
     values = {f"--{name}": True, f"--{group}{dot}no-{field}": False}
     found = [values[word] for word in arguments if word in values]

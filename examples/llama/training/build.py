@@ -53,7 +53,7 @@ def first_state(
 
 
 def on_the_host(config: RunConfig) -> AbstractContextManager[Any]:
-    """Where first weights are made that will be in 8 bits: an accelerator that has room for them
+    """Device on which first weights in 8 bits are made: an accelerator that has room for them
     need not have room for the numbers that they are rounded from.
 
     Raises:

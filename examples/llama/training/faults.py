@@ -15,7 +15,7 @@ _FEWEST = 10  # if there are so many; the first steps have the highest losses of
 
 @dataclass(frozen=True)
 class FaultConfig:
-    """What is survived. All of this may change when a run is resumed."""
+    """Faults that a run survives. All of this may change when a run is resumed."""
 
     skip_nonfinite: bool = False
     """Drop a batch whose loss or gradient is not finite: weights and optimizer stay as they are,
@@ -34,7 +34,7 @@ class FaultConfig:
 
 
 class Guard:
-    """Counts what went wrong, and tells when a loss is a spike. Saved with each checkpoint."""
+    """Count faults and detect spikes of the loss. Saved with each checkpoint."""
 
     def __init__(self, config: FaultConfig):
         self.config = config

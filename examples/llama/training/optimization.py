@@ -15,7 +15,7 @@ from examples.llama.training.relora import with_restarts
 
 
 class Optimization(NamedTuple):
-    """What a run needs of its optimizer."""
+    """Optimizer of a run, its schedule and its low-rank steps."""
 
     tx: optax.GradientTransformation
     schedule: optax.Schedule | None  # Learning rate by step; None: that of a given `tx`.

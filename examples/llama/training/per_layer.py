@@ -49,7 +49,7 @@ def layered(config: ModelConfig) -> LayeredModel:
 def make_per_layer_step(
     config: RunConfig, tx: optax.GradientTransformation, params: Params
 ) -> Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]:
-    """What `make_train_step` returns, with updates per layer.
+    """`make_train_step` with updates per layer.
 
     Raises:
       ConfigError: if `tx` cannot update one layer without the others.

@@ -85,7 +85,7 @@ def make_merge(
 
 
 def restart_factor(adapter: AdapterConfig, step: jax.typing.ArrayLike) -> jax.Array:
-    """What the learning rate of a step, counted from 0, is multiplied by.
+    """Factor on the learning rate of a step, counted from 0.
 
     A linear warm-up after each merge, whose first step already moves: with w steps of warm-up, the
     step that t others precede since the merge has (t + 1) / (w + 1), and from t = w on 1.

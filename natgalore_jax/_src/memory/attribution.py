@@ -1,7 +1,6 @@
 """Attribution of the arrays of an optimizer's state to parameters and to parts of the method."""
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -9,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from natgalore_jax._src.kernels.stacks import bytes_of
 from natgalore_jax._src.params.plan import LeafPlan
 from natgalore_jax._src.states.entries import owners_of, parts_of, trees_of_parameters
 
@@ -20,10 +20,6 @@ class Piece(NamedTuple):
     size: Callable[[LeafPlan], int] | None  # see ``Part``
     shape: tuple[int, ...]
     bytes: int
-
-
-def nbytes(leaf: Any) -> int:
-    return math.prod(leaf.shape) * leaf.dtype.itemsize
 
 
 def attribute(
@@ -55,10 +51,10 @@ def attribute(
     shared = 0
     for number, (leaf, owner) in enumerate(zip(leaves, owners, strict=True)):
         if owner is None:
-            shared += nbytes(leaf)
+            shared += bytes_of(leaf)
         else:
             part = parts[number]
-            pieces[owner].append(Piece(part.name, part.size, tuple(leaf.shape), nbytes(leaf)))
+            pieces[owner].append(Piece(part.name, part.size, tuple(leaf.shape), bytes_of(leaf)))
     return pieces, shared
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import optax
 
-from natgalore_jax._src.memory.attribution import alternatives, attribute, nbytes
+from natgalore_jax._src.kernels.stacks import bytes_of
+from natgalore_jax._src.memory.attribution import alternatives, attribute
 from natgalore_jax._src.memory.compiled_step import StepMemory, bytes_per_device, step_memory
 from natgalore_jax._src.memory.table import align, format_bytes
 from natgalore_jax._src.params.checks import check_integer
@@ -251,14 +252,14 @@ def memory_report(
                 side=_side(plan) if plan else None,
                 rank=_rank(plan) if plan else None,
                 layers=plan.layers if plan else 1,
-                weight_bytes=nbytes(leaf),
-                adamw_bytes=2 * nbytes(leaf),
+                weight_bytes=bytes_of(leaf),
+                adamw_bytes=2 * bytes_of(leaf),
                 alternatives=alternatives(plan, own) if plan and len(own_plans) == 1 else {},
                 **parts,
             )
         )
     adamw = jax.eval_shape(optax.adamw(1.0).init, params)
-    adamw_bytes = sum(map(nbytes, jax.tree.leaves(adamw)))
+    adamw_bytes = bytes_of(adamw)
     return MemoryReport(tuple(rows), shared_bytes, adamw_bytes, whole_step)
 
 

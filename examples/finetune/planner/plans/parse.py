@@ -2,7 +2,7 @@
 
 Arguments are Python's and JSON's literals, and references.
 
-A scanner of its own in place of Python's parser: nothing is ever evaluated, nesting has a limit
+A scanner of its own instead of Python's parser: nothing is ever evaluated, nesting has a limit
 that does not depend on the interpreter, and `true`, `null` and `from="x"` are accepted.
 """
 
