@@ -5,13 +5,11 @@ eight simulated devices, once with means of whole gradients and once with
 ``ng.training.data_parallel_step``, and reads the bytes of all collectives from the compiled
 programs; (b) computes from shapes what that is in bfloat16 at 1b and 7b, and how long an exchange
 between hosts takes: in a ring each of h hosts sends and receives 2 (h − 1) / h times the bytes.
-Beside it stands the time of the forward and backward pass, in proportion to the operations of one
-that is measured here. (b) is a model: no network was used.
+(b) is a model: no network was used.
 """
 
 import os
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 if __name__ == "__main__":  # Before jax is imported.
@@ -28,11 +26,9 @@ import tyro
 import natgalore_jax as ng
 from benchmarks.common.environment import RESULTS, environment, write_results
 from benchmarks.common.shapes import BF16, LLAMA_RANKS, PaperSize, llama_shapes
-from benchmarks.common.timing import seconds
 from benchmarks.distributed.collectives import exchanged_bytes
 from examples.llama.model.config import MODEL_PRESETS, PresetName
 from examples.llama.training.train_step import make_model, token_nll
-from examples.llama.training.utilization import flops_per_token
 
 DEVICES = 8
 RATES = {"1 Gbit/s": 1e9 / 8, "10 Gbit/s": 1e10 / 8, "100 Gbit/s": 1e11 / 8}  # bytes/s
@@ -46,8 +42,6 @@ def main(
     seq_len: int = 64,
     sizes: tuple[PaperSize, ...] = ("1b", "7b"),
     hosts: int = 8,
-    tokens: int = 131_072,
-    rounds: int = 5,
     output: Path = RESULTS / "exchange.json",
 ) -> dict[str, Any]:
     """Count what data-parallel devices exchange.
@@ -60,8 +54,6 @@ def main(
       seq_len: tokens in a row.
       sizes: the models of the table from shapes, at the ranks of the GaLore paper.
       hosts: that exchange gradients there.
-      tokens: of a step there, on all hosts together.
-      rounds: how often forward and backward pass are timed; the first is not counted.
       output: where the results go.
     """
     config = MODEL_PRESETS[preset]
@@ -71,9 +63,6 @@ def main(
     def loss(params, batch):
         return token_nll(apply, params, batch).mean()
 
-    passes = jax.jit(jax.value_and_grad(loss)).lower(params, batch).compile()
-    taken = median([seconds(passes, params, batch) for _ in range(rounds)][1:])
-    rate = rows * seq_len * flops_per_token(config, seq_len) / taken
     results = {
         "environment": environment(seed=0),
         "settings": {
@@ -81,12 +70,10 @@ def main(
             "rank": rank,
             "interval": interval,
             "hosts": hosts,
-            "tokens": tokens,
             "devices": DEVICES,
         },
         "compiled": compiled_bytes(loss, params, batch, rank, interval),
-        "measured_operations_per_s": rate,
-        "model": {size: modelled(size, interval, hosts, tokens, rate) for size in sizes},
+        "model": {size: modelled(size, interval, hosts) for size in sizes},
     }
     _print(results)
     write_results(results, output)
@@ -134,15 +121,13 @@ def compiled_bytes(loss: Any, params: Any, batch: Any, rank: int, interval: int)
     return found
 
 
-def modelled(size: str, interval: int, hosts: int, tokens: int, rate: float) -> dict[str, Any]:
+def modelled(size: str, interval: int, hosts: int) -> dict[str, Any]:
     """From shapes: bytes of an exchange in bfloat16, and seconds at several rates.
 
     Args:
       size: a preset.
       interval: steps in which every whole gradient is exchanged once.
       hosts: in the ring.
-      tokens: of a step, sharded over the hosts.
-      rate: operations/s of a host in forward and backward pass.
     """
     params = llama_shapes(size)
     rank = LLAMA_RANKS[size]
@@ -154,8 +139,6 @@ def modelled(size: str, interval: int, hosts: int, tokens: int, rate: float) -> 
     not_projected = BF16 * sum(p.size for p, r in leaves if p.shape == r.shape)
     low_rank = every + (whole - not_projected) / interval
     share = 2 * (hosts - 1) / hosts
-    config = MODEL_PRESETS[size]
-    operations = tokens // hosts * flops_per_token(config, config.max_length)
     return {
         "rank": rank,
         "whole_bytes": whole,
@@ -166,9 +149,6 @@ def modelled(size: str, interval: int, hosts: int, tokens: int, rate: float) -> 
             name: {"whole": share * whole / b, "low_rank": share * low_rank / b}
             for name, b in RATES.items()
         },
-        "forward_backward_here_s": operations / rate,
-        # A host with eight accelerators that reach half of 312 TFLOP/s each.
-        "forward_backward_8_a100_s": operations / (8 * 0.5 * 312e12),
     }
 
 
@@ -182,7 +162,7 @@ def _print(results: dict[str, Any]) -> None:
             f"{row['refresh_bytes'] / 1e6:.3f} MB in branches of a refresh"
         )
     print(f"  ratio {compiled['ratio']:.3f}")
-    print(f"\n(b) model: {settings['hosts']} hosts, {settings['tokens']} tokens a step, bfloat16")
+    print(f"\n(b) model: {settings['hosts']} hosts, bfloat16")
     for size, row in results["model"].items():
         print(
             f"  {size}, rank {row['rank']}: {row['whole_bytes'] / 1e9:.2f} GB whole, "
@@ -190,10 +170,6 @@ def _print(results: dict[str, Any]) -> None:
         )
         for name, times in row["exchange_s"].items():
             print(f"    {name:12}{times['whole']:9.2f} s whole {times['low_rank']:9.2f} s low-rank")
-        print(
-            f"    forward and backward pass of a host: {row['forward_backward_here_s']:.0f} s at "
-            f"the rate of this machine, {row['forward_backward_8_a100_s']:.2f} s on eight A100"
-        )
 
 
 if __name__ == "__main__":

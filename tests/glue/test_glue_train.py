@@ -261,9 +261,9 @@ def test_empty_rows_of_a_batch_count_nothing(files):
     for rows, weight in ((batch, batch.weight), (other, batch.weight), (other, other.weight)):
         params = jax.random.normal(jax.random.key(0), (50, 2))
         found.append(step(init_state(params, tx), rows._replace(weight=weight)))
-    (empty, loss), (ignored, same_loss), (_, other_loss) = found
-    assert float(loss) == pytest.approx(float(same_loss), abs=1e-6)
-    assert float(loss) != pytest.approx(float(other_loss), abs=1e-4)
+    (empty, metrics), (ignored, same), (_, others) = found
+    assert float(metrics["loss"]) == pytest.approx(float(same["loss"]), abs=1e-6)
+    assert float(metrics["loss"]) != pytest.approx(float(others["loss"]), abs=1e-4)
     np.testing.assert_allclose(empty.params, ignored.params, rtol=0, atol=1e-6)
 
 
@@ -277,8 +277,10 @@ def test_a_regression(files, tmp_path):
     W = np.asarray(weights, np.float64)
     expected = np.array([W[row, 0].sum() for row in encoded.tokens])
     step = make_step(counts, optax.sgd(0.1), regression=True, seed=0)
-    _, loss = step(init_state(weights, optax.sgd(0.1)), batch)
-    assert float(loss) == pytest.approx(np.mean((expected - encoded.labels)[:4] ** 2), rel=1e-5)
+    _, metrics = step(init_state(weights, optax.sgd(0.1)), batch)
+    assert float(metrics["loss"]) == pytest.approx(
+        np.mean((expected - encoded.labels)[:4] ** 2), rel=1e-5
+    )
     found = predictions(make_predict(counts), jnp.array(W), encoded, prepared.layout)
     np.testing.assert_allclose(decisions(found, True), expected, rtol=1e-5, atol=1e-5)
 
@@ -294,7 +296,7 @@ def test_what_cannot_be_trained(files, monkeypatch):
                 train(run, method, prepare(run))
     monkeypatch.setattr(
         "examples.finetune.encoder.loop.make_step",
-        lambda *_, **__: lambda state, _: (state, jnp.nan),
+        lambda *_, **__: lambda state, _: (state, {"loss": jnp.nan}),
     )
     run = config(files)
     with pytest.raises(ConfigError, match=r"natural-galore: the loss is not finite at step 7"):

@@ -13,8 +13,8 @@ from examples.common.compare import Result, Setup, ShouldStop
 from examples.common.metrics import Record
 from examples.common.reporter import Activity, Reporter
 from examples.common.schedule import warmup_linear
-from examples.common.train_state import Metrics, Params, TrainState
-from examples.finetune.encoder.data.batches import Batch, steps_per_epoch, train_batches
+from examples.common.train_state import Params
+from examples.finetune.encoder.data.batches import steps_per_epoch, train_batches
 from examples.finetune.encoder.methods import set_up
 from examples.finetune.encoder.prepare import Prepared
 from examples.finetune.encoder.run_config import RunConfig
@@ -113,12 +113,7 @@ def _set_up(config: RunConfig, method: str, prepared: Prepared) -> Setup:
     tuning = set_up(
         method, config.method, pretrained.config, pretrained.params, schedule, config.seed
     )
-    take = make_step(tuning.model, tuning.tx, regression=task.regression, seed=config.seed)
     predict = make_predict(tuning.model)
-
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        state, loss = take(state, batch)
-        return state, {"loss": loss}
 
     def evaluate(split: str, weights: Params, should_stop: ShouldStop) -> Record | None:
         encoded = prepared.encoded[split]
@@ -137,7 +132,7 @@ def _set_up(config: RunConfig, method: str, prepared: Prepared) -> Setup:
         epochs=config.epochs,
         steps_per_epoch=per_epoch,
         batches=lambda start: train_batches(rows, layout, config.seed, start),
-        step=step,
+        step=make_step(tuning.model, tuning.tx, regression=task.regression, seed=config.seed),
         describe=lambda batches: {"batches": len(batches)},
         evaluate=evaluate,
         summarize=_summary,

@@ -8,12 +8,12 @@ import numpy as np
 import optax
 
 from examples.common.lora import union
-from examples.common.train_state import Params, TrainState, next_state
+from examples.common.train_state import Metrics, Params, TrainState, next_state
 from examples.finetune.encoder.data.batches import Batch, Layout, eval_batches
 from examples.finetune.encoder.data.encode import Encoded
 from examples.finetune.encoder.model import Apply, Inputs
 
-Step = Callable[[TrainState, Batch], tuple[TrainState, jax.Array]]
+Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 Predict = Callable[[Params, Inputs], jax.Array]
 
 
@@ -27,9 +27,9 @@ def row_losses(outputs: jax.Array, labels: jax.typing.ArrayLike, regression: boo
 def make_step(
     apply: Apply, tx: optax.GradientTransformation, *, regression: bool, seed: int
 ) -> Step:
-    """A jitted step that returns the new state and the mean loss. The old state is donated."""
+    """A jitted step that returns the new state and metrics. The old state is donated."""
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.micro_step)
 
         def mean_loss(params: Params) -> jax.Array:
@@ -41,8 +41,7 @@ def make_step(
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         now = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-        state, metrics = next_state(state, now, 1, params=params, opt_state=opt_state)
-        return state, metrics["loss"]
+        return next_state(state, now, 1, params=params, opt_state=opt_state)
 
     return jax.jit(step, donate_argnums=0)
 

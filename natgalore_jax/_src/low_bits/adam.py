@@ -48,7 +48,7 @@ def scale_by_adam_8bit(
     r"""``optax.scale_by_adam`` with moments of one byte a number instead of four.
 
     The step is Adam's, in float32, from the decoded moments; :func:`quantize_state` describes the
-    codes. The bound of a block is not its largest value, as in :func:`quantize_state`, but
+    codes. A block scale is not the largest value, as in :func:`quantize_state`, but
 
     .. math:: B \leftarrow \beta_1 B + (1 - \beta_1) \max |g|, \qquad
       B_v \leftarrow \beta_2 B_v + (1 - \beta_2) \max g^2,

@@ -61,9 +61,9 @@ class QuantizedState(NamedTuple):
     #: Of factored second moments the row factor, float32, shape of the parameter without its last
     #: axis.
     codes: Any
-    #: A tree of the same structure: float32, a bound on the absolute values of each block, shape of
-    #: the parameter except for the axis with blocks; MaskedNode where nothing is in 8 bits. Of
-    #: factored second moments the column factor, without the last but one axis.
+    #: A tree of the same structure: float32 block scales, each at least the absolute values of its
+    #: block, shape of the parameter except for the axis with blocks; MaskedNode where nothing is in
+    #: 8 bits. Of factored second moments the column factor, without the last but one axis.
     scales: Any
 
 
@@ -164,9 +164,9 @@ def quantize_state(
 
     Args:
       inner: any transformation with a state of registered types: Optax's, and your own.
-      block_size: the largest number of entries that share a bound, at least 32. Blocks run along
-        the shorter of the last two axes (if it has 64 entries, else another), so that each token of
-        an embedding has its own blocks.
+      block_size: the largest number of entries that share a block scale, at least 32. Blocks run
+        along the shorter of the last two axes (if it has 64 entries, else another), so that each
+        token of an embedding has its own blocks.
       min_size: moments of fewer elements are unchanged; of a stack that a subspace projects, those
         of one layer count.
       where: the parameters whose moments are stored in 8 bits: a callable ``(path, leaf) -> bool``
@@ -264,7 +264,7 @@ def _decoded(is_second, operands, _):
 
 
 def _stored(is_second, operands, count):
-    """Codes and bounds of a moment after a step."""
+    """Codes and block scales of a moment after a step."""
     salt, value, scale = operands
     value = value.astype(jnp.float32)
     scale = block_max(value, blocks_between(value.shape, scale.shape))
@@ -335,7 +335,7 @@ def _types_in(state: Any) -> str:
 def start(
     value: jax.Array, block_size: int, batch: int, is_second: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """Codes and bounds of an initial moment, rounded to nearest."""
+    """Codes and block scales of an initial moment, rounded to nearest."""
     value = value.astype(jnp.float32)
     bounds = block_sum(value, blocks_of(value.shape, block_size, batch))
     return encode(value, bounds, is_second=is_second), bounds
