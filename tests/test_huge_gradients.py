@@ -38,6 +38,8 @@ FACTORIES = {
     "alice": lambda: ng.contrib.scale_by_alice(rank=4),
     "racs": lambda: ng.contrib.scale_by_racs(),
     "apollo": lambda: ng.contrib.scale_by_apollo(rank=4),
+    "ldadam": lambda: ng.contrib.scale_by_ldadam(rank=4),
+    "ldadam, fed back": lambda: ng.contrib.scale_by_ldadam(rank=4, error_feedback=True),
 }
 
 

@@ -5,7 +5,10 @@ solution of an (s, s) system. Gradients are those of a real transformer, as they
 times larger: an absolute damping makes these two different problems.
 """
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from oracles.galore import Adam
 from oracles.paper_natural_galore import paper_natural_galore
@@ -87,3 +90,21 @@ def test_the_comparison_notices_another_algorithm(preset, oracle, other):
     for name in KERNELS:
         expected = oracle(params[name], grads[name])
         assert np.abs(trajectory[name] - expected).max() > 1e-3
+
+
+def test_weight_decay_may_be_a_schedule():
+    grads = {"w": jnp.asarray(np.random.default_rng(0).standard_normal((8, 12)), jnp.float32)}
+    params = jax.tree.map(jnp.ones_like, grads)
+
+    def after_two_steps(decay):
+        tx = ng.published_galore_adamw(0.1, rank=2, weight_decay=decay)
+        state, W = tx.init(params), params
+        for _ in range(2):
+            updates, state = tx.update(grads, state, W)
+            W = optax.apply_updates(W, updates)
+        return W["w"]
+
+    by_schedule = after_two_steps(lambda count: jnp.where(count == 0, 0.0, 0.5))
+    first, both = after_two_steps(0.0), after_two_steps(0.5)
+    assert not np.allclose(by_schedule, first) and not np.allclose(by_schedule, both)
+    np.testing.assert_allclose(by_schedule, first * (1 - 0.1 * 0.5), rtol=1e-6)

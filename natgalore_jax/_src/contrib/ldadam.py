@@ -7,7 +7,12 @@ import jax.numpy as jnp
 import optax
 
 from natgalore_jax._src.contrib.descent import descent
-from natgalore_jax._src.contrib.ldadam_kernels import next_basis, overlap, rotated_moments
+from natgalore_jax._src.contrib.ldadam_kernels import (
+    next_basis,
+    overlap,
+    rotated_moments,
+    scaled_down,
+)
 from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
 from natgalore_jax._src.kernels.projection import project, project_back
 from natgalore_jax._src.kernels.stacks import for_each, merged
@@ -74,6 +79,7 @@ def scale_by_ldadam(
     One power step suffices because most of B lies in the old subspace; orth orthonormalises columns
     by matrix products, in the order of their size. The rule for V rotates the variances and the
     squared means of the projected gradient separately. Unprojected parameters take Adam's step.
+    A with an entry beyond 1e15 is scaled down to 1e15, so that no square overflows.
 
     Args:
       rank: r, clipped per matrix to its shorter side.
@@ -139,7 +145,7 @@ def scale_by_ldadam(
         count = state.adam.count
 
         A = [
-            _sum(g, e) if plan and error_feedback else g
+            _gradient(plan.unnamed, g, e if error_feedback else None) if plan else g
             for plan, g, e in zip(plans, G, errors, strict=True)
         ]
         own_plans = [plan and plan.unnamed for plan in plans]
@@ -172,9 +178,10 @@ def scale_by_ldadam(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-@kernel()
-def _sum(G, E):
-    return G + E
+@kernel("plan")
+def _gradient(plan, G, E):
+    """A of one parameter."""
+    return scaled_down(plan, G if E is None else G + E)
 
 
 def _refreshed(plan, operands, shared):

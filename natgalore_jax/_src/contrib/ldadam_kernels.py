@@ -22,6 +22,8 @@ FIRST_STEPS = 8
 # Norm of random directions relative to the columns of P: without them a B whose image is orthogonal
 # to P would never change P.
 PROBE = 1e-4
+# Entries of A: sums of 1e8 of its squares are float32.
+LARGEST = 1e15
 
 
 def next_basis(
@@ -76,6 +78,14 @@ def next_basis(
         steps = jnp.where(count > 0, 1, FIRST_STEPS)
         start = vary(start, varying_axes((B, start)))
         return jax.lax.fori_loop(0, steps, power_step, start).astype(P.dtype)
+
+
+def scaled_down(plan: LeafPlan, A: jax.Array) -> jax.Array:
+    """A with a finite largest entry of each matrix beyond ``LARGEST`` scaled down to it."""
+    own = tuple(axis for axis in range(A.ndim) if axis not in plan.batch)
+    peak = jnp.max(jnp.abs(A.astype(jnp.promote_types(A.dtype, jnp.float32))), own, keepdims=True)
+    is_large = (peak > LARGEST) & jnp.isfinite(peak)
+    return (A * jnp.where(is_large, LARGEST / peak, 1.0)).astype(A.dtype)
 
 
 def overlap(plan: LeafPlan, P_new: jax.Array, P: jax.Array) -> jax.Array:

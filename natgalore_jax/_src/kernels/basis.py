@@ -88,13 +88,14 @@ def new_basis(
 def is_usable(G: jax.Array, axes: Sequence[int] | None = None) -> jax.Array:
     """Whether a gradient, or each matrix over ``axes`` of it, is finite and non-zero in float32.
 
-    A basis of any other gradient would spoil the next ``update_interval`` steps.
+    A basis of any other gradient would spoil the next ``update_interval`` steps. Subnormal numbers
+    are zero, because XLA computes with them as with zero.
     """
     # Of integers: XLA's maximum of floats on CPUs may ignore a NaN. One reduction compiles faster
     # than two.
     magnitudes = jax.lax.bitcast_convert_type(jnp.abs(G.astype(jnp.float32)), jnp.int32)
     largest = jax.lax.bitcast_convert_type(jnp.max(magnitudes, axes), jnp.float32)
-    return (largest > 0) & jnp.isfinite(largest)
+    return (largest >= jnp.finfo(jnp.float32).tiny) & jnp.isfinite(largest)
 
 
 def start_basis(m: int, r: int) -> jax.Array:

@@ -50,13 +50,15 @@ def natural_galore(
     In :func:`natgalore_jax.chain` it opens a subspace for the following transformations, so that
     the moments of an inner optimizer are low-rank. Anywhere else, such as in ``optax.chain``, it
     maps full-shape gradients to full-shape natural gradients :math:`\alpha P F^{-1} P^\top G`, and
-    the following transformations have full-size states.
+    the following transformations have full-size states; so do those after a wrapper around it, such
+    as ``optax.masked`` or ``optax.inject_hyperparams``.
 
     Args:
       rank, update_interval, side, method, transition, stagger, where, axes, basis_dtype, seed:
         see :func:`low_rank_project`.
       history, damping, damping_mode, history_dtype: see :func:`woodbury_natural_gradient`.
-      scale, residual, norm_growth_limit, residual_scale: see :func:`project_back`.
+      scale, residual, norm_growth_limit, residual_scale: see :func:`project_back`. With
+        ``residual="fisher"`` the learning rate belongs after ``project_back``.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``.

@@ -47,7 +47,7 @@ def _decayed(rate: jax.typing.ArrayLike, updates: Any, params: Any) -> Any:
 
 
 def decay_after_step(
-    learning_rate: optax.ScalarOrSchedule, weight_decay: float, mask: Any = None
+    learning_rate: optax.ScalarOrSchedule, weight_decay: optax.ScalarOrSchedule, mask: Any = None
 ) -> optax.GradientTransformation:
     """``W + U ↦ (1 − η ω) (W + U)``: the last member of a chain."""
 
@@ -58,8 +58,8 @@ def decay_after_step(
     def update_fn(updates, state, params=None):
         if params is None:
             raise ValueError("weight decay needs the parameters: call update(grads, state, params)")
-        eta = learning_rate(state.count) if callable(learning_rate) else learning_rate
-        updates = _decayed(eta * weight_decay, updates, params)
+        eta, omega = (x(state.count) if callable(x) else x for x in (learning_rate, weight_decay))
+        updates = _decayed(eta * omega, updates, params)
         return updates, optax.ScaleByScheduleState(optax.safe_increment(state.count))
 
     tx = optax.GradientTransformation(init_fn, update_fn)

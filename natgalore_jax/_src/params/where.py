@@ -71,7 +71,8 @@ def hidden_matrices(path: Any, leaf: Any = None) -> bool:
       experts) below a part that contains ``moe``, or with one side less than an eighth of the
       other side. The experts themselves are projected;
     * the vectors of stacked layers: contains ``norm`` or the word ``ln``, is ``scale``, ``bias``,
-      ``offset``, ``gamma`` or ``beta``, or is the last part and ends with ``_bias``.
+      ``offset``, ``gamma`` or ``beta``, or is the last part and ends with ``_bias``; not if the
+      last part ends with ``kernel``.
 
     As ``where`` it also leaves out matrices with a side no larger than the rank, because projection
     would save nothing.
@@ -142,6 +143,8 @@ def _parts(key: Any) -> list[str]:
 def _is_named_a_vector(parts: list[str]) -> bool:
     # The last part is "value" where a box of Flax is around the parameter.
     last = next((part for part in reversed(parts) if part != "value"), "")
+    if last.endswith("kernel"):  # of a layer inside a module with a norm: LayerNormMLP/wi_kernel
+        return False
     return any(_VECTOR.search(part) for part in parts) or last.endswith("_bias")
 
 

@@ -98,8 +98,10 @@ def project_back(
 
     where δ bounds the amplification of rounding errors inside the subspace. The entries of the
     residual update have a root mean square of about σ. α does not act on
-    the residual. If the inner updates already descend (a learning rate inside the subspace), the
-    residual takes their sign, which is determined at the first non-zero update.
+    the residual, and "fisher" does not follow the size of the inner updates: put the learning rate
+    after ``project_back``. If the inner updates already descend (a learning rate inside the
+    subspace, as in ``optax.adamw``), the residual takes their sign, which is determined at the
+    first non-zero update, and of "fisher" the size σ.
 
     Args:
       scale: α, a number or a traced scalar. GaLore uses 0.25 with a learning rate of 0.01.
@@ -175,7 +177,8 @@ def _outside_of_chain(*args: Any, **kwargs: Any) -> Any:
     del args, kwargs
     raise ValueError(
         "project_back closes a subspace and there is none here: use it in natgalore_jax.chain "
-        "after low_rank_project or natural_galore"
+        "after low_rank_project or natural_galore, itself and not inside another transformation "
+        "such as optax.inject_hyperparams"
     )
 
 
