@@ -122,10 +122,19 @@ def scale_by_adam_8bit(
         count = optax.safe_increment(state.count)
         trees = (*state.codes[1:], *state.scales[1:])
         entries = [flatten_like(updates, tree, "the parameters at init") for tree in trees]
+        leaves = jax.tree_util.tree_leaves_with_path(updates)
+        treedef = jax.tree.structure(updates)
+        dtypes = update_dtypes(updates, params)
+        for (path, g), m in zip(leaves, entries[0], strict=True):
+            if jnp.shape(g) != m.shape:
+                raise ValueError(
+                    f"{KeyPath(path)}: the update has shape {jnp.shape(g)}, but the moments made "
+                    f"at init have {m.shape}"
+                )
         _check_stored(settings, factored, updates, entries)
-        G, treedef = jax.tree.flatten(jax.tree.map(jnp.asarray, updates))
+        G = [jnp.asarray(g) for _, g in leaves]
         salts = [np.uint32(2 * i) for i in range(len(G))]
-        own = [(nesterov, dtype) for dtype in update_dtypes(updates, params)]
+        own = [(nesterov, dtype) for dtype in dtypes]
         found = for_each(_step, own, (salts, G, *entries), (numbers, state.count))
         new, *moments = zip(*found, strict=True) if found else [()] * 5
         return treedef.unflatten(new), _state(count, *map(treedef.unflatten, moments))
@@ -166,15 +175,15 @@ def _stored(moments, block_size, batch, has_factors=None, *, is_second):
 
 def _check_stored(settings: EightBits, factored: Where, updates: Any, entries: Any) -> None:
     """Check that moments made at init are stored as the arguments require."""
+    if sees_parts():
+        return
     batch, has_factors = settings.batch_of_leaves(updates), _has_factors(factored, updates)
     leaves = jax.tree_util.tree_leaves_with_path(updates)
     for (path, g), nb, factors, m, v, m_scale, v_scale in zip(
         leaves, batch, has_factors, *entries, strict=True
     ):
-        settings.check_stored(path, g, nb, m, m_scale)
-        if sees_parts():
-            continue
         shape = jnp.shape(g)
+        settings.check_stored(path, g, nb, m, m_scale)
         expected = Form(shape[:-1]) if factors else Form(shape)
         check_form(path, shape, expected, Form(v.shape), "second moments", "factored")
         if not factors:

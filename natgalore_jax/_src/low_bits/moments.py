@@ -116,15 +116,10 @@ class EightBits(NamedTuple):
         return out
 
     def check_stored(self, path: Any, g: Any, batch: int | None, codes: Any, scale: Any) -> None:
-        """Check that a moment has the shape of its parameter and is stored as required."""
-        shape, is_coded = jnp.shape(g), not is_masked(scale)
-        if codes.shape != shape:
-            raise ValueError(
-                f"{KeyPath(path)}: the update has shape {shape}, but the moments made at init have "
-                f"{codes.shape}"
-            )
+        """Check that a moment of the shape of its parameter is stored as the settings require."""
         if sees_parts():
             return
+        shape, is_coded = jnp.shape(g), not is_masked(scale)
         received = Form(codes.shape, CODES[8] if is_coded else None)
         expected = Form(shape, CODES[8] if batch is not None else None)
         check_form(path, shape, expected, received, "moments", "moment_bits, min_size or where")
@@ -304,18 +299,22 @@ def _check_moments(settings, updates, codes, moments, stored, scales):
     for number, (x, scale) in enumerate(zip(stored, scales, strict=True)):
         if is_masked(scale):
             if number in moments and jnp.issubdtype(jnp.result_type(x), jnp.floating):
-                leaf, _ = moments[number]
-                path, g = leaves[leaf]
+                path, g = leaves[moments[number][0]]
                 if jnp.shape(g) == x.shape:
-                    settings.check_stored(path, g, batch[leaf], x, scale)
+                    settings.check_stored(path, g, batch[moments[number][0]], x, scale)
             continue
         if number not in moments:
             for meaning, node in registered_states(codes):
                 for name in meaning.roles:
                     flatten_like(updates, getattr(node, name), "the parameters at init")
             raise ValueError("the updates have another tree structure than the parameters at init")
-        leaf, _ = moments[number]
-        settings.check_stored(*leaves[leaf], batch[leaf], x, scale)
+        path, g = leaves[moments[number][0]]
+        if jnp.shape(g) != x.shape:
+            raise ValueError(
+                f"{KeyPath(path)}: the update has shape {jnp.shape(g)}, but the moments made at "
+                f"init have {x.shape}"
+            )
+        settings.check_stored(path, g, batch[moments[number][0]], x, scale)
 
 
 def _types_in(state: Any) -> str:
