@@ -32,7 +32,7 @@ class Result:
     diverged: bool
     """Whether the loss became non-finite."""
     memory: RunMemory
-    """What a step takes, and the peak that was seen."""
+    """Memory of a step, and the measured peak."""
     interrupted: bool = False
     """Whether the run was stopped in an evaluation, which a resumed run makes up for."""
 

@@ -179,7 +179,7 @@ def _preferred(given: Sequence[str]) -> list[str]:
 
 
 def _needed(given: Sequence[str]) -> tuple[str, ...]:
-    """What options need without which they are refused, and which the plan chooses."""
+    """Options that given ones require, unless the user decided on them."""
     free = _flag(given, "per-layer") is None
     return ("--per-layer",) if free and _given(given, "--weight-bits") == ("8",) else ()
 

@@ -13,7 +13,7 @@ from natgalore_jax._src.contrib.ldadam_kernels import (
     rotated_moments,
     scaled_down,
 )
-from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
+from natgalore_jax._src.kernels.kernel import own_arithmetic
 from natgalore_jax._src.kernels.projection import project, project_back
 from natgalore_jax._src.kernels.stacks import for_each, merged
 from natgalore_jax._src.params.axes import AxesLike
@@ -144,18 +144,15 @@ def scale_by_ldadam(
         )
         count = state.adam.count
 
-        A = [
-            _gradient(plan.unnamed, g, e if error_feedback else None) if plan else g
-            for plan, g, e in zip(plans, G, errors, strict=True)
-        ]
+        nothing = [None] * len(plans)
         own_plans = [plan and plan.unnamed for plan in plans]
         found = for_each(
             _refreshed,
             own_plans,
-            (A, bases, M, V),
+            (G, errors if error_feedback else nothing, bases, M, V),
             (b1, b2, rho, count),
         )
-        R, new_bases, M_rotated, V_rotated = merged(found, A, bases, M, V)
+        R, new_bases, M_rotated, V_rotated, A = merged(found, G, bases, M, V, nothing)
         N, adam_state = adam.update(
             treedef.unflatten(R),
             state.adam._replace(mu=treedef.unflatten(M_rotated), nu=treedef.unflatten(V_rotated)),
@@ -165,7 +162,7 @@ def scale_by_ldadam(
         found = for_each(
             _back,
             own_plans,
-            (out, new_bases, fed_back if error_feedback else [None] * len(plans)),
+            (out, new_bases, fed_back if error_feedback else nothing),
             b1,
         )
         out, errors = merged(found, out, errors)
@@ -178,19 +175,18 @@ def scale_by_ldadam(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-@kernel("plan")
-def _gradient(plan, G, E):
-    """A of one parameter."""
-    return scaled_down(plan, G if E is None else G + E)
-
-
 def _refreshed(plan, operands, shared):
-    """Low-rank gradient of one parameter in its new basis, that basis, and rotated moments."""
-    A, P, M, V = operands
+    """Low-rank gradient of one parameter in its new basis, the basis, rotated moments, and A.
+
+    A only with error feedback.
+    """
+    G, E, P, M, V = operands
     b1, b2, rho, count = shared
+    A = scaled_down(plan, G if E is None else G + E)
     P_new = next_basis(plan, A, P, M, count, b1, rho)
     C = overlap(plan, P_new, P)
-    return project(plan, A, (P_new,)), P_new, *rotated_moments(plan, C, M, V, count, b1, b2)
+    R, moments = project(plan, A, (P_new,)), rotated_moments(plan, C, M, V, count, b1, b2)
+    return R, P_new, *moments, None if E is None else A
 
 
 def _back(plan, operands, b1):
