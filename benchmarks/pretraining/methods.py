@@ -195,7 +195,10 @@ METHODS: dict[str, Method] = {
     ),
 }
 
-METHODS |= {f"{name}-clipped": clipped(METHODS[name]) for name in ("galore", "racs", "fira")}
+METHODS |= {
+    f"{name}-clipped": clipped(METHODS[name])
+    for name in ("galore", "apollo-mini", "racs", "scale", "fira")
+}
 
 # For questions about the default alone: in no sweep unless they are named.
 VARIANTS = {"recipe": Method("Natural GaLore, in parts", recipe)}
