@@ -125,8 +125,8 @@ def fine_tune(method, rate):
     step = make_step(tuning.model, tuning.tx, regression=False, seed=0)
     batches, losses = train_batches(train_rows, layout, seed=0, start=0), []
     for _ in range(steps):
-        state, loss = step(state, next(batches))
-        losses.append(loss)
+        state, metrics = step(state, next(batches))
+        losses.append(metrics["loss"])
     predict = make_predict(tuning.model)
 
     def accuracy(rows):
