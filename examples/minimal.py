@@ -5,7 +5,7 @@
     python examples/minimal.py --text book.txt --steps 2000 --out runs/book
 
 Tokens are bytes. Weights, optimizer state and batches are sharded over all devices. A run resumes
-from a checkpoint in --out: bit for bit on as many devices as before, and on any other number.
+from a checkpoint in --out, bit for bit on as many devices as before, and on any that divide a step.
 """
 
 import argparse
@@ -83,8 +83,7 @@ def rotate(x: jax.Array) -> jax.Array:
     """Rotary position embedding of x (B, T, N, H)."""
     length, half = x.shape[1], x.shape[3] // 2
     angles = jnp.arange(length)[:, None, None] * 10_000.0 ** (-jnp.arange(half) / half)
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    a, b = jnp.split(x, 2, axis=-1)
+    cos, sin, (a, b) = jnp.cos(angles), jnp.sin(angles), jnp.split(x, 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
@@ -184,6 +183,8 @@ def train(config: Config, tokens: np.ndarray, out: Path, mesh: jax.sharding.Mesh
     if len(held_out) <= config.context:
         needed = f"more than {config.context} bytes, got {len(held_out)}"
         raise SystemExit(f"--text: its held-out twentieth must have {needed}")
+    if config.batch_size % mesh.size:
+        raise SystemExit(f"{mesh.size} devices cannot share the {config.batch_size} rows of a step")
     tx = make_optimizer(config)
 
     def init():
@@ -201,8 +202,7 @@ def train(config: Config, tokens: np.ndarray, out: Path, mesh: jax.sharding.Mesh
     params_at = ng.training.longer_side_shardings(shapes[0], mesh)
     state_at = (params_at, ng.training.state_shardings(tx, shapes[0], params_at))
 
-    losses = []
-    options = ocp.CheckpointManagerOptions(max_to_keep=2)
+    losses, options = [], ocp.CheckpointManagerOptions(max_to_keep=2)
     with ocp.CheckpointManager(out.absolute(), options=options) as checkpoints:
         start = checkpoints.latest_step() or 0
         if start:

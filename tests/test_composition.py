@@ -32,11 +32,13 @@ def mu_shapes(tx):
 
 def assert_same_trajectory(tx, other, rtol=1e-5, atol=1e-6):
     args = normal(0), normal(1, STEPS)
+    trajectory = replay(tx, *args)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol),
-        replay(tx, *args),
+        trajectory,
         replay(other, *args),
     )
+    return trajectory
 
 
 def composition(factory, **given):
@@ -73,10 +75,8 @@ def test_a_ready_made_optimizer_is_the_composition_in_its_docstring(factory, set
     names = inspect.signature(factory).parameters
     defaults = {"rank": RANK, "update_interval": 3, "weight_decay": 0.1}
     settings |= {k: v for k, v in defaults.items() if k in names}
-    assert_same_trajectory(factory(**settings), composition(factory, **settings))
-    other = composition(factory, **settings | {"learning_rate": 0.11})
-    with pytest.raises(AssertionError):
-        assert_same_trajectory(factory(**settings), other)
+    moved = assert_same_trajectory(factory(**settings), composition(factory, **settings))
+    assert all(np.abs(np.diff(x, axis=0)).max() > 1e-3 for x in jax.tree.leaves(moved))
 
 
 _FACTORIES = {factory.__name__: factory for factory, _ in READY_MADE}
@@ -149,8 +149,11 @@ INNER = {
 }
 
 
-@pytest.mark.parametrize("transition", ["rotate", "reset", "keep"])
-@pytest.mark.parametrize("name", INNER)
+# All of Optax's optimizers and transitions: tests/test_inner_optimizers.py.
+@pytest.mark.parametrize(
+    ("name", "transition"),
+    [*((name, "rotate") for name in INNER), ("adafactor", "reset"), ("adafactor", "keep")],
+)
 def test_inner_optimizers_have_low_rank_states_and_survive_refreshes(name, transition):
     inner, fields = INNER[name]
     tx = ng.chain(project(transition=transition), inner, ng.project_back())

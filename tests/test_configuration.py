@@ -1,6 +1,7 @@
 """Numbers and dtypes do not follow the configuration that a program gives JAX."""
 
 import contextlib
+import functools
 import re
 
 import jax
@@ -34,7 +35,7 @@ OWN = {
     "racs": lambda: ng.contrib.scale_by_racs(),
     "scale": lambda: ng.contrib.scale_by_column_norms(head=lambda path, leaf: "dense" in path),
 }
-PRECISIONS = ["bfloat16", "tensorfloat32", "float32", "highest", "BF16_BF16_F32"]
+PRECISIONS = ["bfloat16", "BF16_BF16_F32"]  # one of the precisions, one of the algorithms
 
 
 @contextlib.contextmanager
@@ -135,14 +136,14 @@ def test_wide_gradients_of_narrow_parameters_under_strict_promotion(name):
     assert signature(actual) == signature(expected)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_products_state_their_precision(precision):
+def test_products_state_their_precision():
     """The program is the same one, so that its numbers are."""
     for name, factory in {**OWN, "default": lambda: ng.natural_galore_adamw(0.01, rank=2)}.items():
         expected = program(factory())
         assert "precision=None" not in expected, name
-        with configured(jax_default_matmul_precision=precision):
-            assert program(factory()) == expected, name
+        for precision in PRECISIONS:
+            with configured(jax_default_matmul_precision=precision):
+                assert program(factory()) == expected, name
 
 
 @pytest.mark.parametrize("method", ["gaussian", "randomized"])
@@ -184,6 +185,11 @@ def two_steps(tx, dtype=jnp.float32, jit=jax.jit):
     return [np.asarray(u, np.float64) for u in jax.tree.leaves(updates)]
 
 
+@functools.cache
+def two_steps_of_covering():
+    return two_steps(covering())
+
+
 @pytest.mark.parametrize(
     ("dtype", "settings"),
     [
@@ -199,7 +205,7 @@ def two_steps(tx, dtype=jnp.float32, jit=jax.jit):
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else x.__name__,
 )
 def test_numbers_are_the_same(dtype, settings, fast_compile):
-    expected = two_steps(covering())
+    expected = two_steps_of_covering()
     with configured(**settings):
         actual = two_steps(covering(), dtype)
     # Updates are of size one; sums in another order, through power steps and a Cholesky solve.

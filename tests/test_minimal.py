@@ -142,6 +142,12 @@ def test_a_text_that_is_too_short_ends_before_training(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_devices_that_cannot_share_a_batch_end_before_training(tmp_path):
+    with pytest.raises(SystemExit, match="3 devices cannot share the 8 rows"):
+        minimal.train(Tiny(), TOKENS, tmp_path / "out", mesh_of(3))
+    assert not (tmp_path / "out").exists()
+
+
 def test_it_is_one_short_file_that_stands_alone():
     source = pathlib.Path(minimal.__file__).read_text()
     assert len(source.splitlines()) <= 250

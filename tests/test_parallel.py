@@ -29,9 +29,12 @@ OPTIMIZERS = {
 CURRENT = {}
 
 
-@pytest.fixture(autouse=True, params=OPTIMIZERS)
+@pytest.fixture(params=OPTIMIZERS)
 def kind(request, monkeypatch):
     monkeypatch.setitem(CURRENT, "kind", request.param)
+
+
+of_each_kind = pytest.mark.usefixtures("kind")
 
 
 def optimizer():
@@ -80,6 +83,7 @@ def apply(params, state, grads):
     return optax.apply_updates(params, updates), state
 
 
+@of_each_kind
 def test_pmap():
     params, batch = start()
     batches = batch.reshape(DEVICES, -1, batch.shape[-1])
@@ -98,6 +102,7 @@ def test_pmap():
         assert_same_as_on_one_device(jax.tree.map(lambda x, d=device: x[d], params))
 
 
+@of_each_kind
 def test_shard_map():
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
 
@@ -120,6 +125,7 @@ def test_shard_map():
     assert_same_as_on_one_device(params)
 
 
+@of_each_kind
 def test_shard_map_with_parameters_of_each_device_beside_shared_ones():
     """As for stages of a pipeline: types say which states differ between devices."""
     mesh = jax.make_mesh((2,), ("stage",), axis_types=(AxisType.Auto,))
@@ -144,10 +150,13 @@ def test_shard_map_with_parameters_of_each_device_beside_shared_ones():
             np.testing.assert_allclose(own, x, **PARAMETERS)
 
 
-@pytest.mark.parametrize("spec", [jax.P("model", None), jax.P(None, "model")])
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_sharded_parameters(axis_type, spec):
-    mesh = jax.make_mesh((DEVICES,), ("model",), axis_types=(axis_type,))
+@of_each_kind
+def test_sharded_parameters():
+    """On axes whose shardings the compiler finds; explicit ones: tests/test_sharding.py."""
+    mesh, spec = (
+        jax.make_mesh((DEVICES,), ("model",), axis_types=(AxisType.Auto,)),
+        jax.P(None, "model"),
+    )
     params, batch = start()
     shardings = {
         name: NamedSharding(mesh, spec if len(shape) == 2 else jax.P())

@@ -30,8 +30,9 @@ def random_tree(seed):
     }
 
 
-@pytest.mark.parametrize("axis", [0, -1])
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    ("axis_type", "axis"), [(AxisType.Auto, -1), (AxisType.Explicit, 0), (AxisType.Explicit, -1)]
+)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_sharded_parameters(name, axis_type, axis):
     tx, params = OPTIMIZERS[name](), random_tree(0)

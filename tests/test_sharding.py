@@ -87,7 +87,8 @@ OPTIMIZERS = {
     ),
 }
 EVERY_SCHEME = [("default", scheme) for scheme in SCHEMES]
-EVERY_OPTIMIZER = [(name, "mixed") for name in OPTIMIZERS if name != "default"]
+# "random" is GaLore with another basis.
+EVERY_OPTIMIZER = [(name, "mixed") for name in OPTIMIZERS if name not in ("default", "galore")]
 
 
 @functools.cache
@@ -176,22 +177,17 @@ def _bytes_on_one_device(tree):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_state_is_divided_like_its_parameters(scheme):
-    """Types and compiled memory: an eighth, but for numbers of the size of a rank or a layer."""
+    """An eighth, but for numbers of the size of a rank or a layer."""
     mesh, params, _ = placed(scheme, AxisType.Explicit)
     del params["bias"]
     tx = OPTIMIZERS["history" if scheme == "mixed" else "default"]()
     with jax.set_mesh(mesh):
         state = jax.jit(tx.init)(params)
-        compiled = jax.jit(tx.update, donate_argnums=1).lower(params, state, params).compile()
     for x in jax.tree.leaves(state):
         if x.size > 8 * 6 * RANK:  # larger than the Fisher entries of a stack
             assert jax.typeof(x).sharding.spec != jax.P(*[None] * x.ndim), x.shape
     whole = sum(x.nbytes for x in jax.tree.leaves(state))
     assert _bytes_on_one_device(state) < whole / 8 + 0.05 * whole
-    arguments = compiled.memory_analysis().argument_size_in_bytes
-    # The allocator rounds each argument up.
-    given = _bytes_on_one_device((params, state, params))
-    assert given <= arguments < given + 64 * len(jax.tree.leaves((params, state, params)))
 
 
 def test_specs():

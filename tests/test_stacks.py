@@ -1,5 +1,7 @@
 """Small equal parameters are computed as one stack, with the numbers of each alone."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,9 +83,14 @@ def train(tx, params, loss=loss, jit=jax.jit):
     return params, state
 
 
+@functools.cache
+def stacked(kind):
+    return train(OPTIMIZERS[kind](), start())
+
+
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_same_numbers_as_alone(kind, monkeypatch):
-    params, state = train(OPTIMIZERS[kind](), start())
+    params, state = stacked(kind)
     monkeypatch.setattr(stacks, "MAX_BYTES", 0)
     monkeypatch.setattr(refresh, "PROGRAM_SHARE", 0)
     params_alone, state_alone = train(OPTIMIZERS[kind](), start())
@@ -95,7 +102,7 @@ def test_same_numbers_as_alone(kind, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["natural", "two sides", "history", "reset, random"])
 def test_one_refresh_program_of_parameters_that_are_no_stack(kind, monkeypatch):
-    expected, _ = train(OPTIMIZERS[kind](), start())
+    expected, _ = stacked(kind)
     monkeypatch.setattr(stacks, "MAX_BYTES", 0)
     monkeypatch.setattr(refresh, "PROGRAM_SHARE", 1)
     compare(train(OPTIMIZERS[kind](), start())[0], expected)
@@ -116,7 +123,7 @@ def test_large_parameters_share_refresh_programs():
 
 def test_same_numbers_without_jit():
     tx = OPTIMIZERS["natural"]()
-    compare(train(tx, start())[0], train(tx, start(), jit=lambda step: step)[0])
+    compare(stacked("natural")[0], train(tx, start(), jit=lambda step: step)[0])
 
 
 def test_a_stack_has_at_most_max_bytes(monkeypatch):
@@ -177,7 +184,7 @@ def test_vmap_over_models():
 )
 def test_equal_shapes_in_different_shardings(kind, axis_type):
     tx = OPTIMIZERS[kind]()
-    expected, _ = train(tx, start())
+    expected, _ = stacked(kind)
     mesh = jax.make_mesh((2, 2), ("x", "y"), (axis_type,) * 2, devices=jax.devices()[:4])
     specs = {"w0": P("x", None), "w1": P(None, "x"), "w2": P("y", "x"), "w3": P("x", None)}
     specs |= {"layers0": P(None, "x"), "layers1": P(None, "x")}

@@ -299,7 +299,7 @@ _LATER = "_CHECKPOINT_METADATA"
 def write_digests(checkpoint: Path) -> None:
     """Writes sizes and digests of all files of a checkpoint into it."""
     digests = {name: [path.stat().st_size, _digest(path)] for name, path in _files(checkpoint)}
-    with (checkpoint / DIGESTS).open("w") as file:
+    with (checkpoint / DIGESTS).open("w", encoding="utf-8") as file:
         json.dump(digests, file)
         file.flush()
         os.fsync(file.fileno())

@@ -8,7 +8,6 @@ import io
 import os
 import shlex
 import shutil
-import signal
 import sys
 import textwrap
 import typing
@@ -145,7 +144,7 @@ def bf16_shorthands(option: str) -> dict[str, tuple[str, str]]:
 def _from_file(path: Path, types: Mapping[str, Any]) -> list[str]:
     try:
         # Not loaded: YAML would make 8 of 010, true of on and a date of 2024-01-01.
-        root = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
     pairs = root.value if isinstance(root, yaml.MappingNode) else [(root, root)]
@@ -287,7 +286,7 @@ def exit_code(
             return program()
     except BrokenPipeError:  # The reader of stdout has enough, such as head.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 128 + signal.SIGPIPE
+        code = 128 + 13  # SIGPIPE, which Windows has not.
     except USER_ERRORS as error:
         print(f"error: {_message(error)}", file=sys.stderr)
         code = 1

@@ -171,7 +171,7 @@ def train(
                 raise CheckpointError(f"{what}: delete {run_dir} to train again")
         done = checkpoints.resume_point(identity, run_dir, resume=resume)
         write_json(run_dir / "config.json", identity)
-        (run_dir / OPTIONS).write_text(options)
+        (run_dir / OPTIONS).write_text(options, encoding="utf-8")
         loggers = make_loggers(log_to, run_dir, identity, done)
         with MetricsLog(run_dir / "metrics.jsonl", resume_at=done, loggers=loggers) as log:
             if done and not of_kind(log.records, "train"):

@@ -47,7 +47,7 @@ def check_range(config: Any, interval: str, *names: str) -> None:
 def write_json(path: Path, value: Json) -> None:
     """Write a value as an indented JSON file, in a directory that is made if there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def differences(

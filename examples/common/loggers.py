@@ -72,7 +72,7 @@ class _Wandb:
         package = _package("wandb")
         path = run_dir / WANDB_ID
         if not path.exists():
-            path.write_text(uuid.uuid4().hex[:8])
+            path.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
         self._run = package.init(
             project=os.environ.get("WANDB_PROJECT", "natgalore-jax"),
             name=run_dir.name,

@@ -37,7 +37,7 @@ class MetricsLog:
         if self._path is not None:
             self._close_file()
             replace_text(self._path, "".join(_line(r) for r in self.records))
-            self._file = self._path.open("a")
+            self._file = self._path.open("a", encoding="utf-8")
 
     def write(self, **record: Any) -> Record:
         self.records.append(record)
@@ -73,7 +73,7 @@ class MetricsLog:
 def replace_text(path: Path, text: str) -> None:
     """Writes a file that is never seen in part, whatever interrupts this."""
     unfinished = path.with_name(f".{path.name}")
-    unfinished.write_text(text)
+    unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(path)
 
 
@@ -82,7 +82,7 @@ def read_metrics(path: Path) -> list[Record]:
     if not path.exists():
         return []
     records = []
-    for line in path.read_text(errors="replace").splitlines():
+    for line in path.read_text(errors="replace", encoding="utf-8").splitlines():
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:

@@ -31,13 +31,16 @@ class Entry(NamedTuple):
 
 
 def _adafactor(learning_rate, weight_decay: float = 0.0, mask=None):
-    return optax.adafactor(
-        learning_rate,
-        multiply_by_parameter_scale=False,
-        momentum=0.9,
-        weight_decay_rate=weight_decay or None,
-        weight_decay_mask=mask,
-    )
+    adafactor = optax.adafactor(learning_rate, multiply_by_parameter_scale=False, momentum=0.9)
+    if not weight_decay:
+        return adafactor
+
+    # Its own decay is a share of the weights in every step, whatever the learning rate is.
+    def decay(count):
+        rate = learning_rate(count) if callable(learning_rate) else learning_rate
+        return -weight_decay * rate
+
+    return optax.chain(adafactor, optax.add_decayed_weights(decay, mask))
 
 
 @with_arguments_of(ng.low_rank_project)

@@ -53,6 +53,7 @@ def check_start(run_dir: Path, parts: Sequence[Path], output: Any) -> None:
     check_loggers(output.log_to)
     for part in parts:
         check_directory(part / CHECKPOINTS)
+    _bring_back(run_dir.resolve())
     if run_dir.exists():
         with _held(run_dir.resolve(), output.overwrite):
             pass
@@ -66,27 +67,25 @@ def run_directory(run_dir: Path, overwrite: bool) -> Iterator[Callable[[], None]
     """Hold the directory of a run, and set an old run aside if that is to be overwritten.
 
     What this yields deletes the old run, once the new run has started. A start that fails leaves
-    the old run as it was. After one that was killed, the next one that overwrites still does.
+    the old run as it was; after one that was killed, the next start brings it back.
 
     Raises:
       ConfigError: if another program holds the directory, or what is to be overwritten is no run.
     """
     run_dir = run_dir.resolve()  # A link to a directory stays one.
-    old = run_dir.with_name(f".{run_dir.name}.overwritten")
+    old = _set_aside(run_dir)
+    _bring_back(run_dir)
 
     def started() -> None:
-        if overwrite and old.exists():  # Renamed first: a part of a run is never taken for one.
-            shutil.rmtree(old.rename(run_dir.with_name(f".{run_dir.name}.deleted")))
+        if overwrite and old.exists():
+            _delete(old)
 
     run_dir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as held:
         held.enter_context(_held(run_dir, overwrite))
         try:
             if overwrite:
-                if old.exists():
-                    shutil.rmtree(run_dir)
-                else:
-                    run_dir.rename(old)
+                run_dir.rename(old)
                 run_dir.mkdir()
                 held.enter_context(_locked(run_dir))
             yield started
@@ -96,12 +95,39 @@ def run_directory(run_dir: Path, overwrite: bool) -> Iterator[Callable[[], None]
                 old.rename(run_dir)
 
 
+def _set_aside(run_dir: Path) -> Path:
+    return run_dir.with_name(f".{run_dir.name}.overwritten")
+
+
+def _delete(old: Path) -> None:
+    """Renamed first: a part of a run is never taken for one."""
+    shutil.rmtree(old.rename(old.with_suffix(".deleted")))
+
+
+def _bring_back(run_dir: Path) -> None:
+    """Undo what a killed start has set aside, unless its run has checkpoints."""
+    old = _set_aside(run_dir)
+    if not old.exists():
+        return
+    run_dir.mkdir(exist_ok=True)
+    with _locked(run_dir):
+        if any(map(kept, _checkpoints(run_dir))):
+            _delete(old)
+        else:
+            shutil.rmtree(run_dir)
+            old.rename(run_dir)
+
+
+def _checkpoints(run_dir: Path) -> list[Path]:
+    return [run_dir / CHECKPOINTS, *run_dir.glob(f"*/{CHECKPOINTS}")]
+
+
 @contextlib.contextmanager
 def _held(run_dir: Path, overwrite: bool) -> Iterator[None]:
     """Hold a directory, which with `overwrite` must be empty or one of a run."""
     with _locked(run_dir):
-        runs = [run_dir / CHECKPOINTS, *run_dir.glob(f"*/{CHECKPOINTS}")]
-        if overwrite and any(run_dir.iterdir()) and not any(path.exists() for path in runs):
+        is_run = any(path.exists() for path in _checkpoints(run_dir))
+        if overwrite and any(run_dir.iterdir()) and not is_run:
             raise ConfigError(
                 f"--overwrite deletes a run, and {run_dir} is none: use another --name"
             )

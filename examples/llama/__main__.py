@@ -17,7 +17,7 @@ from examples.common.metrics import Record, of_kind
 from examples.common.plots import plot_run
 from examples.common.reporter import READING, Activity, Reporter, make_reporter
 from examples.common.run_directory import check_start
-from examples.llama.data import load_splits, ngram_perplexity
+from examples.llama.data import document_rows, load_splits, ngram_perplexity
 from examples.llama.data.tokenizer import for_prompts
 from examples.llama.distributed.devices import make_devices
 from examples.llama.distributed.processes import abort_peers, several_processes, start
@@ -145,9 +145,9 @@ def _write_results(result: Result, run_dir: Path, console: Console, reporter: Re
             title=summary["name"],
         )
         trained = pretrained(result)
-        text = write_sample(trained, result.config)
-        (run_dir / "sample.txt").write_text(text + "\n")
         replace_llama(trained, run_dir / EXPORT)
+        text = write_sample(trained, result.config)
+        (run_dir / "sample.txt").write_text(text + "\n", encoding="utf-8")
     reporter.note(f"\n{text}\n")
     console.print(summary_table(summary))
     console.print(
@@ -182,7 +182,10 @@ def summarize(result: Result) -> Record:
         "seconds": last["seconds"],
     }
     for split in ("validation", "test"):
-        baselines = ngram_perplexity(splits.train, getattr(splits, split), splits.vocab_size)
+        held_out = getattr(splits, split)
+        if config.data.rows == "documents":
+            held_out = document_rows(held_out, config.seq_len, splits.end_of_text)
+        baselines = ngram_perplexity(splits.train, held_out, splits.vocab_size)
         model = of_kind(result.records, split)[-1]["perplexity"]
         summary[split] = {"model": model, **baselines}
     return summary

@@ -75,10 +75,11 @@ def run(config: EvaluateConfig) -> int:
     announce_devices()
     with on_stderr().during(Activity("evaluating", "at once")):
         found = evaluate(config)
+    bits = found["bits_per_byte"]
+    of_bytes = "" if bits is None else f"{bits:.3f} bits per byte  "
     print(
-        f"loss {found['loss']:.4f} nats per token  perplexity {found['perplexity']:.2f}  "
-        f"{found['bits_per_byte']:.3f} bits per byte  ({found['tokens']:,} tokens, "
-        f"{found['documents']:,} documents)"
+        f"loss {found['loss']:.4f} nats per token  perplexity {found['perplexity']:.2f}  {of_bytes}"
+        f"({found['tokens']:,} tokens, {found['documents']:,} documents)"
     )
     if config.json is not None:
         write_json(config.json, found)
@@ -135,7 +136,8 @@ def evaluate(config: EvaluateConfig) -> Record:
         "model": config.model,
         "loss": loss,
         "perplexity": perplexity(loss),
-        "bits_per_byte": loss * (len(tokens) - 1) / math.log(2) / size,
+        # Of documents the first tokens and what does not fit a row are not evaluated.
+        "bits_per_byte": loss * (len(tokens) - 1) / math.log(2) / size if end is None else None,
         "tokens": sum(targets),
         "documents": len(documents),
         "parameters": sum(int(np.size(leaf)) for leaf in jax.tree.leaves(params)),

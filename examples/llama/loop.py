@@ -109,7 +109,7 @@ def train(
                 text = json.dumps(config.to_dict(), indent=2) + "\n"
                 replace_text(run_dir / "config.json", text)
                 save_text_tokenizer(splits.tokenizer, splits.end_of_text, run_dir)
-                (run_dir / OPTIONS).write_text(options)
+                (run_dir / OPTIONS).write_text(options, encoding="utf-8")
                 step = done // config.accumulate
                 loggers = make_loggers(output.log_to, run_dir, config.to_dict(), step)
                 log = MetricsLog(run_dir / "metrics.jsonl", resume_at=step, loggers=loggers)

@@ -27,6 +27,11 @@ def warnings_of(config: RunConfig, splits: Splits) -> list[str]:
             f"the run reads its {length:,} tokens of training text {epochs:.0f} times: give more "
             "text with --data, or fewer --steps"
         )
+    if config.init_from is not None and config.model.param_dtype == "bfloat16":
+        found.append(
+            "bfloat16 weights of a trained model hardly move at the learning rates of further "
+            "training, because small updates round to nothing: use --model.param-dtype float32"
+        )
     wanted = MODEL_PRESETS[config.preset].vocab_size
     asked_for = config.data.tokenizer is None and config.data.vocab_size == splits.vocab_size
     if config.init_from is None and splits.vocab_size < wanted and not asked_for:

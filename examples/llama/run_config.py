@@ -310,11 +310,13 @@ def _same_steps(old: dict[str, Any], new: dict[str, Any]) -> bool:
     """Whether two configurations divide the same rows into batches, for states of one structure.
 
     Without an accumulation the optimizer's state has no sum of gradients. ReLoRA's restarts of the
-    learning rate count batches.
+    learning rate count batches. A step is the mean of its batches, and batches of documents have
+    different numbers of tokens.
     """
     rows, numbers = (
         [x.get("batch_size", 1) * x.get("accumulate", 1) for x in (old, new)],
         [x.get("accumulate", 1) for x in (old, new)],
     )
     one_structure = min(numbers) > 1 or new["accumulate_in_subspace"]
-    return rows[0] == rows[1] and one_structure and new["adapter"]["kind"] != "relora"
+    counts_batches = new["adapter"]["kind"] == "relora" or new["data"]["rows"] == "documents"
+    return rows[0] == rows[1] and one_structure and not counts_batches

@@ -25,7 +25,12 @@ class ChatTemplate(NamedTuple):
         Raises:
           WeightsError: if the template cannot be used or refuses the messages.
         """
-        import jinja2.sandbox  # Only models with a template need it.
+        try:
+            import jinja2.sandbox  # Only models with a template need it.
+        except ImportError as error:
+            raise WeightsError(
+                "a chat template needs jinja2: python -m pip install jinja2"
+            ) from error
 
         # As transformers renders them; the sandbox, because a template is a program of others.
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(

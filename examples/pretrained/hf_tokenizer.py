@@ -44,7 +44,7 @@ def read_chat_template(directory: Path) -> ChatTemplate | None:
     settings = read_json(directory / SETTINGS) if (directory / SETTINGS).exists() else {}
     text = settings.get("chat_template")
     if (directory / TEMPLATE).exists():
-        text = (directory / TEMPLATE).read_text()
+        text = (directory / TEMPLATE).read_text(encoding="utf-8")
     elif isinstance(text, list):
         text = {entry["name"]: entry["template"] for entry in text}.get("default")
     if text is None:

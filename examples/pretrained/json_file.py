@@ -14,7 +14,7 @@ def read_json(path: Path) -> dict[str, Any]:
       WeightsError: if the file is missing, malformed or no object.
     """
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise WeightsError(f"{path}: {error.strerror}") from error
     except ValueError as error:

@@ -81,7 +81,7 @@ def _cut_off(path: Path) -> list[str]:
 
 def _read_shards(index: Path, optional: Collection[str]) -> Tensors:
     try:
-        where = dict(json.loads(index.read_text())["weight_map"])
+        where = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
         raise WeightsError(f"{index}: not an index of tensors ({error!r})") from error
     tensors: Tensors = {}

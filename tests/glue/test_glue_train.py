@@ -57,6 +57,15 @@ def finished(files):
     return train(run, "natural-galore", prepare(run))
 
 
+def test_other_rows_are_another_run(files, tmp_path):
+    """Of the split that is evaluated, too."""
+    fingerprints = set()
+    for rows in (20, 21):
+        tiny.write_rows(tmp_path, {"train": 220, "dev": rows})
+        fingerprints.add(prepare(config((files[0], tmp_path))).fingerprint)
+    assert len(fingerprints) == 2
+
+
 def test_predictions_are_in_the_order_of_the_file(files, finished, tmp_path):
     rows = tiny.sentences(40, seed=5)
     text = "".join(json.dumps({"sentence1": sentence}) + "\n" for sentence, _ in rows)

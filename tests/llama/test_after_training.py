@@ -192,6 +192,7 @@ def test_a_run_on_documents_is_evaluated_on_documents(places, tmp_path):
     found = evaluate(EvaluateConfig(str(run), (str(text),), "test"))
     assert found["loss"] == pytest.approx(expected, rel=1e-6)
     assert found["tokens"] <= 8 * found["documents"]
+    assert found["bits_per_byte"] is None  # Not all bytes of a document are evaluated.
     packed = evaluate(EvaluateConfig(str(run), (str(text),), "test", rows="packed"))
     assert packed["tokens"] > found["tokens"]
     # An export has no settings of a run, but the command line has.

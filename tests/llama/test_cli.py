@@ -147,13 +147,20 @@ def test_resume_and_overwrite(arguments, tmp_path, capsys, monkeypatch):
     metrics.parent.symlink_to(elsewhere)
     shutil.move(elsewhere, tmp_path / ".elsewhere.overwritten")
     elsewhere.mkdir()
-    assert main([*arguments, "--overwrite", "--steps", "2", "--rank", "64", "--quiet"]) == 1
+    capsys.readouterr()
+    assert main([*adamw]) == 1
+    assert_one_line(capsys, "already has a run")
     assert read_metrics(metrics) == first
     capsys.readouterr()
     with run_directory(metrics.parent, False):
         for how in ("--resume", "--overwrite"):
             assert main([*adamw, how]) == 1
             assert_one_line(capsys, "elsewhere: another program is training this run")
+    # As if a start was killed, and a run begun by another version in its place.
+    shutil.copytree(elsewhere, tmp_path / ".elsewhere.overwritten")
+    (tmp_path / ".elsewhere.overwritten" / "metrics.jsonl").write_text("")
+    assert main([*adamw, "--resume"]) == 0
+    assert read_metrics(metrics) == first and not list(tmp_path.glob(".elsewhere*"))
     assert main([*adamw, "--overwrite", "--seed", "1"]) == 0
     assert [path.name for path in metrics.parent.parent.iterdir()] == ["test"]
     assert metrics.parent.is_symlink() and not list(tmp_path.glob(".elsewhere*"))

@@ -1,5 +1,6 @@
 """Training rows and evaluation batches against plain loops."""
 
+import itertools
 from collections import Counter
 from itertools import islice
 
@@ -9,7 +10,14 @@ import orbax.checkpoint as ocp
 import pytest
 
 from examples.common.errors import DataError
-from examples.llama.data import eval_batches, eval_rows, make_train_iterator
+from examples.llama.data import (
+    document_rows,
+    eval_batches,
+    eval_rows,
+    make_train_iterator,
+    ngram_perplexity,
+)
+from examples.llama.data.ngram import bigram_probabilities, fit_bigram, unigram_probabilities
 
 
 def _take(iterator, count):
@@ -140,3 +148,16 @@ def test_evaluation_covers_every_document_once(processes):
                 (int(t[0]), *r) for t, r in zip(batch["tokens"], padded.tolist(), strict=True)
             ]
     assert Counter(found) == Counter({**dict.fromkeys(ROWS, 1), (0, -1, -1, -1, -1): 1})
+
+
+def test_ngram_models_are_compared_on_the_targets_of_the_documents():
+    rows = document_rows(DOCUMENTS, 4, 0)
+    assert set(map(tuple, rows.tolist())) == ROWS
+    pairs = [p for row in ROWS for p in itertools.pairwise(row) if p[1] >= 0]
+    train = np.arange(10) % 7
+    chance = unigram_probabilities(train, 10)[[target for _, target in pairs]]
+    found = ngram_perplexity(train, rows, 10)
+    assert found["unigram"] == pytest.approx(np.exp(-np.log(chance).mean()))
+    bigram = fit_bigram(train, 10)
+    chance = bigram_probabilities(bigram, *np.transpose(pairs))
+    assert found["bigram"] == pytest.approx(np.exp(-np.log(chance).mean()))

@@ -1,6 +1,7 @@
 """Several devices are one run; with processes see test_distributed.py."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import tiny_run as tiny
 
 from examples.common.errors import ConfigError
+from examples.common.metrics import of_kind
 from examples.llama.distributed.processes import DistributedConfig
 from examples.llama.loop import train
 
@@ -19,12 +21,33 @@ FULL = DistributedConfig(devices=True, sharding="full")
 NOT_CLIPPED = dataclasses.replace(tiny.NATURAL_GALORE, clip_norm=None)
 
 
+@functools.cache
+def on_one_device(per_layer):
+    config = tiny.run_config(batch_size=8, per_layer=per_layer, optimizer=NOT_CLIPPED)
+    return train(config, splits=tiny.splits())
+
+
+def test_updates_per_layer_are_the_same_run():
+    ordinary, ours = on_one_device(False), on_one_device(True)
+    for name in "loss", "grad_norm":
+        actual, expected = (
+            [r[name] for r in of_kind(run.records, "train")] for run in (ours, ordinary)
+        )
+        np.testing.assert_allclose(actual, expected, rtol=1e-4)
+    assert jax.tree.structure(ours.state) == jax.tree.structure(ordinary.state)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=5e-3, atol=5e-4),
+        ours.params,
+        ordinary.params,
+    )
+
+
 @pytest.mark.parametrize("sharding", ["replicated", "full"])
 @pytest.mark.parametrize("per_layer", [False, True])
 def test_devices_share_a_run(tmp_path, per_layer, sharding):
     """Its losses are those of one device, on which it goes on, and its result is there."""
-    config = tiny.run_config(batch_size=8, per_layer=per_layer, optimizer=NOT_CLIPPED)
-    alone = train(config, splits=tiny.splits())
+    alone = on_one_device(per_layer)
+    config = alone.config
     shared = dataclasses.replace(config, distributed=FULL if sharding == "full" else DEVICES)
     part = train(shared, splits=tiny.splits(), run_dir=tmp_path, should_stop=tiny.after(4))
     assert not part.finished

@@ -1,5 +1,6 @@
 """Errors of the configuration alone, before any text is read."""
 
+import subprocess
 import sys
 
 import pytest
@@ -43,6 +44,19 @@ def refused(program, capsys, words, message):
 def test_options(program, capsys, monkeypatch, words, message):
     monkeypatch.setitem(sys.modules, "wandb", None)
     refused(program, capsys, words, message)
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "extra"),
+    [("planner", "networkx", "functions"), ("encoder", "sklearn", "glue")],
+)
+def test_a_package_that_is_missing_is_named(name, package, extra):
+    program = (
+        f"import sys; sys.modules[{package!r}] = None; import examples.finetune.{name}.__main__"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == f"error: needs {package}: python -m pip install -e '.[{extra}]'\n"
 
 
 def test_directories_of_runs(program, capsys):

@@ -192,6 +192,19 @@ def test_a_full_disk_is_named(tmp_path, finished):
     replace_llama(model, tmp_path / "hf")
 
 
+def test_files_that_are_no_part_of_a_model_stay(tmp_path, finished):
+    model = pretrained(finished[1])
+    replace_llama(model, tmp_path / "hf")
+    mine, stale = (
+        tmp_path / "hf" / "README.md",
+        tmp_path / "hf" / "model-00001-of-00002.safetensors",
+    )
+    for file in (mine, stale):
+        file.write_text("mine")
+    replace_llama(model, tmp_path / "hf")
+    assert mine.read_text() == "mine" and not stale.exists()
+
+
 def test_killed_when_the_older_export_is_deleted(tmp_path, finished, monkeypatch):
     model = pretrained(finished[1])
     replace_llama(model, tmp_path / "hf")

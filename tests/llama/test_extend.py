@@ -12,6 +12,7 @@ from examples.common.errors import ConfigError
 from examples.common.metrics import of_kind, read_metrics
 from examples.common.optimizers import OptimizerConfig
 from examples.common.schedule import ScheduleConfig
+from examples.llama.data import DataConfig
 from examples.llama.loop import train
 from examples.llama.model.adapters import AdapterConfig
 from examples.llama.run_config import adjustments, differences
@@ -126,6 +127,14 @@ def test_fewer_steps_than_are_done(tmp_path):
     run(config(4), tmp_path)
     with pytest.raises(ConfigError, match="has done 4 steps, got steps=3"):
         run(config(3, resume=True), tmp_path)
+
+
+def test_documents_are_not_divided_otherwise():
+    """A batch of short documents has fewer tokens, which weigh more in the mean of a step."""
+    documents = DataConfig(rows="documents")
+    old = config(4, batch_size=4, accumulate=4, data=documents)
+    new = dataclasses.replace(old, batch_size=8, accumulate=2).to_dict()
+    assert differences(old.to_dict(), new) == ["accumulate: 4 -> 2", "batch_size: 4 -> 8"]
 
 
 @pytest.mark.parametrize(

@@ -220,6 +220,8 @@ def test_the_model_is_that_of_the_weights(tmp_path):
         expected.layers,
         expected.vocab_size,
     )
+    # Products in bfloat16; bfloat16 weights would not move at the rates of further training.
+    assert (model.dtype, model.param_dtype) == ("bfloat16", "float32")
     with pytest.raises(ConfigError, match=r"model\.layers=9, and the weights have"):
         list(candidates(PlanConfig(), [*given, "--model.layers", "9"]))
 

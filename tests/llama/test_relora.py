@@ -191,7 +191,7 @@ def test_there_is_no_merge_after_the_last_step():
 
 @pytest.mark.parametrize(
     ("accumulate", "stops"),
-    [(1, [2, 2]), (1, [3]), (2, [5, 2]), (2, [6])],
+    [(1, [2, 1, 1]), (2, [5, 1, 1])],
 )
 def test_resume_across_a_merge_is_exact(tmp_path, whole, accumulate, stops):
     """Stopped before, at and after merges, and inside an accumulation."""

@@ -1,4 +1,4 @@
-"""The program's per-layer step: the run of the ordinary one."""
+"""The program's per-layer step: the run of the ordinary one (another one: test_devices.py)."""
 
 import dataclasses
 
@@ -40,10 +40,6 @@ def assert_same_run(**changes):
         ours.params,
         ordinary.params,
     )
-
-
-def test_same_run():
-    assert_same_run(optimizer=NATURAL_GALORE)
 
 
 def test_same_run_with_tied_embeddings_and_batches_accumulated():

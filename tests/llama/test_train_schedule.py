@@ -1,10 +1,12 @@
 """Learning rates against values worked out by hand, and what weight decay acts on."""
 
 import dataclasses
-import inspect
+from inspect import signature
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 import tiny_run as tiny
 
@@ -50,7 +52,7 @@ def test_weight_decay_leaves_norms_alone(stacked):
 @pytest.mark.usefixtures("fast_compile")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_steps_downhill(name):
-    takes_decay = "weight_decay" in inspect.signature(OPTIMIZERS[name].factory).parameters
+    takes_decay = "weight_decay" in signature(OPTIMIZERS[name].factory).parameters
     weight_decay = 0.1 if takes_decay else 0.0
     config = OptimizerConfig(name=name, rank=2, clip_norm=1.0, weight_decay=weight_decay)
     tx, _ = make_optimizer(config, ScheduleConfig(), steps=10, accumulate=1, seed=0)
@@ -58,6 +60,25 @@ def test_every_optimizer_steps_downhill(name):
     grads = jax.tree.map(lambda p: 0.1 * p, params)
     updates, _ = jax.jit(tx.update)(grads, jax.jit(tx.init)(params), params)
     assert inner_product(updates, grads) < 0
+
+
+@pytest.mark.usefixtures("fast_compile")
+@pytest.mark.parametrize(
+    "name", [n for n, e in OPTIMIZERS.items() if "weight_decay" in signature(e.factory).parameters]
+)
+def test_weight_decay_is_a_share_of_the_learning_rate(name):
+    """As in AdamW, of every optimizer; updates of zero gradients are the decay alone."""
+    factory, fixed = OPTIMIZERS[name].factory, OPTIMIZERS[name].fixed
+    if "rank" in signature(factory).parameters:
+        fixed = {"rank": 2, **fixed}
+    tx = factory(lambda count: 0.01 * (count + 1), weight_decay=0.1, **fixed)
+    params = {"mlp": {"kernel": jnp.full((8, 6), 2.0)}}
+    zeros, state, update = optax.tree.zeros_like(params), tx.init(params), jax.jit(tx.update)
+    for step in range(2):
+        updates, state = update(zeros, state, params)
+        np.testing.assert_allclose(
+            updates["mlp"]["kernel"], -0.1 * 0.01 * (step + 1) * 2.0, rtol=1e-5
+        )
 
 
 def inner_product(a, b):

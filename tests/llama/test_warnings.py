@@ -30,6 +30,13 @@ def test_repeated_text(splits):
     assert warnings_of(small(steps=1000, data=streamed), splits) == []
 
 
+def test_bfloat16_weights_of_a_trained_model(splits):
+    model = dataclasses.replace(tiny.MODEL, param_dtype="bfloat16")
+    assert warnings_of(small(model=model), splits) == []
+    (warning,) = warnings_of(small(model=model, init_from="model"), splits)
+    assert "--model.param-dtype float32" in warning
+
+
 def test_documents_are_counted_as_rows(splits):
     data = DataConfig(rows="documents", vocab_size=tiny.VOCAB)
     assert len(warnings_of(small(steps=2, data=data), splits)) == 0  # 4 rows of 1 document.

@@ -12,20 +12,25 @@ from examples.common.config import write_json
 from examples.common.interrupt import stop_on_signals
 from examples.common.reporter import READING, Activity, make_reporter
 from examples.common.run_directory import check_start, run_directory
-from examples.finetune.encoder.baseline import baseline_scores
-from examples.finetune.encoder.data import TASKS
-from examples.finetune.encoder.loop import train
-from examples.finetune.encoder.prepare import prepare
-from examples.finetune.encoder.protocols import PROTOCOLS
-from examples.finetune.encoder.report import describe, summary_table
-from examples.finetune.encoder.run_config import RunConfig, preset_config
-from examples.finetune.encoder.sweep import (
-    best_outcomes,
-    run_names,
-    sweep,
-    sweep_record,
-    sweep_table,
-)
+
+try:
+    from examples.finetune.encoder.baseline import baseline_scores
+    from examples.finetune.encoder.data import TASKS
+    from examples.finetune.encoder.loop import train
+    from examples.finetune.encoder.prepare import prepare
+    from examples.finetune.encoder.protocols import PROTOCOLS
+    from examples.finetune.encoder.report import describe, summary_table
+    from examples.finetune.encoder.run_config import RunConfig, preset_config
+    from examples.finetune.encoder.sweep import (
+        best_outcomes,
+        run_names,
+        sweep,
+        sweep_record,
+        sweep_table,
+    )
+except ModuleNotFoundError as error:
+    package = str(error.name).partition(".")[0]
+    sys.exit(f"error: needs {package}: python -m pip install -e '.[glue]'")
 
 BRIEF = """
 usage: python -m examples.finetune.encoder [options]

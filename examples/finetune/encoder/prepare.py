@@ -34,10 +34,12 @@ class Prepared(NamedTuple):
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the rows that are trained on."""
-        digest, train = hashlib.blake2b(digest_size=16), self.encoded["train"]
-        for array in (train.labels, train.lengths, np.concatenate(train.tokens)):
-            digest.update(array.tobytes())
+        """A hash of the rows that are trained on and evaluated."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name, part in sorted(self.encoded.items()):
+            digest.update(name.encode())
+            for array in (part.labels, part.lengths, np.concatenate(part.tokens)):
+                digest.update(array.tobytes())
         return digest.hexdigest()
 
     def notes(self) -> list[str]:

@@ -12,17 +12,22 @@ from examples.common.interrupt import stop_on_signals
 from examples.common.plots import plot_methods
 from examples.common.reporter import READING, make_reporter
 from examples.common.run_directory import check_start, run_directory
-from examples.finetune.planner.evaluate import Evaluator
-from examples.finetune.planner.loop import train
-from examples.finetune.planner.predictions import side_by_side
-from examples.finetune.planner.prepare import prepare
-from examples.finetune.planner.report import brief, describe, evaluation, summary_table
-from examples.finetune.planner.run_config import PRESETS, RunConfig, preset_config
-from examples.finetune.planner.untrained import (
-    NAME as UNTRAINED,
-    check_untrained,
-    evaluate_untrained,
-)
+
+try:
+    from examples.finetune.planner.evaluate import Evaluator
+    from examples.finetune.planner.loop import train
+    from examples.finetune.planner.predictions import side_by_side
+    from examples.finetune.planner.prepare import prepare
+    from examples.finetune.planner.report import brief, describe, evaluation, summary_table
+    from examples.finetune.planner.run_config import PRESETS, RunConfig, preset_config
+    from examples.finetune.planner.untrained import (
+        NAME as UNTRAINED,
+        check_untrained,
+        evaluate_untrained,
+    )
+except ModuleNotFoundError as error:
+    package = str(error.name).partition(".")[0]
+    sys.exit(f"error: needs {package}: python -m pip install -e '.[functions]'")
 
 BRIEF = """
 usage: python -m examples.finetune.planner [options]

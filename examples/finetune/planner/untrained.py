@@ -49,7 +49,7 @@ def evaluate_untrained(
     made_from = {name: settings[name] for name in names} | {"rows": prepared.fingerprint}
     if path.exists():
         refuse_unless_resumed(run_dir, config.output.resume)
-        found = parse_json(path.read_text(), str(path))
+        found = parse_json(path.read_text(encoding="utf-8"), str(path))
         # An older file has fewer settings; the fingerprint of the rows covers them.
         known = {name: value for name, value in made_from.items() if name in found["made_from"]}
         check_same(run_dir, found["made_from"], known, _changed)

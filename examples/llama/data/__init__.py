@@ -4,6 +4,7 @@ from examples.llama.data.config import DataConfig as DataConfig
 from examples.llama.data.hub import is_hub as is_hub
 from examples.llama.data.ngram import ngram_perplexity as ngram_perplexity
 from examples.llama.data.packing import (
+    document_rows as document_rows,
     eval_batches as eval_batches,
     eval_rows as eval_rows,
     make_train_iterator as make_train_iterator,

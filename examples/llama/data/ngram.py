@@ -6,13 +6,18 @@ import numpy as np
 
 
 def ngram_perplexity(train: np.ndarray, held_out: np.ndarray, vocab_size: int) -> dict[str, float]:
-    """Token-weighted perplexities of both models over `held_out[1:]`, the targets of a LM."""
+    """Token-weighted perplexities of both models over the targets of a LM, `held_out[..., 1:]`.
+
+    `held_out` is a text, (n,), or rows, (R, T + 1), in which padding is below 0.
+    """
     held_out = np.asarray(held_out, np.int64)
+    is_target = held_out[..., 1:] >= 0
+    histories, targets = held_out[..., :-1][is_target], held_out[..., 1:][is_target]
     unigram = unigram_probabilities(train, vocab_size)
     bigram = fit_bigram(train, vocab_size)
     return {
-        "unigram": _perplexity(unigram[held_out[1:]]),
-        "bigram": _perplexity(bigram_probabilities(bigram, held_out[:-1], held_out[1:])),
+        "unigram": _perplexity(unigram[targets]),
+        "bigram": _perplexity(bigram_probabilities(bigram, histories, targets)),
     }
 
 

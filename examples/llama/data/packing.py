@@ -148,6 +148,12 @@ def eval_batches(
         }
 
 
+def document_rows(tokens: np.ndarray, seq_len: int, end: int) -> np.ndarray:
+    """All documents as rows, (documents, seq_len + 1), with `PAD` after short ones."""
+    rows = DocumentRows(tokens, seq_len, end)
+    return np.stack([rows[i] for i in range(len(rows))])
+
+
 def process_slice(batch_size: int, process_index: int, process_count: int) -> slice:
     """The rows of a global batch that belong to one process."""
     if batch_size % process_count:

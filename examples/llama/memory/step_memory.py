@@ -137,12 +137,21 @@ def accelerator_memory() -> int | None:
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
+def _host_memory() -> int | None:
+    """Bytes; None where the operating system does not say."""
+    if not hasattr(os, "sysconf"):  # Not on Windows.
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def check_batch(config: RunConfig) -> None:
     """Raise a ConfigError if the logits of a batch alone are larger than the memory.
 
     The operating system would kill the program without a message.
     """
-    room = accelerator_memory() or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    room = accelerator_memory() or _host_memory()
+    if room is None:
+        return
     devices = jax.device_count() if config.distributed.enabled else 1
     row = 4 * config.seq_len * config.model.vocab_size  # float32
     if config.batch_size // devices * row > room:

@@ -188,7 +188,10 @@ def _dtypes(plan: PlanConfig, base: RunConfig, given: Sequence[str]) -> tuple[st
     model, products = base.model, "--model.dtype" in given
     dtype = plan.dtype or (model.dtype if products else "bfloat16")
     stored = plan.param_dtype
-    if stored is None:
+    if stored is None and base.init_from is not None and "--model.param-dtype" not in given:
+        # Rates of further training are so small that most bfloat16 weights would not move.
+        stored = "float32"
+    elif stored is None:
         stored = model.param_dtype if products or "--model.param-dtype" in given else dtype
     return ("--model.dtype", dtype, "--model.param-dtype", stored)
 

@@ -20,6 +20,7 @@ from examples.llama.weights import hf_config, names, runs
 from examples.pretrained import fill, locate_model, read_tensors, tensors_of, write_tensors
 from examples.pretrained.chat import ChatTemplate
 from examples.pretrained.hf_tokenizer import (
+    SETTINGS,
     TOKENIZER,
     read_chat_template,
     read_tokenizer,
@@ -32,6 +33,11 @@ from examples.pretrained.tensors import Tensors
 FILES = ("*.json", "*.jinja", "*.safetensors")
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
+# Of a model, whatever wrote it: stale beside the files of another one.
+_OF_A_MODEL = (
+    *(CONFIG, GENERATION, TOKENIZER, SETTINGS, "special_tokens_map.json", "chat_template.jinja"),
+    *("model*.safetensors", "model*.safetensors.index.json"),
+)
 
 Params = dict[str, Any]
 
@@ -133,8 +139,10 @@ def read_params(file: WeightsFile, config: ModelConfig) -> Params:
 def replace_llama(pretrained: PretrainedLlama, directory: Path) -> None:
     """:func:`save_llama` into a directory that appears with all its files, instead of an older one.
 
+    Files that are no part of a model stay.
+
     Raises:
-      WeightsError: if the directory has other files than those of a model.
+      WeightsError: if the directory has files, and not those of a model.
     """
     directory = directory.resolve()  # "." has no name.
     if directory.exists() and any(directory.iterdir()):
@@ -146,9 +154,13 @@ def replace_llama(pretrained: PretrainedLlama, directory: Path) -> None:
     save_llama(pretrained, unfinished)
     # Moved, then deleted: what a kill leaves of a directory would be refused as other files.
     with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as aside:
+        older = Path(aside) / directory.name
         if directory.exists():
-            directory.rename(Path(aside) / directory.name)
+            directory.rename(older)
         unfinished.rename(directory)
+        for path in older.iterdir() if older.exists() else ():
+            if not any(path.match(pattern) for pattern in _OF_A_MODEL):
+                path.rename(directory / path.name)
 
 
 def save_llama(pretrained: PretrainedLlama, directory: Path) -> None:

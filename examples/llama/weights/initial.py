@@ -84,7 +84,7 @@ def overlay(weights: Params, given: Params) -> Params:
 
 def _saved_model(path: Path) -> ModelConfig:
     try:
-        return ModelConfig(**json.loads(path.read_text())["model"])
+        return ModelConfig(**json.loads(path.read_text(encoding="utf-8"))["model"])
     except (ValueError, LookupError, TypeError) as error:
         raise ConfigError(f"{path}: not the configuration of a run ({error!r})") from error
 

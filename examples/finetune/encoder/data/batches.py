@@ -76,7 +76,7 @@ def _epoch(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[
     for pool in _chunks(order, _POOL * batch_size):
         by_length = pool[np.argsort(lengths[pool], kind="stable")]
         batches += _chunks(by_length, batch_size)
-    # A short batch goes where it falls: its rows weigh as much as in any other.
+    # A short batch goes where it falls. Its mean makes a step like any other's.
     return [batches[i] for i in random.permutation(len(batches))]
 
 

@@ -43,7 +43,7 @@ def main() -> int:
         return 1
     splits = make_splits(snippets)
     lines = [f"{json.dumps(k)}: {json.dumps(v, separators=(',', ':'))}" for k, v in splits.items()]
-    SPLITS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    SPLITS.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
     held_out = {name: len(splits[name]) for name in SIZES}
     print(f"{SPLITS}: {len(snippets) - sum(held_out.values())} to train, {held_out}")
     return 0

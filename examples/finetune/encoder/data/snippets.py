@@ -40,7 +40,7 @@ def read_snippets(archive: Path = ARCHIVE) -> Rows:
       DataError: if the archive is missing or damaged, or is not the one that was split.
     """
     snippets = read_archive(archive)
-    splits = json.loads(SPLITS.read_text())
+    splits = json.loads(SPLITS.read_text(encoding="utf-8"))
     if splits["fingerprint"] != fingerprint(snippets):
         raise DataError(f"{archive}: not the sentences that {SPLITS.name} was made from")
     where = {number: name for name in _HELD_OUT for number in splits[name]}

@@ -149,7 +149,7 @@ def write_splits(splits: Splits, path: Path) -> None:
     for name in NAMES:
         groups = ",\n".join(json.dumps(group._asdict()) for group in getattr(splits, name))
         lines.append(f'"{name}": [\n{groups}\n]')
-    path.write_text(",\n".join(lines) + "\n}\n")
+    path.write_text(",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
 def fingerprint(records: Sequence[Record]) -> str:
