@@ -37,9 +37,9 @@ class OutputConfig:
     """Directory under runs/; by default preset, optimizer and adapter."""
     resume: bool = False
     """Continue this run from its last checkpoint. --steps, --learning-rate, --warmup and --floor
-    may differ from before, and --batch-size with --accumulate if their product is the same and
-    both --accumulate are above 1; the same text may be elsewhere. What shapes the model or the
-    optimizer's state may not."""
+    may differ from before, and of packed rows --batch-size with --accumulate if their product is
+    the same and both --accumulate are above 1; the same text may be elsewhere. What shapes the
+    model or the optimizer's state may not."""
     overwrite: bool = False
     """Delete an earlier run of the same name, once this one has started."""
     root: Path = Path("runs")
