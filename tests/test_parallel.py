@@ -153,10 +153,8 @@ def test_shard_map_with_parameters_of_each_device_beside_shared_ones():
 @of_each_kind
 def test_sharded_parameters():
     """On axes whose shardings the compiler finds; explicit ones: tests/test_sharding.py."""
-    mesh, spec = (
-        jax.make_mesh((DEVICES,), ("model",), axis_types=(AxisType.Auto,)),
-        jax.P(None, "model"),
-    )
+    mesh = jax.make_mesh((DEVICES,), ("model",), axis_types=(AxisType.Auto,))
+    spec = jax.P(None, "model")
     params, batch = start()
     shardings = {
         name: NamedSharding(mesh, spec if len(shape) == 2 else jax.P())

@@ -14,7 +14,7 @@ import typing
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import tyro
 import yaml
@@ -272,6 +272,12 @@ def _format_warning(message: Any, category: type[Warning], *place: Any, **more: 
     if category is UserWarning:
         return f"warning: {message}\n"
     return _WITH_PLACE(message, category, *place, **more)
+
+
+def exit_without(error: ModuleNotFoundError, extra: str) -> NoReturn:
+    """End a program that was started without an extra of this project."""
+    package = str(error.name).partition(".")[0]
+    sys.exit(f"error: needs {package}: python -m pip install -e '.[{extra}]'")
 
 
 def exit_code(

@@ -76,7 +76,7 @@ class _Wandb:
         self._run = package.init(
             project=os.environ.get("WANDB_PROJECT", "natgalore-jax"),
             name=run_dir.name,
-            id=path.read_text(),
+            id=path.read_text(encoding="utf-8"),
             resume="allow",
             dir=run_dir,
             config=config,

@@ -289,7 +289,7 @@ def test_errors_are_one_line(finished, places, capsys):
 
 
 def test_the_extra_examples_is_enough():
-    """What only published weights need is not imported."""
+    """Packages that only published weights need are not imported."""
     program = (
         "import sys; sys.modules.update(gguf=None, jinja2=None, transformers=None)\n"
         "import examples.llama.__main__, examples.llama.sample, examples.llama.evaluate\n"

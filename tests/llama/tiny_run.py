@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
 
+from examples.common.metrics import of_kind
 from examples.common.optimizers import OptimizerConfig
 from examples.common.reporter import Reporter
 from examples.llama.data import Splits
 from examples.llama.model.config import ModelConfig
+from examples.llama.result import Result
 from examples.llama.run_config import OutputConfig, RunConfig
 
 VOCAB = 48
@@ -93,6 +95,21 @@ def full_disk(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def assert_same_run(ours: Result, other: Result) -> None:
+    """Losses, norms, weights and the structure of the state, up to rounding."""
+    for kind, name in ("train", "loss"), ("train", "grad_norm"), ("validation", "loss"):
+        actual, expected = (
+            [record[name] for record in of_kind(result.records, kind)] for result in (ours, other)
+        )
+        np.testing.assert_allclose(actual, expected, rtol=1e-4)
+    assert jax.tree.structure(ours.state) == jax.tree.structure(other.state)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=5e-3, atol=5e-4),
+        ours.params,
+        other.params,
+    )
 
 
 def assert_same_bits(a: Any, b: Any) -> None:

@@ -29,8 +29,7 @@ try:
         sweep_table,
     )
 except ModuleNotFoundError as error:
-    package = str(error.name).partition(".")[0]
-    sys.exit(f"error: needs {package}: python -m pip install -e '.[glue]'")
+    cli.exit_without(error, "glue")
 
 BRIEF = """
 usage: python -m examples.finetune.encoder [options]

@@ -26,8 +26,7 @@ try:
         evaluate_untrained,
     )
 except ModuleNotFoundError as error:
-    package = str(error.name).partition(".")[0]
-    sys.exit(f"error: needs {package}: python -m pip install -e '.[functions]'")
+    cli.exit_without(error, "functions")
 
 BRIEF = """
 usage: python -m examples.finetune.planner [options]

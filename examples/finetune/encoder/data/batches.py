@@ -21,7 +21,7 @@ class Batch(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How rows are laid out in a batch."""
+    """Layout of rows in a batch."""
 
     batch_size: int
     max_length: int  # No row is longer.

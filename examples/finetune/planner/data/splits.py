@@ -1,4 +1,4 @@
-"""Which records are held out: all that share a combination of tools fall on one side.
+"""Held-out records: all that share a combination of tools fall on one side.
 
 A model that saw a combination in training could repeat its plan with other arguments; held-out
 combinations ask for plans of a new form, from tools that were seen in other company. Data sets of
