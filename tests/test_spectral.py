@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import natgalore_jax as ng
-from natgalore_jax._src.kernels.factored_update import FactoredUpdate
+from natgalore_jax._src.kernels.factored_update import FactoredUpdate, whole
 from natgalore_jax._src.kernels.spectral import clip_leading_of_factored
 from natgalore_jax._src.params.plan import PlanSettings, plan_tree
 
@@ -144,7 +144,7 @@ def test_a_leading_direction_inside_or_outside_the_basis_is_found(side, m, n, in
         low = A - phi[:, None] * R
     update = FactoredUpdate(*(jnp.asarray(x, jnp.float32) for x in (low, phi)))
     P, G = jnp.asarray(P, jnp.float32), jnp.asarray(G, jnp.float32)
-    clipped = clip_leading_of_factored(plan, (P,), update, G, 0.5)
+    clipped = whole(plan, (P,), clip_leading_of_factored(plan, (P,), update, G, 0.5), G)
     before, after = (np.linalg.svd(x, compute_uv=False) for x in (U, np.asarray(clipped)))
     assert np.all(after <= before + 1e-5 * before[0])
     if inside != outside:  # One large singular value: the bound holds.

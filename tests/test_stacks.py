@@ -100,6 +100,28 @@ def test_same_numbers_as_alone(kind, monkeypatch):
         assert jax.typeof(x) == jax.typeof(y)
 
 
+@pytest.mark.parametrize("kind", ["natural", "two sides", "lean", "reset, random"])
+def test_same_numbers_when_only_gradients_are_too_large(kind, monkeypatch):
+    expected, _ = stacked(kind)
+    # Low-rank arrays of the four matrices and of the layers make stacks; their gradients do not.
+    monkeypatch.setattr(stacks, "MAX_BYTES", 160)
+    compare(train(OPTIMIZERS[kind](), start())[0], expected)
+
+
+def test_products_of_large_gradients_are_all_that_is_not_a_stack(monkeypatch):
+    """An additional matrix adds few reductions, those of its gradient."""
+
+    def reductions(number):
+        tx = ng.natural_galore_adamw(0.01, rank=3)
+        params = {f"{i}": jnp.zeros((8, 12)) for i in range(number)}
+        traced = jax.make_jaxpr(tx.update)(params, tx.init(params), params)
+        return str(traced).count(" reduce_sum[")
+
+    monkeypatch.setattr(stacks, "MAX_BYTES", 160)
+    monkeypatch.setattr(refresh, "PROGRAM_SHARE", 1)
+    assert reductions(4) - reductions(3) == 4  # Its columns' squares, three products with vectors
+
+
 @pytest.mark.parametrize("kind", ["natural", "two sides", "history", "reset, random"])
 def test_one_refresh_program_of_parameters_that_are_no_stack(kind, monkeypatch):
     expected, _ = stacked(kind)
@@ -209,6 +231,22 @@ def test_shard_map_with_different_gradients():
     )
     mean, _ = train(tx, start(), lambda p: sum(loss(p, s) for s in scales) / 4)
     compare(found, mean)
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        test_vmap_over_models,
+        test_shard_map_with_different_gradients,
+        test_same_numbers_without_jit,
+        functools.partial(test_equal_shapes_in_different_shardings, "natural", AxisType.Auto),
+        functools.partial(test_equal_shapes_in_different_shardings, "natural", AxisType.Explicit),
+    ],
+)
+def test_gradients_too_large_for_a_stack_elsewhere(check, monkeypatch):
+    stacked("natural")
+    monkeypatch.setattr(stacks, "MAX_BYTES", 160)
+    check()
 
 
 def compare(found, expected):

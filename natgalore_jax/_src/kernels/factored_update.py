@@ -1,4 +1,4 @@
-"""Updates before they have their full shape: ``U = P L + φ G``.
+"""Updates before they have their full shape: ``U = P L + φ G − x yᵀ``.
 
 For one parameter: L has the low-rank shape, G the full shape. φ has one number for each column of a
 matrix if the rows are projected, for each row if the columns are projected, and for the whole
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from natgalore_jax._src.kernels.projection import Factors, Letters, project_back
+from natgalore_jax._src.kernels.stacks import Apart, read
 from natgalore_jax._src.params.placement import (
     has_explicit_sharding,
     names_of,
@@ -30,10 +31,11 @@ class PhiAxes(NamedTuple):
 
 
 class FactoredUpdate(NamedTuple):
-    """``U = P L + φ G``."""
+    """``U = P L + φ G − x yᵀ``."""
 
     low: jax.Array  # L, low-rank shape
-    phi: jax.Array | None = None  # None: ``U = P L``
+    phi: jax.Array | None = None  # None: without φ G
+    clipped: tuple[jax.Array, jax.Array] | None = None  # x and y, with the axes of G
 
 
 def phi_axes(plan: LeafPlan, *, by_channel: bool = True) -> PhiAxes:
@@ -72,7 +74,7 @@ def place_phi(axes: PhiAxes, phi: jax.Array, G: jax.Array) -> jax.Array:
 def place_update(plan: LeafPlan, update: FactoredUpdate, G: jax.Array) -> FactoredUpdate:
     """Shard both parts for products with G; no-op without explicit axes, and the second time."""
     phi = None if update.phi is None else place_phi(phi_axes(plan), update.phi, G)
-    return FactoredUpdate(place_low_rank(plan, update.low, G), phi)
+    return update._replace(low=place_low_rank(plan, update.low, G), phi=phi)
 
 
 def side_axes(plan: LeafPlan, mode: int) -> PhiAxes:
@@ -83,11 +85,14 @@ def side_axes(plan: LeafPlan, mode: int) -> PhiAxes:
 
 def whole(plan: LeafPlan, factors: Factors, update: FactoredUpdate, G: jax.Array) -> jax.Array:
     """U in full shape, in the dtype of L."""
-    low, phi = place_update(plan, update, G)
+    low, phi, clipped = place_update(plan, update, G)
     U = project_back(plan, low, factors)
-    if phi is None:
-        return U
-    return U + on_axes_of_gradient(phi_axes(plan), phi) * G.astype(U.dtype)
+    if phi is not None:
+        U = U + on_axes_of_gradient(phi_axes(plan), phi) * G.astype(U.dtype)
+    if clipped is not None:
+        x, y = clipped
+        U = U - x * y
+    return U
 
 
 class Products:
@@ -98,7 +103,7 @@ class Products:
     """
 
     def __init__(
-        self, plan: LeafPlan, factors: Factors, update: FactoredUpdate, G: jax.Array
+        self, plan: LeafPlan, factors: Factors, update: FactoredUpdate, G: jax.Array | Apart
     ) -> None:
         (mode,), index, (self._P,) = plan.projected_modes, Letters(plan), factors
         self._G, self._mode = G, mode
@@ -121,7 +126,7 @@ class Products:
         y = _product(f"{self._of_rank},{self._of_low}->{kept}", z, self._low)
         if self._phi is None:
             return y
-        return y + self._phi * _product(f"{projected},{self._of_G}->{kept}", x, self._G)
+        return y + self._phi * self._with_G(f"{projected},{self._of_G}->{kept}", x)
 
     def _from_kept(self, y: jax.Array) -> jax.Array:
         projected, kept = self._of_sides[self._mode], self._of_sides[1 - self._mode]
@@ -129,7 +134,10 @@ class Products:
         x = _product(f"{self._of_rank},{self._of_P}->{projected}", z, self._P)
         if self._phi is None:
             return x
-        return x + _product(f"{kept},{self._of_G}->{projected}", self._phi * y, self._G)
+        return x + self._with_G(f"{kept},{self._of_G}->{projected}", self._phi * y)
+
+    def _with_G(self, subscripts: str, x: jax.Array) -> jax.Array:
+        return read(lambda G, x: _product(subscripts, x, G), self._G, x)
 
 
 def _product(subscripts: str, vector: jax.Array, matrix: jax.Array) -> jax.Array:

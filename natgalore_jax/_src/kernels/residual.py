@@ -18,6 +18,7 @@ from natgalore_jax._src.kernels.factored_update import (
     phi_axes,
     sum_for_phi,
 )
+from natgalore_jax._src.kernels.stacks import Apart, read
 from natgalore_jax._src.params.placement import place_like
 from natgalore_jax._src.params.plan import LeafPlan
 
@@ -98,7 +99,7 @@ def with_residual(
     direction: jax.Array,
     N: jax.Array,
     R: jax.Array,
-    G: jax.Array,
+    G: jax.Array | Apart,
     *,
     last_norm: Any,
     fisher: Any,
@@ -120,7 +121,7 @@ def with_residual(
       U, and the new norm and Fisher entries.
     """
     axes = phi_axes(plan)
-    N, R, G = (x.astype(jnp.float32) for x in (N, R, G))
+    N, R = (x.astype(jnp.float32) for x in (N, R))
     energy, rule = energies(axes, R, G), RULES[settings.rule]
     size = math.prod(plan.shape[a] for a in axes.full)
     phi, fisher = rule.phi(RuleInputs(settings, axes, size, N, energy, basis_error), fisher)
@@ -159,9 +160,10 @@ RULES = {
 }
 
 
-def energies(axes: PhiAxes, R: jax.Array, G: jax.Array) -> Energies:
+def energies(axes: PhiAxes, R: jax.Array, G: jax.Array | Apart) -> Energies:
     of_R = jnp.sum(jnp.square(R), axes.low)
-    of_G = place_like(sum_for_phi(axes, jnp.square(G)), of_R)
+    of_G = read(lambda G: sum_for_phi(axes, jnp.square(G.astype(jnp.float32))), G)
+    of_G = place_like(of_G, of_R)
     difference = jnp.where(jnp.isinf(of_G), of_G, of_G - of_R)
     # A NaN must reach the update, and XLA's maximum on CPUs may ignore it: use where.
     return Energies(of_R, of_G, jnp.where(difference < 0, 0.0, difference))

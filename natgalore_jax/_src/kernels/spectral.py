@@ -14,9 +14,9 @@ from natgalore_jax._src.kernels.factored_update import (
     place_phi,
     place_update,
     side_axes,
-    whole,
 )
 from natgalore_jax._src.kernels.projection import Factors
+from natgalore_jax._src.kernels.stacks import Apart, any_of
 from natgalore_jax._src.params.plan import LeafPlan
 
 # Divisors are at least the smallest normal number.
@@ -57,23 +57,20 @@ def clip_leading_of_factored(
     plan: LeafPlan,
     factors: Factors,
     update: FactoredUpdate,
-    G: jax.Array,
+    G: jax.Array | Apart,
     limit: jax.typing.ArrayLike,
-) -> jax.Array:
-    """:func:`clip_leading` of ``U = P L + φ G``, which is computed once, at the end.
+) -> FactoredUpdate:
+    """:func:`clip_leading` of ``U = P L + φ G``, which is not computed.
 
     Args:
-      plan, factors, update, G: of a matrix with one projected side.
+      plan, factors, update, G: of a matrix with one projected side; G only has to be read.
       limit: c.
-
-    Returns:
-      U in full shape, float32.
     """
     of_rows, of_cols = side_axes(plan, 0), side_axes(plan, 1)
-    update = place_update(plan, update, G)
+    update = place_update(plan, update, any_of(G))
     U = Products(plan, factors, update, G)
     s = jnp.broadcast_to(_start(plan), (*plan.batch_shape, *plan.mode_shape(0)))
-    y = U.with_rows(place_phi(of_rows, s, G))
+    y = U.with_rows(place_phi(of_rows, s, any_of(G)))
     own = range(of_cols.batch_ndim, y.ndim)
     unit = _magnitude(y, own)
     x = U.with_columns(y / unit)
@@ -82,7 +79,7 @@ def clip_leading_of_factored(
     x = on_axes_of_gradient(of_rows, x)
     rows, cols = plan.modes
     excess = _excess(x, y, unit, rows, cols, limit * math.sqrt(max(plan.mode_sizes)))
-    return whole(plan, factors, update, G) - excess * y
+    return update._replace(clipped=(excess, y))
 
 
 def _start(plan: LeafPlan) -> jax.Array:

@@ -1,19 +1,22 @@
 """Small equal parameters are computed as one stack.
 
 XLA's compile time grows with the number of operations, and a small matrix is computed in less time
-than its operations take to start. Stacks are temporary: a state has one array per parameter.
+than its operations take to start. Stacks are temporary: a state has one array per parameter. Where
+only the gradients of parameters are too large for a stack, everything else is computed as one, and
+the gradients are read one by one.
 """
 
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from natgalore_jax._src.kernels.kernel import kernel
 from natgalore_jax._src.params.context import is_layer_view
+from natgalore_jax._src.params.placement import has_explicit_sharding
 
 # Bytes of the largest arrays of a stack: all are live at once, and stacks of 4 MiB made updates of
 # 512 x 512 matrices a third slower than one by one.
@@ -44,16 +47,8 @@ def for_each(
     Returns:
       One result for each parameter, None where there is nothing to compute.
     """
-    operands = [*zip(*columns, strict=True)]
-    results: list[Any] = [None] * len(settings)
-    # Updates of one layer do not depend on the parameters of others, and XLA removes the latter's.
-    alone = [[i] for i, own in enumerate(settings) if own is not None]
-    for numbers in alone if is_layer_view() else kinds(settings, operands):
-        own = [operands[i] for i in numbers]
-        found = _of_kind(function, settings[numbers[0]], one_by_one, own, shared)
-        for i, result in zip(numbers, found, strict=True):
-            results[i] = result
-    return results
+    of_kind = functools.partial(_of_stack, function, one_by_one)
+    return _for_each_kind(of_kind, settings, [*zip(*columns, strict=True)], shared, most_in_stack)
 
 
 def merged(found: Sequence[Any], *columns: Sequence[Any]) -> list[list[Any]]:
@@ -64,8 +59,91 @@ def merged(found: Sequence[Any], *columns: Sequence[Any]) -> list[list[Any]]:
     ]
 
 
-@kernel("function", "settings", "one_by_one")
-def _of_kind(function, settings, one_by_one, operands, shared):
+def for_each_gradient(
+    function: Callable[[Any, Any, Any, Any], Any],
+    finish: Callable[[Any, Any, Any, Any, Any], Any],
+    settings: Sequence[Hashable],
+    columns: Sequence[Sequence[Any]],
+    gradients: Sequence[jax.Array],
+    shared: Any,
+) -> list[Any]:
+    """:func:`for_each` in two parts, of which only ``finish`` has results of the gradient's size.
+
+    Of equal parameters whose gradients are too large for a stack, the first part is computed in
+    stacks.
+
+    Args:
+      function: ``found = function(settings, operands, G, shared)``; it takes G by :func:`read`.
+      finish: ``finish(settings, operands, found, G, shared)``.
+      settings, columns, shared: as in :func:`for_each`, without the gradients.
+      gradients: one for each parameter.
+    """
+
+    def most(own):
+        with_gradient = most_in_stack(own)
+        can_be_apart = with_gradient == 1 and not has_explicit_sharding(own[-1])
+        return most_in_stack(own[:-1]) if can_be_apart else with_gradient
+
+    def of_kind(settings, operands, shared):
+        are_apart = len(operands) > most_in_stack(operands[0])
+        return _of_gradients(function, finish, are_apart, settings, operands, shared)
+
+    operands = [*zip(*columns, gradients, strict=True)]
+    return _for_each_kind(of_kind, settings, operands, shared, most)
+
+
+class Apart(NamedTuple):
+    """Gradients of the parameters of a stack, which are no stack themselves."""
+
+    gradients: Sequence[jax.Array]
+    number: jax.Array  # of a parameter in the stack
+
+
+def read(
+    function: Callable[..., jax.Array], G: jax.Array | Apart, *vectors: jax.Array
+) -> jax.Array:
+    """``function(G, *vectors)``, a small array, inside of :func:`for_each_gradient`."""
+    if not isinstance(G, Apart):
+        return function(G, *vectors)
+    gradients = G.gradients
+
+    @jax.custom_batching.custom_vmap
+    def of_one(number, *vectors):
+        del number
+        return function(gradients[0], *vectors)
+
+    @of_one.def_vmap
+    def of_all(size, is_stack, number, *vectors):
+        del number
+        own = [
+            unstack(x, size) if stacked else [x] * size
+            for x, stacked in zip(vectors, is_stack[1:], strict=True)
+        ]
+        found = [function(*each) for each in zip(gradients, *own, strict=True)]
+        return stack(found), True
+
+    return of_one(G.number, *vectors)
+
+
+def any_of(G: jax.Array | Apart) -> jax.Array:
+    """A gradient with the type of G."""
+    return G.gradients[0] if isinstance(G, Apart) else G
+
+
+def _for_each_kind(of_kind, settings, operands, shared, most) -> list[Any]:
+    """``of_kind(settings, operands, shared)`` of the parameters of each stack."""
+    results: list[Any] = [None] * len(settings)
+    # Updates of one layer do not depend on the parameters of others, and XLA removes the latter's.
+    alone = [[i] for i, own in enumerate(settings) if own is not None]
+    for numbers in alone if is_layer_view() else kinds(settings, operands, most):
+        found = of_kind(settings[numbers[0]], [operands[i] for i in numbers], shared)
+        for i, result in zip(numbers, found, strict=True):
+            results[i] = result
+    return results
+
+
+@kernel("function", "one_by_one", "settings")
+def _of_stack(function, one_by_one, settings, operands, shared):
     def of_one(own):
         return function(settings, own, shared)
 
@@ -73,6 +151,26 @@ def _of_kind(function, settings, one_by_one, operands, shared):
         return [of_one(operands[0])]
     of_stack = functools.partial(jax.lax.map, of_one) if one_by_one else jax.vmap(of_one)
     return unstack(of_stack(stack(operands)), len(operands))
+
+
+@kernel("function", "finish", "are_apart", "settings")
+def _of_gradients(function, finish, are_apart, settings, operands, shared):
+    def of_one(own):
+        *own, G = own
+        return finish(settings, own, function(settings, own, G, shared), G, shared)
+
+    length = len(operands)
+    if length == 1:
+        return [of_one(operands[0])]
+    if not are_apart:
+        return unstack(jax.vmap(of_one)(stack(operands)), length)
+    *columns, gradients = zip(*operands, strict=True)
+    own = [*zip(*columns, strict=True)]
+    found = jax.vmap(lambda i, own: function(settings, own, Apart(gradients, i), shared))(
+        jnp.arange(length, dtype=jnp.int32), stack(own)
+    )
+    each = zip(own, unstack(found, length), gradients, strict=True)
+    return [finish(settings, *one, shared) for one in each]
 
 
 def most_in_stack(tree: Any) -> int:
@@ -93,7 +191,8 @@ def kinds(
 ) -> list[list[int]]:
     """Numbers of the parameters of each stack, those without settings left out.
 
-    ``most`` of the operands of a parameter is the largest length.
+    ``most`` of the operands of a parameter is the largest length. XLA compiles equal kernels once:
+    stacks of one length, if one from half of the largest divides the number of parameters.
     """
     equal: dict[Hashable, list[int]] = defaultdict(list)
     for i, (own, tree) in enumerate(zip(settings, operands, strict=True)):
@@ -103,9 +202,14 @@ def kinds(
     return [
         numbers[start : start + length]
         for numbers in equal.values()
-        for length in [most(operands[numbers[0]])]
+        for length in [_length(len(numbers), most(operands[numbers[0]]))]
         for start in range(0, len(numbers), length)
     ]
+
+
+def _length(number: int, most: int) -> int:
+    most = min(number, most)
+    return next((x for x in range(most, most // 2, -1) if number % x == 0), most)
 
 
 def stack(trees: Sequence[Any]) -> Any:
@@ -124,11 +228,13 @@ def unstack(stacked: Any, length: int) -> list[Any]:
         return [jax.tree.map(lambda x: x.squeeze(0), stacked)]
     numbers = range(length)
     # Constant indices would make a kernel of 25 ms compile time of every slice; indices that depend
-    # on a branch are data, so that all equal slices are one kernel.
-    indices = jax.lax.cond(
+    # on a branch are data, so that all equal slices are one kernel. The stack depends on it too, or
+    # every slice would be a kernel of all that the stack is made of.
+    indices, stacked = jax.lax.cond(
         jax.lax.optimization_barrier(jnp.bool_(False)),
-        lambda: tuple(jnp.uint32(0) for _ in numbers),
-        lambda: tuple(jnp.uint32(i) for i in numbers),
+        lambda x: (tuple(jnp.uint32(0) for _ in numbers), jax.tree.map(jnp.zeros_like, x)),
+        lambda x: (tuple(jnp.uint32(i) for i in numbers), x),
+        stacked,
     )
     return [jax.tree.map(lambda x, i=i: _entry(x, i), stacked) for i in indices]
 

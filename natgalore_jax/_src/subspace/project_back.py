@@ -20,7 +20,7 @@ from natgalore_jax._src.kernels.residual import (
     with_residual,
 )
 from natgalore_jax._src.kernels.spectral import clip_each, clip_leading, clip_leading_of_factored
-from natgalore_jax._src.kernels.stacks import for_each, merged
+from natgalore_jax._src.kernels.stacks import for_each, for_each_gradient, merged
 from natgalore_jax._src.params.checks import check_choice, check_decay, check_number, check_unused
 from natgalore_jax._src.params.placement import zeros_on_axes
 from natgalore_jax._src.params.plan import LeafPlan
@@ -239,10 +239,12 @@ def update_back(
                 _check_memory(residual, plan, own)
     rule, *numbers = settings.residual or (None,)
     own = [tuple(x and x.unnamed for x in pair) for pair in zip(plans, matrices, strict=True)]
-    found = for_each(
-        _back,
+    found = for_each_gradient(
+        _factored,
+        _whole,
         [(*pair, rule, basis_error) if pair[0] else None for pair in own],
-        (factors, states, N, R, G),
+        (factors, states, N, R),
+        G,
         (numbers, settings.scale, settings.singular_limit),
     )
     updates, states = merged(found, N, states)
@@ -273,10 +275,10 @@ def _check_memory(residual: Residual, plan: LeafPlan, memory: Sequence[Any]) -> 
         )
 
 
-def _back(settings, operands, shared):
-    """The update of one parameter in the dtype of N; its direction, norm and Fisher entries."""
-    plan, matrix, rule, basis_error = settings
-    factors, state, N, R, G = operands
+def _factored(settings, operands, G, shared):
+    """The update of one parameter in factors; its direction, norm and Fisher entries."""
+    plan, _, rule, basis_error = settings
+    factors, state, N, R = operands
     numbers, scale, limit = shared
     if rule is None:
         update = FactoredUpdate(scale * N)
@@ -295,11 +297,19 @@ def _back(settings, operands, shared):
         )
         state = direction, norm, fisher
     if limit is not None and plan.is_one_sided:
-        U = clip_leading_of_factored(plan, factors, update, G, limit)
-    else:
-        U = whole(plan, factors, update, G)
-        if limit is not None and matrix is not None:
-            U = clip_leading(matrix, U, limit)
+        update = clip_leading_of_factored(plan, factors, update, G, limit)
+    return update, state
+
+
+def _whole(settings, operands, found, G, shared):
+    """The update of one parameter in full shape, in the dtype of N, and its entries."""
+    plan, matrix, *_ = settings
+    factors, _, N, _ = operands
+    update, state = found
+    _, _, limit = shared
+    U = whole(plan, factors, update, G)
+    if limit is not None and matrix is not None and not plan.is_one_sided:
+        U = clip_leading(matrix, U, limit)
     return U.astype(N.dtype), state
 
 
