@@ -147,10 +147,7 @@ def _of_stack(function, one_by_one, settings, operands, shared):
     def of_one(own):
         return function(settings, own, shared)
 
-    if len(operands) == 1:
-        return [of_one(operands[0])]
-    of_stack = functools.partial(jax.lax.map, of_one) if one_by_one else jax.vmap(of_one)
-    return unstack(of_stack(stack(operands)), len(operands))
+    return _in_stack(of_one, operands, one_by_one)
 
 
 @kernel("function", "finish", "are_apart", "settings")
@@ -159,18 +156,22 @@ def _of_gradients(function, finish, are_apart, settings, operands, shared):
         *own, G = own
         return finish(settings, own, function(settings, own, G, shared), G, shared)
 
-    length = len(operands)
-    if length == 1:
-        return [of_one(operands[0])]
     if not are_apart:
-        return unstack(jax.vmap(of_one)(stack(operands)), length)
-    *columns, gradients = zip(*operands, strict=True)
-    own = [*zip(*columns, strict=True)]
+        return _in_stack(of_one, operands)
+    small, gradients = [own[:-1] for own in operands], [own[-1] for own in operands]
+    length = len(operands)
     found = jax.vmap(lambda i, own: function(settings, own, Apart(gradients, i), shared))(
-        jnp.arange(length, dtype=jnp.int32), stack(own)
+        jnp.arange(length, dtype=jnp.int32), stack(small)
     )
-    each = zip(own, unstack(found, length), gradients, strict=True)
+    each = zip(small, unstack(found, length), gradients, strict=True)
     return [finish(settings, *one, shared) for one in each]
+
+
+def _in_stack(of_one, operands, one_by_one=False):
+    if len(operands) == 1:
+        return [of_one(operands[0])]
+    of_stack = functools.partial(jax.lax.map, of_one) if one_by_one else jax.vmap(of_one)
+    return unstack(of_stack(stack(operands)), len(operands))
 
 
 def most_in_stack(tree: Any) -> int:
