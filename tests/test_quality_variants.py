@@ -17,7 +17,7 @@ from examples.common.errors import ConfigError
 def test_the_recipe_in_parts_is_the_default():
     params = {"w": jax.random.normal(jax.random.key(0), (24, 32)), "b": jnp.zeros(5)}
     whole = ng.natural_galore_adamw(0.02, rank=4, update_interval=2, weight_decay=0.0)
-    optimizers = whole, recipe(0.02, rank=4, update_interval=2, steps=9)
+    optimizers = whole, recipe(0.02, rank=4, update_interval=2)
     states = [tx.init(params) for tx in optimizers]
     for step in range(3):
         grads = jax.tree.map(lambda p, s=step: jnp.cos(7 * p + s), params)
@@ -30,7 +30,7 @@ def test_the_recipe_in_parts_is_the_default():
 
 def test_a_method_with_clipping_is_clipped_as_the_default_is():
     params = {"mlp": jax.random.normal(jax.random.key(0), (24, 32)), "b": jnp.zeros(5)}
-    without = Method("", recipe, {"steps": 9, "rank": 4, "singular_limit": None})
+    without = Method("", recipe, {"rank": 4, "singular_limit": None})
     whole = ng.natural_galore_adamw(0.02, rank=4, weight_decay=0.0)
     for method in (without, clipped(without)):
         tx = method.factory(learning_rate=lambda step: 0.02, **method.fixed)

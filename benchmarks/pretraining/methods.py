@@ -32,7 +32,6 @@ class Setting(NamedTuple):
     rank: int
     update_interval: int
     seed: int
-    steps: int
     unprojected_ratio: float = 1.0
     norm_ratio: float | None = None  # None: norms have the ratio of embedding and head
     weight_decay: float = 0.0

@@ -123,7 +123,6 @@ def prepare(run: Run) -> Prepared:
     learning_rate = run.learning_rate / chosen.method.scale
     config = RunConfig(
         preset=run.preset,
-        steps=steps,
         batch_size=run.step_rows // run.accumulate,
         seq_len=preset.seq_len,
         accumulate=run.accumulate,
@@ -145,7 +144,6 @@ def prepare(run: Run) -> Prepared:
         rank=preset.rank,
         update_interval=preset.update_interval,
         seed=run.seed,
-        steps=steps,
         unprojected_ratio=run.ratio,
         norm_ratio=run.norm_ratio,
     )
