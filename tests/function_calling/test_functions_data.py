@@ -153,6 +153,11 @@ _NESTFUL_BAD = [
         lambda d: d[2]["query_parameters"].update(n=3),
         "parameter n must be an object, got 3",
     ),
+    (
+        "spec",
+        lambda d: d[2]["query_parameters"]["numbers"].update(enum=5),
+        'parameter numbers: "enum" must be a list, got 5',
+    ),
 ]
 
 
@@ -168,6 +173,24 @@ def test_bad_nestful_record_is_named(tmp_path, which, spoil, message):
     with pytest.raises(DataError) as caught:
         load_nestful(tmp_path, ("executable",))
     assert str(tmp_path) in str(caught.value) and message in str(caught.value)
+
+
+def _schema(rows):
+    return rows[1]["function"][0]["parameters"]
+
+
+def _n(rows):
+    return _schema(rows)["properties"]["n"]
+
+
+def test_a_record_without_tools_is_refused(tmp_path):
+    shutil.copytree(FIXTURES / "bfcl", tmp_path, dirs_exist_ok=True)
+    for which, empty in (("", {"function": []}), ("possible_answer", {"ground_truth": []})):
+        path = tmp_path / which / "BFCL_v4_parallel.json"
+        rows = [json.loads(line) for line in path.read_text().split("\n") if line]
+        path.write_text("".join(json.dumps(row | empty) + "\n" for row in rows))
+    with pytest.raises(DataError, match="there are no tools"):
+        load_bfcl(tmp_path, ("parallel",))
 
 
 _BFCL_BAD = [
@@ -191,6 +214,13 @@ _BFCL_BAD = [
         "line 1, call 1, argument n must be a list, got 7",
     ),
     ("possible_answer", lambda d: d[0]["ground_truth"][0].clear(), "must be an object of one tool"),
+    ("", lambda d: _schema(d).update(required="n"), 'math.factorial: "required" must be a list'),
+    ("", lambda d: _schema(d).update(required=5), 'math.factorial: "required" must be a list'),
+    ("", lambda d: _n(d).update(enum=5), 'parameter n: "enum" must be a list, got 5'),
+    ("", lambda d: _n(d).update(description=[1]), 'n: "description" must be a string, got [1]'),
+    ("", lambda d: _n(d).update(default=float("nan")), "'n': a number must be finite, got nan"),
+    ("", lambda d: _n(d).update(enum=["\ud83d"]), "'n': a text holds half a surrogate pair"),
+    ("", lambda d: d[1]["function"][0].update(description="\ud83d"), "half a surrogate pair"),
 ]
 
 

@@ -13,7 +13,8 @@ from examples.finetune.planner.data import load_tinyagent
 from examples.finetune.planner.plans.metrics import score
 from examples.finetune.planner.plans.official import officially_succeeds
 from examples.finetune.planner.plans.parse import write_plan
-from examples.finetune.planner.plans.plan import Ref, Text
+from examples.finetune.planner.plans.plan import Argument, Call, Plan, Ref, Text
+from examples.finetune.planner.plans.records import Record, Tool
 
 _ADDRESS = ["get_email_address", ["Ann Smith"]]
 _NOTE = ["open_note", ["Trip", ""]]
@@ -113,6 +114,29 @@ def test_a_label_fails_without_its_results(tmp_path, name):
     assert right in text
     record = _load(tmp_path, _LABELS[name])
     assert not officially_succeeds(record, text.replace(right, wrong))
+
+
+@pytest.mark.parametrize(
+    ("reference", "other"),
+    [
+        ("Pay $12345678901 now", "Pay $12345678999 now"),
+        ("Pay $12345678901 now", "Pay $123456789 now"),
+        ("code $007 now", "code $7 now"),
+        ("code ${7} now", "code $7 now"),
+    ],
+)
+def test_amounts_are_equal_as_they_are_written(tmp_path, reference, other):
+    record = _load(tmp_path, [_NOTE, _append(reference)])
+    for text in (reference, other):
+        scores = score(record, _in_python([_NOTE, _append(text)]))
+        assert scores.aware_success == (text == reference)
+
+
+def test_a_label_that_holds_the_end_mark_is_not_cut():
+    arguments = Argument("a <END_OF_PLAN> b")
+    plan = Plan((Call("a", (arguments,)), Call("b"), Call("join")))
+    record = Record("", "Please.", (Tool("a"), Tool("b")), plan)
+    assert not officially_succeeds(record, '1. a("a')
 
 
 def test_a_label_keeps_the_part_of_a_result(tmp_path):

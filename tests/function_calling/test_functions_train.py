@@ -15,7 +15,7 @@ import tiny_planner as tiny
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from examples.common.errors import ConfigError, WeightsError
+from examples.common.errors import ConfigError, DataError, WeightsError
 from examples.common.lora import union
 from examples.common.metrics import of_kind
 from examples.common.reporter import Reporter
@@ -260,6 +260,37 @@ def test_what_each_method_trains(prepared):
     assert len(trained("lora")) == 14
 
 
+def test_plans_with_special_tokens_of_the_model_are_left_out(config, prepared, tmp_path):
+    left_out = prepared.splits["train"].records[0].id
+    data = json.loads(config.data.read_text())
+    data[left_out]["output"][0]["parsed_output"][0]["tool_args"] = [f"say {tiny.END} now"]
+    path = tmp_path / "records.json"
+    path.write_text(json.dumps(data))
+    found = prepare(dataclasses.replace(config, data=path))
+    assert left_out not in {record.id for record in found.splits["train"].records}
+    assert any("15 records, 1 others are left out: a special token" in n for n in found.notes)
+
+
+def test_questions_without_words(config, prepared, tmp_path):
+    data = {k: row | {"input": "?!"} for k, row in json.loads(config.data.read_text()).items()}
+    path = tmp_path / "records.json"
+    path.write_text(json.dumps(data))
+    without = dataclasses.replace(config, data=path)
+    assert len(prepare(without).splits["train"].rows) == len(prepared.splits["train"].rows)
+    with pytest.raises(DataError, match="no question of the train split has a word"):
+        prepare(dataclasses.replace(without, prompt=PromptConfig(examples=1)))
+
+
+def test_files_without_usable_records(config, tmp_path):
+    path = tmp_path / "records.json"
+    path.write_text("{}")
+    with pytest.raises(DataError, match="no records"):
+        prepare(dataclasses.replace(config, data=path))
+    path.write_text('{"a": 1, "\\ud83d": {}}')
+    with pytest.raises(DataError, match=r"no usable record, the first of 2: .*'a'"):
+        prepare(dataclasses.replace(config, data=path, skip_unusable=True))
+
+
 def test_rows_that_are_too_long_are_counted(config, prepared):
     lengths = {
         name: sorted(len(row.tokens) for row in split.rows)
@@ -272,13 +303,13 @@ def test_rows_that_are_too_long_are_counted(config, prepared):
     for name, split in found.splits.items():
         kept = [n for n in lengths[name] if n <= cut]
         assert sorted(len(row.tokens) for row in split.rows) == kept
-        assert split.dropped == len(lengths[name]) - len(kept)
+        assert split.too_long == len(lengths[name]) - len(kept)
         assert [record.id for record in split.records] == [
             record.id
             for record, row in zip(*prepared.splits[name][:2], strict=True)
             if len(row.tokens) <= cut
         ]
-    dropped = found.splits["train"].dropped
+    dropped = found.splits["train"].too_long
     assert dropped > 0
     assert any(f"train: {16 - dropped} records, {dropped} others" in n for n in found.notes)
     few = prepare(dataclasses.replace(shorter, limit=4)).splits["train"]

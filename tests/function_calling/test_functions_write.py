@@ -23,7 +23,10 @@ from examples.finetune.planner.plans.plan import (
 _CALLS = 4
 _paths = st.sampled_from(["", ".id", ".a.b[0]", "[12]", ".Exchange Rate", ".größe", ". ) \"'\\"])
 # Dollars, digits and braces are where references could be misread.
-_texts = st.text(st.sampled_from("$$$123{}.[]a\\\"'\n") | st.characters(exclude_categories=["Cs"]))
+_texts = st.text(
+    st.sampled_from("$$$123{}.[]a\\\"'\n")
+    | st.characters(exclude_categories=["Cs"], exclude_characters="\0")
+)
 
 
 def _refs(others):

@@ -106,7 +106,7 @@ def run(config: RunConfig, console: Console) -> int:
         "dataset": config.dataset,
         "model": config.model,
         "records": {name: len(split.records) for name, split in prepared.splits.items()},
-        "too_long": {name: split.dropped for name, split in prepared.splits.items()},
+        "too_long": {name: split.too_long for name, split in prepared.splits.items()},
         "untrained": untrained,
         "methods": [result.summary() for result in results],
     }

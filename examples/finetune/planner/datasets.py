@@ -88,6 +88,9 @@ def _tinyagent(source: Source) -> Dataset:
     _known(source.parts, ())
     rejected: list[str] = []
     records = load_tinyagent(source.path, rejected if source.skip_unusable else None)
+    if not records:
+        why = f"no usable record, the first of {len(rejected)}: " if rejected else "no records"
+        raise DataError(f"{source.path}: {why}{''.join(rejected[:1])}")
     notes = [f"{len(rejected)} unusable records left out, first {rejected[0]}"] if rejected else []
     return Dataset(apply_splits(records, split_by_tools(records, held_out=source.held_out)), notes)
 

@@ -46,6 +46,11 @@ class Chat(NamedTuple):
         mark = ids[end] if end < len(ids) else self.end_ids[0]
         return Row(np.array([*prompt, *ids[:end], mark], np.int32), len(prompt))
 
+    def holds_special_token(self, text: str) -> bool:
+        """Whether a text would be read as more than its words: as the end of an answer, say."""
+        added = self.tokenizer.get_added_tokens_decoder().values()
+        return any(token.special and token.content in text for token in added)
+
     def decode(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens)
 

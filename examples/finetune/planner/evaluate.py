@@ -26,7 +26,7 @@ class Prediction:
 
     record: Record
     prompt: str
-    """The whole text that the model continued."""
+    """The text that the model continued, without its special tokens."""
     text: str
     ended: bool
     """Whether it came to an end by itself."""

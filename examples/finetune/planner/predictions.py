@@ -1,6 +1,7 @@
 """Questions with the plans that a model wrote: files to read, and some of them side by side."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.text import Text
 
 from examples.finetune.planner.evaluate import Prediction
 from examples.finetune.planner.plans.metrics import verdict
-from examples.finetune.planner.plans.parse import write_plan
+from examples.finetune.planner.plans.parse import END_OF_PLAN, write_plan
 
 _JSON = "predictions.json"
 
@@ -51,7 +52,8 @@ def side_by_side(run_dir: Path, names: Sequence[str], count: int) -> Group:
         plans = Table.grid(padding=(0, 2))
         plans.add_row("reference", Text(first["reference"]), "")
         for name, rows in zip(names, files, strict=True):
-            plans.add_row(name, Text(rows[i]["written"].strip()), Text(rows[i]["verdict"]))
+            written = re.sub(r"\n\s*\n", "\n\n", rows[i]["written"].strip())
+            plans.add_row(name, Text(written), Text(rows[i]["verdict"]))
         parts += [Rule(first["id"]), Text(first["prompt"].strip() + "\n"), plans]
     return Group(*parts)
 
@@ -65,7 +67,9 @@ def _row(prediction: Prediction) -> dict[str, Any]:
         "prompt": prediction.prompt,
         "reference": write_plan(record.plan),
         "written": text,
-        "verdict": said if prediction.ended else f"{said} (cut off: no end mark)",
+        "verdict": said
+        if prediction.ended or END_OF_PLAN in text
+        else f"{said} (cut off: no end mark)",
         "scores": asdict(prediction.scores),
     }
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from examples.common.errors import ConfigError, WeightsError
+from examples.common.errors import ConfigError, DataError, WeightsError
 from examples.common.run_directory import check_apart
 from examples.common.train_state import Params
 from examples.finetune.planner.batches import Layout, make_layout
@@ -28,11 +28,12 @@ class Split(NamedTuple):
     records: tuple[Record, ...]
     rows: tuple[Row, ...]  # Of the same records.
     looked_at: int  # As many as it took to find the wanted number.
+    marked: int  # Those of them whose plan holds a special token of the model.
 
     @property
-    def dropped(self) -> int:
+    def too_long(self) -> int:
         """Those of them that were longer than allowed."""
-        return self.looked_at - len(self.records)
+        return self.looked_at - self.marked - len(self.records)
 
 
 class Prepared(NamedTuple):
@@ -83,12 +84,17 @@ def prepare(config: RunConfig) -> Prepared:
     chat = Chat(file.tokenizer, file.chat_template, file.end_ids)
     if chat.template is None:
         notes = [*notes, "the model has no chat template: prompt and plan follow one another"]
-    retriever = Retriever(records.train)
+    retriever = Retriever(records.train) if config.prompt.examples else None
+
+    def encode(record: Record) -> Row | None:
+        pair = make_pair(record, retriever, config.prompt)
+        return None if chat.holds_special_token(pair.completion) else chat.encode(pair)
+
     splits = {
         name: _fitting(
             getattr(records, name),
             config.limit if name == "train" else config.eval_limit,
-            lambda record: chat.encode(make_pair(record, retriever, config.prompt)),
+            encode,
             config.max_length,
             name,
         )
@@ -112,39 +118,46 @@ def prepare(config: RunConfig) -> Prepared:
 def _fitting(
     records: tuple[Record, ...],
     limit: int | None,
-    encode: Callable[[Record], Row],
+    encode: Callable[[Record], Row | None],
     max_length: int,
     name: str,
 ) -> Split:
     """The records that are not too long, or `limit` of them in an order that is always the same."""
     order = np.random.default_rng(0).permutation(len(records))
     order = sorted(order) if limit is None else order
-    chosen, rows, lengths = [], [], []
+    chosen, rows, lengths, looked_at = [], [], [], 0
     for i in order:
         if len(chosen) == limit:
             break
+        looked_at += 1
         row = encode(records[i])
+        if row is None:
+            continue
         lengths.append(len(row.tokens))
         if len(row.tokens) <= max_length:
             chosen.append(records[i])
             rows.append(row)
+    if not lengths:
+        raise DataError(f"every plan of the {name} split holds a special token of the model")
     if not chosen:
         raise ConfigError(
             f"max_length={max_length}: no row of the {name} split is that short, the shortest has "
             f"{min(lengths)} tokens"
         )
-    return Split(tuple(chosen), tuple(rows), len(lengths))
+    return Split(tuple(chosen), tuple(rows), looked_at, looked_at - len(lengths))
 
 
 def _notes(splits: dict[str, Split], config: RunConfig) -> list[str]:
     notes = []
     for name, split in splits.items():
+        reasons = {
+            f"over {config.max_length} tokens": split.too_long,
+            "a special token of the model in the plan": split.marked,
+        }
         left_out = (
-            f", {split.dropped} others are left out: over {config.max_length} tokens"
-            if split.dropped
-            else ""
+            f", {count} others are left out: {why}" for why, count in reasons.items() if count
         )
-        notes.append(f"{name}: {len(split.records)} records{left_out}")
+        notes.append(f"{name}: {len(split.records)} records{''.join(left_out)}")
     held_out = [row for name in ("validation", "test") for row in splits[name].rows]
     over = sum(row.learned > config.new_tokens for row in held_out)
     if over:

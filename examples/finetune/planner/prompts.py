@@ -8,6 +8,7 @@ import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics.pairwise import linear_kernel
 
+from examples.common.errors import DataError
 from examples.finetune.planner.plans.parse import END_OF_PLAN, write_plan, write_value
 from examples.finetune.planner.plans.plan import Value
 from examples.finetune.planner.plans.records import MISSING, Parameter, Record, Tool
@@ -17,14 +18,20 @@ class Retriever:
     """Similarity is the cosine of TF-IDF vectors of words and pairs of words.
 
     Raises:
-      ValueError: if there are no records, or none has a word.
+      DataError: if no record has a word.
     """
 
     def __init__(self, train: Sequence[Record]):
         """Takes the records to choose from: the training split, and nothing that is held out."""
         self._records = tuple(train)
         self._vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
-        self._vectors = self._vectorizer.fit_transform([record.query for record in train])
+        try:
+            self._vectors = self._vectorizer.fit_transform([record.query for record in train])
+        except ValueError as error:
+            raise DataError(
+                f"no question of the train split has a word of two letters ({error}): "
+                "--prompt.examples 0 asks for no similar ones"
+            ) from error
 
     def nearest(
         self, query: str, count: int, allowed: Callable[[Record], bool] = lambda record: True
@@ -177,7 +184,7 @@ class Pair:
         return self.prompt + self.completion
 
 
-def make_pair(record: Record, retriever: Retriever, config: PromptConfig) -> Pair:
+def make_pair(record: Record, retriever: Retriever | None, config: PromptConfig) -> Pair:
     """The prompt and the plan of a record of any split.
 
     Examples come from the retriever's training split, and never have the record's combination of
@@ -185,11 +192,13 @@ def make_pair(record: Record, retriever: Retriever, config: PromptConfig) -> Pai
     model learns to copy. The tools on offer are those of the plan, those of the examples, and
     others of the record until `negatives` are not needed, all of them shuffled.
     """
-    examples = retriever.nearest(
-        record.query,
-        config.examples,
-        lambda other: other.combination != record.combination and other.id != record.id,
-    )
+    examples: list[Record] = []
+    if retriever is not None:
+        examples = retriever.nearest(
+            record.query,
+            config.examples,
+            lambda other: other.combination != record.combination and other.id != record.id,
+        )
     # The most similar question comes last, next to the one to answer.
     examples = examples[::-1]
     return Pair(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.common.errors import DataError
-from examples.finetune.planner.data.files import entry, expect, located, read_json_lines
+from examples.finetune.planner.data.files import entry, expect, located, optional, read_json_lines
 from examples.finetune.planner.plans.plan import JOIN, Argument, Call, Plan, Value
 from examples.finetune.planner.plans.records import (
     MISSING,
@@ -102,22 +102,25 @@ def _tool(spec: Any, where: str) -> Tool:
     name = entry(spec, "name", str, where)
     where = f"{where}, tool {name}"
     schema = entry(spec, "parameters", dict, where)
-    required = set(schema.get("required") or ())
-    parameters = []
-    for parameter, value in entry(schema, "properties", dict, where).items():
-        expect(value, dict, f"{where}: parameter {parameter}")
-        parameters.append(
-            Parameter(
-                parameter,
-                value.get("type") or "",
-                value.get("description") or "",
-                parameter in required,
-                value.get("default", MISSING),
-                tuple(value.get("enum") or ()),
-            )
-        )
+    required = optional(schema, "required", list, where)
     with located(where):
-        return Tool(identifier(name), entry(spec, "description", str, where), tuple(parameters))
+        parameters = tuple(
+            _parameter(key, value, key in required, f"{where}: parameter {key}")
+            for key, value in entry(schema, "properties", dict, where).items()
+        )
+        return Tool(identifier(name), entry(spec, "description", str, where), parameters)
+
+
+def _parameter(name: str, spec: Any, required: bool, where: str) -> Parameter:
+    expect(spec, dict, where)
+    return Parameter(
+        name,
+        optional(spec, "type", str, where),
+        optional(spec, "description", str, where),
+        required,
+        spec.get("default", MISSING),
+        tuple(optional(spec, "enum", list, where)),
+    )
 
 
 def _one_of(values: Any, where: str) -> OneOf:

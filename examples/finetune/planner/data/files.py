@@ -50,6 +50,12 @@ def expect(value: Any, kind: type, what: str) -> Any:
     return value
 
 
+def optional(record: dict[str, Any], key: str, kind: type, where: str) -> Any:
+    """The value of `key`, which must be of this kind; an empty one if there is none."""
+    value = record.get(key)
+    return kind() if value is None else expect(value, kind, f'{where}: "{key}"')
+
+
 def _read(path: Path) -> bytes:
     content = read_bytes(path)
     if not content.strip():

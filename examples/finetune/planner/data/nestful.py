@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.common.errors import DataError
-from examples.finetune.planner.data.files import entry, expect, located, read_json
+from examples.finetune.planner.data.files import entry, expect, located, optional, read_json
 from examples.finetune.planner.plans.plan import (
     JOIN,
     Argument,
@@ -87,20 +87,21 @@ def _tool(tool: Any, where: str) -> Tool:
 
 def _parameters(parameters: dict[str, Any], where: str) -> tuple[Parameter, ...]:
     return tuple(
-        _parameter(name, expect(spec, dict, f"{where}: parameter {name}"))
-        for name, spec in parameters.items()
+        _parameter(name, spec, f"{where}: parameter {name}") for name, spec in parameters.items()
     )
 
 
-def _parameter(name: str, spec: dict[str, Any]) -> Parameter:
+def _parameter(name: str, spec: Any, where: str) -> Parameter:
+    expect(spec, dict, where)
+    choices = optional(spec, "enum", list, where) or optional(spec, "allowed_values", list, where)
     return Parameter(
         name,
         spec.get("type") or "",
-        spec.get("description") or "",
+        optional(spec, "description", str, where),
         # Results have a list of names there.
         spec.get("required") is True,
         spec.get("default", spec.get("default_value", MISSING)),
-        tuple(spec.get("enum") or spec.get("allowed_values") or ()),
+        tuple(choices),
     )
 
 

@@ -11,6 +11,8 @@ strictly than `parse_plan`:
 - The first `$k` of a string is the call in position k, whatever its number. Lists are looked into,
   but not lists in lists, tuples or dictionaries. `${1}` is no result; the price "$5" is one.
 - Results of no call, of the call itself, and of calls that wait for each other are failures.
+
+Texts of more than `MAX_CHARACTERS` are failures here, of any length there.
 """
 
 import ast
@@ -45,21 +47,21 @@ def officially_succeeds(record: Record, text: str) -> bool:
     tools = {tool.name for tool in record.tools} | {JOIN}
     named = any(argument.name for call in record.plan.calls for argument in call.arguments)
     if record.labelled is None:
-        label = _calls(write_plan(record.plan), tools, named)
+        label = _calls(write_plan(record.plan).removesuffix(END_OF_PLAN), tools, named)
     else:
         names = (call.tool for call in record.plan.calls)
         label = list(zip(names, record.labelled, strict=True))
     shapes: dict[Hashable, int] = {}
     try:
         expected = _graph(label, shapes)
-        predicted = _graph(_calls(text, tools, named), shapes)
+        predicted = _graph(_calls(text.partition(END_OF_PLAN)[0], tools, named), shapes)
     except ValueError:  # A result that cannot be taken, or a number of thousands of digits.
         return False
     return isomorphic(expected, predicted)
 
 
 def _calls(text: str, tools: Collection[str], named: bool) -> list[_Call]:
-    lines = text.partition(END_OF_PLAN)[0].split("\n")
+    lines = text.split("\n")
     # The search takes quadratic time where calls are not closed: lines without ")" lose their "(".
     closed = "\n".join(line if ")" in line else line.replace("(", " ") for line in lines)
     calls: dict[int, _Call] = {}

@@ -8,6 +8,7 @@ that does not depend on the interpreter, and `true`, `null` and `from="x"` are a
 
 import json
 import re
+import unicodedata
 from dataclasses import replace
 
 from examples.finetune.planner.plans.plan import (
@@ -44,24 +45,26 @@ _END = re.compile(rf"\)|(?={END_OF_PLAN}|{_ACTION}|\Z)")
 _BLANK = re.compile(r"\s*+")
 _NAME = re.compile(r"([^\W\d]\w*+)\s*+=(?!=)")
 _WORD = re.compile(r"[^\W\d]\w*+")
+_DIGITS = "[0-9]++(?:_[0-9]++)*+"
 _NUMBER = re.compile(
-    r"[+-]?+(?:[0-9]++(?P<fraction>\.[0-9]*+)?+|(?P<point>\.[0-9]++))(?P<power>[eE][+-]?+[0-9]++)?+"
+    r"[+-]?+(?:(?P<base>0[xX][0-9a-fA-F]++|0[oO][0-7]++|0[bB][01]++)"
+    rf"|(?:{_DIGITS}(?P<fraction>\.(?:{_DIGITS})?+)?+|(?P<point>\.{_DIGITS}))"
+    rf"(?P<power>[eE][+-]?+{_DIGITS})?+)"
 )
 _STRING = re.compile(
-    r'"""(?P<ddd>[^"\\]*+(?:(?:\\.|"(?!""))[^"\\]*+)*+)"""'
+    r'(?P<prefix>[rRuU]?+)(?:"""(?P<ddd>[^"\\]*+(?:(?:\\.|"(?!""))[^"\\]*+)*+)"""'
     r"|'''(?P<sss>[^'\\]*+(?:(?:\\.|'(?!''))[^'\\]*+)*+)'''"
     r'|"(?P<d>[^"\\]*+(?:\\.[^"\\]*+)*+)"'
-    r"|'(?P<s>[^'\\]*+(?:\\.[^'\\]*+)*+)'",
+    r"|'(?P<s>[^'\\]*+(?:\\.[^'\\]*+)*+)')",
     re.DOTALL,
 )
 _ESCAPE = re.compile(
     r"\\(?:u([0-9a-fA-F]{4})(?:(?<=[dD][89abAB]..)\\u([dD][c-fC-F][0-9a-fA-F]{2}))?+"
-    r"|U([0-9a-fA-F]{8})|x([0-9a-fA-F]{2})|(.))",
+    r"|U([0-9a-fA-F]{8})|x([0-9a-fA-F]{2})|([0-7]{1,3})|N\{([^{}]+)\}|(.))",
     re.DOTALL,
 )
 _ESCAPED = {"a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v"} | {
     **{character: character for character in "\"'\\/"},
-    "0": "\0",
     "\n": "",
 }
 _CONSTANTS = {"True": True, "true": True, "False": False, "false": False} | dict.fromkeys(
@@ -95,8 +98,8 @@ def _value(text: str, at: int, depth: int) -> tuple[Value, int]:
     if at >= len(text):
         raise PlanError("the text ends inside a call")
     match text[at]:
-        case '"' | "'":
-            return _string(text, at)
+        case '"' | "'" if not _STRING.match(text, at):
+            raise PlanError(f"quotes are not closed: {_near(text, at)}")
         case "$":
             if reference := REFERENCE.match(text, at):
                 return reference_of(reference), reference.end()
@@ -107,6 +110,8 @@ def _value(text: str, at: int, depth: int) -> tuple[Value, int]:
         case "{":
             return _entries(text, at + 1, depth)
         case _:
+            if _STRING.match(text, at):
+                return _string(text, at)
             if match := _NUMBER.match(text, at):
                 return _number(match), match.end()
             if (match := _WORD.match(text, at)) and match[0] in _CONSTANTS:
@@ -142,34 +147,45 @@ def _entries(text: str, at: int, depth: int) -> tuple[dict[str, Value], int]:
 
 
 def _string(text: str, at: int) -> tuple[Value, int]:
-    match = _STRING.match(text, at)
-    if match is None:
-        raise PlanError(f"quotes are not closed: {_near(text, at)}")
-    return read_string(_unescape(match)), match.end()
+    """Strings one after the other are one string."""
+    contents, following = [], at
+    while match := _STRING.match(text, following):
+        contents.append(_unescape(match))
+        at = match.end()
+        following = _skip(text, at)
+    return read_string("".join(contents)), at
 
 
 def _unescape(match: re.Match[str]) -> str:
     def character(escape: re.Match[str]) -> str:
-        high, low, wide, byte, other = escape.groups()
+        high, low, wide, byte, octal, name, other = escape.groups()
         if other is not None:
             return _ESCAPED.get(other, "\\" + other)
         if low is not None:
             return chr(0x10000 + ((int(high, 16) - 0xD800) << 10) + int(low, 16) - 0xDC00)
-        code = int(high or wide or byte, 16)
+        if name is not None:
+            try:
+                return unicodedata.lookup(name)
+            except KeyError:
+                raise PlanError(f"there is no character {escape[0]}") from None
+        code = int(octal, 8) if octal else int(high or wide or byte, 16)
         if code > 0x10FFFF:
             raise PlanError(f"there is no character {escape[0]}")
         return chr(code)
 
-    content = next(group for group in match.groups() if group is not None)
-    return _ESCAPE.sub(character, content) if "\\" in content else content
+    prefix, *contents = match.groups()
+    content = next(group for group in contents if group is not None)
+    if prefix in ("r", "R") or "\\" not in content:
+        return content
+    return _ESCAPE.sub(character, content)
 
 
 def _number(match: re.Match[str]) -> int | float:
     if any(match[part] is not None for part in ("fraction", "point", "power")):
         return float(match[0])
-    if len(match[0]) > MAX_DIGITS + 1:
+    if len(match[0]) > 2 * MAX_DIGITS:  # int() refuses thousands, and a plan more than so many.
         raise PlanError(f"a whole number has more than {MAX_DIGITS} digits")
-    return int(match[0])
+    return int(match[0], 0 if match["base"] else 10)
 
 
 def _comma_or(close: str, text: str, at: int, end: re.Pattern[str] | None = None) -> int:
@@ -253,7 +269,7 @@ def _from_one(call: Call, number: int, first: int) -> Call:
         if isinstance(part, str):
             return part
         counted = result(part)
-        return counted if part.path or 1 <= counted.call < number else f"${part.call}"
+        return counted if 1 <= counted.call < number else part.written
 
     def read(value: Value) -> Value:
         match value:

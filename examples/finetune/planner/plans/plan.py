@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
+from examples.common.text import has_half_pair
+
 JOIN = "join"
 """The call that ends a plan; its tool is known to every plan."""
 
@@ -46,8 +48,8 @@ class Ref:
     """Number of the call, from 1."""
     path: str = ""
     """Part of the result: fields by name and items of lists by position, as in ".flights[0].id"."""
-    braces: bool = field(default=False, compare=False, repr=False)
-    """Whether it is written in braces where it could be written without."""
+    written: str = field(default="", compare=False, repr=False)
+    """As it was read: the number may have zeros before it, or be in braces without need."""
 
     def __post_init__(self) -> None:
         if self.call < 0:
@@ -205,10 +207,11 @@ def _check_call(call: Call, *, last: bool) -> None:
         if not IDENTIFIER.fullmatch(name):
             raise PlanError(f"the name of an argument must be an identifier, got {_short(name)}")
     for argument in call.arguments:
-        _check_value(argument.value, 0)
+        check_value(argument.value)
 
 
-def _check_value(value: Value, depth: int) -> None:
+def check_value(value: Value, depth: int = 0) -> None:
+    """Raises a PlanError for what cannot be written as an argument."""
     if depth > MAX_DEPTH:
         raise PlanError(f"an argument is nested more than {MAX_DEPTH} deep")
     match value:
@@ -221,22 +224,22 @@ def _check_value(value: Value, depth: int) -> None:
             if not math.isfinite(value):
                 raise PlanError(f"a number must be finite, got {value}")
         case str():
-            try:
-                value.encode()
-            except UnicodeEncodeError:
-                raise PlanError("a text holds half a surrogate pair") from None
+            if has_half_pair(value):
+                raise PlanError("a text holds half a surrogate pair")
+            if "\0" in value:
+                raise PlanError("a text holds NUL")
         case Text():
             for part in value.parts:
-                _check_value(part, depth)
+                check_value(part, depth)
         case list():
             for item in value:
-                _check_value(item, depth + 1)
+                check_value(item, depth + 1)
         case dict():
             for key, item in value.items():
                 if not isinstance(key, str):
                     raise PlanError(f"the key of a dictionary must be a text, got {_short(key)}")
-                _check_value(key, depth)
-                _check_value(item, depth + 1)
+                check_value(key, depth)
+                check_value(item, depth + 1)
         case _:
             raise PlanError(f"an argument cannot be a {type(value).__name__}")
 
@@ -272,9 +275,7 @@ def reference_of(match: re.Match[str]) -> Ref:
     """The reference that `REFERENCE` found."""
     in_braces, path_in_braces, number, path = match.groups()
     # Some digits are enough to be out of range, and int() refuses thousands.
-    return Ref(
-        int((in_braces or number)[:9]), path_in_braces or path or "", braces=in_braces is not None
-    )
+    return Ref(int((in_braces or number)[:9]), path_in_braces or path or "", match[0])
 
 
 def read_string(content: str) -> str | Ref | Text:
@@ -318,5 +319,5 @@ def write_string(value: str | Ref | Text) -> str:
 def _write_reference(ref: Ref, following: str) -> str:
     """A reference before a text, in braces if it had some or if the end would be misread."""
     plain = f"${ref.call}{ref.path}"
-    match = None if ref.braces else REFERENCE.match(plain + following)
+    match = None if ref.written.startswith("${") else REFERENCE.match(plain + following)
     return plain if match and match.end() == len(plain) else f"${{{ref.call}{ref.path}}}"

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from enum import Enum
 
 from examples.common.text import has_half_pair
-from examples.finetune.planner.plans.plan import IDENTIFIER, JOIN, Plan, Value
+from examples.finetune.planner.plans.plan import (
+    IDENTIFIER,
+    JOIN,
+    Plan,
+    PlanError,
+    Value,
+    check_value,
+)
 
 
 class Missing(Enum):
@@ -30,6 +37,14 @@ class Parameter:
     default: Value | Missing = MISSING
     choices: tuple[Value, ...] = ()
 
+    def __post_init__(self) -> None:
+        default = () if self.default is MISSING else (self.default,)
+        for value in (self.name, self.type, self.description, *default, *self.choices):
+            try:
+                check_value(value)
+            except PlanError as error:
+                raise ValueError(f"parameter {self.name!r}: {error}") from None
+
 
 @dataclass(frozen=True)
 class Tool:
@@ -44,6 +59,8 @@ class Tool:
     def __post_init__(self) -> None:
         if not IDENTIFIER.fullmatch(self.name) or self.name == JOIN:
             raise ValueError(f"the name of a tool must be an identifier, got {self.name!r}")
+        if has_half_pair(self.description):
+            raise ValueError(f"the description of {self.name} holds half a surrogate pair")
         if repeated := _repeated([parameter.name for parameter in self.parameters]):
             raise ValueError(f"the tool {self.name} has two parameters {repeated}")
 
@@ -84,8 +101,10 @@ class Record:
     def __post_init__(self) -> None:
         if not self.query.strip():
             raise ValueError("the query is empty")
-        if has_half_pair(self.query):
-            raise ValueError("the query holds half a surrogate pair")
+        if has_half_pair(self.id + self.query):
+            raise ValueError("the id or the query holds half a surrogate pair")
+        if not self.tools:
+            raise ValueError("there are no tools")
         if repeated := _repeated([tool.name for tool in self.tools]):
             raise ValueError(f"two tools are called {repeated}")
         if not self.plan.joined:
