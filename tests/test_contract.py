@@ -89,6 +89,26 @@ def test_gradients_in_shard_map_that_differ_between_devices(name):
 
 
 @every_factory
+def test_models_of_their_own_on_each_device(name):
+    """The first state has the types of later ones, as a loop inside of shard_map needs."""
+    tx, mesh = FACTORIES[name](), jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+
+    def train(params):
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(params, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, tx.init(params)), length=2)[0][0]
+
+    run = jax.shard_map(train, mesh=mesh, in_specs=jax.P("data"), out_specs=jax.P("data"))
+    both = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((2 * x.shape[0], *x.shape[1:]), x.dtype), specs()
+    )
+    assert signature(jax.eval_shape(run, both)) == signature(both)
+
+
+@every_factory
 def test_state_goes_through_a_conditional(name):
     tx = FACTORIES[name]()
 

@@ -183,6 +183,6 @@ def _divides(mesh: Any, names: Names, length: int) -> bool:
 
 
 def zeros_on_axes(x: jax.Array, ndim: int, dtype: Any) -> jax.Array:
-    """Zeros with the first axes of x and their sharding."""
-    zeros = jnp.zeros(x.shape[:ndim], dtype)
+    """Zeros with the first axes of x, their sharding, and the mesh axes over which x varies."""
+    zeros = vary(jnp.zeros(x.shape[:ndim], dtype), varying_axes(x))
     return placed(zeros, names_of(x)[:ndim]) if has_explicit_sharding(x) else zeros

@@ -25,6 +25,8 @@ from natgalore_jax._src.params.placement import (
     AxisName,
     has_explicit_sharding,
     place_factor,
+    vary,
+    varying_axes,
 )
 from natgalore_jax._src.params.plan import LeafPlan, PlanSettings, plan_tree, require_projection
 from natgalore_jax._src.refresh.matrix import StoredFactors
@@ -383,7 +385,8 @@ def _placed(plan: LeafPlan, factors: StoredFactors, leaf: Any, *, stored: bool) 
     """The bases of one parameter, or their codes, sharded for storage or for products."""
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return factors
-    return tuple(
+    placed = tuple(
         jax.tree.map(lambda x, mode=mode: place_factor(plan, mode, x, leaf, stored=stored), P)
         for mode, P in zip(plan.projected_modes, factors, strict=True)
     )
+    return vary(placed, varying_axes(leaf))
