@@ -13,9 +13,9 @@ from typing import Any
 
 import jax
 import numpy as np
-import tyro
 from flax import nnx
 
+from benchmarks.common.command import command
 from benchmarks.common.environment import RESULTS, environment, print_targets, target, write_results
 from examples.llama.model.generate import generate
 from examples.llama.weights.files import load_llama
@@ -129,4 +129,4 @@ def _print(results: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main, description=__doc__)
+    command(main)

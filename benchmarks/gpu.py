@@ -15,8 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import tyro
-
+from benchmarks.common.command import command
 from benchmarks.common.environment import RESULTS, environment, write_results
 from examples.common.errors import ConfigError
 
@@ -189,4 +188,4 @@ def _is_done(path: Path, command: Sequence[str]) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(tyro.cli(main, description=__doc__))
+    sys.exit(command(main))

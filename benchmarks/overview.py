@@ -11,8 +11,8 @@ from typing import Any
 
 import matplotlib.figure
 import matplotlib.ticker
-import tyro
 
+from benchmarks.common.command import command
 from benchmarks.common.environment import RESULTS
 from benchmarks.common.result_files import read_results
 from benchmarks.pretraining.summary import REFERENCE, Row, summarise
@@ -128,4 +128,4 @@ def memory(method: str, step: str) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    tyro.cli(main, description=__doc__)
+    command(main)

@@ -21,7 +21,7 @@ METHODS = (
     "Natural GaLore",
     "history of 10",
     "8 bits",
-    "lean",
+    "lean, rank 32",
 )
 
 
@@ -78,7 +78,7 @@ def test_table_of_a_preset(capsys):
     """Counted on the Flax model too: docs/memory.md."""
     main(["--preset", "60m"])
     output = capsys.readouterr().out
-    sizes = ("232 MB", "164 MB", "164 MB", "290 MB", "87.2 MB", "50.6 MB")
+    sizes = ("232 MB", "164 MB", "164 MB", "290 MB", "87.2 MB", "37.9 MB")
     assert states(output) == dict(zip(METHODS, sizes, strict=True))
     assert "58,073,600 parameters; rank 128, side short" in output
 
@@ -88,6 +88,7 @@ def test_options_of_the_model_reach_the_table(capsys):
     main(["--preset", "60m", "--rank", "64", "--dtype", "float32", "--side", "both"])
     output = capsys.readouterr().out
     assert states(output)["AdamW"] == "465 MB"
+    assert "  lean, rank 16  " in output
     assert "rank 64, side both" in output
 
 

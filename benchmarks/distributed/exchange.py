@@ -21,9 +21,9 @@ if __name__ == "__main__":  # Before jax is imported.
 
 import jax
 import optax
-import tyro
 
 import natgalore_jax as ng
+from benchmarks.common.command import command
 from benchmarks.common.environment import RESULTS, environment, write_results
 from benchmarks.common.shapes import BF16, LLAMA_RANKS, PaperSize, llama_shapes
 from benchmarks.distributed.collectives import exchanged_bytes
@@ -173,4 +173,4 @@ def _print(results: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main, description=__doc__)
+    command(main)

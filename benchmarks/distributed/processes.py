@@ -14,9 +14,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import tyro
-
 from benchmarks.common import child
+from benchmarks.common.command import command
 from benchmarks.common.environment import RESULTS, environment, write_results
 from examples.llama.model.config import PresetName
 
@@ -109,4 +108,4 @@ def _start(settings: dict[str, Any], cores: list[int]) -> subprocess.Popen[str]:
 
 
 if __name__ == "__main__":
-    tyro.cli(main, description=__doc__)
+    command(main)

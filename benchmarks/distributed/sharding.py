@@ -25,9 +25,9 @@ if __name__ == "__main__":  # Before jax is imported.
 
 import jax
 import jax.numpy as jnp
-import tyro
 
 import natgalore_jax as ng
+from benchmarks.common.command import command
 from benchmarks.common.environment import RESULTS, environment, print_targets, target, write_results
 from benchmarks.common.markdown import table
 from benchmarks.common.shapes import LLAMA_RANKS, llama_shapes
@@ -174,4 +174,4 @@ def _on(mesh: Any, shape: tuple[int, ...], spec: Any) -> jax.ShapeDtypeStruct:
 
 
 if __name__ == "__main__":
-    tyro.cli(main, description=__doc__)
+    command(main)

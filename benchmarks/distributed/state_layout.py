@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import jax
 import matplotlib
-import tyro
 from jax.sharding import AbstractMesh, NamedSharding
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 import natgalore_jax as ng
+from benchmarks.common.command import command
 from benchmarks.common.markdown import table
 from benchmarks.common.shapes import BF16, LLAMA_RANKS, PaperSize, llama_shapes
 from examples.common.figures import PAGE, STYLE
@@ -252,4 +252,4 @@ def _draw_array(
 
 
 if __name__ == "__main__":
-    tyro.cli(main, description=__doc__)
+    command(main)

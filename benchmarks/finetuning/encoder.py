@@ -42,7 +42,7 @@ class Method(NamedTuple):
 METHODS = {
     "adamw": Method("adamw", None, (1e-5, 2e-5, 5e-5, 1e-4)),
     "natural-galore-r8": Method("natural-galore", 8, (1e-4, 2e-4, 5e-4, 1e-3)),
-    "lora-r8": Method("lora", 8, (2e-4, 5e-4, 1e-3, 2e-3)),
+    "lora-r8": Method("lora", 8, (5e-4, 1e-3, 2e-3, 5e-3)),
     "natural-galore-r4": Method("natural-galore", 4, (5e-5, 1e-4, 2e-4, 5e-4)),
     "lora-r4": Method("lora", 4, (5e-4, 1e-3, 2e-3, 5e-3)),
     "galore-r8": Method("galore", 8, (1e-4, 2e-4, 5e-4, 1e-3)),

@@ -12,9 +12,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from benchmarks.common.child import call
+from benchmarks.common.command import command
 from benchmarks.common.environment import RESULTS, environment, write_results
 from examples.llama.memory.xla_flags import MEMORY_FLAGS
 from examples.llama.model.config import PresetName
@@ -98,4 +97,4 @@ def _line(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    command(main)

@@ -14,10 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-import tyro
 
 import natgalore_jax as ng
 from benchmarks.common.child import call
+from benchmarks.common.command import command
 from benchmarks.common.environment import RESULTS, environment, print_targets, target, write_results
 
 RANK = 4
@@ -117,4 +117,4 @@ def _targets(runs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    tyro.cli(main, description=__doc__)
+    command(main)

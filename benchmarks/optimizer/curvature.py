@@ -20,9 +20,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-import tyro
 
 import natgalore_jax as ng
+from benchmarks.common.command import command
 from benchmarks.common.environment import RESULTS, environment, write_results
 from benchmarks.common.result_files import write
 from benchmarks.pretraining.variants import recipe
@@ -194,4 +194,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main, description=__doc__)
+    command(main)

@@ -54,7 +54,8 @@ def parse(
             raise SystemExit(0)
         argv = ["--help" if word == "--help-all" else word for word in argv]
     more: dict[str, Any] = {} if default is None else {"default": default}
-    more["description"] = _wrapped(inspect.getdoc(kind) or "")
+    # A union of commands has the documentation of all unions.
+    more["description"] = _wrapped(inspect.getdoc(kind) or "") if isinstance(kind, type) else ""
     # Without its --help an error of tyro does not point to it.
     more["add_help"] = brief is None or "--help" in argv
     try:

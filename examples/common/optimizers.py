@@ -16,6 +16,8 @@ from examples.common.schedule import ScheduleConfig, warmup_cosine
 
 NANO_WIDTH = 128
 # Options that are not arguments of the factories, or that have a value without being given.
+# Rate of embeddings, head and norms on trained weights.
+_TRAINED_UNPROJECTED = 3e-5
 _OF_ANY_OPTIMIZER = {"name", "learning_rate", "clip_norm", "unprojected_ratio", "rank"}
 
 
@@ -28,6 +30,7 @@ class Entry(NamedTuple):
     # Of the two rates, likewise, of random weights; None: the learning rate is not that of the
     # hidden matrices.
     unprojected_ratio: float | None = None
+    trained_learning_rate: float | None = None  # Peak on trained weights, where it was measured.
 
 
 def _adafactor(learning_rate, weight_decay: float = 0.0, mask=None):
@@ -84,14 +87,14 @@ def _stored_gradients(
 
 
 OPTIMIZERS: dict[str, Entry] = {
-    "adamw": Entry(optax.adamw, 2.5e-3, unprojected_ratio=4.0),
+    "adamw": Entry(optax.adamw, 2.5e-3, unprojected_ratio=4.0, trained_learning_rate=1e-4),
     "adamw-8bit": Entry(_adamw_8bit, 2.5e-3, unprojected_ratio=4.0),
     "adafactor": Entry(_adafactor, 3e-3),
-    "galore": Entry(ng.galore_adamw, 2e-2),
+    "galore": Entry(ng.galore_adamw, 2e-2, trained_learning_rate=3e-4),
     "galore-adafactor": Entry(_galore_adafactor, 1e-2),
-    "fira": Entry(ng.galore_adamw, 1e-2, {"residual": "fira"}),
-    "natural-galore": Entry(ng.natural_galore_adamw, 5e-3, unprojected_ratio=4.0),
-    "lean-natural-galore": Entry(ng.lean_natural_galore_adamw, 5e-3, unprojected_ratio=4.0),
+    "fira": Entry(ng.galore_adamw, 1e-2, {"residual": "fira"}, trained_learning_rate=3e-4),
+    "natural-galore": Entry(ng.natural_galore_adamw, 5e-3, {}, 4.0, 3e-4),
+    "lean-natural-galore": Entry(ng.lean_natural_galore_adamw, 5e-3, {}, 4.0, 3e-4),
     "stored-gradients": Entry(_stored_gradients, 1e-2),
     "apollo": Entry(ng.contrib.apollo_adamw, 1e-2),
     "apollo-mini": Entry(ng.contrib.apollo_mini_adamw, 1e-2),
@@ -120,8 +123,9 @@ class OptimizerConfig:
     """The optimizer that trains the model."""
     learning_rate: float | None = None
     """Peak learning rate; each optimizer has its own default. Those of adamw, adamw-8bit and both
-    forms of natural-galore halve where the width of the model doubles; all are a hundredth where
-    published weights are trained further."""
+    forms of natural-galore halve where the width of the model doubles. Where published weights
+    are trained further, it is 1e-4 for adamw, 3e-4 for galore, fira and both forms of
+    natural-galore (all measured, docs/pretrained.md), and for others a hundredth."""
     weight_decay: float = 0.0
     """Decoupled weight decay of the matrices; norm scales are never decayed."""
     clip_norm: float | None = None
@@ -220,6 +224,18 @@ def default_unprojected_ratio(name: str, width: int = NANO_WIDTH) -> float | Non
     the factory's own holds."""
     ratio = OPTIMIZERS[name].unprojected_ratio
     return ratio and ratio * _growth(width)
+
+
+def trained_rates(name: str) -> tuple[float, float | None]:
+    """Peak learning rate and ratio of the two rates where trained weights are trained further.
+
+    Those of docs/pretrained.md, "Training them further", where they were measured. Rates for random
+    weights undo trained ones in a few steps: of the other optimizers a hundredth is taken.
+    """
+    entry = OPTIMIZERS[name]
+    if entry.trained_learning_rate is None:
+        return 0.01 * entry.learning_rate, None
+    return entry.trained_learning_rate, _TRAINED_UNPROJECTED / entry.trained_learning_rate
 
 
 def _growth(width: int) -> float:

@@ -15,6 +15,7 @@ from examples.common.optimizers import (
     OptimizerConfig,
     default_learning_rate,
     default_unprojected_ratio,
+    trained_rates,
 )
 from examples.common.run_directory import check_name
 from examples.common.schedule import ScheduleConfig
@@ -24,8 +25,6 @@ from examples.llama.model.adapters import AdapterConfig
 from examples.llama.model.config import MODEL_PRESETS, ModelConfig, PresetName
 from examples.llama.training.faults import FaultConfig
 
-# What optimizers take by default, chosen for random weights, undoes trained ones in a few steps.
-_TRAINED_SHARE = 0.01
 _FROM_0, _COUNTS = f"[0, {config.INT32})", f"[1, {config.INT32})"
 
 
@@ -197,16 +196,17 @@ class RunConfig:
         if given is not None:
             return given
         if self.init_from is not None:
-            return _TRAINED_SHARE * default_learning_rate(self.optimizer.name)
+            return trained_rates(self.optimizer.name)[0]
         return default_learning_rate(self.optimizer.name, self._trained_width)
 
     @property
     def unprojected_ratio(self) -> float | None:
-        """Ratio of the two rates: the one given, or the optimizer's own. On trained weights None:
-        what embeddings need there was not measured."""
+        """Ratio of the two rates: the one given, or the optimizer's own."""
         given = self.optimizer.unprojected_ratio
-        if given is not None or self.init_from is not None:
+        if given is not None:
             return given
+        if self.init_from is not None:
+            return trained_rates(self.optimizer.name)[1]
         with_default_rate = self.optimizer.learning_rate is None
         width = self._trained_width if with_default_rate else NANO_WIDTH
         return default_unprojected_ratio(self.optimizer.name, width)

@@ -20,13 +20,15 @@ _COLUMNS = ("basis", "Fisher", "moments", "state", "of AdamW's", "with weights")
 def compare_memory(params: Any, rank: int, side: str) -> dict[str, MemoryReport]:
     """The report of each optimizer, from shapes alone."""
     options: dict[str, Any] = {"rank": rank, "side": side}
+    # GaLore's ranks are a quarter of the width.
+    lean = options | {"rank": max(1, rank // 4)}
     optimizers = {
         "AdamW": optax.adamw(1.0),
         "GaLore": galore_adamw(1.0, **options),
         "Natural GaLore": natural_galore_adamw(1.0, **options),
         "Natural GaLore, history of 10": chain(natural_galore(**options), optax.adamw(1.0)),
         "Natural GaLore, 8 bits": natural_galore_adamw(1.0, moment_bits=8, **options),
-        "Natural GaLore, lean": lean_natural_galore_adamw(1.0, **options),
+        f"Natural GaLore, lean, rank {lean['rank']}": lean_natural_galore_adamw(1.0, **lean),
     }
     return {name: memory_report(tx, params) for name, tx in optimizers.items()}
 

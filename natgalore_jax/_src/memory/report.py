@@ -189,10 +189,10 @@ def memory_report(
       >>> report.part_bytes["basis"], report.part_bytes["inner"], report.adamw_state_bytes
       (1024, 8192, 65540)
       >>> print(report)
-      parameter  count   shape     dtype ... history    inner    state    AdamW
-      w              1  64×256  bfloat16 ...       -  8.19 kB  9.22 kB  65.5 kB
-      (shared)...                                                  8 B
-      total          1                   ...       -  8.19 kB  9.22 kB  65.5 kB
+      parameter  count   shape     dtype ... Fisher    inner    state    AdamW
+      w              1  64×256  bfloat16 ...      -  8.19 kB  9.22 kB  65.5 kB
+      (shared)...                                                 8 B
+      total          1                   ...      -  8.19 kB  9.22 kB  65.5 kB
       <BLANKLINE>
       state if the side were      now    short     long     both
       w                       9.22 kB  9.22 kB  6.14 kB  5.38 kB
@@ -301,7 +301,7 @@ def format_report(report: MemoryReport, columns: int | None = None) -> str:
 
 def _group_rows(report: MemoryReport) -> list[list[str]]:
     rows = [["parameter", "count", "shape", "dtype", "rank", "side"]]
-    rows[0] += ["weights", "basis", "history", "inner", "state", "AdamW"]
+    rows[0] += ["weights", "basis", "Fisher", "inner", "state", "AdamW"]
     for group in report.groups:
         p = group.parameter
         sizes = (p.weight_bytes, p.basis_bytes, p.history_bytes, p.inner_bytes + p.other_bytes)
