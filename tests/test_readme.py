@@ -50,9 +50,9 @@ def test_losses_and_bytes(groups):
 
     first, second, third = distances("adamw-clipped", "natural-galore")
     assert f"the default ends {first} and {second} nats below AdamW with two tuned rates" in WORDS
-    assert f"and {third} below at 9 M" in WORDS
+    assert f"(1.07 M parameters), {third} at 9 M" in WORDS
     unclipped = distances("adamw", "natural-galore")
-    assert "{}, {} and {} below AdamW without that clipping".format(*unclipped) in WORDS
+    assert "{}, {} and {} without that clipping".format(*unclipped) in WORDS
     share = rows[0]["natural-galore-lean"].state_bytes / rows[0]["adamw"].state_bytes
     lean = " and ".join(distances("adamw-clipped", "natural-galore-lean")[:2])
     (fira,) = {f"{of['fira-clipped'].test - of['natural-galore'].test:.2f}" for of in rows[:2]}

@@ -88,7 +88,7 @@ def _stored_gradients(
 
 OPTIMIZERS: dict[str, Entry] = {
     "adamw": Entry(optax.adamw, 2.5e-3, unprojected_ratio=4.0, trained_learning_rate=1e-4),
-    "adamw-8bit": Entry(_adamw_8bit, 2.5e-3, unprojected_ratio=4.0),
+    "adamw-8bit": Entry(_adamw_8bit, 2.5e-3, unprojected_ratio=4.0, trained_learning_rate=1e-4),
     "adafactor": Entry(_adafactor, 3e-3),
     "galore": Entry(ng.galore_adamw, 2e-2, trained_learning_rate=3e-4),
     "galore-adafactor": Entry(_galore_adafactor, 1e-2),
@@ -124,8 +124,8 @@ class OptimizerConfig:
     learning_rate: float | None = None
     """Peak learning rate; each optimizer has its own default. Those of adamw, adamw-8bit and both
     forms of natural-galore halve where the width of the model doubles. Where published weights
-    are trained further, it is 1e-4 for adamw, 3e-4 for galore, fira and both forms of
-    natural-galore (all measured, docs/pretrained.md), and for others a hundredth."""
+    are trained further, it is 1e-4 for adamw and adamw-8bit, 3e-4 for galore, fira and both forms
+    of natural-galore (docs/pretrained.md), and for others a hundredth."""
     weight_decay: float = 0.0
     """Decoupled weight decay of the matrices; norm scales are never decayed."""
     clip_norm: float | None = None

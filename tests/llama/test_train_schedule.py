@@ -118,8 +118,11 @@ def test_default_rates_follow_the_width(name):
     assert rates("60m", "--adapter.kind", "lora") == (nano, ratio)
     assert rates("60m", "--learning-rate", "0.01") == (0.01, ratio)
     assert rates("60m", "--unprojected-ratio", "2") == pytest.approx((nano / 4, 2))
-    assert rates("60m", "--init-from", "x") == (pytest.approx(nano / 100), None)
+    # The measured ones of docs/pretrained.md: embedding and norms at 3e-5.
+    trained = 1e-4 if "adamw" in name else 3e-4
+    assert rates("60m", "--init-from", "x") == pytest.approx((trained, 3e-5 / trained))
     assert parse(["--optimizer", "galore", "--preset", "60m"]).learning_rate == 0.02
+    assert parse(["--optimizer", "apollo", "--init-from", "x"]).learning_rate == pytest.approx(1e-4)
 
 
 def test_learning_rate_given_or_the_optimizers_own():
