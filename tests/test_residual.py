@@ -126,6 +126,23 @@ def test_a_gradient_inside_the_subspace_leaves_no_residual():
     assert np.max(np.abs(outside)) < 1e-3
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("noise", [0.01, 0.1])
+def test_rounding_of_gradients_makes_no_column_large(dtype, noise):
+    """Nearly of rank one: a hundredth of the energy, or less, is outside of the subspace."""
+    tx = ng.chain(
+        ng.low_rank_project(rank=8, update_interval=1000),
+        optax.identity(),
+        ng.project_back(scale=0.0, residual="fisher", residual_scale=1.0),
+    )
+    rng = np.random.default_rng(0)
+    leading = rng.normal(size=(64, 1)) * rng.normal(size=(1, 128))
+    grads = [{"w": leading + noise * rng.normal(size=leading.shape)} for _ in range(4)]
+    grads = [{"w": jnp.asarray(g["w"], dtype)} for g in grads]
+    rms = np.sqrt(np.mean(np.square(updates_of(tx, grads)[0][-1]["w"], dtype=float), axis=0))
+    assert rms.max() < 1.5
+
+
 def test_a_gradient_that_is_not_finite_does_not_enter_the_fisher_entries():
     tx = ng.chain(ng.low_rank_project(rank=2), ng.project_back(residual="fisher"))
     good, bad = ({"w": jnp.asarray(g)} for g in gradients((6, 9))[:2])

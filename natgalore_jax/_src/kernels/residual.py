@@ -66,7 +66,7 @@ class RuleInputs(NamedTuple):
     size: int  # entries of G for each entry of φ
     N: jax.Array
     energy: Energies
-    basis_error: float
+    rounding: float  # error of ‖E_:j‖² as a share of ‖G_:j‖²
 
 
 class ResidualRule(NamedTuple):
@@ -89,7 +89,7 @@ def _fisher(x: RuleInputs, c: jax.Array) -> tuple[jax.Array, jax.Array]:
     if x.settings.norm_growth_limit is not None:
         mean_square = without_spike(x.axes, mean_square, c)
     c = average(c, mean_square, x.settings.decay)
-    return inverse_root(c + (FISHER_DAMPING + x.basis_error) / x.size * x.energy.G), c
+    return inverse_root(c + (FISHER_DAMPING + x.rounding) / x.size * x.energy.G), c
 
 
 def with_residual(
@@ -121,10 +121,11 @@ def with_residual(
       U, and the new norm and Fisher entries.
     """
     axes = phi_axes(plan)
+    rounding = basis_error + _rounding_of_energy(R.dtype)
     N, R = (x.astype(jnp.float32) for x in (N, R))
     energy, rule = energies(axes, R, G), RULES[settings.rule]
     size = math.prod(plan.shape[a] for a in axes.full)
-    phi, fisher = rule.phi(RuleInputs(settings, axes, size, N, energy, basis_error), fisher)
+    phi, fisher = rule.phi(RuleInputs(settings, axes, size, N, energy, rounding), fisher)
     phi = jnp.multiply(settings.scale, phi)
     if settings.norm_growth_limit is not None:
         level = last_norm
@@ -167,6 +168,12 @@ def energies(axes: PhiAxes, R: jax.Array, G: jax.Array | Apart) -> Energies:
     difference = jnp.where(jnp.isinf(of_G), of_G, of_G - of_R)
     # A NaN must reach the update, and XLA's maximum on CPUs may ignore it: use where.
     return Energies(of_R, of_G, jnp.where(difference < 0, 0.0, difference))
+
+
+def _rounding_of_energy(dtype: Any) -> float:
+    """Relative error of ``‖R_:j‖²`` where one entry of R counts: twice that of its rounding."""
+    eps = float(jnp.finfo(dtype).eps)
+    return eps / math.sqrt(3) if eps > jnp.finfo(jnp.float32).eps else 0.0
 
 
 def gain(energy_N: jax.Array, energy_R: jax.Array) -> jax.Array:

@@ -96,7 +96,8 @@ def project_back(
     .. math:: \varphi_j = 1 / \sqrt{c_j + \delta\,\tfrac1m \sum_i G_{ij}^2},
        \qquad \delta = 10^{-4},
 
-    where δ bounds the amplification of rounding errors inside the subspace. The entries of the
+    where δ, 0.0046 for gradients in bfloat16 and 0.0007 in float16, bounds the amplification of
+    rounding errors in columns with so small a share outside the subspace. The entries of the
     residual update have a root mean square of about σ. α does not act on
     the residual, and "fisher" does not follow the size of the inner updates: put the learning rate
     after ``project_back``. If the inner updates already descend (a learning rate inside the
