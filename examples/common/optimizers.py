@@ -15,9 +15,8 @@ from examples.common.config import check_range
 from examples.common.schedule import ScheduleConfig, warmup_cosine
 
 NANO_WIDTH = 128
+_TRAINED_UNPROJECTED = 3e-5  # rate of embeddings, head and norms on trained weights
 # Options that are not arguments of the factories, or that have a value without being given.
-# Rate of embeddings, head and norms on trained weights.
-_TRAINED_UNPROJECTED = 3e-5
 _OF_ANY_OPTIMIZER = {"name", "learning_rate", "clip_norm", "unprojected_ratio", "rank"}
 
 
@@ -90,9 +89,9 @@ OPTIMIZERS: dict[str, Entry] = {
     "adamw": Entry(optax.adamw, 2.5e-3, unprojected_ratio=4.0, trained_learning_rate=1e-4),
     "adamw-8bit": Entry(_adamw_8bit, 2.5e-3, unprojected_ratio=4.0, trained_learning_rate=1e-4),
     "adafactor": Entry(_adafactor, 3e-3),
-    "galore": Entry(ng.galore_adamw, 2e-2, trained_learning_rate=3e-4),
+    "galore": Entry(ng.galore_adamw, 2e-2, trained_learning_rate=1.2e-3),
     "galore-adafactor": Entry(_galore_adafactor, 1e-2),
-    "fira": Entry(ng.galore_adamw, 1e-2, {"residual": "fira"}, trained_learning_rate=3e-4),
+    "fira": Entry(ng.galore_adamw, 1e-2, {"residual": "fira"}, trained_learning_rate=1.2e-3),
     "natural-galore": Entry(ng.natural_galore_adamw, 5e-3, {}, 4.0, 3e-4),
     "lean-natural-galore": Entry(ng.lean_natural_galore_adamw, 5e-3, {}, 4.0, 3e-4),
     "stored-gradients": Entry(_stored_gradients, 1e-2),
@@ -124,8 +123,8 @@ class OptimizerConfig:
     learning_rate: float | None = None
     """Peak learning rate; each optimizer has its own default. Those of adamw, adamw-8bit and both
     forms of natural-galore halve where the width of the model doubles. Where published weights
-    are trained further, it is 1e-4 for adamw and adamw-8bit, 3e-4 for galore, fira and both forms
-    of natural-galore (docs/pretrained.md), and for others a hundredth."""
+    are trained further, it is 1e-4 for adamw and adamw-8bit, 3e-4 for both forms of natural-galore,
+    1.2e-3 for galore and fira (docs/pretrained.md), and for others a hundredth."""
     weight_decay: float = 0.0
     """Decoupled weight decay of the matrices; norm scales are never decayed."""
     clip_norm: float | None = None

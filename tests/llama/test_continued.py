@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny_weights as tiny
 
-from benchmarks.common.result_files import write
+from benchmarks.common.result_files import read_suite, write
 from benchmarks.common.sweep import command
 from benchmarks.finetuning import continued
 from benchmarks.finetuning.continued import (
@@ -21,9 +21,10 @@ from benchmarks.finetuning.continued import (
     Sweep,
     make,
 )
-from benchmarks.finetuning.grids import TUNE_SEED
+from benchmarks.finetuning.grids import TUNE_SEED, best_rate, tuning_losses
 from examples.common import cli
 from examples.common.errors import ConfigError
+from examples.common.optimizers import trained_rates
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -138,3 +139,11 @@ def test_a_sweep_and_its_table(tmp_path, monkeypatch, capsys):
         "| lora | 0.0003, end of the grid | 2 | 2.0 | 0.450 ± 0.071 | 0.900 ± 0.141 | "
         "0.270 ± 0.000 | 0.540 ± 0.000 | 1.5 |",
     ]
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "lora"])
+def test_the_best_rates_are_the_defaults_of_further_training(name):
+    tuned = tuning_losses(read_suite(Show.root, "main"), lambda r: r["loss"]["validation"])
+    rate, ratio = trained_rates(name)
+    assert rate * METHODS[name].scale == pytest.approx(best_rate(name, tuned[name]))
+    assert ratio is not None and rate * ratio == pytest.approx(continued.UNPROJECTED_RATE)

@@ -60,16 +60,14 @@ def side_by_side(run_dir: Path, names: Sequence[str], count: int) -> Group:
 
 def _row(prediction: Prediction) -> dict[str, Any]:
     record, text = prediction.record, prediction.text
-    said = verdict(record, text)
+    said, ended = verdict(record, text), prediction.ended or END_OF_PLAN in text
     return {
         "id": record.id,
         "question": record.query,
         "prompt": prediction.prompt,
         "reference": write_plan(record.plan),
         "written": text,
-        "verdict": said
-        if prediction.ended or END_OF_PLAN in text
-        else f"{said} (cut off: no end mark)",
+        "verdict": said if ended else f"{said} (cut off: no end mark)",
         "scores": asdict(prediction.scores),
     }
 

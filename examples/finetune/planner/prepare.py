@@ -15,6 +15,7 @@ from examples.finetune.planner.data.splits import NAMES
 from examples.finetune.planner.datasets import Source, load_dataset
 from examples.finetune.planner.encode import Chat, Row
 from examples.finetune.planner.methods import check_methods
+from examples.finetune.planner.plans.parse import END_OF_PLAN
 from examples.finetune.planner.plans.records import Record
 from examples.finetune.planner.prompts import Retriever, make_pair
 from examples.finetune.planner.run_config import RunConfig
@@ -88,7 +89,8 @@ def prepare(config: RunConfig) -> Prepared:
 
     def encode(record: Record) -> Row | None:
         pair = make_pair(record, retriever, config.prompt)
-        return None if chat.holds_special_token(pair.completion) else chat.encode(pair)
+        plan = pair.completion.removesuffix(END_OF_PLAN)
+        return None if chat.holds_special_token(plan) else chat.encode(pair)
 
     splits = {
         name: _fitting(

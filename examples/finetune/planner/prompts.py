@@ -30,7 +30,7 @@ class Retriever:
         except ValueError as error:
             raise DataError(
                 f"no question of the train split has a word of two letters ({error}): "
-                "--prompt.examples 0 asks for no similar ones"
+                "--examples 0 asks for no similar ones"
             ) from error
 
     def nearest(
