@@ -186,6 +186,12 @@ def test_low_rank_sums_where_whole_gradients_have_no_room():
     assert (whole.step, sums.step) == ("per layer", "per layer, low-rank sums")
     assert sums.config.accumulate_in_subspace and sums.config.optimizer.residual == "none"
     assert not whole.config.accumulate_in_subspace and whole.config.accumulate == 16
+    for candidate in (whole, sums):
+        row = Row(candidate, StepMemory(0, {}, 0, {}), compiled=True)
+        found = verdict(planner.Plan([row], row, row), 10**9)
+        # A quarter of nano's rank.
+        advice = "--optimizers lean-natural-galore --ranks 16 --accumulate 1"
+        assert (advice in found) == (candidate is sums)
 
 
 @pytest.mark.parametrize(

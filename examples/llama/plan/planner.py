@@ -230,9 +230,10 @@ def verdict(plan: Plan, room: int) -> str:
         text += f", {rows} rows a step instead of the preset's {preset}"
     text += f":\n{row.candidate.command}"
     if IN_SUBSPACE[1] in row.candidate.arguments:
+        lean = run_preset(config.preset).optimizer.rank // 4
         text += (
-            "\nWithout the residual (its loss was not measured). With it and a sixteenth of the "
-            "width, for steps of fewer tokens: --optimizers lean-natural-galore --accumulate 1"
+            "\nThis is without the residual, whose loss was not measured. With it, at fewer tokens "
+            f"a step: --optimizers lean-natural-galore --ranks {lean} --accumulate 1"
         )
     return text
 
