@@ -190,7 +190,7 @@ def test_low_rank_sums_where_whole_gradients_have_no_room():
         row = Row(candidate, StepMemory(0, {}, 0, {}), compiled=True)
         found = verdict(planner.Plan([row], row, row), 10**9)
         # A quarter of nano's rank.
-        advice = "--optimizers lean-natural-galore --ranks 16 --accumulate 1"
+        advice = "--optimizers lean-natural-galore --ranks 8 --accumulate 1"
         assert (advice in found) == (candidate is sums)
 
 
