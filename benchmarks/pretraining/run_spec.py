@@ -123,6 +123,7 @@ def prepare(run: Run) -> Prepared:
     learning_rate = run.learning_rate / chosen.method.scale
     config = RunConfig(
         preset=run.preset,
+        steps=steps,
         batch_size=run.step_rows // run.accumulate,
         seq_len=preset.seq_len,
         accumulate=run.accumulate,
