@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from benchmarks.common.command import command
+from benchmarks.common.command_line import run_from_command_line
 from benchmarks.common.environment import RESULTS, environment, print_targets, target, write_results
 from examples.llama.model.generate import generate
 from examples.llama.weights.files import load_llama
@@ -129,4 +129,4 @@ def _print(results: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    run_from_command_line(main)

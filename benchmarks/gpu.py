@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.common.command import command
+from benchmarks.common.command_line import run_from_command_line
 from benchmarks.common.environment import RESULTS, environment, write_results
 from examples.common.errors import ConfigError
 
@@ -188,4 +188,4 @@ def _is_done(path: Path, command: Sequence[str]) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(command(main))
+    sys.exit(run_from_command_line(main))

@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib.figure
 import matplotlib.ticker
 
-from benchmarks.common.command import command
+from benchmarks.common.command_line import run_from_command_line
 from benchmarks.common.environment import RESULTS
 from benchmarks.common.result_files import read_results
 from benchmarks.pretraining.summary import REFERENCE, Row, summarise
@@ -128,4 +128,4 @@ def memory(method: str, step: str) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    command(main)
+    run_from_command_line(main)

@@ -1,4 +1,5 @@
-"""Tables of docs that are written by hand have the numbers of the committed results."""
+"""Tables of docs that are written by hand have the numbers of the committed results, which are of
+the configurations that their commands have today."""
 
 import json
 from pathlib import Path
@@ -6,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.common.environment import RESULTS
-from benchmarks.common.result_files import read_results
+from benchmarks.common.result_files import read, read_results
 from benchmarks.finetuning import continued
 from benchmarks.optimizer.compile_time import measure
+from benchmarks.pretraining.run_spec import Run, is_done
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -176,3 +178,23 @@ def test_losses_of_continued_training():
     for name, method in names.items():
         rate, seeds, state, *losses, _ = printed[method]
         assert shown[name] == [rate, seeds, state, *losses]
+
+
+@pytest.mark.parametrize(
+    ("preset", "method", "rate", "ratio"),
+    [
+        ("nano", "natural-galore", 0.01, 2),
+        ("nano", "natural-galore-lean", 0.00707, 2),
+        ("nano", "adamw-clipped", 0.00707, 4),
+        ("nano", "muon", 0.01, 2),
+        ("nano", "scale-clipped", 0.005, 5.66),
+        ("9m", "natural-galore", None, None),
+    ],
+)
+def test_committed_runs_are_those_of_the_commands(preset, method, rate, ratio):
+    """Steps, batches, text and all arguments: another configuration is an error."""
+    found = list((RESULTS / "quality" / "main" / f"sotu-{preset}").glob(f"{method}-lr*-seed1.json"))
+    record = read(found[0])
+    assert rate in (None, record["learning_rate"]) and ratio in (None, record["ratio"])
+    names = ("suite", "preset", "method", "learning_rate", "ratio", "seed")
+    assert is_done(Run(**{name: record[name] for name in names}))

@@ -17,13 +17,12 @@ import optax
 import pytest
 
 import natgalore_jax as ng
-from benchmarks.common.environment import RESULTS
 from benchmarks.common.result_files import read, write
 from benchmarks.common.sweep import command, environment
 from benchmarks.pretraining.__main__ import main
 from benchmarks.pretraining.methods import METHODS, choose, muon
 from benchmarks.pretraining.presets import PRESETS
-from benchmarks.pretraining.run_spec import Run, is_done, prepare
+from benchmarks.pretraining.run_spec import Run, prepare
 from benchmarks.pretraining.sweep import Sweep, runs
 from benchmarks.pretraining.train import diverged, excerpt, thinned
 from examples.common.errors import ConfigError
@@ -397,23 +396,3 @@ def test_chosen_arguments_are_values():
     assert changes == {"rank": 16, "side": "long", "stagger": True, "scale": 0.5}
     with pytest.raises(ConfigError, match="no argument 'learning_rate'"):
         choose("galore@learning_rate=1")
-
-
-@pytest.mark.parametrize(
-    ("preset", "method", "rate", "ratio"),
-    [
-        ("nano", "natural-galore", 0.01, 2),
-        ("nano", "natural-galore-lean", 0.00707, 2),
-        ("nano", "adamw-clipped", 0.00707, 4),
-        ("nano", "muon", 0.01, 2),
-        ("nano", "scale-clipped", 0.005, 5.66),
-        ("9m", "natural-galore", None, None),
-    ],
-)
-def test_committed_runs_are_those_of_the_commands(preset, method, rate, ratio):
-    """Steps, batches, text and all arguments: another configuration is an error."""
-    found = list((RESULTS / "quality" / "main" / f"sotu-{preset}").glob(f"{method}-lr*-seed1.json"))
-    record = read(found[0])
-    assert rate in (None, record["learning_rate"]) and ratio in (None, record["ratio"])
-    names = ("suite", "preset", "method", "learning_rate", "ratio", "seed")
-    assert is_done(Run(**{name: record[name] for name in names}))

@@ -23,7 +23,7 @@ import jax
 import optax
 
 import natgalore_jax as ng
-from benchmarks.common.command import command
+from benchmarks.common.command_line import run_from_command_line
 from benchmarks.common.environment import RESULTS, environment, write_results
 from benchmarks.common.shapes import BF16, LLAMA_RANKS, PaperSize, llama_shapes
 from benchmarks.distributed.collectives import exchanged_bytes
@@ -173,4 +173,4 @@ def _print(results: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    run_from_command_line(main)

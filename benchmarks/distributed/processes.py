@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.common import child
-from benchmarks.common.command import command
+from benchmarks.common.command_line import run_from_command_line
 from benchmarks.common.environment import RESULTS, environment, write_results
 from examples.llama.model.config import PresetName
 
@@ -108,4 +108,4 @@ def _start(settings: dict[str, Any], cores: list[int]) -> subprocess.Popen[str]:
 
 
 if __name__ == "__main__":
-    command(main)
+    run_from_command_line(main)

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 
 import natgalore_jax as ng
-from benchmarks.common.command import command
+from benchmarks.common.command_line import run_from_command_line
 from benchmarks.common.environment import RESULTS, environment, print_targets, target, write_results
 from benchmarks.common.markdown import table
 from benchmarks.common.shapes import LLAMA_RANKS, llama_shapes
@@ -174,4 +174,4 @@ def _on(mesh: Any, shape: tuple[int, ...], spec: Any) -> jax.ShapeDtypeStruct:
 
 
 if __name__ == "__main__":
-    command(main)
+    run_from_command_line(main)

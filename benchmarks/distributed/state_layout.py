@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 import natgalore_jax as ng
-from benchmarks.common.command import command
+from benchmarks.common.command_line import run_from_command_line
 from benchmarks.common.markdown import table
 from benchmarks.common.shapes import BF16, LLAMA_RANKS, PaperSize, llama_shapes
 from examples.common.figures import PAGE, STYLE
@@ -252,4 +252,4 @@ def _draw_array(
 
 
 if __name__ == "__main__":
-    command(main)
+    run_from_command_line(main)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.common.command import command
+from benchmarks.common.command_line import run_from_command_line
 from benchmarks.memory import gpu_target
 
 if __name__ == "__main__":  # This process has no use for the device, and holds no memory of it.
@@ -215,4 +215,4 @@ def _line(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    command(main)
+    run_from_command_line(main)

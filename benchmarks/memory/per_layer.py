@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.child import call
-from benchmarks.common.command import command
+from benchmarks.common.command_line import run_from_command_line
 from benchmarks.common.environment import RESULTS, environment, write_results
 from examples.llama.memory.xla_flags import MEMORY_FLAGS
 from examples.llama.model.config import PresetName
@@ -97,4 +97,4 @@ def _line(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    command(main)
+    run_from_command_line(main)

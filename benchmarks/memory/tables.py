@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 import natgalore_jax as ng
-from benchmarks.common.command import command
+from benchmarks.common.command_line import run_from_command_line
 from benchmarks.common.environment import RESULTS, write_results
 from benchmarks.common.shapes import BF16, LLAMA_RANKS, llama_shapes
 
@@ -231,4 +231,4 @@ def has_numbers(path: Path, results: dict[str, Any]) -> bool:
 
 
 if __name__ == "__main__":
-    command(main)
+    run_from_command_line(main)

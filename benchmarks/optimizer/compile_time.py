@@ -17,7 +17,7 @@ import optax
 
 import natgalore_jax as ng
 from benchmarks.common.child import call
-from benchmarks.common.command import command
+from benchmarks.common.command_line import run_from_command_line
 from benchmarks.common.environment import RESULTS, environment, print_targets, target, write_results
 
 RANK = 4
@@ -117,4 +117,4 @@ def _targets(runs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    command(main)
+    run_from_command_line(main)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import optax
 
 import natgalore_jax as ng
-from benchmarks.common.command import command
+from benchmarks.common.command_line import run_from_command_line
 from benchmarks.common.environment import RESULTS, environment, write_results
 from benchmarks.common.result_files import write
 from benchmarks.pretraining.variants import recipe
@@ -194,4 +194,4 @@ def main(
 
 
 if __name__ == "__main__":
-    command(main)
+    run_from_command_line(main)

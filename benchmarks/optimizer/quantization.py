@@ -17,7 +17,7 @@ import jax
 import optax
 
 import natgalore_jax as ng
-from benchmarks.common.command import command
+from benchmarks.common.command_line import run_from_command_line
 from benchmarks.common.environment import RESULTS, environment, print_targets, target, write_results
 from benchmarks.common.shapes import hidden_shapes, matrices, random_tree
 from benchmarks.common.timing import Updater
@@ -148,4 +148,4 @@ def _print(results: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    run_from_command_line(main)

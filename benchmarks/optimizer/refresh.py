@@ -21,7 +21,7 @@ import tyro
 
 import natgalore_jax as ng
 import natgalore_jax._src.subspace.subspace as _subspace
-from benchmarks.common.command import command
+from benchmarks.common.command_line import run_from_command_line
 from benchmarks.common.environment import RESULTS, environment, print_targets, target, write_results
 from benchmarks.common.timing import seconds
 from benchmarks.optimizer.basis_energy import basis_energy, captured_energy
@@ -271,4 +271,4 @@ def _one_layer(shape: tuple[int, ...], rank: int) -> int:
 
 
 if __name__ == "__main__":
-    command(main)
+    run_from_command_line(main)

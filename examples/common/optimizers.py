@@ -92,8 +92,12 @@ OPTIMIZERS: dict[str, Entry] = {
     "galore": Entry(ng.galore_adamw, 2e-2, trained_learning_rate=1.2e-3),
     "galore-adafactor": Entry(_galore_adafactor, 1e-2),
     "fira": Entry(ng.galore_adamw, 1e-2, {"residual": "fira"}, trained_learning_rate=1.2e-3),
-    "natural-galore": Entry(ng.natural_galore_adamw, 5e-3, {}, 4.0, 3e-4),
-    "lean-natural-galore": Entry(ng.lean_natural_galore_adamw, 5e-3, {}, 4.0, 3e-4),
+    "natural-galore": Entry(
+        ng.natural_galore_adamw, 5e-3, unprojected_ratio=4.0, trained_learning_rate=3e-4
+    ),
+    "lean-natural-galore": Entry(
+        ng.lean_natural_galore_adamw, 5e-3, unprojected_ratio=4.0, trained_learning_rate=3e-4
+    ),
     "stored-gradients": Entry(_stored_gradients, 1e-2),
     "apollo": Entry(ng.contrib.apollo_adamw, 1e-2),
     "apollo-mini": Entry(ng.contrib.apollo_mini_adamw, 1e-2),

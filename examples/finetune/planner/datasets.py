@@ -20,7 +20,7 @@ from examples.finetune.planner.data.splits import NAMES, SplitRecords, fingerpri
 
 
 class Source(NamedTuple):
-    """Where records come from."""
+    """Source of records."""
 
     path: Path | None  # None is the package.
     parts: tuple[str, ...]  # None of them are all.
@@ -88,9 +88,11 @@ def _tinyagent(source: Source) -> Dataset:
     _known(source.parts, ())
     rejected: list[str] = []
     records = load_tinyagent(source.path, rejected if source.skip_unusable else None)
+    if not records and not rejected:
+        raise DataError(f"{source.path}: no records")
     if not records:
-        why = f"no usable record, the first of {len(rejected)}: " if rejected else "no records"
-        raise DataError(f"{source.path}: {why}{''.join(rejected[:1])}")
+        count = len(rejected)
+        raise DataError(f"{source.path}: no usable record, the first of {count}: {rejected[0]}")
     notes = [f"{len(rejected)} unusable records left out, first {rejected[0]}"] if rejected else []
     return Dataset(apply_splits(records, split_by_tools(records, held_out=source.held_out)), notes)
 

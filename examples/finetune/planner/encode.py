@@ -22,7 +22,7 @@ class Row(NamedTuple):
 
 
 class Chat(NamedTuple):
-    """How a model is spoken to."""
+    """Form of a conversation with a model."""
 
     tokenizer: Tokenizer
     template: ChatTemplate | None  # None: prompt and plan as they are, one after the other.

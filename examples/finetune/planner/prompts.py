@@ -150,7 +150,7 @@ def _one_line(text: str) -> str:
 
 @dataclass(frozen=True)
 class PromptConfig:
-    """What stands in a prompt besides the question."""
+    """Contents of a prompt besides the question."""
 
     examples: int = 2
     """Records of the training split that are shown, those with the most similar questions."""
@@ -163,7 +163,7 @@ class PromptConfig:
     instructions: tuple[str, ...] = ()
     """Further rules, such as today's date."""
     prompt_seed: int = 0
-    """Which tools are offered besides, and in which order."""
+    """Seed of the tools that are offered besides, and of their order."""
 
     def __post_init__(self) -> None:
         for name in ("examples", "negatives"):

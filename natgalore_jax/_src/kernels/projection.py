@@ -56,6 +56,12 @@ def contract(subscripts: str, *operands: jax.Array, dtype=None, precision=None) 
     return out.astype(dtype)
 
 
+def rounding_error(dtype: Any) -> float:
+    """Relative mean square of the rounding error of numbers in a dtype; 0 for float32."""
+    eps = float(jnp.finfo(dtype).eps)
+    return eps**2 / 12 if eps > jnp.finfo(jnp.float32).eps else 0.0
+
+
 def _surviving_sharding(subscripts: str, operands: Sequence[jax.Array]) -> NamedSharding | None:
     explicit = [x for x in operands if has_explicit_sharding(x)]
     if not explicit:

@@ -18,6 +18,7 @@ from natgalore_jax._src.kernels.factored_update import (
     phi_axes,
     sum_for_phi,
 )
+from natgalore_jax._src.kernels.projection import rounding_error
 from natgalore_jax._src.kernels.stacks import Apart, read
 from natgalore_jax._src.params.placement import place_like
 from natgalore_jax._src.params.plan import LeafPlan
@@ -121,7 +122,8 @@ def with_residual(
       U, and the new norm and Fisher entries.
     """
     axes = phi_axes(plan)
-    rounding = basis_error + _rounding_of_energy(R.dtype)
+    # Of a square twice that of a number, where one entry of a column of R counts.
+    rounding = basis_error + 2 * math.sqrt(rounding_error(R.dtype))
     N, R = (x.astype(jnp.float32) for x in (N, R))
     energy, rule = energies(axes, R, G), RULES[settings.rule]
     size = math.prod(plan.shape[a] for a in axes.full)
@@ -168,12 +170,6 @@ def energies(axes: PhiAxes, R: jax.Array, G: jax.Array | Apart) -> Energies:
     difference = jnp.where(jnp.isinf(of_G), of_G, of_G - of_R)
     # A NaN must reach the update, and XLA's maximum on CPUs may ignore it: use where.
     return Energies(of_R, of_G, jnp.where(difference < 0, 0.0, difference))
-
-
-def _rounding_of_energy(dtype: Any) -> float:
-    """Relative error of ``‖R_:j‖²`` where one entry of R counts: twice that of its rounding."""
-    eps = float(jnp.finfo(dtype).eps)
-    return eps / math.sqrt(3) if eps > jnp.finfo(jnp.float32).eps else 0.0
 
 
 def gain(energy_N: jax.Array, energy_R: jax.Array) -> jax.Array:

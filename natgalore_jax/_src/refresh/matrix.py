@@ -17,6 +17,7 @@ from natgalore_jax._src.kernels.linear_codes import (
     relative_error,
     store,
 )
+from natgalore_jax._src.kernels.projection import rounding_error
 from natgalore_jax._src.kernels.rotation import change_of_basis
 from natgalore_jax._src.params.placement import (
     has_explicit_sharding,
@@ -152,8 +153,7 @@ def _rounding_of(stored: Stored) -> float:
     """Relative mean square of the rounding error of a stored basis; 0 for float32."""
     if isinstance(stored, LinearCodes):
         return relative_error(bits_of(stored))
-    eps = float(jnp.finfo(stored.dtype).eps)
-    return eps**2 / 12 if eps > jnp.finfo(jnp.float32).eps else 0.0
+    return rounding_error(stored.dtype)
 
 
 def _unfold(plan: LeafPlan, tensor: jax.Array, mode: int) -> jax.Array:

@@ -96,7 +96,7 @@ def _parameter(name: str, spec: Any, where: str) -> Parameter:
     choices = optional(spec, "enum", list, where) or optional(spec, "allowed_values", list, where)
     return Parameter(
         name,
-        spec.get("type") or "",
+        spec.get("type") or "",  # Some are lists of names.
         optional(spec, "description", str, where),
         # Results have a list of names there.
         spec.get("required") is True,

@@ -97,8 +97,10 @@ def _value(text: str, at: int, depth: int) -> tuple[Value, int]:
         raise PlanError(f"an argument is nested more than {MAX_DEPTH} deep")
     if at >= len(text):
         raise PlanError("the text ends inside a call")
+    if _STRING.match(text, at):
+        return _string(text, at)
     match text[at]:
-        case '"' | "'" if not _STRING.match(text, at):
+        case '"' | "'":
             raise PlanError(f"quotes are not closed: {_near(text, at)}")
         case "$":
             if reference := REFERENCE.match(text, at):
@@ -110,8 +112,6 @@ def _value(text: str, at: int, depth: int) -> tuple[Value, int]:
         case "{":
             return _entries(text, at + 1, depth)
         case _:
-            if _STRING.match(text, at):
-                return _string(text, at)
             if match := _NUMBER.match(text, at):
                 return _number(match), match.end()
             if (match := _WORD.match(text, at)) and match[0] in _CONSTANTS:
