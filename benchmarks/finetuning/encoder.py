@@ -142,7 +142,9 @@ def make(run: Run) -> Json | None:
         found = {"diverged": True}
     else:
         found = {"diverged": False, "records": result.records, **result.summary()}
-    record |= found | {"wall_seconds": round(time.perf_counter() - start, 1)}
+    seconds = round(time.perf_counter() - start, 1)
+    # The summary has the program's name of the method, without the rank.
+    record |= found | {"method": run.method, "wall_seconds": seconds}
     write(record, run.path)
     return record
 

@@ -44,7 +44,8 @@ def test_one_run(common, monkeypatch):
     record = make(run)
     assert run.path == common["root"] / "main/seeds/natural-galore-r4-lr0.001-seed1.json"
     assert json.loads(run.path.read_text()) == json.loads(json.dumps(record))
-    assert record["steps"] == 2 and record["label"] == "natural-galore, rank 4"
+    assert record["steps"] == 2 and record["method"] == run.method
+    assert record["label"] == "natural-galore, rank 4"
     assert record["configuration"]["method"]["rank"] == 4
     assert 0 <= record["metrics"]["validation"]["accuracy"] <= 1
     assert record["losses"]["validation"] > 0 and record["optimizer_bytes"] > 0
