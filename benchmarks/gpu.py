@@ -8,6 +8,7 @@ stage that is not done. ``--tiny --allow-cpu`` rehearses every stage on a CPU in
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -70,8 +71,8 @@ def stages(output: Path, text: str) -> list[Stage]:
         )
 
     def update(name: str, *arguments: str) -> Stage:
-        file = ["--output", str(output / f"update-{name}.json")]
-        tiny = ["--preset", "9m", "--layers", "1", "--rank", "4", "--interval", "4", "--no-share"]
+        file = ["--output", str(output / f"step-time-{name}.json")]
+        tiny = ["--preset", "9m", "--layers", "1", "--rank", "4", "--interval", "8", "--no-share"]
         command = [*PYTHON, "benchmarks.optimizer.step_time", *file]
         return Stage(f"update-{name}", 9, command, list(arguments), tiny)
 
@@ -162,14 +163,24 @@ def main(
 def _run(command: Sequence[str], seconds: float) -> dict[str, Any]:
     """Exit code (None: out of time), time and last lines of a command."""
     start = time.monotonic()
+    # In a session of its own: its children too must leave the device.
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    code: int | None = None
     try:
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds
-        )
-        code, text = done.returncode, done.stdout
-    except subprocess.TimeoutExpired as error:
-        printed = error.output or b""
-        code, text = None, printed.decode() if isinstance(printed, bytes) else printed
+        text, _ = process.communicate(timeout=seconds)
+        code = process.returncode
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        text, _ = process.communicate()
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     lines = text.splitlines()[-LAST_LINES:]
     print("\n".join(lines), flush=True)
     return {

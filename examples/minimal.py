@@ -5,7 +5,7 @@
     python examples/minimal.py --text book.txt --steps 2000 --out runs/book
 
 Tokens are bytes. Weights, optimizer state and batches are sharded over all devices. A run resumes
-from a checkpoint in --out, bit for bit on as many devices as before, and on any that divide a step.
+from its text's checkpoint in --out, bit for bit on as many devices, and on any that divide a step.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +91,8 @@ def rotate(x: jax.Array) -> jax.Array:
 class Attention(nnx.Module):
     def __init__(self, config: Config, rngs: nnx.Rngs):
         self.heads = config.heads
-        self.q = linear(config.width, config.width, rngs=rngs)
-        self.k = linear(config.width, config.width, rngs=rngs)
-        self.v = linear(config.width, config.width, rngs=rngs)
-        self.o = linear(config.width, config.width, rngs=rngs)
+        square = functools.partial(linear, config.width, config.width, rngs=rngs)
+        self.q, self.k, self.v, self.o = square(), square(), square(), square()
 
     def __call__(self, x: jax.Array) -> jax.Array:
         q, k, v = (f(x).reshape(*x.shape[:2], self.heads, -1) for f in (self.q, self.k, self.v))
@@ -181,8 +180,7 @@ def train(config: Config, tokens: np.ndarray, out: Path, mesh: jax.sharding.Mesh
     """The trained parameters and the losses that were printed."""
     train_tokens, held_out = np.split(tokens, [len(tokens) * 19 // 20])
     if len(held_out) <= config.context:
-        needed = f"more than {config.context} bytes, got {len(held_out)}"
-        raise SystemExit(f"--text: its held-out twentieth must have {needed}")
+        raise SystemExit(f"--text: needs {20 * config.context + 1} bytes, got {len(tokens)}")
     if config.batch_size % mesh.size:
         raise SystemExit(f"{mesh.size} devices cannot share the {config.batch_size} rows of a step")
     tx = make_optimizer(config)
@@ -206,7 +204,7 @@ def train(config: Config, tokens: np.ndarray, out: Path, mesh: jax.sharding.Mesh
     with ocp.CheckpointManager(out.absolute(), options=options) as checkpoints:
         start = checkpoints.latest_step() or 0
         if start:
-            print(f"resume from step {start}")
+            print(f"resume from step {start} of {config.steps}")
             like = jax.tree.map(lambda x, at: x.update(sharding=at), shapes, state_at)
             params, opt_state = checkpoints.restore(start, args=ocp.args.StandardRestore(like))
         else:
@@ -236,11 +234,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=Config.steps)
     parser.add_argument("--out", type=Path, default=Path("runs/minimal"), help="for checkpoints")
     args = parser.parse_args()
-    config = Config(steps=args.steps)
+    if args.steps < 1:
+        parser.error("--steps must be at least 1")
+    config, tokens = Config(steps=args.steps), load_tokens(args.text)
     print(f"devices: {jax.device_count()} x {jax.devices()[0].device_kind}")
     mesh = jax.make_mesh((jax.device_count(),), ("data",))
     with jax.set_mesh(mesh):
-        params, _ = train(config, load_tokens(args.text), args.out, mesh)
+        params, _ = train(config, tokens, args.out / f"{zlib.crc32(tokens.data):08x}", mesh)
         report = ng.memory_report(make_optimizer(config), params)
         print(f"state: {report.total_state_bytes / report.adamw_state_bytes:.0%} of AdamW's")
         print(bytes(sample(params, config).tolist()).decode(errors="replace"))

@@ -4,6 +4,7 @@ import json
 import math
 import pathlib
 import re
+import subprocess
 import sys
 
 import jax
@@ -353,21 +354,25 @@ def test_stages_on_a_gpu(tmp_path, monkeypatch, capsys):
     ran = tmp_path / "ran"
     command = [sys.executable, "-c", f"open({str(ran)!r}, 'a').write('x'); print('said')"]
 
+    child = tmp_path / "child"
+    with_a_child = (
+        "import pathlib, subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        f"pathlib.Path({str(child)!r}).write_text(str(child.pid)); time.sleep(60)"
+    )
+
     def stages(output, text):
         return [
             all_on_gpu.Stage("long", 9, command, [], []),
             all_on_gpu.Stage("bad", 1, [sys.executable, "-c", "raise SystemExit(3)"], [], []),
             all_on_gpu.Stage("good", 1, command, [], []),
-            all_on_gpu.Stage(
-                "slow", 0.001, [sys.executable, "-c", "import time; time.sleep(60)"], [], []
-            ),
+            all_on_gpu.Stage("slow", 0.02, [sys.executable, "-c", with_a_child], [], []),
         ]
 
-    assert {s.name for s in all_on_gpu.stages(tmp_path, "sotu")} >= {
-        "memory-7b-lean",
-        "60m-adamw",
-        "functions",
-    }
+    real = all_on_gpu.stages(tmp_path, "sotu")
+    assert {s.name for s in real} >= {"memory-7b-lean", "60m-adamw", "functions"}
+    written = {word for s in real for word in s.command}
+    assert not written & {str(tmp_path / f"{s.name}.json") for s in real}
     monkeypatch.setattr(all_on_gpu, "stages", stages)
     with pytest.raises(SystemExit, match="no accelerator"):
         all_on_gpu.main(output=tmp_path)
@@ -381,6 +386,11 @@ def test_stages_on_a_gpu(tmp_path, monkeypatch, capsys):
         "slow": None,
     }
     assert records["good"]["last_lines"] == ["said"]
+    # A stage out of time takes its children along; who has no parent may stay as a zombie.
+    state = subprocess.run(
+        ["ps", "-o", "stat=", "-p", child.read_text()], capture_output=True, text=True
+    )
+    assert state.stdout.strip()[:1] in ("", "Z")
     assert "long: left to the next start" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="only must name stages: long, bad, good, slow; got 'x'"):
         all_on_gpu.main(only=("x",))

@@ -303,3 +303,26 @@ def test_shapes_are_checked():
             call(PARAMS, state[1:])
         with pytest.raises(ValueError, match=r"w: the update \(float32, \(8, 6\)\) needs bases"):
             call({**PARAMS, "w": PARAMS["w"].T}, state)
+
+
+@pytest.mark.parametrize("number", [8, 512])
+def test_a_mean_of_gradients_in_bfloat16_is_exact(number):
+    """Also of a row that has a gradient in the first micro-batch alone, as rare tokens have."""
+    tx = ng.galore_adamw(0.1, rank=2)
+    params = {"w": jnp.zeros((6, 8), jnp.bfloat16), "embed": jnp.zeros((9, 4), jnp.bfloat16)}
+    steps, state = ng.training.low_rank_steps(tx), tx.init(params)
+    draw = np.random.default_rng(0).standard_normal
+    grads = {k: jnp.asarray(draw((number, *p.shape)), p.dtype) for k, p in params.items()}
+    grads["embed"] = grads["embed"].at[1:, 3].set(0)
+
+    def add(carry, g):
+        state, mean, position = carry
+        low = steps.project(g, steps.refresh(g, state, is_scheduled=position == 0))
+        return (*steps.accumulate(g, state, mean, position), position + 1), low
+
+    start = state, steps.empty_mean(params, state), 0
+    (_, mean, _), low = jax.lax.scan(add, start, grads)
+    for name, found in mean.items():
+        expected = np.mean(np.asarray(low[name], np.float64), 0)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+        assert found.dtype == jnp.float32

@@ -132,12 +132,15 @@ def test_the_program(tmp_path, monkeypatch, capsys):
     second = capsys.readouterr().out
     devices, resumed, rest = second.split("\n", 2)
     assert devices == f"devices: {jax.device_count()} x cpu" and first.startswith(devices)
-    assert resumed == "resume from step 2" and first.endswith(rest)
+    assert resumed == "resume from step 2 of 2" and first.endswith(rest)
+    text.write_bytes(TEXT[::-1])  # Another text is no finished run.
+    minimal.main()
+    assert "step     2  held-out loss" in capsys.readouterr().out
 
 
 def test_a_text_that_is_too_short_ends_before_training(tmp_path):
     """The held-out twentieth of 320 bytes has no row of 16 + 1."""
-    with pytest.raises(SystemExit, match="held-out twentieth must have more than 16 bytes, got 16"):
+    with pytest.raises(SystemExit, match="--text: needs 321 bytes, got 320"):
         minimal.train(Tiny(), TOKENS[:320], tmp_path / "out", mesh_of(1))
     assert not (tmp_path / "out").exists()
 
@@ -166,3 +169,10 @@ def test_it_is_one_short_file_that_stands_alone():
 def test_a_text_that_cannot_be_read_is_an_error_of_one_line(tmp_path, name):
     with pytest.raises(SystemExit, match=rf"^--text: .*{tmp_path}"):
         minimal.load_tokens(tmp_path / name)
+
+
+def test_a_run_has_steps(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["minimal.py", "--steps", "0"])
+    with pytest.raises(SystemExit):
+        minimal.main()
+    assert "--steps must be at least 1" in capsys.readouterr().err

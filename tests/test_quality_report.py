@@ -129,6 +129,10 @@ def test_table():
     assert cells["Fira"][4] == "diverged (1 of 2)" and cells["Fira"][6] == "diverged"
     assert cells["Muon with AdamW"] == ["not run"] * 8
     assert len({line.count("|") for line in lines}) == 1
+    worse = [*records, result("adamw", 1, (7.0, 6.0, 5.0), rate=0.1)]
+    worse = losses(summarise(worse), "nano", ["adamw"])
+    (line,) = [line for line in worse.splitlines() if "0.1 × 4" in line]
+    assert "not reached" in line and "100 % | 100 %" not in line
 
 
 def test_losses_along_the_run():

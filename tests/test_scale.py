@@ -113,3 +113,13 @@ def test_the_state_is_the_momentum_of_the_head_and_the_report_shows_it():
     assert state_bytes == {"mlp": 0, "lm_head": 2 * 64 * 512, "norm": 2 * 2 * 64}
     assert report.total_state_bytes == sum(state_bytes.values()) + report.shared_bytes
     assert report.shared_bytes == 4  # Adam's count
+
+
+@pytest.mark.parametrize("name", ["lm_haed", "b"])
+def test_a_head_that_is_no_matrix_is_an_error_of_init(name):
+    params = {"mlp": jnp.ones((4, 6)), "lm_head": jnp.ones((4, 9)), "b": jnp.ones(4)}
+    tx = ng.contrib.scale_sgd(0.1, head=lambda path, leaf: name in path)
+    with pytest.raises(ValueError, match=r"head selects no matrix; received: b \(4,\), lm_head"):
+        tx.init(params)
+    tied = {"embed": jnp.ones((9, 4)), "mlp": jnp.ones((4, 6))}
+    ng.contrib.scale_sgd(0.1).init(tied)  # By their names there may be none.

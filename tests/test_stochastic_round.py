@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import natgalore_jax as ng
+from natgalore_jax._src.kernels.dither import STRIDES, dither
 
 
 def neighbours(x):
@@ -81,3 +82,12 @@ def test_errors():
             ng.training.stochastic_round(jnp.ones(3), step)
     with pytest.raises(TypeError, match="seed must be an integer"):
         ng.training.stochastic_round(jnp.ones(3), 0, seed=0.5)
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 3)])
+def test_layers_one_by_one_are_rounded_as_their_stack(shape):
+    whole = dither(shape, 5, 1, STRIDES[0])
+    for layer in range(4):
+        alone = dither((1, *shape[1:]), 5, 1, STRIDES[0], first=layer)
+        np.testing.assert_array_equal(alone[0], whole[layer])
+    assert len(np.unique(whole)) == whole.size

@@ -229,22 +229,23 @@ def results_table(records: list[Json]) -> str:
         if r["method"] == UNTRAINED:
             losses = (f"{r['loss'][name]:.3f}" for name in ("test", "general"))
             rows.append([UNTRAINED, *[None] * 3, *losses, *[None] * 3])
-    rates = {method: grids.best_rate(method, losses) for method, losses in tuned.items()}
+    usable = {m: losses for m, losses in tuned.items() if set(losses.values()) != {None}}
+    rates = {method: grids.best_rate(method, losses) for method, losses in usable.items()}
     at_best: dict[str, list[Json]] = defaultdict(list)
     for r in tuning:
-        if not r["diverged"] and r["learning_rate"] == rates.get(r["method"]):
+        if r["learning_rate"] == rates.get(r["method"]):
             at_best[r["method"]].append(r)
-    reference = {r["seed"]: r["loss"] for r in at_best["adamw"]}
+    reference = {r["seed"]: r["loss"] for r in grids.finished(at_best["adamw"])}
     for method, best in rates.items():
-        of_best = at_best[method]
-        seeds = [r for r in of_best if r["seed"] != grids.TUNE_SEED]
-        group = seeds or of_best
+        of_best = grids.finished(at_best[method])
+        seeds = [r for r in at_best[method] if r["seed"] != grids.TUNE_SEED]
+        group = grids.finished(seeds) or of_best
         paired = [r for r in of_best if method != "adamw" and r["seed"] in reference]
         rows.append(
             [
                 method,
                 grids.rate_cell(method, best, GRIDS),
-                str(len(group)) if seeds else "tuning",
+                grids.seeds_cell(seeds) if seeds else "tuning",
                 f"{group[0]['state_bytes'] / 2**20:.1f}",
                 *(mean_and_spread([r["loss"][n] for r in group], 3) for n in ("test", "general")),
                 *(
@@ -256,6 +257,7 @@ def results_table(records: list[Json]) -> str:
                 f"{min(r['training_seconds'] for r in of_best) / 60:.1f}",
             ]
         )
+    rows += [[m, None, "diverged", *[None] * 6] for m in sorted(tuned.keys() - usable.keys())]
     return table(_COLUMNS, rows)
 
 

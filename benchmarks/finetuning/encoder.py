@@ -18,6 +18,7 @@ from benchmarks.common.markdown import mean_and_spread, table
 from benchmarks.common.result_files import Json, read_suite, write
 from benchmarks.finetuning import grids
 from examples.common.compare import Diverged
+from examples.common.errors import ConfigError
 from examples.finetune.encoder import methods
 from examples.finetune.encoder.baseline import baseline_scores
 from examples.finetune.encoder.loop import train
@@ -157,34 +158,33 @@ def runs(sweep: Sweep) -> list[grids.RunOptions]:
     return grids.plan(sweep, tuned, grids.maker(sweep, Common, Run))
 
 
-def by_method(records: list[Json]) -> Mapping[str, list[Json]]:
-    """The runs after the tuning, those of one method and rank together."""
-    groups: dict[str, list[Json]] = defaultdict(list)
+def by_method(records: list[Json]) -> Mapping[tuple[str, float], list[Json]]:
+    """The runs after the tuning, those of one method, rank and rate together."""
+    groups: dict[tuple[str, float], list[Json]] = defaultdict(list)
     for r in grids.after_tuning(records):
-        groups[r["label"]].append(r)
+        groups[r["label"], r["learning_rate"]].append(r)
     return groups
 
 
 def results_table(records: list[Json]) -> str:
     """Markdown; one line for each method and rank."""
     groups = by_method(records)
-    of_any = next(iter(groups.values()))[0]
+    of_any = grids.finished(records)[0]
     columns = [(split, name) for split, found in of_any["metrics"].items() for name in found]
-    rows: list[list[str | None]] = [
-        [
-            label,
-            grids.rate_cell(group[0]["method"], group[0]["learning_rate"], GRIDS),
-            str(len(group)),
-            f"{group[0]['trained_parameters']:,}",
-            f"{group[0]['optimizer_bytes'] / 2**20:.2f}",
-            *(
-                mean_and_spread([100 * r["metrics"][split][name] for r in group], 1)
-                for split, name in columns
-            ),
-            f"{statistics.median(r['seconds'] for r in group) / 60:.1f}",
-        ]
-        for label, group in groups.items()
-    ]
+    rows: list[list[str | None]] = []
+    for (label, rate), group in groups.items():
+        row = [label, grids.rate_cell(group[0]["method"], rate, GRIDS), grids.seeds_cell(group)]
+        if done := grids.finished(group):
+            row += [
+                f"{done[0]['trained_parameters']:,}",
+                f"{done[0]['optimizer_bytes'] / 2**20:.2f}",
+                *(
+                    mean_and_spread([100 * r["metrics"][split][name] for r in done], 1)
+                    for split, name in columns
+                ),
+                f"{statistics.median(r['seconds'] for r in done) / 60:.1f}",
+            ]
+        rows.append([*row, *[None] * (6 + len(columns) - len(row))])
     if of_any["baseline"] is not None:
         found = (f"{100 * of_any['baseline'][split][name]:.1f}" for split, name in columns)
         rows.append(["tf-idf, logistic", *[None] * 4, *found, None])
@@ -196,29 +196,47 @@ def results_table(records: list[Json]) -> str:
 def targets(records: list[Json]) -> list[Json]:
     """Targets of Natural GaLore, for each rank that all methods were run at.
 
-    Means of the main metric of the last split, which is the test split where there is one.
+    Means of the main metric of the last split, which is the test split where there is one. A seed
+    that diverged counts as none right.
+
+    Raises:
+      ConfigError: if a method has seeds at several rates.
     """
-    groups, found = by_method(records), []
+    groups: dict[str, list[Json]] = {}
+    for (label, rate), group in by_method(records).items():
+        if label in groups:
+            raise ConfigError(
+                f"{label}: seeds at several learning rates, {groups[label][0]['learning_rate']:g} "
+                f"and {rate:g}: delete those of one"
+            )
+        if grids.finished(group):
+            groups[label] = group
+    found = []
     for rank in (4, 8):
         ours, lora = (groups.get(f"{name}, rank {rank}") for name in ("natural-galore", "lora"))
         adamw = groups.get("adamw")
         if ours is None or lora is None or adamw is None:
             continue
         name, score = f"natural-galore, rank {rank}", _main(ours)
-        state = ours[0]["optimizer_bytes"] / lora[0]["optimizer_bytes"]
+        state = _state(ours) / _state(lora)
         found += [
             target(f"{name}: points above adamw", score - _main(adamw), -MARGIN, at_most=False),
             target(f"{name}: points above lora", score - _main(lora), 0.0, at_most=False),
             target(f"{name}: state over lora's", state, 1.0),
         ]
-        if ours[0]["task"] == "movie-snippets":
+        if grids.finished(ours)[0]["task"] == "movie-snippets":
             found.append(target(f"{name}: percent", score, BASELINE, at_most=False))
     return found
 
 
+def _state(group: list[Json]) -> int:
+    return grids.finished(group)[0]["optimizer_bytes"]
+
+
 def _main(group: list[Json]) -> float:
-    split = list(group[0]["metrics"])[-1]
-    return 100 * statistics.fmean(r["metrics"][split][r["metric"]] for r in group)
+    done = grids.finished(group)
+    split = list(done[0]["metrics"])[-1]
+    return 100 * sum(r["metrics"][split][r["metric"]] for r in done) / len(group)
 
 
 def _outcome(record: Json) -> str:

@@ -159,21 +159,19 @@ def results_table(records: list[Json]) -> str:
     before = records[0]["untrained"]
     shares = (f"{100 * before['metrics'][name]:.1f}" for name in ("success", "aware_success"))
     rows = [["untrained", *[None] * 3, f"{before['loss']:.3f}", *shares, None]]
-    rows += [
-        [
-            method,
-            grids.rate_cell(method, rate, GRIDS),
-            str(len(group)),
-            f"{group[0]['optimizer_bytes'] / 2**20:.2f}",
-            mean_and_spread([r["test"]["loss"] for r in group], 3),
-            *(
-                mean_and_spread([100 * r["test"]["metrics"][name] for r in group], 1)
-                for name in ("success", "aware_success")
-            ),
-            f"{statistics.median(r['seconds'] for r in group) / 60:.1f}",
-        ]
-        for (method, rate), group in groups.items()
-    ]
+    for (method, rate), group in groups.items():
+        row = [method, grids.rate_cell(method, rate, GRIDS), grids.seeds_cell(group)]
+        if done := grids.finished(group):
+            row += [
+                f"{done[0]['optimizer_bytes'] / 2**20:.2f}",
+                mean_and_spread([r["test"]["loss"] for r in done], 3),
+                *(
+                    mean_and_spread([100 * r["test"]["metrics"][name] for r in done], 1)
+                    for name in ("success", "aware_success")
+                ),
+                f"{statistics.median(r['seconds'] for r in done) / 60:.1f}",
+            ]
+        rows.append([*row, *[None] * (len(rows[0]) - len(row))])
     return table(_COLUMNS, rows)
 
 

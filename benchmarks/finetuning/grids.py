@@ -76,6 +76,8 @@ class SweepOptions(Suite):
             raise ConfigError(
                 f"methods must be some of {', '.join(self.grids)}; got {', '.join(sorted(unknown))}"
             )
+        if self.workers < 1:
+            raise ConfigError(f"workers must be at least 1, got {self.workers}")
         if TUNE_SEED in self.seeds:
             raise ConfigError(f"seeds must not contain {TUNE_SEED}, the seed of the tuning")
 
@@ -111,13 +113,24 @@ def tuning_losses(records: Iterable[Json], loss: Callable[[Json], float]) -> Los
     return found
 
 
+def finished(records: Iterable[Json]) -> list[Json]:
+    """The runs that did not diverge."""
+    return [r for r in records if not r.get("diverged")]
+
+
+def seeds_cell(group: Sequence[Json]) -> str:
+    """The number of seeds for a table, which says if some diverged and are in no mean."""
+    diverged = len(group) - len(finished(group))
+    return f"{len(group)}, {diverged} diverged" if diverged else str(len(group))
+
+
 def after_tuning(records: Iterable[Json]) -> list[Json]:
-    """The runs with other seeds that did not diverge.
+    """The runs with other seeds.
 
     Raises:
       ConfigError: if there are none.
     """
-    found = [r for r in records if r["seed"] != TUNE_SEED and not r.get("diverged")]
+    found = [r for r in records if r["seed"] != TUNE_SEED]
     if not found:
         raise ConfigError("no finished run after the tuning yet: go on with the sweep command")
     return found
@@ -150,11 +163,13 @@ def plan(
     """The runs that are known by now: of the tuning, and of methods whose tuning is complete."""
     rates = {method: sweep.grids[method] for method in sweep.methods}
     tuning = [make(method, rate, TUNE_SEED) for method in rates for rate in rates[method]]
-    best = {
-        method: best_rate(method, tuned[method])
-        for method in rates
-        if tuned.get(method, {}).keys() >= set(rates[method])
-    }
+    best = {}
+    for method in rates:
+        if tuned.get(method, {}).keys() >= set(rates[method]):
+            try:
+                best[method] = best_rate(method, tuned[method])
+            except ConfigError as error:
+                print(f"left out: {error}")
     return tuning + [make(method, best[method], seed) for seed in sweep.seeds for method in best]
 
 

@@ -81,8 +81,8 @@ def main(
       seed: of parameters, gradients and tokens.
       output: where the results go.
     """
-    if interval % sample_every:
-        raise ValueError(f"{interval=} must be a multiple of {sample_every=}")
+    if interval % sample_every or interval < 2 * sample_every:
+        raise ValueError(f"{interval=} must be {sample_every=} times a number above 1")
     setting = dict(locals())
     del setting["output"]
     where_and_how = environment(seed)

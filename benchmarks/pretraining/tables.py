@@ -148,8 +148,6 @@ def _steps(row: Row | None) -> str:
         return NOT_RUN
     if row.diverged:
         return "diverged"
-    if row.method == REFERENCE:
-        return "100 %"
     if row.to_reference is None:
         return "not known"
     return "not reached" if math.isinf(row.to_reference) else f"{100 * row.to_reference:.0f} %"

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import inspect
 import io
+import itertools
 import os
 import shlex
 import shutil
@@ -225,6 +226,11 @@ def _leaves(kind: type, prefix: str = "") -> Iterator[tuple[str, tuple[str, ...]
 
 
 _, _WITHOUT_PREFIX = typing.get_args(tyro.conf.OmitArgPrefixes[int])
+
+
+def values_of(words: Sequence[str], name: str) -> tuple[str, ...]:
+    """The values that the words of a command line give to an option, in their order."""
+    return tuple(value for key, value in itertools.pairwise(apart(words)) if key == name)
 
 
 def peek(argv: Sequence[str] | None, **defaults: str) -> argparse.Namespace:

@@ -16,6 +16,7 @@ from examples.common.schedule import ScheduleConfig, warmup_cosine
 
 NANO_WIDTH = 128
 _TRAINED_UNPROJECTED = 3e-5  # rate of embeddings, head and norms on trained weights
+_TRAINED_LORA = 1e-3  # of LoRA's A and B on trained weights, with AdamW
 # Options that are not arguments of the factories, or that have a value without being given.
 _OF_ANY_OPTIMIZER = {"name", "learning_rate", "clip_norm", "unprojected_ratio", "rank"}
 
@@ -229,16 +230,17 @@ def default_unprojected_ratio(name: str, width: int = NANO_WIDTH) -> float | Non
     return ratio and ratio * _growth(width)
 
 
-def trained_rates(name: str) -> tuple[float, float | None]:
+def trained_rates(name: str, adapter: str = "none") -> tuple[float, float | None]:
     """Peak learning rate and ratio of the two rates where trained weights are trained further.
 
     Those of docs/pretrained.md, "Training them further", where they were measured. Rates for random
     weights undo trained ones in a few steps: of the other optimizers a hundredth is taken.
     """
     entry = OPTIMIZERS[name]
-    if entry.trained_learning_rate is None:
+    rate = _TRAINED_LORA if (name, adapter) == ("adamw", "lora") else entry.trained_learning_rate
+    if rate is None:
         return 0.01 * entry.learning_rate, None
-    return entry.trained_learning_rate, _TRAINED_UNPROJECTED / entry.trained_learning_rate
+    return rate, _TRAINED_UNPROJECTED / rate
 
 
 def _growth(width: int) -> float:

@@ -1,6 +1,7 @@
 """Text of files: UTF-8 without NUL, with messages that name what else it is."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ def refuse_wide(start: bytes, path: Path) -> None:
     """Raise a DataError if a file that starts so is UTF-16 or UTF-32."""
     for name, marks in _MARKS.items():
         if start.startswith(marks):
-            raise DataError(
-                f"{path}: {name}, expected UTF-8: iconv -f {name} -t UTF-8 {path.name} > new.txt"
-            )
+            file, convert = shlex.quote(str(path)), f"iconv -f {name} -t UTF-8"
+            command = f"{convert} {file}"
+            if path.suffix == ".gz":
+                command, path = f"gzip -dc {file} | {convert}", path.with_suffix("")
+            raise DataError(f"{file}: {name}, expected UTF-8: {command} > new{path.suffix}")
 
 
 def read_bytes(path: Path) -> bytes:

@@ -49,8 +49,8 @@ def init_state(
     zeros = {"loss": jnp.zeros([]), "grad_norm": jnp.zeros([])}
     opt_state = tx.init(params)
     accumulated = {}
-    if low_rank is not None:  # Zeros, sharded as low-rank gradients will be.
-        accumulated = optax.tree.zeros_like(low_rank.project(params, opt_state))
+    if low_rank is not None:
+        accumulated = low_rank.empty_mean(params, opt_state)
     micro_step = jnp.zeros([], jnp.int32)
     stored = params if weight_bits is None else ng.training.quantize_weights(params)
     return TrainState(stored, opt_state, micro_step, zeros, frozen or {}, accumulated)

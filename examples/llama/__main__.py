@@ -33,6 +33,7 @@ from examples.llama.training.build import check_config
 from examples.llama.weights.files import PretrainedLlama, replace_llama
 from examples.llama.weights.initial import start_from
 from examples.llama.weights.runs import EXPORT
+from examples.pretrained.json_file import read_json
 
 SAMPLE_TOKENS = 100
 RESULTS = Activity("writing summary, sample and export", "at once")
@@ -76,13 +77,22 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str] | None) -> RunConfig:
     """The configuration: the preset, and what the command line overrides."""
     argv = cli.expand(argv, SHORTHANDS, RunConfig)
+    presets = cli.values_of(argv, "--preset")
+    if len(set(presets)) > 1:
+        raise ConfigError(
+            f"--preset {' and '.join(presets)}: the config.yaml of a run has all sizes of its "
+            "preset: leave out the other"
+        )
     preset = cli.peek(argv, preset="nano").preset
     # An unknown name is left to tyro, which lists the known ones.
     default = run_preset(preset if preset in MODEL_PRESETS else "nano")
     config = cli.parse(RunConfig, "examples.llama", argv, default, brief=BRIEF)
     # The config.yaml of a run from trained weights has the vocabulary of these.
     if config.init_from is None and config.model.vocab_size != default.model.vocab_size:
-        raise ConfigError("the model's vocabulary follows the tokenizer's: use --vocab-size")
+        raise ConfigError(
+            "without --init-from the model's vocabulary follows the tokenizer's: use --vocab-size, "
+            f"not --model.vocab-size {config.model.vocab_size}"
+        )
     return config
 
 
@@ -136,8 +146,11 @@ def run(config: RunConfig, console: Console) -> int:
 def _write_results(result: Result, run_dir: Path, console: Console, reporter: Reporter) -> None:
     """Summary, curves, sample and export of a finished run."""
     with reporter.during(RESULTS):
-        summary = summarize(result)
-        write_json(run_dir / "summary.json", summary)
+        summary, path = summarize(result), run_dir / "summary.json"
+        if result.memory.predicted is None and path.exists():
+            # A finished run that was resumed: nothing was compiled, and no step was measured.
+            summary["memory"] = read_json(path)["memory"]
+        write_json(path, summary)
         plot_run(
             result.records,
             run_dir / "curves.png",

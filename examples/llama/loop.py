@@ -152,11 +152,11 @@ class _Run:
         optimization = make_optimization(config, params, tx)
         self.tx, schedule, _ = optimization
         self.schedule = None if schedule is None else jax.jit(schedule)
-        self.merge = make_merge(adapter, self.tx, params, config.seed)
         step = make_step(config, self.apply, optimization, params)
         self.eval_step = make_eval_step(self.apply)
         initial_state = functools.partial(first_state, config, optimization)
         state_at = devices.state_at(jax.eval_shape(initial_state, params, frozen), self.tx)
+        self.merge = make_merge(adapter, self.tx, params, config.seed, state_at)
         self.step_fn = devices.step(step, state_at)
         # The weights are donated: there is no room for them twice.
         first = jax.jit(
@@ -365,6 +365,10 @@ class _Run:
         self.state, data = self.checkpoints.restore(self.state)
         before = self.checkpoints.config().get("accumulate", self.config.accumulate)
         self.state = recounted(self.state, before, self.config.accumulate)
+        step, unfinished = divmod(int(self.state.micro_step), self.config.accumulate)
+        extended = self.checkpoints.config().get("steps") == step < self.config.steps
+        if extended and not unfinished and self.config.adapter.merges_after(step):
+            self.state = self.merge(self.state)  # Not done by the run that ended here.
         # Of before there was anything else.
         return data if "positions" in data else {"positions": [data], "guard": None}
 
@@ -374,11 +378,6 @@ class _Run:
         self.guard.restore(data["guard"])
         self._micro_step = int(self.state.micro_step)
         self.batches.go_to(data["positions"])
-        assert self.checkpoints is not None
-        step, unfinished = divmod(self._micro_step, self.config.accumulate)
-        extended = self.checkpoints.config().get("steps") == step < self.config.steps
-        if extended and not unfinished and self.config.adapter.merges_after(step):
-            self.state = self.merge(self.state)  # Not done by the run that ended here.
 
     def _is_due(self, step: int, every: int) -> bool:
         return step % every == 0 or step == self.config.steps

@@ -196,7 +196,7 @@ class RunConfig:
         if given is not None:
             return given
         if self.init_from is not None:
-            return trained_rates(self.optimizer.name)[0]
+            return trained_rates(self.optimizer.name, self.adapter.kind)[0]
         return default_learning_rate(self.optimizer.name, self._trained_width)
 
     @property
@@ -206,10 +206,8 @@ class RunConfig:
         if given is not None:
             return given
         if self.init_from is not None:
-            return trained_rates(self.optimizer.name)[1]
-        with_default_rate = self.optimizer.learning_rate is None
-        width = self._trained_width if with_default_rate else NANO_WIDTH
-        return default_unprojected_ratio(self.optimizer.name, width)
+            return trained_rates(self.optimizer.name, self.adapter.kind)[1]
+        return default_unprojected_ratio(self.optimizer.name, self._trained_width)
 
     @property
     def _trained_width(self) -> int:

@@ -32,7 +32,7 @@ class SampleConfig:
     a name on the hub, or smollm2-135m-instruct."""
     prompt: str = ""
     """The text to continue, by default the beginning of a document; of a text that leaves no room
-    for --tokens, the end."""
+    for --tokens, the end. The name of a special token is this token."""
     samples: int = 1
     """Continuations, one after the other."""
     tokens: int = 100
@@ -109,13 +109,14 @@ def continued(
       DataError: if the prompt has no tokens, and the tokenizer no token that ends a document.
     """
     room = model.config.max_length
-    ids, shown = tokenizer.encode(prompt).ids, ""
+    tokenizer.encode_special_tokens = False  # Of a run and of its export alike.
+    whole, shown = tokenizer.encode(prompt).ids, ""
+    ids = whole[-max(1, room // 2, room - tokens) :]
     if ids:
-        ids = ids[-max(1, room // 2, room - tokens) :]
         shown = tokenizer.decode(ids)
     else:  # A document begins after the end of another one.
         ids = list(end_ids[:1]) or [end_of_text(tokenizer, "an empty --prompt")]
-    yield printable(shown)
+    yield printable(prompt if len(ids) == len(whole) else shown)
     length = min(tokens, room - len(ids))
     written = []
     for token in stream(model, ids, length, sampling=sampling, end_ids=end_ids, key=key):

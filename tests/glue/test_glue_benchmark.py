@@ -128,3 +128,44 @@ def test_the_table_and_what_is_asked():
     }
     with pytest.raises(ConfigError, match="no finished run after the tuning yet"):
         results_table([result("adamw", TUNE_SEED, 0.1, 2**23)])
+
+
+def test_seeds_that_diverged_are_counted():
+    lost = {"method": "lora-r8", "label": "lora, rank 8", "learning_rate": 1e-3, "diverged": True}
+    records = [
+        result("adamw", 1, 0.900, 2**23),
+        result("lora-r8", 1, 0.8, 2**21),
+        lost | {"seed": 2},
+        result("natural-galore-r8", 1, 0.8, 2**20),
+        lost | {"method": "lora-r4", "label": "lora, rank 4", "seed": 1},
+    ]
+    lines = results_table(records).splitlines()
+    assert any(
+        line.startswith("| lora, rank 8 | 0.001 | 2, 1 diverged | 1,000 |") for line in lines
+    )
+    assert "| lora, rank 4 | 0.001 | 1, 1 diverged | | | | | |" in lines
+    above = next(t for t in targets(records) if "above lora" in t["name"])
+    assert above["value"] == pytest.approx(40.0)  # A seed that diverged has no point.
+
+
+def test_seeds_at_another_rate_are_another_row():
+    other = result("adamw", 3, 0.5, 2**23) | {"learning_rate": 1e-5}
+    records = [result("adamw", 1, 0.900, 2**23), other]
+    assert sum(line.startswith("| adamw |") for line in results_table(records).splitlines()) == 2
+    with pytest.raises(
+        ConfigError, match="adamw: seeds at several learning rates, 2e-05 and 1e-05"
+    ):
+        targets(records)
+
+
+def test_a_method_that_diverges_at_all_rates_stops_no_other(common, capsys):
+    sweep = Sweep(**common, methods=("adamw", "lora-r8"), seeds=(1,))
+    for name in sweep.methods:
+        for rate in GRIDS[name]:
+            run = Run(**common, method=name, learning_rate=rate, seed=TUNE_SEED)
+            record = grids.record_of(run) | {"diverged": name == "lora-r8", "validation": "v"}
+            write(record | {"losses": {"v": rate}}, run.path)
+    assert [(run.method, run.seed) for run in COMPARISON.runs(sweep)][8:] == [("adamw", 1)]
+    assert "left out: lora-r8: the loss is not finite" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="workers must be at least 1, got 0"):
+        Sweep(**common, workers=0)

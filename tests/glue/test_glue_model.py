@@ -2,6 +2,7 @@
 
 import functools
 import json
+import pathlib
 from importlib.util import find_spec
 
 import jax
@@ -16,7 +17,7 @@ from examples.common.errors import WeightsError
 from examples.finetune.encoder.data.encode import encode, read_tokenizer
 from examples.finetune.encoder.data.rows import Row
 from examples.finetune.encoder.model import Inputs, make_model
-from examples.finetune.encoder.weights import load_model, save_model
+from examples.finetune.encoder.weights import _class_order, load_model, save_model
 from examples.pretrained import locate_model
 from examples.pretrained.packages import PACKAGES, Package
 from examples.pretrained.tensors import read_tensors
@@ -270,3 +271,12 @@ def test_minilm():
     rows = [Row("A good film.", None, 1)]
     encoded = encode(tokenizer, rows, loaded.config, 16, regression=False)
     assert [list(row[[0, -1]]) for row in encoded.tokens] == [[101, 102]]
+
+
+@pytest.mark.parametrize("prefix", ["", "LABEL_"])
+def test_classes_that_are_numbers_are_put_in_order_by_these(prefix):
+    """More than ten in the order of texts, as the classes of a file are."""
+    raw = {"id2label": {str(i): f"{prefix}{i}" for i in range(11)}}
+    labels = tuple(sorted(map(str, range(11))))
+    order = _class_order(raw, labels, pathlib.Path("config.json"))
+    np.testing.assert_array_equal(order, [int(label) for label in labels])

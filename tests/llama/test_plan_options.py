@@ -130,3 +130,9 @@ def test_the_file_of_a_run_plans_that_run(tmp_path):
     file.write_text(options_text(run_preset("nano"), "examples.llama"))
     ((only,),) = candidates(PlanConfig(), ["--config", str(file)])
     assert only.config == parse(["--config", str(file)]) and only.step == "ordinary"
+
+
+def test_a_plan_is_of_one_device():
+    given = [*SMALL, "--distributed.devices", "--distributed.sharding", "full"]
+    with pytest.raises(ConfigError, match="one device's memory: no --distributed"):
+        list(candidates(PlanConfig(optimizers=("adamw",)), given))

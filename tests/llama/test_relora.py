@@ -19,12 +19,14 @@ from examples.common.train_state import TrainState, init_state
 from examples.llama.loop import train
 from examples.llama.model.adapters import AdapterConfig, make_linear
 from examples.llama.run_config import differences
+from examples.llama.training.faults import FaultConfig, Guard
 from examples.llama.training.relora import make_merge, merge, restart_factor, with_restarts
 from examples.llama.training.train_step import make_model
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
 ADAPTER = AdapterConfig(kind="relora", rank=4, alpha=6.0, merge_every=3, restart_warmup=1)
+LORA = AdapterConfig(kind="lora", rank=4, alpha=6.0)
 
 
 def run_config(**changes):
@@ -129,7 +131,7 @@ def test_a_basis_is_not_started_anew():
     tx = ng.galore_adamw(1e-2, rank=2)
     with pytest.raises(ConfigError, match=r"such as --optimizer adamw; this one projects layers"):
         make_merge(ADAPTER, tx, params, seed=0)
-    make_merge(dataclasses.replace(ADAPTER, kind="lora"), tx, params, seed=0)
+    make_merge(LORA, tx, params, seed=0)
 
 
 def test_restart_factors():
@@ -154,7 +156,7 @@ def test_restarts_multiply_the_updates_of_a_given_optimizer(accumulate):
 
 
 def test_without_merges_nothing_is_restarted():
-    tx, lora = optax.sgd(1.0), dataclasses.replace(ADAPTER, kind="lora")
+    tx, lora = optax.sgd(1.0), LORA
     schedule = optax.constant_schedule(1.0)
     assert with_restarts(lora, tx, schedule, 1) == (tx, schedule)
 
@@ -167,7 +169,7 @@ def whole(fast_compile):
 def test_a_run_is_lora_up_to_the_merge_and_restarts_there(whole):
     """Eight steps with merges after 3 and 6."""
     config = run_config()
-    lora = dataclasses.replace(config, adapter=dataclasses.replace(ADAPTER, kind="lora"))
+    lora = dataclasses.replace(config, adapter=LORA)
     runs = (whole[1], train(lora, splits=tiny.splits()))
     rates = [[r["learning_rate"] for r in of_kind(run.records, "train")] for run in runs]
     np.testing.assert_allclose(np.divide(*rates), [1, 1, 1, 0.5, 1, 1, 0.5, 1], rtol=1e-6)
@@ -211,10 +213,44 @@ def test_resume_across_a_merge_is_exact(tmp_path, whole, accumulate, stops):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("kind", "lora"), ("rank", 2), ("alpha", 1.0), ("merge_every", 4), ("restart_warmup", 0)],
+    [("rank", 2), ("alpha", 1.0), ("merge_every", 4), ("restart_warmup", 0)],
 )
 def test_another_adapter_is_another_configuration(field, value):
     config = run_config()
     other = dataclasses.replace(config, adapter=dataclasses.replace(ADAPTER, **{field: value}))
     changed = differences(config.to_dict(), other.to_dict())
     assert changed == [f"adapter.{field}: {getattr(ADAPTER, field)} -> {value}"]
+
+
+def test_a_merge_leaves_the_state_where_it_is():
+    _, params, frozen = model()
+    tx, mesh = optax.adamw(1e-2), jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
+    state = init_state(params, tx, frozen)
+
+    def place(x):
+        rows = jax.P(*[None] * (x.ndim - 2), "data") if x.ndim > 1 else jax.P()
+        return jax.NamedSharding(mesh, rows)
+
+    state_at = jax.tree.map(place, state)
+    merged = make_merge(ADAPTER, tx, params, 0, state_at)(jax.device_put(state, state_at))
+    assert jax.tree.map(lambda x: x.sharding, merged) == state_at
+    assert not all(x.sharding.is_fully_replicated for x in jax.tree.leaves(merged))
+
+
+def test_a_rollback_keeps_the_merge_of_an_extended_run(tmp_path, monkeypatch):
+    """The run of 6 steps ended before its merge; the longer one has a spike after it."""
+    adapter = dataclasses.replace(ADAPTER, merge_every=6)
+    faults = FaultConfig(rollback_on_spike=5.0)
+    short = run_config(adapter=adapter, steps=6, faults=faults)
+    train(short, splits=tiny.splits(), run_dir=tmp_path)
+    spikes = iter([False, True])
+    monkeypatch.setattr(Guard, "is_spike", lambda *_: next(spikes, False))
+    output = dataclasses.replace(short.output, resume=True, save_every=100)
+    longer = dataclasses.replace(short, steps=9, output=output)
+    result = train(longer, splits=tiny.splits(), run_dir=tmp_path)
+    assert of_kind(result.records, "rollback")
+    first = train(run_config(adapter=adapter, steps=1), splits=tiny.splits())
+    for before, after in zip(
+        *map(jax.tree.leaves, (first.state.frozen, result.state.frozen)), strict=True
+    ):
+        assert np.any(before != after)

@@ -116,7 +116,7 @@ def test_default_rates_follow_the_width(name):
     assert rates("9m") == pytest.approx((nano / 2, 2 * ratio))
     assert rates("60m") == pytest.approx((nano / 4, 4 * ratio))
     assert rates("60m", "--adapter.kind", "lora") == (nano, ratio)
-    assert rates("60m", "--learning-rate", "0.01") == (0.01, ratio)
+    assert rates("60m", "--learning-rate", "0.01") == (0.01, pytest.approx(4 * ratio))
     assert rates("60m", "--unprojected-ratio", "2") == pytest.approx((nano / 4, 2))
     # The measured ones of docs/pretrained.md: embedding and norms at 3e-5.
     trained = 1e-4 if "adamw" in name else 3e-4
@@ -158,3 +158,14 @@ def test_what_a_published_variant_fixes_cannot_be_changed(monkeypatch):
     assert not jnp.allclose(published, second_update(OptimizerConfig(name="adamw")))
     with pytest.raises(ValueError, match=r"b2 is always 0.95, got 0.9"):
         make_optimizer(OptimizerConfig(name="published", b2=0.9), **kwargs)
+
+
+@pytest.mark.parametrize("preset", ["nano", "60m", "1b"])
+@pytest.mark.parametrize("optimizer", ["adamw", "natural-galore", "galore"])
+def test_a_rate_that_is_given_leaves_the_ratio_of_the_two_rates(preset, optimizer):
+    given = ["--preset", preset, "--optimizer", optimizer]
+    default = parse(given)
+    again = parse([*given, "--learning-rate", repr(default.learning_rate)])
+    half = parse([*given, "--learning-rate", repr(default.learning_rate / 2)])
+    assert again.learning_rate == default.learning_rate
+    assert again.unprojected_ratio == half.unprojected_ratio == default.unprojected_ratio

@@ -124,7 +124,9 @@ def _class_order(raw: dict[str, Any], labels: tuple[str, ...], path: Path) -> np
     found = found if isinstance(found, dict) else {}
     names = [str(found.get(str(i), f"LABEL_{i}")) for i in range(len(labels))]
     if all(name.removeprefix("LABEL_") == str(i) for i, name in enumerate(names)):
-        return np.arange(len(labels))  # Numbers say nothing about the classes.
+        names = [name.removeprefix("LABEL_") for name in names]
+        if sorted(names) != sorted(labels):
+            return np.arange(len(labels))  # Numbers say nothing about the classes.
     stored, wanted = ([text.casefold() for text in texts] for texts in (names, labels))
     if len(set(stored)) < len(stored):  # Names that differ in their capitals alone.
         stored, wanted = names, list(labels)

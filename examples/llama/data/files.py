@@ -57,7 +57,7 @@ def read_files(
     Raises:
       DataError: for the first line that cannot be used, or if all files are empty.
     """
-    empty = []
+    empty, skipped = [], 0
     for file in files:
         bad: list[DataError] | None = [] if skip_bad_lines else None
         read = _read_parquet if file.suffix == ".parquet" else _read_file
@@ -67,12 +67,14 @@ def read_files(
                 is_empty = False
                 yield text.replace("\r\n", "\n")
         if bad:
+            skipped += len(bad)
             warnings.warn(f"{len(bad)} bad line(s) skipped, the first: {bad[0]}", stacklevel=2)
         if is_empty:
             empty.append(file)
     if empty and len(empty) == len(files):
         all_of = "the file is" if empty == [source] else f"all {len(empty)} text files are"
-        raise DataError(f"{source}: {all_of} empty")
+        without = f" without the {skipped} bad line(s)" if skipped else ""
+        raise DataError(f"{source}: {all_of} empty{without}")
     if empty:
         warnings.warn(
             f"{source}: {len(empty)} of {len(files)} text files are empty, the first: {empty[0]}",

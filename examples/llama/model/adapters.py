@@ -17,6 +17,14 @@ from examples.common.lora import LoRALinear, Tree, merge_adapters, on_rows
 from examples.llama.model.config import ModelConfig
 from examples.llama.model.llama import INIT_STD, MakeLinear, dense
 
+# The kinds that an option has an effect with.
+_KINDS = {
+    "rank": ("factorised", "lora", "relora"),
+    "alpha": ("lora", "relora"),
+    "merge_every": ("relora",),
+    "restart_warmup": ("relora",),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
@@ -43,6 +51,14 @@ class AdapterConfig:
     """ReLoRA: steps that warm up the learning rate after a merge."""
 
     def __post_init__(self) -> None:
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name, kinds in _KINDS.items():
+            value = getattr(self, name)
+            if self.kind not in kinds and value != defaults[name]:
+                raise ValueError(
+                    f"adapter.{name}={value} has no effect with adapter.kind={self.kind!r}, "
+                    f"only with {' or '.join(kinds)}"
+                )
         for name in ("rank", "merge_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"adapter.{name} must be at least 1, got {getattr(self, name)}")

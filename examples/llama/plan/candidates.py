@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import inspect
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,7 +139,7 @@ def candidates(plan: PlanConfig, given: Sequence[str]) -> Iterator[list[Candidat
         ranks = (*ranks, max(base.optimizer.rank // 2, 1))
     lengths = ("--seq-len", str(base.seq_len))
     dtypes = _dtypes(plan, base, known)
-    for spec in plan.optimizers or _given(known, "--optimizer") or _preferred(known):
+    for spec in plan.optimizers or cli.values_of(known, "--optimizer")[-1:] or _preferred(known):
         for (batch_size, accumulate), *larger in _batches(plan, base, known):
             group, error = [], None
             for rank in sorted({*ranks}, reverse=True) if has_rank(spec) else (None,):
@@ -181,7 +180,7 @@ def _preferred(given: Sequence[str]) -> list[str]:
 def _needed(given: Sequence[str]) -> tuple[str, ...]:
     """Options that given ones require, unless the user decided on them."""
     free = _flag(given, "per-layer") is None
-    return ("--per-layer",) if free and _given(given, "--weight-bits") == ("8",) else ()
+    return ("--per-layer",) if free and cli.values_of(given, "--weight-bits")[-1:] == ("8",) else ()
 
 
 def _dtypes(plan: PlanConfig, base: RunConfig, given: Sequence[str]) -> tuple[str, ...]:
@@ -233,7 +232,7 @@ def _steps(
     name = spec.split("@")[0]
     parameters = inspect.signature(OPTIMIZERS[name].factory).parameters
     # "None" leaves it to the optimizer.
-    chosen = _given([*given, *optimizer_arguments(spec, None)], "--residual")
+    chosen = cli.values_of([*given, *optimizer_arguments(spec, None)], "--residual")[-1:]
     residuals = {*chosen, OPTIMIZERS[name].fixed.get("residual", "none")}
     sums = _flag(given, "accumulate-in-subspace")
     possible = (
@@ -297,12 +296,6 @@ def _flag(arguments: Sequence[str], name: str) -> bool | None:
     return found[-1] if found else None
 
 
-def _given(arguments: Sequence[str], name: str) -> tuple[str, ...]:
-    """The value of an option, if it is there; the last one counts."""
-    found = [value for key, value in itertools.pairwise(arguments) if key == name]
-    return tuple(found[-1:])
-
-
 def _without(arguments: Sequence[str], names: Sequence[str]) -> list[str]:
     """Arguments without options that will be given anew, and their values."""
     before = [None, *arguments]
@@ -314,6 +307,8 @@ def _sized(config: RunConfig) -> RunConfig:
     """With the model of --init-from, or the vocabulary that the tokenizer will have, if known."""
     if config.offload != "none":
         raise ConfigError(f"a plan counts one device's memory: no --offload {config.offload}")
+    if config.distributed.enabled:
+        raise ConfigError("a plan counts one device's memory: no --distributed options")
     if config.init_from is not None:
         return dataclasses.replace(config, model=merge(config, _model_of(config.init_from)))
     known = config.data.tokenizer is None

@@ -8,6 +8,7 @@ correction and large. That is why the learning rate warms up again.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,9 +58,13 @@ def reset_adapters(
 
 
 def make_merge(
-    adapter: AdapterConfig, tx: optax.GradientTransformation, params: Tree, seed: int
+    adapter: AdapterConfig,
+    tx: optax.GradientTransformation,
+    params: Tree,
+    seed: int,
+    state_at: Any = None,
 ) -> Callable[[TrainState], TrainState]:
-    """A jitted merge of the whole train state, which is donated.
+    """A jitted merge of the whole train state, which is donated, and stays where `state_at` says.
 
     Raises:
       ConfigError: if there will be merges and `tx` projects some of `params`. A basis at its first
@@ -81,7 +86,7 @@ def make_merge(
         opt_state = reset_adapters(tx, state.opt_state, params)
         return state._replace(params=params, frozen=frozen, opt_state=opt_state)
 
-    return jax.jit(run, donate_argnums=0)
+    return jax.jit(run, donate_argnums=0, out_shardings=state_at)
 
 
 def restart_factor(adapter: AdapterConfig, step: jax.typing.ArrayLike) -> jax.Array:

@@ -148,7 +148,8 @@ def accumulate_low_rank(
     """
 
     def take(params, opt_state, mean):
-        updates, opt_state = steps.update(mean, opt_state, params)
+        low = jax.tree.map(lambda m, g: m.astype(g.dtype), mean, grads)
+        updates, opt_state = steps.update(low, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
     opt_state, mean = steps.accumulate(grads, opt_state, mean, position)

@@ -56,5 +56,7 @@ def dither(
     hashed = row
     if shape:
         column = jax.lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
+        if len(shape) == 1:
+            column = column + jnp.asarray(first).astype(jnp.uint32)
         hashed = (row ^ (column * STRIDES[0])) * _MIX
     return hashed + jnp.asarray(step).astype(jnp.uint32) * stride

@@ -98,43 +98,44 @@ def whole(plan: LeafPlan, factors: Factors, update: FactoredUpdate, G: jax.Array
 class Products:
     """Products of ``U = P L + φ G``, of a matrix with one projected side, with vectors.
 
-    A vector of rows or columns has batch axes, then the axes of that side. U is not computed. Both
-    parts are sharded by :func:`place_update`.
+    The projected side is that of the rows here; L has an axis of the rank and the kept side. A
+    vector has batch axes, then the axes of its side. U is not computed. Both parts are sharded by
+    :func:`place_update`.
     """
 
     def __init__(
         self, plan: LeafPlan, factors: Factors, update: FactoredUpdate, G: jax.Array | Apart
     ) -> None:
         (mode,), index, (self._P,) = plan.projected_modes, Letters(plan), factors
-        self._G, self._mode = G, mode
+        self._G = G
         self._low, self._phi = update.low.astype(jnp.float32), update.phi
         self._of_G, self._of_P = index.full, index.factor(mode)
         self._of_low, self._of_rank = index.arranged([mode]), index.batch + index.ranks[mode]
-        self._of_sides = [index.batch + axes for axes in index.modes]
+        self._projected, self._kept = (index.batch + index.modes[side] for side in (mode, 1 - mode))
 
-    def with_columns(self, y: jax.Array) -> jax.Array:
-        """``U y``: a vector of rows."""
-        return self._from_projected(y) if self._mode == 1 else self._from_kept(y)
-
-    def with_rows(self, x: jax.Array) -> jax.Array:
-        """``Uᵀ x``: a vector of columns."""
-        return self._from_projected(x) if self._mode == 0 else self._from_kept(x)
-
-    def _from_projected(self, x: jax.Array) -> jax.Array:
-        projected, kept = self._of_sides[self._mode], self._of_sides[1 - self._mode]
-        z = _product(f"{projected},{self._of_P}->{self._of_rank}", x, self._P)
-        y = _product(f"{self._of_rank},{self._of_low}->{kept}", z, self._low)
+    def with_projected(self, x: jax.Array) -> jax.Array:
+        """``Uᵀ x``: a vector of the kept side."""
+        z = _product(f"{self._projected},{self._of_P}->{self._of_rank}", x, self._P)
+        y = self.from_rank(self._low, z)
         if self._phi is None:
             return y
-        return y + self._phi * self._with_G(f"{projected},{self._of_G}->{kept}", x)
+        return y + self._phi * self._with_G(f"{self._projected},{self._of_G}->{self._kept}", x)
 
-    def _from_kept(self, y: jax.Array) -> jax.Array:
-        projected, kept = self._of_sides[self._mode], self._of_sides[1 - self._mode]
-        z = _product(f"{kept},{self._of_low}->{self._of_rank}", y, self._low)
-        x = _product(f"{self._of_rank},{self._of_P}->{projected}", z, self._P)
+    def with_kept(self, y: jax.Array) -> jax.Array:
+        """``U y``: a vector of the projected side."""
+        z = self.to_rank(self._low, y)
+        x = _product(f"{self._of_rank},{self._of_P}->{self._projected}", z, self._P)
         if self._phi is None:
             return x
-        return x + self._with_G(f"{kept},{self._of_G}->{projected}", self._phi * y)
+        return x + self._with_G(f"{self._kept},{self._of_G}->{self._projected}", self._phi * y)
+
+    def to_rank(self, A: jax.Array, y: jax.Array) -> jax.Array:
+        """``A y`` for A of the shape of L: a vector of the rank."""
+        return _product(f"{self._kept},{self._of_low}->{self._of_rank}", y, A)
+
+    def from_rank(self, A: jax.Array, z: jax.Array) -> jax.Array:
+        """``Aᵀ z``: a vector of the kept side."""
+        return _product(f"{self._of_rank},{self._of_low}->{self._kept}", z, A)
 
     def _with_G(self, subscripts: str, x: jax.Array) -> jax.Array:
         return read(lambda G, x: _product(subscripts, x, G), self._G, x)

@@ -17,6 +17,7 @@ from natgalore_jax._src.kernels.factored_update import (
 )
 from natgalore_jax._src.kernels.projection import Factors
 from natgalore_jax._src.kernels.stacks import Apart, any_of
+from natgalore_jax._src.params.placement import place_low_rank
 from natgalore_jax._src.params.plan import LeafPlan
 
 # Divisors are at least the smallest normal number.
@@ -44,7 +45,7 @@ def clip_leading(plan: LeafPlan, U: jax.Array, limit: jax.typing.ArrayLike) -> j
     # Computed once: each reading of U would repeat what U is made of.
     U = jax.lax.optimization_barrier(U)
     U = U.astype(jnp.promote_types(dtype, jnp.float32))  # float64 stays: most pass unchanged
-    s = on_axes_of_gradient(side_axes(plan, 0), _start(plan))
+    s = on_axes_of_gradient(side_axes(plan, 0), _start(plan, 0))
     y = jnp.sum(s * U, rows, keepdims=True)
     unit = _magnitude(y, cols)
     x = jnp.sum(U * (y / unit), cols, keepdims=True) / unit
@@ -57,46 +58,64 @@ def clip_leading_of_factored(
     plan: LeafPlan,
     factors: Factors,
     update: FactoredUpdate,
+    inside: jax.Array,
     G: jax.Array | Apart,
     limit: jax.typing.ArrayLike,
 ) -> FactoredUpdate:
-    """:func:`clip_leading` of ``U = P L + φ G``, which is not computed.
+    """:func:`clip_leading` of ``U = P L + φ G``, which is not computed, from another start.
+
+    With the projected side as rows, ``x = U k`` and ``k = t / ‖t‖ + AᵀA t / ‖AᵀA t‖`` with fixed
+    random numbers t, so that G is read twice, not three times. ``A = PᵀU + φ PᵀG`` has the leading
+    directions of U inside the subspace, and of those outside the ones that G has inside too; t is
+    for the others.
 
     Args:
       plan, factors, update, G: of a matrix with one projected side; G only has to be read.
+      inside: PᵀU.
       limit: c.
     """
-    of_rows, of_cols = side_axes(plan, 0), side_axes(plan, 1)
+    (mode,) = plan.projected_modes
+    of_projected, of_kept = side_axes(plan, mode), side_axes(plan, 1 - mode)
     update = place_update(plan, update, any_of(G))
-    U = Products(plan, factors, update, G)
-    s = jnp.broadcast_to(_start(plan), (*plan.batch_shape, *plan.mode_shape(0)))
-    y = U.with_rows(place_phi(of_rows, s, any_of(G)))
-    own = range(of_cols.batch_ndim, y.ndim)
-    unit = _magnitude(y, own)
-    x = U.with_columns(y / unit)
-    x = x / jnp.expand_dims(unit.squeeze(own), range(of_rows.batch_ndim, x.ndim))
-    y, unit = (on_axes_of_gradient(of_cols, z) for z in (U.with_rows(x), unit))
-    x = on_axes_of_gradient(of_rows, x)
-    rows, cols = plan.modes
-    excess = _excess(x, y, unit, rows, cols, limit * math.sqrt(max(plan.mode_sizes)))
+    A = 2 * place_low_rank(plan, inside, any_of(G)) - update.low  # L = PᵀU − φ PᵀG
+    U, nb = Products(plan, factors, update, G), len(plan.batch)
+    t = jnp.broadcast_to(_start(plan, 1 - mode), (*plan.batch_shape, *plan.mode_shape(1 - mode)))
+    t = _normalised(place_phi(of_kept, t, any_of(G)), nb)
+    k = t + _normalised(U.from_rank(A, _normalised(U.to_rank(A, t), nb)), nb)
+    x = U.with_kept(k)
+    unit = _magnitude(x, range(nb, x.ndim))
+    x = x / unit
+    x, y, unit = (
+        on_axes_of_gradient(of_projected, x),
+        on_axes_of_gradient(of_kept, U.with_projected(x)),
+        on_axes_of_gradient(of_projected, unit),
+    )
+    bound = limit * math.sqrt(max(plan.mode_sizes))
+    excess = _excess(x, y, unit, plan.modes[mode], plan.modes[1 - mode], bound)
     return update._replace(clipped=(excess, y))
 
 
-def _start(plan: LeafPlan) -> jax.Array:
-    """s of every matrix, a vector of rows with batch axes of length one.
+def _start(plan: LeafPlan, mode: int) -> jax.Array:
+    """Fixed random numbers: a vector of rows (mode 0) or columns, with batch axes of length one.
 
     Uniform numbers, not signs, whose sum may be zero: they would miss a column of ones.
     """
-    bits = dither((plan.mode_sizes[0], 1), 0, 0, STRIDES[0], first=0)
+    bits = dither((plan.mode_sizes[mode], 1), 0, 0, STRIDES[0], first=0)
     s = bits.astype(jnp.float32) / 2.0**31 - 1.0
-    return s.reshape((1,) * len(plan.batch) + plan.mode_shape(0))
+    return s.reshape((1,) * len(plan.batch) + plan.mode_shape(mode))
+
+
+def _normalised(y: jax.Array, batch_ndim: int) -> jax.Array:
+    """``y / ‖y‖`` for each matrix; zero for zero."""
+    axes = range(batch_ndim, y.ndim)
+    y = y / _magnitude(y, axes)
+    return y * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(y), axes, keepdims=True), _TINY))
 
 
 def _magnitude(y: jax.Array, axes: Sequence[int]) -> jax.Array:
-    """A power of two near the largest entry of ``y = Uᵀ s``, the unit of U in what follows.
+    """A power of two near the largest entry of a product of U, the unit of U in what follows.
 
-    Numbers have the same digits in any unit that is a power of two. ``x = U y`` in units of U and y
-    is at least 1 / ‖s‖ long.
+    Numbers have the same digits in any unit that is a power of two.
     """
     info = jnp.finfo(y.dtype)
     largest = jnp.max(jnp.abs(y), axes, keepdims=True)

@@ -16,6 +16,7 @@ from natgalore_jax._src.params.context import current_subspace
 from natgalore_jax._src.params.where import (
     KeyPath,
     Where,
+    is_stacked_vector,
     selected,
     shape_and_dtype,
     token_matrices,
@@ -73,7 +74,8 @@ def scale_by_adam_8bit(
       block_size, min_size, where: see :func:`quantize_state`.
       factored: which parameters have factored second moments, over their last two axes, in the
         forms of ``where``; None: embeddings and output heads, by their names
-        (:func:`hidden_matrices`). Ignored for parameters of one axis and for projected parameters.
+        (:func:`hidden_matrices`). Ignored for parameters of one axis, also where they are stacked,
+        and for projected parameters.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with the state of
@@ -256,6 +258,7 @@ def _has_factors(factored: Where, params: Any) -> list[bool]:
         is_chosen
         and jnp.ndim(leaf) > 1
         and 0 not in jnp.shape(leaf)  # without means
+        and not is_stacked_vector(path, leaf)
         and KeyPath(path) not in plans
         for (path, leaf), is_chosen in zip(leaves, chosen, strict=True)
     ]

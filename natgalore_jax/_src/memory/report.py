@@ -153,7 +153,8 @@ def memory_report(
     shorter, longer, or both sides were projected at the same rank. Basis, history, arrays in the
     shape of the low-rank gradient and the residual's Fisher entries change; other state (the
     factors of Adafactor, full-size moments outside the subspace) does not. Scales of 8-bit moments
-    change in proportion, and moments too small for 8 bits are assumed to stay so.
+    change in proportion, and moments are assumed to stay in 8 bits or too small for them, which is
+    not so on both sides of ``min_size`` (by default 4096 numbers, "both" at ranks below 64).
 
     Given a compiled training step the report also has the gradients, and the activations with the
     working memory of the update. Compile a step from shapes, without allocating arrays, by

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgalore_jax._src.training.low_rank_steps import low_rank_steps
+from natgalore_jax._src.training.low_rank_steps import in_dtypes_of, low_rank_steps
 
 
 class AccumulatedState(NamedTuple):
@@ -14,7 +14,7 @@ class AccumulatedState(NamedTuple):
 
     mini_step: jax.typing.ArrayLike  #: shape (), int32: micro-batches of the unfinished step
     opt_state: Any  #: of the optimizer
-    mean: Any  #: mean of the low-rank gradients so far, in their shapes and dtypes
+    mean: Any  #: mean of the low-rank gradients so far, in their shapes, float32 at least
 
 
 def accumulated(tx: Any, number: int) -> optax.GradientTransformationExtraArgs:
@@ -35,14 +35,13 @@ def accumulated(tx: Any, number: int) -> optax.GradientTransformationExtraArgs:
 
     def init_fn(params):
         state = tx.init(params)
-        mean = optax.tree.zeros_like(steps.project(params, state))
-        return AccumulatedState(jnp.zeros([], jnp.int32), state, mean)
+        return AccumulatedState(jnp.zeros([], jnp.int32), state, steps.empty_mean(params, state))
 
     def update_fn(updates, state, params=None, **extra_args):
         position = state.mini_step
 
         def take(opt_state, mean):
-            return steps.update(mean, opt_state, params, **extra_args)
+            return steps.update(in_dtypes_of(updates, mean), opt_state, params, **extra_args)
 
         def wait(opt_state, mean):
             # A learning rate of another dtype changes that of the updates.

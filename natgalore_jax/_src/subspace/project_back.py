@@ -121,8 +121,9 @@ def project_back(
       singular_limit: c, a number or a traced scalar: the leading singular value of the update of
         each matrix that the ``where`` of the subspace selects, projected or too small for it, is
         clipped to :math:`c \sqrt{\max(m, n)}`, as by :func:`clip_leading_singular_value` after the
-        subspace, but in less time: with a residual the power iteration reads the gradient three
-        times, without one not at all. None: no limit.
+        subspace, but in less time: where one side is projected, the power iteration starts from
+        the low-rank update and gradient, and reads the gradient twice with a residual, without one
+        not at all. None: no limit.
 
     Returns:
       A transformation for :func:`natgalore_jax.chain`; its state is empty without a residual.
@@ -298,7 +299,7 @@ def _factored(settings, operands, G, shared):
         )
         state = direction, norm, fisher
     if limit is not None and plan.is_one_sided:
-        update = clip_leading_of_factored(plan, factors, update, G, limit)
+        update = clip_leading_of_factored(plan, factors, update, scale * N, G, limit)
     return update, state
 
 

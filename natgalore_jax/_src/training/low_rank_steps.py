@@ -49,6 +49,18 @@ class LowRankSteps(NamedTuple):
         state = self.refresh(grads, state, axis_name=axis_name)
         return state, jax.lax.pmean(self.project(grads, state), axis_name)
 
+    def empty_mean(self, params: Any, state: optax.OptState) -> Any:
+        """The mean of no gradients for ``accumulate``: zeros, in float32 at least.
+
+        A mean in bfloat16 loses what is below its spacing: of 512 micro-batches it is off by 2 %,
+        and what only the first has counts one and a half times.
+        """
+
+        def zeros(x):
+            return jnp.zeros_like(x, dtype=jnp.promote_types(x.dtype, jnp.float32))
+
+        return jax.tree.map(zeros, self.project(params, state))
+
     def accumulate(
         self,
         grads: Any,
@@ -63,18 +75,23 @@ class LowRankSteps(NamedTuple):
           grads: of this micro-batch.
           state: of the optimizer. The first micro-batch of a step refreshes it; the first refresh
             of a matrix may be at any micro-batch.
-          mean: of the low-rank gradients of this step so far, in the shapes of ``project``. Its
-            dtypes stay, whatever the dtypes of the gradients.
+          mean: of the low-rank gradients of this step so far, at first ``empty_mean``. Its dtypes
+            stay, whatever the dtypes of the gradients.
           position: number of micro-batches so far, int32; at 0 the old mean is ignored.
           axis_name: of devices with different gradients. Bases are computed from the mean gradient
             of the first micro-batch over all devices; each device has its own mean.
 
         Returns:
-          The new state and mean. After the last micro-batch pass the mean to ``update``, or with
-          ``axis_name`` its ``jax.lax.pmean``.
+          The new state and mean. After the last micro-batch pass the mean, in the dtypes of the
+          gradients, to ``update``, or with ``axis_name`` its ``jax.lax.pmean``.
         """
         state = self.refresh(grads, state, axis_name=axis_name, is_scheduled=position == 0)
         return state, _mean(position, mean, self.project(grads, state))
+
+
+def in_dtypes_of(grads: Any, mean: Any) -> Any:
+    """The mean of low-rank gradients in the dtypes of ``grads``."""
+    return jax.tree.map(lambda m, g: m.astype(g.dtype), mean, grads)
 
 
 @own_arithmetic
@@ -143,7 +160,7 @@ def low_rank_steps(tx: optax.GradientTransformation) -> LowRankSteps:
 
       >>> tx = ng.galore_adamw(0.1, rank=2)
       >>> steps, state = ng.training.low_rank_steps(tx), tx.init(params)
-      >>> mean = optax.tree.zeros_like(steps.project(params, state))
+      >>> mean = steps.empty_mean(params, state)
       >>> for i, batch in enumerate(micro_batches):
       ...     state, mean = steps.accumulate(jax.grad(loss)(params, batch), state, mean, i)
       >>> mean["w"].shape, mean["b"].shape
