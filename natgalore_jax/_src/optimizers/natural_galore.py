@@ -194,7 +194,7 @@ def natural_galore_adamw(
       >>> import jax, jax.numpy as jnp, optax, natgalore_jax as ng
       >>> target = jnp.outer(jnp.arange(8.0), jnp.arange(6.0))
       >>> loss = lambda p: jnp.mean((p["w"] - target) ** 2)
-      >>> tx = ng.natural_galore_adamw(optax.linear_schedule(2.0, 0.0, 100), rank=2)
+      >>> tx = ng.natural_galore_adamw(optax.linear_schedule(4.0, 0.0, 100), rank=2)
       >>> @jax.jit
       ... def step(params, state):
       ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
