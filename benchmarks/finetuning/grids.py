@@ -128,10 +128,10 @@ def after_tuning(records: Iterable[Json]) -> list[Json]:
     """The runs with other seeds.
 
     Raises:
-      ConfigError: if there are none.
+      ConfigError: if none of them has finished.
     """
     found = [r for r in records if r["seed"] != TUNE_SEED]
-    if not found:
+    if not finished(found):
         raise ConfigError("no finished run after the tuning yet: go on with the sweep command")
     return found
 
