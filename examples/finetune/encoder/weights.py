@@ -64,7 +64,7 @@ class Pretrained(NamedTuple):
 
 
 def module_name(module: str, architecture: str) -> str:
-    """What PyTorch calls a module: ``layers.attention.query`` is
+    """The name of a module in PyTorch: ``layers.attention.query`` is
     ``bert.encoder.layer.{i}.attention.self.query``."""
     heads = _HEADS[architecture]
     return heads[module] if module in heads else f"{architecture}.{_MODULES[module]}"

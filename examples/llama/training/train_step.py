@@ -148,8 +148,7 @@ def accumulate_low_rank(
     """
 
     def take(params, opt_state, mean):
-        low = jax.tree.map(lambda m, g: m.astype(g.dtype), mean, grads)
-        updates, opt_state = steps.update(low, opt_state, params)
+        updates, opt_state = steps.update(optax.tree.cast_like(mean, grads), opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
     opt_state, mean = steps.accumulate(grads, opt_state, mean, position)

@@ -96,10 +96,9 @@ def scale_by_column_norms(
       TypeError, ValueError: at construction for an argument of a wrong type or value; at ``init``
         if there are parameters and no matrix among them, for a matrix that is not floating-point
         of at least 16 bits, or that ``head`` selects and ``where`` leaves out, and for a ``head``
-        that selects no matrix; at ``update`` for
-        gradients of other shapes than at ``init``. A NaN makes its column NaN, an infinite entry
-        itself NaN and the rest of its column zero. Both remain in the momentum of a head: put
-        ``optax.apply_if_finite`` around the optimizer.
+        that selects no matrix; at ``update`` for gradients of other shapes than at ``init``. A NaN
+        makes its column NaN, an infinite entry itself NaN and the rest of its column zero. Both
+        remain in the momentum of a head: put ``optax.apply_if_finite`` around the optimizer.
 
     References:
       Glentis et al., Memory-efficient LLM pretraining via minimalist optimizer design (2025, ICML
@@ -122,7 +121,8 @@ def scale_by_column_norms(
     check_choice("norm", norm, NORMS)
     check_decay("momentum", momentum)
     check_number("vector_ratio", vector_ratio, below=math.inf)
-    given, also_given = head is not None, where is not None
+    head_given = head is not None
+    both_given = head_given and where is not None
     head = output_heads if head is None else head
     settings = PlanSettings(None, all_matrices if where is None else where, axes)
     check_adam(b1, b2, eps, mu_dtype)
@@ -139,8 +139,11 @@ def scale_by_column_norms(
         plans, heads = plans_of(params)
         require_matrices(settings, plans, params, "where selects no matrix to be normalised")
         leaves, treedef = jax.tree.flatten(params)
-        if given:
-            _check_heads(params, plans, selected(head, params, "head"), also_given)
+        if both_given:
+            _check_heads(params, plans, selected(head, params, "head"))
+        if head_given and not sees_parts():
+            of_heads = [p if h else None for p, h in zip(plans, heads, strict=True)]
+            require_matrices(settings, of_heads, params, "head selects no matrix")
         momenta = [
             jnp.zeros_like(x, dtype=mu_dtype) if is_head else optax.MaskedNode()
             for x, is_head in zip(leaves, heads, strict=True)
@@ -178,19 +181,17 @@ def scale_by_column_norms(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _check_heads(params, plans, chosen, where_is_given):
-    """Check that ``head`` selects a matrix, and none that a ``where`` leaves out."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    for (path, leaf), plan, is_head in zip(leaves, plans, chosen, strict=True):
-        if where_is_given and is_head and plan is None and jnp.ndim(leaf) > 1:
+def _check_heads(params, plans, chosen):
+    """Check that every matrix that ``head`` selects is one that ``where`` selects."""
+    for (path, leaf), plan, is_head in zip(
+        jax.tree_util.tree_leaves_with_path(params), plans, chosen, strict=True
+    ):
+        if is_head and plan is None and jnp.ndim(leaf) > 1:
             raise ValueError(
                 f"{KeyPath(path)}: head selects this parameter of shape {jnp.shape(leaf)}, but "
                 "where leaves it out, so that Adam would train it: select it by where too, or "
                 "leave it out of head"
             )
-    if leaves and not sees_parts() and not any(p and h for p, h in zip(plans, chosen, strict=True)):
-        shapes = ", ".join(f"{KeyPath(path)} {jnp.shape(leaf)}" for path, leaf in leaves[:6])
-        raise ValueError(f"head selects no matrix; received: {shapes}")
 
 
 @kernel()

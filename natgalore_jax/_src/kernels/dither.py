@@ -45,18 +45,17 @@ def dither(
     first = layer_index() if first is None else first
     if not isinstance(salt, jax.Array):
         salt = jnp.uint32(int(salt) & 0xFFFFFFFF)
+
+    def index(shape, axis):
+        found = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+        return found + jnp.asarray(first).astype(jnp.uint32) if axis == 0 else found
+
     row = salt * np.uint32(0x632BE59B) + np.uint32(0x2545F491)
     outer = (*shape[:-1], 1)
     for axis in range(len(shape) - 1):
-        index = jax.lax.broadcasted_iota(jnp.uint32, outer, axis)
-        if axis == 0:
-            index = index + jnp.asarray(first).astype(jnp.uint32)
-        row = (row ^ (index * _AXES[axis % len(_AXES)])) * _MIX
+        row = (row ^ (index(outer, axis) * _AXES[axis % len(_AXES)])) * _MIX
         row = row ^ (row >> 15)
     hashed = row
     if shape:
-        column = jax.lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
-        if len(shape) == 1:
-            column = column + jnp.asarray(first).astype(jnp.uint32)
-        hashed = (row ^ (column * STRIDES[0])) * _MIX
+        hashed = (row ^ (index(shape, len(shape) - 1) * STRIDES[0])) * _MIX
     return hashed + jnp.asarray(step).astype(jnp.uint32) * stride

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from natgalore_jax._src.training.low_rank_steps import in_dtypes_of, low_rank_steps
+from natgalore_jax._src.training.low_rank_steps import low_rank_steps
 
 
 class AccumulatedState(NamedTuple):
@@ -41,7 +41,8 @@ def accumulated(tx: Any, number: int) -> optax.GradientTransformationExtraArgs:
         position = state.mini_step
 
         def take(opt_state, mean):
-            return steps.update(in_dtypes_of(updates, mean), opt_state, params, **extra_args)
+            low = optax.tree.cast_like(mean, updates)
+            return steps.update(low, opt_state, params, **extra_args)
 
         def wait(opt_state, mean):
             # A learning rate of another dtype changes that of the updates.

@@ -89,11 +89,6 @@ class LowRankSteps(NamedTuple):
         return state, _mean(position, mean, self.project(grads, state))
 
 
-def in_dtypes_of(grads: Any, mean: Any) -> Any:
-    """The mean of low-rank gradients in the dtypes of ``grads``."""
-    return jax.tree.map(lambda m, g: m.astype(g.dtype), mean, grads)
-
-
 @own_arithmetic
 def _mean(position: jax.typing.ArrayLike, mean: Any, new: Any) -> Any:
     """Mean of ``mean`` over ``position`` trees and one more tree, in the dtypes of ``mean``."""
