@@ -29,17 +29,21 @@ def test_the_recipe_in_parts_is_the_default():
 
 
 def test_a_method_with_clipping_is_clipped_as_the_default_is():
-    params = {"mlp": jax.random.normal(jax.random.key(0), (24, 32)), "b": jnp.zeros(5)}
+    """At rank one, where one power iteration is exact from both starts, factored and dense."""
+    u, v = jax.random.normal(jax.random.key(0), (24, 1)), jax.random.normal(jax.random.key(1), 32)
+    params = {"mlp": u * v, "b": jnp.ones(5)}
     without = Method("", recipe, {"rank": 4, "singular_limit": None})
     whole = ng.natural_galore_adamw(0.02, rank=4, weight_decay=0.0)
     for method in (without, clipped(without)):
         tx = method.factory(learning_rate=lambda step: 0.02, **method.fixed)
         states = [whole.init(params), tx.init(params)]
         for step in range(3):
-            grads = jax.tree.map(lambda p, s=step: 1 + jnp.cos(7 * p + s), params)
+            grads = jax.tree.map(lambda p, s=step: (2 + s) * p, params)
             expected, states[0] = whole.update(grads, states[0], params)
             found, states[1] = tx.update(grads, states[1], params)
-            close = jnp.allclose(found["mlp"], expected["mlp"], rtol=1e-4, atol=1e-7)
+            # Clipping leaves a tenth of each number: its rounding is ten times as large.
+            difference = jnp.linalg.norm(found["mlp"] - expected["mlp"])
+            close = difference < 1e-3 * jnp.linalg.norm(expected["mlp"])
             assert close == (method is not without)
             np.testing.assert_allclose(found["b"], expected["b"], rtol=1e-5)
 
