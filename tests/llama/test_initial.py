@@ -103,8 +103,12 @@ def test_from_the_command_line(files, capsys):
 
 def test_learning_rate_is_one_for_trained_weights(files):
     """By default; the rate is seen in the schedule that the run follows."""
-    rate = OPTIMIZERS["adamw"].learning_rate / 100
-    for more, expected in (((), rate), (("--learning-rate=0.25",), 0.25)):
+    unmeasured = OPTIMIZERS["racs"].learning_rate / 100
+    for more, expected in (
+        ((), 1e-4),
+        (("--optimizer=racs",), unmeasured),
+        (("--learning-rate=0.25",), 0.25),
+    ):
         config = parse(options(files, "--warmup=0", *more))
         params = given_params(files, stacked=True)
         assert config.learning_rate == pytest.approx(expected)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from natgalore_jax._src.kernels.kernel import kernel
 from natgalore_jax._src.params.context import is_layer_view
@@ -227,19 +228,18 @@ def unstack(stacked: Any, length: int) -> list[Any]:
     """
     if length == 1:
         return [jax.tree.map(lambda x: x.squeeze(0), stacked)]
-    numbers = range(length)
     # Constant indices would make a kernel of 25 ms compile time of every slice; indices that depend
     # on a branch are data, so that all equal slices are one kernel. The stack depends on it too, or
     # every slice would be a kernel of all that the stack is made of.
     indices, stacked = jax.lax.cond(
         jax.lax.optimization_barrier(jnp.bool_(False)),
-        lambda x: (tuple(jnp.uint32(0) for _ in numbers), jax.tree.map(jnp.zeros_like, x)),
-        lambda x: (tuple(jnp.uint32(i) for i in numbers), x),
+        lambda x: ((np.uint32(0),) * length, jax.tree.map(jnp.zeros_like, x)),
+        lambda x: (tuple(map(np.uint32, range(length))), x),
         stacked,
     )
     return [jax.tree.map(lambda x, i=i: _entry(x, i), stacked) for i in indices]
 
 
 def _entry(x: jax.Array, index: jax.Array) -> jax.Array:
-    starts = (index, *([jnp.uint32(0)] * (x.ndim - 1)))
-    return jax.lax.dynamic_slice(x, starts, (1, *x.shape[1:])).squeeze(0)
+    starts = (index, *([np.uint32(0)] * (x.ndim - 1)))
+    return jax.lax.squeeze(jax.lax.dynamic_slice(x, starts, (1, *x.shape[1:])), (0,))

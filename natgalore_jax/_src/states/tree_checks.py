@@ -274,19 +274,15 @@ def check_inner_states(
 ) -> None:
     """Check that the states of the inner transformations fit the updates' shapes.
 
-    The bases do not determine the unprojected axes. Costs a trace of ``init`` the first time.
+    The bases do not determine the unprojected axes. Without :func:`known_at_init` the first time
+    costs a trace of ``init``.
 
     Args:
-      known: the results of these traces. It must not outlive the transformations, which may hold
-        tracers (:func:`optax.inject_hyperparams`).
+      known: the shapes by the kind of the updates. It must not outlive the transformations, which
+        may hold tracers (:func:`optax.inject_hyperparams`).
     """
     leaves = jax.tree_util.tree_leaves_with_path(updates)
-    low_rank = tuple(
-        jax.ShapeDtypeStruct(plan.low_rank_shape, g.dtype) if plan else shape_and_dtype(path, g)
-        for plan, (path, g) in zip(plans, leaves, strict=True)
-    )
-    treedef = jax.tree.structure(updates)
-    kind = (treedef, low_rank, tuple(plans))
+    kind = treedef, low_rank, _ = _kind(updates, plans)
     if kind not in known:
         with open_subspace(plans):
             known[kind] = jax.eval_shape(
@@ -315,6 +311,21 @@ def check_inner_states(
                 f"{actual.dtype}, but its options need {wanted.dtype}: the state was made with "
                 "other options, such as history_dtype or mu_dtype"
             )
+
+
+def known_at_init(params: Any, plans: Sequence[LeafPlan | None], inner: Any) -> dict[Any, Any]:
+    """The shapes of the inner states of :func:`check_inner_states` for ``params``."""
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inner)
+    return {_kind(params, plans): shapes}
+
+
+def _kind(tree: Any, plans: Sequence[LeafPlan | None]) -> tuple[Any, ...]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    low_rank = tuple(
+        jax.ShapeDtypeStruct(plan.low_rank_shape, x.dtype) if plan else shape_and_dtype(path, x)
+        for plan, (path, x) in zip(plans, leaves, strict=True)
+    )
+    return jax.tree.structure(tree), low_rank, tuple(plans)
 
 
 def _is_other_dtype(expected: Any, x: Any) -> bool:

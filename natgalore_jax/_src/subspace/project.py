@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from natgalore_jax._src.kernels.basis import Method, start_basis
-from natgalore_jax._src.kernels.kernel import own_arithmetic
+from natgalore_jax._src.kernels.kernel import kernel
 from natgalore_jax._src.kernels.linear_codes import coded_bits
 from natgalore_jax._src.kernels.projection import Factors
 from natgalore_jax._src.kernels.rotation import Transition
@@ -202,7 +202,7 @@ def _outside_of_chain(*args: Any, **kwargs: Any) -> Any:
     )
 
 
-@own_arithmetic
+@kernel("plan", "dtype", inline=False)
 def start_factors(plan: LeafPlan, dtype: Any) -> Factors:
     """Orthonormal start for each basis of one parameter."""
     factors = []

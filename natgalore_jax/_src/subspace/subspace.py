@@ -39,6 +39,7 @@ from natgalore_jax._src.states.tree_checks import (
     check_low_rank,
     check_params,
     flatten_like,
+    known_at_init,
     other_options,
     with_dtypes_of,
 )
@@ -98,6 +99,7 @@ class Subspace:
                 "transported at a refresh",
                 'leave out optax.flatten, or set transition="keep"',
             )
+        self.known_states.update(known_at_init(params, plans, inner))
         return [opened, *inner, init_back(self.closer, treedef, plans, low_leaves)]
 
     @own_arithmetic
@@ -368,7 +370,7 @@ def _starts(
     plans = plan_tree(settings, params)
     require_projection(settings, plans, params)
     return plans, [
-        start_factors(plan, dtype or jnp.result_type(leaf)) if plan else ()
+        start_factors(plan.unnamed, dtype or jnp.result_type(leaf)) if plan else ()
         for plan, leaf in zip(plans, jax.tree.leaves(params), strict=True)
     ]
 
