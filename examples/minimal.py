@@ -4,8 +4,8 @@
     python examples/minimal.py                                # 2 minutes on 2 CPU cores
     python examples/minimal.py --text book.txt --steps 2000 --out runs/book
 
-Tokens are bytes. Weights, optimizer state and batches are sharded over all devices. A run resumes
-from its text's checkpoint in --out, bit for bit on as many devices, and on any that divide a step.
+Tokens are bytes, all arrays sharded over all devices. A run resumes from its text's checkpoint in
+--out, bit for bit on as many devices, and on any that divide a step; another Config needs another.
 """
 
 import argparse
@@ -102,8 +102,7 @@ class Attention(nnx.Module):
 
 class SwiGLU(nnx.Module):
     def __init__(self, config: Config, rngs: nnx.Rngs):
-        self.gate = linear(config.width, config.mlp_width, rngs=rngs)
-        self.up = linear(config.width, config.mlp_width, rngs=rngs)
+        self.gate, self.up = (linear(config.width, config.mlp_width, rngs=rngs) for _ in range(2))
         self.down = linear(config.mlp_width, config.width, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -223,6 +222,7 @@ def train(config: Config, tokens: np.ndarray, out: Path, mesh: jax.sharding.Mesh
                 batches = (batch(held_out, i, config) for i in range(config.eval_batches))
                 held_out_loss = np.mean([loss_fn(params, rows, config) for rows in batches])
                 print(f"step {step:5}  held-out loss {held_out_loss:.4f}")
+                assert np.isfinite(held_out_loss), "not saved: try a lower learning rate"
                 checkpoints.save(step, args=ocp.args.StandardSave((params, opt_state)))
                 clock, counted = time.perf_counter(), step
     return params, losses

@@ -198,6 +198,26 @@ def test_micro_batches_are_exchanged_once(mesh):
     assert parts == whole
 
 
+def test_micro_batches_in_16_bits_are_summed_in_32(mesh):
+    """The first of 256 has a loss that the sum of the others must not be rounded to."""
+    rows = jnp.zeros((8, 256, M), jnp.bfloat16).at[:, 0].set(1000).at[:, 1:].set(1)
+
+    def update(dtype):
+        params = {"up": jnp.ones((M, N), dtype), "bias": jnp.zeros(M, dtype)}
+
+        def loss(params, x):
+            return jnp.mean(jnp.sum(x * params["bias"] + (x @ params["up"]) @ jnp.ones((N, 1)), 1))
+
+        tx = ng.chain(ng.low_rank_project(rank=RANK), ng.project_back(), optax.scale(-1.0))
+        step = ng.training.data_parallel_step(loss, tx, mesh, micro_batches=256)
+        new, _, _ = step(params, tx.init(params), rows.reshape(-1, M).astype(dtype))
+        return jax.tree.map(lambda x: np.asarray(x, np.float64), new)
+
+    found, expected = update(jnp.bfloat16), update(jnp.float32)
+    # The mean itself is rounded once to each of gradient and update, 2⁻⁹ each.
+    np.testing.assert_allclose(found["bias"], expected["bias"], rtol=2**-7)
+
+
 def compiled_bytes(mesh, micro_batches):
     tx = OPTIMIZERS["galore"]()
     step = ng.training.data_parallel_step(loss, tx, mesh, micro_batches=micro_batches)

@@ -18,9 +18,9 @@ from examples.llama.model.llama import INIT_STD
 from examples.llama.training.build import (
     AbstractRun,
     abstract_run,
-    first_state,
     make_step,
     on_the_host,
+    placed_state,
 )
 
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
@@ -89,12 +89,9 @@ def update(arguments: list[str], steps: int) -> dict[str, Any]:
 
 
 def _first_state(run: AbstractRun) -> Any:
-    first = jax.jit(
-        lambda params: first_state(run.config, run.optimization, params, {}), donate_argnums=0
-    )
     with on_the_host(run.config):
-        state = first(_random(run.params, 0))
-    return jax.device_put(state, jax.local_devices()[0])
+        params = _random(run.params, 0)
+    return placed_state(run.config, run.optimization, params, {})
 
 
 def _random(params: Params, seed: int) -> Params:

@@ -6,6 +6,7 @@ Digests notice what readers do not: a flipped bit within numbers.
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -288,7 +289,8 @@ def renumber(directory: Path, accumulate: int) -> None:
 
 
 def _loss(metrics: Json) -> float:
-    return metrics["loss"]
+    """Not NaN, which has no place in an order."""
+    return metrics["loss"] if math.isfinite(metrics["loss"]) else math.inf
 
 
 DIGESTS = "digests.json"

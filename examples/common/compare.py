@@ -25,7 +25,7 @@ from examples.common.methods import Tuning
 from examples.common.metrics import Clock, MetricsLog, Record, of_kind
 from examples.common.reporter import COMPILING, STARTING, TRAINING, Reporter, evaluating
 from examples.common.run_directory import CHECKPOINTS, check_name
-from examples.common.train_state import Metrics, Params, TrainState, init_state
+from examples.common.train_state import Metrics, Params, TrainState, are_finite, init_state
 
 ShouldStop = Callable[[], bool]
 
@@ -270,7 +270,7 @@ class _Run:
         means = {name: float(np.mean([m[name] for m in found])) for name in found[0]}
         self._since = []
         self._clock.lap()
-        self._check(means["loss"], done)
+        self._check("loss", math.isfinite(means["loss"]), done)
         self._record(self._as_record("train", done, means | self.setup.describe(batches)))
 
     def _evaluate(self, splits: tuple[str, ...], done: int, should_stop: ShouldStop) -> bool:
@@ -286,7 +286,7 @@ class _Run:
                 found = self.setup.evaluate(name, self.state.weights, should_stop)
             if found is None:
                 return False
-            self._check(found["loss"], done)
+            self._check("loss", math.isfinite(found["loss"]), done)
             record, best = self._as_record(name, done, found), self.setup.best
             is_validation = name in self.setup.validation
             if is_validation and best is not None and best([*self.log.records, record]) is record:
@@ -303,16 +303,19 @@ class _Run:
     def _record(self, record: Record) -> None:
         self.reporter.record(self.log.write(**record))
 
-    def _check(self, loss: float, done: int) -> None:
-        if not math.isfinite(loss):
+    def _check(self, what: str, is_finite: bool, done: int) -> None:
+        if not is_finite:
             raise Diverged(
-                f"{self.method}: the loss is not finite at step {done}: try a --learning-rate "
+                f"{self.method}: the {what} is not finite at step {done}: try a --learning-rate "
                 f"below {self.setup.learning_rate:g}, or --clip-norm 1"
             )
 
     def _save(self) -> None:
         if self.saving is not None:
             checkpoints, identity = self.saving
+            # By an update: the loss before it was finite.
+            is_finite = are_finite(self.state.params)
+            self._check("result of an update", is_finite, int(self.state.micro_step))
             checkpoints.save(self.state, {}, identity)
             self._clock.start()
 

@@ -5,7 +5,7 @@ import json
 import statistics
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self, TextIO
 
@@ -18,22 +18,25 @@ class MetricsLog:
     """Collects records in memory, appends them to a file and sends them to loggers, if given."""
 
     def __init__(
-        self, path: Path | None = None, *, resume_at: int = 0, loggers: Sequence[Logger] = ()
+        self, path: Path | None = None, *, resume_at: int | None = 0, loggers: Sequence[Logger] = ()
     ):
         """Opens `path`, keeping only what an earlier run recorded up to step `resume_at`.
 
         A run that was killed may have recorded steps after its last checkpoint. They will be
-        run again, so they are dropped here.
+        run again, so they are dropped here. None: not before `rewind`.
         """
         self._loggers = loggers
         self.records: list[Record] = [] if path is None else read_metrics(path)
         self._path = path
         self._file: TextIO | None = None
-        self.rewind(resume_at)
+        if resume_at is not None:
+            self.rewind(resume_at)
 
-    def rewind(self, step: int) -> None:
-        """Drops what was recorded of later steps."""
-        self.records = [r for r in self.records if r["step"] <= step]
+    def rewind(self, step: int, knows: Callable[[Record], bool] = lambda record: False) -> None:
+        """Drops what was recorded of later steps, but of the next step what `knows` holds for."""
+        self.records = [
+            r for r in self.records if r["step"] <= step or (r["step"] == step + 1 and knows(r))
+        ]
         if self._path is not None:
             self._close_file()
             replace_text(self._path, "".join(_line(r) for r in self.records))

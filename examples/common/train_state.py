@@ -46,7 +46,7 @@ def init_state(
     weight_bits: int | None = None,
 ) -> TrainState:
     """The state before the first step, with the matrices of the layers in 8 bits if wanted."""
-    zeros = {"loss": jnp.zeros([]), "grad_norm": jnp.zeros([])}
+    zeros = {name: jnp.zeros([], jnp.float32) for name in ("loss", "grad_norm")}
     opt_state = tx.init(params)
     accumulated = {}
     if low_rank is not None:
@@ -54,6 +54,23 @@ def init_state(
     micro_step = jnp.zeros([], jnp.int32)
     stored = params if weight_bits is None else ng.training.quantize_weights(params)
     return TrainState(stored, opt_state, micro_step, zeros, frozen or {}, accumulated)
+
+
+def metrics_of(loss: jax.Array, grads: Params) -> Metrics:
+    """Metrics of a micro-batch, in float32 whatever the dtype of the gradient is."""
+    norm = optax.tree.norm(optax.tree.cast(grads, jnp.float32))
+    return {"loss": loss.astype(jnp.float32), "grad_norm": norm}
+
+
+def are_finite(params: Params) -> bool:
+    """Whether all floats are finite. Parameters in host memory are looked at one by one."""
+    floats = [x for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return all(_is_finite(ng.training.to_device(x)) for x in floats)
+
+
+@jax.jit
+def _is_finite(x: jax.Array) -> jax.Array:
+    return jnp.isfinite(x).all()
 
 
 def next_state(

@@ -130,8 +130,8 @@ def run(config: RunConfig, console: Console) -> int:
     config = result.config
     if result.diverged:
         raise ConfigError(
-            f"the loss is not finite at step {result.diverged_at}: try a --learning-rate below "
-            f"{config.learning_rate:g}"
+            f"the loss, the gradient or the weights are not finite at step {result.diverged_at}: "
+            f"try a --learning-rate below {config.learning_rate:g}"
         )
     # By a signal, which another process may have got, or which came after the last batch.
     if not result.finished or stop():

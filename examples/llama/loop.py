@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-import natgalore_jax as ng
 from examples.common.checkpoints import Checkpoints
 from examples.common.cli import OPTIONS, options_text
 from examples.common.errors import ConfigError
@@ -22,7 +21,7 @@ from examples.common.lora import partition
 from examples.common.metrics import Clock, MetricsLog, of_kind, replace_text
 from examples.common.reporter import COMPILING, STARTING, Reporter, evaluating
 from examples.common.run_directory import CHECKPOINTS, run_directory
-from examples.common.train_state import Metrics, TrainState
+from examples.common.train_state import Metrics, are_finite
 from examples.llama.data import Splits, eval_batches, load_splits
 from examples.llama.data.tokenizer import save_text_tokenizer
 from examples.llama.distributed.batches import TrainBatches, documents_end
@@ -33,7 +32,7 @@ from examples.llama.model.adapters import make_linear
 from examples.llama.result import Result as Result
 from examples.llama.resume import prepare, recounted, resume_point
 from examples.llama.run_config import RunConfig
-from examples.llama.training.build import first_state, make_step, on_the_host, to_device
+from examples.llama.training.build import first_state, make_step, on_the_host, placed_state
 from examples.llama.training.evaluate import make_eval_step, mean_nll, perplexity
 from examples.llama.training.faults import Guard
 from examples.llama.training.optimization import make_optimization
@@ -112,7 +111,7 @@ def train(
                 (run_dir / OPTIONS).write_text(options, encoding="utf-8")
                 step = done // config.accumulate
                 loggers = make_loggers(output.log_to, run_dir, config.to_dict(), step)
-                log = MetricsLog(run_dir / "metrics.jsonl", resume_at=step, loggers=loggers)
+                log = MetricsLog(run_dir / "metrics.jsonl", resume_at=None, loggers=loggers)
             with log:
                 with reporter.during(STARTING):
                     run = _Run(config, splits, tx, reporter, log, checkpoints, devices, initial)
@@ -158,21 +157,7 @@ class _Run:
         state_at = devices.state_at(jax.eval_shape(initial_state, params, frozen), self.tx)
         self.merge = make_merge(adapter, self.tx, params, config.seed, state_at)
         self.step_fn = devices.step(step, state_at)
-        # The weights are donated: there is no room for them twice.
-        first = jax.jit(
-            initial_state,
-            # Nor can a buffer of floats become one of codes.
-            donate_argnums=(0, 1) if config.weight_bits is None else (),
-            out_shardings=state_at,
-        )
-        with on_the_host(config):
-            self.state: TrainState = first(params, frozen)
-        if devices.replicated is None and config.weight_bits is not None:
-            self.state = jax.tree.map(to_device, self.state)
-        if config.offload == "weights":
-            params = self.state.params
-            on_host = {**params, "layers": ng.training.to_host(params["layers"])}
-            self.state = self.state._replace(params=on_host)
+        self.state = placed_state(config, optimization, params, frozen, state_at)
         self.batches = TrainBatches(config, splits, devices)
         self.guard = Guard(config.faults)
         if checkpoints is None and config.faults.rollback_on_spike is not None:
@@ -180,7 +165,11 @@ class _Run:
         self._micro_step = 0
         if checkpoints is not None and checkpoints.latest() is not None:
             self._resume()
-        self.diverged = self.interrupted = False
+        log.rewind(self._micro_step // config.accumulate, self.guard.knows)
+        # An optimizer of one's own may leave out gradients that are not finite.
+        self._must_be_finite = ("loss", "grad_norm") if tx is None else ("loss",)
+        self.diverged_at: int | None = None
+        self.interrupted = False
         self._compiled = False
         self.memory: StepMemory | None = None
         self._pending: tuple[int, Metrics] | None = None
@@ -211,7 +200,9 @@ class _Run:
         # Within the next step the weights are still those after this one.
         if step and self._is_due(step, config.output.eval_every):
             self._evaluate("validation", step, should_stop)
-        while not self.interrupted and self._micro_step < config.steps * config.accumulate:
+        while self._micro_step < config.steps * config.accumulate:
+            if self.interrupted or self.diverged_at is not None:
+                break
             if not self._compiled and any(self.devices.gather(should_stop())):
                 self.interrupted = True
                 self._save()
@@ -232,7 +223,7 @@ class _Run:
             stop |= self.interrupted
             if save or stop:
                 self._save()
-            if stop or self.diverged:
+            if stop:
                 break
 
     def _compile(self, rows: Any) -> None:
@@ -256,7 +247,8 @@ class _Run:
                 f"step {step}: dropped a batch whose gradient is not finite, {self.guard.skipped} "
                 "so far"
             )
-            self.diverged |= self.guard.gives_up
+            if self.guard.gives_up:
+                self.diverged_at = step
         return skipped
 
     def _after_step(self, step: int, metrics: Metrics, should_stop: Callable[[], bool]) -> bool:
@@ -273,7 +265,7 @@ class _Run:
                 return False  # It was rolled back.
         if self._is_due(step, self.config.output.eval_every):
             self._flush()
-            if not self.diverged:
+            if self.diverged_at is None:
                 self._evaluate("validation", step, should_stop)
         return self._is_due(step, self.config.output.save_every)
 
@@ -285,11 +277,14 @@ class _Run:
         self._pending = None
         metrics = {name: float(value) for name, value in metrics.items()}
         seconds = self._clock.lap()
-        if self.guard.is_spike(metrics["loss"]):
-            self._roll_back(step, metrics["loss"])
+        finite = all(math.isfinite(metrics[name]) for name in self._must_be_finite)
+        loss = metrics["loss"] if finite else math.nan
+        if self.guard.is_spike(loss):
+            self._roll_back(step, loss)
             return
-        self.diverged |= not math.isfinite(metrics["loss"])
-        if self.diverged or self._is_due(step, self.config.output.log_every):
+        if not finite:
+            self.diverged_at = step
+        if not finite or self._is_due(step, self.config.output.log_every):
             metrics |= speed(self.config, self.config.tokens_per_step / seconds)
             if self.schedule is not None:
                 metrics["learning_rate"] = float(jnp.asarray(self.schedule(step - 1)))
@@ -301,7 +296,7 @@ class _Run:
         self.guard.compare_with(self._restore()["guard"])
         self._micro_step = int(self.state.micro_step)
         back = self._micro_step // self.config.accumulate
-        self.log.rewind(back)
+        self.log.rewind(back, self.guard.knows)
         count = self.guard.rollbacks
         self.log.write(kind="rollback", step=back + 1, spike=step, loss=loss, rollbacks=count)
         self.reporter.note(f"step {step}: loss {loss:.4g}, back to step {back}, rollback {count}")
@@ -350,7 +345,14 @@ class _Run:
 
     def _save(self) -> None:
         self._flush()
-        if self.checkpoints is None or self.diverged:
+        if self.diverged_at is None and not are_finite(self.state.params):
+            # By an update: the loss before it was finite.
+            step = self._micro_step // self.config.accumulate
+            if self._micro_step and self.guard.is_spike(math.nan):
+                self._roll_back(step, math.nan)
+            else:
+                self.diverged_at = step
+        if self.checkpoints is None or self.diverged_at is not None:
             return
         data = {"positions": self.batches.positions(), "guard": self.guard.to_json()}
         step, loss = self._validation or (None, None)
@@ -392,7 +394,7 @@ class _Run:
             state=self.devices.local(self.state),
             records=self.log.records,
             steps=steps,
-            diverged=self.diverged,
+            diverged_at=self.diverged_at,
             memory=RunMemory(self.memory, observed_peak(self.memory)),
             interrupted=self.interrupted,
         )

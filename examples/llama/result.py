@@ -1,12 +1,11 @@
 """Result of a run."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import optax
 
-from examples.common.metrics import Record, of_kind
+from examples.common.metrics import Record
 from examples.common.train_state import TrainState
 from examples.llama.data import Splits
 from examples.llama.memory.peak import RunMemory
@@ -29,8 +28,8 @@ class Result:
     """Metrics of every logged step and every evaluation; see `metrics.of_kind`."""
     steps: int
     """Optimizer steps done: fewer than `config.steps` if the run was stopped or diverged."""
-    diverged: bool
-    """Whether the loss became non-finite."""
+    diverged_at: int | None
+    """The step whose loss, gradient or weights are not finite, if one ended the run."""
     memory: RunMemory
     """Memory of a step, and the measured peak."""
     interrupted: bool = False
@@ -47,13 +46,8 @@ class Result:
         return self.state.weights
 
     @property
-    def diverged_at(self) -> int:
-        """Of a run that diverged: the first step with a loss or gradient that is not finite."""
-        train = of_kind(self.records, "train")
-        # A dropped batch has no loss, and ends the records of a run that dropped too many.
-        return next(
-            (r["step"] for r in train if not math.isfinite(r["loss"])), self.records[-1]["step"]
-        )
+    def diverged(self) -> bool:
+        return self.diverged_at is not None
 
     @property
     def finished(self) -> bool:

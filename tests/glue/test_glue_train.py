@@ -13,6 +13,7 @@ import tiny_encoder as tiny
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import natgalore_jax as ng
+from examples.common.checkpoints import kept
 from examples.common.errors import CheckpointError, ConfigError
 from examples.common.lora import add_adapters, merge_adapters, union
 from examples.common.metrics import of_kind
@@ -310,6 +311,18 @@ def test_what_cannot_be_trained(files, monkeypatch):
     run = config(files)
     with pytest.raises(ConfigError, match=r"natural-galore: the loss is not finite at step 7"):
         train(run, "natural-galore", prepare(run))
+
+
+def test_weights_that_are_not_finite_are_not_saved(files, monkeypatch, tmp_path):
+    def lose(state, _):
+        lost = jax.tree.map(lambda x: x * jnp.nan, state.params)
+        return state._replace(params=lost), {"loss": jnp.float32(1), "grad_norm": jnp.float32(1)}
+
+    monkeypatch.setattr("examples.finetune.encoder.loop.make_step", lambda *_, **__: lose)
+    run = config(files, output=OutputConfig(log_every=7, root=tmp_path))
+    with pytest.raises(ConfigError, match="the result of an update is not finite at step"):
+        train(run, "natural-galore", prepare(run), run_dir=tmp_path)
+    assert kept(tmp_path / "checkpoints") == []
 
 
 def test_every_method_has_a_learning_rate_and_can_be_set_up(files):

@@ -42,7 +42,8 @@ def observed_peak(predicted: StepMemory | None) -> Peak:
 
 def describe(memory: StepMemory) -> str:
     """One line with all parts."""
-    parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in memory.parts.items())
+    sizes = {"Fisher" if k == "history" else k: size for k, size in memory.parts.items()}
+    parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in sizes.items())
     return f"memory of a step: {format_bytes(memory.total)} ({parts})"
 
 

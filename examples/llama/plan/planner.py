@@ -180,11 +180,11 @@ def run(argv: list[str] | None, console: Console) -> int:
     plan, given = cli.parse_known(PlanConfig, "examples.llama.plan", argv)
     given = cli.apart(given)
     find_devices()
+    groups = list(candidates(plan, given))  # Refuses options that there are not.
     memory, reserve = device_memory(plan.device_memory), _size("reserve", plan.reserve)
     room = memory - reserve
     if room <= 0:
         raise ConfigError(f"--reserve {plan.reserve} is all of {format_bytes(memory)}")
-    groups = list(candidates(plan, given))
 
     def progress(text: str) -> None:
         width = shutil.get_terminal_size().columns

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, cast
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import SingleDeviceSharding
 
+import natgalore_jax as ng
 from examples.common.accelerators import platforms_asked_for
 from examples.common.errors import ConfigError
 from examples.common.lora import partition
@@ -52,6 +54,30 @@ def first_state(
     return init_state(params, tx, frozen, low_rank, config.weight_bits)
 
 
+def placed_state(
+    config: RunConfig,
+    optimization: Optimization,
+    params: Params,
+    frozen: Params,
+    state_at: Any = None,
+) -> TrainState:
+    """`first_state` where it is to be, by default on the first device. Takes the weights."""
+    first = jax.jit(
+        functools.partial(first_state, config, optimization),
+        # There is no room for the weights twice. A buffer of floats cannot become one of codes.
+        donate_argnums=(0, 1) if config.weight_bits is None else (),
+        out_shardings=state_at,
+    )
+    with on_the_host(config):
+        state = first(params, frozen)
+    if state_at is None and config.weight_bits is not None:
+        state = jax.tree.map(_to_device, state)
+    if config.offload == "weights":
+        layers = ng.training.to_host(state.params["layers"])
+        state = state._replace(params={**state.params, "layers": layers})
+    return state
+
+
 def on_the_host(config: RunConfig) -> AbstractContextManager[Any]:
     """Device on which first weights in 8 bits are made: an accelerator that has room for them
     need not have room for the numbers that they are rounded from.
@@ -70,7 +96,7 @@ def on_the_host(config: RunConfig) -> AbstractContextManager[Any]:
         ) from error
 
 
-def to_device(x: jax.Array) -> jax.Array:
+def _to_device(x: jax.Array) -> jax.Array:
     """On the first device; what is in host memory stays there."""
     where = SingleDeviceSharding(jax.local_devices()[0], memory_kind=x.sharding.memory_kind)
     return jax.device_put(x, where)

@@ -8,6 +8,7 @@ from typing import Any
 
 from examples.common.config import INT32, check_range
 from examples.common.errors import ConfigError
+from examples.common.metrics import Record
 
 _WINDOW = 50  # Losses that a new one is compared with,
 _FEWEST = 10  # if there are so many; the first steps have the highest losses of all.
@@ -76,6 +77,11 @@ class Guard:
                 "try a lower --learning-rate"
             )
         self.rollbacks += 1
+
+    def knows(self, record: Record) -> bool:
+        """Whether a record is of a rollback or a dropped batch that has been counted."""
+        count = {"skipped": "skipped", "rollback": "rollbacks"}.get(record["kind"])
+        return count is not None and record[count] <= getattr(self, count)
 
     def to_json(self) -> dict[str, Any]:
         return {

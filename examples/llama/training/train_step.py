@@ -14,7 +14,7 @@ from flax import nnx
 
 import natgalore_jax as ng
 from examples.common.lora import union
-from examples.common.train_state import Metrics, Params, TrainState, next_state
+from examples.common.train_state import Metrics, Params, TrainState, metrics_of, next_state
 from examples.llama.model.config import ModelConfig
 from examples.llama.model.llama import Llama, MakeLinear, dense
 
@@ -92,7 +92,7 @@ def make_train_step(
             return mean_over_targets(token_nll(apply, union(params, state.frozen), rows), rows)
 
         loss, grads = jax.value_and_grad(loss_of)(state.params)
-        now = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+        now = metrics_of(loss, grads)
         if not skip_nonfinite:
             return take(state, grads, now)
         finite = jnp.isfinite(now["loss"]) & jnp.isfinite(now["grad_norm"])

@@ -25,6 +25,7 @@ from natgalore_jax._src.params.placement import (
     place_like,
     placed,
     replicated,
+    spec_of,
 )
 from natgalore_jax._src.params.plan import LeafPlan
 
@@ -157,25 +158,29 @@ def _rounding_of(stored: Stored) -> float:
 
 
 def _unfold(plan: LeafPlan, tensor: jax.Array, mode: int) -> jax.Array:
-    """Matricisation of the tensor with one mode as rows."""
+    """Matricisation of the tensor with one mode as rows.
+
+    On explicit meshes it is sharded by columns alone, so that ``G Gᵀ`` is a sum over devices. A
+    reshape keeps the sharding of the first of the axes that it merges: one that the mesh axes
+    divide goes there, since no basis depends on the order of columns. Without one it is replicated.
+    """
     start = sum(len(axes) for axes in plan.modes[:mode])
     rows = range(start, start + len(plan.modes[mode]))
-    order = [*rows, *(a for a in range(tensor.ndim) if a not in rows)]
-    tensor = tensor.transpose(order)
-    if tensor.ndim == 2:
-        return _sharded_by_columns(tensor)
-    tensor = replicated(tensor)
-    return tensor.reshape(plan.mode_sizes[mode], math.prod(tensor.shape[len(rows) :]))
-
-
-def _sharded_by_columns(G: jax.Array) -> jax.Array:
-    """Shard G by columns alone, so that ``G Gᵀ`` is a sum over devices."""
-    if not has_explicit_sharding(G):
-        return G
-    of_rows, of_columns = names_of(G)
-    mesh, names = jax.typeof(G).sharding.mesh, (*of_columns, *of_rows)
-    divides = G.shape[1] % math.prod(mesh.shape[name] for name in names) == 0
-    return placed(G, [(), names if divides else ()])
+    columns = [a for a in range(tensor.ndim) if a not in rows]
+    shape = (plan.mode_sizes[mode], -1)
+    if not has_explicit_sharding(tensor):
+        return tensor.transpose([*rows, *columns]).reshape(shape)
+    of, mesh = names_of(tensor), jax.typeof(tensor).sharding.mesh
+    names = tuple(name for a in (*columns, *rows) for name in of[a])
+    devices = math.prod(mesh.shape[name] for name in names)
+    divided = [a for a in columns if tensor.shape[a] % devices == 0]
+    if divided:
+        columns.sort(key=lambda a: a != divided[0])
+    else:
+        names = ()
+    tensor = tensor.transpose([*rows, *columns])
+    tensor = placed(tensor, [*[()] * len(rows), names, *[()] * (len(columns) - 1)])
+    return tensor.reshape(shape, out_sharding=spec_of([(), names]))
 
 
 def _take(array: jax.Array, axes: Sequence[int], index: tuple) -> jax.Array:

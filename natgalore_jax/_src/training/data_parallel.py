@@ -102,12 +102,12 @@ def data_parallel_step(
             return (total + value, state, mean), None
 
         parts = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
-        zeros = optax.tree.zeros_like(steps.project(own, state))
         like = jax.eval_shape(loss, own, jax.tree.map(lambda x: x[0], parts))
         total = jax.lax.pcast(jnp.zeros([], like.dtype), axis_name, to="varying")
         inputs = (jnp.arange(micro_batches), parts)
-        (total, state, mean), _ = jax.lax.scan(accumulate, (total, state, zeros), inputs)
-        return total / micro_batches, state, mean
+        start = (total, state, steps.empty_mean(own, state))
+        (total, state, mean), _ = jax.lax.scan(accumulate, start, inputs)
+        return total / micro_batches, state, optax.tree.cast_like(mean, own)
 
     sharded_step = jax.shard_map(
         on_one_device,
