@@ -2,7 +2,6 @@
 
 import functools
 import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from collectives import collectives
 from composed import composed_adamw
 from jax.sharding import AxisType, NamedSharding
 from tolerances import PARAMETERS
@@ -222,18 +222,6 @@ def test_specs():
     assert mu["bias"] == jax.P("b")
 
 
-def _collectives(compiled):
-    """Kind and largest number of elements of each result."""
-    found = re.findall(
-        r"= (.*?) (all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)\(",
-        compiled.as_text(),
-    )
-    return [
-        (kind, max(math.prod(map(int, re.findall(r"\d+", d))) for d in re.findall(r"\[(.*?)\]", t)))
-        for t, kind in found
-    ]
-
-
 @pytest.mark.parametrize(
     ("scheme", "kind"),
     [(scheme, AxisType.Explicit) for scheme in SCHEMES] + [("layers", AxisType.Auto)],
@@ -244,43 +232,15 @@ def test_no_device_gathers_more_than_the_matrices_it_factorises(scheme, kind):
     tx = ng.training.with_shardings(ng.galore_adamw(0.1, **SETTINGS), params)
     with jax.set_mesh(mesh):
         state = jax.jit(tx.init)(params)
-        collectives = _collectives(jax.jit(tx.update).lower(params, state, params).compile())
+        found = collectives(jax.jit(tx.update).lower(params, state, params).compile())
     layers, m, n = SHAPES["stack"]
     in_subspace = layers * RANK * max(m, n)  # a basis or moment of the stack
-    for what, elements in collectives:
+    for what, elements in found:
         # What arrives at a device in an exchange of whole matrices is its share of the stack.
         assert elements <= (layers * m * n / 8 if what == "all-to-all" else in_subspace), what
     if scheme == "layers":  # the stack is exchanged with nobody
         single = SHAPES["q"][0] * SHAPES["q"][1]
-        assert all(elements <= single for _, elements in collectives)
-
-
-@pytest.mark.parametrize(
-    ("shape", "axes", "spec", "side"),
-    [
-        ((24, 96), None, jax.P(None, "x"), 24),
-        ((24, 8, 12), ng.MatrixAxes(0, (1, 2)), jax.P(None, "x"), 24),
-        ((24, 12, 8), ng.MatrixAxes(0, (1, 2)), jax.P(None, None, "x"), 24),
-        ((3, 3, 16, 40), ng.MatrixAxes((0, 1, 2), 3), jax.P(None, None, "x"), 40),
-        # The shorter side is sharded: R is summed, and its update is gathered.
-        ((40, 16, 3, 3), ng.MatrixAxes(0, (1, 2, 3)), jax.P("x"), 16 * 3 * 3),
-    ],
-)
-def test_a_single_matrix_exchanges_its_small_side_in_a_refresh(shape, axes, spec, side):
-    """Of the gradient, devices exchange their shares where the axes of its rows are sharded."""
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
-    G = jax.random.normal(jax.random.key(0), shape)
-    tx = ng.chain(ng.low_rank_project(RANK, 3, axes=axes), ng.project_back())
-    with jax.set_mesh(mesh):
-        params = {"w": jax.device_put(G, jax.NamedSharding(mesh, spec))}
-        state = jax.jit(tx.init)(params)
-        update = jax.jit(tx.update)
-        collectives = _collectives(update.lower(params, state, params).compile())
-        found, _ = update(params, state, params)
-    for what, elements in collectives:
-        assert elements <= (G.size / 8 if what == "all-to-all" else side * RANK), what
-    expected, _ = tx.update({"w": G}, tx.init({"w": G}), {"w": G})
-    np.testing.assert_allclose(found["w"], expected["w"], rtol=1e-4, atol=1e-5)
+        assert all(elements <= single for _, elements in found)
 
 
 def test_orbax_restores_onto_the_shardings(tmp_path):
