@@ -382,3 +382,15 @@ def test_adan_in_eight_bits_stays_near_adan():
     ]
     error = np.linalg.norm(updates[1] - updates[0]) / np.linalg.norm(updates[0])
     assert error < 0.1  # codes without a sign for v: 0.5
+
+
+def test_a_state_of_python_numbers_and_random_keys():
+    """Its shapes are read at init, where its leaves need not be arrays."""
+    inner = optax.GradientTransformation(
+        lambda params: {"number": 0, "key": jax.random.key(0)},
+        lambda updates, state, params=None: (updates, state | {"number": state["number"] + 1}),
+    )
+    tx = ng.chain(ng.low_rank_project(2), inner, ng.project_back())
+    params = {"w": jnp.ones((8, 12))}
+    _, state = jax.jit(tx.update)(params, tx.init(params), params)
+    assert int(optax.tree.get(state, "number")) == 1

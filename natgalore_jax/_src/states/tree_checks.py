@@ -315,8 +315,7 @@ def check_inner_states(
 
 def known_at_init(params: Any, plans: Sequence[LeafPlan | None], inner: Any) -> dict[Any, Any]:
     """The shapes of the inner states of :func:`check_inner_states` for ``params``."""
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inner)
-    return {_kind(params, plans): shapes}
+    return {_kind(params, plans): jax.eval_shape(lambda: inner)}
 
 
 def _kind(tree: Any, plans: Sequence[LeafPlan | None]) -> tuple[Any, ...]:
