@@ -177,7 +177,8 @@ def test_step_time(tmp_path, stacked):
 
 
 def test_step_time_refuses_a_sample_that_misses_the_refresh():
-    with pytest.raises(ValueError, match="interval=10 must be sample_every=4 times a number"):
+    message = "interval=10 must be sample_every=4 times a number above 1"
+    with pytest.raises(ValueError, match=message):
         step_time.main(interval=10, sample_every=4)
 
 

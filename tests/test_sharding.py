@@ -243,6 +243,16 @@ def test_no_device_gathers_more_than_the_matrices_it_factorises(scheme, kind):
         assert all(elements <= single for _, elements in found)
 
 
+def test_a_single_matrix_exchanges_its_small_side_in_a_refresh():
+    mesh, params, _ = placed("columns", AxisType.Explicit)
+    params = {"alone": params["alone"]}
+    tx = ng.galore_adamw(0.1, **SETTINGS)
+    with jax.set_mesh(mesh):
+        state = jax.jit(tx.init)(params)
+        found = collectives(jax.jit(tx.update).lower(params, state, params).compile())
+    assert max(elements for _, elements in found) <= SHAPES["alone"][0] * RANK
+
+
 def test_orbax_restores_onto_the_shardings(tmp_path):
     mesh, params, _ = placed("mixed", AxisType.Explicit)
     tx = OPTIMIZERS["default"]()

@@ -279,19 +279,21 @@ class _Run:
         seconds = self._clock.lap()
         finite = all(math.isfinite(metrics[name]) for name in self._must_be_finite)
         loss = metrics["loss"] if finite else math.nan
-        if self.guard.is_spike(loss):
-            self._roll_back(step, loss)
+        if self._rolls_back(step, loss):
             return
-        if not finite:
-            self.diverged_at = step
         if not finite or self._is_due(step, self.config.output.log_every):
             metrics |= speed(self.config, self.config.tokens_per_step / seconds)
             if self.schedule is not None:
                 metrics["learning_rate"] = float(jnp.asarray(self.schedule(step - 1)))
             self._record("train", step, **metrics)
 
-    def _roll_back(self, step: int, loss: float) -> None:
-        """Back to the last checkpoint, after the loss of `step`; the data go on from there."""
+    def _rolls_back(self, step: int, loss: float) -> bool:
+        """Goes back to the last checkpoint if `loss` is a spike; the data go on from there."""
+        # Before the first step there is nothing to go back to.
+        if not self._micro_step or not self.guard.is_spike(loss):
+            if not math.isfinite(loss):
+                self.diverged_at = step
+            return False
         self.guard.rolls_back(step, loss)
         self.guard.compare_with(self._restore()["guard"])
         self._micro_step = int(self.state.micro_step)
@@ -301,6 +303,7 @@ class _Run:
         self.log.write(kind="rollback", step=back + 1, spike=step, loss=loss, rollbacks=count)
         self.reporter.note(f"step {step}: loss {loss:.4g}, back to step {back}, rollback {count}")
         self._clock.start()
+        return True
 
     def _evaluate(self, split: str, step: int, should_stop: Callable[[], bool]) -> None:
         """Records the loss of a split, unless that is done, or it is told to stop before."""
@@ -347,11 +350,7 @@ class _Run:
         self._flush()
         if self.diverged_at is None and not are_finite(self.state.params):
             # By an update: the loss before it was finite.
-            step = self._micro_step // self.config.accumulate
-            if self._micro_step and self.guard.is_spike(math.nan):
-                self._roll_back(step, math.nan)
-            else:
-                self.diverged_at = step
+            self._rolls_back(self._micro_step // self.config.accumulate, math.nan)
         if self.checkpoints is None or self.diverged_at is not None:
             return
         data = {"positions": self.batches.positions(), "guard": self.guard.to_json()}

@@ -1,4 +1,4 @@
-"""What a run's steps take, as the compiler says, and the peak that was seen."""
+"""Memory of a run: of a step as compiled, and the observed peak."""
 
 import sys
 from typing import Any, NamedTuple

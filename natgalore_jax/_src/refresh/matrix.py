@@ -173,10 +173,8 @@ def _unfold(plan: LeafPlan, tensor: jax.Array, mode: int) -> jax.Array:
     of, mesh = names_of(tensor), jax.typeof(tensor).sharding.mesh
     names = tuple(name for a in (*columns, *rows) for name in of[a])
     devices = math.prod(mesh.shape[name] for name in names)
-    divided = [a for a in columns if tensor.shape[a] % devices == 0]
-    if divided:
-        columns.sort(key=lambda a: a != divided[0])
-    else:
+    columns.sort(key=lambda a: tensor.shape[a] % devices != 0)
+    if tensor.shape[columns[0]] % devices:
         names = ()
     tensor = tensor.transpose([*rows, *columns])
     tensor = placed(tensor, [*[()] * len(rows), names, *[()] * (len(columns) - 1)])
