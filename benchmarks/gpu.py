@@ -175,12 +175,11 @@ def _run(command: Sequence[str], seconds: float) -> dict[str, Any]:
     try:
         text, _ = process.communicate(timeout=seconds)
         code = process.returncode
-    except subprocess.TimeoutExpired:
+    except BaseException as error:
         os.killpg(process.pid, signal.SIGKILL)
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise
         text, _ = process.communicate()
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
     lines = text.splitlines()[-LAST_LINES:]
     print("\n".join(lines), flush=True)
     return {

@@ -44,7 +44,8 @@ def calls(monkeypatch):
 
 def write(run_dir, name, step=0):
     loggers = make_loggers([name], run_dir, {"rank": 4}, step)
-    with MetricsLog(run_dir / "metrics.jsonl", resume_at=step, loggers=loggers) as log:
+    with MetricsLog(run_dir / "metrics.jsonl", loggers=loggers) as log:
+        log.rewind(step)
         for record in RECORDS:
             log.write(**record)
 

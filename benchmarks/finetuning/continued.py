@@ -228,9 +228,8 @@ def results_table(records: list[Json]) -> str:
     for r in records:
         if r["method"] == UNTRAINED:
             losses = (f"{r['loss'][name]:.3f}" for name in ("test", "general"))
-            rows.append([UNTRAINED, *[None] * 3, *losses, *[None] * 3])
-    usable = {m: losses for m, losses in tuned.items() if set(losses.values()) != {None}}
-    rates = {method: grids.best_rate(method, losses) for method, losses in usable.items()}
+            rows.append([UNTRAINED, *[None] * 3, *losses])
+    rates = grids.best_rates(tuned)
     at_best: dict[str, list[Json]] = defaultdict(list)
     for r in tuning:
         if r["learning_rate"] == rates.get(r["method"]):
@@ -257,7 +256,7 @@ def results_table(records: list[Json]) -> str:
                 f"{min(r['training_seconds'] for r in of_best) / 60:.1f}",
             ]
         )
-    rows += [[m, None, "diverged", *[None] * 6] for m in sorted(tuned.keys() - usable.keys())]
+    rows += [[m, None, "diverged"] for m in sorted(tuned.keys() - rates.keys())]
     return table(_COLUMNS, rows)
 
 

@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -171,7 +171,7 @@ def results_table(records: list[Json]) -> str:
     groups = by_method(records)
     of_any = grids.finished(records)[0]
     columns = [(split, name) for split, found in of_any["metrics"].items() for name in found]
-    rows: list[list[str | None]] = []
+    rows: list[Sequence[str | None]] = []
     for (label, rate), group in groups.items():
         row = [label, grids.rate_cell(group[0]["method"], rate, GRIDS), grids.seeds_cell(group)]
         if done := grids.finished(group):
@@ -184,10 +184,10 @@ def results_table(records: list[Json]) -> str:
                 ),
                 f"{statistics.median(r['seconds'] for r in done) / 60:.1f}",
             ]
-        rows.append([*row, *[None] * (6 + len(columns) - len(row))])
+        rows.append(row)
     if of_any["baseline"] is not None:
         found = (f"{100 * of_any['baseline'][split][name]:.1f}" for split, name in columns)
-        rows.append(["tf-idf, logistic", *[None] * 4, *found, None])
+        rows.append(["tf-idf, logistic", *[None] * 4, *found])
     titles = [f"{split} {name}" for split, name in columns]
     header = ["", "learning rate", "seeds", "trained", "state, MiB", *titles, "minutes"]
     return table(header, rows)

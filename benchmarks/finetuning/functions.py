@@ -9,6 +9,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -158,7 +159,9 @@ def results_table(records: list[Json]) -> str:
         groups[r["method"], r["learning_rate"]].append(r)
     before = records[0]["untrained"]
     shares = (f"{100 * before['metrics'][name]:.1f}" for name in ("success", "aware_success"))
-    rows = [["untrained", *[None] * 3, f"{before['loss']:.3f}", *shares, None]]
+    rows: list[Sequence[str | None]] = [
+        ["untrained", *[None] * 3, f"{before['loss']:.3f}", *shares]
+    ]
     for (method, rate), group in groups.items():
         row = [method, grids.rate_cell(method, rate, GRIDS), grids.seeds_cell(group)]
         if done := grids.finished(group):
@@ -171,7 +174,7 @@ def results_table(records: list[Json]) -> str:
                 ),
                 f"{statistics.median(r['seconds'] for r in done) / 60:.1f}",
             ]
-        rows.append([*row, *[None] * (len(rows[0]) - len(row))])
+        rows.append(row)
     return table(_COLUMNS, rows)
 
 

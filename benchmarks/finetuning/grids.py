@@ -136,12 +136,14 @@ def after_tuning(records: Iterable[Json]) -> list[Json]:
     return found
 
 
-def best_rate(method: str, losses: Mapping[float, float | None]) -> float:
-    """The rate of the lowest validation loss."""
-    usable = {loss: rate for rate, loss in losses.items() if loss is not None}
-    if not usable:
-        raise ConfigError(f"{method}: the loss is not finite at any rate of the tuning")
-    return usable[min(usable)]
+def best_rates(tuned: Losses) -> dict[str, float]:
+    """The rate of the lowest validation loss, of each method that did not diverge at all rates."""
+    found = {}
+    for method, losses in tuned.items():
+        usable = {loss: rate for rate, loss in losses.items() if loss is not None}
+        if usable:
+            found[method] = usable[min(usable)]
+    return found
 
 
 def maker(
@@ -163,13 +165,10 @@ def plan(
     """The runs that are known by now: of the tuning, and of methods whose tuning is complete."""
     rates = {method: sweep.grids[method] for method in sweep.methods}
     tuning = [make(method, rate, TUNE_SEED) for method in rates for rate in rates[method]]
-    best = {}
-    for method in rates:
-        if tuned.get(method, {}).keys() >= set(rates[method]):
-            try:
-                best[method] = best_rate(method, tuned[method])
-            except ConfigError as error:
-                print(f"left out: {error}")
+    complete = {m: tuned[m] for m in rates if m in tuned and tuned[m].keys() >= set(rates[m])}
+    best = best_rates(complete)
+    for method in (m for m in complete if m not in best):
+        print(f"left out: {method}: the loss is not finite at any rate of the tuning")
     return tuning + [make(method, best[method], seed) for seed in sweep.seeds for method in best]
 
 

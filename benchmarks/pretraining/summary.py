@@ -152,12 +152,13 @@ def _row(records: list[Json], reference: Row | None) -> Row:
     step_seconds = min(r["step_seconds"] for r in records)
     curve = () if diverged else _mean_curve(records, step_seconds)
     steps = records[0]["configuration"]["run"]["steps"]
-    to_reference = None
-    if reference is not None:
+    if reference is None:
+        to_reference = None
+    elif (records[0]["method"], rates_of(records[0])) == (REFERENCE, reference.rates):
+        to_reference = 1.0
+    else:
         reached = steps_to(curve, reference.validation)
         to_reference = math.inf if reached is None else reached / steps
-        if (records[0]["method"], rates_of(records[0])) == (REFERENCE, reference.rates):
-            to_reference = 1.0
     nan = float("nan")
     return Row(
         method=records[0]["method"],

@@ -173,7 +173,8 @@ def train(
         write_json(run_dir / "config.json", identity)
         (run_dir / OPTIONS).write_text(options, encoding="utf-8")
         loggers = make_loggers(log_to, run_dir, identity, done)
-        with MetricsLog(run_dir / "metrics.jsonl", resume_at=done, loggers=loggers) as log:
+        with MetricsLog(run_dir / "metrics.jsonl", loggers=loggers) as log:
+            log.rewind(done)
             if done and not of_kind(log.records, "train"):
                 raise CheckpointError(
                     f"{run_dir / 'metrics.jsonl'}: no metrics of the {done} steps that are done: "

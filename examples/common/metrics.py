@@ -17,23 +17,19 @@ Record = dict[str, Any]
 class MetricsLog:
     """Collects records in memory, appends them to a file and sends them to loggers, if given."""
 
-    def __init__(
-        self, path: Path | None = None, *, resume_at: int | None = 0, loggers: Sequence[Logger] = ()
-    ):
-        """Opens `path`, keeping only what an earlier run recorded up to step `resume_at`.
-
-        A run that was killed may have recorded steps after its last checkpoint. They will be
-        run again, so they are dropped here. None: not before `rewind`.
-        """
+    def __init__(self, path: Path | None = None, *, loggers: Sequence[Logger] = ()):
+        """Reads what an earlier run recorded in `path`; `rewind` opens it for more."""
         self._loggers = loggers
         self.records: list[Record] = [] if path is None else read_metrics(path)
         self._path = path
         self._file: TextIO | None = None
-        if resume_at is not None:
-            self.rewind(resume_at)
 
     def rewind(self, step: int, knows: Callable[[Record], bool] = lambda record: False) -> None:
-        """Drops what was recorded of later steps, but of the next step what `knows` holds for."""
+        """Drops what was recorded of later steps, but of the next step what `knows` holds for.
+
+        A run that was killed may have recorded steps after its last checkpoint, which are run
+        again.
+        """
         self.records = [
             r for r in self.records if r["step"] <= step or (r["step"] == step + 1 and knows(r))
         ]

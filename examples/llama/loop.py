@@ -111,7 +111,7 @@ def train(
                 (run_dir / OPTIONS).write_text(options, encoding="utf-8")
                 step = done // config.accumulate
                 loggers = make_loggers(output.log_to, run_dir, config.to_dict(), step)
-                log = MetricsLog(run_dir / "metrics.jsonl", resume_at=None, loggers=loggers)
+                log = MetricsLog(run_dir / "metrics.jsonl", loggers=loggers)
             with log:
                 with reporter.during(STARTING):
                     run = _Run(config, splits, tx, reporter, log, checkpoints, devices, initial)

@@ -17,7 +17,7 @@ from benchmarks.finetuning.functions import (
     results_table,
     runs,
 )
-from benchmarks.finetuning.grids import TUNE_SEED, best_rate, is_done
+from benchmarks.finetuning.grids import TUNE_SEED, best_rates, is_done
 from examples.common.errors import ConfigError
 from examples.finetune.planner.methods import MethodConfig
 from examples.finetune.planner.prompts import PromptConfig
@@ -97,8 +97,10 @@ def test_what_cannot_be_swept():
         Sweep(methods=("fira",))
     with pytest.raises(ConfigError, match="seeds must not contain 100"):
         Sweep(seeds=(100,))
-    with pytest.raises(ConfigError, match="lora: the loss is not finite at any rate"):
-        best_rate("lora", {1e-3: None})
+
+
+def test_a_method_that_always_diverges_has_no_best_rate():
+    assert best_rates({"lora": {1e-3: None}, "adamw": {1e-4: None, 1e-5: 2.0}}) == {"adamw": 1e-5}
 
 
 def test_the_table(tmp_path, capsys):

@@ -21,7 +21,7 @@ from benchmarks.finetuning.continued import (
     Sweep,
     make,
 )
-from benchmarks.finetuning.grids import TUNE_SEED, best_rate, tuning_losses
+from benchmarks.finetuning.grids import TUNE_SEED, best_rates, tuning_losses
 from examples.common import cli
 from examples.common.errors import ConfigError
 from examples.common.optimizers import trained_rates
@@ -148,5 +148,5 @@ def test_the_best_rates_are_the_defaults_of_further_training(name):
     tuned = tuning_losses(read_suite(Show.root, "main"), lambda r: r["loss"]["validation"])
     method = METHODS[name]
     rate, ratio = trained_rates(method.optimizer.name, method.adapter.kind)
-    assert rate * method.scale == pytest.approx(best_rate(name, tuned[name]))
+    assert rate * method.scale == pytest.approx(best_rates(tuned)[name])
     assert ratio is not None and rate * ratio == pytest.approx(continued.UNPROJECTED_RATE)

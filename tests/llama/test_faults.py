@@ -256,6 +256,7 @@ def test_a_log_without_room_is_named(tmp_path):
             pytest.raises(OSError, match=r"File too large.*metrics\.jsonl"),
             MetricsLog(path) as log,
         ):
+            log.rewind(0)
             log.write(step=0)
             resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))
             log.write(step=1, loss=1.0)
