@@ -13,6 +13,7 @@ import pytest
 
 from examples.common.cli import command
 from examples.common.optimizers import make_optimizer
+from examples.llama.__main__ import parse
 from examples.llama.data.tokenizer import train_tokenizer
 from examples.papers import __main__ as papers
 from examples.papers.cost import configurations, table
@@ -226,6 +227,26 @@ def test_a_file_of_options_is_read_too(tmp_path, capsys):
     (tmp_path / "options.yaml").write_text("learning-rate: 0.1\n")
     assert papers.main(["c4-60m/lora", "--config", str(tmp_path / "options.yaml"), "--print"]) == 1
     assert "--learning-rate cannot be given" in capsys.readouterr().err
+
+
+def test_a_file_of_options_wins_like_the_command_line(tmp_path, capsys):
+    file = tmp_path / "options.yaml"
+    file.write_text("batch-size: 64\naccumulate: 8\ndata: [my.txt]\n")
+    assert papers.main(["c4-60m/galore", "--config", str(file), "--print"]) == 0
+    words = shlex.split(capsys.readouterr().out)
+    config = parse(words[words.index("examples.llama") + 1 :])
+    assert (config.batch_size, config.accumulate, config.data.data) == (64, 8, ("my.txt",))
+
+
+def test_runs_below_the_home_directory_are_found(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(papers, "run_program", lambda _: pytest.fail("a run was started"))
+    monkeypatch.setattr("examples.papers.results.results", lambda *_: "")
+    run = tmp_path / "x" / "c4-60m-galore"
+    run.mkdir(parents=True)
+    (run / "summary.json").write_text("{}")
+    assert papers.main(["c4-60m/galore", "--root=~/x"]) == 0
+    assert f"{run}: done before" in capsys.readouterr().out.replace("\n", "")
 
 
 def test_other_options_are_for_all_runs(capsys):

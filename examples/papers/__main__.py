@@ -1,5 +1,6 @@
 """The papers' experiments by name: `python -m examples.papers`."""
 
+import importlib
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from examples.common import cli
+from examples.common.config import path_of
 from examples.common.errors import ConfigError
 from examples.common.interrupt import Answer, answered
 from examples.papers.experiments import EXPERIMENTS, Experiment
@@ -54,6 +56,8 @@ def run(arguments: Sequence[str]) -> int:
     printed = "--print" in options
     options = [option for option in options if option != "--print"]
     _check_options(name, experiment, options)
+    if "--config" in cli.apart(options):
+        options = _with_file(experiment.program, options)
     if printed:
         for line in experiment.runs(name).values():
             print(cli.command(experiment.program, *line, *options))
@@ -75,6 +79,13 @@ def _check_options(name: str, experiment: Experiment, options: Sequence[str]) ->
         else:
             continue
         raise ConfigError(f"{option} cannot be given: {who}")
+
+
+def _with_file(program: str, options: Sequence[str]) -> list[str]:
+    """The options, those of their --config FILE written out: a program would read a file before the
+    experiment's own options, which would win."""
+    module = importlib.import_module(f"{program}.__main__")
+    return cli.expand(options, module.SHORTHANDS, module.RunConfig)
 
 
 def _names(words: Sequence[str]) -> list[str]:
@@ -120,7 +131,8 @@ def _root(line: Sequence[str]) -> Path:
     """The value of --root; the last one counts."""
     words = [word.partition("=") for word in line]
     pairs = zip(words, [*line[1:], ""], strict=True)
-    return Path([after or following for (key, _, after), following in pairs if key == "--root"][-1])
+    values = [after or following for (key, _, after), following in pairs if key == "--root"]
+    return path_of(values[-1])
 
 
 if __name__ == "__main__":

@@ -140,6 +140,10 @@ def test_own_rows_name_their_classes(tmp_path):
         ("own", "", r"train.tsv: the file is empty"),
         ("own", "sentence1\tlabel\na\tx\nb\t", r'train.tsv: line 3: no "label"'),
         ("own", "sentence1\tlabel\na\tb\tx\nb\ty", r"train.tsv: line 2: 3 columns, expected 2"),
+        # A tab in a text: what follows it would be another column.
+        ("sst2", "sentence\tlabel\na\tb\t1", r"train.tsv: line 2: 3 columns, expected 2"),
+        ("cola", "gj04\t1\t\ta\tb", r"train.tsv: line 1: 5 columns, expected 4"),
+        ("own", "sentence1\tlabel\na\tx\n\t", r'train.tsv: line 3: no "label"'),
         ("own", "label\tsentence1\tlabel\n1\ta\tx", r"line 1: the column label is there twice"),
         (
             "own",
@@ -244,6 +248,19 @@ def test_a_number_whose_square_no_float_holds(tmp_path, zeros):
     (tmp_path / "train.jsonl").write_text(f'{{"sentence1": "a", "label": 1{"0" * zeros}}}\n')
     with pytest.raises(DataError, match=r"line 1: the label 10+ is no number from -1e\+18 to 1e"):
         read_rows(TASKS["own-regression"], tmp_path)
+
+
+def test_columns_that_mean_nothing_are_noted(tmp_path):
+    lines = ["sentence1\tSentence2\tlabel", "a\tb\t1", "c\td\t2"]
+    for stem in ("train", "dev"):
+        (tmp_path / f"{stem}.tsv").write_text("\n".join(lines))
+    assert read_rows(TASKS["own"], tmp_path).unused == ("Sentence2",)
+    (tmp_path / "dev.tsv").unlink()
+    rows = [{"sentence1": "a", "label": y, "source": "web"} for y in (1, 2)]
+    (tmp_path / "dev.jsonl").write_text("\n  \n".join(map(json.dumps, rows)))  # A line of blanks.
+    found = read_rows(TASKS["own"], tmp_path)
+    assert found.unused == ("Sentence2", "source")
+    assert found.splits["validation"] == [Row("a", None, 0), Row("a", None, 1)]
 
 
 def test_a_missing_split_is_named(tmp_path):

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from examples.common.errors import WeightsError
 from examples.finetune.encoder.data.encode import encode, read_tokenizer
-from examples.finetune.encoder.data.rows import Row
+from examples.finetune.encoder.data.rows import Row, Unit
 from examples.finetune.encoder.model import Inputs, make_model
 from examples.finetune.encoder.weights import _class_order, load_model, save_model
 from examples.pretrained import locate_model
@@ -84,7 +84,9 @@ def test_dropout_is_random_and_right_on_average(model):
 def test_files_are_written_as_transformers_writes_them(model, tmp_path, case):
     loaded = load_model(model(case), OUTPUTS, seed=0)
     out, labels = tmp_path / "out", ("no", "maybe", "yes")
-    save_model(loaded.params, loaded.config, loaded.raw_config, labels, loaded.directory, out)
+    save_model(
+        loaded.params, loaded.config, loaded.raw_config, labels, Unit(), loaded.directory, out
+    )
     written, expected = load_file(out / "model.safetensors"), tiny.weights(case)
     assert written.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -97,6 +99,19 @@ def test_files_are_written_as_transformers_writes_them(model, tmp_path, case):
     jax.tree.map(np.testing.assert_array_equal, again.params, loaded.params)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_saved_regression_has_the_unit_of_the_labels(model, tmp_path, case):
+    loaded, unit = load_model(model(case), 1, 0, new_head=True), Unit(50.0, 8.0)
+    inputs, out = tiny.inputs(case), tmp_path / "out"
+    learned = np.asarray(logits_of(loaded, inputs))
+    save_model(loaded.params, loaded.config, loaded.raw_config, (), unit, loaded.directory, out)
+    written = load_model(out, 1, 0)
+    np.testing.assert_allclose(logits_of(written, inputs), 50 + 8 * learned, rtol=1e-5)
+    # Read to be trained further, on labels of another unit.
+    again = load_model(out, 1, 0, unit=Unit(40.0, 4.0))
+    np.testing.assert_allclose(logits_of(again, inputs), 2.5 + 2 * learned, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.skipif(not find_spec("transformers"), reason="needs transformers")
 @pytest.mark.parametrize("case", CASES)
 def test_transformers_reads_what_is_written(model, tmp_path, case):
@@ -105,7 +120,9 @@ def test_transformers_reads_what_is_written(model, tmp_path, case):
 
     loaded = load_model(model(case), OUTPUTS, seed=0, new_head=True)
     out, labels = tmp_path / "out", ("no", "maybe", "yes")
-    save_model(loaded.params, loaded.config, loaded.raw_config, labels, loaded.directory, out)
+    save_model(
+        loaded.params, loaded.config, loaded.raw_config, labels, Unit(), loaded.directory, out
+    )
     theirs = AutoModelForSequenceClassification.from_pretrained(out).eval()
     found = tiny.arrays(case)
     inputs = {"input_ids": found["tokens"], "attention_mask": found["mask"]}

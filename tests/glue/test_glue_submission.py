@@ -89,6 +89,9 @@ def test_the_hub_has_labels_of_minus_one(monkeypatch):
         ("sst2", "index\ttext\n0\ta\n", "line 1: expected the columns sentence; got index, text"),
         # Of the training rows of QQP, those with too few columns are left out.
         ("qqp", "id\tquestion1\tquestion2\n0\ta\n", "line 2: too few columns"),
+        ("sst2", "index\tsentence\n0\ta\tb\n", "line 2: 3 columns, expected 2"),
+        # An empty row at the end of the file is one too.
+        ("own", "sentence1\tsentence2\na\tb\n\t\n\tc", "line 4: columns"),
         ("own", "sentence1\na\n", "line 2: expected two sentences, as in the training rows"),
     ],
 )

@@ -295,6 +295,30 @@ def test_a_regression(files, tmp_path):
     np.testing.assert_allclose(decisions(found, True), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_labels_of_a_regression_may_have_any_unit(files, tmp_path):
+    """Predictions are near the labels after a few steps, from a saved model too."""
+    rows = tiny.write_rows(tmp_path / "rows", label=lambda y: 4000.0 + 900 * y)
+    (rows / "test.jsonl").write_text((rows / "dev.jsonl").read_text())
+    run = dataclasses.replace(
+        config(files, epochs=6, output=OutputConfig(predict=True)), task="own-regression", data=rows
+    )
+    for name in ("first", "again"):
+        prepared = prepare(run)
+        assert train(run, "adamw", prepared, run_dir=tmp_path / name).finished
+        lines = (tmp_path / name / "predictions" / "predictions.tsv").read_text().splitlines()[1:]
+        found = np.array([float(line.split("\t")[1]) for line in lines])
+        labels = np.array([4000 + 900 * (i % 2) for i in range(len(found))])
+        assert np.sqrt(np.mean((found - labels) ** 2)) < 300
+        run = dataclasses.replace(run, model=str(tmp_path / name / "model"), new_head=False)
+
+
+def test_a_limit_may_leave_out_a_class(files, tmp_path):
+    rows = tiny.write_rows(tmp_path / "rows", label=lambda y: f"class{y}")
+    run = dataclasses.replace(config(files), data=rows, limit=1)
+    (note,) = [note for note in prepare(run).notes() if "limit" in note]
+    assert note.startswith("--limit leaves no training row of the class class")
+
+
 def test_what_cannot_be_trained(files, monkeypatch):
     for options, message in (
         ({"targets": ("queries",)}, "no matrix is called 'queries'; there are bert.encoder"),

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from examples.common.errors import DataError, WeightsError
 from examples.llama.data import DataConfig, load_splits
@@ -33,6 +33,16 @@ def test_encode_round_trip():
     pieces = np.split(tokens, ends + 1)[:-1]
     assert [tokenizer.decode(piece[:-1].tolist()) for piece in pieces] == _TEXTS
     assert tokens.dtype == np.uint16
+
+
+def test_a_document_ends_once():
+    """As with T5: the matcher of special tokens leaves text alone, but the model has the piece."""
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((f"\u2581{word}", -1.0) for word in "abc")]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.add_special_tokens(["</s>"])
+    tokens = encode(plain_text(tokenizer, ""), ["a b</s> c", "b"])
+    assert list(tokens) == [2, 3, 4, 1, 3, 1]
 
 
 def test_encode_across_chunks_and_of_nothing():

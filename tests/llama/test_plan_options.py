@@ -86,6 +86,12 @@ def test_what_is_given_is_kept(given):
         assert {operator.attrgetter(name)(config) for config in found} == {value}
 
 
+def test_a_rank_of_the_specification_is_the_only_one():
+    (group,) = candidates(PlanConfig(optimizers=("galore@rank=4",)), SMALL)
+    assert len({(c.step, c.arguments) for c in group}) == len(group) == len(STEPS)
+    assert all(c.rank == 4 and c.arguments.count("--rank") == 1 for c in group)
+
+
 def test_what_a_file_gives_is_kept(tmp_path):
     file = tmp_path / "options.yaml"
     file.write_text("model.stacked: false\nmodel.dtype: float32\nrank: 3\nmodel.remat: true\n")

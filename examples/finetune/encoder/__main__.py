@@ -54,6 +54,8 @@ Fine-tune a BERT or RoBERTa with several methods. What most runs need:
 Ctrl-C or SIGTERM saves and stops; --resume goes on from there.
 """
 
+SHORTHANDS: dict[str, tuple[str, ...]] = {}
+
 _BASELINE = Activity("fitting the tf-idf baseline", "at once")
 
 
@@ -64,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str] | None) -> RunConfig:
     """The configuration: the preset of the task, and what the command line overrides."""
-    argv = cli.expand(argv, {}, RunConfig)
+    argv = cli.expand(argv, SHORTHANDS, RunConfig)
     given = cli.peek(argv, preset="default", task="movie-snippets")
     # Unknown names are left to tyro, which lists the known ones.
     default = preset_config(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from examples.common import compare
 from examples.common.cli import options_text
@@ -78,6 +79,7 @@ def train(
             pretrained.config,
             pretrained.raw_config,
             labels,
+            prepared.unit,
             pretrained.directory,
             run_dir / "model",
         )
@@ -100,6 +102,9 @@ def write_predictions(
         if outputs is None:
             return False
         found[split] = decisions(outputs, task.regression)
+        if task.regression:
+            mean, size = prepared.unit
+            found[split] = mean + size * found[split].astype(np.float64)
     write_submission(task, prepared.rows.labels, found, directory)
     return True
 

@@ -7,8 +7,19 @@ import numpy as np
 
 from examples.common.errors import ConfigError
 from examples.common.run_directory import check_apart
+from examples.common.text import shown_name
 from examples.finetune.encoder.config import read_config
-from examples.finetune.encoder.data import TASKS, Row, Rows, Task, read_predicted, read_rows
+from examples.finetune.encoder.data import (
+    TASKS,
+    Row,
+    Rows,
+    Task,
+    Unit,
+    in_unit,
+    read_predicted,
+    read_rows,
+    unit_of,
+)
 from examples.finetune.encoder.data.batches import Layout
 from examples.finetune.encoder.data.encode import Encoded, encode, read_tokenizer
 from examples.finetune.encoder.methods import check_methods
@@ -21,7 +32,8 @@ class Prepared(NamedTuple):
     """A task and a model."""
 
     task: Task
-    rows: Rows
+    rows: Rows  # Labels of a regression in `unit`.
+    unit: Unit
     pretrained: Pretrained
     encoded: dict[str, Encoded]  # By split.
     layout: Layout
@@ -47,6 +59,14 @@ class Prepared(NamedTuple):
         found = []
         if self.rows.left_out:
             found.append(f"{self.rows.left_out} malformed rows of the files are left out")
+        if self.rows.unused:
+            found.append(
+                f"columns that are not used: {', '.join(map(shown_name, self.rows.unused))}"
+            )
+        trained = {row.label for row in self.rows.splits["train"]}
+        missing = [name for i, name in enumerate(self.rows.labels) if i not in trained]
+        if missing:
+            found.append(f"--limit leaves no training row of the class {', '.join(missing)}")
         for name, count in self.truncated.items():
             if count:
                 total, longest = len(self.encoded[name].tokens), self.layout.max_length
@@ -83,9 +103,12 @@ def prepare(config: RunConfig) -> Prepared:
         counts |= dict.fromkeys(task.held_out, config.eval_batches * config.batch_size)
     fewer = {name: _drawn(rows.splits[name], count) for name, count in counts.items()}
     rows = rows._replace(splits=rows.splits | fewer)
+    unit = unit_of(task, rows.splits["train"])
+    if task.regression:
+        rows = rows._replace(splits={k: in_unit(part, unit) for k, part in rows.splits.items()})
     outputs = 1 if task.regression else len(rows.labels)
     pretrained = load_model(
-        directory, outputs, config.seed, labels=rows.labels, new_head=config.new_head
+        directory, outputs, config.seed, labels=rows.labels, unit=unit, new_head=config.new_head
     )
     encoder = pretrained.config.with_dropout(config.dropout)
     tokenizer = read_tokenizer(directory, encoder)
@@ -100,6 +123,7 @@ def prepare(config: RunConfig) -> Prepared:
     return Prepared(
         task,
         rows,
+        unit,
         pretrained._replace(config=encoder),
         encode_all(rows.splits),
         Layout(batch_size, config.max_length, encoder.pad_token),

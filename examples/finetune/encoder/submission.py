@@ -18,7 +18,8 @@ def write_submission(
     Args:
       task: names the files.
       labels: of the classes, empty for a regression.
-      predictions: by split, as `train_step.decisions` returns them, in the order of the file.
+      predictions: by split, as `train_step.decisions` returns them, those of a regression in the
+        unit of the labels, in the order of the file.
       directory: is made if it is missing.
     """
     directory.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from examples.common.config import write_json
 from examples.common.errors import WeightsError
 from examples.finetune.encoder.config import EncoderConfig, classifier_config, read_config
+from examples.finetune.encoder.data.rows import Unit
 from examples.finetune.encoder.model import make_model
 from examples.pretrained import Stored, fill, read_tensors, tensors_of, write_tensors
 from examples.pretrained.hf_tokenizer import SETTINGS, TOKENIZER, write_settings
@@ -50,6 +51,7 @@ _TOKENS = {
 _LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 
 _NEW_HEAD = "pass --new-head for other classes"
+_LABELS = Unit()
 
 
 class Pretrained(NamedTuple):
@@ -87,11 +89,13 @@ def load_model(
     seed: int,
     *,
     labels: tuple[str, ...] = (),
+    unit: Unit = _LABELS,
     new_head: bool = False,
 ) -> Pretrained:
     """Reads a model; what of its head is missing, or all of it with `new_head`, is random.
 
-    A head whose classes the files name is put into the order of `labels`.
+    A head whose classes the files name is put into the order of `labels`, that of a regression into
+    `unit`.
 
     Raises:
       WeightsError: for a missing or damaged file, an unknown architecture, a head for classes of
@@ -112,6 +116,9 @@ def load_model(
     if out and labels:
         order = _class_order(raw, labels, directory / "config.json")
         params |= {path: params[path][..., order] for path in out}
+    mean, size = unit
+    for path in out:
+        params[path] = (params[path] - (mean if path[-1] == "bias" else 0.0)) / size
     for path, key in zip(head, jax.random.split(jax.random.key(seed), len(head)), strict=True):
         if path not in params:
             params[path] = _first_value(path, expected[path], config, key)
@@ -143,13 +150,17 @@ def save_model(
     config: EncoderConfig,
     raw_config: dict[str, Any],
     labels: tuple[str, ...],
+    unit: Unit,
     source: Path,
     directory: Path,
 ) -> None:
     """Writes config, weights and the tokenizer of the directory `source`, to be read by this
-    program and by transformers."""
+    program and by transformers. The numbers of a regression are those of the labels."""
     directory.mkdir(parents=True, exist_ok=True)
     flat: dict[Any, Any] = flatten_dict(params)
+    mean, size = unit
+    for path in (path for path in flat if path[:2] == ("head", "out")):
+        flat[path] = size * flat[path] + (mean if path[-1] == "bias" else 0.0)
     write_tensors(tensors_of(flat, stored_as(flat, config)), directory)
     write_json(directory / "config.json", classifier_config(config, raw_config, labels))
     for name in _TOKENIZER_FILES:

@@ -150,7 +150,11 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
 
 
 def encode(text_tokenizer: TextTokenizer, documents: Sequence[str]) -> np.ndarray:
-    """Returns the tokens of all documents in one array, each document followed by end-of-text."""
+    """Returns the tokens of all documents in one array, each document followed by end-of-text.
+
+    A document has no other one: the vocabulary of a Unigram model, such as T5's, also has its name
+    as a piece of text, which is left out.
+    """
     tokenizer, end = text_tokenizer
     dtype = np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.int32
     # In chunks: encodings are about a hundred times larger than their ids.
@@ -158,7 +162,7 @@ def encode(text_tokenizer: TextTokenizer, documents: Sequence[str]) -> np.ndarra
     return np.concatenate(
         [np.zeros(0, dtype)]
         + [
-            np.asarray([*encoding.ids, end], dtype)
+            np.asarray([*(i for i in encoding.ids if i != end), end], dtype)
             for chunk in chunks
             for encoding in tokenizer.encode_batch_fast(chunk, add_special_tokens=False)
         ]

@@ -4,23 +4,22 @@ import re
 
 _DECIMAL = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _BINARY = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
 def parse_bytes(text: str) -> int:
     """Bytes of "24GB" (24 · 10⁹), "24GiB" (24 · 2³⁰), "512 MB" or "1000".
 
     Raises:
-      ValueError: if it is not a positive number with one of these units.
+      ValueError: if it is not a number of at most 18 digits with one of these units.
     """
     match = _SIZE.fullmatch(text)
     units = {name.lower(): size for name, size in {"": 1, **_DECIMAL, **_BINARY}.items()}
     unit = match[2].lower() if match else ""
-    size = int(float(match[1]) * units[unit]) if match and unit in units else 0
-    if size < 1:
+    if not match or unit not in units:
         names = ", ".join((*_DECIMAL, *_BINARY))
-        raise ValueError(f"a size is a number above 0 and one of {names}, got {text!r}")
-    return size
+        raise ValueError(f"a size is a number and one of {names}, got {text!r}")
+    return int(float(match[1]) * units[unit])
 
 
 def unit_of(size: int) -> tuple[str, int]:

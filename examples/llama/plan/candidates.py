@@ -142,7 +142,7 @@ def candidates(plan: PlanConfig, given: Sequence[str]) -> Iterator[list[Candidat
     for spec in plan.optimizers or cli.values_of(known, "--optimizer")[-1:] or _preferred(known):
         for (batch_size, accumulate), *larger in _batches(plan, base, known):
             group, error = [], None
-            for rank in sorted({*ranks}, reverse=True) if has_rank(spec) else (None,):
+            for rank in sorted({*ranks}, reverse=True) if _takes_rank(spec) else (None,):
                 for step, flags in _steps(spec, accumulate, known):
                     chosen = [*optimizer_arguments(spec, rank), *lengths]
                     chosen += ["--batch-size", str(batch_size), "--accumulate", str(accumulate)]
@@ -263,6 +263,11 @@ def has_rank(spec: str) -> bool:
     if name not in OPTIMIZERS:
         raise ConfigError(f"no optimizer is called {name!r}; there are {', '.join(OPTIMIZERS)}")
     return "rank" in inspect.signature(OPTIMIZERS[name].factory).parameters
+
+
+def _takes_rank(spec: str) -> bool:
+    """Whether an optimizer has a subspace, and its specification does not say of which rank."""
+    return has_rank(spec) and "--rank" not in optimizer_arguments(spec, None)
 
 
 def optimizer_arguments(spec: str, rank: int | None) -> list[str]:

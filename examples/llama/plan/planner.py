@@ -248,7 +248,10 @@ def _within(text: str, width: int) -> str:
 def device_memory(text: str | None) -> int:
     """Bytes of the device: what is said, or what the accelerator has."""
     if text is not None:
-        return _size("device-memory", text)
+        size = _size("device-memory", text)
+        if not size:
+            raise ConfigError(f"--device-memory must be above 0, got {text!r}")
+        return size
     memory = accelerator_memory()
     if memory is None:
         raise ConfigError("there is no accelerator here: say --device-memory, such as 24GB")

@@ -18,6 +18,7 @@ from natgalore_jax._src.kernels.factored_update import phi_axes
 from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
 from natgalore_jax._src.kernels.random import matrix_keys, numbers_of
 from natgalore_jax._src.kernels.stacks import for_each, merged
+from natgalore_jax._src.low_bits.adam import adam_in_float32
 from natgalore_jax._src.params.axes import AxesLike
 from natgalore_jax._src.params.checks import (
     check_adam,
@@ -38,6 +39,7 @@ from natgalore_jax._src.states.tree_checks import (
     check_stored,
     check_type,
     flatten_like,
+    update_dtypes,
     with_dtypes_of,
 )
 from natgalore_jax._src.subspace.subspace import init_low_rank
@@ -176,7 +178,7 @@ def scale_by_alice(
             check_unused("norm_growth_limit", norm_growth_limit, 1.01, where_unused)
     check_seed(seed)
     settings = PlanSettings(int(rank), where, axes)
-    adam: Any = optax.scale_by_adam(b1=ADAM_B1, b2=ADAM_B2, eps=eps)
+    adam = adam_in_float32(ADAM_B1, ADAM_B2, eps)
     switch = Switch(None if leading is None else int(leading), float(b3))
     has_limit = norm_growth_limit is not None
 
@@ -197,7 +199,7 @@ def scale_by_alice(
 
     @own_arithmetic
     def update_fn(updates, state, params=None, **extra_args):
-        del params, extra_args
+        del extra_args
         plans = plan_tree(settings, updates)
         G, treedef = jax.tree.flatten(updates)
         check_type(state, ScaleByAliceState, "optimizer")
@@ -232,7 +234,8 @@ def scale_by_alice(
         )
         columns = merged(found, out, new_mus, new_nus, tracked, residual_energy, norms)
         out, mu, nu, *fields = map(treedef.unflatten, columns)
-        return out, ScaleByAliceState(
+        dtypes = treedef.unflatten(update_dtypes(updates, params))
+        return jax.tree.map(jnp.astype, out, dtypes), ScaleByAliceState(
             with_dtypes_of(state.adam, inner._replace(mu=mu, nu=nu)),
             treedef.unflatten(bases),
             *fields,

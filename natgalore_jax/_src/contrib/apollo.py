@@ -14,6 +14,7 @@ from natgalore_jax._src.kernels.projection import project
 from natgalore_jax._src.kernels.random import matrix_keys, normal, numbers_of
 from natgalore_jax._src.kernels.residual import gain, limit_growth
 from natgalore_jax._src.kernels.stacks import for_each, merged
+from natgalore_jax._src.low_bits.adam import adam_in_float32
 from natgalore_jax._src.params.axes import AxesLike
 from natgalore_jax._src.params.checks import (
     check_adam,
@@ -115,7 +116,7 @@ def scale_by_apollo(
     check_seed(seed)
     settings = PlanSettings(int(rank), where, axes)
     check_adam(b1, b2, eps, mu_dtype)
-    adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)
+    adam = adam_in_float32(b1, b2, eps, mu_dtype=mu_dtype)
 
     @own_arithmetic
     def init_fn(params):

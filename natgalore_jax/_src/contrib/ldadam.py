@@ -16,6 +16,7 @@ from natgalore_jax._src.contrib.ldadam_kernels import (
 from natgalore_jax._src.kernels.kernel import own_arithmetic
 from natgalore_jax._src.kernels.projection import project, project_back
 from natgalore_jax._src.kernels.stacks import for_each, merged
+from natgalore_jax._src.low_bits.adam import adam_in_float32
 from natgalore_jax._src.params.axes import AxesLike
 from natgalore_jax._src.params.checks import check_adam, check_boolean, check_decay, check_integer
 from natgalore_jax._src.params.plan import PlanSettings, plan_tree
@@ -114,7 +115,7 @@ def scale_by_ldadam(
     check_boolean("error_feedback", error_feedback)
     settings = PlanSettings(int(rank), where, axes)
     check_adam(b1, b2, eps, mu_dtype)
-    adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)
+    adam = adam_in_float32(b1, b2, eps, mu_dtype=mu_dtype)
 
     @own_arithmetic
     def init_fn(params):

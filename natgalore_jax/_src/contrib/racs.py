@@ -16,8 +16,10 @@ from natgalore_jax._src.kernels.factored_update import (
 from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
 from natgalore_jax._src.kernels.residual import inverse_root, limit_growth
 from natgalore_jax._src.kernels.stacks import for_each, merged
+from natgalore_jax._src.low_bits.adam import adam_in_float32
 from natgalore_jax._src.params.axes import AxesLike
 from natgalore_jax._src.params.checks import check_adam, check_decay, check_integer, check_number
+from natgalore_jax._src.params.context import current_subspace
 from natgalore_jax._src.params.plan import (
     LeafPlan,
     PlanSettings,
@@ -31,6 +33,7 @@ from natgalore_jax._src.states.tree_checks import (
     check_stored,
     check_type,
     form_in,
+    update_dtypes,
     with_dtypes_of,
 )
 
@@ -132,10 +135,15 @@ def scale_by_racs(
         check_number("norm_growth_limit", norm_growth_limit, above=1.0)
     settings = PlanSettings(None, where, axes)
     check_adam(b1, b2, eps, mu_dtype)
-    adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)
+    adam = adam_in_float32(b1, b2, eps, mu_dtype=mu_dtype)
 
     @own_arithmetic
     def init_fn(params):
+        if current_subspace() is not None:
+            raise ValueError(
+                "scale_by_racs inside a subspace: a refresh would not transport its scales of rows "
+                "and columns; put it after project_back, or outside of the chain"
+            )
         plans = plan_tree(settings, params)
         require_matrices(
             settings, plans, params, "where selects no matrix to be scaled by row and column"
@@ -152,7 +160,7 @@ def scale_by_racs(
 
     @own_arithmetic
     def update_fn(updates, state, params=None, **extra_args):
-        del params, extra_args
+        del extra_args
         plans = plan_tree(settings, updates)
         G, treedef = jax.tree.flatten(updates)
         check_type(state, ScaleByRacsState, "optimizer")
@@ -177,7 +185,9 @@ def scale_by_racs(
             (decay, scale, norm_growth_limit),
         )
         out, *fields = map(treedef.unflatten, merged(found, out, q, s, norms))
-        return out, ScaleByRacsState(with_dtypes_of(state.adam, adam_state), *fields)
+        dtypes = treedef.unflatten(update_dtypes(updates, params))
+        adam_state = with_dtypes_of(state.adam, adam_state)
+        return jax.tree.map(jnp.astype, out, dtypes), ScaleByRacsState(adam_state, *fields)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -9,6 +9,7 @@ import optax
 
 from natgalore_jax._src.contrib.descent import descent
 from natgalore_jax._src.kernels.kernel import kernel, own_arithmetic
+from natgalore_jax._src.low_bits.adam import adam_in_float32
 from natgalore_jax._src.params.axes import AxesLike
 from natgalore_jax._src.params.checks import check_adam, check_choice, check_decay, check_number
 from natgalore_jax._src.params.plan import (
@@ -23,6 +24,7 @@ from natgalore_jax._src.states.tree_checks import (
     check_type,
     form_in,
     sees_parts,
+    update_dtypes,
     with_dtypes_of,
 )
 
@@ -126,7 +128,7 @@ def scale_by_column_norms(
     head = output_heads if head is None else head
     settings = PlanSettings(None, all_matrices if where is None else where, axes)
     check_adam(b1, b2, eps, mu_dtype)
-    adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)
+    adam = adam_in_float32(b1, b2, eps, mu_dtype=mu_dtype)
 
     def plans_of(tree):
         """Plans of matrices, and which of them are output heads."""
@@ -154,7 +156,7 @@ def scale_by_column_norms(
 
     @own_arithmetic
     def update_fn(updates, state, params=None, **extra_args):
-        del params, extra_args
+        del extra_args
         plans, heads = plans_of(updates)
         G, treedef = jax.tree.flatten(updates)
         check_type(state, ScaleByColumnNormsState, "optimizer")
@@ -174,6 +176,7 @@ def scale_by_column_norms(
                 out[i] = _normalised(plan.unnamed, norm, eps, momenta[i]).astype(G[i].dtype)
             else:
                 out[i] = _normalised(plan.unnamed, norm, eps, G[i])
+        out = map(jnp.astype, out, update_dtypes(updates, params))
         return treedef.unflatten(out), ScaleByColumnNormsState(
             with_dtypes_of(state.adam, adam_state), treedef.unflatten(momenta)
         )

@@ -1,4 +1,4 @@
-"""Adam with moments in 8 bits that are never materialised in float32."""
+"""Adam with moments in 8 bits that are never materialised in float32, and in 16 that decay."""
 
 from typing import Any
 
@@ -11,6 +11,7 @@ from natgalore_jax._src.kernels.float8_blocks import block_max, blocks_between, 
 from natgalore_jax._src.kernels.kernel import own_arithmetic
 from natgalore_jax._src.kernels.stacks import for_each
 from natgalore_jax._src.low_bits.moments import EightBits, QuantizedState, dithered, start
+from natgalore_jax._src.low_bits.stochastic_round import rounded
 from natgalore_jax._src.params.checks import check_adam, check_boolean, check_eps, check_static
 from natgalore_jax._src.params.context import current_subspace
 from natgalore_jax._src.params.where import (
@@ -144,6 +145,52 @@ def scale_by_adam_8bit(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def adam_in_float32(
+    b1: float, b2: float, eps: float, *, nesterov: bool = False, mu_dtype: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    """``optax.scale_by_adam`` that computes in float32 also where it stores 16 bits.
+
+    In bfloat16 0.999 is 1, and rounding to nearest loses a change by a thousandth, so that a second
+    moment would never decay: it is rounded stochastically. In float16 most squares of gradients are
+    zero: second moments of float16 parameters are float32. In float32 nothing differs.
+    """
+    adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, nesterov=nesterov, mu_dtype=mu_dtype)
+
+    def init_fn(params):
+        state: Any = adam.init(params)
+        return state._replace(nu=jax.tree.map(_without_float16, state.nu))
+
+    @own_arithmetic
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
+        wide = state._replace(mu=_in_float32(state.mu), nu=_in_float32(state.nu))
+        new: Any
+        found, new = adam.update(_in_float32(updates), wide)
+        dtypes = jax.tree.map(jnp.result_type, updates, state.mu if mu_dtype is None else state.nu)
+        return jax.tree.map(lambda u, d: u.astype(d), found, dtypes), new._replace(
+            mu=jax.tree.map(lambda m, old: m.astype(old.dtype), new.mu, state.mu),
+            nu=_rounded_like(new.nu, state.nu, state.count),
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _in_float32(tree: Any) -> Any:
+    """With the floating-point arrays of 16 bits in float32."""
+    is_short = lambda x: jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4  # noqa: E731
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if is_short(x) else x, tree)
+
+
+def _without_float16(v: jax.Array) -> jax.Array:
+    return v.astype(jnp.float32) if v.dtype == jnp.float16 else v
+
+
+def _rounded_like(new: Any, old: Any, count: jax.typing.ArrayLike) -> Any:
+    leaves, treedef = jax.tree.flatten(new)
+    pairs = zip(leaves, treedef.flatten_up_to(old), strict=True)
+    return treedef.unflatten(rounded(v, w.dtype, count, i) for i, (v, w) in enumerate(pairs))
+
+
 def adam_with_bits(
     moment_bits: int | None,
     b1: float,
@@ -154,7 +201,7 @@ def adam_with_bits(
     """Adam with moments in 8 bits, or in Optax's dtypes (None)."""
     if moment_bits is None:
         check_adam(b1, b2, eps)
-        return optax.scale_by_adam(b1=b1, b2=b2, eps=eps, nesterov=nesterov)
+        return adam_in_float32(b1, b2, eps, nesterov=nesterov)
     check_static("moment_bits", moment_bits, "None or 8")
     if moment_bits != 8 or isinstance(moment_bits, bool):
         raise ValueError(f"moment_bits must be None or 8, got {moment_bits!r}")
@@ -169,7 +216,7 @@ def _stored(moments, block_size, batch, has_factors=None, *, is_second):
             # In bfloat16 1 − β₂ would be rounded away: a factor would stop at half its value.
             pairs.append((jnp.sum(x, -1, dtype=jnp.float32), jnp.sum(x, -2, dtype=jnp.float32)))
         elif nb is None:
-            pairs.append((x, optax.MaskedNode()))
+            pairs.append((_without_float16(x) if is_second else x, optax.MaskedNode()))
         else:
             pairs.append(start(x, block_size, nb, is_second=is_second))
     return [x for x, _ in pairs], [scale for _, scale in pairs]
@@ -218,7 +265,7 @@ def _step(settings, operands, shared):
     U = _update(G, M, V, optax.safe_increment(count), numbers, nesterov=nesterov)
     if peak is None:
         m = M.astype(m.dtype)
-        v = v if is_factored else V.astype(v.dtype)
+        v = v if is_factored else rounded(V, v.dtype, count, salt + 1)
     else:
         m_scale = b1 * m_scale + new1 * peak
         m = dithered(M, m_scale, count, salt, is_second=False)

@@ -47,10 +47,19 @@ def stochastic_round(x: jax.Array, step: jax.typing.ArrayLike, seed: int = 0) ->
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"stochastic_round takes floating-point arrays, got {x.dtype}")
-    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-    cut = (bits + (dither(x.shape, step, seed, STRIDES[0]) >> 16)) & np.uint32(0xFFFF0000)
-    rounded = jax.lax.bitcast_convert_type(cut, jnp.float32)
-    return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
+    return rounded(x.astype(jnp.float32), jnp.dtype(jnp.bfloat16), step, seed)
+
+
+def rounded(
+    x: jax.Array, dtype: jnp.dtype, step: jax.typing.ArrayLike, salt: int | jax.Array
+) -> jax.Array:
+    """float32 numbers in a dtype: stochastically in bfloat16, else to nearest."""
+    if dtype != jnp.bfloat16:
+        return x.astype(dtype)
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    cut = (bits + (dither(x.shape, step, salt, STRIDES[0]) >> 16)) & np.uint32(0xFFFF0000)
+    cut = jax.lax.bitcast_convert_type(cut, jnp.float32)
+    return jnp.where(jnp.isfinite(x), cut, x).astype(dtype)
 
 
 @own_arithmetic

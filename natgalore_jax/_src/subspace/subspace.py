@@ -352,6 +352,8 @@ def init_low_rank(
 
     For optimizers with projections of their own; bases and R are sharded for products.
     """
+    if current_subspace() is not None:
+        raise ValueError(NESTED)
     plans, factors = _starts(settings, params)
     leaves, treedef = jax.tree.flatten(params)
     factors = [

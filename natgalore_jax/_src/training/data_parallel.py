@@ -103,11 +103,13 @@ def data_parallel_step(
 
         parts = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
         like = jax.eval_shape(loss, own, jax.tree.map(lambda x: x[0], parts))
-        total = jax.lax.pcast(jnp.zeros([], like.dtype), axis_name, to="varying")
+        wide = jnp.promote_types(like.dtype, jnp.float32)
+        total = jax.lax.pcast(jnp.zeros([], wide), axis_name, to="varying")
         inputs = (jnp.arange(micro_batches), parts)
         start = (total, state, steps.empty_mean(own, state))
         (total, state, mean), _ = jax.lax.scan(accumulate, start, inputs)
-        return total / micro_batches, state, optax.tree.cast_like(mean, own)
+        mean_loss = (total / micro_batches).astype(like.dtype)
+        return mean_loss, state, optax.tree.cast_like(mean, own)
 
     sharded_step = jax.shard_map(
         on_one_device,

@@ -5,7 +5,14 @@ from pathlib import Path
 from examples.common.errors import DataError
 from examples.finetune.encoder.data.files import read_directory, read_unlabelled
 from examples.finetune.encoder.data.hub import read_hub, read_hub_unlabelled
-from examples.finetune.encoder.data.rows import Row as Row, Rows as Rows, unlabelled
+from examples.finetune.encoder.data.rows import (
+    Row as Row,
+    Rows as Rows,
+    Unit as Unit,
+    in_unit as in_unit,
+    unit_of as unit_of,
+    unlabelled,
+)
 from examples.finetune.encoder.data.snippets import ARCHIVE, read_snippets
 from examples.finetune.encoder.data.tasks import TASKS as TASKS, Task as Task
 

@@ -4,7 +4,7 @@ import csv
 import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from examples.common.config import INT32
 from examples.common.errors import DataError
@@ -23,8 +23,14 @@ _STEMS = {
     "test_mismatched": ("test_mismatched",),
 }
 _SUFFIXES = (".tsv", ".jsonl", ".csv")
-_Malformed = list[str]
 T = TypeVar("T")
+
+
+class _Found(NamedTuple):
+    """What the files have beside rows."""
+
+    malformed: list[str]  # Files and lines.
+    unused: dict[str, None]  # Columns.
 
 
 def read_directory(task: Task, directory: Path) -> Rows:
@@ -36,12 +42,12 @@ def read_directory(task: Task, directory: Path) -> Rows:
     if not directory.is_dir():
         raise DataError(f"{directory}: no such directory")
     raw: dict[str, list[RawRow]] = {}
-    malformed: _Malformed = []
+    others = _Found([], {})
     for split in ("train", *task.held_out):
         path = _find(directory, split)
-        raw[split] = list(_READERS[path.suffix](task, path, malformed))
+        raw[split] = list(_READERS[path.suffix](task, path, others))
         _check_not_empty(raw[split], split, path)
-    return make_rows(task, raw, len(malformed))
+    return make_rows(task, raw, len(others.malformed))._replace(unused=tuple(others.unused))
 
 
 def read_unlabelled(task: Task, directory: Path) -> dict[str, list[RawRow]]:
@@ -53,10 +59,10 @@ def read_unlabelled(task: Task, directory: Path) -> dict[str, list[RawRow]]:
     """
     found = {}
     for split in task.predicted:
-        path, malformed = _find(directory, split), []
-        found[split] = list(_READERS[path.suffix](task, path, malformed, labelled=False))
-        if malformed:
-            raise DataError(f"{malformed[0]}: too few columns")
+        path, others = _find(directory, split), _Found([], {})
+        found[split] = list(_READERS[path.suffix](task, path, others, labelled=False))
+        if others.malformed:
+            raise DataError(f"{others.malformed[0]}: too few columns or too many")
         _check_not_empty(found[split], split, path)
     return found
 
@@ -79,20 +85,20 @@ def _check_not_empty(rows: list[RawRow], split: str, path: Path) -> None:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Place and text of each line, "" for blank ones."""
+    """Place and text of each line."""
     # Not splitlines: text may hold line separators of Unicode.
     for number, line in enumerate(read_bytes(path).split(b"\n"), start=1):
         where = f"{path}: line {number}"
         text = decode(line, where, of=" of the line")
         if number == 1:
             text = text.removeprefix("\ufeff")
-        yield where, text.rstrip("\r") if text.strip() else ""
+        yield where, text.rstrip("\r")
 
 
 def _not_blank(lines: Iterable[tuple[str, T]], labelled: bool) -> Iterator[tuple[str, T]]:
-    """The lines that are not blank.
+    """The lines that are not empty; a tab is a row of empty cells.
 
-    Without labels no blank one may stand between others: predictions have the numbers of the rows.
+    Without labels no empty one may stand between others: predictions have the numbers of the rows.
     """
     blank = None
     for where, content in lines:
@@ -104,9 +110,7 @@ def _not_blank(lines: Iterable[tuple[str, T]], labelled: bool) -> Iterator[tuple
             yield where, content
 
 
-def _read_tsv(
-    task: Task, path: Path, malformed: _Malformed, labelled: bool = True
-) -> Iterator[RawRow]:
+def _read_tsv(task: Task, path: Path, others: _Found, labelled: bool = True) -> Iterator[RawRow]:
     # Quotes mean nothing in these files.
     lines = _not_blank(_lines(path), labelled)
     if task.header or not labelled:  # GLUE's test files all have one.
@@ -118,13 +122,13 @@ def _read_tsv(
         where, names = str(path), list(task.tsv_order)
     columns = _known_columns(task, names, where, labelled)
     own = task.name in OPTIONAL_SECOND
+    _note_unused(task, names, others)
     for where, line in lines:
         cells = line.split("\t")
-        # The files of MNLI have columns that their header does not name after those it does.
-        if len(cells) < len(names) and task.malformed_rows:
-            malformed.append(where)
-            continue
-        if len(cells) < len(names) or (own and len(cells) > len(names)):
+        if len(cells) < len(names) or (len(cells) > len(names) and not task.unnamed_columns):
+            if task.malformed_rows:
+                others.malformed.append(where)
+                continue
             raise DataError(f"{where}: {len(cells)} columns, expected {len(names)}")
         record = dict(zip(names, cells, strict=False))
         yield from_mapping(record, columns, where, own, labelled)
@@ -147,17 +151,23 @@ def _known_columns(task: Task, names: list[str], where: str, labelled: bool) -> 
     raise DataError(f"{where}: expected the columns {wanted}; got {got}")
 
 
+def _note_unused(task: Task, names: Any, others: _Found) -> None:
+    """Note the names of the user's own columns that no column of the task has."""
+    if task.name in OPTIONAL_SECOND and isinstance(names, (list, dict)):
+        others.unused.update((str(name), None) for name in names if name not in task.json)
+
+
 def _read_json_lines(
-    task: Task, path: Path, _malformed: _Malformed, labelled: bool = True
+    task: Task, path: Path, others: _Found, labelled: bool = True
 ) -> Iterator[RawRow]:
-    for where, line in _not_blank(_lines(path), labelled):
+    lines = ((where, line.strip()) for where, line in _lines(path))
+    for where, line in _not_blank(lines, labelled):
         record = parse_json(line, where)
+        _note_unused(task, record, others)
         yield from_mapping(record, task.json, where, task.name in OPTIONAL_SECOND, labelled)
 
 
-def _read_csv(
-    task: Task, path: Path, _malformed: _Malformed, labelled: bool = True
-) -> Iterator[RawRow]:
+def _read_csv(task: Task, path: Path, others: _Found, labelled: bool = True) -> Iterator[RawRow]:
     text = decode(read_bytes(path), str(path)).removeprefix("\ufeff")
     # By records, not by lines: a quoted cell may hold line ends.
     csv.field_size_limit(INT32 - 1)  # By default a cell of more than 131,072 characters fails.
@@ -170,6 +180,7 @@ def _read_csv(
         if not names:
             raise DataError(f"{path}: the file is empty")
         columns = _known_columns(task, names, where, labelled)
+        _note_unused(task, names, others)
         for where, cells in lines:
             if len(cells) != len(names):
                 raise DataError(f"{where}: {len(cells)} columns, expected {len(names)}")

@@ -4,6 +4,8 @@ import math
 from collections import Counter
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from examples.common.errors import DataError
 from examples.common.text import check_string, found_instead
 from examples.finetune.encoder.data.tasks import Columns, Task
@@ -32,6 +34,30 @@ class Rows(NamedTuple):
     labels: tuple[str, ...]  # Names of the classes; empty for a regression.
     splits: dict[str, list[Row]]  # "train" and those that are evaluated.
     left_out: int = 0  # Malformed rows of the official files.
+    unused: tuple[str, ...] = ()  # Columns of the user's own files that mean nothing here.
+
+
+class Unit(NamedTuple):
+    """Of the labels of a regression: a model learns ``(label - mean) / size``."""
+
+    mean: float = 0.0
+    size: float = 1.0
+
+
+def unit_of(task: Task, rows: list[Row]) -> Unit:
+    """Mean and standard deviation of the user's own labels, which may have any unit.
+
+    Steps of Adam have one size: without it an output near 1000 would take 100,000 of them.
+    """
+    if not task.regression or task.range is not None:
+        return Unit()
+    labels = np.array([row.label for row in rows])
+    return Unit(float(np.mean(labels)), float(np.std(labels)) if np.ptp(labels) else 1.0)
+
+
+def in_unit(rows: list[Row], unit: Unit) -> list[Row]:
+    """Rows with the labels that a model learns."""
+    return [row._replace(label=(row.label - unit.mean) / unit.size) for row in rows]
 
 
 def from_mapping(

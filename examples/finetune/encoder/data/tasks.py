@@ -45,6 +45,8 @@ class Task:
     tsv_order: tuple[str, ...] = ()
     malformed_rows: bool = False
     """Whether the official files have rows of too few columns, which everyone leaves out."""
+    unnamed_columns: bool = False
+    """Whether the official files have columns that their header does not name, after the others."""
 
     @property
     def held_out(self) -> tuple[str, ...]:
@@ -134,6 +136,7 @@ TASKS: dict[str, Task] = {
             validation=("validation_matched", "validation_mismatched"),
             predicted=("test_matched", "test_mismatched"),
             submission=("MNLI-m.tsv", "MNLI-mm.tsv"),
+            unnamed_columns=True,
         ),
         _pair("qnli", "question", "sentence", _ENTAILMENT, ("accuracy",), submission=("QNLI.tsv",)),
         _pair("rte", "sentence1", "sentence2", _ENTAILMENT, ("accuracy",), submission=("RTE.tsv",)),
