@@ -107,3 +107,18 @@ def test_wrong_rates(name):
         factory(0.1, weight_decay="x")
     with pytest.raises(ValueError, match=r"eps must be at least 0, got -1\.0"):
         factory(0.1, eps=-1.0)
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        lambda: ng.contrib.scale_by_ldadam(rank=2),
+        lambda: ng.contrib.scale_by_apollo(rank=2),
+        lambda: ng.contrib.scale_by_alice(rank=2, leading=1),
+        ng.contrib.scale_by_racs,
+    ],
+)
+def test_none_is_taken_inside_a_subspace(inner):
+    tx = ng.chain(ng.low_rank_project(rank=4), inner(), ng.project_back())
+    with pytest.raises(ValueError, match=r"inside a subspace.*after project_back"):
+        tx.init({"w": jnp.zeros((8, 12))})

@@ -227,6 +227,21 @@ def compiled_bytes(mesh, micro_batches):
     return exchanged_bytes(compiled.as_text())
 
 
+@pytest.mark.parametrize("micro_batches", [1, 64])
+def test_a_loss_in_16_bits_is_averaged_in_32(mesh, micro_batches):
+    step = ng.training.data_parallel_step(
+        lambda params, x: jnp.mean(x @ params["w"]) ** 2 + jnp.bfloat16(5.0),
+        ng.galore_adamw(0.1, rank=2),
+        mesh,
+        micro_batches=micro_batches,
+    )
+    params = {"w": jnp.zeros((8, 8), jnp.bfloat16)}
+    *_, value = step(
+        params, ng.galore_adamw(0.1, rank=2).init(params), jnp.ones((512, 8), "bfloat16")
+    )
+    assert value == 5.0 and value.dtype == jnp.bfloat16
+
+
 def test_bytes_of_the_compiled_program(mesh):
     found = compiled_bytes(mesh, 1)
     # Every step: R of five matrices, 4 × 48 each, the bias, and the loss.

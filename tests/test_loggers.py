@@ -57,7 +57,7 @@ def test_numbers_have_the_kind_of_their_record():
 def test_tensorboard(tmp_path, calls):
     write(tmp_path, "tensorboard")
     values = [("scalar", *item, 3) for numbers in NUMBERS for item in numbers.items()]
-    assert calls == [("open", str(tmp_path / "tensorboard"), None), *values, ("close",)]
+    assert calls == [("open", str(tmp_path / "tensorboard"), 0), *values, ("close",)]
     assert read_metrics(tmp_path / "metrics.jsonl") == RECORDS
     write(tmp_path, "tensorboard", step=2)
     assert ("open", str(tmp_path / "tensorboard"), 3) in calls
@@ -85,3 +85,12 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, name, package):
         ConfigError, match=f"--log-to {name} needs the package {package} .*pip install"
     ):
         make_loggers([name], tmp_path, {}, 0)
+
+
+def test_a_wandb_that_does_not_start_is_named(tmp_path, calls, monkeypatch):
+    def init(**_):
+        raise RuntimeError("api_key not configured\nrun wandb login")
+
+    monkeypatch.setattr(sys.modules["wandb"], "init", init)
+    with pytest.raises(ConfigError, match=r"--log-to wandb: it cannot start .*api_key"):
+        make_loggers(["wandb"], tmp_path, {}, 0)

@@ -367,6 +367,17 @@ def test_alternatives_are_what_the_other_sides_cost(wrap, history, residual):
         assert again == found
 
 
+def test_alternatives_of_both_sides_are_exact():
+    params = {"a": jnp.zeros((7, 9)), "b": jnp.zeros((3, 11, 8))}
+
+    def report(side):
+        return ng.memory_report(ng.galore_adamw(1.0, rank=3, side=side), params)
+
+    for side in ("short", "both"):
+        for other, total in report(side).alternative_state_bytes.items():
+            assert total == report(other).total_state_bytes
+
+
 def test_alternatives_with_axes():
     params = {"q": jnp.zeros((3, 12, 2, 4))}  # layers, embed, heads, head_dim
 

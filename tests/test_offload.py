@@ -134,7 +134,8 @@ def test_in_place_on_a_mesh_with_counts_on_one_device():
         updates, state = tx.update(w, state, w)
         return state, optax.apply_updates(w, updates), jnp.sum(w)
 
-    state = tx.init(w)
+    adam, *others = tx.init(w)
+    state = (adam._replace(count=jnp.zeros([], jnp.int32)), *others)  # As of optax.adam alone.
     assert not isinstance(state[0].count.sharding, jax.NamedSharding)
     for t in range(2):
         state, w, total = step(state, w)
@@ -161,6 +162,33 @@ def test_in_place_keeps_the_shardings_of_a_state_on_automatic_axes():
     for _ in range(2):
         w, state, _ = step(w, state)
         assert (w.sharding, state[0].mu.sharding) == (everywhere, rows)
+
+
+@needs_host_memory
+@pytest.mark.parametrize("place", ["another device", "automatic axes"])
+@pytest.mark.parametrize("make", [natural, lambda: optax.adam(0.1)])
+def test_a_state_is_where_its_parameters_are(place, make):
+    """A state that is made from shapes alone too."""
+    if place == "another device":
+        home = jax.sharding.SingleDeviceSharding(jax.devices()[1])
+    else:
+        auto = (jax.sharding.AxisType.Auto,)
+        mesh = jax.make_mesh((2,), ("x",), axis_types=auto, devices=jax.devices()[:2])
+        home = jax.NamedSharding(mesh, jax.P("x"))
+    params = jax.device_put({"w": jnp.ones((16, 32))}, home)
+    tx = ng.training.offload_state(make(), min_size=16)
+    state = tx.init(params)
+    assert {frozenset(x.devices()) for x in jax.tree.leaves(state)} == {frozenset(home.device_set)}
+
+    def step(params, state):
+        updates, state = tx.update(params, state, params)
+        return optax.apply_updates(params, updates), state, jnp.sum(params["w"])
+
+    jitted = ng.training.in_place(step, 2)
+    for _ in range(2):
+        params, state, _ = jitted(params, state)
+    assert params["w"].sharding.is_equivalent_to(home, 2)
+    assert memories(state) == ({"pinned_host"}, {"device"})
 
 
 @needs_host_memory

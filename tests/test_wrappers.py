@@ -128,3 +128,17 @@ def test_a_sum_of_updates_is_transported(transition):
     for G in grads:
         update, state = tx.update(G, state, grads[0])
     np.testing.assert_allclose(update, sum(np.float64(G) for G in grads), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "search",
+    [
+        optax.scale_by_backtracking_linesearch(5),
+        optax.scale_by_zoom_linesearch(5),
+        optax.lbfgs(0.1),
+    ],
+)
+def test_a_line_search_inside_a_subspace_is_refused(search):
+    tx = ng.chain(ng.low_rank_project(rank=4), search, ng.project_back())
+    with pytest.raises(ValueError, match="a line search is inside a subspace: put it after"):
+        tx.init({"w": jnp.zeros((8, 12))})

@@ -116,10 +116,15 @@ class Checkpoints:
         )
         metrics = None if loss is None else {"loss": loss}
         try:
-            self._manager.save(micro_step, args=items, metrics=metrics)
+            is_saved = self._manager.save(micro_step, args=items, metrics=metrics)
         # OSError of a file, ValueError of TensorStore, and others: what counts is that it failed.
         except Exception as error:
             raise self._failed(error) from error
+        if not is_saved:  # Orbax takes the highest number for the newest.
+            raise CheckpointError(
+                f"{self._directory}: micro-step {micro_step} is before that of the newest "
+                f"checkpoint, {self.latest()}"
+            )
         self._saving = True
 
     def check(self) -> None:
@@ -259,13 +264,15 @@ def read_checkpoint(
 def steps_done(directory: Path) -> dict[int, tuple[int, int]]:
     """Steps that are done, and batches of an unfinished step, by the name of the checkpoint.
 
-    A step has as many batches as "accumulate" of the configuration says.
+    A step has as many batches as "accumulate" of the configuration says. Those that cannot be read
+    are left out.
     """
     done = {}
     for number in kept(directory):
         like = {"micro_step": jax.ShapeDtypeStruct((), np.int32)}
-        config, state = read_checkpoint(directory, number, lambda _, like=like: like)
-        done[number] = divmod(int(state["micro_step"]), config.get("accumulate", 1))
+        with contextlib.suppress(CheckpointError):
+            config, state = read_checkpoint(directory, number, lambda _, like=like: like)
+            done[number] = divmod(int(state["micro_step"]), config.get("accumulate", 1))
     return done
 
 
@@ -315,7 +322,9 @@ def damage(checkpoint: Path) -> str | None:
     try:
         json.loads((checkpoint / _LATER).read_text())
         if not (checkpoint / DIGESTS).exists():
-            return None
+            parts = (checkpoint / name for name in ("state", "data", "config"))
+            missing = [path for path in parts if not path.is_dir()]
+            return f"{missing[0]}: is missing" if missing else None
         expected = json.loads((checkpoint / DIGESTS).read_text())
     # ValueError is broken JSON or broken UTF-8.
     except (OSError, ValueError) as error:

@@ -158,7 +158,7 @@ def _from_file(path: Path, types: Mapping[str, Any]) -> list[str]:
     return [
         word
         for name, value in pairs
-        for word in _words_of(path, name.value, value, types.get(name.value, Any))
+        for word in _words_of(path, name.value, value, types.get(name.value.replace("_", "-"), Any))
     ]
 
 

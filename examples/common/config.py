@@ -47,7 +47,18 @@ def check_range(config: Any, interval: str, *names: str) -> None:
 def write_json(path: Path, value: Json) -> None:
     """Write a value as an indented JSON file, in a directory that is made if there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=2) + "\n"
+    if path.exists() and not path.is_file():  # Such as /dev/stdout.
+        path.write_text(text, encoding="utf-8")
+    else:
+        replace_text(path.resolve(), text)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file that is never seen in part, whatever interrupts this."""
+    unfinished = path.with_name(f".{path.name}")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
 
 
 def differences(

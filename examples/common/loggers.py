@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from examples.common.config import Json
-from examples.common.errors import ConfigError
+from examples.common.errors import ConfigError, with_type
 
 LoggerName = Literal["tensorboard", "wandb"]
 WANDB_ID = "wandb_id.txt"
@@ -33,7 +33,7 @@ def make_loggers(
     """The loggers of a run that goes on after `step`.
 
     Raises:
-      ConfigError: if the package of one is missing.
+      ConfigError: if the package of one is missing, or Weights & Biases does not start.
     """
     return [_LOGGERS[name](run_dir, config, step) for name in names]
 
@@ -53,9 +53,9 @@ class _TensorBoard:
 
     def __init__(self, run_dir: Path, config: Json, step: int):
         package = _package("tensorboard")
-        # What an earlier run recorded of later steps, which are run again, is not shown.
+        # What an earlier start recorded of steps that are run again is not shown.
         directory = str(run_dir / "tensorboard")
-        self._writer = package.SummaryWriter(directory, purge_step=step + 1 if step else None)
+        self._writer = package.SummaryWriter(directory, purge_step=step + 1 if step else 0)
 
     def write(self, record: Json) -> None:
         for name, value in scalars(record).items():
@@ -73,14 +73,18 @@ class _Wandb:
         path = run_dir / WANDB_ID
         if not path.exists():
             path.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
-        self._run = package.init(
-            project=os.environ.get("WANDB_PROJECT", "natgalore-jax"),
-            name=run_dir.name,
-            id=path.read_text(encoding="utf-8"),
-            resume="allow",
-            dir=run_dir,
-            config=config,
-        )
+        try:
+            self._run = package.init(
+                project=os.environ.get("WANDB_PROJECT", "natgalore-jax"),
+                name=run_dir.name,
+                id=path.read_text(encoding="utf-8"),
+                resume="allow",
+                dir=run_dir,
+                config=config,
+            )
+        # No login, no network and others, of several types: the message is what counts.
+        except Exception as error:
+            raise ConfigError(f"--log-to wandb: it cannot start ({with_type(error)})") from error
         # Its own counter refuses steps that are run again after a rollback or a resume.
         self._run.define_metric("*", step_metric="step")
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self, TextIO
 
+from examples.common.config import replace_text
 from examples.common.loggers import Logger
 
 Record = dict[str, Any]
@@ -67,13 +68,6 @@ class MetricsLog:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file that is never seen in part, whatever interrupts this."""
-    unfinished = path.with_name(f".{path.name}")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
 
 
 def read_metrics(path: Path) -> list[Record]:

@@ -55,7 +55,7 @@ def check_start(run_dir: Path, parts: Sequence[Path], output: Any) -> None:
         check_directory(part / CHECKPOINTS)
     _bring_back(run_dir.resolve())
     if run_dir.exists():
-        with _held(run_dir.resolve(), output.overwrite):
+        with _held(run_dir.resolve(), output.overwrite, has_parts=list(parts) != [run_dir]):
             pass
     for part in parts:
         if kept(part / CHECKPOINTS) and not output.overwrite:
@@ -63,8 +63,13 @@ def check_start(run_dir: Path, parts: Sequence[Path], output: Any) -> None:
 
 
 @contextlib.contextmanager
-def run_directory(run_dir: Path, overwrite: bool) -> Iterator[Callable[[], None]]:
+def run_directory(
+    run_dir: Path, overwrite: bool, *, has_parts: bool
+) -> Iterator[Callable[[], None]]:
     """Hold the directory of a run, and set an old run aside if that is to be overwritten.
+
+    With `has_parts` directories in it have the checkpoints, one for each method, else the run has
+    them itself.
 
     What this yields deletes the old run, once the new run has started. A start that fails leaves
     the old run as it was; after one that was killed, the next start brings it back.
@@ -82,7 +87,7 @@ def run_directory(run_dir: Path, overwrite: bool) -> Iterator[Callable[[], None]
 
     run_dir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as held:
-        held.enter_context(_held(run_dir, overwrite))
+        held.enter_context(_held(run_dir, overwrite, has_parts))
         try:
             if overwrite:
                 run_dir.rename(old)
@@ -101,7 +106,10 @@ def _set_aside(run_dir: Path) -> Path:
 
 def _delete(old: Path) -> None:
     """Renamed first: a part of a run is never taken for one."""
-    shutil.rmtree(old.rename(old.with_suffix(".deleted")))
+    deleted = old.with_suffix(".deleted")
+    if deleted.exists():  # What was killed in deleting.
+        shutil.rmtree(deleted)
+    shutil.rmtree(old.rename(deleted))
 
 
 def _bring_back(run_dir: Path) -> None:
@@ -111,22 +119,23 @@ def _bring_back(run_dir: Path) -> None:
         return
     run_dir.mkdir(exist_ok=True)
     with _locked(run_dir):
-        if any(map(kept, _checkpoints(run_dir))):
+        if any(map(kept, [run_dir / CHECKPOINTS, *_of_parts(run_dir)])):
             _delete(old)
         else:
             shutil.rmtree(run_dir)
             old.rename(run_dir)
 
 
-def _checkpoints(run_dir: Path) -> list[Path]:
-    return [run_dir / CHECKPOINTS, *run_dir.glob(f"*/{CHECKPOINTS}")]
+def _of_parts(run_dir: Path) -> list[Path]:
+    return list(run_dir.glob(f"*/{CHECKPOINTS}"))
 
 
 @contextlib.contextmanager
-def _held(run_dir: Path, overwrite: bool) -> Iterator[None]:
-    """Hold a directory, which with `overwrite` must be empty or one of a run."""
+def _held(run_dir: Path, overwrite: bool, has_parts: bool) -> Iterator[None]:
+    """Hold a directory, which with `overwrite` must be empty or one of a run of this kind."""
     with _locked(run_dir):
-        is_run = any(path.exists() for path in _checkpoints(run_dir))
+        own, parts = (run_dir / CHECKPOINTS).exists(), bool(_of_parts(run_dir))
+        is_run = parts and not own if has_parts else own and not parts
         if overwrite and any(run_dir.iterdir()) and not is_run:
             raise ConfigError(
                 f"--overwrite deletes a run, and {run_dir} is none: use another --name"

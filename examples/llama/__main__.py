@@ -1,5 +1,6 @@
 """Pre-train a LLaMA from the command line: `python -m examples.llama --help`."""
 
+import contextlib
 import sys
 import traceback
 from pathlib import Path
@@ -11,7 +12,7 @@ import natgalore_jax as ng
 from examples.common import cli
 from examples.common.accelerators import announce_devices
 from examples.common.config import write_json
-from examples.common.errors import ConfigError
+from examples.common.errors import ConfigError, DataError, WeightsError
 from examples.common.interrupt import GO_ON, stop_on_signals
 from examples.common.metrics import Record, of_kind
 from examples.common.plots import plot_run
@@ -149,7 +150,8 @@ def _write_results(result: Result, run_dir: Path, console: Console, reporter: Re
         summary, path = summarize(result), run_dir / "summary.json"
         if result.memory.predicted is None and path.exists():
             # A finished run that was resumed: nothing was compiled, and no step was measured.
-            summary["memory"] = read_json(path)["memory"]
+            with contextlib.suppress(WeightsError, LookupError, TypeError):  # Of an older version.
+                summary["memory"] = read_json(path)["memory"]
         write_json(path, summary)
         plot_run(
             result.records,
@@ -159,7 +161,10 @@ def _write_results(result: Result, run_dir: Path, console: Console, reporter: Re
         )
         trained = pretrained(result)
         replace_llama(trained, run_dir / EXPORT)
-        text = write_sample(trained, result.config)
+        try:
+            text = write_sample(trained, result.config)
+        except DataError as error:
+            text = f"no sample: {error}"
         (run_dir / "sample.txt").write_text(text + "\n", encoding="utf-8")
     reporter.note(f"\n{text}\n")
     console.print(summary_table(summary))

@@ -23,7 +23,7 @@ from examples.llama.data.corpus import load_corpus, load_documents
 from examples.llama.data.tokenizer import encode, plain_text, vocabulary_size
 from examples.llama.training.evaluate import make_eval_step, mean_nll, perplexity
 from examples.llama.weights.files import load_llama
-from examples.llama.weights.runs import config_of, is_run
+from examples.llama.weights.runs import config_of, is_run, saved_run
 
 LONGEST = 1024
 
@@ -149,7 +149,7 @@ def _settings(config: EvaluateConfig) -> tuple[DataConfig, int | None]:
     data, seq_len = DataConfig(data=config.data), config.seq_len
     path = path_of(config.model)
     if is_run(path):
-        of_run = config_of(path)
+        of_run = config_of(path, saved_run(path, config.step).number)
         names = {field.name for field in fields(DataConfig)} - {"data", "tokenizer", "cache_dir"}
         data = replace(data, **{k: v for k, v in of_run.get("data", {}).items() if k in names})
         seq_len = of_run.get("seq_len") if seq_len is None else seq_len

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +14,11 @@ import optax
 
 from examples.common.checkpoints import Checkpoints
 from examples.common.cli import OPTIONS, options_text
+from examples.common.config import write_json
 from examples.common.errors import ConfigError
 from examples.common.loggers import make_loggers
 from examples.common.lora import partition
-from examples.common.metrics import Clock, MetricsLog, of_kind, replace_text
+from examples.common.metrics import Clock, MetricsLog, of_kind
 from examples.common.reporter import COMPILING, STARTING, Reporter, evaluating
 from examples.common.run_directory import CHECKPOINTS, run_directory
 from examples.common.train_state import Metrics, are_finite
@@ -94,8 +94,10 @@ def train(
         )
 
     output, identity = config.output, _identity(config, splits)
-    no_directory = contextlib.nullcontext(lambda: None)
-    with run_directory(run_dir, output.overwrite) if devices.leads else no_directory as started:
+    held: Any = contextlib.nullcontext(lambda: None)
+    if devices.leads:
+        held = run_directory(run_dir, output.overwrite, has_parts=False)
+    with held as started:
         if devices.leads and output.resume:
             prepare(run_dir, config, identity, reporter)
         devices.wait("run directory")
@@ -105,8 +107,7 @@ def train(
             done = resume_point(checkpoints, run_dir, config, identity, reporter)
             log = MetricsLog()
             if devices.leads:
-                text = json.dumps(config.to_dict(), indent=2) + "\n"
-                replace_text(run_dir / "config.json", text)
+                write_json(run_dir / "config.json", config.to_dict())
                 save_text_tokenizer(splits.tokenizer, splits.end_of_text, run_dir)
                 (run_dir / OPTIONS).write_text(options, encoding="utf-8")
                 step = done // config.accumulate

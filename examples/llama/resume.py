@@ -40,17 +40,21 @@ def prepare(run_dir: Path, config: RunConfig, identity: dict[str, Any], reporter
     if not numbers:
         return
     before, _ = read_checkpoint(checkpoints, numbers[-1])
-    accumulate = before.get("accumulate", config.accumulate)
-    if accumulate == config.accumulate or differences(before, identity):
+    if differences(before, identity):
         return
+    accumulate = before.get("accumulate", config.accumulate)
     step, batches = steps_done(checkpoints)[numbers[-1]]
-    if batches:
+    _check_steps(run_dir, step, config)
+    if batches and accumulate != config.accumulate:
         raise ConfigError(
-            f"{run_dir} was stopped within step {step + 1}, of {accumulate} batches: complete it "
-            f"with --accumulate {accumulate} --batch-size {before['batch_size']} --steps "
-            f"{step + 1} before another --accumulate"
+            f"{run_dir} was stopped within step {step + 1}, of {accumulate} batches: complete it, "
+            "at the rate that ends its schedule, with "
+            f"--accumulate {accumulate} --batch-size {before['batch_size']} --steps {step + 1} "
+            "before another --accumulate"
         )
-    renumber(checkpoints, config.accumulate)
+    # By the name: an earlier start may have renamed it, and saved nothing.
+    if numbers[-1] != step * config.accumulate + batches:
+        renumber(checkpoints, config.accumulate)
 
 
 def resume_point(
@@ -69,8 +73,7 @@ def resume_point(
     resume = config.output.resume
     done = checkpoints.resume_point(identity, run_dir, resume=resume, differences=differences)
     step = done // config.accumulate
-    if step > config.steps:
-        raise ConfigError(f"{run_dir} has done {step} steps, got steps={config.steps}")
+    _check_steps(run_dir, step, config)
     if resume:
         changed = adjustments(checkpoints.config(), identity) if done else []
         if checkpoints.latest() is None:
@@ -78,6 +81,11 @@ def resume_point(
         else:
             reporter.note(", ".join([f"resuming after step {step}", *changed]))
     return done
+
+
+def _check_steps(run_dir: Path, step: int, config: RunConfig) -> None:
+    if step > config.steps:
+        raise ConfigError(f"{run_dir} has done {step} steps, got steps={config.steps}")
 
 
 def recounted(state: TrainState, before: int, after: int) -> TrainState:

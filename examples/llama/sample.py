@@ -15,7 +15,7 @@ from examples.common.accelerators import announce_devices
 from examples.common.config import INT32, check_range
 from examples.common.errors import ConfigError
 from examples.common.reporter import READING, Activity, on_stderr
-from examples.llama.data.tokenizer import end_of_text
+from examples.llama.data.tokenizer import cannot_encode, end_of_text
 from examples.llama.model.generate import Sampling, stream
 from examples.llama.model.llama import Llama
 from examples.llama.weights.files import load_llama
@@ -106,11 +106,15 @@ def continued(
     """`prompt`, or as much of its end as leaves room, and its continuation, part by part.
 
     Raises:
-      DataError: if the prompt has no tokens, and the tokenizer no token that ends a document.
+      DataError: if the prompt has no tokens, and the tokenizer no token that ends a document, or it
+        has characters without a token.
     """
     room = model.config.max_length
     tokenizer.encode_special_tokens = False  # Of a run and of its export alike.
-    whole, shown = tokenizer.encode(prompt).ids, ""
+    try:
+        whole, shown = tokenizer.encode(prompt).ids, ""
+    except Exception as error:  # A plain one of the bindings.
+        raise cannot_encode(error) from error
     ids = whole[-max(1, room // 2, room - tokens) :]
     if ids:
         shown = tokenizer.decode(ids)

@@ -141,7 +141,7 @@ def test_the_tokenizer_is_written_with_its_settings(model, tmp_path, case):
 
     def written():
         args = (loaded.params, loaded.config, loaded.raw_config, ("a", "b", "c"))
-        save_model(*args, loaded.directory, tmp_path / "out")
+        save_model(*args, Unit(), loaded.directory, tmp_path / "out")
         return json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
 
     settings = written()

@@ -90,8 +90,6 @@ def test_the_hub_has_labels_of_minus_one(monkeypatch):
         # Of the training rows of QQP, those with too few columns are left out.
         ("qqp", "id\tquestion1\tquestion2\n0\ta\n", "line 2: too few columns"),
         ("sst2", "index\tsentence\n0\ta\tb\n", "line 2: 3 columns, expected 2"),
-        # An empty row at the end of the file is one too.
-        ("own", "sentence1\tsentence2\na\tb\n\t\n\tc", "line 4: columns"),
         ("own", "sentence1\na\n", "line 2: expected two sentences, as in the training rows"),
     ],
 )
@@ -100,3 +98,9 @@ def test_errors_name_file_and_line(tmp_path, task, text, message):
         (tmp_path / "test.tsv").write_text(text)
     with pytest.raises(DataError, match=message):
         read_predicted(TASKS[task], tmp_path, _rows(TASKS[task]))
+
+
+def test_rows_of_empty_cells_are_rows_to_predict(tmp_path):
+    (tmp_path / "test.tsv").write_text("sentence1\tsentence2\na\tb\n\t\n \t \n")
+    rows = read_predicted(TASKS["own"], tmp_path, _rows(TASKS["own"]))
+    assert rows == {"test": [Row("a", "b", 0), Row("", "", 0), Row(" ", " ", 0)]}

@@ -296,20 +296,20 @@ def test_a_regression(files, tmp_path):
 
 
 def test_labels_of_a_regression_may_have_any_unit(files, tmp_path):
-    """Predictions are near the labels after a few steps, from a saved model too."""
+    """Predictions are near the labels after a few steps, and nearer after more of a saved model."""
     rows = tiny.write_rows(tmp_path / "rows", label=lambda y: 4000.0 + 900 * y)
     (rows / "test.jsonl").write_text((rows / "dev.jsonl").read_text())
-    run = dataclasses.replace(
-        config(files, epochs=6, output=OutputConfig(predict=True)), task="own-regression", data=rows
-    )
+    run = config(files, output=OutputConfig(predict=True))
+    run = dataclasses.replace(run, epochs=6, task="own-regression", data=rows)
+    errors = []
     for name in ("first", "again"):
-        prepared = prepare(run)
-        assert train(run, "adamw", prepared, run_dir=tmp_path / name).finished
+        assert train(run, "adamw", prepare(run), run_dir=tmp_path / name).finished
         lines = (tmp_path / name / "predictions" / "predictions.tsv").read_text().splitlines()[1:]
         found = np.array([float(line.split("\t")[1]) for line in lines])
         labels = np.array([4000 + 900 * (i % 2) for i in range(len(found))])
-        assert np.sqrt(np.mean((found - labels) ** 2)) < 300
-        run = dataclasses.replace(run, model=str(tmp_path / name / "model"), new_head=False)
+        errors.append(np.sqrt(np.mean((found - labels) ** 2)))
+        run = dataclasses.replace(run, model=str(tmp_path / name / "model"))
+    assert errors[1] < errors[0] < 400  # The mean of the labels is 450 off.
 
 
 def test_a_limit_may_leave_out_a_class(files, tmp_path):

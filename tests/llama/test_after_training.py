@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -208,6 +209,39 @@ def test_a_run_on_documents_is_evaluated_on_documents(places, tmp_path):
     with pytest.warns(UserWarning, match="1 bad line"):
         found = evaluate(dataclasses.replace(named, skip_bad_lines=True))
     assert found["loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_what_is_written_last_may_be_damaged(finished, places, capsys):
+    """The results of a finished run are written again."""
+    run_dir, _ = finished
+    again = [*places, *SIZES, *HOW, "--name=one", "--resume", "--quiet"]
+    for text in ("", "{}"):
+        (run_dir / "summary.json").write_text(text)
+        assert main([*again, "--sample=-we the"]) == 0
+        assert "parameters" in json.loads((run_dir / "summary.json").read_text())
+
+
+def test_a_step_is_found_beside_a_damaged_checkpoint(finished, places, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished[0], run_dir)
+    newest = max((run_dir / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    shutil.copytree(newest, newest.with_name("9"))
+    (newest.with_name("9") / "config" / "metadata").write_text("")
+    for module in ("export", "sample", "evaluate"):
+        more = {"export": [f"--to={tmp_path / 'out'}"], "sample": ["--prompt=we", "--tokens=2"]}
+        more = more.get(module, places[:1])
+        program = importlib.import_module(f"examples.llama.{module}")
+        assert program.main([str(run_dir), "--step=2", *more]) == 0
+
+
+def test_a_sample_that_cannot_be_made_is_no_error(finished, places, monkeypatch, capsys):
+    def none(*_):
+        raise DataError("the tokenizer cannot encode the text")
+
+    monkeypatch.setattr("examples.llama.__main__.continued", none)
+    assert main([*places, *SIZES, *HOW, "--name=one", "--resume", "--quiet", "--sample=-we"]) == 0
+    text = (finished[0] / "sample.txt").read_text()
+    assert text == "no sample: the tokenizer cannot encode the text\n"
 
 
 def test_the_export_command(finished, capsys):

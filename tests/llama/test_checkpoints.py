@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from tiny_run import assert_same_bits
 
 from examples.common.checkpoints import Checkpoints, kept, quarantine
+from examples.common.errors import CheckpointError
 from examples.common.train_state import TrainState, init_state
 
 
@@ -40,6 +42,24 @@ def test_a_copy_that_was_cut_off_is_set_aside(tmp_path):
     (found,) = quarantine(directory)
     assert "_CHECKPOINT_METADATA" in found
     assert kept(directory) == [1]
+
+
+def test_a_copy_that_lacks_the_digests_too_is_set_aside(tmp_path):
+    directory = tmp_path / "checkpoints"
+    with Checkpoints(directory) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(some_state(step), {}, {})
+    shutil.rmtree(directory / "2" / "state")
+    (directory / "2" / "digests.json").unlink()
+    (found,) = quarantine(directory)
+    assert found.endswith("2/state: is missing") and kept(directory) == [1]
+
+
+def test_an_older_step_is_not_saved(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(some_state(3), {}, {})
+        with pytest.raises(CheckpointError, match="micro-step 2 is before that of the newest"):
+            checkpoints.save(some_state(2), {}, {})
 
 
 def test_only_the_last_are_kept(tmp_path):

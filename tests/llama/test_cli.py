@@ -152,7 +152,7 @@ def test_resume_and_overwrite(arguments, tmp_path, capsys, monkeypatch):
     assert_one_line(capsys, "already has a run")
     assert read_metrics(metrics) == first
     capsys.readouterr()
-    with run_directory(metrics.parent, False):
+    with run_directory(metrics.parent, False, has_parts=False):
         for how in ("--resume", "--overwrite"):
             assert main([*adamw, how]) == 1
             assert_one_line(capsys, "elsewhere: another program is training this run")

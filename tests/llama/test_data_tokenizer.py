@@ -165,3 +165,9 @@ def test_a_prompt_has_no_token_after_it(template, tokens):
         assert changed.encode("the").tokens == expected
         assert changed.encode("</s>").ids[-1] != tokenizer.token_to_id("</s>")  # Is text.
     assert tokenizer.to_str() == before
+
+
+def test_a_text_without_tokens_is_an_error_of_one_line():
+    tokenizer = Tokenizer(models.WordLevel({"A": 0, "<|endoftext|>": 1}, unk_token="[UNK]"))
+    with pytest.raises(DataError, match=r"the tokenizer cannot encode the text .*UNK"):
+        encode(plain_text(tokenizer, ""), ["A", "N"])

@@ -46,6 +46,26 @@ def test_options(program, capsys, monkeypatch, words, message):
     refused(program, capsys, words, message)
 
 
+@pytest.mark.parametrize("part", ["", "lr1"])
+def test_runs_in_a_directory_of_runs_are_not_overwritten(program, capsys, part):
+    """Those of pre-training in another one; of a fine-tuning, whose methods are its parts, none."""
+    main, run_dir = program
+    parts = ["lr1"] if main is llama else [""]
+    for name in {*parts, part}:
+        (run_dir / name / "checkpoints" / "3").mkdir(parents=True)
+    refused(program, capsys, ["--overwrite"], f"--overwrite deletes a run, and {run_dir} is none")
+    assert (run_dir / part / "checkpoints" / "3").is_dir()
+
+
+def test_what_was_killed_in_deleting_a_run_is_deleted(tmp_path):
+    run_dir = tmp_path / "run"
+    for path in (run_dir / "checkpoints" / "3", tmp_path / ".run.deleted" / "checkpoints"):
+        path.mkdir(parents=True)
+    with run_directory(run_dir, True, has_parts=False) as started:
+        started()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"] and not [*run_dir.iterdir()]
+
+
 @pytest.mark.parametrize(
     ("name", "package", "extra"),
     [("planner", "networkx", "functions"), ("encoder", "sklearn", "glue")],
@@ -64,7 +84,7 @@ def test_directories_of_runs(program, capsys):
     part = run_dir if main is llama else run_dir / "natural-galore"
     (run_dir / "mine").mkdir(parents=True)
     refused(program, capsys, ["--overwrite"], f"--overwrite deletes a run, and {run_dir} is none")
-    with run_directory(run_dir, False):
+    with run_directory(run_dir, False, has_parts=False):
         refused(program, capsys, [], f"{run_dir}: another program is training this run")
     (part / "checkpoints" / "3").mkdir(parents=True)
     refused(program, capsys, [], f"{part} already has a run: pass --resume")

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_run as tiny
+from tiny_run import assert_same_bits
 
 from examples.common.checkpoints import kept, steps_done
 from examples.common.errors import ConfigError
@@ -96,6 +97,26 @@ def test_batches_of_the_same_rows(tmp_path, before, now):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
     for a, b in zip(jax.tree.leaves(result.params), jax.tree.leaves(whole.params), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("steps", [8, 3])
+def test_a_start_that_saves_nothing_changes_nothing(tmp_path, steps):
+    """With other batches of the same rows, stopped before its first step or refused."""
+    checkpoints, whole = tmp_path / "checkpoints", config(8, batch_size=4, accumulate=2)
+    run(config(4, batch_size=4, accumulate=2), tmp_path)
+    other = config(steps, resume=True, batch_size=2, accumulate=4)
+    if steps == 8:
+        assert not run(other, tmp_path, should_stop=tiny.after(0)).finished
+    else:
+        with pytest.raises(ConfigError, match="has done 4 steps, got steps=3"):
+            run(other, tmp_path)
+        assert steps_done(checkpoints) == {4: (2, 0), 8: (4, 0)}
+    notes = tiny.Notes()
+    again = dataclasses.replace(whole, output=dataclasses.replace(whole.output, resume=True))
+    result = run(again, tmp_path, reporter=notes)
+    assert any(note.startswith("resuming after step 4") for note in notes.notes)
+    assert steps_done(checkpoints)[kept(checkpoints)[-1]] == (8, 0)
+    assert_same_bits(result.params, run(whole).params)
 
 
 def test_an_unfinished_step_has_to_be_completed(tmp_path):

@@ -74,6 +74,24 @@ def test_model_weights_and_tokenizer_are_those_given(files):
     assert result.splits.vocab_size < result.config.model.vocab_size == 64
 
 
+def test_other_weights_before_the_first_checkpoint(files):
+    """Model and tokenizer of an earlier start that saved nothing are not those of the weights."""
+    first = parse(options(files))
+    run_dir = first.run_dir
+    start = start_from(first)
+    splits = load_splits(start.config.data, start.tokenizer)
+    with pytest.raises(RuntimeError, match="killed"):
+        train(start.config, splits=splits, initial=_killed, run_dir=run_dir)
+    assert (run_dir / "tokenizer.json").exists()
+    tiny.write_directory(files / "other")
+    again = parse([*options(files, "--resume")[1:], f"--init-from={files / 'other'}"])
+    assert start_from(again).note.startswith(f"weights from {files / 'other'}")
+
+
+def _killed():
+    raise RuntimeError("killed")
+
+
 def test_adapters_beside_the_weights(files):
     given = given_params(files, stacked=True)
     config = dataclasses.replace(tiny.CASES["grouped_query"], stacked=True)

@@ -132,3 +132,11 @@ def test_the_file_of_a_run_has_the_sizes_of_its_preset(tmp_path):
             ConfigError, match=f"--preset 60m and {other}: the config.yaml of a run"
         ):
             llama.parse([f"--config={file}", "--preset", other])
+
+
+def test_underscores_are_those_of_the_command_line(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("model.tied_embeddings: true\nper_layer: false\nlearning_rate: 0.5\n")
+    config = llama.parse(["--config", str(file)])
+    assert config.model.tied_embeddings and not config.per_layer
+    assert config.learning_rate == 0.5

@@ -89,7 +89,7 @@ def run(config: RunConfig, console: Console) -> int:
         reporter.note(note)
     sweep_summary: dict[str, Any] = {}
     with (
-        run_directory(run_dir, config.output.overwrite) as started,
+        run_directory(run_dir, config.output.overwrite, has_parts=True) as started,
         stop_on_signals(lambda: reporter.activity.stops) as stop,
     ):
 

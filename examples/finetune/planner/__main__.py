@@ -86,7 +86,7 @@ def run(config: RunConfig, console: Console) -> int:
         new_tokens=config.new_tokens,
     )
     with (
-        run_directory(run_dir, config.output.overwrite) as started,
+        run_directory(run_dir, config.output.overwrite, has_parts=True) as started,
         stop_on_signals(lambda: reporter.activity.stops) as stop,
     ):
         untrained = evaluate_untrained(config, prepared, evaluator, run_dir, reporter, stop)

@@ -1,12 +1,16 @@
 """Evaluation of the model before it is trained: the same for all methods."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from examples.common.config import Json, check_same, differences, refuse_unless_resumed
-from examples.common.metrics import replace_text
+from examples.common.config import (
+    Json,
+    check_same,
+    differences,
+    refuse_unless_resumed,
+    write_json,
+)
 from examples.common.reporter import Reporter, evaluating
 from examples.common.text import parse_json
 from examples.finetune.planner.evaluate import Evaluator
@@ -66,7 +70,7 @@ def evaluate_untrained(
             title = f"{config.dataset}, test split: {config.model}, untrained"
             shown = config.output.shown
             write_predictions(evaluation.predictions, run_dir / NAME, title=title, shown=shown)
-    replace_text(path, json.dumps(found, indent=2) + "\n")
+    write_json(path, found)
     return found
 
 

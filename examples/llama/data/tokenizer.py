@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from examples.common.config import path_of
-from examples.common.errors import DataError
+from examples.common.errors import DataError, first_line
 from examples.pretrained.hf_tokenizer import SETTINGS, TOKENIZER, stated_end, write_tokenizer
 from examples.pretrained.locate import locate_model
 
@@ -164,6 +164,19 @@ def encode(text_tokenizer: TextTokenizer, documents: Sequence[str]) -> np.ndarra
         + [
             np.asarray([*(i for i in encoding.ids if i != end), end], dtype)
             for chunk in chunks
-            for encoding in tokenizer.encode_batch_fast(chunk, add_special_tokens=False)
+            for encoding in _encodings(tokenizer, chunk)
         ]
     )
+
+
+def _encodings(tokenizer: Tokenizer, documents: Sequence[str]) -> list[Any]:
+    try:
+        return tokenizer.encode_batch_fast(documents, add_special_tokens=False)
+    # The bindings raise plain Exception, for a text with characters that have no token.
+    except Exception as error:
+        raise cannot_encode(error) from error
+
+
+def cannot_encode(error: Exception) -> DataError:
+    """For a text that a tokenizer without an unknown token has no tokens for."""
+    return DataError(f"the tokenizer cannot encode the text ({first_line(error)})")

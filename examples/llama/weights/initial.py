@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from examples.common.checkpoints import kept
 from examples.common.errors import CheckpointError, ConfigError, DataError, WeightsError
-from examples.common.run_directory import check_apart
+from examples.common.run_directory import CHECKPOINTS, check_apart
 from examples.llama.data.tokenizer import (
     TextTokenizer,
     load_tokenizer,
@@ -44,7 +45,9 @@ def start_from(config: RunConfig) -> Start:
     """
     run_dir = config.run_dir
     saved = run_dir / "config.json", run_dir / TOKENIZER
-    if config.output.resume and all(path.exists() for path in saved):
+    # Without a checkpoint the run starts anew, perhaps from other weights than before.
+    goes_on = config.output.resume and kept(run_dir / CHECKPOINTS)
+    if goes_on and all(path.exists() for path in saved):
         model = _saved_model(saved[0])
         tokenizer = load_tokenizer(str(saved[1]))
         note = f"model and tokenizer from {run_dir}"

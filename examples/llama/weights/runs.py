@@ -39,13 +39,13 @@ def is_run(path: Path) -> bool:
     return not (path / METHOD_MODEL).exists() or _describes_model(_newest_config(path))
 
 
-def config_of(path: Path) -> dict[str, Any]:
-    """The configuration in the newest checkpoint of a run.
+def config_of(path: Path, number: int | None = None) -> dict[str, Any]:
+    """The configuration in a checkpoint of a run, by default the newest.
 
     Raises:
       WeightsError: if it is no checkpoint of `examples.llama`.
     """
-    config = _newest_config(path)
+    config = _newest_config(path) if number is None else _config(path, number)
     if not _describes_model(config):
         raise WeightsError(
             f"{path}: no checkpoints of examples.llama; a method of examples.finetune has its "
@@ -55,8 +55,11 @@ def config_of(path: Path) -> dict[str, Any]:
 
 
 def _newest_config(path: Path) -> dict[str, Any]:
-    checkpoints = path / CHECKPOINTS
-    return read_checkpoint(checkpoints, kept(checkpoints)[-1])[0]
+    return _config(path, kept(path / CHECKPOINTS)[-1])
+
+
+def _config(path: Path, number: int) -> dict[str, Any]:
+    return read_checkpoint(path / CHECKPOINTS, number)[0]
 
 
 def _describes_model(config: dict[str, Any]) -> bool:
@@ -71,17 +74,17 @@ def saved_run(path: Path, step: int | None = None) -> SavedRun:
       WeightsError: if there is none of this step, or it is no checkpoint of `examples.llama`.
     """
     checkpoints = path / CHECKPOINTS
-    numbers, config = kept(checkpoints), config_of(path)
-    try:
-        model, adapter = ModelConfig(**config["model"]), AdapterConfig(**config["adapter"])
-    except (LookupError, TypeError, ValueError) as error:
-        raise WeightsError(f"{path}: no checkpoints of examples.llama ({error!r})") from error
-    by_step: dict[int | None, int] = {None: numbers[-1]}
+    by_step: dict[int | None, int] = {None: kept(checkpoints)[-1]}
     if step is not None:
         by_step = {done: n for n, (done, rest) in steps_done(checkpoints).items() if not rest}
     if step not in by_step:
         steps = ", ".join(map(str, by_step))
         raise WeightsError(f"{path}: no checkpoint of step {step}; there are those of {steps}")
+    config = config_of(path, by_step[step])
+    try:
+        model, adapter = ModelConfig(**config["model"]), AdapterConfig(**config["adapter"])
+    except (LookupError, TypeError, ValueError) as error:
+        raise WeightsError(f"{path}: no checkpoints of examples.llama ({error!r})") from error
     more = config.get("weight_bits"), config.get("init_from")
     return SavedRun(path, by_step[step], model, adapter, *more)
 

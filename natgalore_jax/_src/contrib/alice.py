@@ -178,7 +178,7 @@ def scale_by_alice(
             check_unused("norm_growth_limit", norm_growth_limit, 1.01, where_unused)
     check_seed(seed)
     settings = PlanSettings(int(rank), where, axes)
-    adam = adam_in_float32(ADAM_B1, ADAM_B2, eps)
+    adam: Any = adam_in_float32(ADAM_B1, ADAM_B2, eps)
     switch = Switch(None if leading is None else int(leading), float(b3))
     has_limit = norm_growth_limit is not None
 

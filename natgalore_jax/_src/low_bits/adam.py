@@ -154,17 +154,16 @@ def adam_in_float32(
     moment would never decay: it is rounded stochastically. In float16 most squares of gradients are
     zero: second moments of float16 parameters are float32. In float32 nothing differs.
     """
-    adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, nesterov=nesterov, mu_dtype=mu_dtype)
+    adam: Any = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, nesterov=nesterov, mu_dtype=mu_dtype)
 
     def init_fn(params):
-        state: Any = adam.init(params)
+        state = adam.init(params)
         return state._replace(nu=jax.tree.map(_without_float16, state.nu))
 
     @own_arithmetic
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         wide = state._replace(mu=_in_float32(state.mu), nu=_in_float32(state.nu))
-        new: Any
         found, new = adam.update(_in_float32(updates), wide)
         dtypes = jax.tree.map(jnp.result_type, updates, state.mu if mu_dtype is None else state.nu)
         return jax.tree.map(lambda u, d: u.astype(d), found, dtypes), new._replace(

@@ -3,6 +3,7 @@
 import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax
@@ -67,7 +68,12 @@ def alternatives(plan: LeafPlan, pieces: Sequence[Piece]) -> dict[str, int]:
         return {}
     rank = next(r for r in plan.ranks if r is not None)
     left, right, both = (
-        sum(_moved_bytes(piece, plan, dataclasses.replace(plan, ranks=ranks)) for piece in pieces)
+        round(
+            sum(
+                _moved_bytes(piece, plan, dataclasses.replace(plan, ranks=ranks))
+                for piece in pieces
+            )
+        )
         for ranks in ((rank, None), (None, rank), (rank, rank))
     )
     m, n = plan.mode_sizes
@@ -80,7 +86,7 @@ def alternatives(plan: LeafPlan, pieces: Sequence[Piece]) -> dict[str, int]:
     }
 
 
-def _moved_bytes(piece: Piece, old: LeafPlan, new: LeafPlan) -> int:
+def _moved_bytes(piece: Piece, old: LeafPlan, new: LeafPlan) -> Fraction | int:
     """The bytes of a piece after a change of side."""
     size = piece.size
     if size is None:
@@ -90,4 +96,4 @@ def _moved_bytes(piece: Piece, old: LeafPlan, new: LeafPlan) -> int:
         if not (is_low_rank and piece.part == "inner"):
             return piece.bytes
         size = LeafPlan.low_rank_size
-    return piece.bytes * size(new) // size(old)
+    return Fraction(piece.bytes * size(new), size(old))

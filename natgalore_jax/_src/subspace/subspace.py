@@ -50,6 +50,7 @@ NESTED = (
     "a subspace inside a subspace: a refresh would not transport the inner bases; put an optimizer "
     "with a subspace of its own after project_back, or give it other parameters by optax.partition"
 )
+LINE_SEARCHES = (optax.ScaleByBacktrackingLinesearchState, optax.ScaleByZoomLinesearchState)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +81,8 @@ class Subspace:
                 "optax.MultiSteps inside a subspace must be an argument of natgalore_jax.chain, "
                 "not inside another transformation, so that refreshes fall on its multiples"
             )
+        if any(_holds(kind, inner) for kind in LINE_SEARCHES):
+            raise ValueError("a line search is inside a subspace: put it after project_back")
         keeps = self.opener.refresh.transition == "keep"
         if _holds(optax.ApplyEvery, inner):
             if self.closer.residual is not None:

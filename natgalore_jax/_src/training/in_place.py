@@ -7,7 +7,7 @@ import jax
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from natgalore_jax._src.params.checks import check_integer
-from natgalore_jax._src.training.offload import is_on_host
+from natgalore_jax._src.training.offload import home_of, is_committed, is_on_host
 
 
 class InPlace:
@@ -34,10 +34,14 @@ class InPlace:
         # may give an output a donated buffer in the other memory: the program crashes.
         if len(arrays) < len(leaves) or not (on_mesh or any(map(is_on_host, arrays))):
             return self._on_device
-        result_at = _replicated(next(filter(None, on_mesh or shardings)))
-        # Arrays on one device, such as counts, go to the mesh of the others.
+        result_at = home_of(arrays) or SingleDeviceSharding(*arrays[0].sharding.device_set)
+        # Arrays on one device, such as counts, go to the mesh of the others, uncommitted ones to
+        # their device.
         given = tuple(
-            result_at if on_mesh and isinstance(s, SingleDeviceSharding) else s for s in shardings
+            result_at
+            if isinstance(s, SingleDeviceSharding) and (on_mesh or not is_committed(x))
+            else s
+            for x, s in zip(leaves, shardings, strict=True)
         )
         if (treedef, given) not in self._placed:
             self._placed[treedef, given] = jax.jit(
@@ -78,10 +82,3 @@ def in_place(step: Callable[..., Any], number: int = 1) -> InPlace:
     """
     check_integer("number", number, minimum=1)
     return InPlace(step, number)
-
-
-def _replicated(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
-    if isinstance(sharding, NamedSharding):
-        return NamedSharding(sharding.mesh, jax.P())
-    (device,) = sharding.device_set
-    return SingleDeviceSharding(device)

@@ -1,9 +1,11 @@
 """State and weights in host memory, fetched to the devices when needed."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import optax
+from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from natgalore_jax._src.params.checks import check_integer, check_transformation
 from natgalore_jax._src.params.context import current_subspace
@@ -112,13 +114,32 @@ def offload_state(
                 "offload_state is inside a subspace, whose states a refresh transports on the "
                 "devices: put it around the whole chain, offload_state(natgalore_jax.chain(...))"
             )
-        return to_host(inner.init(params), min_size)
+        state, home = inner.init(params), home_of(jax.tree.leaves(params))
+        if home is not None:  # In host memory an array stays on the device where it was made.
+            state = jax.tree.map(lambda x: x if is_committed(x) else jax.device_put(x, home), state)
+        return to_host(state, min_size)
 
     def update_fn(updates, state, params=None, **extra_args):
         updates, new_state = inner.update(updates, to_device(state), params, **extra_args)
         return updates, jax.tree.map(stored_like, new_state, state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def home_of(leaves: Sequence[Any]) -> jax.sharding.Sharding | None:
+    """Where uncommitted arrays go that are used beside these: replicated on the mesh of those that
+    are committed, or their device; None where there is none."""
+    found = [x.sharding for x in leaves if is_committed(x) and not isinstance(x, jax.core.Tracer)]
+    on_mesh = [s for s in found if isinstance(s, NamedSharding)]
+    first = next(iter(on_mesh or found), None)
+    if isinstance(first, NamedSharding):
+        return NamedSharding(first.mesh, jax.P())
+    return None if first is None else SingleDeviceSharding(*first.device_set)
+
+
+def is_committed(x: Any) -> bool:
+    """Whether an array stays on its devices; a traced one is where its program puts it."""
+    return isinstance(x, jax.core.Tracer) or getattr(x, "committed", False)
 
 
 def stored_like(x: Any, old: Any) -> Any:
