@@ -90,9 +90,9 @@ def _c4_7b() -> Iterable[tuple[str, Experiment]]:
     adam = _words("--optimizer adamw-8bit --unprojected-ratio 1 --learning-rate 0.0005")
     natural = _words("--optimizer natural-galore --moment-bits 8 --interval 500")
     yield "c4-7b/galore-8bit", _pretraining("7b", source, (*_words(galore), *clip))
+    yield "c4-7b/adam-8bit", _pretraining("7b", source, (*adam, *clip))
     first_version = "Natural GaLore, first version, table 3"
     yield "c4-7b/natural-galore-8bit", _pretraining("7b", first_version, (*natural, *clip))
-    yield "c4-7b/adam-8bit", _pretraining("7b", source, (*adam, *clip))
     # On one device of 24 GB; the norm of all gradients is never there to be clipped.
     per_layer = _words("--per-layer --batch-size 16 --accumulate 32 --accumulate-in-subspace")
     yield (

@@ -44,8 +44,9 @@ def chain(*transforms: Any) -> Chain:
 
     A state keeps its dtypes from ``init``, the dtypes of the parameters: bfloat16 moments for
     bfloat16 parameters, also with float32 gradients. (The moments of ``optax.adamw`` become float32
-    at the first step, which compiles a second program and is an error in ``jax.lax.scan``.) For
-    float32 moments of bfloat16 parameters use
+    at the first step, which compiles a second program and is an error in ``jax.lax.scan``.) Second
+    moments in bfloat16 of ``optax.scale_by_adam`` never decay at β₂ = 0.999; the ready-made
+    optimizers round them stochastically. For float32 moments of bfloat16 parameters use
     ``tx.init(optax.tree.cast(params, jnp.float32))``. Updates have the same dtype as with
     ``optax.chain``, the wider of gradients and state.
 
