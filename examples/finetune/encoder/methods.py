@@ -22,8 +22,9 @@ from examples.finetune.encoder.model import MakeLinear, dense, make_model
 from examples.finetune.encoder.weights import MATRICES, Params, module_name
 
 # Peak rates where none is given, for the batches and epochs of `make finetune`. The first four were
-# tuned by `benchmarks.finetuning.encoder` at rank 8; each of the others is that of the one among
-# them whose updates are about as large.
+# tuned by `benchmarks.finetuning.encoder` at rank 8, LoRA's is half of its best one, which is near
+# rates at which it learns nothing; each of the others is that of the one among them whose updates
+# are about as large.
 LEARNING_RATES = {
     "adamw": 5e-5,
     "lora": 1e-3,
