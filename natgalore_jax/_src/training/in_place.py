@@ -34,7 +34,8 @@ class InPlace:
         # may give an output a donated buffer in the other memory: the program crashes.
         if len(arrays) < len(leaves) or not (on_mesh or any(map(is_on_host, arrays))):
             return self._on_device
-        result_at = home_of(arrays) or SingleDeviceSharding(*arrays[0].sharding.device_set)
+        first = next(filter(None, shardings))
+        result_at = home_of(arrays) or SingleDeviceSharding(*first.device_set)
         # Arrays on one device, such as counts, go to the mesh of the others, uncommitted ones to
         # their device.
         given = tuple(
