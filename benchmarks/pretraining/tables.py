@@ -254,7 +254,8 @@ def protocol(groups: Groups, preset: str, *, brief: bool = False) -> str:
     shared = sorted({w for row in rows for w in row.workers})
     at_a_time = " or ".join(map(str, shared))
     plural = "" if seeds == 1 else "s"
-    of_times = f"; times with {at_a_time} run{'' if shared == [1] else 's'} at a time"
+    runs = "run" if shared == [1] else "runs"
+    of_times = f"; times with {at_a_time} {runs} at a time, on several days"
     return (
         f"{rows[0].steps} steps, {seeds} seed{plural}, mean ± standard deviation of the test loss "
         f"in nats per token{'' if brief else of_times + _CLIPPED}."
