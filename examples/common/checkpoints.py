@@ -262,18 +262,25 @@ def read_checkpoint(
 
 
 def steps_done(directory: Path) -> dict[int, tuple[int, int]]:
-    """Steps that are done, and batches of an unfinished step, by the name of the checkpoint.
-
-    A step has as many batches as "accumulate" of the configuration says. Those that cannot be read
-    are left out.
-    """
+    """:func:`done_in` of the checkpoints that can be read, by their names."""
     done = {}
     for number in kept(directory):
-        like = {"micro_step": jax.ShapeDtypeStruct((), np.int32)}
         with contextlib.suppress(CheckpointError):
-            config, state = read_checkpoint(directory, number, lambda _, like=like: like)
-            done[number] = divmod(int(state["micro_step"]), config.get("accumulate", 1))
+            done[number] = done_in(directory, number)
     return done
+
+
+def done_in(directory: Path, number: int) -> tuple[int, int]:
+    """Steps that are done in a checkpoint, and batches of an unfinished step.
+
+    A step has as many batches as "accumulate" of the configuration says.
+
+    Raises:
+      CheckpointError: if it cannot be read.
+    """
+    like = {"micro_step": jax.ShapeDtypeStruct((), np.int32)}
+    config, state = read_checkpoint(directory, number, lambda _: like)
+    return divmod(int(state["micro_step"]), config.get("accumulate", 1))
 
 
 def renumber(directory: Path, accumulate: int) -> None:

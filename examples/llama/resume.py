@@ -7,11 +7,11 @@ import jax
 
 from examples.common.checkpoints import (
     Checkpoints,
+    done_in,
     kept,
     quarantine,
     read_checkpoint,
     renumber,
-    steps_done,
 )
 from examples.common.errors import ConfigError
 from examples.common.reporter import Reporter
@@ -43,7 +43,7 @@ def prepare(run_dir: Path, config: RunConfig, identity: dict[str, Any], reporter
     if differences(before, identity):
         return
     accumulate = before.get("accumulate", config.accumulate)
-    step, batches = steps_done(checkpoints)[numbers[-1]]
+    step, batches = done_in(checkpoints, numbers[-1])
     _check_steps(run_dir, step, config)
     if batches and accumulate != config.accumulate:
         raise ConfigError(

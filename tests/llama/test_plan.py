@@ -15,7 +15,7 @@ from examples.llama.memory.sizes import format_bytes, parse_bytes
 from examples.llama.memory.step_memory import StepMemory
 from examples.llama.plan import planner
 from examples.llama.plan.candidates import STEPS, PlanConfig, candidates
-from examples.llama.plan.planner import Row, main, search, verdict
+from examples.llama.plan.planner import Row, device_memory, main, search, verdict
 from examples.llama.weights.files import open_weights
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -51,6 +51,11 @@ def test_sizes(text, size):
 def test_sizes_that_are_none(text):
     with pytest.raises(ValueError, match="a size is a number and one of kB, MB, GB"):
         parse_bytes(text)
+
+
+def test_a_device_without_memory_is_refused():
+    with pytest.raises(ConfigError, match="--device-memory must be above 0, got '0GB'"):
+        device_memory("0GB")
 
 
 def test_sizes_for_people():

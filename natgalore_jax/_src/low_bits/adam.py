@@ -166,8 +166,8 @@ def adam_in_float32(
         wide = state._replace(mu=_in_float32(state.mu), nu=_in_float32(state.nu))
         found, new = adam.update(_in_float32(updates), wide)
         dtypes = jax.tree.map(jnp.result_type, updates, state.mu if mu_dtype is None else state.nu)
-        return jax.tree.map(lambda u, d: u.astype(d), found, dtypes), new._replace(
-            mu=jax.tree.map(lambda m, old: m.astype(old.dtype), new.mu, state.mu),
+        return jax.tree.map(jnp.astype, found, dtypes), new._replace(
+            mu=optax.tree.cast_like(new.mu, state.mu),
             nu=_rounded_like(new.nu, state.nu, state.count),
         )
 
@@ -176,8 +176,12 @@ def adam_in_float32(
 
 def _in_float32(tree: Any) -> Any:
     """With the floating-point arrays of 16 bits in float32."""
-    is_short = lambda x: jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4  # noqa: E731
-    return jax.tree.map(lambda x: x.astype(jnp.float32) if is_short(x) else x, tree)
+
+    def widened(x):
+        is_short = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+        return x.astype(jnp.float32) if is_short else x
+
+    return jax.tree.map(widened, tree)
 
 
 def _without_float16(v: jax.Array) -> jax.Array:

@@ -127,8 +127,8 @@ def offload_state(
 
 
 def home_of(leaves: Sequence[Any]) -> jax.sharding.Sharding | None:
-    """Where uncommitted arrays go that are used beside these: replicated on the mesh of those that
-    are committed, or their device; None where there is none."""
+    """Sharding for uncommitted arrays of the same program: replicated on the mesh of the committed
+    ones, or their device; None if none is committed."""
     found = [x.sharding for x in leaves if is_committed(x) and not isinstance(x, jax.core.Tracer)]
     on_mesh = [s for s in found if isinstance(s, NamedSharding)]
     first = next(iter(on_mesh or found), None)

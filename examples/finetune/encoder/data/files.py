@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 class _Found(NamedTuple):
-    """What the files have beside rows."""
+    """Malformed rows and unused columns of the files."""
 
     malformed: list[str]  # Files and lines.
     unused: dict[str, None]  # Columns.
