@@ -22,7 +22,7 @@ from natgalore_jax._src.params.plan import LeafPlan
 
 # Divisors are at least the smallest normal number.
 _TINY = float(jnp.finfo(jnp.float32).tiny)
-# Each reads the update twice. In AdamW's training at nano, the σ₁ of a step's updates is too small by
+# Each reads the update twice. In AdamW's training at nano, σ₁ of a step's updates is too small by
 # 6 to 35 % after one in the median, after two by 0 to 8 %, after three by 0 to 3 %, after four by 0
 # to 1 %.
 _ITERATIONS = 4
