@@ -9,7 +9,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no
 
 # Which jax is installed: cpu, cuda or tpu. By default for the accelerator that is there.
 TPU_FILES := /dev/accel[0-9]* /dev/vfio/[0-9]*
-DEVICE ?= $(shell if nvidia-smi -L 2>/dev/null | grep -q GPU; then echo cuda; \
+DEVICE ?= $(shell if nvidia-smi -L 2>/dev/null | grep -q '^GPU [0-9]'; then echo cuda; \
   elif ls $(TPU_FILES) 2>/dev/null | grep -q .; then echo tpu; else echo cpu; fi)
 ifeq ($(filter cpu cuda tpu,$(DEVICE)),)
 $(error DEVICE must be cpu, cuda or tpu, got "$(DEVICE)")

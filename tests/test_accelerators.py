@@ -48,6 +48,8 @@ def test_make_installs_jax_for_what_is_there(nvidia_smi, tmp_path):
     nvidia_smi("GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-1)")
     assert installed(tmp_path, no_tpu)[0] == "[cuda]"
     assert installed(tmp_path, no_tpu, "DEVICE=cpu")[0] == ""
+    nvidia_smi("Unable to determine the device handle for GPU 0000:01:00.0: GPU is lost", 15)
+    assert installed(tmp_path, no_tpu)[0] == ""
     nvidia_smi("no devices were found", 6)
     (tmp_path / "accel0").touch()
     assert installed(tmp_path, no_tpu)[0] == "[tpu]"

@@ -214,9 +214,11 @@ TINY = {
 @pytest.mark.usefixtures("fast_compile")
 def test_gpu_memory(tmp_path, monkeypatch):
     """The stages for a GPU run on a CPU, whose memory is not limited."""
+    tasks = []
 
     def child(task, arguments, fraction):
         assert fraction is None
+        tasks.append(task)
         return getattr(gpu_run, task)(**arguments)
 
     monkeypatch.setattr(gpu, "_child", child)
@@ -238,6 +240,12 @@ def test_gpu_memory(tmp_path, monkeypatch):
         assert row["losses"] == pytest.approx([math.log(1024)] * 3, abs=0.1)
         assert len(set(row["losses"])) == 3
     assert results["update_s"]["adamw"]["median_s"] > 0
+    # Stopped after two runs: a second start makes the others.
+    made = json.loads(output.read_text())
+    output.write_text(json.dumps({**made, "steps": made["steps"][:2], "update_s": {}}))
+    tasks.clear()
+    again = gpu.main(**TINY, **data, steps=3, interval=2, allow_cpu=True, output=output)
+    assert tasks.count("train") == 2 and again["steps"][:2] == made["steps"][:2]
     # 24 GB of a device of 80 GB, of which 0.95 were found.
     assert gpu._fraction("24GB", 76 * 10**9) == pytest.approx(0.3)
     assert gpu._fraction("24GB", 16 * 10**9) is None

@@ -57,9 +57,9 @@ TUNED: Any = types.SimpleNamespace(rates=Rates(1e-3, 4.0), loss=3.0, curve=CURVE
 
 def group(*methods):
     """A panel with two points of each method."""
-    curve = (Point(1, 4.0, 1.0), Point(2, 3.0, 2.0))
-    given = {"curve": curve, "state_bytes": 10**6, "step_seconds": 1.0, "steps": 2}
-    given |= {"workers": (1,), "to_reference": None, "test_std": 0.1, "validation": 3.0}
+    curve = (Point(1, 4.0), Point(2, 3.0))
+    given = {"curve": curve, "state_bytes": 10**6, "steps": 2}
+    given |= {"to_reference": None, "test_std": 0.1, "validation": 3.0}
     rows = [Row(m, Rates(1e-3, 4.0), (1,), diverged=0, test=3.0, **given) for m in methods]
     return {(row.method, row.rates): row for row in rows}
 
@@ -79,6 +79,7 @@ PROGRAMS = {
     "memory": lambda path: draw(bars(), path, 24 * 10**9),
     "rates": lambda path: figures.learning_rates({"adamw": TUNED, "muon": TUNED}, path),
     "steps": lambda path: figures.steps(GROUPS, path),
+    "time": lambda path: figures.time(GROUPS, path, {"nano": {"adamw": 0.2, "racs": 0.3}}),
     "size": lambda path: figures.size(GROUPS, path),
     "run": lambda path: plots.plot_run(PROGRESS, path, {"bigram": 3.0}, "a run"),
     "methods": lambda path: plots.plot_methods({"adamw": PROGRESS}, path, "methods"),

@@ -102,6 +102,8 @@ def test_pretraining_on_files_of_the_hub(c4, tmp_path, in_this_process, capsys):
     assert "c4-60m-galore" in capsys.readouterr().out
     assert papers.main(["c4-60m/galore", *options]) == 0  # Not once more.
     assert len(in_this_process) == 1 and "done before" in capsys.readouterr().out
+    assert papers.main(["c4-60m/galore", *options, "--steps", "1"]) == 1
+    assert "done before with other options (steps: 2 -> 1): pass --ov" in capsys.readouterr().err
     made = (run / "summary.json").stat().st_mtime_ns
     assert papers.main(["c4-60m/galore", *options, "--overwrite"]) == 0
     assert (run / "summary.json").stat().st_mtime_ns > made
@@ -127,15 +129,18 @@ def test_glue_on_files(tmp_path, in_this_process, monkeypatch, capsys):
     tensors = {k: v for k, v in tiny_encoder.weights("bert").items() if "classifier" not in k}
     model = tiny_encoder.write_model(tmp_path / "model", tensors=tensors)
     rows = [{"sentence": text, "label": y} for text, y in tiny_encoder.sentences(16)]
-    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "sst2").mkdir(parents=True)
     for name in ("train", "dev"):
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        (tmp_path / "rows" / f"{name}.jsonl").write_text(text)
+        (tmp_path / "rows" / "sst2" / f"{name}.jsonl").write_text(text)
     experiment = EXPERIMENTS["glue/natural-galore-rank-4"]
     of_one_task = {k: v for k, v in experiment.variants.items() if k.startswith("sst2")}
     monkeypatch.setitem(papers.EXPERIMENTS, "glue/some", experiment._replace(variants=of_one_task))
     options = ["--model", str(model), "--data", str(tmp_path / "rows"), "--rank", "2", "--quiet"]
     options += ["--max-length", "8", "--epochs", "1", "--batch-size", "8"]
+    # No task is trained on the rows of another.
+    assert papers.main(["glue/natural-galore-rank-4", *options]) == 1
+    assert f"there is no {tmp_path / 'rows' / 'cola'}" in capsys.readouterr().err
     assert papers.main(["glue/some", *options, "--root", str(tmp_path / "runs")]) == 0
     assert len(in_this_process) == 3
     printed = capsys.readouterr().out
@@ -244,7 +249,8 @@ def test_runs_below_the_home_directory_are_found(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("examples.papers.results.results", lambda *_: "")
     run = tmp_path / "x" / "c4-60m-galore"
     run.mkdir(parents=True)
-    (run / "summary.json").write_text("{}")
+    (line,) = EXPERIMENTS["c4-60m/galore"].runs("c4-60m/galore").values()
+    (run / "papers.json").write_text(json.dumps({"options": [*line, "--root=~/x"]}))
     assert papers.main(["c4-60m/galore", "--root=~/x"]) == 0
     assert f"{run}: done before" in capsys.readouterr().out.replace("\n", "")
 

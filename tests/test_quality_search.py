@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks.common.result_files import read_suite, write
 from benchmarks.pretraining.run_spec import prepare
+from benchmarks.pretraining.step_times import Times, file_of, read_times, time_steps
 from benchmarks.pretraining.sweep import Sweep, run_sweep, runs
 from benchmarks.pretraining.tuning import (
     START,
@@ -97,3 +98,12 @@ def test_a_sweep_searches_until_every_method_has_the_runs_of_the_default(tmp_pat
     assert not any(t.at_edge for t in tuned.values())
     with pytest.raises(ConfigError, match="a search takes neither"):
         Sweep(search=True, ratios=(2.0,))
+
+
+def test_times_of_steps(tmp_path):
+    write({"nano": {"seconds": {"adamw": 0.25}}}, file_of(tmp_path))
+    made = time_steps(Times(preset="tiny", methods=("adamw", "galore"), rounds=1, root=tmp_path))
+    assert [*made["seconds"]] == ["adamw", "galore"] and min(made["seconds"].values()) > 0
+    assert read_times(tmp_path) == {"nano": {"adamw": 0.25}, "tiny": made["seconds"]}
+    with pytest.raises(ConfigError, match="main: no results; make them"):
+        time_steps(Times(preset="9m", root=tmp_path))

@@ -102,3 +102,20 @@ def test_state_is_a_number_a_row_and_a_column_and_a_norm_and_the_report_shows_it
     state_bytes = {p.path: p.inner_bytes for p in report.parameters}
     assert state_bytes == {"w": 3 * 4 * (64 + 256 + 1), "lm_head": 2 * 2 * 64 * 512}
     assert report.shared_bytes == 4  # Adam's count
+
+
+@pytest.mark.parametrize(
+    "tx", [ng.contrib.scale_by_racs(), ng.contrib.scale_by_apollo(rank=2)], ids=["racs", "apollo"]
+)
+def test_the_first_step_has_a_derivative(tx):
+    """The limit on spikes, which has no level yet, divides nothing by zero."""
+    G, target = (RNG.standard_normal((4, 6)) for _ in range(2))
+
+    def loss(size):
+        grads = {"w": G + size * target}
+        updates, _ = tx.update(grads, tx.init(grads))
+        return jnp.sum(updates["w"] * target)
+
+    forward, reverse = jax.jacfwd(loss)(0.3), jax.jacrev(loss)(0.3)
+    np.testing.assert_allclose(reverse, forward, rtol=1e-3)
+    assert abs(forward) > 1

@@ -101,3 +101,14 @@ def test_layers_and_meshes_do_not_change_the_moments():
         specs = {"w": jax.P(None, "x"), "b": jax.P("x")}
         sharded = [jax.tree.map(jax.device_put, tree, specs) for tree in (params, grads)]
         np.testing.assert_array_equal(jax.jit(two)(*sharded), expected)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_parameter_may_be_a_python_number(name):
+    tx, found = OPTIMIZERS[name](), []
+    for number in (2.0, jnp.float32(2.0)):
+        params = {"w": jnp.ones((16, 24)), "temperature": number}
+        updates, _ = tx.update(params, tx.init(params), params)
+        found.append(updates["temperature"])
+    np.testing.assert_allclose(*found, rtol=1e-6)
+    assert found[0] < -0.5

@@ -6,6 +6,7 @@ in a process of its own whose allocator has 24 GB and then 16 GB, and writes
 what ``examples/llama/memory/step_memory.py`` predicts, marked as estimates.
 """
 
+import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -147,6 +148,7 @@ def main(
         "steps": rows,
         "update_s": {},
     }
+    before = {} if estimate else _measured(output, device)
     for case in cases(presets, methods, data, seq_len, large_batch, interval, more):
         row = case._asdict() | {"tokens": case.rows * seq_len}
         if estimate:
@@ -168,8 +170,9 @@ def main(
                 result = {"out_of_memory": "weights and optimizer state alone are larger"}
             else:
                 arguments = {"arguments": case.arguments, "steps": steps}
-                result = _child("train", arguments, _fraction(limit, capacity))
-            rows.append({**row, **result})
+                result = before.get(_key(case.arguments, limit, steps))
+                result = result or _child("train", arguments, _fraction(limit, capacity))
+            rows.append({**row, "steps": steps, **result})
             print(_line(rows[-1]), flush=True)
             write(results, output, allow_nan=True)
     if not estimate and timed in presets:
@@ -177,9 +180,23 @@ def main(
             if case.step == "ordinary":
                 arguments = {"arguments": case.arguments, "steps": 2 * interval}
                 results["update_s"][case.method] = _child("update", arguments, None)
+                write(results, output, allow_nan=True)
                 print(f"update of {case.method}: {results['update_s'][case.method]}", flush=True)
     write_results(results, output)
     return results
+
+
+def _measured(output: Path, device: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Rows that an earlier start has measured on such a device: a start goes on where it was."""
+    if not output.exists():
+        return {}
+    made = json.loads(output.read_text())
+    rows = made["steps"] if made["measured_on"] == device else []
+    return {_key(row["arguments"], row["limit"], row["steps"]): row for row in rows}
+
+
+def _key(arguments: Sequence[str], limit: str | None, steps: int) -> str:
+    return json.dumps([*arguments, limit, steps])
 
 
 def _child(task: str, arguments: dict[str, Any], fraction: float | None) -> dict[str, Any]:
@@ -201,7 +218,7 @@ def _fraction(limit: str | None, capacity: int | None) -> float | None:
 
 
 def _line(row: dict[str, Any]) -> str:
-    text = f"{row['preset']:5}{row['method']:30}{row['step']:10}{row['tokens']:6} tokens  "
+    text = f"{row['preset']:5}{row['method']:42} {row['step']:10}{row['tokens']:6} tokens  "
     if "estimated_bytes" in row:
         text += f"estimate {row['estimated_bytes']['total'] / 1e9:.2f} GB"
         on_gpu = row.get("compiled_for_a100_bytes")

@@ -6,11 +6,12 @@ import sys
 from benchmarks.pretraining.report import Report, make_report
 from benchmarks.pretraining.run_spec import Run
 from benchmarks.pretraining.show import Show, show
+from benchmarks.pretraining.step_times import Times, file_of, time_steps
 from benchmarks.pretraining.sweep import Sweep, run_sweep
 from benchmarks.pretraining.train import run as train
 from examples.common.cli import exit_code, parse
 
-Command = Run | Sweep | Show | Report
+Command = Run | Sweep | Times | Show | Report
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,6 +28,10 @@ def run(command: Command) -> int:
             print(f"{command.path} {'was there already' if done else 'written'}")
         case Sweep():
             return run_sweep(command)
+        case Times():
+            for method, seconds in time_steps(command)["seconds"].items():
+                print(f"{method}: {1e3 * seconds:.0f} ms a step")
+            print(f"{file_of(command.root)} written")
         case Show():
             print(show(command))
         case Report():

@@ -1,7 +1,7 @@
 """PNG plots of the results."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,8 @@ import matplotlib.ticker
 from matplotlib.transforms import Bbox
 
 from benchmarks.pretraining.methods import METHODS
-from benchmarks.pretraining.summary import Group, Point, Row
+from benchmarks.pretraining.step_times import Seconds
+from benchmarks.pretraining.summary import Group, Row
 from benchmarks.pretraining.tables import label
 from benchmarks.pretraining.tuning import Rates, Tuned
 from examples.common.figures import PAGE, in_style
@@ -37,12 +38,25 @@ _CEILING = 1.2  # nats above the lowest loss that a panel still shows
 
 def steps(groups: Groups, path: Path) -> None:
     """Mean validation loss over steps, a panel for each preset and corpus."""
-    _curves(groups, path, "step", lambda point: point.step)
+    _curves(groups, path, "step")
 
 
-def time(groups: Groups, path: Path) -> None:
-    """Mean validation loss over the time spent in training steps."""
-    _curves(groups, path, "seconds in training steps", lambda point: point.seconds)
+def time(groups: Groups, path: Path, seconds: Seconds) -> None:
+    """Mean validation loss over the time spent in training steps, of methods that were timed."""
+    timed = {
+        group: {
+            key: _over_time(row, seconds[group[0]][row.method])
+            for key, row in rows.items()
+            if row.method in seconds[group[0]]
+        }
+        for group, rows in groups.items()
+        if group[0] in seconds
+    }
+    _curves(timed, path, "seconds in training steps")
+
+
+def _over_time(row: Row, of_step: float) -> Row:
+    return row._replace(curve=tuple(p._replace(step=of_step * p.step) for p in row.curve))
 
 
 @in_style
@@ -127,7 +141,7 @@ def learning_rates(tuned: Mapping[str, Tuned], path: Path) -> None:
 
 
 @in_style
-def _curves(groups: Groups, path: Path, xlabel: str, x: Callable[[Point], float]) -> None:
+def _curves(groups: Groups, path: Path, xlabel: str) -> None:
     figure, panels = _panels(groups)
     methods = dict.fromkeys(row.method for _, rows in panels for row in rows)
     methods = sorted(methods, key=lambda method: method in COLOURS)  # The grey ones count dashes.
@@ -135,7 +149,7 @@ def _curves(groups: Groups, path: Path, xlabel: str, x: Callable[[Point], float]
         shown = [r for r in rows if not r.diverged]
         for row in shown:
             axes.plot(
-                [x(point) for point in row.curve],
+                [point.step for point in row.curve],
                 [point.loss for point in row.curve],
                 **_style(row.method, methods.index(row.method)),
             )

@@ -10,6 +10,7 @@ from benchmarks.common.result_files import read_results, read_suite
 from benchmarks.pretraining import figures
 from benchmarks.pretraining.methods import METHODS
 from benchmarks.pretraining.run_spec import ROOT
+from benchmarks.pretraining.step_times import read_times
 from benchmarks.pretraining.summary import RECIPE, Row, summarise
 from benchmarks.pretraining.tables import long_page, short
 from benchmarks.pretraining.tuning import Tuned, tuned_by_preset
@@ -47,16 +48,19 @@ def make_report(report: Report) -> list[Path]:
         check_tuned(groups[preset, corpus].values(), tuned.get(preset) or tuned[report.tune_preset])
     pictures = report.docs / "figures"
     pictures.mkdir(parents=True, exist_ok=True)
-    names = {name: pictures / f"quality-{name}.png" for name in ("steps", "time", "size")}
+    seconds = read_times(report.root)
+    shown = ("steps", "time", "size") if seconds else ("steps", "size")
+    names = {name: pictures / f"quality-{name}.png" for name in shown}
     figures.steps(groups, names["steps"])
-    figures.time(groups, names["time"])
+    if seconds:
+        figures.time(groups, names["time"], seconds)
     figures.size(groups, names["size"])
     for preset, of_preset in tuned.items():
         names[f"learning-rate-{preset}"] = pictures / f"quality-learning-rate-{preset}.png"
         figures.learning_rates(of_preset, names[f"learning-rate-{preset}"])
 
     page = report.docs / "quality.md"
-    page.write_text(long_page(groups, tuned, _links(names, report.docs)))
+    page.write_text(long_page(groups, tuned, _links(names, report.docs), seconds))
     written = [*names.values(), page]
     link = os.path.relpath(page, report.readme.parent)
     if fill_page(report.readme, short(groups, link)):

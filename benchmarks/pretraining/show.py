@@ -7,6 +7,7 @@ from pathlib import Path
 from benchmarks.common.markdown import table
 from benchmarks.common.result_files import Json, read_results, read_suite
 from benchmarks.pretraining.run_spec import ROOT
+from benchmarks.pretraining.step_times import read_times
 from benchmarks.pretraining.summary import summarise
 from benchmarks.pretraining.tables import losses, protocol, tuning
 from benchmarks.pretraining.tuning import tuned_by_preset
@@ -37,7 +38,8 @@ def show(request: Show) -> str:
         methods = dict.fromkeys(
             m for (p, _), rows in groups.items() if p == preset for m, _ in rows
         )
-        parts += [f"{preset}: {protocol(groups, preset)}", losses(groups, preset, methods)]
+        parts.append(f"{preset}: {protocol(groups, preset)}")
+        parts.append(losses(groups, preset, methods, read_times(request.root)))
     tuned = tuned_by_preset(records)
     parts += [tuning(t) for t in tuned.values() if any(len(x.curve) > 1 for x in t.values())]
     return "\n\n".join(parts)

@@ -24,7 +24,6 @@ class Point(NamedTuple):
 
     step: float
     loss: float
-    seconds: float  # step times the row's step_seconds
 
 
 class Row(NamedTuple):
@@ -39,10 +38,7 @@ class Row(NamedTuple):
     validation: float  # mean final validation loss
     curve: tuple[Point, ...]  # mean validation curve
     state_bytes: int
-    # Median of the fastest run: other work on the machine slowed down the others.
-    step_seconds: float
     steps: int
-    workers: tuple[int, ...]  # how many runs shared the machine
     # Steps until the reference's final loss, as a share of its steps: infinite if they were not
     # enough, None without a reference.
     to_reference: float | None
@@ -149,8 +145,7 @@ def _row(records: list[Json], reference: Row | None) -> Row:
             )
     diverged = sum(r["diverged"] for r in records)
     tests = [r["test_loss"] for r in records]
-    step_seconds = min(r["step_seconds"] for r in records)
-    curve = () if diverged else _mean_curve(records, step_seconds)
+    curve = () if diverged else _mean_curve(records)
     steps = records[0]["configuration"]["run"]["steps"]
     if reference is None:
         to_reference = None
@@ -170,20 +165,18 @@ def _row(records: list[Json], reference: Row | None) -> Row:
         validation=nan if diverged else curve[-1].loss,
         curve=curve,
         state_bytes=records[0]["state_bytes"],
-        step_seconds=step_seconds,
         steps=steps,
-        workers=tuple(sorted({r["workers"] for r in records})),
         to_reference=to_reference,
     )
 
 
-def _mean_curve(records: list[Json], step_seconds: float) -> tuple[Point, ...]:
+def _mean_curve(records: list[Json]) -> tuple[Point, ...]:
     curves = [[(step, loss) for step, _, loss, _ in r["validation"]] for r in records]
     means = [
         [statistics.fmean(values) for values in zip(*points, strict=True)]
         for points in zip(*curves, strict=True)
     ]
-    return tuple(Point(step, loss, step * step_seconds) for step, loss in means)
+    return tuple(Point(step, loss) for step, loss in means)
 
 
 def _size(group: Group) -> tuple[int, str, str]:

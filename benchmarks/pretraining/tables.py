@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from benchmarks.common.markdown import PLUS_MINUS, table
 from benchmarks.pretraining.methods import CHANGES, METHODS, place
+from benchmarks.pretraining.step_times import Seconds
 from benchmarks.pretraining.summary import RECIPE, REFERENCE, Group, Row, best, separated
 from benchmarks.pretraining.tuning import Rates, Tuned
 
@@ -14,11 +15,19 @@ Groups = Mapping[Group, Mapping[tuple[str, Rates], Row]]
 COURSE = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)  # of a run
 
 
-def losses(groups: Groups, preset: str, methods: Iterable[str], *, brief: bool = False) -> str:
+def losses(
+    groups: Groups,
+    preset: str,
+    methods: Iterable[str],
+    seconds: Seconds = {},  # noqa: B006  (never changed)
+    *,
+    brief: bool = False,
+) -> str:
     """Final test losses of a preset, for ``methods`` and, in an unfinished table, "not run".
 
     ``brief`` leaves out rates, steps and times.
     """
+    of_step = seconds.get(preset, {})
     corpora = sorted(corpus for p, corpus in groups if p == preset)
     rows = {corpus: list(groups[preset, corpus].values()) for corpus in corpora}
     seeds = max(len(r.seeds) for of_corpus in rows.values() for r in of_corpus)
@@ -26,7 +35,7 @@ def losses(groups: Groups, preset: str, methods: Iterable[str], *, brief: bool =
     header = ["", "rate × ratio", "state, MiB", "of AdamW's"]
     header += [f"test loss, {c}" for c in corpora]
     header += [f"steps to AdamW's loss, {c}" for c in corpora]
-    header.append("ms a step, fastest run")
+    header.append("ms a step")
     lines = []
     for method, rates in _keys(rows.values(), methods):
         found = [
@@ -45,7 +54,7 @@ def losses(groups: Groups, preset: str, methods: Iterable[str], *, brief: bool =
                 _share(present[0], reference),
                 *(_loss(r, seeds) for r in found),
                 *(_steps(r) for r in found),
-                f"{1e3 * min(r.step_seconds for r in present):.0f}",
+                f"{1e3 * of_step[method]:.0f}" if method in of_step else "not timed",
             ]
         )
     kept = [0, *range(2, 4 + len(corpora))] if brief else range(len(header))
@@ -193,6 +202,7 @@ def long_page(
     groups: Groups,
     tuned: Mapping[str, Mapping[str, Tuned]],
     pictures: Mapping[str, str],
+    seconds: Seconds,
 ) -> str:
     """Everything there is to see."""
     parts = [
@@ -202,7 +212,8 @@ def long_page(
         "[benchmarks/README.md](../benchmarks/README.md#pretraining) says how the runs are made.",
     ]
     for preset in _presets(groups):
-        parts += [f"## {preset}", protocol(groups, preset), *_losses(groups, preset, METHODS)]
+        parts += [f"## {preset}", protocol(groups, preset)]
+        parts += _losses(groups, preset, METHODS, seconds)
         for corpus in sorted(c for p, c in groups if p == preset):
             rows = groups[preset, corpus].values()
             parts.append(f"Validation loss along the run on {corpus}, mean over seeds:")
@@ -213,7 +224,7 @@ def long_page(
                     f"Test loss of {label(RECIPE)} minus that of others on {corpus}, means:"
                 )
                 parts.append("\n".join(f"- {line}" for line in lines))
-    parts += ["## Curves", *(pictures[name] for name in ("steps", "time", "size"))]
+    parts += ["## Curves", *(pictures[n] for n in ("steps", "time", "size") if n in pictures)]
     parts += [
         "## Learning rates",
         "Final validation losses of tuning. The rate is the rate of the hidden matrices, the ratio "
@@ -228,14 +239,14 @@ def long_page(
     return "\n\n".join(parts) + "\n"
 
 
-def _losses(groups: Groups, preset: str, methods: Iterable[str]) -> list[str]:
+def _losses(groups: Groups, preset: str, methods: Iterable[str], seconds: Seconds) -> list[str]:
     if not any(p == preset for p, _ in groups):
         return []
     run = {method for (p, _), rows in groups.items() if p == preset for method, _ in rows}
     listed = [m for m in methods if m in run]
     changed = sorted(run - set(listed) - set(METHODS))
     missing = "; ".join(label(m) for m in CORE if m not in run)
-    parts = [losses(groups, preset, [*listed, *changed])]
+    parts = [losses(groups, preset, [*listed, *changed], seconds)]
     return [*parts, f"Not run: {missing}."] if missing else parts
 
 
@@ -251,11 +262,8 @@ def protocol(groups: Groups, preset: str, *, brief: bool = False) -> str:
     if not rows:
         return "not run."
     seeds = max(len(row.seeds) for row in rows)
-    shared = sorted({w for row in rows for w in row.workers})
-    at_a_time = " or ".join(map(str, shared))
     plural = "" if seeds == 1 else "s"
-    runs = "run" if shared == [1] else "runs"
-    of_times = f"; times with {at_a_time} {runs} at a time, on several days"
+    of_times = "; times of a step are measured apart from the runs, in turns on one machine"
     return (
         f"{rows[0].steps} steps, {seeds} seed{plural}, mean ± standard deviation of the test loss "
         f"in nats per token{'' if brief else of_times + _CLIPPED}."

@@ -127,16 +127,20 @@ def _bring_back(run_dir: Path) -> None:
 
 
 def _of_parts(run_dir: Path) -> list[Path]:
-    return list(run_dir.glob(f"*/{CHECKPOINTS}"))
+    return sorted(run_dir.glob(f"*/{CHECKPOINTS}"))
 
 
 @contextlib.contextmanager
 def _held(run_dir: Path, overwrite: bool, has_parts: bool) -> Iterator[None]:
-    """Hold a directory, which with `overwrite` must be empty or one of a run of this kind."""
+    """Hold a directory, which with `overwrite` must be empty or one of a run of this kind, without
+    other runs below."""
     with _locked(run_dir):
-        own, parts = (run_dir / CHECKPOINTS).exists(), bool(_of_parts(run_dir))
-        is_run = parts and not own if has_parts else own and not parts
-        if overwrite and any(run_dir.iterdir()) and not is_run:
+        runs = {*run_dir.rglob(CHECKPOINTS)}
+        own = runs & {*(_of_parts(run_dir) if has_parts else [run_dir / CHECKPOINTS])}
+        if overwrite and own and runs > own:
+            other = min(runs - own).parent
+            raise ConfigError(f"--overwrite would delete {other} too: use another --name")
+        if overwrite and not own and any(run_dir.iterdir()):
             raise ConfigError(
                 f"--overwrite deletes a run, and {run_dir} is none: use another --name"
             )

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,14 @@ def _short(text: str) -> str:
 def shown_name(name: str) -> str:
     """A name in a list of names: in quotes if it has blanks that would not be seen, or nothing."""
     return name if name and name.isprintable() and name == " ".join(name.split()) else repr(name)
+
+
+def printable(text: str) -> str:
+    """Without control characters, which a model may emit and a terminal would obey."""
+    return "".join(
+        "\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c
+        for c in text
+    )
 
 
 def check_string(text: str, what: str, *, remedy: str = "") -> None:

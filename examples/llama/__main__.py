@@ -6,6 +6,7 @@ import traceback
 from pathlib import Path
 
 import jax
+import optax
 from rich.console import Console
 
 import natgalore_jax as ng
@@ -184,6 +185,9 @@ def summarize(result: Result) -> Record:
     config, splits = result.config, result.splits
     last = result.records[-1]
     memory = ng.memory_report(result.tx, result.params)
+    adamw = optax.adamw(1.0)
+    if config.accumulate > 1:  # It would have a sum of gradients too.
+        adamw = optax.MultiSteps(adamw, config.accumulate).gradient_transformation()
     accumulator = sum(x.nbytes for x in jax.tree.leaves(result.state.accumulated))
     summary = {
         "name": config.run_dir.name,
@@ -193,7 +197,7 @@ def summarize(result: Result) -> Record:
         "parameters": sum(p.size for p in jax.tree.leaves(result.weights)),
         "trained_parameters": sum(p.size for p in jax.tree.leaves(result.params)),
         "optimizer_bytes": memory.total_state_bytes + accumulator,
-        "adamw_bytes": memory.adamw_state_bytes,
+        "adamw_bytes": ng.memory_report(adamw, result.params).total_state_bytes,
         "memory": result.memory.to_dict(),
         "steps": result.steps,
         "tokens": last["tokens"],

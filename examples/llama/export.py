@@ -1,5 +1,6 @@
 """Weights of a run in the Hugging Face layout: `python -m examples.llama.export --help`."""
 
+import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,9 +62,14 @@ def export(name: str, directory: Path, step: int | None = None) -> None:
       CheckpointError: if the checkpoint is damaged.
     """
     file = open_weights(name, step)
-    model = with_params(file.config, read_params(file, file.config))
+    config, tensors = file.config, file.tensors()
+    if {str(tensor.dtype) for tensor in tensors.values()} == {"bfloat16"}:
+        config = dataclasses.replace(config, param_dtype="bfloat16")
+    params = read_params(file._replace(tensors=lambda: tensors), config)
     replace_llama(
-        PretrainedLlama(model, file.config, file.tokenizer, file.chat_template, file.end_ids),
+        PretrainedLlama(
+            with_params(config, params), config, file.tokenizer, file.chat_template, file.end_ids
+        ),
         directory,
     )
 

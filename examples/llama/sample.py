@@ -1,7 +1,6 @@
 """Continue prompts with a trained model: `python -m examples.llama.sample --help`."""
 
 import sys
-import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -15,6 +14,7 @@ from examples.common.accelerators import announce_devices
 from examples.common.config import INT32, check_range
 from examples.common.errors import ConfigError
 from examples.common.reporter import READING, Activity, on_stderr
+from examples.common.text import printable
 from examples.llama.data.tokenizer import cannot_encode, end_of_text
 from examples.llama.model.generate import Sampling, stream
 from examples.llama.model.llama import Llama
@@ -132,14 +132,6 @@ def continued(
             shown = text
     rest = tokenizer.decode(ids + written) if shown else tokenizer.decode(written)
     yield printable(rest[len(shown) :])
-
-
-def printable(text: str) -> str:
-    """Without control characters, which a model may emit and a terminal would obey."""
-    return "".join(
-        "\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c
-        for c in text
-    )
 
 
 if __name__ == "__main__":

@@ -4,16 +4,18 @@ import importlib
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 
 from examples.common import cli
-from examples.common.config import path_of
+from examples.common.config import differences, path_of, write_json
 from examples.common.errors import ConfigError
 from examples.common.interrupt import Answer, answered
 from examples.papers.experiments import EXPERIMENTS, Experiment
+from examples.pretrained.json_file import read_json
 
 USAGE = """Runs of the GaLore and Natural GaLore papers.
 
@@ -25,6 +27,8 @@ python -m examples.papers NAME [OPTION ...]   run it: all of its runs, one after
                                               repeated, except with --overwrite.
 """
 
+# In the directory of a finished run: its command line.
+_DONE = "papers.json"
 # Options without which a run is not what the name of its experiment says.
 _NAMED_AFTER = ("--preset", "--dataset", "--optimizer", "--methods", "--adapter.kind")
 _NAMED_AFTER += ("--rank", "--moment-bits", "--per-layer")
@@ -58,11 +62,12 @@ def run(arguments: Sequence[str]) -> int:
     _check_options(name, experiment, options)
     if "--config" in cli.apart(options):
         options = _with_file(experiment.program, options)
+    runs = {run: _of_task(line, options) for run, line in experiment.runs(name).items()}
     if printed:
-        for line in experiment.runs(name).values():
-            print(cli.command(experiment.program, *line, *options))
+        for line in runs.values():
+            print(cli.command(experiment.program, *line))
         return 0
-    return run_all(name, experiment, options)
+    return run_all(experiment.program, runs, overwrite="--overwrite" in options)
 
 
 def _check_options(name: str, experiment: Experiment, options: Sequence[str]) -> None:
@@ -94,25 +99,54 @@ def _names(words: Sequence[str]) -> list[str]:
     return [option.replace("--no-", "--", 1) for option in options]
 
 
-def run_all(name: str, experiment: Experiment, options: list[str]) -> int:
+def _of_task(line: Sequence[str], options: Sequence[str]) -> list[str]:
+    """A command line with the options; of the --data DIR of several tasks each has DIR/TASK."""
+    task, data = (
+        cli.values_of(words, name) for words, name in ((line, "--task"), (options, "--data"))
+    )
+    if not (task and data):
+        return [*line, *options]
+    directory = path_of(data[-1]) / task[-1]
+    if not directory.is_dir():
+        raise ConfigError(f"--data must have a directory for each task: there is no {directory}")
+    return [*line, *options, "--data", str(directory)]
+
+
+def run_all(program: str, runs: Mapping[str, Sequence[str]], overwrite: bool) -> int:
     """Each run in a process of its own, until one fails; then the results."""
     from examples.papers.results import results
 
-    directories, overwrite = [], "--overwrite" in options
-    for run_name, line in experiment.runs(name).items():
-        directory = _root([*line, *options]) / run_name
+    directories = []
+    for run_name, line in runs.items():
+        directory = _root(line) / run_name
         directories.append(directory)
-        if (directory / "summary.json").exists() and not overwrite:
+        if (directory / _DONE).exists() and not overwrite:
+            _check_same(program, directory, line)
             print(f"{directory}: done before", flush=True)
             continue
         resume = ["--resume"] if directory.exists() and not overwrite else []
         # The name stands last: each run of a sweep has its own.
-        command = [*line, *options, *resume, "--name", run_name]
-        code = run_program([sys.executable, "-m", experiment.program, *command])
+        command = [*line, *resume, "--name", run_name]
+        code = run_program([sys.executable, "-m", program, *command])
         if code:
             return code
-    Console(width=120).print(results(experiment.program, directories))
+        write_json(directory / _DONE, {"options": list(line)})
+    Console(width=120).print(results(program, directories))
     return 0
+
+
+def _check_same(program: str, directory: Path, line: Sequence[str]) -> None:
+    """Raise a ConfigError if the run that was made has other options than this line."""
+    from examples.llama.run_config import HARMLESS
+
+    parse = importlib.import_module(f"{program}.__main__").parse
+    made = read_json(directory / _DONE)["options"]
+    changed = differences(asdict(parse(made)), asdict(parse([*line])), harmless=HARMLESS)
+    if changed:
+        raise ConfigError(
+            f"{directory}: done before with other options ({', '.join(changed)}): pass "
+            "--overwrite, or another --root"
+        )
 
 
 def run_program(command: list[str]) -> int:

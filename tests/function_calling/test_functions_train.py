@@ -74,6 +74,15 @@ def run(config, prepared, evaluator, untrained):
     return go
 
 
+def test_weights_from_anywhere_are_placed_alike(evaluator, prepared):
+    """Else jit compiles anew, and the seconds of a plan are those of a compilation."""
+    fresh = prepared.read()
+    bound = jax.device_put(fresh, jax.devices()[0])
+    for params in (fresh, bound):
+        model = evaluator._unstacked(params)
+        assert all(leaf.committed for leaf in jax.tree.leaves(nnx.state(model)))
+
+
 def test_the_first_evaluation_is_not_written_in_part(config, tmp_path, monkeypatch):
     splits = dict.fromkeys(("validation", "test"), SimpleNamespace(records=()))
     prepared = SimpleNamespace(fingerprint="", read=dict, splits=splits)

@@ -6,11 +6,13 @@ import signal
 import pytest
 import tiny_planner as tiny
 from command_lines import Stops, assert_one_line
+from rich.console import Console
 from safetensors.numpy import load_file
 
 from examples.finetune.planner.__main__ import main
 from examples.finetune.planner.data import load_tinyagent
 from examples.finetune.planner.plans.metrics import verdict
+from examples.finetune.planner.predictions import side_by_side
 
 PLANNER = "examples.finetune.planner.__main__"
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -25,6 +27,19 @@ def directory(tmp_path_factory):
 def command(directory):
     """Options for a short run."""
     return tiny.command_line(directory)
+
+
+def test_plans_are_shown_whole_and_without_what_a_terminal_would_obey(tmp_path):
+    address = "recipients=['somebody.with.a.long.name@example.org']"
+    row = dict.fromkeys(("prompt", "reference", "verdict"), address)
+    for name in ("untrained", "lora"):
+        (tmp_path / name).mkdir()
+        written = json.dumps([{**row, "id": "1", "written": f"\x1b[2J{address}"}])
+        (tmp_path / name / "predictions.json").write_text(written)
+    with (console := Console(width=40)).capture() as captured:
+        console.print(side_by_side(tmp_path, ("untrained", "lora"), 1))
+    assert "\x1b" not in captured.get() and "…" not in captured.get()
+    assert captured.get().count("'") == 2 * 6  # The prompt, the reference, two plans and verdicts.
 
 
 def test_it_has_a_pulse(command, directory, tmp_path, capsys, monkeypatch):

@@ -5,9 +5,11 @@ import math
 import numpy as np
 import pytest
 
+from examples.common.errors import DataError
 from examples.common.schedule import warmup_linear
 from examples.finetune.encoder.baseline import baseline_scores
-from examples.finetune.encoder.data import TASKS, Row, Rows
+from examples.finetune.encoder.data import TASKS, Row, Rows, unit_of
+from examples.finetune.encoder.data.rows import Unit
 from examples.finetune.encoder.methods import MethodConfig
 from examples.finetune.encoder.run_config import preset_config
 from examples.finetune.encoder.scores import scores
@@ -73,6 +75,22 @@ def test_published_protocols(preset, task, rate, batch, scale):
     assert config.method.targets == MethodConfig().targets
     assert config.epochs == (3 if "natural" in preset else 30)
     assert config.warmup == config.method.weight_decay == 0
+
+
+def test_correlations_of_numbers_that_are_close_together():
+    labels = np.array([1, 2, 3], np.float32)
+    predictions = 1 + np.array([0, 0, 2**-23], np.float32)
+    found = scores(("pearson", "spearman"), labels, predictions)
+    assert found == pytest.approx(dict.fromkeys(found, 0.75**0.5))
+
+
+def test_labels_that_a_float32_would_round_off_are_refused():
+    rows = [Row("a", None, 1.7e9 + 30 * y) for y in range(4)]
+    with pytest.raises(
+        DataError, match=r"1e-5 of their mean, got 1.70000004e\+09 ± 33.5: subtract"
+    ):
+        unit_of(TASKS["own-regression"], rows)
+    assert unit_of(TASKS["own-regression"], rows[:1]) == Unit(1.7e9, 1.0)
 
 
 def test_many_rows_have_no_baseline(monkeypatch):

@@ -73,6 +73,13 @@ def test_small_and_large_numbers_of_an_own_regression(tmp_path):
     assert [np.float32(line.split("\t")[1]) for line in lines] == list(values)
 
 
+def test_numbers_of_a_large_mean_are_written_with_all_digits(tmp_path):
+    values = 1.7e9 + np.random.default_rng(0).normal(size=20)
+    write_submission(TASKS["own-regression"], (), {"test": values}, tmp_path)
+    lines = (tmp_path / "predictions.tsv").read_text().splitlines()[1:]
+    assert [float(line.split("\t")[1]) for line in lines] == list(values)
+
+
 def test_the_hub_has_labels_of_minus_one(monkeypatch):
     records = [{"sentence": text, "label": -1, "idx": i} for i, text in enumerate("ab")]
     library = types.SimpleNamespace(load_dataset=lambda *_: {"test": records})

@@ -21,10 +21,11 @@ from tokenizers import Tokenizer, processors
 from examples.common import reporter
 from examples.common.errors import DataError
 from examples.common.metrics import of_kind, read_metrics
+from examples.common.text import printable
 from examples.llama.__main__ import main
 from examples.llama.data import eval_batches
 from examples.llama.evaluate import EvaluateConfig, evaluate
-from examples.llama.sample import main as sample, printable
+from examples.llama.sample import main as sample
 from examples.llama.weights.files import load_llama
 
 pytestmark = pytest.mark.usefixtures("fast_compile")

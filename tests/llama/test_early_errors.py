@@ -53,8 +53,17 @@ def test_runs_in_a_directory_of_runs_are_not_overwritten(program, capsys, part):
     parts = ["lr1"] if main is llama else [""]
     for name in {*parts, part}:
         (run_dir / name / "checkpoints" / "3").mkdir(parents=True)
-    refused(program, capsys, ["--overwrite"], f"--overwrite deletes a run, and {run_dir} is none")
+    refused(program, capsys, ["--overwrite"], "--overwrite ")
     assert (run_dir / part / "checkpoints" / "3").is_dir()
+
+
+def test_runs_below_a_run_are_not_overwritten(program, capsys):
+    main, run_dir = program
+    own = run_dir if main is llama else run_dir / "adamw"
+    other = run_dir / "other" / "run"
+    for path in (own, other):
+        (path / "checkpoints" / "3").mkdir(parents=True)
+    refused(program, capsys, ["--overwrite"], f"--overwrite would delete {other} too")
 
 
 def test_what_was_killed_in_deleting_a_run_is_deleted(tmp_path):

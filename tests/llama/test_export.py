@@ -7,12 +7,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run as tiny
 import tiny_weights
 from flax import nnx
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from examples.common.errors import CheckpointError, WeightsError
@@ -121,6 +122,16 @@ def test_an_export_of_what_is_no_run_needs_a_place(tmp_path, capsys):
     assert not (directory / "export").exists()
     assert main([str(tmp_path), "--to", str(tmp_path / "copy")]) == 0
     assert load_llama(str(tmp_path / "copy")).end_ids == (0,)
+
+
+def test_bfloat16_stays(tmp_path):
+    directory = tiny_weights.write_directory(tmp_path / "model")
+    path = directory / "model.safetensors"
+    save_file({k: v.astype(jnp.bfloat16) for k, v in load_file(path).items()}, path)
+    export(str(directory), tmp_path / "export")
+    for name, tensor in load_file(tmp_path / "export" / "model.safetensors").items():
+        np.testing.assert_array_equal(tensor, load_file(path)[name], strict=True)
+    assert json.loads((tmp_path / "export" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_weights_of_a_method_are_those_of_its_best_epoch(tmp_path, monkeypatch, capsys):

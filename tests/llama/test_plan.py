@@ -82,7 +82,7 @@ def test_the_command_of_a_setting_that_fits(tmp_path, capsys):
     first = results["settings"][0]
     # Moments of 2 bytes for each parameter, and the sum of gradients in 4.
     assert first["bytes"]["weights"] == 2 * (280 * 16 * 2 + 16 + 2 * (768 + 3 * 384 + 32))
-    assert first["bytes"]["inner"] == 4 * first["bytes"]["weights"]
+    assert first["bytes"]["inner"] == first["bytes"]["accumulated"] == 2 * first["bytes"]["weights"]
     for row in results["settings"]:
         parts = {name: size for name, size in row["bytes"].items() if name != "total"}
         assert row["bytes"]["total"] == sum(parts.values())
@@ -204,6 +204,9 @@ def test_low_rank_sums_where_whole_gradients_have_no_room():
         # A quarter of nano's rank.
         advice = "--optimizers lean-natural-galore --ranks 8 --accumulate 1"
         assert (advice in found) == (candidate is sums)
+    (group,) = candidates(PlanConfig(optimizers=("galore",), ranks=(4,)), SMALL)
+    row = Row(group[-1], StepMemory(0, {}, 0, {}), compiled=True)
+    assert "without the residual" not in verdict(planner.Plan([row], row, row), 10**9)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ def _correlation(of: Callable) -> Callable[[np.ndarray, np.ndarray], float]:
         # Of a constant there is none; a model that gives one has learned nothing.
         if np.ptp(labels) == 0 or np.ptp(predictions) == 0:
             return 0.0
-        return of(labels, predictions).statistic
+        # In float32 the mean of numbers that are close together takes the digits of their spread.
+        return of(labels.astype(np.float64), predictions.astype(np.float64)).statistic
 
     return score
 

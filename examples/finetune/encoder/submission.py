@@ -34,6 +34,6 @@ def _written(task: Task, labels: tuple[str, ...], value: float) -> str:
     if not task.regression:
         return labels[int(value)] if task.submits_names else str(int(value))
     if task.range is None:
-        return f"{value:.9g}"  # All digits of a float32: labels may have any unit.
+        return repr(float(value))  # Labels may have any unit, and a large mean.
     # The server refuses numbers outside of the range of the labels.
     return f"{np.clip(value, *task.range):.3f}"

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import jax
 import numpy as np
 
 from examples.common.train_state import Params
@@ -124,6 +125,7 @@ class Evaluator:
         return tuple(found[i] for i in range(len(found))), seconds
 
     def _unstacked(self, params: Params) -> Llama:
-        # A second copy of the weights, but plans are written faster from it.
+        # A second copy of the weights, but plans are written faster from it. All of them are placed
+        # alike: weights of a checkpoint are bound to their device, for which jit compiles anew.
         config = dataclasses.replace(self._prepared.model, stacked=False, remat=False)
-        return with_params(config, unstack_layers(params))
+        return with_params(config, jax.device_put(unstack_layers(params), jax.devices()[0]))

@@ -12,6 +12,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from examples.common.text import printable
 from examples.finetune.planner.evaluate import Prediction
 from examples.finetune.planner.plans.metrics import verdict
 from examples.finetune.planner.plans.parse import END_OF_PLAN, write_plan
@@ -50,12 +51,17 @@ def side_by_side(run_dir: Path, names: Sequence[str], count: int) -> Group:
     for i in (k * total // count for k in range(count)):
         first = files[0][i]
         plans = Table.grid(padding=(0, 2))
-        plans.add_row("reference", Text(first["reference"]), "")
+        plans.add_row("reference", _shown(first["reference"]), "")
         for name, rows in zip(names, files, strict=True):
             written = re.sub(r"\n\s*\n", "\n\n", rows[i]["written"].strip())
-            plans.add_row(name, Text(written), Text(rows[i]["verdict"]))
-        parts += [Rule(first["id"]), Text(first["prompt"].strip() + "\n"), plans]
+            plans.add_row(name, _shown(written), _shown(rows[i]["verdict"]))
+        parts += [Rule(printable(first["id"])), _shown(first["prompt"].strip() + "\n"), plans]
     return Group(*parts)
+
+
+def _shown(text: str) -> Text:
+    """On a terminal, all of it."""
+    return Text(printable(text), overflow="fold")
 
 
 def _row(prediction: Prediction) -> dict[str, Any]:

@@ -242,10 +242,18 @@ def _divided(report: ng.MemoryReport, state: TrainState, kept: int) -> StepMemor
     # The report counts sharded arrays whole.
     is_whole = report.total_state_bytes == optimizer
     parts = dict(report.part_bytes) if is_whole else {"state": optimizer}
-    parts["accumulated"] = bytes_per_device(state.accumulated)
+    sums = bytes_per_device(_sums(state.opt_state))
+    parts["inner" if is_whole else "state"] -= sums
+    parts["accumulated"] = bytes_per_device(state.accumulated) + sums
     parts = {name: size for name, size in parts.items() if size}
     weights = bytes_per_device((state.params, state.frozen))
     return StepMemory(weights, parts, kept - weights - sum(parts.values()), {})
+
+
+def _sums(opt_state: Any) -> list[Params]:
+    """Of whole gradients, which `optax.MultiSteps` accumulates in its state."""
+    states = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, optax.MultiStepsState))
+    return [state.acc_grads for state in states if isinstance(state, optax.MultiStepsState)]
 
 
 def _float_params(state: TrainState) -> Params:

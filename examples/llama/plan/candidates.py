@@ -253,6 +253,13 @@ def _steps(
             yield f"{step}, low-rank sums", (*flags, *IN_SUBSPACE)
 
 
+def has_residual(spec: str) -> bool:
+    """Whether an optimizer has a residual unless it is told otherwise."""
+    factory = OPTIMIZERS[spec.split("@")[0]].factory
+    residual = inspect.signature(factory).parameters.get("residual")
+    return residual is not None and residual.default != "none"
+
+
 def has_rank(spec: str) -> bool:
     """Whether an optimizer has a subspace.
 

@@ -25,7 +25,14 @@ from examples.llama.memory.step_memory import (
     predict,
     resident,
 )
-from examples.llama.plan.candidates import IN_SUBSPACE, Candidate, PlanConfig, candidates, step_rows
+from examples.llama.plan.candidates import (
+    IN_SUBSPACE,
+    Candidate,
+    PlanConfig,
+    candidates,
+    has_residual,
+    step_rows,
+)
 from examples.llama.run_config import run_preset
 from examples.llama.training.build import abstract_run
 
@@ -229,7 +236,7 @@ def verdict(plan: Plan, room: int) -> str:
     if rows != preset:
         text += f", {rows} rows a step instead of the preset's {preset}"
     text += f":\n{row.candidate.command}"
-    if IN_SUBSPACE[1] in row.candidate.arguments:
+    if IN_SUBSPACE[1] in row.candidate.arguments and has_residual(row.candidate.optimizer):
         lean = run_preset(config.preset).optimizer.rank // 4
         text += (
             "\nThis is without the residual, whose loss was not measured. With it, at fewer tokens "

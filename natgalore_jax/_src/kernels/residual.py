@@ -219,8 +219,10 @@ def growth_shrink(
     1 if ℓ is 0. A norm that is not finite leaves the level for the next step.
     """
     level = jnp.asarray(level)
-    allowed = jnp.where(level > 0, limit * level, jnp.inf)
-    shrink = jnp.where(norm > allowed, allowed / norm, 1.0)
+    allowed = limit * level
+    is_over = (level > 0) & (norm > allowed)
+    # No division by zero where it is not taken: its derivative would be NaN.
+    shrink = jnp.where(is_over, allowed / jnp.where(is_over, norm, 1.0), 1.0)
     return shrink, jnp.where(jnp.isfinite(norm), norm * shrink, level).astype(jnp.float32)
 
 

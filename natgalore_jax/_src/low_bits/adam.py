@@ -175,10 +175,11 @@ def adam_in_float32(
 
 
 def _in_float32(tree: Any) -> Any:
-    """With the floating-point arrays of 16 bits in float32."""
+    """With the floating-point arrays of 16 bits in float32. Python numbers stay."""
 
     def widened(x):
-        is_short = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+        dtype = jnp.result_type(x)
+        is_short = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
         return x.astype(jnp.float32) if is_short else x
 
     return jax.tree.map(widened, tree)

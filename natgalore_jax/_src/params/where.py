@@ -45,7 +45,7 @@ _HEAD = re.compile(
 )
 _ROUTER = re.compile(r"router|^shared_expert_gate$")
 # Vectors, which have the shape of a matrix in stacked layers.
-_VECTOR = re.compile(r"norm|(^|_)ln(_|\d|$)|^(scale|bias|offset|gamma|beta)$")
+_VECTOR = re.compile(r"norm|(^|_)(ln|rms)(_|\d|$)|^(scale|bias|offset|gamma|beta)$")
 # Names of an embedding or a head at this position only.
 _SHARED, _DECODER = ("shared", "weight"), ("predictions", "decoder")
 _AT_THE_ROOT = frozenset({"output", "proj_out", "score"})
@@ -70,9 +70,9 @@ def hidden_matrices(path: Any, leaf: Any = None) -> bool:
     * a router of experts: contains ``router``, or is ``shared_expert_gate``; ``gate`` (not of
       experts) below a part that contains ``moe``, or with one side less than an eighth of the
       other side. The experts themselves are projected;
-    * the vectors of stacked layers: contains ``norm`` or the word ``ln``, is ``scale``, ``bias``,
-      ``offset``, ``gamma`` or ``beta``, or is the last part and ends with ``_bias``; not if the
-      last part ends with ``kernel``.
+    * the vectors of stacked layers: contains ``norm`` or the word ``ln`` or ``rms``, is ``scale``,
+      ``bias``, ``offset``, ``gamma`` or ``beta``, or is the last part and ends with ``_bias`` or
+      ``_scale``; not if the last part ends with ``kernel``.
 
     As ``where`` it also leaves out matrices with a side no larger than the rank, because projection
     would save nothing.
@@ -145,7 +145,7 @@ def _is_named_a_vector(parts: list[str]) -> bool:
     last = next((part for part in reversed(parts) if part != "value"), "")
     if last.endswith("kernel"):  # of a layer inside a module with a norm: LayerNormMLP/wi_kernel
         return False
-    return any(_VECTOR.search(part) for part in parts) or last.endswith("_bias")
+    return any(_VECTOR.search(part) for part in parts) or last.endswith(("_bias", "_scale"))
 
 
 def _is_named_an_embedding(parts: list[str]) -> bool:

@@ -94,12 +94,13 @@ def compact_natural_gradient(
       \tilde N = \frac{\lVert N \rVert}{\lVert (A_t + \lambda I)^{p} N \rVert}\;
       (A_t + \lambda I)^{p}\, N .
 
-    :math:`I_n \otimes A / n` is the empirical Fisher matrix of R with its columns stacked, averaged
-    over columns and steps: the limit of a long history of :func:`woodbury_natural_gradient`, in
-    constant memory. The diagonal suffices for a basis of dominant directions, which are near the
-    eigenvectors of A. The matrix acts on the update and not on the gradient, because Adam undoes
-    any scaling of the directions of its input. Adam divides a direction by about the root of its
-    Fisher entry, and p = −1/2 divides by the root again, which makes a natural gradient. The update
+    A starts at its first value. :math:`I_n \otimes A / n` is the empirical Fisher matrix of R with
+    its columns stacked, averaged over columns and steps: the limit of a long history of
+    :func:`woodbury_natural_gradient`, in constant memory. The diagonal suffices for a basis of
+    dominant directions, which are near the eigenvectors of A. The matrix acts on the update and not
+    on the gradient, because Adam undoes any scaling of the directions of its input. Adam divides a
+    direction by about the root of its Fisher entry, and p = −1/2 divides by the root again, which
+    makes a natural gradient. The update
     keeps its norm, so that the inner optimizer still determines the step size. If columns are
     projected, the factor acts from the right; if both sides are projected, there is one factor for
     each with p / 2, as in Shampoo; and so on for Tucker.

@@ -90,8 +90,8 @@ def project_back(
     .. math:: \varphi_j = \lVert N_{:j} \rVert / \lVert R_{:j} \rVert .
 
     ``"fisher"`` is a natural gradient outside the subspace. It approximates the Fisher matrix of E
-    by one number per column, :math:`c_j = \mathrm{EMA}_\beta(\tfrac1m \sum_i E_{ij}^2)`, and
-    multiplies the residual by the inverse root:
+    by one number per column, :math:`c_j = \mathrm{EMA}_\beta(\tfrac1m \sum_i E_{ij}^2)`, an average
+    that starts at its first value, and multiplies the residual by the inverse root:
 
     .. math:: \varphi_j = 1 / \sqrt{c_j + \delta\,\tfrac1m \sum_i G_{ij}^2},
        \qquad \delta = 10^{-4},

@@ -48,11 +48,20 @@ def unit_of(task: Task, rows: list[Row]) -> Unit:
     """Mean and standard deviation of the user's own labels, which may have any unit.
 
     Steps of Adam have one size: without it an output near 1000 would take 100,000 of them.
+
+    Raises:
+      DataError: if the bias of a saved model, a float32, would round the labels off.
     """
     if not task.regression or task.range is not None:
         return Unit()
     labels = np.array([row.label for row in rows])
-    return Unit(float(np.mean(labels)), float(np.std(labels)) if np.ptp(labels) else 1.0)
+    unit = Unit(float(np.mean(labels)), float(np.std(labels)) if np.ptp(labels) else 1.0)
+    if np.ptp(labels) and abs(unit.mean) > 1e5 * unit.size:
+        raise DataError(
+            f"labels must differ by more than 1e-5 of their mean, got {unit.mean:.9g} ± "
+            f"{unit.size:.3g}: subtract a number near the mean from all of them"
+        )
+    return unit
 
 
 def in_unit(rows: list[Row], unit: Unit) -> list[Row]:
