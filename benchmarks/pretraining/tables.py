@@ -252,7 +252,8 @@ def _losses(groups: Groups, preset: str, methods: Iterable[str], seconds: Second
 
 _CLIPPED = (
     ". Natural GaLore, default and lean, and methods named so clip the leading singular value of "
-    "their updates"
+    "their updates, found by four power iterations for AdamW and by one for the others that are "
+    "named so"
 )
 
 
@@ -263,7 +264,7 @@ def protocol(groups: Groups, preset: str, *, brief: bool = False) -> str:
         return "not run."
     seeds = max(len(row.seeds) for row in rows)
     plural = "" if seeds == 1 else "s"
-    of_times = "; times of a step are measured apart from the runs, in turns on one machine"
+    of_times = "; times are medians of steps, apart from the runs, in turns on one machine"
     return (
         f"{rows[0].steps} steps, {seeds} seed{plural}, mean ± standard deviation of the test loss "
         f"in nats per token{'' if brief else of_times + _CLIPPED}."
