@@ -23,6 +23,7 @@ COLOURS = {
     "natural-galore": ("tab:red", "-"),
     "natural-galore-lean": ("tab:red", (0, (2, 1))),
     "adamw": ("black", "--"),
+    "adamw-clipped": ("black", ":"),
     "muon": ("tab:brown", "-."),
     "galore": ("tab:blue", ":"),
     "fira": ("tab:green", (0, (6, 1))),
