@@ -252,8 +252,7 @@ def _losses(groups: Groups, preset: str, methods: Iterable[str], seconds: Second
 
 _CLIPPED = (
     ". Natural GaLore, default and lean, and methods named so clip the leading singular value of "
-    "their updates, found by four power iterations for AdamW and Fira, by one for the others that "
-    "are named so"
+    "their updates, found by four power iterations, by one for GaLore and APOLLO-Mini"
 )
 
 
