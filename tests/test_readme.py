@@ -57,6 +57,10 @@ def test_losses_and_bytes(groups):
     lean = " and ".join(distances("adamw-clipped", "natural-galore-lean")[:2])
     fira = [f"{of['fira-clipped'].test - of['natural-galore'].test:.2f}" for of in rows[:2]]
     assert "with it Fira ends {} and {} above the default".format(*fira) in WORDS
+    small = [of["scale-clipped"].test - of["natural-galore-lean"].test for of in rows[:2]]
+    of_adamw = rows[0]["scale-clipped"].state_bytes / rows[0]["adamw"].state_bytes
+    scale = "SCALE at {:.0f} % of AdamW's state {:.2f} and {:.2f} above lean"
+    assert scale.format(100 * of_adamw, *small) in WORDS
     assert f"has {100 * share:.1f} % of AdamW's bytes" in WORDS
     assert f"AdamW's bytes and ends {lean} below its loss with clipping" in WORDS
 
