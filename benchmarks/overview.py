@@ -22,10 +22,10 @@ from examples.common.figures import GREYS, PAGE, in_style
 FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "overview.png"
 OURS = ("natural-galore-lean", "natural-galore")
 GPU_GB = 24
-# Places of names, in points from the method's mark, where the usual place is taken.
 # The methods of the tables, with the clipping of the default where it was tried.
 SHOWN = [m for m in CORE if m not in ("fira", "racs", "scale")]
 SHOWN += ["fira-clipped", "racs-clipped", "scale-clipped"]
+# Places of names, in points from the method's mark, where the usual place is taken.
 OFFSETS = {
     "adamw-clipped": (-14, 9),
     "fira-clipped": (-12, -20),

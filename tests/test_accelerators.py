@@ -172,7 +172,7 @@ def test_weights_in_8_bits_need_the_processor_beside_an_accelerator(monkeypatch)
 
 
 def test_hints_name_pinned_packages():
-    """What an error tells the user to install is on the index, or in the clone."""
+    """Packages that errors tell users to install are on the index, or in the clone."""
     pins = (ROOT / "constraints.txt").read_text().lower().replace("_", "-")
     hints = [
         (path, hint)

@@ -18,11 +18,11 @@ class Show:
     """Print the tables of one suite, or its runs beside those of another directory."""
 
     suite: str = "main"
-    """Which suite."""
+    """Suite whose runs are shown."""
     root: Path = ROOT
     """Directory of all results."""
     reference_suite: str = "main"
-    """Where AdamW is taken from, if the suite has none."""
+    """Suite with the runs of AdamW, if the suite shown has none."""
     against: Path | None = None
     """Another root: each run beside the same run of the same suite there."""
 

@@ -100,10 +100,10 @@ def compact_natural_gradient(
     dominant directions, which are near the eigenvectors of A. The matrix acts on the update and not
     on the gradient, because Adam undoes any scaling of the directions of its input. Adam divides a
     direction by about the root of its Fisher entry, and p = −1/2 divides by the root again, which
-    makes a natural gradient. The update
-    keeps its norm, so that the inner optimizer still determines the step size. If columns are
-    projected, the factor acts from the right; if both sides are projected, there is one factor for
-    each with p / 2, as in Shampoo; and so on for Tucker.
+    makes a natural gradient. The update keeps its norm, so that the inner optimizer still
+    determines the step size. If columns are projected, the factor acts from the right; if both
+    sides are projected, there is one factor for each with p / 2, as in Shampoo; and so on for
+    Tucker.
 
     With ``cautious`` entries of :math:`\tilde N` whose sign differs from the same entry of R are
     set to zero, and the others divided by their share in the matrix (at least 0.05): momentum does
