@@ -316,6 +316,7 @@ def test_the_recipe_is_what_users_get(tmp_path):
     [
         (["--method", "sgd"], "method must be one of adamw"),
         (["--method", "adamw@rank=3"], "adamw has no argument 'rank'"),
+        (["--method", "adamw@"], "adamw has no argument ''"),
         (["--method", "galore@method=magic"], "galore@method=magic: "),
         (["--method", "adamw", "--corpus", "tales"], "corpus must be one of sotu"),
         (["--method", "adamw", "--accumulate", "3"], "accumulate must divide the 2 rows"),

@@ -227,13 +227,13 @@ def choose(text: str) -> Chosen:
     Raises:
       ConfigError: if there is no such method, or it has no such argument.
     """
-    name, _, changes = text.partition("@")
+    name, at, changes = text.partition("@")
     known_methods = {**METHODS, **VARIANTS}
     if name not in known_methods:
         raise ConfigError(f"method must be one of {', '.join(known_methods)}; got {name!r}")
     method, chosen = known_methods[name], {}
     known = inspect.signature(method.factory).parameters
-    for item in filter(None, changes.split(",")):
+    for item in changes.split(",") if at else ():
         key, _, value = item.partition("=")
         if key not in known or key == "learning_rate":
             raise ConfigError(f"{name} has no argument {key!r}; it has {', '.join(known)}")

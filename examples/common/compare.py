@@ -172,7 +172,7 @@ def train(
         done = checkpoints.resume_point(identity, run_dir, resume=resume)
         write_json(run_dir / "config.json", identity)
         (run_dir / OPTIONS).write_text(options, encoding="utf-8")
-        loggers = make_loggers(log_to, run_dir, identity, done)
+        loggers = make_loggers(log_to, run_dir, identity)
         with MetricsLog(run_dir / "metrics.jsonl", loggers=loggers) as log:
             log.rewind(done)
             if done and not of_kind(log.records, "train"):

@@ -17,8 +17,13 @@ WANDB_ID = "wandb_id.txt"
 class Logger(Protocol):
     """Receives every record of the metrics."""
 
+    def rewind(self, step: int) -> None:
+        """Later steps are run again, or for the first time. Called before the first record."""
+
     def write(self, record: Json) -> None: ...
-    def close(self) -> None: ...
+
+    def close(self, failed: bool) -> None:
+        """Nothing comes after it; `failed` if the run diverged or ended with an error."""
 
 
 def check_loggers(names: Sequence[LoggerName]) -> None:
@@ -27,15 +32,13 @@ def check_loggers(names: Sequence[LoggerName]) -> None:
         _package(name)
 
 
-def make_loggers(
-    names: Sequence[LoggerName], run_dir: Path, config: Json, step: int
-) -> list[Logger]:
-    """The loggers of a run that goes on after `step`.
+def make_loggers(names: Sequence[LoggerName], run_dir: Path, config: Json) -> list[Logger]:
+    """The loggers of a run.
 
     Raises:
       ConfigError: if the package of one is missing, or Weights & Biases does not start.
     """
-    return [_LOGGERS[name](run_dir, config, step) for name in names]
+    return [_LOGGERS[name](run_dir, config) for name in names]
 
 
 def scalars(record: Json) -> dict[str, float]:
@@ -51,24 +54,37 @@ def scalars(record: Json) -> dict[str, float]:
 class _TensorBoard:
     """Event files in RUN/tensorboard."""
 
-    def __init__(self, run_dir: Path, config: Json, step: int):
-        package = _package("tensorboard")
-        # What an earlier start recorded of steps that are run again is not shown.
-        directory = str(run_dir / "tensorboard")
-        self._writer = package.SummaryWriter(directory, purge_step=step + 1 if step else 0)
+    def __init__(self, run_dir: Path, config: Json):
+        self._package = _package("tensorboard")
+        self._directory = str(run_dir / "tensorboard")
+        self._writer: Any = None
+        self._files = 0
+
+    def rewind(self, step: int) -> None:
+        if self._writer is not None:
+            self._writer.close()
+        # What was recorded of steps that are run again is not shown. Files of one second have
+        # one name but for their suffix.
+        self._files += 1
+        self._writer = self._package.SummaryWriter(
+            self._directory,
+            purge_step=step + 1 if step else 0,
+            filename_suffix=f".{self._files}",
+        )
 
     def write(self, record: Json) -> None:
         for name, value in scalars(record).items():
             self._writer.add_scalar(name, value, record["step"])
 
-    def close(self) -> None:
-        self._writer.close()
+    def close(self, failed: bool) -> None:
+        if self._writer is not None:
+            self._writer.close()
 
 
 class _Wandb:
     """A run of Weights & Biases; WANDB_PROJECT and WANDB_MODE=offline act as always."""
 
-    def __init__(self, run_dir: Path, config: Json, step: int):
+    def __init__(self, run_dir: Path, config: Json):
         package = _package("wandb")
         path = run_dir / WANDB_ID
         if not path.exists():
@@ -88,15 +104,18 @@ class _Wandb:
         # Its own counter refuses steps that are run again after a rollback or a resume.
         self._run.define_metric("*", step_metric="step")
 
+    def rewind(self, step: int) -> None:
+        """Steps that are run again are drawn a second time."""
+
     def write(self, record: Json) -> None:
         self._run.log({**scalars(record), "step": record["step"]})
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
 
 
 _PACKAGES: dict[LoggerName, str] = {"tensorboard": "tensorboardX", "wandb": "wandb"}
-_LOGGERS: dict[LoggerName, Callable[[Path, Json, int], Logger]] = {
+_LOGGERS: dict[LoggerName, Callable[[Path, Json], Logger]] = {
     "tensorboard": _TensorBoard,
     "wandb": _Wandb,
 }

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import statistics
 import time
 from collections import deque
@@ -22,6 +23,7 @@ class MetricsLog:
         """Reads what an earlier run recorded in `path`; `rewind` opens it for more."""
         self._loggers = loggers
         self.records: list[Record] = [] if path is None else read_metrics(path)
+        self.failed = False  # Set when the run has diverged.
         self._path = path
         self._file: TextIO | None = None
 
@@ -34,6 +36,8 @@ class MetricsLog:
         self.records = [
             r for r in self.records if r["step"] <= step or (r["step"] == step + 1 and knows(r))
         ]
+        for logger in self._loggers:
+            logger.rewind(step)
         if self._path is not None:
             self._close_file()
             replace_text(self._path, "".join(_line(r) for r in self.records))
@@ -56,7 +60,7 @@ class MetricsLog:
 
     def close(self) -> None:
         for logger in self._loggers:
-            logger.close()
+            logger.close(self.failed)
         self._close_file()
 
     def _close_file(self) -> None:
@@ -66,20 +70,22 @@ class MetricsLog:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *more: object) -> None:
+        self.failed |= error is not None
         self.close()
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """Records of a metrics file; a last line that was cut off in writing is left out."""
+    """Records of a metrics file, null as NaN; a last line that was cut off is left out."""
     if not path.exists():
         return []
     records = []
     for line in path.read_text(errors="replace", encoding="utf-8").splitlines():
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
             break
+        records.append({k: math.nan if v is None else v for k, v in record.items()})
     return records
 
 
@@ -89,7 +95,9 @@ def of_kind(records: list[Record], kind: str) -> list[Record]:
 
 
 def _line(record: Record) -> str:
-    return json.dumps(record) + "\n"
+    # JSON has no NaN and no infinity, which the losses of a run that diverges are.
+    lost = {k: None for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)}
+    return json.dumps(record | lost, allow_nan=False) + "\n"
 
 
 class Clock:

@@ -30,7 +30,7 @@ from examples.llama.memory.peak import RunMemory, describe, observed_peak
 from examples.llama.memory.step_memory import StepMemory, check_batch, of_compiled
 from examples.llama.model.adapters import make_linear
 from examples.llama.result import Result as Result
-from examples.llama.resume import prepare, recounted, resume_point
+from examples.llama.resume import check_resume, prepare, recounted
 from examples.llama.run_config import RunConfig
 from examples.llama.training.build import first_state, make_step, on_the_host, placed_state
 from examples.llama.training.evaluate import make_eval_step, mean_nll, perplexity
@@ -104,14 +104,13 @@ def train(
         with Checkpoints(
             run_dir / CHECKPOINTS, keep=output.keep, keep_best=output.keep_best
         ) as checkpoints:
-            done = resume_point(checkpoints, run_dir, config, identity, reporter)
+            check_resume(checkpoints, run_dir, config, identity, reporter)
             log = MetricsLog()
             if devices.leads:
                 write_json(run_dir / "config.json", config.to_dict())
                 save_text_tokenizer(splits.tokenizer, splits.end_of_text, run_dir)
                 (run_dir / OPTIONS).write_text(options, encoding="utf-8")
-                step = done // config.accumulate
-                loggers = make_loggers(output.log_to, run_dir, config.to_dict(), step)
+                loggers = make_loggers(output.log_to, run_dir, config.to_dict())
                 log = MetricsLog(run_dir / "metrics.jsonl", loggers=loggers)
             with log:
                 with reporter.during(STARTING):
@@ -189,6 +188,7 @@ class _Run:
                 if result.finished:
                     self._evaluate("test", result.steps, should_stop)
                     result = dataclasses.replace(result, interrupted=self.interrupted)
+                self.log.failed = result.diverged_at is not None
         finally:
             self.reporter.stop()
         return result

@@ -57,14 +57,14 @@ def prepare(run_dir: Path, config: RunConfig, identity: dict[str, Any], reporter
         renumber(checkpoints, config.accumulate)
 
 
-def resume_point(
+def check_resume(
     checkpoints: Checkpoints,
     run_dir: Path,
     config: RunConfig,
     identity: dict[str, Any],
     reporter: Reporter,
-) -> int:
-    """Batches that a run in `run_dir` has trained on.
+) -> None:
+    """Says where a run in `run_dir` goes on, and with what changes.
 
     Raises:
       ConfigError: if there are checkpoints and the run is not to be resumed, or settings differ
@@ -80,7 +80,6 @@ def resume_point(
             reporter.note(f"{run_dir} has no checkpoint yet: starting at the first step")
         else:
             reporter.note(", ".join([f"resuming after step {step}", *changed]))
-    return done
 
 
 def _check_steps(run_dir: Path, step: int, config: RunConfig) -> None:

@@ -31,7 +31,7 @@ GLUE = {
     "mnli": (
         "index\tgenre\tsentence1\tsentence2",
         "0\tx\ta\tb",
-        ["MNLI-m.tsv", "MNLI-mm.tsv"],
+        ["AX.tsv", "MNLI-m.tsv", "MNLI-mm.tsv"],
         ["contradiction", "contradiction"],
     ),
     "qnli": ("index\tquestion\tsentence", "0\ta\tb", ["QNLI.tsv"], ["not_entailment"] * 2),
@@ -49,11 +49,11 @@ def _rows(task):
 def test_official_files(tmp_path, name):
     header, line, files, written = GLUE[name]
     task = TASKS[name]
-    ends = ("_matched", "_mismatched") if name == "mnli" else ("",)
-    for end in ends:
-        (tmp_path / f"test{end}.tsv").write_text(f"{header}\n{line}\n{line}\n")
+    splits = ["test_matched", "test_mismatched", "diagnostic"] if name == "mnli" else ["test"]
+    for split in splits:
+        (tmp_path / f"{split}.tsv").write_text(f"{header}\n{line}\n{line}\n")
     found = read_predicted(task, tmp_path, _rows(task))
-    assert list(found) == [f"test{end}" for end in ends]
+    assert list(found) == splits
     expected = Row("a", None if task.json.second is None else "b", 0)
     assert all(rows == [expected, expected] for rows in found.values())
 
@@ -86,6 +86,25 @@ def test_the_hub_has_labels_of_minus_one(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", library)
     rows = read_predicted(TASKS["sst2"], None, _rows(TASKS["sst2"]))
     assert rows == {"test": [Row("a", None, 0), Row("b", None, 0)]}
+
+
+def test_the_diagnostic_rows_may_be_missing_from_files_and_are_a_data_set_of_the_hub(
+    tmp_path, monkeypatch
+):
+    task, record = TASKS["mnli"], {"premise": "a", "hypothesis": "b", "label": -1}
+    of_mnli = {"test_matched": [record], "test_mismatched": 2 * [record]}
+    parts = {"mnli": of_mnli, "ax": {"test": [record]}}
+    library = types.SimpleNamespace(load_dataset=lambda _, part: parts[part])
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    found = read_predicted(task, None, _rows(task))
+    assert {split: len(rows) for split, rows in found.items()} == {
+        "test_matched": 1,
+        "test_mismatched": 2,
+        "diagnostic": 1,
+    }
+    for end in ("matched", "mismatched"):
+        (tmp_path / f"test_{end}.tsv").write_text("sentence1\tsentence2\na\tb\n")
+    assert list(read_predicted(task, tmp_path, _rows(task))) == ["test_matched", "test_mismatched"]
 
 
 @pytest.mark.parametrize(

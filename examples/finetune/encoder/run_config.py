@@ -32,8 +32,8 @@ class OutputConfig(compare.OutputConfig):
     """Write the fine-tuned model, as transformers reads it."""
     predict: bool = False
     """Write predictions for the test rows, in GLUE's files for submission: test.tsv, test.jsonl
-    or test.csv in --data (mnli: test_matched, test_mismatched), or the hub's. Labels are not
-    needed."""
+    or test.csv in --data (mnli: test_matched, test_mismatched and, where it is there, diagnostic
+    for AX), or the hub's. Labels are not needed."""
 
 
 @dataclass(frozen=True)

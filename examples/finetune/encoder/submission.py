@@ -13,7 +13,7 @@ from examples.finetune.encoder.data import Task
 def write_submission(
     task: Task, labels: tuple[str, ...], predictions: dict[str, np.ndarray], directory: Path
 ) -> None:
-    """Write one file for each split of `task.predicted`, with the columns index and prediction.
+    """Write the file of each split of `predictions`, with the columns index and prediction.
 
     Args:
       task: names the files.
@@ -23,11 +23,12 @@ def write_submission(
       directory: is made if it is missing.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    for split, name in zip(task.predicted, task.submission, strict=True):
+    for split, values in predictions.items():
         lines = ["index\tprediction"]
-        for i, value in enumerate(predictions[split]):
+        for i, value in enumerate(values):
             lines.append(f"{i}\t{_written(task, labels, value)}")
-        (directory / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        path = directory / task.submission[split]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _written(task: Task, labels: tuple[str, ...], value: float) -> str:

@@ -39,8 +39,8 @@ from natgalore_jax._src.states.tree_checks import (
     check_stored,
     check_type,
     flatten_like,
-    update_dtypes,
     with_dtypes_of,
+    with_update_dtypes,
 )
 from natgalore_jax._src.subspace.subspace import init_low_rank
 
@@ -234,8 +234,7 @@ def scale_by_alice(
         )
         columns = merged(found, out, new_mus, new_nus, tracked, residual_energy, norms)
         out, mu, nu, *fields = map(treedef.unflatten, columns)
-        dtypes = treedef.unflatten(update_dtypes(updates, params))
-        return jax.tree.map(jnp.astype, out, dtypes), ScaleByAliceState(
+        return with_update_dtypes(out, updates, params), ScaleByAliceState(
             with_dtypes_of(state.adam, inner._replace(mu=mu, nu=nu)),
             treedef.unflatten(bases),
             *fields,

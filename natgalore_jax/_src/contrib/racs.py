@@ -33,8 +33,8 @@ from natgalore_jax._src.states.tree_checks import (
     check_stored,
     check_type,
     form_in,
-    update_dtypes,
     with_dtypes_of,
+    with_update_dtypes,
 )
 
 
@@ -185,9 +185,8 @@ def scale_by_racs(
             (decay, scale, norm_growth_limit),
         )
         out, *fields = map(treedef.unflatten, merged(found, out, q, s, norms))
-        dtypes = treedef.unflatten(update_dtypes(updates, params))
         adam_state = with_dtypes_of(state.adam, adam_state)
-        return jax.tree.map(jnp.astype, out, dtypes), ScaleByRacsState(adam_state, *fields)
+        return with_update_dtypes(out, updates, params), ScaleByRacsState(adam_state, *fields)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

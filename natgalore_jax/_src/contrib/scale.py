@@ -24,8 +24,8 @@ from natgalore_jax._src.states.tree_checks import (
     check_type,
     form_in,
     sees_parts,
-    update_dtypes,
     with_dtypes_of,
+    with_update_dtypes,
 )
 
 NORMS = ("rms", "l2")
@@ -176,8 +176,8 @@ def scale_by_column_norms(
                 out[i] = _normalised(plan.unnamed, norm, eps, momenta[i]).astype(G[i].dtype)
             else:
                 out[i] = _normalised(plan.unnamed, norm, eps, G[i])
-        out = map(jnp.astype, out, update_dtypes(updates, params))
-        return treedef.unflatten(out), ScaleByColumnNormsState(
+        out = with_update_dtypes(treedef.unflatten(out), updates, params)
+        return out, ScaleByColumnNormsState(
             with_dtypes_of(state.adam, adam_state), treedef.unflatten(momenta)
         )
 

@@ -49,7 +49,7 @@ from natgalore_jax._src.states.tree_checks import (
     check_type,
     flatten_like,
     sees_parts,
-    update_dtypes,
+    with_update_dtypes,
 )
 
 
@@ -242,9 +242,7 @@ def quantize_state(
             for n, (value, x) in enumerate(zip(values, stored, strict=True))
         ]
         codes, new_scales = merged(found, plain, scales)
-        new, new_treedef = jax.tree.flatten(new)
-        new = [u.astype(t) for u, t in zip(new, update_dtypes(updates, params), strict=True)]
-        return new_treedef.unflatten(new), QuantizedState(
+        return with_update_dtypes(new, updates, params), QuantizedState(
             optax.safe_increment(state.count),
             treedef.unflatten(codes),
             treedef.unflatten(new_scales),

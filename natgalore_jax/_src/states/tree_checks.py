@@ -90,6 +90,12 @@ def update_dtypes(updates: Any, params: Any) -> list[Any]:
     return [jnp.result_type(g, w) for g, w in zip(leaves, params, strict=True)]
 
 
+def with_update_dtypes(out: Any, updates: Any, params: Any) -> Any:
+    """The leaves of ``out`` in the dtypes that Optax gives to these updates."""
+    leaves, treedef = jax.tree.flatten(out)
+    return treedef.unflatten(map(jnp.astype, leaves, update_dtypes(updates, params)))
+
+
 def check_params(updates: Any, params: Any) -> None:
     """Check that the updates have the structure and the shapes of the parameters."""
     params = flatten_like(updates, params, "the parameters")

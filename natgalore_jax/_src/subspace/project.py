@@ -1,6 +1,7 @@
 """Projection of gradients into a low-rank subspace."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -182,9 +183,13 @@ def low_rank_project(
         )
     rank = int(rank) if not isinstance(rank, (tuple, list)) else tuple(int(r) for r in rank)
 
-    # Transformations are tuples of functions: with shared functions two of them would compare equal
-    # and jax.jit would confuse them as static arguments. Each gets functions of its own.
-    tx = LowRankProject(*(functools.partial(_outside_of_chain) for _ in range(2)))
+    tx = LowRankProject(
+        *only_in_chain(
+            "low_rank_project changes the shapes of the updates, so that transformations after it "
+            "must be initialised inside the subspace: use natgalore_jax.chain(low_rank_project("
+            "...), ...) instead of optax.chain or of the bare transformation"
+        )
+    )
     tx.plan = PlanSettings(rank, where, axes, side)
     tx.refresh = RefreshSettings(
         int(update_interval), method, transition, stagger is not False, int(seed)
@@ -193,13 +198,16 @@ def low_rank_project(
     return tx
 
 
-def _outside_of_chain(*args: Any, **kwargs: Any) -> Any:
-    del args, kwargs
-    raise ValueError(
-        "low_rank_project changes the shapes of the updates, so that transformations after it must "
-        "be initialised inside the subspace: use natgalore_jax.chain(low_rank_project(...), ...) "
-        "instead of optax.chain or of the bare transformation"
-    )
+def only_in_chain(message: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Functions init and update of a transformation that does nothing outside of ``chain``."""
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        del args, kwargs
+        raise ValueError(message)
+
+    # Transformations are tuples of functions: with shared functions two of them would compare equal
+    # and jax.jit would confuse them as static arguments. Each gets functions of its own.
+    return functools.partial(refuse), functools.partial(refuse)
 
 
 @kernel("plan", "dtype", inline=False)

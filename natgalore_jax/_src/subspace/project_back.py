@@ -1,6 +1,5 @@
 """Projection of updates back to full shape, with or without a residual."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, get_args
 
@@ -26,6 +25,7 @@ from natgalore_jax._src.params.placement import zeros_on_axes
 from natgalore_jax._src.params.plan import LeafPlan
 from natgalore_jax._src.states.entries import Part, StateType, register_type
 from natgalore_jax._src.states.tree_checks import Form, check_form, check_type, form_of
+from natgalore_jax._src.subspace.project import only_in_chain
 
 NORM_GROWTH_LIMIT, RESIDUAL_DECAY = 1.01, 0.9
 
@@ -165,23 +165,19 @@ def project_back(
         check_unused("residual_scale", residual_scale, None, "without a residual")
     if residual == "none" or RULES[residual].memory is None:
         check_unused("residual_decay", residual_decay, None, 'without residual="fisher"')
-    # As in low_rank_project, transformations with shared functions would compare equal.
-    tx = ProjectBack(*(functools.partial(_outside_of_chain) for _ in range(2)))
+    tx = ProjectBack(
+        *only_in_chain(
+            "project_back closes a subspace and there is none here: use it in natgalore_jax.chain "
+            "after low_rank_project or natural_galore, itself and not inside another "
+            "transformation such as optax.inject_hyperparams"
+        )
+    )
     tx.scale, tx.residual, tx.singular_limit = scale, None, singular_limit
     if residual != "none":
         sigma = RULES[residual].scale if residual_scale is None else residual_scale
         decay = RESIDUAL_DECAY if residual_decay is None else residual_decay
         tx.residual = Residual(residual, sigma, decay, norm_growth_limit)
     return tx
-
-
-def _outside_of_chain(*args: Any, **kwargs: Any) -> Any:
-    del args, kwargs
-    raise ValueError(
-        "project_back closes a subspace and there is none here: use it in natgalore_jax.chain "
-        "after low_rank_project or natural_galore, itself and not inside another transformation "
-        "such as optax.inject_hyperparams"
-    )
 
 
 @own_arithmetic

@@ -40,6 +40,6 @@ def read_predicted(task: Task, data: Path | None, rows: Rows) -> dict[str, list[
       DataError: see `read_rows`; for files that are missing.
     """
     if task.name == "movie-snippets":
-        return {name: rows.splits[name] for name in task.predicted}
+        return {name: rows.splits[name] for name in task.submission}
     raw = read_hub_unlabelled(task) if data is None else read_unlabelled(task, data)
     return unlabelled(task, raw, rows.splits["train"][0].second is not None)

@@ -21,6 +21,7 @@ _STEMS = {
     "test": ("test",),
     "test_matched": ("test_matched",),
     "test_mismatched": ("test_mismatched",),
+    "diagnostic": ("diagnostic", "AX"),
 }
 _SUFFIXES = (".tsv", ".jsonl", ".csv")
 T = TypeVar("T")
@@ -58,7 +59,9 @@ def read_unlabelled(task: Task, directory: Path) -> dict[str, list[RawRow]]:
         the file is a row of the submission.
     """
     found = {}
-    for split in task.predicted:
+    for split in task.submission:
+        if split == task.diagnostic and not _there(directory, split):
+            continue
         path, others = _find(directory, split), _Found([], {})
         found[split] = list(_READERS[path.suffix](task, path, others, labelled=False))
         if others.malformed:
@@ -67,15 +70,22 @@ def read_unlabelled(task: Task, directory: Path) -> dict[str, list[RawRow]]:
     return found
 
 
+def _names(split: str) -> list[str]:
+    return [stem + end for stem in _STEMS[split] for end in _SUFFIXES]
+
+
+def _there(directory: Path, split: str) -> list[Path]:
+    return [directory / name for name in _names(split) if (directory / name).exists()]
+
+
 def _find(directory: Path, split: str) -> Path:
-    candidates = [directory / (stem + end) for stem in _STEMS[split] for end in _SUFFIXES]
-    found = [path for path in candidates if path.exists()]
+    found = _there(directory, split)
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
         raise DataError(f"{directory}: the {split} split must be one file, got {names}")
     if found:
         return found[0]
-    names = ", ".join(path.name for path in candidates)
+    names = ", ".join(_names(split))
     raise DataError(f"{directory}: the {split} split is missing (none of {names})")
 
 

@@ -7,6 +7,8 @@ from examples.finetune.encoder.data.rows import RawRow, Rows, from_mapping, make
 from examples.finetune.encoder.data.tasks import Task
 
 NAME = "nyu-mll/glue"
+# Of splits that are data sets of their own: its name, and the split of it.
+_ELSEWHERE = {"diagnostic": ("ax", "test")}
 
 
 def read_hub(task: Task, name: str = NAME) -> Rows:
@@ -16,34 +18,36 @@ def read_hub(task: Task, name: str = NAME) -> Rows:
 
 def read_hub_unlabelled(task: Task, name: str = NAME) -> dict[str, list[RawRow]]:
     """The splits to predict; their labels, -1 in GLUE, are not looked at."""
-    return _read(task, name, task.predicted, False)
+    return _read(task, name, tuple(task.submission), False)
 
 
 def _read(
     task: Task, name: str, wanted: tuple[str, ...], labelled: bool
 ) -> dict[str, list[RawRow]]:
-    splits = _load(task, name)
+    loaded: dict[str, Any] = {}
     raw = {}
     for split in wanted:
-        if split not in splits:
-            raise DataError(f"{name}: no split {split!r}; it has {', '.join(map(str, splits))}")
+        part, at = _ELSEWHERE.get(split, (task.name, split))
+        splits = loaded[part] = loaded[part] if part in loaded else _load(part, name)
+        if at not in splits:
+            raise DataError(f"{name}: no split {at!r}; it has {', '.join(map(str, splits))}")
         raw[split] = [
             from_mapping(record, task.json, f"{name}: {split} row {number}", False, labelled)
-            for number, record in enumerate(splits[split], start=1)
+            for number, record in enumerate(splits[at], start=1)
         ]
     return raw
 
 
-def _load(task: Task, name: str) -> Any:
+def _load(part: str, name: str) -> Any:
     hint = "give the files with --data DIRECTORY"
     try:
         import datasets
     except ImportError as error:
         raise DataError(
-            f"{task.name}: {hint}, or install the datasets library: python -m pip install datasets"
+            f"{part}: {hint}, or install the datasets library: python -m pip install datasets"
         ) from error
     try:
-        return datasets.load_dataset(name, task.name)
+        return datasets.load_dataset(name, part)
     # Anything from no network to a malformed card, of a dozen types: the message is what counts.
     except Exception as error:
         raise DataError(f"{name}: cannot be read ({with_type(error)}); {hint}") from error

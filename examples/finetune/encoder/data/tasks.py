@@ -1,6 +1,7 @@
 """What a task is: its sentences, its labels, its files and its metrics."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import NamedTuple
 
 
@@ -33,10 +34,12 @@ class Task:
     """Splits that are evaluated after every epoch."""
     test: tuple[str, ...] = ()
     """Splits with labels that are evaluated at the end."""
-    predicted: tuple[str, ...] = ("test",)
-    """Splits whose labels --predict writes."""
-    submission: tuple[str, ...] = ("predictions.tsv",)
-    """The file for each of them, by GLUE's name where GLUE asks for it."""
+    submission: Mapping[str, str] = dataclasses.field(
+        default_factory=lambda: {"test": "predictions.tsv"}
+    )
+    """Splits whose labels --predict writes, and the file of each, by GLUE's name."""
+    diagnostic: str | None = None
+    """The one of these splits that --data may leave out: no rows of the task itself."""
     submits_names: bool = True
     """Whether these files name the classes; else they number them from 0 on."""
     header: bool = True
@@ -82,7 +85,7 @@ TASKS: dict[str, Task] = {
             "cola",
             ("unacceptable", "acceptable"),
             ("matthews",),
-            submission=("CoLA.tsv",),
+            submission={"test": "CoLA.tsv"},
             submits_names=False,
             header=False,
             tsv_order=("source", "label", "mark", "sentence"),
@@ -91,7 +94,7 @@ TASKS: dict[str, Task] = {
             "sst2",
             ("negative", "positive"),
             ("accuracy",),
-            submission=("SST-2.tsv",),
+            submission={"test": "SST-2.tsv"},
             submits_names=False,
         ),
         _pair(
@@ -101,7 +104,7 @@ TASKS: dict[str, Task] = {
             ("not_equivalent", "equivalent"),
             _BINARY_F1,
             tsv=Columns("#1 String", "#2 String", "Quality"),
-            submission=("MRPC.tsv",),
+            submission={"test": "MRPC.tsv"},
             submits_names=False,
         ),
         _pair(
@@ -111,7 +114,7 @@ TASKS: dict[str, Task] = {
             None,
             ("pearson", "spearman"),
             tsv=Columns("sentence1", "sentence2", "score"),
-            submission=("STS-B.tsv",),
+            submission={"test": "STS-B.tsv"},
             regression=True,
             range=(0.0, 5.0),
         ),
@@ -122,7 +125,7 @@ TASKS: dict[str, Task] = {
             ("not_duplicate", "duplicate"),
             _BINARY_F1,
             tsv=Columns("question1", "question2", "is_duplicate"),
-            submission=("QQP.tsv",),
+            submission={"test": "QQP.tsv"},
             submits_names=False,
             malformed_rows=True,
         ),
@@ -134,12 +137,30 @@ TASKS: dict[str, Task] = {
             ("accuracy",),
             tsv=Columns("sentence1", "sentence2", "gold_label"),
             validation=("validation_matched", "validation_mismatched"),
-            predicted=("test_matched", "test_mismatched"),
-            submission=("MNLI-m.tsv", "MNLI-mm.tsv"),
+            submission={
+                "test_matched": "MNLI-m.tsv",
+                "test_mismatched": "MNLI-mm.tsv",
+                "diagnostic": "AX.tsv",
+            },
+            diagnostic="diagnostic",
             unnamed_columns=True,
         ),
-        _pair("qnli", "question", "sentence", _ENTAILMENT, ("accuracy",), submission=("QNLI.tsv",)),
-        _pair("rte", "sentence1", "sentence2", _ENTAILMENT, ("accuracy",), submission=("RTE.tsv",)),
+        _pair(
+            "qnli",
+            "question",
+            "sentence",
+            _ENTAILMENT,
+            ("accuracy",),
+            submission={"test": "QNLI.tsv"},
+        ),
+        _pair(
+            "rte",
+            "sentence1",
+            "sentence2",
+            _ENTAILMENT,
+            ("accuracy",),
+            submission={"test": "RTE.tsv"},
+        ),
         # The user's own rows: {"sentence1": ..., "sentence2": ..., "label": ...}, where sentence2
         # may be missing from all of them.
         _pair("own", "sentence1", "sentence2", None, ("accuracy",)),
