@@ -15,7 +15,7 @@ from benchmarks.pretraining.show import Show, show
 from benchmarks.pretraining.step_times import file_of
 from benchmarks.pretraining.summary import Point, separated, steps_to, summarise
 from benchmarks.pretraining.sweep import Sweep, runs
-from benchmarks.pretraining.tables import course, label, losses, tuning, verdicts
+from benchmarks.pretraining.tables import label, losses, tuning, verdicts
 from benchmarks.pretraining.tuning import Rates, tuned_rates
 from examples.common.errors import ConfigError
 
@@ -131,14 +131,6 @@ def test_table():
     worse = losses(summarise(worse), "nano", ["adamw"])
     (line,) = [line for line in worse.splitlines() if "0.1 × 4" in line]
     assert "not reached" in line and "100 % | 100 %" not in line
-
-
-def test_losses_along_the_run():
-    rows = summarise([*ADAMW, result("galore", curve=(6.0, 5.0, None))])["nano", "sotu"].values()
-    lines = course(rows, shares=(0.1, 0.6, 1.0)).splitlines()
-    assert lines[0] == "| after | 10 % | 60 % | 100 % |"
-    # The points are at 100, 200 and 300 of 300 steps; what diverged has no curve.
-    assert lines[2:] == ["| AdamW | 6.100 | 5.100 | 4.200 |"]
 
 
 def test_runs_that_differ_are_not_put_into_one_table():

@@ -1,7 +1,7 @@
 """The results as Markdown: tables, and the generated pages."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from benchmarks.common.markdown import PLUS_MINUS, table
 from benchmarks.pretraining.methods import CHANGES, METHODS, place
@@ -12,14 +12,12 @@ from benchmarks.pretraining.tuning import Rates, Tuned
 NOT_RUN = "not run"
 Groups = Mapping[Group, Mapping[tuple[str, Rates], Row]]
 
-COURSE = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)  # of a run
-
 
 def losses(
     groups: Groups,
     preset: str,
     methods: Iterable[str],
-    seconds: Seconds = {},  # noqa: B006  (never changed)
+    seconds: Seconds | None = None,
     *,
     brief: bool = False,
 ) -> str:
@@ -27,7 +25,7 @@ def losses(
 
     ``brief`` leaves out rates, steps and times.
     """
-    of_step = seconds.get(preset, {})
+    of_step = {} if seconds is None else seconds.get(preset, {})
     corpora = sorted(corpus for p, corpus in groups if p == preset)
     rows = {corpus: list(groups[preset, corpus].values()) for corpus in corpora}
     seeds = max(len(r.seeds) for of_corpus in rows.values() for r in of_corpus)
@@ -59,18 +57,6 @@ def losses(
         )
     kept = [0, *range(2, 4 + len(corpora))] if brief else range(len(header))
     return table([header[i] for i in kept], ([line[i] for i in kept] for line in lines))
-
-
-def course(rows: Iterable[Row], shares: Sequence[float] = COURSE) -> str:
-    """Mean validation losses along the run, at shares of its steps."""
-    lines = []
-    for row in rows:
-        if row.curve:
-            losses = {point.step: point.loss for point in row.curve}
-            nearest = [min(losses, key=lambda s: abs(s - share * row.steps)) for share in shares]
-            cells = (f"{losses[step]:.3f}" for step in nearest)
-            lines.append([label(row.method), *cells])
-    return table(["after", *(f"{100 * s:.0f} %" for s in shares)], lines)
 
 
 def verdicts(rows: Iterable[Row]) -> list[str]:
@@ -216,8 +202,6 @@ def long_page(
         parts += _losses(groups, preset, METHODS, seconds)
         for corpus in sorted(c for p, c in groups if p == preset):
             rows = groups[preset, corpus].values()
-            parts.append(f"Validation loss along the run on {corpus}, mean over seeds:")
-            parts.append(course(rows))
             lines = verdicts(rows)
             if lines:
                 parts.append(
