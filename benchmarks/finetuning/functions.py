@@ -1,7 +1,7 @@
 """Function calling: AdamW, LoRA, GaLore and Natural GaLore, tuned by the same number of runs.
 
 ``python -m benchmarks.finetuning.functions sweep`` makes all runs and continues after a stop; each
-run is `make functions` with another method, rate and seed.
+run is `make functions` with another method, rate and seed; ``--preset nested`` takes NESTFUL.
 """
 
 import shutil
@@ -24,7 +24,7 @@ from examples.finetune.planner.evaluate import Evaluator
 from examples.finetune.planner.loop import train
 from examples.finetune.planner.methods import MethodName
 from examples.finetune.planner.prepare import prepare
-from examples.finetune.planner.run_config import RunConfig, preset_config
+from examples.finetune.planner.run_config import PresetName, RunConfig, preset_config
 from examples.finetune.planner.untrained import evaluate_untrained
 
 # As many rates for each method. Low-rank updates have fewer dimensions and need higher rates.
@@ -44,14 +44,16 @@ _COLUMNS = (
 class Common(grids.Suite):
     """Options common to all runs of a suite."""
 
+    preset: PresetName = "small"
+    """Records, prompts and steps, as in examples.finetune.planner."""
     model: str = "smollm2-135m-instruct"
     """The model, as in examples.finetune.planner."""
     data: Path | None = None
     """Files of the data set, as in examples.finetune.planner."""
     limit: int | None = None
-    """Train on so many records; by default as in `make functions`."""
+    """Train on so many records; by default as in the preset."""
     eval_limit: int | None = None
-    """Validate and test on so many records; by default as in `make functions`."""
+    """Validate and test on so many records; by default as in the preset."""
     root: Path = RESULTS / "function_calling"
     """Directory of all suites."""
     work: Path = Path(".cache/function_calling")
@@ -73,7 +75,7 @@ class Run(Common, grids.RunOptions):
 
     def config(self) -> RunConfig:
         """The configuration of the program."""
-        config = preset_config("small")
+        config = preset_config(self.preset)
         return replace(
             config,
             model=self.model,

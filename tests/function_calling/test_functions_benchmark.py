@@ -21,7 +21,7 @@ from benchmarks.finetuning.grids import TUNE_SEED, best_rates, is_done
 from examples.common.errors import ConfigError
 from examples.finetune.planner.methods import MethodConfig
 from examples.finetune.planner.prompts import PromptConfig
-from examples.finetune.planner.run_config import RunConfig
+from examples.finetune.planner.run_config import RunConfig, preset_config
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -41,6 +41,18 @@ def record_of(run, loss, success=0.5):
         "seconds": 90.0,
         "wall_seconds": 1.0,
     }
+
+
+@pytest.mark.parametrize(("preset", "dataset"), [("small", "bfcl"), ("nested", "nestful")])
+def test_a_run_has_the_records_and_steps_of_its_preset(preset, dataset):
+    assert Run().preset == "small"
+    found = Run(preset=preset, method="lora", learning_rate=1e-3, seed=2).config()
+    asked = preset_config(preset)
+    assert asked.dataset == dataset
+    own = {"seed", "method", "output"}
+    values = [{k: v for k, v in vars(config).items() if k not in own} for config in (found, asked)]
+    assert values[0] == values[1]
+    assert (found.seed, found.method.learning_rate, found.output.resume) == (2, 1e-3, True)
 
 
 def test_one_run_at_tiny_size(tmp_path, monkeypatch):

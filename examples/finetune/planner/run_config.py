@@ -13,23 +13,34 @@ from examples.finetune.planner.datasets import DATASETS
 from examples.finetune.planner.methods import MethodConfig, MethodName
 from examples.finetune.planner.prompts import PromptConfig
 
-# "small" is `make functions`: one call a plan, short prompts, an epoch that two cores can train.
+# Short prompts, and an epoch that two cores can train.
+_SHORT: dict[str, Any] = {
+    "methods": ("natural-galore",),
+    "epochs": 1,
+    "batch_size": 4,
+    "accumulate": 1,
+    "buckets": 2,
+    "eval_limit": 48,
+    "eval_batch_size": 16,
+}
+# "small" is `make functions`, one call a plan; the calls of "nested" take each other's results.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "small": {
+    "small": _SHORT
+    | {
         "dataset": "bfcl",
         "parts": ("simple_python", "multiple"),
-        "methods": ("natural-galore",),
-        "epochs": 1,
-        "batch_size": 4,
-        "accumulate": 1,
         "max_length": 320,
-        "buckets": 2,
         "limit": 240,
-        "eval_limit": 48,
-        "eval_batch_size": 16,
         "new_tokens": 80,
         "prompt": PromptConfig(examples=0, brief=True),
+    },
+    "nested": _SHORT
+    | {
+        "dataset": "nestful",
+        "max_length": 640,
+        "new_tokens": 256,
+        "prompt": PromptConfig(examples=0, negatives=0, brief=True),
     },
 }
 
@@ -65,7 +76,8 @@ class RunConfig:
     """
 
     preset: PresetName = "default"
-    """"small" is `make functions`; every other option overrides a part of it."""
+    """"small" is `make functions`, "nested" as short a run on NESTFUL; every other option overrides
+    a part of it."""
     dataset: DatasetName = "nestful"
     """Data set, of a package unless --data is given."""
     data: Path | None = None
