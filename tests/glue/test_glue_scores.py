@@ -1,6 +1,7 @@
 """Metrics, the schedule and published protocols on known values."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -91,6 +92,14 @@ def test_labels_that_a_float32_would_round_off_are_refused():
     ):
         unit_of(TASKS["own-regression"], rows)
     assert unit_of(TASKS["own-regression"], rows[:1]) == Unit(1.7e9, 1.0)
+
+
+def test_more_classes_than_rows_of_each_are_classes_still():
+    rows = [Row(f"word{i}", None, i) for i in range(30)]
+    rows = Rows(tuple(map(str, range(30))), {"train": rows, "validation": rows})
+    with warnings.catch_warnings(action="error"):
+        found = baseline_scores(TASKS["own"], rows)
+    assert found == {"validation": {"accuracy": 1.0}}
 
 
 def test_many_rows_have_no_baseline(monkeypatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import tiny_run as tiny
 
 from examples.common.errors import DataError
 from examples.llama.data import DataConfig, load_splits, splits
-from examples.llama.data.corpus import load_corpus
+from examples.llama.data.corpus import load_corpus, load_documents
 from examples.llama.data.tokenizer import plain_text, train_tokenizer
 
 
@@ -122,3 +123,15 @@ def test_damaged_entry_is_named(config):
     (entry / "train.npy").write_bytes(b"")
     with pytest.raises(DataError, match=f"{entry}: damaged cache entry, delete it"):
         load_splits(config)
+
+
+def test_a_file_that_is_named_twice_is_named_in_a_warning(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.txt").write_text("two")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "b.txt")
+    once = DataConfig(data=(str(tmp_path / "a.txt"), str(tmp_path / "b.txt")))
+    with warnings.catch_warnings(action="error"):
+        assert sorted(load_documents(once)) == ["one", "two"]
+    with pytest.warns(UserWarning, match=r"b\.txt is named 3 times, and read as often"):
+        found = load_documents(DataConfig(data=(str(tmp_path), str(tmp_path / "b.txt"))))
+    assert sorted(found) == ["one", "two", "two", "two"]

@@ -1,5 +1,7 @@
 """Baseline without a language model: logistic regression on tf-idf."""
 
+import warnings
+
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -31,7 +33,11 @@ def baseline_scores(task: Task, rows: Rows) -> dict[str, dict[str, float]] | Non
     features = {name: words.transform(map(_text, rows.splits[name])) for name in task.held_out}
 
     def fit(strength: float) -> dict[str, dict[str, float]]:
-        model = LogisticRegression(C=strength, max_iter=1000).fit(x, labels["train"])
+        model = LogisticRegression(C=strength, max_iter=1000)
+        with warnings.catch_warnings():
+            # That many classes might be numbers: here they are classes.
+            warnings.filterwarnings("ignore", "The number of unique classes")
+            model.fit(x, labels["train"])
         return {
             name: scores(task.metrics, labels[name], model.predict(features[name]))
             for name in task.held_out

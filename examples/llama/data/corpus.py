@@ -1,5 +1,9 @@
 """From the configured sources to documents in three splits."""
 
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,11 +56,18 @@ def _documents(config: DataConfig) -> list[str]:
     try:
         # Each source is looked for before one is read.
         found = [(path, text_files(path)) for source in config.data for path in _paths(source)]
+        _warn_of_repetitions(file for _, files in found for file in files)
         how = {"text_column": config.text_column, "skip_bad_lines": config.skip_bad_lines}
         return [text for path, files in found for text in read_files(files, path, **how)]
     # Directories that may not be listed; what goes wrong inside a file is reported with it.
     except OSError as error:
         raise DataError(f"{error.filename}: {error.strerror}") from error
+
+
+def _warn_of_repetitions(files: Iterable[Path]) -> None:
+    for file, times in Counter(map(os.path.realpath, files)).items():
+        if times > 1:
+            warnings.warn(f"{file} is named {times} times, and read as often", stacklevel=3)
 
 
 def _paths(source: str) -> list[Path]:
