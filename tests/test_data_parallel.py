@@ -12,6 +12,7 @@ from tolerances import LOSSES, PARAMETERS
 
 import natgalore_jax as ng
 from benchmarks.distributed.collectives import exchanged_bytes
+from natgalore_jax._src.refresh import refresh
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -218,6 +219,37 @@ def test_micro_batches_in_16_bits_are_summed_in_32(mesh):
     np.testing.assert_allclose(found["bias"], expected["bias"], rtol=2**-7)
 
 
+def test_matrices_that_had_no_gradient_are_not_summed(mesh, monkeypatch):
+    refreshed, refresh_matrix = [], refresh.refresh_matrix
+
+    def counted(settings, plan, matrix, key, is_first):
+        jax.debug.callback(lambda: refreshed.append(plan.shape))
+        return refresh_matrix(settings, plan, matrix, key, is_first)
+
+    monkeypatch.setattr(refresh, "refresh_matrix", counted)
+    # No other test has these shapes, whose programs could be those without the counter.
+    params = {
+        "used": jnp.ones((9, 21)),
+        "frozen": jnp.ones((9, 22)),
+        "experts": jnp.ones((3, 9, 23)),
+    }
+    tx = ng.galore_adamw(0.01, rank=2, update_interval=100)
+
+    def loss(params, x):
+        frozen = jnp.sum(jax.lax.stop_gradient(params["frozen"]))
+        return (
+            jnp.mean((x @ params["used"]) ** 2) + jnp.mean((x @ params["experts"][1]) ** 2) * frozen
+        )
+
+    step, state = ng.training.data_parallel_step(loss, tx, mesh), tx.init(params)
+    for expected in ({(9, 21), (3, 9, 23)}, set()):
+        params, state, _ = step(params, state, jax.random.normal(jax.random.key(0), (8, 9)))
+        jax.effects_barrier()
+        # Each of the eight devices sums the two matrices that have a gradient, once.
+        assert set(refreshed) == expected and len(refreshed) == 8 * len(expected)
+        refreshed.clear()
+
+
 def compiled_bytes(mesh, micro_batches):
     tx = OPTIMIZERS["galore"]()
     step = ng.training.data_parallel_step(loss, tx, mesh, micro_batches=micro_batches)
@@ -246,8 +278,9 @@ def test_bytes_of_the_compiled_program(mesh):
     found = compiled_bytes(mesh, 1)
     # Every step: R of five matrices, 4 × 48 each, the bias, and the loss.
     assert found.always == 4 * (5 * RANK * N + M + 1)
-    # The loop over due layers has one whole matrix at a time; there are three kinds of leaves.
-    assert found.sometimes == 4 * 3 * M * N
+    # The loop over due layers has one whole matrix at a time; there are three kinds of leaves. Of
+    # each of the five matrices a flag says whether it has a gradient for its first refresh.
+    assert found.sometimes == 4 * (3 * M * N + 5)
 
 
 def test_errors(mesh):

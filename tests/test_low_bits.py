@@ -13,7 +13,7 @@ from oracles import linear_codes as oracle
 from replay import through_orbax
 
 import natgalore_jax as ng
-from natgalore_jax._src.kernels.linear_codes import LinearCodes, decode
+from natgalore_jax._src.kernels.linear_codes import LinearCodes, decode, encode
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -150,6 +150,24 @@ def test_what_rounding_leaves_of_a_gradient_is_not_blown_up(dtype):
     updates, _ = jax.jit(tx.update)(grads, tx.init(grads))
     # A residual of its own has a root mean square of one in each column.
     assert float(jnp.max(jnp.sqrt(jnp.mean(jnp.square(updates["w"]), 0)))) < 1.2
+
+
+@pytest.mark.parametrize(("m", "expected"), [(128, 1.2e-3), (2048, 3e-4)])
+def test_energy_of_a_residual_beside_a_stored_basis(m, expected):
+    """``‖g‖² − ‖P̂ᵀg‖²`` is off by 2 (p·g)(δ·g) for each column p of P with the rounding error δ.
+
+    With δ uniform within steps of 3 / (127 √m) that is 2 · 3 / (127 √(12 m)) of ``‖g‖²`` for a g in
+    one column of P.
+    """
+    random = np.random.default_rng(4)
+    P = np.linalg.qr(random.standard_normal((m, 8)))[0]
+    stored = np.asarray(decode(encode(jnp.asarray(P, jnp.float32), 8), P.shape), np.float64)
+    R = stored.T @ P
+    outside = np.linalg.norm(P - stored @ R, axis=0) ** 2
+    error = 1 - np.linalg.norm(R, axis=0) ** 2 - outside
+    rms = np.sqrt(np.mean(error**2))
+    assert expected / 2 < rms < 2 * expected, rms
+    assert np.min(error) < 0 < np.max(error)
 
 
 def test_bytes_from_shapes():

@@ -175,6 +175,8 @@ def _refresh_kind(
     """
     length, layers = len(gradients), plan.layers
     due, stacked = _due(plan, schedule, place, bases), plan.stacked(length)
+    if axis_names:  # Else whole matrices without a gradient would be summed at every step.
+        due = _without_zeros(plan, due, gradients, axis_names)
     in_stack = most_in_stack(gradients[0])
 
     def is_left(carry):
@@ -228,14 +230,7 @@ def _refresh_resharded(
 ):
     """Refresh a group of parameters that are sharded over devices."""
     plan = plans[0]
-    is_due, is_first = _due(plan, schedule, place, bases)
-    started = ~is_first.reshape(len(plans), *plan.batch_shape)
-    first = [
-        first_gradients(G, x, batch=plan.batch, axis_names=axis_names)
-        for G, x in zip(gradients, started, strict=True)
-    ]
-    first = jnp.concatenate([replicated(x).reshape(-1) for x in first])
-    due = Due(jnp.where(is_first, first, is_due), is_first)
+    due = _without_zeros(plan, _due(plan, schedule, place, bases), gradients, axis_names)
     keys = _keys(settings, plan, schedule, place)
     found = refresh_group(settings, plans, axis_names, gradients, bases, basis_states, due, keys)
     return zip(*found, strict=True)
@@ -255,6 +250,19 @@ def _due(plan: LeafPlan, schedule: _Schedule, place: _Place, bases: Sequence[Any
     number = (place.offset + place.start)[:, None] + jnp.arange(plan.layers, dtype=jnp.int32)
     is_within = (number >= schedule.begin) & (number < schedule.end)
     return Due(is_within.reshape(-1) | is_first, is_first)
+
+
+def _without_zeros(
+    plan: LeafPlan, due: Due, gradients: Sequence[jax.Array], axis_names: Names
+) -> Due:
+    """Of the first refreshes those of matrices with a finite, non-zero gradient on any device."""
+    started = ~due.is_first.reshape(len(gradients), *plan.batch_shape)
+    first = [
+        first_gradients(G, x, batch=plan.batch, axis_names=axis_names)
+        for G, x in zip(gradients, started, strict=True)
+    ]
+    first = jnp.concatenate([replicated(x).reshape(-1) for x in first])
+    return due._replace(is_due=jnp.where(due.is_first, first, due.is_due))
 
 
 def _keys(settings, plan, schedule, place):
