@@ -1,6 +1,7 @@
 """Command lines: options to a configuration and to a file of options, errors to exit codes."""
 
 import argparse
+import ast
 import dataclasses
 import functools
 import inspect
@@ -15,6 +16,7 @@ import typing
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
 
 import tyro
@@ -49,6 +51,7 @@ def parse(
       ConfigError: for an argument that is not text.
     """
     argv = _words(argv)
+    _join_lines_of_help(kind)
     if brief is not None:
         if {"-h", "--help"} & set(argv):
             print(brief.strip())
@@ -72,6 +75,35 @@ def _wrapped(text: str) -> str:
     width = min(80, shutil.get_terminal_size().columns)
     how = {"width": width, "initial_indent": "  ", "subsequent_indent": "  "}
     return "\n\n".join(textwrap.fill(" ".join(p.split()), **how) for p in text.split("\n\n"))
+
+
+def _join_lines_of_help(kind: Any) -> None:
+    """Let tyro wrap what stands below the fields of a configuration, and of those inside it.
+
+    From a docstring it takes the line breaks of the source too, from metadata what is there.
+    """
+    inner: list[Any] = [*typing.get_args(kind)]
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        below = dict(itertools.chain(*map(_below_fields, reversed(kind.__mro__[:-1]))))
+        for field in dataclasses.fields(kind):
+            more = {"help": below[field.name]} if field.name in below else {}
+            field.metadata = MappingProxyType({**field.metadata, **more})
+        inner += typing.get_type_hints(kind).values()
+    for hint in inner:
+        _join_lines_of_help(hint)
+
+
+def _below_fields(kind: type) -> Iterator[tuple[str, str]]:
+    """Fields of a class, and the docstrings that stand below them, in one line."""
+    (defined,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    assert isinstance(defined, ast.ClassDef)
+    for pair in itertools.pairwise(defined.body):
+        match pair:
+            case (
+                ast.AnnAssign(target=ast.Name(id=name)),
+                ast.Expr(value=ast.Constant(value=str(text))),
+            ):
+                yield name, " ".join(text.split())
 
 
 def parse_known(kind: type[T], program: str, argv: Sequence[str] | None) -> tuple[T, list[str]]:

@@ -1,5 +1,6 @@
 """The program as users start it: files, exit codes, and errors of one line."""
 
+import itertools
 import json
 import os
 import re
@@ -268,6 +269,19 @@ def test_help_is_a_screen_of_options_that_exist(program, capsys):
     assert len(options - {"--config", "--help-all"}) == 10
     for option in options - {"--help-all"}:
         assert option in whole
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_lines_of_the_whole_help_are_full(program, capsys, monkeypatch):
+    """Its text is wrapped for the terminal, not where the source is."""
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = [line[2:-2].rstrip() for line in help_of(program, "--help-all", capsys).splitlines()]
+    width, pairs = 76, 0
+    for line, following in itertools.pairwise(lines):
+        if line.startswith("      ") and following.startswith("      "):
+            pairs += 1
+            assert len(line) + 1 + len(following.split()[0]) > width, line
+    assert pairs > 10
 
 
 def test_all_of_the_help_names_the_choices(capsys):
