@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 import jax
@@ -10,7 +11,8 @@ import pytest
 from test_memory_budget import abstract_params
 
 import natgalore_jax as ng
-from benchmarks.common.result_files import read_results
+from benchmarks.common.result_files import read_results, read_suite
+from benchmarks.finetuning import grids
 from benchmarks.pretraining.report import fill
 from benchmarks.pretraining.run_spec import ROOT as RUNS
 from benchmarks.pretraining.summary import summarise
@@ -75,6 +77,28 @@ def test_a_step_of_llama_7b():
     lean = "lean-natural-galore@rank=16"
     assert f"{size[lean]} instead of {size['adamw']} with AdamW" in WORDS
     assert f"with weights in 8 bits {size[f'{lean},weight_bits=8']}" in WORDS
+
+
+def test_fine_tuning():
+    of = {"adamw": [], "natural-galore-r8": [], "lora-r8": []}
+    for r in grids.after_tuning(read_suite(RESULTS / "glue", "main")):
+        of[r["method"]].append(r)
+    assert all(len(seeds) >= 8 for seeds in of.values())
+    bytes_of = {method: seeds[0]["optimizer_bytes"] for method, seeds in of.items()}
+    share = bytes_of["natural-galore-r8"] / bytes_of["adamw"]
+    assert f"has AdamW's test accuracy with {100 * share:.1f} % of its state" in WORDS
+    accuracy = {
+        method: {r["seed"]: 100 * r["metrics"]["test"]["accuracy"] for r in seeds}
+        for method, seeds in of.items()
+    }
+    page = " ".join((ROOT / "docs/finetuning.md").read_text().split())
+    ours = accuracy["natural-galore-r8"]
+    below, above = (
+        [sign * (ours[s] - accuracy[other][s]) for s in ours]
+        for sign, other in ((-1, "adamw"), (1, "lora-r8"))
+    )
+    shown = [f"{statistics.mean(d):.1f} ± {statistics.stdev(d):.1f}" for d in (below, above)]
+    assert "it is {} points below AdamW and {} above LoRA".format(*shown) in page
 
 
 def test_rates_that_do_not_carry_over():

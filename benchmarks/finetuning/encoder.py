@@ -171,6 +171,7 @@ def results_table(records: list[Json]) -> str:
     groups = by_method(records)
     of_any = grids.finished(records)[0]
     columns = [(split, name) for split, found in of_any["metrics"].items() for name in found]
+    last = columns[-1][0]
     rows: list[Sequence[str | None]] = []
     for (label, rate), group in groups.items():
         row = [label, grids.rate_cell(group[0]["method"], rate, GRIDS), grids.seeds_cell(group)]
@@ -182,6 +183,10 @@ def results_table(records: list[Json]) -> str:
                     mean_and_spread([100 * r["metrics"][split][name] for r in done], 1)
                     for split, name in columns
                 ),
+                # Older results have no losses.
+                mean_and_spread([r["losses"][last] for r in done], 3)
+                if all("losses" in r for r in done)
+                else None,
                 f"{statistics.median(r['seconds'] for r in done) / 60:.1f}",
             ]
         rows.append(row)
@@ -189,7 +194,16 @@ def results_table(records: list[Json]) -> str:
         found = (f"{100 * of_any['baseline'][split][name]:.1f}" for split, name in columns)
         rows.append(["tf-idf, logistic", *[None] * 4, *found])
     titles = [f"{split} {name}" for split, name in columns]
-    header = ["", "learning rate", "seeds", "trained", "state, MiB", *titles, "minutes"]
+    header = [
+        "",
+        "learning rate",
+        "seeds",
+        "trained",
+        "state, MiB",
+        *titles,
+        f"{last} loss",
+        "minutes",
+    ]
     return table(header, rows)
 
 

@@ -93,6 +93,7 @@ def result(method, seed, accuracy, state):
         "diverged": False,
         "metric": "accuracy",
         "metrics": {"validation": {"accuracy": 0.5}, "test": {"accuracy": accuracy}},
+        "losses": {"validation": 0.25, "test": 0.125},
         "trained_parameters": 1000,
         "optimizer_bytes": state,
         "seconds": 90.0,
@@ -115,9 +116,11 @@ def test_the_table_and_what_is_asked():
         result("natural-galore-r8", 1, 0.8995, 2**20),
     ]
     lines = results_table(records).splitlines()
-    spread = "50.0 ± 0.0 | 90.2 ± 0.3".replace(" ± ", PLUS_MINUS)
+    spread = "50.0 ± 0.0 | 90.2 ± 0.3 | 0.125 ± 0.000".replace(" ± ", PLUS_MINUS)
     assert f"| adamw | 2e-05 | 2 | 1,000 | 8.00 | {spread} | 1.5 |" in lines
-    assert "| tf-idf, logistic | | | | | 40.0 | 45.0 | |" in lines
+    assert "| tf-idf, logistic | | | | | 40.0 | 45.0 | | |" in lines
+    del records[0]["losses"]  # As in results of before.
+    assert f"{spread[:-16]} | | 1.5 |" in results_table(records)
     found = {
         t["name"].partition(": ")[2]: (round(t["value"], 3), t["met"]) for t in targets(records)
     }
@@ -143,7 +146,7 @@ def test_seeds_that_diverged_are_counted():
     assert any(
         line.startswith("| lora, rank 8 | 0.001 | 2, 1 diverged | 1,000 |") for line in lines
     )
-    assert "| lora, rank 4 | 0.001 | 1, 1 diverged | | | | | |" in lines
+    assert "| lora, rank 4 | 0.001 | 1, 1 diverged | | | | | | |" in lines
     above = next(t for t in targets(records) if "above lora" in t["name"])
     assert above["value"] == pytest.approx(40.0)  # A seed that diverged has no point.
 
