@@ -17,8 +17,6 @@ from examples.finetune.planner.prompts import PromptConfig
 _SHORT: dict[str, Any] = {
     "methods": ("natural-galore",),
     "epochs": 1,
-    "batch_size": 4,
-    "accumulate": 1,
     "buckets": 2,
     "eval_limit": 48,
     "eval_batch_size": 16,
@@ -30,6 +28,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     | {
         "dataset": "bfcl",
         "parts": ("simple_python", "multiple"),
+        "batch_size": 4,
+        "accumulate": 1,
         "max_length": 320,
         "limit": 240,
         "new_tokens": 80,
@@ -38,6 +38,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "nested": _SHORT
     | {
         "dataset": "nestful",
+        "batch_size": 2,
+        "accumulate": 2,
         "max_length": 640,
         "new_tokens": 256,
         "prompt": PromptConfig(examples=0, negatives=0, brief=True),
