@@ -42,14 +42,27 @@ def installed(tmp_path, *variables) -> list[str]:
     return re.findall(r"-e '\.(.*)'", made.stdout)
 
 
+@pytest.mark.parametrize(
+    ("output", "code", "is_there"),
+    [
+        ("GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-1)", 0, True),
+        ("Unable to determine the device handle for GPU 0000:01:00.0: GPU is lost", 15, False),
+        ("Unable to determine the device handle for GPU 0000:01:00.0\nGPU 1: H100", 15, True),
+        ("No devices were found: is there a GPU?", 0, False),
+    ],
+)
+def test_make_and_programs_agree_on_a_gpu(nvidia_smi, tmp_path, output, code, is_there):
+    nvidia_smi(output, code)
+    assert (installed(tmp_path, f"TPU_FILES={tmp_path}/accel*")[0] == "[cuda]") == is_there
+    assert (accelerators.unused_accelerator() is not None) == is_there
+
+
 def test_make_installs_jax_for_what_is_there(nvidia_smi, tmp_path):
     no_tpu = f"TPU_FILES={tmp_path}/accel*"
     assert installed(tmp_path, no_tpu) == ["", "[examples,hub]", "[dev]"]
     nvidia_smi("GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-1)")
     assert installed(tmp_path, no_tpu)[0] == "[cuda]"
     assert installed(tmp_path, no_tpu, "DEVICE=cpu")[0] == ""
-    nvidia_smi("Unable to determine the device handle for GPU 0000:01:00.0: GPU is lost", 15)
-    assert installed(tmp_path, no_tpu)[0] == ""
     nvidia_smi("no devices were found", 6)
     (tmp_path / "accel0").touch()
     assert installed(tmp_path, no_tpu)[0] == "[tpu]"

@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -102,10 +103,11 @@ def _idle_devices(used: int | None) -> str | None:
 
 
 def _has_gpu() -> bool:
+    """As in the Makefile: a GPU is listed, whatever became of others."""
     if shutil.which("nvidia-smi") is None:
         return False
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return False
-    return listed.returncode == 0 and "GPU" in listed.stdout
+    return re.search(r"^GPU \d", listed.stdout, re.M) is not None
