@@ -77,6 +77,7 @@ def _wrapped(text: str) -> str:
     return "\n\n".join(textwrap.fill(" ".join(p.split()), **how) for p in text.split("\n\n"))
 
 
+@functools.cache  # A plan parses a configuration for each of its candidates.
 def _join_lines_of_help(kind: Any) -> None:
     """Let tyro wrap what stands below the fields of a configuration, and of those inside it.
 
@@ -108,6 +109,7 @@ def _below_fields(kind: type) -> Iterator[tuple[str, str]]:
 
 def parse_known(kind: type[T], program: str, argv: Sequence[str] | None) -> tuple[T, list[str]]:
     """As :func:`parse`, and the arguments that are no options of this configuration."""
+    _join_lines_of_help(kind)
     found, others = tyro.cli(
         kind, prog=f"python -m {program}", args=_words(argv), return_unknown_args=True
     )
