@@ -193,17 +193,8 @@ def results_table(records: list[Json]) -> str:
     if of_any["baseline"] is not None:
         found = (f"{100 * of_any['baseline'][split][name]:.1f}" for split, name in columns)
         rows.append(["tf-idf, logistic", *[None] * 4, *found])
-    titles = [f"{split} {name}" for split, name in columns]
-    header = [
-        "",
-        "learning rate",
-        "seeds",
-        "trained",
-        "state, MiB",
-        *titles,
-        f"{last} loss",
-        "minutes",
-    ]
+    titles = [*(f"{split} {name}" for split, name in columns), f"{last} loss"]
+    header = ["", "learning rate", "seeds", "trained", "state, MiB", *titles, "minutes"]
     return table(header, rows)
 
 

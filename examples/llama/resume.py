@@ -64,7 +64,7 @@ def check_resume(
     identity: dict[str, Any],
     reporter: Reporter,
 ) -> None:
-    """Says where a run in `run_dir` goes on, and with what changes.
+    """Check that a run in `run_dir` may start or go on, and say where and with what changes.
 
     Raises:
       ConfigError: if there are checkpoints and the run is not to be resumed, or settings differ

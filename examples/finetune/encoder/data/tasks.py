@@ -1,4 +1,4 @@
-"""What a task is: its sentences, its labels, its files and its metrics."""
+"""Tasks: their sentences, labels, files and metrics."""
 
 import dataclasses
 from collections.abc import Mapping
