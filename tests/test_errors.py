@@ -199,6 +199,7 @@ def test_what_is_said_though_it_holds_anyway_is_accepted():
         ({"where": everything}, ValueError, "b: a matrix needs at least two axes, got shape (8,)"),
         ({"where": lambda path, leaf: False}, ValueError, "block/w (6, 8)"),
         ({"rank": 6}, ValueError, "where selects no parameter to project at rank 6"),
+        ({"rank": (2, 2, 2)}, ValueError, "The default rule takes parameters with 3 or more axes"),
         ({"where": {"block": {"w": 1}, "b": False}}, TypeError, "where must be True or False"),
         ({"where": {"block": True}}, ValueError, "where is not a prefix of the tree of parameters"),
         ({"axes": {"block": None}}, ValueError, "axes is not a prefix of the tree of parameters"),

@@ -155,12 +155,12 @@ def test_in_place_keeps_the_shardings_of_a_state_on_automatic_axes():
     state = jax.tree.map(lambda x: jax.device_put(x, rows) if x.ndim else x, tx.init(w))
 
     @functools.partial(ng.training.in_place, number=2)
-    def step(w, state):
-        updates, state = tx.update(w, state, w)
+    def step(w, state, factor):
+        updates, state = tx.update(factor * w, state, w)
         return optax.apply_updates(w, updates), state, jnp.sum(w)
 
     for _ in range(2):
-        w, state, _ = step(w, state)
+        w, state, _ = step(w, state, factor=2.0)
         assert (w.sharding, state[0].mu.sharding) == (everywhere, rows)
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from per_layer_model import D, F, batches, embed, head, init_params, layer
+from per_layer_model import D, F, L, batches, embed, head, init_params, layer
 
 import natgalore_jax as ng
 
@@ -81,6 +81,24 @@ def test_an_optimizer_that_treats_one_layer_otherwise_is_refused():
     tx = ng.galore_adamw(0.1, rank=4, where=where)
     with pytest.raises(ValueError, match=r"one layer differently from the stack.*layers/up"):
         ng.training.per_layer(tx, embed, layer, head).init(init_params())
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        ng.natural_galore_adamw(0.1, rank=2),  # projects it
+        ng.natural_galore_adamw(0.1, rank=4),  # clips it
+        optax.chain(optax.scale_by_adam(), ng.clip_leading_singular_value()),
+        ng.contrib.scale_sgd(0.1),
+        ng.contrib.racs_adamw(0.1),
+    ],
+    ids=["projected", "clipped", "clipped outside", "scale", "racs"],
+)
+def test_vectors_whose_stack_counts_as_one_matrix_are_refused(tx):
+    params = init_params()
+    params["layers"]["v"] = jnp.ones((L, D))  # no name of a vector
+    with pytest.raises(ValueError, match=r"layers/v: axis 0 of \(\d+, \d+\), the layer axis"):
+        ng.training.per_layer(tx, embed, layer, head).init(params)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import argparse
 import ast
 import dataclasses
+import difflib
 import functools
 import inspect
 import io
@@ -153,8 +154,9 @@ def expand(
     given, words = parser.parse_known_args(argv)
     if None in given.config:
         raise ConfigError("--config needs a file of options")
-    types: dict[str, Any] = {word.removeprefix("--"): bool for word in shorthands}
+    types: dict[str, Any] = {}
     if kind is not None:
+        types = {word.removeprefix("--"): bool for word in shorthands}
         types |= {name: hint for name, _, hint in _leaves(kind)}
     words = [word for path in given.config for word in _from_file(path, types)] + words
     return [new for word in words for new in shorthands.get(word, [word])]
@@ -189,11 +191,18 @@ def _from_file(path: Path, types: Mapping[str, Any]) -> list[str]:
             f"{path}: expected a line for each option, such as `model.layers: 4`; {OPTIONS} of a "
             "run has them all"
         )
-    return [
-        word
-        for name, value in pairs
-        for word in _words_of(path, name.value, value, types.get(name.value.replace("_", "-"), Any))
-    ]
+    words, seen = [], set()
+    for name, value in pairs:
+        where = _place(path, name.value, name)
+        option = name.value.replace("_", "-")
+        if option in seen:
+            raise ConfigError(f"{where}: this option is there twice")
+        if types and option not in types:
+            near = difflib.get_close_matches(option, types, n=1)
+            raise ConfigError(f"{where}: no such option{''.join(f'; {x} is one' for x in near)}")
+        seen.add(option)
+        words += _words_of(path, name.value, value, types.get(option, Any))
+    return words
 
 
 def _is_value(node: Any) -> bool:
@@ -201,12 +210,16 @@ def _is_value(node: Any) -> bool:
     return all(isinstance(inner, yaml.ScalarNode) for inner in nodes)
 
 
+def _place(path: Path, name: str, node: yaml.Node) -> str:
+    return f"{path}: line {node.start_mark.line + 1}: {name}"
+
+
 def _words_of(path: Path, name: str, node: Any, hint: Any) -> list[str]:
     """An option of a file as words of the command line; `hint` is its type."""
     kinds = {hint, *typing.get_args(hint)}
 
     def text_of(scalar: yaml.ScalarNode, has_none: bool) -> str:
-        where, text = f"{path}: line {scalar.start_mark.line + 1}: {name}", scalar.value
+        where, text = _place(path, name, scalar), scalar.value
         if scalar.tag == _NULL:
             if not has_none:
                 raise ConfigError(f"{where}: null, expected a value")
@@ -220,6 +233,8 @@ def _words_of(path: Path, name: str, node: Any, hint: Any) -> list[str]:
         return text
 
     if isinstance(node, yaml.SequenceNode):
+        if hint is not Any and not any(typing.get_origin(kind) is tuple for kind in kinds):
+            raise ConfigError(f"{_place(path, name, node)}: a list, expected one value")
         items = [text_of(item, False) for item in node.value]
         return [f"--{name}={items[0]}"] if len(items) == 1 else [f"--{name}", *items]
     text = text_of(node, hint is Any or type(None) in kinds)

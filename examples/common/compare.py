@@ -332,7 +332,8 @@ def compare(
     for method in methods:
         result = train(method)
         if not result.finished or should_stop():
-            console.print(f"{method}: stopped at step {result.steps}, saved; {GO_ON}")
+            text = f"{method}: stopped at step {result.steps}, saved; {GO_ON}"
+            console.print(text, soft_wrap=True)  # To be copied as one line.
             return None
         results.append(result)
     return results

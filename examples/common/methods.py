@@ -39,7 +39,8 @@ class MethodConfig:
     side: Literal["short", "long", "left", "right", "both"] | None = None
     """Low-rank: which side of a matrix is projected."""
     moment_bits: Literal[8] | None = None
-    """Galore and natural-galore: store Adam's moments in 8 bits; None is the weights' dtype."""
+    """Galore, fira and natural-galore: store Adam's moments in 8 bits; None is the weights'
+    dtype."""
 
     def __post_init__(self) -> None:
         check_range(self, f"[1, {INT32})", "rank", "update_interval")

@@ -1,6 +1,7 @@
 """Progress on the terminal: a bar, or lines where there is no terminal."""
 
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -207,6 +208,7 @@ def make_reporter(
 ) -> Reporter:
     """The reporter of a program; `brief` describes records beside a bar, which has less room."""
     if quiet:
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax says how long a save takes.
         return Reporter()
     if console.is_terminal:
         return Bar(console, brief or describe)

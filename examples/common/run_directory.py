@@ -19,6 +19,8 @@ except ImportError:  # Not on Windows.
 
 CHECKPOINTS = "checkpoints"
 """Directory of a run, or of one of its methods, with the checkpoints."""
+UNTRAINED = "untrained.json"
+"""File of a comparison that has evaluated the model, and may have trained nothing yet."""
 
 
 def check_name(name: str | None) -> None:
@@ -137,13 +139,14 @@ def _held(run_dir: Path, overwrite: bool, has_parts: bool) -> Iterator[None]:
     with _locked(run_dir):
         runs = {*run_dir.rglob(CHECKPOINTS)}
         own = runs & {*(_of_parts(run_dir) if has_parts else [run_dir / CHECKPOINTS])}
-        if overwrite and own and runs > own:
-            other = min(runs - own).parent
-            raise ConfigError(f"--overwrite would delete {other} too: use another --name")
-        if overwrite and not own and any(run_dir.iterdir()):
+        is_run = bool(own) or (has_parts and (run_dir / UNTRAINED).exists())
+        if overwrite and not is_run and any(run_dir.iterdir()):
             raise ConfigError(
                 f"--overwrite deletes a run, and {run_dir} is none: use another --name"
             )
+        if overwrite and runs > own:
+            other = min(runs - own).parent
+            raise ConfigError(f"--overwrite would delete {other} too: use another --name")
         yield
 
 

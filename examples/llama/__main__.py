@@ -138,7 +138,7 @@ def run(config: RunConfig, console: Console) -> int:
     # By a signal, which another process may have got, or which came after the last batch.
     if not result.finished or stop():
         if leads:
-            console.print(f"stopped at step {result.steps}, saved; {GO_ON}")
+            console.print(f"stopped at step {result.steps}, saved; {GO_ON}", soft_wrap=True)
         return stop.exit_code
     if leads:
         _write_results(result, run_dir, console, reporter)

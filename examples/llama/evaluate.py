@@ -94,6 +94,10 @@ def evaluate(config: EvaluateConfig) -> Record:
       DataError: if the text cannot be read.
       WeightsError: if the weights cannot.
     """
+    if not config.data:
+        raise ConfigError(
+            f"--data is empty, and the model {config.model}: name the model before --data"
+        )
     data, seq_len = _settings(config)
     documents = (
         load_documents(data) if config.split == "all" else getattr(load_corpus(data), config.split)

@@ -8,6 +8,9 @@ from examples.common.errors import WeightsError, with_type
 from examples.pretrained.packages import PACKAGES, locate_package
 
 GGUF = ".gguf"
+CONFIG = "config.json"
+METHOD_MODEL = "model"
+"""Directory of the model in the run of one method of a comparison."""
 
 
 def locate_model(name: str, files: Sequence[str]) -> Path:
@@ -53,3 +56,19 @@ def locate_model(name: str, files: Sequence[str]) -> Path:
         raise WeightsError(
             f"{name}: no such directory, and the hub cannot be read ({with_type(error)})"
         ) from error
+
+
+def model_of_method(path: Path) -> Path:
+    """The model in the run of one method, or what `path` is otherwise.
+
+    Raises:
+      WeightsError: for a comparison of methods.
+    """
+    if (path / METHOD_MODEL / CONFIG).exists():
+        return path / METHOD_MODEL
+    methods = sorted(p.parent for p in path.glob(f"*/{METHOD_MODEL}") if p.is_dir())
+    if methods and not (path / CONFIG).exists():
+        raise WeightsError(
+            f"{path}: a comparison of methods: name one of {', '.join(map(str, methods))}"
+        )
+    return path

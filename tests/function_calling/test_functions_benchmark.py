@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import tiny_planner as tiny
 
-from benchmarks.common.result_files import write
+from benchmarks.common.result_files import read_suite, write
 from benchmarks.finetuning.functions import (
     COMPARISON,
     GRIDS,
@@ -102,6 +103,23 @@ def test_a_sweep_tunes_all_methods_by_as_many_runs_and_goes_on(tmp_path, monkeyp
     assert made[len(tuning) :] == final
     assert COMPARISON.run(sweep) == 0 and len(made) == len(tuning + final)  # Nothing is left to do.
     assert len(runs(sweep)) == len(made)
+
+
+def test_the_page_has_the_plans_of_several_calls():
+    page = (Path(__file__).parents[2] / "docs" / "pretrained.md").read_text()
+    names = {
+        "adamw": "AdamW",
+        "lora": "LoRA, rank 32",
+        "galore": "GaLore, rank 32",
+        "natural-galore": "Natural GaLore, rank 32",
+    }
+    records = read_suite(Run().root, "nested")
+    assert {r["method"] for r in records} == set(names)
+    for r in records:
+        validation, test = r["validation"]["metrics"], r["test"]["metrics"]
+        shares = validation["success"], test["success"], test["aware_success"]
+        row = [names[r["method"]], *(f"{100 * share:.1f} %" for share in shares)]
+        assert f"| {' | '.join(row)} | {r['test']['loss']:.3f} |" in page
 
 
 def test_what_cannot_be_swept():

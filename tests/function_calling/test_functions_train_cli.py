@@ -148,7 +148,11 @@ def test_a_plan_with_an_unknown_tool(command, directory, tmp_path, capsys):
     path = tmp_path / "records.json"
     path.write_text(json.dumps(records))
     assert main([*command, "--quiet", "--data", str(path)]) == 1
-    assert_one_line(capsys, f"{path}: 'r3': call 1: unknown tool fly")
+    message = "'r3': call 1: unknown tool fly: --skip-unusable leaves out such records"
+    assert_one_line(capsys, f"{path}: {message}")
+    path.write_text(json.dumps({"r1": records["r1"]}))
+    assert main([*command, "--quiet", "--data", str(path)]) == 1
+    assert_one_line(capsys, "by their tools: give more records, or a larger --held-out")
 
 
 def test_a_verdict_says_what_is_wrong(directory):

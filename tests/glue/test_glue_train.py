@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import natgalore_jax as ng
 from examples.common.checkpoints import kept
-from examples.common.errors import CheckpointError, ConfigError
+from examples.common.errors import CheckpointError, ConfigError, WeightsError
 from examples.common.lora import add_adapters, merge_adapters, union
 from examples.common.metrics import of_kind
 from examples.common.train_state import init_state
@@ -275,6 +276,18 @@ def test_empty_rows_of_a_batch_count_nothing(files):
     assert float(metrics["loss"]) == pytest.approx(float(same["loss"]), abs=1e-6)
     assert float(metrics["loss"]) != pytest.approx(float(others["loss"]), abs=1e-4)
     np.testing.assert_allclose(empty.params, ignored.params, rtol=0, atol=1e-6)
+
+
+def test_a_method_of_a_comparison_is_a_model(files, tmp_path):
+    method = tmp_path / "adamw"
+    shutil.copytree(files[0], method / "model")
+    (method / "config.json").write_text("{}")  # Of the run.
+    assert (
+        prepare(dataclasses.replace(config(files), model=str(method))).pretrained.directory
+        == method / "model"
+    )
+    with pytest.raises(WeightsError, match=f"a comparison of methods: name one of {method}$"):
+        prepare(dataclasses.replace(config(files), model=str(tmp_path)))
 
 
 def test_a_regression(files, tmp_path):

@@ -312,6 +312,7 @@ def test_errors_are_one_line(finished, places, capsys):
         (sample, [run, "--samples=0"], "samples must be at least 1 and less than inf, got 0"),
         (sample, [run, f"--seed={2**64}"], "seed must be at least 0 and less than 2147483648, got"),
         (command(finished, "evaluate")[0], [run, "--data=no.txt"], "no.txt: no such file"),
+        (command(finished, "evaluate")[0], ["--data", run], "name the model before --data"),
         (command(finished, "evaluate")[0], [run, places[0], "--seq-len=999"], "max_length=128"),
         (command(finished, "export")[0], [str(ROOT), "--to=nowhere"], "neither a run"),
     ):

@@ -19,8 +19,9 @@ from command_lines import assert_one_line
 
 from examples.common import cli
 from examples.common.checkpoints import Checkpoints
+from examples.common.errors import ConfigError
 from examples.common.metrics import of_kind, read_metrics
-from examples.common.run_directory import run_directory
+from examples.common.run_directory import CHECKPOINTS, UNTRAINED, run_directory
 from examples.finetune.encoder import __main__ as encoder
 from examples.finetune.planner import __main__ as planner
 from examples.llama import __main__ as llama, sample
@@ -168,6 +169,22 @@ def test_resume_and_overwrite(arguments, tmp_path, capsys, monkeypatch):
     assert [path.name for path in metrics.parent.parent.iterdir()] == ["test"]
     assert metrics.parent.is_symlink() and not list(tmp_path.glob(".elsewhere*"))
     assert read_metrics(metrics)[0]["loss"] != first[0]["loss"]
+
+
+def test_a_comparison_that_has_trained_nothing_is_overwritten(tmp_path):
+    run = tmp_path / "run"
+    other = run / "part" / "other" / CHECKPOINTS
+    other.mkdir(parents=True)
+    (run / UNTRAINED).write_text("{}")
+    with (
+        pytest.raises(ConfigError, match=r"--overwrite would delete .*other too"),
+        run_directory(run, True, has_parts=True),
+    ):
+        pass
+    other.rmdir()
+    with run_directory(run, True, has_parts=True) as started:
+        started()
+    assert list(tmp_path.rglob("*")) == [run]
 
 
 @pytest.mark.parametrize(

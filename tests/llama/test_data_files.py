@@ -151,6 +151,17 @@ def test_parquet(tmp_path):
         load_corpus_of(file, text_column="content")
     with pytest.raises(DataError, match='column "id" has int64, expected string'):
         load_corpus_of(file, text_column="id")
+    categories = arrow.array(["one", None, "two", "one"]).dictionary_encode()
+    parquet.write_table(arrow.table({"text": categories}), file)
+    with pytest.warns(UserWarning, match="1 of 4 rows skipped"):
+        assert load_corpus_of(file) == ["one", "two", "one"]
+
+
+def test_options_of_streamed_data_sets_are_said_to_be_of_no_use(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("one")
+    with pytest.warns(UserWarning, match="--max-documents is for a streamed data set: all is read"):
+        assert load_corpus_of(file, max_documents=1) == ["one"]
 
 
 def test_parquet_of_other_writers(tmp_path):

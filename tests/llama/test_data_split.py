@@ -38,6 +38,20 @@ def test_duplicates_stay_on_one_side():
     assert not train & validation and not train & test and not validation & test
 
 
+def test_a_frequent_document_trains():
+    """Nine tenths of a log, say: held out, it would leave a tenth to train on."""
+    documents = ["GET /health 200"] * 900 + _documents(100)
+    for seed in range(40):
+        train, validation, test = split_documents(documents, seed)
+        assert train.count(documents[0]) == 900
+        assert len(validation) == len(test) == 5
+
+
+def test_a_text_of_copies_alone_is_too_short():
+    with pytest.raises(DataError, match="copies of each at most a twentieth of the text; got 0"):
+        split_documents(_documents(3) * 20, 0)
+
+
 @pytest.mark.parametrize(
     ("separator", "cut"),
     [("\n\n", r"\n\n\Z"), ("\n", r"\n\Z"), (" ", r" \Z"), ("", r"\Z")],

@@ -52,7 +52,8 @@ class MethodConfig(methods.MethodConfig):
     learning_rates = LEARNING_RATES
 
     moment_bits: Literal[8] | None = 8
-    """Galore and natural-galore: store Adam's moments in 8 bits; None is the weights' dtype."""
+    """Galore, fira and natural-galore: store Adam's moments in 8 bits; None is the weights'
+    dtype."""
     targets: tuple[str, ...] = ("query", "key", "value", "intermediate.dense", "output.dense")
     """Matrices that are projected or adapted, by the end of their names in PyTorch."""
     project_head: bool = True

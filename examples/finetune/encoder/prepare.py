@@ -25,7 +25,7 @@ from examples.finetune.encoder.data.encode import Encoded, encode, read_tokenize
 from examples.finetune.encoder.methods import check_methods
 from examples.finetune.encoder.run_config import RunConfig
 from examples.finetune.encoder.weights import FILES, Pretrained, load_model
-from examples.pretrained import locate_model
+from examples.pretrained import locate_model, model_of_method
 
 
 class Prepared(NamedTuple):
@@ -87,7 +87,7 @@ def prepare(config: RunConfig) -> Prepared:
     if config.output.overwrite:
         check_apart(config.run_dir, "--model", config.model)
     task = TASKS[config.task]
-    directory = locate_model(config.model, FILES)
+    directory = model_of_method(locate_model(config.model, FILES))
     known, _ = read_config(directory, 1)  # The number of classes is one of the rows.
     if config.max_length > known.max_length:
         raise ConfigError(

@@ -60,8 +60,8 @@ class RunConfig:
     model: str = "minilm"
     """A directory in the Hugging Face layout, a name on the hub, or minilm."""
     new_head: bool = False
-    """Start from a random head although the model has one: one for classes of other names or of
-    another number is refused."""
+    """Start from a random head, of a BERT with its pooler, although the model has one: one for
+    classes of other names or of another number is refused."""
     epochs: int = 3
     """Passes over the rows."""
     batch_size: int = 32

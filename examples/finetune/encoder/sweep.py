@@ -61,7 +61,7 @@ def sweep(
     for method, rate in ((method, rate) for method in config.methods for rate in rates):
         outcome = Outcome(method, rate, None)
         if should_stop():
-            console.print(f"stopped before {outcome.name}; {GO_ON}")
+            console.print(f"stopped before {outcome.name}; {GO_ON}", soft_wrap=True)
             return None
         reporter.note(outcome.name)
         at_rate = dataclasses.replace(config.method, learning_rate=rate)
@@ -74,7 +74,8 @@ def sweep(
             reporter.note(str(error))
         else:
             if not result.finished:
-                console.print(f"{outcome.name}: stopped at step {result.steps}, saved; {GO_ON}")
+                text = f"{outcome.name}: stopped at step {result.steps}, saved; {GO_ON}"
+                console.print(text, soft_wrap=True)
                 return None
             outcome = outcome._replace(summary=result.summary())
         outcomes.append(outcome)

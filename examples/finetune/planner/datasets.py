@@ -17,6 +17,7 @@ from examples.finetune.planner.data.bfcl import CATEGORIES
 from examples.finetune.planner.data.make_splits import make_splits
 from examples.finetune.planner.data.nestful import PARTS
 from examples.finetune.planner.data.splits import NAMES, SplitRecords, fingerprint, read_splits
+from examples.finetune.planner.data.tinyagent import UnusableRecord
 
 
 class Source(NamedTuple):
@@ -50,8 +51,9 @@ def load_dataset(name: str, source: Source) -> Dataset:
     empty = [split for split in NAMES if not getattr(found.splits, split)]
     if empty:
         raise DataError(
-            f"{source.path or name}: the {empty[0]} split has no records: "
-            f"{source.held_out:g} of them are held out, by their tools"
+            f"{source.path or name}: the {empty[0]} split has no records: {source.held_out:g} of "
+            "them are held out, by their tools: give more records"
+            + (", or a larger --held-out" if name == "tinyagent" else "")
         )
     return found
 
@@ -87,7 +89,10 @@ def _tinyagent(source: Source) -> Dataset:
         raise ConfigError("tinyagent has no package: --data FILE.json")
     _known(source.parts, ())
     rejected: list[str] = []
-    records = load_tinyagent(source.path, rejected if source.skip_unusable else None)
+    try:
+        records = load_tinyagent(source.path, rejected if source.skip_unusable else None)
+    except UnusableRecord as error:
+        raise DataError(f"{error}: --skip-unusable leaves out such records") from error
     if not records and not rejected:
         raise DataError(f"{source.path}: no records")
     if not records:

@@ -21,7 +21,7 @@ from examples.finetune.planner.train_step import make_step
 from examples.llama.model.config import parameter_count
 from examples.llama.model.llama import with_params
 from examples.llama.weights.files import PretrainedLlama, open_weights, read_params, replace_llama
-from examples.llama.weights.runs import METHOD_MODEL
+from examples.pretrained import METHOD_MODEL
 
 
 def train(

@@ -12,6 +12,7 @@ from examples.common.config import (
     write_json,
 )
 from examples.common.reporter import Reporter, evaluating
+from examples.common.run_directory import UNTRAINED as FILE
 from examples.common.text import parse_json
 from examples.finetune.planner.evaluate import Evaluator
 from examples.finetune.planner.predictions import write_predictions
@@ -19,7 +20,6 @@ from examples.finetune.planner.prepare import Prepared
 from examples.finetune.planner.run_config import RunConfig
 
 NAME = "untrained"
-FILE = f"{NAME}.json"
 # Settings that decide which records are evaluated, and as which tokens.
 _OF_ROWS = ("dataset", "data", "parts", "skip_unusable", "held_out", "max_length")
 _OF_ROWS += ("limit", "eval_limit", "prompt")

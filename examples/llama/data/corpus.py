@@ -1,5 +1,6 @@
 """From the configured sources to documents in three splits."""
 
+import dataclasses
 import os
 import warnings
 from collections import Counter
@@ -32,6 +33,9 @@ class Corpus(NamedTuple):
     test: list[str]
 
 
+_OF_STREAMS = ("max_documents", "held_out", "shuffle")
+
+
 def load_corpus(config: DataConfig) -> Corpus:
     """Reads every source of `config.data`; a streamed data set keeps its own validation split."""
     if _is_streamed(config):
@@ -53,6 +57,10 @@ def _is_streamed(config: DataConfig) -> bool:
 
 
 def _documents(config: DataConfig) -> list[str]:
+    for field in dataclasses.fields(DataConfig):
+        if field.name in _OF_STREAMS and getattr(config, field.name) != field.default:
+            option = field.name.replace("_", "-")
+            warnings.warn(f"--{option} is for a streamed data set: all is read", stacklevel=3)
     try:
         # Each source is looked for before one is read.
         found = [(path, text_files(path)) for source in config.data for path in _paths(source)]

@@ -134,13 +134,16 @@ def _read_parquet(path: Path, text_column: str, bad: list[DataError] | None) -> 
                 )
             if names.count(text_column) > 1:
                 raise DataError(f'{path}: the column "{text_column}" is there twice')
-            kind = str(file.schema_arrow.field(text_column).type)
-            if kind not in ("string", "large_string", "string_view"):
+            kind = file.schema_arrow.field(text_column).type
+            is_coded = arrow.types.is_dictionary(kind)  # Categories, as of pandas.
+            text_kind = str(kind.value_type if is_coded else kind)
+            if text_kind not in ("string", "large_string", "string_view"):
                 raise DataError(f'{path}: column "{text_column}" has {kind}, expected string')
             number = nulls = 0
             for batch in file.iter_batches(columns=[text_column]):
                 # By name: a field "b" of a column "a" is read with a column "a.b".
-                for scalar in batch.column(text_column):
+                column = batch.column(text_column)
+                for scalar in column.dictionary_decode() if is_coded else column:
                     number += 1
                     where = f'{path}: row {number}: "{text_column}"'
                     raw = scalar.as_buffer()  # Parquet's strings need not be UTF-8.

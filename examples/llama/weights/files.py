@@ -17,7 +17,14 @@ from examples.llama.data.tokenizer import for_prompts, load_tokenizer
 from examples.llama.model.config import ModelConfig
 from examples.llama.model.llama import Llama, abstract_params, with_params
 from examples.llama.weights import hf_config, names, runs
-from examples.pretrained import fill, locate_model, read_tensors, tensors_of, write_tensors
+from examples.pretrained import (
+    fill,
+    locate_model,
+    model_of_method,
+    read_tensors,
+    tensors_of,
+    write_tensors,
+)
 from examples.pretrained.chat import ChatTemplate
 from examples.pretrained.hf_tokenizer import (
     SETTINGS,
@@ -106,10 +113,8 @@ def open_weights(name: str, step: int | None = None) -> WeightsFile:
     path = locate_model(name, FILES)
     if runs.is_run(path):
         return _open_run(path, step)
-    for part in (runs.EXPORT, runs.METHOD_MODEL):
-        if (path / part / CONFIG).exists():
-            path = path / part
-            break
+    has_export = (path / runs.EXPORT / CONFIG).exists()
+    path = path / runs.EXPORT if has_export else model_of_method(path)
     if step is not None:
         raise WeightsError(f"{name}: no checkpoints in this directory, so no step {step}")
     file = _open_gguf(path) if path.is_file() else _open_directory(path)
@@ -206,11 +211,6 @@ def _open_run(path: Path, step: int | None) -> WeightsFile:
 
 
 def _open_directory(path: Path) -> WeightsFile:
-    methods = sorted(p.parent for p in path.glob(f"*/{runs.METHOD_MODEL}") if p.is_dir())
-    if methods and not (path / CONFIG).exists():
-        raise WeightsError(
-            f"{path}: a comparison of methods: name one of {', '.join(map(str, methods))}"
-        )
     if not (path / CONFIG).exists():
         raise WeightsError(
             f"{path}: neither a run, which has {runs.CHECKPOINTS} or {runs.EXPORT}, nor a model in "

@@ -14,11 +14,10 @@ from examples.common.run_directory import CHECKPOINTS
 from examples.llama.model.adapters import AdapterConfig, make_linear, without_adapters
 from examples.llama.model.config import ModelConfig
 from examples.llama.model.llama import abstract_params
+from examples.pretrained import METHOD_MODEL
 
 EXPORT = "export"
 """Directory of a finished run with its weights in the Hugging Face layout."""
-METHOD_MODEL = "model"
-"""The same of a method that `examples.finetune` has trained."""
 
 
 class SavedRun(NamedTuple):

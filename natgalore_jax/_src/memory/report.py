@@ -12,8 +12,7 @@ from natgalore_jax._src.memory.attribution import alternatives, attribute
 from natgalore_jax._src.memory.compiled_step import StepMemory, bytes_per_device, step_memory
 from natgalore_jax._src.memory.table import align, format_bytes
 from natgalore_jax._src.params.checks import check_integer
-from natgalore_jax._src.params.context import record_plans
-from natgalore_jax._src.params.plan import LeafPlan
+from natgalore_jax._src.params.plan import LeafPlan, record_plans
 from natgalore_jax._src.params.where import KeyPath
 
 _TREATMENT = 6  # Columns of the table before those of bytes.
@@ -236,7 +235,8 @@ def memory_report(
         state = jax.eval_shape(lambda p: tx.init(p), params)
     plans: dict[KeyPath, dict[LeafPlan, None]] = {}
     for plan in recorded:
-        plans.setdefault(plan.path, {})[plan] = None
+        if plan.projected_modes:
+            plans.setdefault(plan.path, {})[plan] = None
 
     leaves = jax.tree_util.tree_leaves_with_path(params)
     pieces, shared_bytes = attribute(tx, state, jax.tree.structure(params))

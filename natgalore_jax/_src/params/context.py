@@ -24,9 +24,6 @@ _layer: contextvars.ContextVar["LayerView | None"] = contextvars.ContextVar(
 )
 # Part of JAX's tracing-cache key: a function traced for one view must not be reused for another.
 _layer_key = jax.make_user_context(None)
-_recorded: contextvars.ContextVar[list[LeafPlan] | None] = contextvars.ContextVar(
-    "recorded_plans", default=None
-)
 
 
 @contextlib.contextmanager
@@ -41,11 +38,7 @@ def _within(variable: contextvars.ContextVar, value: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def open_subspace(plans: Sequence[LeafPlan | None]) -> Iterator[None]:
     """Make the projected leaves the current subspace."""
-    projected = {plan.path: plan for plan in plans if plan}
-    recorded = _recorded.get()
-    if recorded is not None:
-        recorded.extend(projected.values())
-    with _within(_open, projected):
+    with _within(_open, {plan.path: plan for plan in plans if plan}):
         yield
 
 
@@ -69,14 +62,6 @@ def plan_of(path: Sequence[Any], leaf: Any) -> LeafPlan | None:
             "gradients need: leave out optax.flatten"
         )
     return plan
-
-
-@contextlib.contextmanager
-def record_plans() -> Iterator[list[LeafPlan]]:
-    """Collect the plans of all subspaces opened in this context, nested ones included."""
-    plans: list[LeafPlan] = []
-    with _within(_recorded, plans):
-        yield plans
 
 
 class LayerView(NamedTuple):

@@ -1,8 +1,10 @@
 """Plan of the projection of each parameter, from names and shapes alone."""
 
+import contextlib
+import contextvars
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -17,6 +19,10 @@ from natgalore_jax._src.params.where import (
     hidden_matrices,
     selected,
     shape_and_dtype,
+)
+
+_recorded: contextvars.ContextVar[list["LeafPlan"] | None] = contextvars.ContextVar(
+    "recorded_plans", default=None
 )
 
 Side = Literal["short", "long", "left", "right", "both"]
@@ -151,7 +157,21 @@ def plan_tree(settings: PlanSettings, tree: Any) -> list[LeafPlan | None]:
             continue
         _check_dtype(path, leaf)
         plans.append(_plan_leaf(settings, path, leaf.shape, axes))
+    recorded = _recorded.get()
+    if recorded is not None:
+        recorded.extend(plan for plan in plans if plan)
     return plans
+
+
+@contextlib.contextmanager
+def record_plans() -> Iterator[list[LeafPlan]]:
+    """Collect the plans of all trees that are planned in this context."""
+    plans: list[LeafPlan] = []
+    token = _recorded.set(plans)
+    try:
+        yield plans
+    finally:
+        _recorded.reset(token)
 
 
 def without_matrices(treedef: Any, leaves: Sequence[Any], plans: Sequence[Any]) -> Any:
@@ -163,12 +183,15 @@ def without_matrices(treedef: Any, leaves: Sequence[Any], plans: Sequence[Any]) 
 
 def require_projection(settings: PlanSettings, plans: Sequence[LeafPlan | None], tree: Any) -> None:
     """Raise if nothing is projected, a mistake in ``where``, ``axes`` or the rank."""
+    eligible = "matrices with both sides larger than the rank"
+    if isinstance(settings.rank, Sequence):
+        eligible = f"parameters with {len(settings.rank)} or more axes"
     require_matrices(
         settings,
         plans,
         tree,
         f"where selects no parameter to project at rank {settings.rank}. The default rule takes "
-        "matrices with both sides larger than the rank that are not embeddings or the output head",
+        f"{eligible} that are not embeddings or the output head",
     )
 
 

@@ -129,9 +129,9 @@ def per_layer(
     Raises:
       TypeError, ValueError: for an argument of a wrong type or value; at ``init`` and ``step`` for
         parameters without a stack, for ``weight_dtype`` with parameters that are not in 8 bits, for
-        an optimizer that treats a stack differently from its layers
-        (such as a layer axis in a projected matrix), and for an optimizer that mixes parameters,
-        such as ``optax.clip_by_global_norm``.
+        an optimizer that treats a stack differently from its layers (a layer axis in a matrix that
+        is projected, clipped or normalised), and for an optimizer that mixes parameters, such as
+        ``optax.clip_by_global_norm``.
 
     References:
       Lv et al., Full parameter fine-tuning for large language models with limited resources (2023),

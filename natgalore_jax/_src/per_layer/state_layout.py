@@ -7,8 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from natgalore_jax._src.params.context import record_plans
-from natgalore_jax._src.params.plan import LeafPlan
+from natgalore_jax._src.params.plan import LeafPlan, record_plans
 from natgalore_jax._src.params.where import KeyPath
 from natgalore_jax._src.per_layer.layer_parts import Parts, with_length
 from natgalore_jax._src.states.entries import owners_of, trees_of_parameters
@@ -82,7 +81,7 @@ def state_layout(tx: optax.GradientTransformation, parts: Parts) -> StateLayout:
 def _init(
     tx: optax.GradientTransformation, parts: Parts, length: int
 ) -> tuple[Any, list[LeafPlan]]:
-    """Shapes of the state for ``length`` layers, and the plans of projected parameters."""
+    """Shapes of the state for ``length`` layers, and the plans of matrices."""
     with record_plans() as plans:
         # eval_shape caches by function and would not record plans again: pass a new function.
         params = parts.treedef.unflatten(parts.with_length(length))
@@ -103,23 +102,22 @@ def _layer_axis(path: str, here: tuple, there: tuple, length: int) -> int | None
 
 
 def _check_plans(parts: Parts, whole: Sequence[LeafPlan], single: Sequence[LeafPlan]) -> None:
-    """Check that a single layer is projected in the same way as within the stack."""
+    """Check that a single layer is planned in the same way as within the stack."""
     stacked = {parts.paths[i] for i in parts.stacked}
     for plan in whole:
         if plan.path in stacked and 0 not in plan.batch:
             raise ValueError(
-                f"{plan.path}: axis 0 of {plan.shape}, the layer axis, is an axis of the projected "
-                "matrix; leave the parameter out through where, or change axes"
+                f"{plan.path}: axis 0 of {plan.shape}, the layer axis, is an axis of the matrix "
+                "that is projected, clipped or normalised; leave the parameter out through where, "
+                "or change axes"
             )
-    # By path: how often a parameter is planned depends on what JAX has traced before.
+    # Sets: how often a parameter is planned depends on what JAX has traced before.
     as_single = {
-        p.path: dataclasses.replace(p, shape=(1, *p.shape[1:])) if p.path in stacked else p
-        for p in whole
+        dataclasses.replace(p, shape=(1, *p.shape[1:])) if p.path in stacked else p for p in whole
     }
-    alone = {p.path: p for p in single}
-    names = {k for k in as_single | alone if as_single.get(k) != alone.get(k)}
+    names = {str(p.path) for p in as_single ^ set(single)}
     if names:
         raise ValueError(
             "where or axes treat one layer differently from the stack, for "
-            f"{', '.join(sorted(map(str, names)))}"
+            f"{', '.join(sorted(names))}"
         )

@@ -1,5 +1,6 @@
 """Projection of updates back to full shape, with or without a residual."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple, get_args
 
@@ -22,7 +23,7 @@ from natgalore_jax._src.kernels.spectral import clip_each, clip_leading, clip_le
 from natgalore_jax._src.kernels.stacks import for_each, for_each_gradient, merged
 from natgalore_jax._src.params.checks import check_choice, check_decay, check_number, check_unused
 from natgalore_jax._src.params.placement import zeros_on_axes
-from natgalore_jax._src.params.plan import LeafPlan
+from natgalore_jax._src.params.plan import LeafPlan, PlanSettings, plan_tree
 from natgalore_jax._src.states.entries import Part, StateType, register_type
 from natgalore_jax._src.states.tree_checks import Form, check_form, check_type, form_of
 from natgalore_jax._src.subspace.project import only_in_chain
@@ -204,6 +205,15 @@ def init_back(
     return ProjectBackState(*map(treedef.unflatten, (directions, norms, fishers)))
 
 
+def clipped_matrices(
+    settings: ProjectBack, of_subspace: PlanSettings, tree: Any
+) -> list[LeafPlan | None]:
+    """Plans by rows and columns alone of the leaves that ``singular_limit`` is for."""
+    if settings.singular_limit is None:
+        return [None] * len(jax.tree.leaves(tree))
+    return plan_tree(dataclasses.replace(of_subspace, rank=None), tree)
+
+
 def update_back(
     settings: ProjectBack,
     state: ProjectBackState | optax.EmptyState,
@@ -219,7 +229,7 @@ def update_back(
     """Full-shape updates from low-rank updates; every sequence has one entry per leaf.
 
     Args:
-      matrices: plans of the leaves that ``singular_limit`` is for, by rows and columns alone.
+      matrices: of :func:`clipped_matrices`.
       N: the updates of the transformations inside the subspace.
       R: the low-rank gradients.
       G: the full gradients; without a residual anything of their shapes and shardings.

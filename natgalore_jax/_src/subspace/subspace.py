@@ -44,7 +44,12 @@ from natgalore_jax._src.states.tree_checks import (
     with_dtypes_of,
 )
 from natgalore_jax._src.subspace.project import LowRankProject, LowRankProjectState, start_factors
-from natgalore_jax._src.subspace.project_back import ProjectBack, init_back, update_back
+from natgalore_jax._src.subspace.project_back import (
+    ProjectBack,
+    clipped_matrices,
+    init_back,
+    update_back,
+)
 
 NESTED = (
     "a subspace inside a subspace: a refresh would not transport the inner bases; put an optimizer "
@@ -73,6 +78,7 @@ class Subspace:
             raise ValueError(NESTED)
         treedef = jax.tree.structure(params)
         plans, opened, low_leaves = self._start(params)
+        clipped_matrices(self.closer, self.opener.plan, params)  # for its errors
         low_rank = treedef.unflatten(low_leaves)
         with open_subspace(plans):
             inner = [tx.init(low_rank) for tx in self.inner]
@@ -236,19 +242,9 @@ class Subspace:
         )
         basis = opener.basis
         error = relative_error(bits_of(basis)) if isinstance(basis, LinearCodes) else 0.0
-        matrices: list[LeafPlan | None] = [None] * len(opened.plans)
-        if self.closer.singular_limit is not None:
-            settings = dataclasses.replace(self.opener.plan, rank=None)
-            matrices = plan_tree(settings, opened.treedef.unflatten(G))
+        matrices = clipped_matrices(self.closer, self.opener.plan, opened.treedef.unflatten(G))
         out, closed = update_back(
-            self.closer,
-            closed,
-            opened.treedef,
-            opened.plans,
-            matrices,
-            factors,
-            *(N, R, G),
-            error,
+            self.closer, closed, opened.treedef, opened.plans, matrices, factors, *(N, R, G), error
         )
         opener = self._closed(opened, opener)
         opener = opener._replace(count=optax.safe_increment(opener.count))

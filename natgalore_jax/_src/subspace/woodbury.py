@@ -70,6 +70,8 @@ def woodbury_natural_gradient(
     :math:`\varepsilon = 2^{-23}`. Below :math:`\mu \approx s \varepsilon` (gradients that change by
     less than a thousandth a step and a :math:`\lambda` below :math:`10^{-6} \lVert h \rVert^2`)
     differences between gradients are rounding errors, and count less than in exact arithmetic.
+    A gradient with an entry beyond 1e12 (in float16 storage beyond 3e4) is scaled down to it, which
+    changes its weight among the others, and squares of entries below 1e-19 vanish.
 
     Inside a subspace (:func:`natgalore_jax.chain`) it acts on the projected matrices only. Outside
     of a subspace it acts on every floating-point leaf at full size: each matrix (the last two

@@ -18,11 +18,11 @@ class InPlace:
         self._on_device = jax.jit(step, donate_argnums=tuple(range(number)))
         self._placed: dict[Any, Any] = {}  # by the shardings of the new state
 
-    def __call__(self, *args: Any) -> Any:
-        return self._jitted(args)(*args)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._jitted(args)(*args, **kwargs)
 
-    def lower(self, *args: Any) -> jax.stages.Lowered:
-        return self._jitted(args).lower(*args)
+    def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
+        return self._jitted(args).lower(*args, **kwargs)
 
     def _jitted(self, args: tuple) -> Any:
         leaves, treedef = jax.tree.flatten(args[: self._number])
@@ -59,7 +59,8 @@ def in_place(step: Callable[..., Any], number: int = 1) -> InPlace:
     Args:
       step: ``(*state, *rest) -> (*state, result)``, with the same trees, shapes and dtypes in
         ``state``; ``result`` is any tree of small arrays, such as metrics.
-      number: the number of arguments that are ``state``. They are donated: do not use them again.
+      number: the number of arguments that are ``state``, given by position. They are donated: do
+        not use them again.
 
     Returns:
       The jitted step. The new state has the shardings and memory kinds of the old state. ``result``

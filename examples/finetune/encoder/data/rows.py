@@ -50,13 +50,15 @@ def unit_of(task: Task, rows: list[Row]) -> Unit:
     Steps of Adam have one size: without it an output near 1000 would take 100,000 of them.
 
     Raises:
-      DataError: if the bias of a saved model, a float32, would round the labels off.
+      DataError: if all are equal, or the bias of a saved model, a float32, would round them off.
     """
     if not task.regression or task.range is not None:
         return Unit()
     labels = np.array([row.label for row in rows])
-    unit = Unit(float(np.mean(labels)), float(np.std(labels)) if np.ptp(labels) else 1.0)
-    if np.ptp(labels) and abs(unit.mean) > 1e5 * unit.size:
+    if not np.ptp(labels):
+        raise DataError(f"labels must differ: every training row has {labels[0]:g}")
+    unit = Unit(float(np.mean(labels)), float(np.std(labels)))
+    if abs(unit.mean) > 1e5 * unit.size:
         raise DataError(
             f"labels must differ by more than 1e-5 of their mean, got {unit.mean:.9g} ± "
             f"{unit.size:.3g}: subtract a number near the mean from all of them"
@@ -194,7 +196,7 @@ def _class(row: RawRow, known: dict[str, int], labels: tuple[str, ...]) -> int:
 
 def _number(task: Task, row: RawRow) -> float:
     try:
-        value = float(row.label)
+        value = math.nan if isinstance(row.label, bool) else float(row.label)
     except (TypeError, ValueError, OverflowError):
         value = math.nan
     low, high = task.range or (-1e18, 1e18)  # Errors are squared in float32.

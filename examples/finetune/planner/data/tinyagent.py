@@ -26,6 +26,10 @@ from examples.finetune.planner.plans.plan import (
 from examples.finetune.planner.plans.records import Record
 
 
+class UnusableRecord(DataError):
+    """A record that cannot be trained on, in a file that can be read."""
+
+
 def load_tinyagent(path: Path, rejected: list[str] | None = None) -> list[Record]:
     """Reads the records of a file, in its order; ids are its keys.
 
@@ -38,7 +42,7 @@ def load_tinyagent(path: Path, rejected: list[str] | None = None) -> list[Record
         one is an error.
 
     Raises:
-      DataError: naming file, key and call.
+      DataError: naming file, key and call; of one record :class:`UnusableRecord`.
     """
     records = []
     for key, row in expect(read_json(path), dict, str(path)).items():
@@ -46,7 +50,7 @@ def load_tinyagent(path: Path, rejected: list[str] | None = None) -> list[Record
             records.append(_record(key, row, f"{path}: {key!r}"))
         except DataError as error:
             if rejected is None:
-                raise
+                raise UnusableRecord(str(error)) from error
             rejected.append(str(error))
     return records
 
