@@ -21,6 +21,13 @@ def test_linear_rotation_is_the_mode_product():
     np.testing.assert_allclose(got, C @ M @ D.T, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("rotate", [rotate_linear, rotate_second_moment])
+def test_products_are_exact_on_every_device(rotate):
+    """Accelerators would round the moments to TF32 or bfloat16 at every refresh."""
+    program = str(jax.make_jaxpr(lambda M, C: rotate(M, {0: C}))(np.eye(3), np.eye(3)))
+    assert program.count("dot_general") == 1 and "DEFAULT" not in program and "HIGHEST" in program
+
+
 def test_second_moments_are_variances_of_rotated_coordinates():
     """Monte Carlo: independent coordinates with variances V, rotated, have the variances given."""
     rng = np.random.default_rng(0)

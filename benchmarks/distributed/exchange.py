@@ -8,16 +8,13 @@ between hosts takes: in a ring each of h hosts sends and receives 2 (h − 1) / 
 (b) is a model: no network was used.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":  # Before jax is imported.
-    from examples.llama.memory.xla_flags import add_flags
+    from examples.llama.memory.xla_flags import simulate_devices
 
-    add_flags("--xla_force_host_platform_device_count=8")
-    # Simulated devices wait for one another in the threads of one pool.
-    os.environ.setdefault("NPROC", "32")
+    simulate_devices(8)
 
 import jax
 import optax

@@ -13,15 +13,13 @@ In a ring of k devices each sends (k − 1) / k of an array for an all-gather or
 twice as much for an all-reduce. Arrays are float32, in which CPUs compute.
 """
 
-import os
 from pathlib import Path
 from typing import Any, Literal
 
 if __name__ == "__main__":  # Before jax is imported.
-    from examples.llama.memory.xla_flags import add_flags
+    from examples.llama.memory.xla_flags import simulate_devices
 
-    add_flags("--xla_force_host_platform_device_count=8")
-    os.environ.setdefault("NPROC", "32")
+    simulate_devices(8)
 
 import jax
 import jax.numpy as jnp

@@ -7,8 +7,7 @@ run is `make finetune` with one method, another rank, rate and seed.
 import statistics
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -158,17 +157,9 @@ def runs(sweep: Sweep) -> list[grids.RunOptions]:
     return grids.plan(sweep, tuned, grids.maker(sweep, Common, Run))
 
 
-def by_method(records: list[Json]) -> Mapping[tuple[str, float], list[Json]]:
-    """The runs after the tuning, those of one method, rank and rate together."""
-    groups: dict[tuple[str, float], list[Json]] = defaultdict(list)
-    for r in grids.after_tuning(records):
-        groups[r["label"], r["learning_rate"]].append(r)
-    return groups
-
-
 def results_table(records: list[Json]) -> str:
     """Markdown; one line for each method and rank."""
-    groups = by_method(records)
+    groups = grids.by_rate(records, "label")
     of_any = grids.finished(records)[0]
     columns = [(split, name) for split, found in of_any["metrics"].items() for name in found]
     last = columns[-1][0]
@@ -208,7 +199,7 @@ def targets(records: list[Json]) -> list[Json]:
       ConfigError: if a method has seeds at several rates.
     """
     groups: dict[str, list[Json]] = {}
-    for (label, rate), group in by_method(records).items():
+    for (label, rate), group in grids.by_rate(records, "label").items():
         if label in groups:
             raise ConfigError(
                 f"{label}: seeds at several learning rates, {groups[label][0]['learning_rate']:g} "

@@ -8,7 +8,6 @@ import shutil
 import statistics
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -156,9 +155,7 @@ def runs(sweep: Sweep) -> list[grids.RunOptions]:
 
 def results_table(records: list[Json]) -> str:
     """Markdown; one line for each method, after the model before training."""
-    groups: dict[tuple[str, float], list[Json]] = defaultdict(list)
-    for r in grids.after_tuning(records):
-        groups[r["method"], r["learning_rate"]].append(r)
+    groups = grids.by_rate(records, "method")
     before = records[0]["untrained"]
     shares = (f"{100 * before['metrics'][name]:.1f}" for name in ("success", "aware_success"))
     rows: list[Sequence[str | None]] = [

@@ -136,6 +136,14 @@ def after_tuning(records: Iterable[Json]) -> list[Json]:
     return found
 
 
+def by_rate(records: Iterable[Json], name: str) -> Mapping[tuple[str, float], list[Json]]:
+    """:func:`after_tuning` by the field that names the method, and by rate."""
+    groups: dict[tuple[str, float], list[Json]] = defaultdict(list)
+    for r in after_tuning(records):
+        groups[r[name], r["learning_rate"]].append(r)
+    return groups
+
+
 def best_rates(tuned: Losses) -> dict[str, float]:
     """The rate of the lowest validation loss, of each method that did not diverge at all rates."""
     found = {}

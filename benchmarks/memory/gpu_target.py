@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # jax is imported after `prepare`.
 
     from examples.llama.training.build import AbstractRun
 
-# In the place of tuning on a device, and of Triton, which is tuned: the products of cuBLAS.
+# Instead of tuning on a device, and of Triton, which is tuned: the products of cuBLAS.
 FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 
 # The device's data sheet, in the form that XLA wants.

@@ -6,9 +6,8 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from examples.common.train_state import init_state, next_state
+from examples.common.train_state import init_state, updated
 from examples.llama.memory.step_memory import temporary_bytes
 from examples.llama.model.config import MODEL_PRESETS
 from examples.llama.run_config import RunConfig, run_preset
@@ -91,10 +90,7 @@ def _step_without_norm(apply: Any, tx: Any) -> Any:
             return token_nll(apply, params, rows).mean()
 
         loss, grads = jax.value_and_grad(mean_nll)(state.params)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        now = {"loss": loss, "grad_norm": jnp.zeros([])}
-        return next_state(state, now, 1, params=params, opt_state=opt_state)
+        return updated(state, tx, grads, {"loss": loss, "grad_norm": jnp.zeros([])})
 
     return step
 

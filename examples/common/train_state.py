@@ -84,3 +84,12 @@ def next_state(
     metrics = jax.tree.map(lambda total: total / (position + 1), totals)
     new = state._replace(micro_step=state.micro_step + 1, totals=totals, **changed)
     return new, metrics
+
+
+def updated(
+    state: TrainState, tx: optax.GradientTransformation, grads: Params, now: Metrics
+) -> tuple[TrainState, Metrics]:
+    """The state after a step of `tx` with the gradients of its one batch, and its metrics `now`."""
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return next_state(state, now, 1, params=params, opt_state=opt_state)

@@ -22,7 +22,7 @@ from examples.llama.data import DataConfig, eval_batches, eval_rows
 from examples.llama.data.corpus import load_corpus, load_documents
 from examples.llama.data.tokenizer import encode, plain_text, vocabulary_size
 from examples.llama.training.evaluate import make_eval_step, mean_nll, perplexity
-from examples.llama.weights.files import load_llama
+from examples.llama.weights.files import load_with_tokenizer
 from examples.llama.weights.runs import config_of, is_run, saved_run
 
 LONGEST = 1024
@@ -102,11 +102,7 @@ def evaluate(config: EvaluateConfig) -> Record:
     documents = (
         load_documents(data) if config.split == "all" else getattr(load_corpus(data), config.split)
     )
-    loaded = load_llama(
-        config.model, dtype=config.dtype, param_dtype=config.dtype, step=config.step
-    )
-    if loaded.tokenizer is None:
-        raise ConfigError(f"{config.model}: no tokenizer.json")
+    loaded = load_with_tokenizer(config.model, config.dtype, config.step)
     tokenizer = plain_text(loaded.tokenizer, config.model, loaded.end_ids)
     vocabulary, most = vocabulary_size(loaded.tokenizer), loaded.config.max_length
     if vocabulary > loaded.config.vocab_size:

@@ -89,10 +89,11 @@ class RunConfig:
     """Batches whose gradients are averaged into one step."""
     accumulate_in_subspace: bool = False
     """Average low-rank gradients, in an accumulator as small as the optimizer's moments. The first
-    batch of a step decides its basis. Needs an optimizer with a subspace, and --residual none."""
+    batch of a step determines its basis. Needs an optimizer with a subspace, and --residual
+    none."""
     per_layer: bool = False
-    """Update each layer as soon as its gradient is there, so that those of all layers never exist
-    together. Needs --model.stacked. --clip-norm then clips by the norm of the step before."""
+    """Update each layer as soon as its gradient is computed, so that those of all layers never
+    exist together. Needs --model.stacked. --clip-norm then clips by the norm of the step before."""
     weight_bits: Literal[8] | None = None
     """Store the matrices of the layers in 8 bits, decoded one layer at a time and rounded
     stochastically after each update. Needs --per-layer. An evaluation decodes all of them."""

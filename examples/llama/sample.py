@@ -18,7 +18,7 @@ from examples.common.text import printable
 from examples.llama.data.tokenizer import cannot_encode, end_of_text
 from examples.llama.model.generate import Sampling, stream
 from examples.llama.model.llama import Llama
-from examples.llama.weights.files import load_llama
+from examples.llama.weights.files import load_with_tokenizer
 
 WRITING = Activity("compiling the model", "at once")
 
@@ -67,11 +67,7 @@ def run(config: SampleConfig) -> int:
     announce_devices()
     waiting = on_stderr()
     with waiting.during(READING):
-        loaded = load_llama(
-            config.model, dtype=config.dtype, param_dtype=config.dtype, step=config.step
-        )
-    if loaded.tokenizer is None:
-        raise ConfigError(f"{config.model}: no tokenizer.json")
+        loaded = load_with_tokenizer(config.model, config.dtype, config.step)
     for i in range(config.samples):
         if config.samples > 1:
             print(f"{'' if i == 0 else chr(10)}--- {i + 1} of {config.samples}")

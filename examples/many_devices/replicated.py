@@ -4,7 +4,7 @@
     python -m examples.many_devices.replicated --devices 8   # on a CPU, as if it were eight
 
 Each device takes its rows of a batch. The gradients are averaged, so that every device takes the
-same step; the optimizer needs to know nothing of it.
+same step; the optimizer is unchanged.
 """
 
 import functools

@@ -4,8 +4,8 @@
     python -m examples.many_devices.sharded --devices 4 --steps 40  # goes on, on four
     python -m examples.many_devices.sharded                         # on all devices
 
-No device ever has all weights, nor all of the optimizer's state. docs/sharding.md tells which axis
-to divide, and what is exchanged.
+No device ever has all weights, nor all of the optimizer's state. docs/sharding.md has the axes to
+shard and the bytes that are sent.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""A diffusion-like U-Net: convolution kernels as long matrices, told by `axes`."""
+"""A diffusion-like U-Net: convolution kernels as long matrices, by `axes`."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Equinox: the optimizer sees the model's arrays, `eqx.filter(model, eqx.is_inexact_array)`."""
+"""Equinox: the optimizer is given the model's arrays, `eqx.filter(model, eqx.is_inexact_array)`."""
 
 import equinox as eqx
 import jax

@@ -1,4 +1,4 @@
-"""A vision transformer: attention kernels of three axes are matrices, told by `axes`."""
+"""A vision transformer: attention kernels of three axes are matrices, by `axes`."""
 
 import jax
 import jax.numpy as jnp

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from examples.common.lora import union
-from examples.common.train_state import Metrics, Params, TrainState, metrics_of, next_state
+from examples.common.train_state import Metrics, Params, TrainState, metrics_of, updated
 from examples.finetune.encoder.data.batches import Batch, Layout, eval_batches
 from examples.finetune.encoder.data.encode import Encoded
 from examples.finetune.encoder.model import Apply, Inputs
@@ -38,10 +38,7 @@ def make_step(
             return jnp.sum(batch.weight * losses) / jnp.sum(batch.weight)
 
         loss, grads = jax.value_and_grad(mean_loss)(state.params)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        now = metrics_of(loss, grads)
-        return next_state(state, now, 1, params=params, opt_state=opt_state)
+        return updated(state, tx, grads, metrics_of(loss, grads))
 
     return jax.jit(step, donate_argnums=0)
 

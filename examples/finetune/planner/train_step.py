@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 
 from examples.common.lora import union
-from examples.common.train_state import Metrics, Params, TrainState, metrics_of, next_state
+from examples.common.train_state import Metrics, Params, TrainState, metrics_of, updated
 from examples.finetune.planner.batches import Batch, learned_tokens
 from examples.finetune.planner.methods import GraphDef
 from examples.llama.model.llama import Llama
@@ -50,10 +50,7 @@ def make_step(graphdef: GraphDef, tx: optax.GradientTransformation) -> Step:
         return jax.value_and_grad(share)(params)
 
     def update(state: TrainState, grads: Params, loss: jax.Array) -> tuple[TrainState, Metrics]:
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        now = metrics_of(loss, grads)
-        return next_state(state, now, 1, params=params, opt_state=opt_state)
+        return updated(state, tx, grads, metrics_of(loss, grads))
 
     add = jax.jit(optax.tree.add, donate_argnums=0)
     update = jax.jit(update, donate_argnums=0)

@@ -13,3 +13,9 @@ MEMORY_FLAGS = (
 def add_flags(flags: str) -> None:
     """Add flags to those of the environment; call it before jax is imported."""
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
+
+
+def simulate_devices(number: int) -> None:
+    """Let a CPU count as several devices; call it before jax is imported."""
+    add_flags(f"--xla_force_host_platform_device_count={number}")
+    os.environ.setdefault("NPROC", "32")  # They wait for one another in the threads of one pool.

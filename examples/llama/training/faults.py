@@ -45,7 +45,7 @@ class Guard:
         self._losses: deque[float] = deque(maxlen=_WINDOW)
 
     def skips(self, skipped: bool) -> None:
-        """Takes note of a batch."""
+        """Records a batch."""
         self.skipped += skipped
         self._in_a_row = self._in_a_row + 1 if skipped else 0
 
@@ -66,7 +66,7 @@ class Guard:
         return False
 
     def rolls_back(self, step: int, loss: float) -> None:
-        """Takes note of a rollback.
+        """Records a rollback.
 
         Raises:
           ConfigError: if there were too many.

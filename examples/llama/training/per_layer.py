@@ -1,4 +1,4 @@
-"""A training step that updates each layer as soon as its gradient is there.
+"""A training step that updates each layer as soon as its gradient is computed.
 
 The numbers are those of `make_train_step`, without ever holding the gradients of all layers; so is
 the state. The model must be stacked.

@@ -104,6 +104,18 @@ def load_llama(
     return PretrainedLlama(model, config, file.tokenizer, file.chat_template, file.end_ids)
 
 
+def load_with_tokenizer(name: str, dtype: str, step: int | None = None) -> PretrainedLlama:
+    """:func:`load_llama` in one dtype, of a model for texts.
+
+    Raises:
+      WeightsError: as :func:`load_llama`, and without a tokenizer.
+    """
+    loaded = load_llama(name, dtype=dtype, param_dtype=dtype, step=step)
+    if loaded.tokenizer is None:
+        raise WeightsError(f"{name}: no tokenizer.json")
+    return loaded
+
+
 def open_weights(name: str, step: int | None = None) -> WeightsFile:
     """Everything but the tensors. The tokenizer is for prompts: it adds no token after a text.
 

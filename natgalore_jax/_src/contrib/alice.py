@@ -22,11 +22,13 @@ from natgalore_jax._src.low_bits.adam import adam_in_float32
 from natgalore_jax._src.params.axes import AxesLike
 from natgalore_jax._src.params.checks import (
     check_adam,
+    check_decay,
+    check_growth_limit,
     check_integer,
     check_interval,
     check_number,
     check_seed,
-    check_static_decay,
+    check_static,
     check_unused,
 )
 from natgalore_jax._src.params.placement import zeros_on_axes
@@ -168,14 +170,15 @@ def scale_by_alice(
         if leading > rank:
             raise ValueError(f"leading must be at most rank={rank}, got {leading}")
     check_adam(b1, b2, eps)
-    check_static_decay("b3", b3)
+    check_static("b3", b3, "a Python number")
+    check_decay("b3", b3)
     check_number("scale", scale, below=math.inf)
     check_number("compensation_scale", compensation_scale, below=math.inf)
-    if norm_growth_limit is not None:
-        check_number("norm_growth_limit", norm_growth_limit, above=1.0)
-        if isinstance(compensation_scale, (int, float)) and compensation_scale == 0:
-            where_unused = "without a compensation (compensation_scale=0)"
-            check_unused("norm_growth_limit", norm_growth_limit, 1.01, where_unused)
+    check_growth_limit(norm_growth_limit)
+    has_none = isinstance(compensation_scale, (int, float)) and compensation_scale == 0
+    if has_none and norm_growth_limit is not None:
+        where_unused = "without a compensation (compensation_scale=0)"
+        check_unused("norm_growth_limit", norm_growth_limit, 1.01, where_unused)
     check_seed(seed)
     settings = PlanSettings(int(rank), where, axes)
     adam: Any = adam_in_float32(ADAM_B1, ADAM_B2, eps)

@@ -151,8 +151,7 @@ def compensated(plan, numbers, b1, G, U, R, omega, residual_energy, last_norm):
     free = plan.mode_sizes[mode] - plan.rank_of(mode)
     phi = math.sqrt(free) * inverse_root(new)
     if limit is not None:
-        phi, norm = limited(axes, phi, energy, last_norm, limit)
-        last_norm = jnp.where(jnp.isfinite(norm), norm, last_norm)
+        phi, last_norm = limited(axes, phi, energy, last_norm, limit)
     phi = compensation_scale * phi
     low = omega - jnp.expand_dims(phi, axes.low) * R
     step = whole(plan, (U,), FactoredUpdate(low, phi), G)

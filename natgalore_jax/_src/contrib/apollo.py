@@ -19,6 +19,7 @@ from natgalore_jax._src.params.axes import AxesLike
 from natgalore_jax._src.params.checks import (
     check_adam,
     check_choice,
+    check_growth_limit,
     check_integer,
     check_interval,
     check_number,
@@ -111,8 +112,7 @@ def scale_by_apollo(
     check_interval("update_interval", update_interval)
     check_number("scale", scale, below=math.inf)
     check_choice("granularity", granularity, GRANULARITIES)
-    if norm_growth_limit is not None:
-        check_number("norm_growth_limit", norm_growth_limit, above=1.0)
+    check_growth_limit(norm_growth_limit)
     check_seed(seed)
     settings = PlanSettings(int(rank), where, axes)
     check_adam(b1, b2, eps, mu_dtype)

@@ -18,7 +18,13 @@ from natgalore_jax._src.kernels.residual import inverse_root, limit_growth
 from natgalore_jax._src.kernels.stacks import for_each, merged
 from natgalore_jax._src.low_bits.adam import adam_in_float32
 from natgalore_jax._src.params.axes import AxesLike
-from natgalore_jax._src.params.checks import check_adam, check_decay, check_integer, check_number
+from natgalore_jax._src.params.checks import (
+    check_adam,
+    check_decay,
+    check_growth_limit,
+    check_integer,
+    check_number,
+)
 from natgalore_jax._src.params.context import current_subspace
 from natgalore_jax._src.params.plan import (
     LeafPlan,
@@ -131,8 +137,7 @@ def scale_by_racs(
     check_decay("decay", decay)
     check_integer("iterations", iterations, minimum=1)
     check_number("scale", scale, below=math.inf)
-    if norm_growth_limit is not None:
-        check_number("norm_growth_limit", norm_growth_limit, above=1.0)
+    check_growth_limit(norm_growth_limit)
     settings = PlanSettings(None, where, axes)
     check_adam(b1, b2, eps, mu_dtype)
     adam = adam_in_float32(b1, b2, eps, mu_dtype=mu_dtype)
@@ -233,20 +238,15 @@ def fixed_point(plan: LeafPlan, G: jax.Array, iterations: int) -> tuple[jax.Arra
     largest = jnp.max(jnp.abs(G), plan.matrix_axes, keepdims=True)
     square = jnp.square(G / jnp.where(largest > 0, largest, 1.0))
 
-    def longer(q):
-        return _over_squared_norm(
-            plan, _over_others(plan, long, _on_axes(plan, short, q) * square), q
-        )
-
-    def step(_, pair):
-        _, s = pair
-        q = _over_squared_norm(plan, _over_others(plan, short, _on_axes(plan, long, s) * square), s)
-        return q, longer(q)
+    def times(mode, x):
+        """``G² x / ‖x‖²`` on the axes of one mode, for x of the other."""
+        product = _over_others(plan, mode, _on_axes(plan, 1 - mode, x) * square)
+        return _over_squared_norm(plan, product, x)
 
     # q = 1, whose squared norm is its number of entries.
     s = _over_others(plan, long, square) / plan.mode_sizes[short]
-    q, s = jax.lax.fori_loop(0, iterations - 1, step, (_over_others(plan, short, square), s))
-    q = _over_squared_norm(plan, _over_others(plan, short, _on_axes(plan, long, s) * square), s)
+    s = jax.lax.fori_loop(0, iterations - 1, lambda _, s: times(long, times(short, s)), s)
+    q = times(short, s)
     s = s * jnp.square(largest).reshape(plan.batch_shape + (1,) * len(plan.modes[long]))
     return (q, s) if short == 0 else (s, q)
 

@@ -240,7 +240,7 @@ def _svd_right(G, P, key, is_first):
 
 def _eigh(G, P, key, is_first):
     """The eigenvectors of ``G Gᵀ``: exact to the square root of float32's precision."""
-    _, V = jnp.linalg.eigh(contract("mn,kn->mk", G, G))
+    _, V = jnp.linalg.eigh(contract("mn,kn->mk", G, G, precision="highest"))
     return V[:, ::-1][:, : P.shape[1]]
 
 
@@ -260,8 +260,9 @@ def _randomized(G, P, key, is_first):
     Q = _orthonormal(_times(G, normal(key, (G.shape[1], width))))
     for _ in range(SKETCH_STEPS):
         Q = _orthonormal(_times(G, contract("mn,mr->nr", G, Q)))
-    U, _, _ = jnp.linalg.svd(replicated(contract("mw,mn->wn", Q, G)), full_matrices=False)
-    return (Q @ U)[:, : P.shape[1]]
+    sketch = replicated(contract("mw,mn->wn", Q, G, precision="highest"))
+    U, _, _ = jnp.linalg.svd(sketch, full_matrices=False)
+    return jnp.matmul(Q, U, precision="highest")[:, : P.shape[1]]
 
 
 def _gaussian(G, P, key, is_first):

@@ -25,6 +25,8 @@ MAX_PASSES = 12
 # Tolerances on ‖XᵀX − I‖: before the next power step, and before one last quintic, whose error is
 # 5/16 of the third power.
 CONDITIONED, NEARLY = 0.5, 0.01
+# The limit of minimax quintics on short intervals around one, where their equations are singular.
+NEAR_ONE = (15 / 8, -10 / 8, 3 / 8)
 # ε, the weight of the identity in a power step: ten times the rounding error of a product.
 SHIFT = 1e-6
 # The last of the weights D that order columns.
@@ -82,7 +84,7 @@ def nearly_polar(Y: jax.Array, tolerance: jax.typing.ArrayLike) -> jax.Array:
 
 def polished(X: jax.Array) -> jax.Array:
     """The polar factor of X with ``‖XᵀX − I‖ ≤ NEARLY``."""
-    return _times(X, _quintic(jnp.asarray((15 / 8, -10 / 8, 3 / 8), jnp.float32), _gram(X)))
+    return _times(X, _quintic(jnp.asarray(NEAR_ONE, jnp.float32), _gram(X)))
 
 
 def _inverse_root(S: jax.Array) -> jax.Array:
@@ -141,8 +143,8 @@ def minimax_quintics(smallest: float, count: int) -> tuple[tuple[float, float, f
 
 def _minimax_quintic(low: float, high: float) -> tuple[tuple[float, float, float], float]:
     """The minimax odd quintic for 1 between two positive numbers, and its largest error."""
-    if high - low < 1e-4:  # the limit of a short interval, whose equations are singular
-        return (15 / 8, -10 / 8, 3 / 8), (high - low) ** 3
+    if high - low < 1e-4:
+        return NEAR_ONE, (high - low) ** 3
     inner = (3 * low + high) / 4, (low + 3 * high) / 4
     for _ in range(100):
         x = np.array([low, *inner, high])

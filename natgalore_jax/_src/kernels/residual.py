@@ -76,7 +76,7 @@ class ResidualRule(NamedTuple):
     phi: Callable[[RuleInputs, Any], tuple[jax.Array, Any]]  # (inputs, memory) -> (φ, memory)
     scale: float  # default σ
     rms: float | None  # of E diag(φ), if the rule fixes it: the limit then needs no memory
-    memory: Callable[[LeafPlan, Any], Any] | None = None  # initial memory
+    has_memory: bool = False  # c of :func:`empty_fisher`
 
 
 def _fira(x: RuleInputs, memory: Any) -> tuple[jax.Array, Any]:
@@ -151,15 +151,10 @@ def fisher_shape(plan: LeafPlan) -> tuple[int, ...]:
     return tuple(plan.shape[a] for a in phi_axes(plan).owners)
 
 
-def fisher_size(plan: LeafPlan) -> int:
-    """Number of entries of c."""
-    return math.prod(fisher_shape(plan))
-
-
 # σ of "fisher" is twice the root mean square of AdamW's updates.
 RULES = {
     "fira": ResidualRule(_fira, scale=1.0, rms=None),
-    "fisher": ResidualRule(_fisher, scale=0.4, rms=1.0, memory=empty_fisher),
+    "fisher": ResidualRule(_fisher, scale=0.4, rms=1.0, has_memory=True),
 }
 
 
@@ -205,10 +200,10 @@ def limited(
     limit: jax.typing.ArrayLike,
 ) -> tuple[jax.Array, jax.Array]:
     """φ that limits the norm of the residual update to ``limit`` times ``level``; that norm."""
+    matrix = tuple(range(axes.batch_ndim, phi.ndim))
     squared = jnp.where(phi == 0, 0.0, jnp.square(phi) * energy.E)
-    norm = jnp.sqrt(jnp.sum(squared, tuple(range(axes.batch_ndim, squared.ndim))))
-    shrink, norm = growth_shrink(norm, level, limit)
-    return phi * jnp.expand_dims(shrink, tuple(range(axes.batch_ndim, phi.ndim))), norm
+    shrink, norm = growth_shrink(jnp.sqrt(jnp.sum(squared, matrix)), level, limit)
+    return phi * jnp.expand_dims(shrink, matrix), norm
 
 
 def growth_shrink(

@@ -56,7 +56,7 @@ def _inverse_root(S: jax.Array) -> jax.Array:
 
 def _multiply(C: jax.Array, x: jax.Array, axis: int) -> jax.Array:
     """``x ×_a C``: multiply by C along one axis of x."""
-    return jnp.moveaxis(jnp.tensordot(C, x, axes=(1, axis)), 0, axis)
+    return jnp.moveaxis(jnp.tensordot(C, x, axes=(1, axis), precision="highest"), 0, axis)
 
 
 def rotate_linear(M: jax.Array, C_of_axis: Mapping[int, jax.Array]) -> jax.Array:

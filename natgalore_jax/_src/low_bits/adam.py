@@ -10,7 +10,13 @@ import optax
 from natgalore_jax._src.kernels.float8_blocks import block_max, blocks_between, decode
 from natgalore_jax._src.kernels.kernel import own_arithmetic
 from natgalore_jax._src.kernels.stacks import for_each
-from natgalore_jax._src.low_bits.moments import EightBits, QuantizedState, dithered, start
+from natgalore_jax._src.low_bits.moments import (
+    EightBits,
+    QuantizedState,
+    at_least_float32,
+    dithered,
+    start,
+)
 from natgalore_jax._src.low_bits.stochastic_round import rounded
 from natgalore_jax._src.params.checks import check_adam, check_boolean, check_eps, check_static
 from natgalore_jax._src.params.context import current_subspace
@@ -163,8 +169,8 @@ def adam_in_float32(
     @own_arithmetic
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
-        wide = state._replace(mu=_in_float32(state.mu), nu=_in_float32(state.nu))
-        found, new = adam.update(_in_float32(updates), wide)
+        mu, nu, wide = jax.tree.map(at_least_float32, (state.mu, state.nu, updates))
+        found, new = adam.update(wide, state._replace(mu=mu, nu=nu))
         dtypes = jax.tree.map(jnp.result_type, updates, state.mu if mu_dtype is None else state.nu)
         return jax.tree.map(jnp.astype, found, dtypes), new._replace(
             mu=optax.tree.cast_like(new.mu, state.mu),
@@ -172,17 +178,6 @@ def adam_in_float32(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _in_float32(tree: Any) -> Any:
-    """With the floating-point arrays of 16 bits in float32. Python numbers stay."""
-
-    def widened(x):
-        dtype = jnp.result_type(x)
-        is_short = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
-        return x.astype(jnp.float32) if is_short else x
-
-    return jax.tree.map(widened, tree)
 
 
 def _without_float16(v: jax.Array) -> jax.Array:

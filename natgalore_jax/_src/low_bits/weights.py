@@ -108,6 +108,9 @@ def dequantize_weights(weights: QuantizedWeights, dtype: Any = jnp.float32) -> A
     Returns:
       The tree of parameters; those not in 8 bits are unchanged.
 
+    Raises:
+      TypeError: for anything else than such weights, and a dtype that is not a float.
+
     Example:
       >>> import jax.numpy as jnp, natgalore_jax as ng
       >>> weights = ng.training.quantize_weights({"w": jnp.ones((64, 64)), "scale": jnp.ones(64)})

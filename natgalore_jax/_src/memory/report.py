@@ -146,7 +146,7 @@ def memory_report(
     default basis, moments and columns of the history have the dtype of the parameter; the
     :math:`s^2 + s + 1` small numbers have four bytes each. Without a history its terms
     are absent. The compact Fisher matrices of the default, inside and outside the subspace, add
-    r + n numbers of four bytes.
+    r + n + 1 numbers of four bytes, the sign of the residual among them.
 
     The report also has the bytes of alternatives: the state of each projected matrix if its
     shorter, longer, or both sides were projected at the same rank. Basis, history, arrays in the

@@ -43,8 +43,8 @@ def galore_adamw(
     .. math::
       R = P^\top G, \quad N = \mathrm{Adam}(R), \quad W \leftarrow W - \eta\,(\alpha P N + \omega W)
 
-    With ``residual="fira"`` it is Fira. With ``method="svd", stagger=False`` it is GaLore as
-    published (``galore-torch``; with ``side="long"`` it is ``optax.contrib.galore``).
+    With ``residual="fira"`` it is Fira. With ``method="svd", stagger=False`` it has
+    GaLore's published refresh; step by step: :func:`published_galore_adamw`.
 
     It equals this composition, which gives access to all other settings::
 

@@ -129,9 +129,9 @@ def natural_galore_adamw(
     Differences from ``optax.adamw``:
 
     * ``learning_rate`` is the rate of the hidden matrices. Embeddings, head, norms and biases take
-      plain AdamW steps at ``unprojected_ratio`` times that rate. A single rate that is low enough
-      for the hidden matrices is too low for embedding and head (docs/experiments.md, "The ratio of
-      the two rates").
+      AdamW steps with Nesterov's momentum at ``unprojected_ratio`` times that rate. A single rate
+      that is low enough for the hidden matrices is too low for embedding and head
+      (docs/experiments.md, "The ratio of the two rates").
     * Hidden matrices (:func:`hidden_matrices`) keep their moments in a subspace of ``rank``
       dimensions, so that the state is a fraction of AdamW's: :func:`memory_report`.
     * Their update is
@@ -143,9 +143,9 @@ def natural_galore_adamw(
 
     :math:`F_R` is the diagonal Fisher matrix of the directions of the subspace
     (:func:`compact_natural_gradient`), :math:`F_E` the Fisher matrix of the columns of the residual
-    (:func:`project_back`, "fisher"). Together they take r + n numbers for a matrix, so that the
-    state is as small as GaLore's. Adam has Nesterov's momentum, entries of N that oppose the newest
-    gradient are dropped, and the leading singular value of the update is clipped
+    (:func:`project_back`, "fisher"). With a sign they take r + n + 1 numbers for a matrix, so that
+    the state is as small as GaLore's. Adam has Nesterov's momentum, entries of N that oppose the
+    newest gradient are dropped, and the leading singular value of the update is clipped
     (``singular_limit`` of :func:`project_back`). docs/experiments.md has the gain of each part.
 
     It equals this composition, which gives access to all other settings (except that parameters

@@ -112,10 +112,14 @@ def check_decay(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be at least 0 and less than 1, got {value}")
 
 
-def check_static_decay(name: str, value: Any) -> None:
-    """Check for a decay whose value shapes the state or the program."""
-    check_static(name, value, "a Python number")
-    check_decay(name, value)
+def check_growth_limit(value: Any) -> None:
+    if value is not None:
+        check_number("norm_growth_limit", value, above=1.0)
+
+
+def check_damping(value: Any) -> None:
+    if not callable(value):
+        check_number("damping", value, above=0.0, below=math.inf)
 
 
 def check_eps(name: str, value: Any) -> None:

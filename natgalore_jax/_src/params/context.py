@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from natgalore_jax._src.params.plan import LeafPlan
+from natgalore_jax._src.params.plan import LeafPlan, within
 from natgalore_jax._src.params.where import KeyPath
 
 _open: contextvars.ContextVar[Mapping[KeyPath, LeafPlan] | None] = contextvars.ContextVar(
@@ -27,18 +27,9 @@ _layer_key = jax.make_user_context(None)
 
 
 @contextlib.contextmanager
-def _within(variable: contextvars.ContextVar, value: Any) -> Iterator[None]:
-    token = variable.set(value)
-    try:
-        yield
-    finally:
-        variable.reset(token)
-
-
-@contextlib.contextmanager
 def open_subspace(plans: Sequence[LeafPlan | None]) -> Iterator[None]:
     """Make the projected leaves the current subspace."""
-    with _within(_open, {plan.path: plan for plan in plans if plan}):
+    with within(_open, {plan.path: plan for plan in plans if plan}):
         yield
 
 
@@ -79,7 +70,7 @@ class LayerView(NamedTuple):
 @contextlib.contextmanager
 def layer_view(view: LayerView) -> Iterator[None]:
     """Make updates in this context updates of one layer."""
-    with _within(_layer, view), _layer_key(object()):
+    with within(_layer, view), _layer_key(object()):
         yield
 
 

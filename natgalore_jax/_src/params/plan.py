@@ -139,6 +139,16 @@ def check_rank(rank: Any) -> None:
         check_integer("rank", rank, minimum=1)
 
 
+@contextlib.contextmanager
+def within(variable: contextvars.ContextVar, value: Any) -> Iterator[None]:
+    """Set a context variable."""
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
 def plan_tree(settings: PlanSettings, tree: Any) -> list[LeafPlan | None]:
     """One entry per leaf of ``tree``, parameters or gradients: its plan, or None without a matrix.
 
@@ -167,11 +177,8 @@ def plan_tree(settings: PlanSettings, tree: Any) -> list[LeafPlan | None]:
 def record_plans() -> Iterator[list[LeafPlan]]:
     """Collect the plans of all trees that are planned in this context."""
     plans: list[LeafPlan] = []
-    token = _recorded.set(plans)
-    try:
+    with within(_recorded, plans):
         yield plans
-    finally:
-        _recorded.reset(token)
 
 
 def without_matrices(treedef: Any, leaves: Sequence[Any], plans: Sequence[Any]) -> Any:

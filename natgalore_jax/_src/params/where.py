@@ -84,6 +84,9 @@ def hidden_matrices(path: Any, leaf: Any = None) -> bool:
     Returns:
       Whether the parameter is projected.
 
+    Raises:
+      TypeError: without a leaf, and for one that is no array.
+
     Example:
       >>> import jax.numpy as jnp, natgalore_jax as ng
       >>> ng.hidden_matrices(("mlp", "kernel"), jnp.zeros((8, 4)))
@@ -103,30 +106,30 @@ def hidden_matrices(path: Any, leaf: Any = None) -> bool:
 
 def all_matrices(path: Any, leaf: Any) -> bool:
     """Embeddings, output heads and hidden matrices, without stacked vectors."""
-    parts = _parts(tuple(path))
+    parts = _parts(path)
     is_embedding = any(_EMBEDDING.search(part) for part in parts)
     return _is_matrix(path, leaf) and (is_embedding or not _is_named_a_vector(parts))
 
 
 def token_matrices(path: Any, leaf: Any) -> bool:
     """Embeddings and output heads by the rules of :func:`hidden_matrices`."""
-    parts = _parts(tuple(path))
+    parts = _parts(path)
     is_for_tokens = _is_named_an_embedding(parts) or _is_named_a_head(parts)
     return all_matrices(path, leaf) and is_for_tokens
 
 
 def output_heads(path: Any, leaf: Any) -> bool:
     """Matrices whose name marks an output head by the rules of :func:`hidden_matrices`."""
-    return all_matrices(path, leaf) and _is_named_a_head(_parts(tuple(path)))
+    return all_matrices(path, leaf) and _is_named_a_head(_parts(path))
 
 
 def is_stacked_vector(path: Any, leaf: Any) -> bool:
     """Vectors of stacked layers, by the rules of :func:`hidden_matrices`."""
-    return _is_matrix(path, leaf) and _is_named_a_vector(_parts(tuple(path)))
+    return _is_matrix(path, leaf) and _is_named_a_vector(_parts(path))
 
 
 def _is_matrix(path: Any, leaf: Any) -> bool:
-    kind = shape_and_dtype(tuple(path), leaf)
+    kind = shape_and_dtype(path, leaf)
     return len(kind.shape) > 1 and jnp.issubdtype(kind.dtype, jnp.floating)
 
 

@@ -68,13 +68,6 @@ class Matrix(NamedTuple):
     basis_states: list[Any]
 
 
-def take_matrix(
-    plan: LeafPlan, G: jax.Array, basis: StoredFactors, basis_states: Any, layer: jax.Array
-) -> Matrix:
-    """Matrix number ``layer``, int32, of a parameter."""
-    return Matrix(take_tensor(plan, G, layer), *take_stored(plan, (basis, basis_states), layer))
-
-
 def take_tensor(plan: LeafPlan, G: jax.Array, layer: jax.Array) -> jax.Array:
     """Matrix number ``layer`` of a gradient, axes in the order of the modes."""
     order = [plan.matrix_axes.index(a) for mode in plan.modes for a in mode]

@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +29,13 @@ from natgalore_jax._src.params.plan import LeafPlan
 from natgalore_jax._src.refresh.all_to_all import shard_by_layer, unshard_by_layer
 from natgalore_jax._src.refresh.matrix import (
     Due,
+    Matrix,
     RefreshSettings,
     StoredFactors,
     put_matrix,
     refresh_matrix,
-    take_matrix,
+    take_stored,
+    take_tensor,
 )
 from natgalore_jax._src.states.transport import is_basis_state
 
@@ -86,14 +88,6 @@ def _devices(plan: LeafPlan, G: jax.Array) -> int:
     return math.prod(mesh.shape[name] for name in _names(plan, G))
 
 
-class _Group(NamedTuple):
-    """Arrays of one parameter, or of several in a stack, that are resharded."""
-
-    G: jax.Array
-    basis: StoredFactors
-    basis_states: list[Any]
-
-
 @kernel("settings", "plans", "axis_names")
 def refresh_group(
     settings: RefreshSettings,
@@ -119,7 +113,7 @@ def refresh_group(
     """
 
     def reshard_and_refresh(stored):
-        groups = [_Group(G, *x) for G, x in zip(gradients, stored, strict=True)]
+        groups = [(G, *own) for G, own in zip(gradients, stored, strict=True)]
         return _refresh_by_layer(settings, plans, axis_names, groups, due, matrix_keys)
 
     stored = list(zip(bases, basis_states, strict=True))
@@ -130,9 +124,10 @@ def _refresh_by_layer(settings, plans, axis_names, groups, due, matrix_keys):
     """Reshard by layer, refresh the matrices that are due, and reshard back."""
     is_stack = len(plans) == 1
     plan = plans[0] if is_stack else plans[0].stacked(len(plans))
-    names = _names(plans[0], groups[0].G)
+    G = groups[0][0]
+    names = _names(plans[0], G)
     layer_axis, *other_batch = plan.batch
-    mesh = jax.typeof(groups[0].G).sharding.mesh
+    mesh = jax.typeof(G).sharding.mesh
     arrays, treedef = jax.tree.flatten(groups[0])
     axes = [layer_axis] + [0] * (len(arrays) - 1)  # of G, bases and state
     layouts = [[*([] if is_stack else [()]), *names_of(x)] for x in arrays]
@@ -199,8 +194,7 @@ def _refresh_by_layer(settings, plans, axis_names, groups, due, matrix_keys):
                 number = layer * matrices + i
 
                 def renew(stored):
-                    basis, basis_states = stored
-                    matrix = take_matrix(own_plan, group.G, basis, basis_states, i)
+                    matrix = Matrix(take_tensor(own_plan, G, i), *take_stored(own_plan, stored, i))
                     new = refresh_matrix(
                         settings, own_plan, matrix, matrix_keys[number], is_first[number]
                     )
@@ -209,8 +203,8 @@ def _refresh_by_layer(settings, plans, axis_names, groups, due, matrix_keys):
                 is_own = (layer >= 0) & is_due[layer, i]
                 return jax.lax.cond(is_own, renew, lambda stored: stored, stored)
 
-            stored = (group.basis, group.basis_states)
-            return jax.tree.leaves(jax.lax.fori_loop(0, matrices, refresh_due, stored))
+            G, *stored = group
+            return jax.tree.leaves(jax.lax.fori_loop(0, matrices, refresh_due, tuple(stored)))
 
         stored = jax.lax.fori_loop(0, math.ceil(length / devices), refresh_some, stored)
         stored = [x[:length] for x in stored]
@@ -227,7 +221,7 @@ def _refresh_by_layer(settings, plans, axis_names, groups, due, matrix_keys):
         on_each_device,
         in_specs=(specs, by_layer, replicated, replicated, replicated),
         out_specs=[tuple(spec[1:]) for spec in specs],
-        axis_names=explicit_axes_of(groups[0].G),
+        axis_names=explicit_axes_of(G),
     )(list(groups), layers, is_due_layer, matrix_keys, due.is_first)
 
 

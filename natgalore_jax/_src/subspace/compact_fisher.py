@@ -1,6 +1,5 @@
 """Natural gradient with a compact Fisher matrix, around an inner optimizer."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ from natgalore_jax._src.kernels.stacks import for_each, merged
 from natgalore_jax._src.params.checks import (
     check_boolean,
     check_choice,
+    check_damping,
     check_decay,
     check_integer,
     check_number,
@@ -153,8 +153,7 @@ def compact_natural_gradient(
     """
     check_decay("decay", decay)
     check_choice("damping_mode", damping_mode, DampingMode)
-    if not callable(damping):
-        check_number("damping", damping, above=0.0, below=math.inf)
+    check_damping(damping)
     check_choice("structure", structure, STRUCTURES)
     check_integer("modes", modes, minimum=2)
     check_boolean("cautious", cautious)

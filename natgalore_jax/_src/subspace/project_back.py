@@ -1,8 +1,9 @@
 """Projection of updates back to full shape, with or without a residual."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +16,19 @@ from natgalore_jax._src.kernels.residual import (
     RULES,
     Residual,
     Rule,
+    empty_fisher,
     fisher_shape,
-    fisher_size,
     with_residual,
 )
 from natgalore_jax._src.kernels.spectral import clip_each, clip_leading, clip_leading_of_factored
 from natgalore_jax._src.kernels.stacks import for_each, for_each_gradient, merged
-from natgalore_jax._src.params.checks import check_choice, check_decay, check_number, check_unused
+from natgalore_jax._src.params.checks import (
+    check_choice,
+    check_decay,
+    check_growth_limit,
+    check_number,
+    check_unused,
+)
 from natgalore_jax._src.params.placement import zeros_on_axes
 from natgalore_jax._src.params.plan import LeafPlan, PlanSettings, plan_tree
 from natgalore_jax._src.states.entries import Part, StateType, register_type
@@ -52,7 +59,7 @@ class _ResidualMemory(StateType):
         per_matrix = (state.direction, state.residual_norm)
         return [
             Part("other", per_matrix, lambda plan: 1),
-            Part("other", state.residual_fisher, fisher_size),
+            Part("other", state.residual_fisher, lambda plan: math.prod(fisher_shape(plan))),
         ]
 
 
@@ -149,9 +156,8 @@ def project_back(
       (4, 5)
     """
     check_number("scale", scale)
-    check_choice("residual", residual, get_args(Rule))
-    if norm_growth_limit is not None:
-        check_number("norm_growth_limit", norm_growth_limit, above=1.0)
+    check_choice("residual", residual, Rule)
+    check_growth_limit(norm_growth_limit)
     if residual_scale is not None:
         check_number("residual_scale", residual_scale)
     if residual_decay is not None:
@@ -164,7 +170,7 @@ def project_back(
                 "norm_growth_limit", norm_growth_limit, NORM_GROWTH_LIMIT, "without a residual"
             )
         check_unused("residual_scale", residual_scale, None, "without a residual")
-    if residual == "none" or RULES[residual].memory is None:
+    if residual == "none" or not RULES[residual].has_memory:
         check_unused("residual_decay", residual_decay, None, 'without residual="fisher"')
     tx = ProjectBack(
         *only_in_chain(
@@ -188,21 +194,21 @@ def init_back(
     """Initial state for parameters with the low-rank leaves ``low_rank``."""
     if settings.residual is None:
         return optax.EmptyState()
-    memory = RULES[settings.residual.rule].memory
-    directions, norms = (
-        [
-            zeros_on_axes(leaf, len(plan.batch), jnp.float32)
-            if plan and is_kept
-            else optax.MaskedNode()
+
+    def tree(start, is_kept=True):
+        return treedef.unflatten(
+            start(plan, leaf) if plan and is_kept else optax.MaskedNode()
             for plan, leaf in zip(plans, low_rank, strict=True)
-        ]
-        for is_kept in (True, settings.residual.keeps_norm)
+        )
+
+    def per_matrix(plan, leaf):
+        return zeros_on_axes(leaf, len(plan.batch), jnp.float32)
+
+    return ProjectBackState(
+        tree(per_matrix),
+        tree(per_matrix, settings.residual.keeps_norm),
+        tree(empty_fisher, RULES[settings.residual.rule].has_memory),
     )
-    fishers = [
-        memory(plan, leaf) if plan and memory else optax.MaskedNode()
-        for plan, leaf in zip(plans, low_rank, strict=True)
-    ]
-    return ProjectBackState(*map(treedef.unflatten, (directions, norms, fishers)))
 
 
 def clipped_matrices(
@@ -275,7 +281,7 @@ def _check_memory(residual: Residual, plan: LeafPlan, memory: Sequence[Any]) -> 
     expected = (
         of_matrices,
         of_matrices if residual.keeps_norm else None,
-        Form(fisher_shape(plan)) if RULES[residual.rule].memory else None,
+        Form(fisher_shape(plan)) if RULES[residual.rule].has_memory else None,
     )
     for name, form, entry in zip(ProjectBackState._fields, expected, memory, strict=True):
         check_form(

@@ -1,6 +1,5 @@
 """Natural gradient from a history of gradients, as a transformation."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -18,8 +17,8 @@ from natgalore_jax._src.kernels.linear_codes import (
 from natgalore_jax._src.kernels.stacks import for_each, merged
 from natgalore_jax._src.params.checks import (
     check_choice,
+    check_damping,
     check_integer,
-    check_number,
     check_stored_dtype,
 )
 from natgalore_jax._src.params.context import current_subspace, plan_of
@@ -119,8 +118,7 @@ def woodbury_natural_gradient(
     check_integer("history", history, minimum=1)
     check_choice("damping_mode", damping_mode, DampingMode)
     is_relative = damping_mode == "relative"
-    if not callable(damping):
-        check_number("damping", damping, above=0.0, below=math.inf)
+    check_damping(damping)
     check_stored_dtype("history_dtype", history_dtype)
     is_coded = coded_bits(history_dtype) is not None
 
