@@ -47,9 +47,8 @@ def test_a_frequent_document_trains():
         assert len(validation) == len(test) == 5
 
 
-def test_a_text_of_copies_alone_is_too_short():
-    with pytest.raises(DataError, match="copies of each at most a twentieth of the text; got 0"):
-        split_documents(_documents(3) * 20, 0)
+def test_a_text_of_copies_alone_is_split_too():
+    assert [len(part) for part in split_documents(_documents(3) * 20, 0)] == [20, 20, 20]
 
 
 @pytest.mark.parametrize(

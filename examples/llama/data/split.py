@@ -23,19 +23,19 @@ def split_documents(documents: list[str], seed: int) -> tuple[list[str], list[st
 
     A document of more than a twentieth of the corpus (one book, say) is first cut into pieces of
     about a hundredth: at blank lines, or else at line ends, or else at white space. The pieces
-    then count as documents. Copies that are together more than a twentieth are not held out.
+    then count as documents. Copies that are together more than a twentieth are not held out, unless
+    there are fewer than three other documents.
     """
     total = sum(map(len, documents))
     pieces = [piece for text in documents for piece in _cut(text, total, _SEPARATORS)]
     most = total * _LARGEST_SHARE
-    counts = Counter(pieces).items()
-    rare = [text for text, copies in counts if copies == 1 or copies * len(text) <= most]
-    ranked = sorted(rare, key=lambda text: _digest(text, seed))
+    counts = Counter(pieces)
+    rare = [text for text, copies in counts.items() if copies == 1 or copies * len(text) <= most]
+    ranked = sorted(rare if len(rare) >= 3 else counts, key=lambda text: _digest(text, seed))
     if len(ranked) < 3:
         raise DataError(
             "the text is too short to be split into train, validation and test: at least 3 "
-            "different documents or paragraphs are required, copies of each at most a twentieth of "
-            f"the text; got {len(ranked)}: give more --data"
+            f"different documents or paragraphs are required, got {len(ranked)}: give more --data"
         )
     count = max(1, round(HELD_OUT * len(ranked)))
     validation, test = set(ranked[:count]), set(ranked[count : 2 * count])
