@@ -147,6 +147,34 @@ def test_losses_of_other_texts():
         assert shown[name] == [*found, losses.get(("pydoc", method, half), "not run")]
 
 
+def test_losses_in_twice_the_steps():
+    names = {
+        "default": "natural-galore",
+        "lean": "natural-galore-lean",
+        "AdamW, clipped": "adamw-clipped",
+        "Muon with AdamW": "muon",
+        "Fira": "fira",
+        "GaLore": "galore",
+        "AdamW": "adamw",
+        "SCALE": "scale",
+    }
+    losses = {
+        (suite, run["method"]): run["test_loss"]
+        for suite in ("main", "600-steps")
+        for run in read_results(RESULTS / "quality", suite)
+        if (run["preset"], run["seed"]) == ("9m", 1)
+    }
+    table = [row for row in rows("experiments.md") if len(row) == 3]
+    start = table.index(["", "300 steps", "600 steps"])
+    shown = {name: cells for name, *cells in table[start + 2 : start + 2 + len(names)]}
+    default = losses["main", "natural-galore"], losses["600-steps", "natural-galore"]
+    for name, method in names.items():
+        found = losses["main", method], losses["600-steps", method]
+        assert shown[name] == [f"{loss:.3f}" for loss in found]
+        before, after = found[0] - default[0], found[1] - default[1]
+        assert name in ("default", "SCALE") or 0.675 <= after / before <= 0.825
+
+
 def test_losses_of_quadratic_problems():
     columns = {
         "AdamW": "adamw",
