@@ -90,9 +90,9 @@ def evaluate(config: EvaluateConfig) -> Record:
     """The numbers of a model on a text.
 
     Raises:
-      ConfigError: if rows are longer than the model allows, or there is no tokenizer.
+      ConfigError: if rows are longer than the model allows.
       DataError: if the text cannot be read.
-      WeightsError: if the weights cannot.
+      WeightsError: if the weights cannot, or there is no tokenizer.
     """
     if not config.data:
         raise ConfigError(
@@ -102,9 +102,9 @@ def evaluate(config: EvaluateConfig) -> Record:
     documents = (
         load_documents(data) if config.split == "all" else getattr(load_corpus(data), config.split)
     )
-    loaded = load_with_tokenizer(config.model, config.dtype, config.step)
-    tokenizer = plain_text(loaded.tokenizer, config.model, loaded.end_ids)
-    vocabulary, most = vocabulary_size(loaded.tokenizer), loaded.config.max_length
+    loaded, own_tokenizer = load_with_tokenizer(config.model, config.dtype, config.step)
+    tokenizer = plain_text(own_tokenizer, config.model, loaded.end_ids)
+    vocabulary, most = vocabulary_size(own_tokenizer), loaded.config.max_length
     if vocabulary > loaded.config.vocab_size:
         raise ConfigError(
             f"{config.model}: a tokenizer of {vocabulary} tokens, and weights for "

@@ -67,13 +67,13 @@ def run(config: SampleConfig) -> int:
     announce_devices()
     waiting = on_stderr()
     with waiting.during(READING):
-        loaded = load_with_tokenizer(config.model, config.dtype, config.step)
+        loaded, tokenizer = load_with_tokenizer(config.model, config.dtype, config.step)
     for i in range(config.samples):
         if config.samples > 1:
             print(f"{'' if i == 0 else chr(10)}--- {i + 1} of {config.samples}")
         text = continued(
             loaded.model,
-            loaded.tokenizer,
+            tokenizer,
             config.prompt,
             config.tokens,
             sampling,

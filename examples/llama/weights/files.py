@@ -104,8 +104,10 @@ def load_llama(
     return PretrainedLlama(model, config, file.tokenizer, file.chat_template, file.end_ids)
 
 
-def load_with_tokenizer(name: str, dtype: str, step: int | None = None) -> PretrainedLlama:
-    """:func:`load_llama` in one dtype, of a model for texts.
+def load_with_tokenizer(
+    name: str, dtype: str, step: int | None = None
+) -> tuple[PretrainedLlama, Tokenizer]:
+    """:func:`load_llama` in one dtype, and the tokenizer.
 
     Raises:
       WeightsError: as :func:`load_llama`, and without a tokenizer.
@@ -113,7 +115,7 @@ def load_with_tokenizer(name: str, dtype: str, step: int | None = None) -> Pretr
     loaded = load_llama(name, dtype=dtype, param_dtype=dtype, step=step)
     if loaded.tokenizer is None:
         raise WeightsError(f"{name}: no tokenizer.json")
-    return loaded
+    return loaded, loaded.tokenizer
 
 
 def open_weights(name: str, step: int | None = None) -> WeightsFile:
