@@ -242,11 +242,11 @@ def test_errors_in_json_lines(tmp_path, line, message):
         read_rows(TASKS["own"], tmp_path)
 
 
-@pytest.mark.parametrize("label", ["1" + 20 * "0", "1" + 400 * "0", "true"])
-def test_a_number_whose_square_no_float_holds(tmp_path, label):
+@pytest.mark.parametrize("zeros", [20, 400])
+def test_a_number_whose_square_no_float_holds(tmp_path, zeros):
     tiny.write_rows(tmp_path)
-    (tmp_path / "train.jsonl").write_text(f'{{"sentence1": "a", "label": {label}}}\n')
-    with pytest.raises(DataError, match=r"line 1: the label (10+|True) is no number from -1e"):
+    (tmp_path / "train.jsonl").write_text(f'{{"sentence1": "a", "label": 1{"0" * zeros}}}\n')
+    with pytest.raises(DataError, match=r"line 1: the label 10+ is no number from -1e\+18 to 1e"):
         read_rows(TASKS["own-regression"], tmp_path)
 
 

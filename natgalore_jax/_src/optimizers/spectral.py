@@ -72,7 +72,7 @@ def clip_leading_singular_value(
         return treedef.unflatten(clipped), state
 
     def init_fn(params):
-        plan_tree(settings, params)  # for its errors
+        plan_tree(settings, params)  # for errors and record_plans
         return optax.EmptyState()
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -78,7 +78,7 @@ class Subspace:
             raise ValueError(NESTED)
         treedef = jax.tree.structure(params)
         plans, opened, low_leaves = self._start(params)
-        clipped_matrices(self.closer, self.opener.plan, params)  # for its errors
+        clipped_matrices(self.closer, self.opener.plan, params)  # for errors and record_plans
         low_rank = treedef.unflatten(low_leaves)
         with open_subspace(plans):
             inner = [tx.init(low_rank) for tx in self.inner]

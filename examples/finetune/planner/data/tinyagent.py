@@ -26,10 +26,6 @@ from examples.finetune.planner.plans.plan import (
 from examples.finetune.planner.plans.records import Record
 
 
-class UnusableRecord(DataError):
-    """A record that cannot be trained on, in a file that can be read."""
-
-
 def load_tinyagent(path: Path, rejected: list[str] | None = None) -> list[Record]:
     """Reads the records of a file, in its order; ids are its keys.
 
@@ -42,7 +38,7 @@ def load_tinyagent(path: Path, rejected: list[str] | None = None) -> list[Record
         one is an error.
 
     Raises:
-      DataError: naming file, key and call; of one record :class:`UnusableRecord`.
+      DataError: naming file, key and call.
     """
     records = []
     for key, row in expect(read_json(path), dict, str(path)).items():
@@ -50,7 +46,7 @@ def load_tinyagent(path: Path, rejected: list[str] | None = None) -> list[Record
             records.append(_record(key, row, f"{path}: {key!r}"))
         except DataError as error:
             if rejected is None:
-                raise UnusableRecord(str(error)) from error
+                raise
             rejected.append(str(error))
     return records
 
