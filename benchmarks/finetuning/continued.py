@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.finetuning.continued sweep`` makes all runs and continues after a stop. The
 text is presidential addresses, mostly of the nineteenth century; what is forgotten is measured on
-snippets of film reviews, which no method trains on.
+snippets of movie reviews, which no method trains on.
 """
 
 import dataclasses
@@ -181,7 +181,7 @@ def make(run: Run) -> Json | None:
 
 
 def general_texts() -> list[str]:
-    """Film reviews of the test split of `movie-snippets`, joined to one document."""
+    """Movie reviews of the test split of `movie-snippets`, joined to one document."""
     task = TASKS["movie-snippets"]
     rows = read_rows(task, None).splits[task.held_out[-1]]
     return ["\n".join(row.first for row in rows)]
@@ -210,8 +210,8 @@ def runs(sweep: Sweep) -> list[grids.RunOptions]:
 
 
 _COLUMNS = (
-    *("", "rate", "seeds", "state, MiB", "addresses", "film reviews"),
-    *("addresses - AdamW's", "film reviews - AdamW's", "minutes, fastest run"),
+    *("", "rate", "seeds", "state, MiB", "addresses", "movie reviews"),
+    *("addresses - AdamW's", "movie reviews - AdamW's", "minutes, fastest run"),
 )
 
 

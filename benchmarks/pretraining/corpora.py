@@ -51,6 +51,11 @@ def name_of(corpus: str) -> str:
     return corpus
 
 
+def title_of(name: str) -> str:
+    """What tables and figures call the text of this name."""
+    return {"sotu": "addresses", "shakespeare": "Shakespeare"}.get(name, name)
+
+
 def sources_of(corpus: str, cache_dir: Path) -> tuple[str, ...]:
     """Sources of a corpus, as ``--data`` of examples.llama; a text of ``WRITTEN`` is written."""
     name = name_of(corpus)

@@ -9,6 +9,7 @@ import matplotlib.figure
 import matplotlib.ticker
 from matplotlib.transforms import Bbox
 
+from benchmarks.pretraining.corpora import title_of
 from benchmarks.pretraining.methods import METHODS
 from benchmarks.pretraining.step_times import Seconds
 from benchmarks.pretraining.summary import Group, Row
@@ -182,7 +183,7 @@ def _panels(groups: Groups) -> tuple[matplotlib.figure.Figure, list[tuple[Any, S
         unused.remove()
     panels: list[tuple[Any, Sequence[Row]]] = []
     for axes, (group, rows) in zip(all_axes, groups.items(), strict=False):
-        axes.set_title(", ".join(group))
+        axes.set_title(f"{group[0]}, {title_of(group[1])}")
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6))
         # Those that have a colour are drawn last, over the others.
         panels.append((axes, sorted(rows.values(), key=lambda row: row.method in COLOURS)))

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 
 from benchmarks.common.markdown import PLUS_MINUS, table
+from benchmarks.pretraining.corpora import title_of
 from benchmarks.pretraining.methods import CHANGES, METHODS, place
 from benchmarks.pretraining.step_times import Seconds
 from benchmarks.pretraining.summary import RECIPE, REFERENCE, Group, Row, best, separated
@@ -19,20 +20,22 @@ def losses(
     methods: Iterable[str],
     seconds: Seconds | None = None,
     *,
-    brief: bool = False,
+    beside: Iterable[Group] | None = None,
 ) -> str:
     """Final test losses of a preset, for ``methods`` and, in an unfinished table, "not run".
 
-    ``brief`` leaves out rates, steps and times.
+    With ``beside`` the losses of these other groups stand instead of rates, steps and times.
     """
     of_step = {} if seconds is None else seconds.get(preset, {})
     corpora = sorted(corpus for p, corpus in groups if p == preset)
     rows = {corpus: list(groups[preset, corpus].values()) for corpus in corpora}
-    seeds = max(len(r.seeds) for of_corpus in rows.values() for r in of_corpus)
+    others = [groups[group] for group in beside or ()]
+    seeds = _seeds(row for of_corpus in rows.values() for row in of_corpus)
     reference = next((r for of in rows.values() for r in of if r.method == REFERENCE), None)
     header = ["", "rate × ratio", "state, MiB", "of AdamW's"]
-    header += [f"test loss, {c}" for c in corpora]
-    header += [f"steps to AdamW's loss, {c}" for c in corpora]
+    header += [f"test loss, {title_of(c)}" for c in corpora]
+    header += [f"test loss, {other}, {title_of(c)}" for other, c in beside or ()]
+    header += [f"steps to AdamW's loss, {title_of(c)}" for c in corpora]
     header.append("ms a step")
     lines = []
     for method, rates in _keys(rows.values(), methods):
@@ -51,11 +54,14 @@ def losses(
                 f"{present[0].state_bytes / 2**20:.2f}",
                 _share(present[0], reference),
                 *(_loss(r, seeds) for r in found),
+                *(_loss(best(of.values(), method), _seeds(of.values())) for of in others),
                 *(_steps(r) for r in found),
                 f"{1e3 * of_step[method]:.0f}" if method in of_step else "not timed",
             ]
         )
-    kept = [0, *range(2, 4 + len(corpora))] if brief else range(len(header))
+    kept = range(len(header))
+    if beside is not None:
+        kept = [0, *range(2, 4 + len(corpora) + len(others))]
     return table([header[i] for i in kept], ([line[i] for i in kept] for line in lines))
 
 
@@ -122,6 +128,11 @@ def _keys(rows: Iterable[Iterable[Row]], methods: Iterable[str]) -> list[tuple[s
     ]
 
 
+def _seeds(rows: Iterable[Row]) -> int:
+    """The number of seeds of a complete row."""
+    return max(len(row.seeds) for row in rows)
+
+
 def _share(row: Row, reference: Row | None) -> str:
     if reference is None:
         return "not known"
@@ -164,24 +175,22 @@ PLANNED = ("nano", "9m", "60m")
 
 
 def short(groups: Groups, link: str) -> str:
-    """The methods that the comparison is about: a table of the first preset, a line of others."""
-    ran = [preset for preset in _presets(groups) if any(p == preset for p, _ in groups)]
-    parts = []
-    for preset in ran[:1]:
-        parts.append(f"**{preset}**: {protocol(groups, preset, brief=True)}")
-        parts.append(losses(groups, preset, CORE, brief=True))
-    for (preset, corpus), rows in groups.items():
-        if preset not in ran[:1]:
-            run = [row for method in CORE if (row := best(rows.values(), method))]
-            seeds = max(len(row.seeds) for row in run)
-            cells = ", ".join(f"{label(row.method)} {_loss(row, seeds)}" for row in run)
-            parts.append(
-                f"**{preset}**, {run[0].steps} steps, {seeds} seeds, test loss, {corpus}: {cells}."
-            )
-    missing = ", ".join(preset for preset in _presets(groups) if preset not in ran)
-    parts.append(f"Not run: {missing}. " if missing else "")
-    parts[-1] += f"All methods, rates, times and curves: [{link}]({link})."
-    return "\n\n".join(parts)
+    """The methods that the comparison is about: state at the first preset, losses at all."""
+    first, *others = [p for p in _presets(groups) if any(p == preset for preset, _ in groups)]
+    beside = [group for group in groups if group[0] in others]
+    protocols = [f"**{first}**: {protocol(groups, first, brief=True)}"]
+    for preset in others:
+        rows = [row for group in beside if group[0] == preset for row in groups[group].values()]
+        protocols.append(f"**{preset}**: {rows[0].steps} steps, {_seeds(rows)} seeds.")
+    missing = ", ".join(p for p in _presets(groups) if p not in (first, *others))
+    link = f"All methods, rates, times and curves: [{link}]({link})."
+    return "\n\n".join(
+        [
+            " ".join(protocols),
+            losses(groups, first, CORE, beside=beside),
+            f"Not run: {missing}. {link}" if missing else link,
+        ]
+    )
 
 
 def long_page(
@@ -193,6 +202,9 @@ def long_page(
     """Everything there is to see."""
     parts = [
         "# Comparison of optimizers",
+        "Which optimizer has the lowest loss, and how much state? Every method has two rates of "
+        "its own, tuned by the same search, several seeds, and a test split that tuning did not "
+        "see.",
         "Made by `python -m benchmarks.pretraining report` from the files in "
         "`benchmarks/results/quality`; do not edit. "
         "[benchmarks/README.md](../benchmarks/README.md#pretraining) says how the runs are made.",
@@ -205,7 +217,7 @@ def long_page(
             lines = verdicts(rows)
             if lines:
                 parts.append(
-                    f"Test loss of {label(RECIPE)} minus that of others on {corpus}, means:"
+                    f"Test loss of {label(RECIPE)} minus that of others, {title_of(corpus)}, means:"
                 )
                 parts.append("\n".join(f"- {line}" for line in lines))
     parts += ["## Curves", *(pictures[n] for n in ("steps", "time", "size") if n in pictures)]
@@ -235,8 +247,10 @@ def _losses(groups: Groups, preset: str, methods: Iterable[str], seconds: Second
 
 
 _CLIPPED = (
-    ". Natural GaLore, default and lean, and methods named so clip the leading singular value of "
-    "their updates, found by four power iterations, by one for GaLore and APOLLO-Mini"
+    ". Natural GaLore, default and lean, and methods called clipped clip the leading singular "
+    "value of their updates: [from a start in the "
+    "subspace](mathematics.md#the-leading-singular-value) in Natural GaLore, from random numbers "
+    "in the others, by four power iterations, by one for GaLore and APOLLO-Mini"
 )
 
 
@@ -245,7 +259,7 @@ def protocol(groups: Groups, preset: str, *, brief: bool = False) -> str:
     rows = [row for (p, _), of in groups.items() if p == preset for row in of.values()]
     if not rows:
         return "not run."
-    seeds = max(len(row.seeds) for row in rows)
+    seeds = _seeds(rows)
     plural = "" if seeds == 1 else "s"
     of_times = "; times are medians of steps, apart from the runs, in turns on one machine"
     return (

@@ -27,7 +27,7 @@ def clip_leading_singular_value(
     the same change. Adam, and every other rule that brings the entries of an update to one size,
     makes an update with a spectral norm of about :math:`\sqrt{mn}` of it, which grows with the
     width and changes the activations of all tokens alike. Clipped, the update bears higher
-    learning rates (docs/experiments.md, "A larger model").
+    learning rates (docs/experiments.md, "Clipping the leading singular value").
 
     x is computed by four power iterations from fixed random numbers: the update is read nine times,
     and there is no state. In a training with AdamW, :math:`\sigma_1` is found to one percent in the
