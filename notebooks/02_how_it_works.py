@@ -72,7 +72,7 @@ plt.rcParams["axes.prop_cycle"] = plt.cycler(
 #
 # $$R = P^\top G, \qquad E = G - P R$$
 #
-# are the gradient in the subspace, r × n numbers, and the residual. The energy tells how large it is
+# are the gradient in the subspace, r × n numbers, and the residual. The energy is the share of the gradient in it
 #
 # $$\frac{\lVert R \rVert^2}{\lVert G \rVert^2} = 1 - \frac{\lVert E \rVert^2}{\lVert G \rVert^2} \;\le\;
 #   \frac{\sigma_1^2 + \dots + \sigma_r^2}{\sigma_1^2 + \dots + \sigma_m^2},$$
@@ -175,7 +175,7 @@ plt.show()
 
 # %% [markdown]
 # Refreshes of different matrices are spread over the interval, so that no step does them all; that is why the first one here
-# is not at step 40. What the basis misses is not small: a batch of 1,024 tokens has a noisy gradient, and noise has no low
+# is not at step 40. The residual is not small: a batch of 1,024 tokens has a noisy gradient, and noise has no low
 # rank. That is why `natural_galore_adamw` has a second, very small Fisher matrix for $E$ and does not throw $E$ away (`residual=`).
 #
 # ## 2. A ravine, and the Fisher matrix

@@ -13,7 +13,7 @@
 #
 # # Many devices
 #
-# The same program on one device and on eight: sharded weights with a state that follows them, devices that exchange
+# The same program on one device and on eight: sharded weights with a state that follows them, devices that sum
 # low-rank gradients only, and a checkpoint that another mesh restores. The eight devices are simulated on the CPU, so that
 # this shows what is where and that the numbers agree, and no speed. It takes about half a minute.
 
@@ -182,17 +182,17 @@ print(f"loss {mesh_losses[0]:.4f} -> {mesh_losses[-1]:.4f}")
 print(f"largest relative difference to one device: {difference:.1e}")
 
 # %% [markdown]
-# Sums over devices are rounded in another order, and training carries that on.
+# Sums over devices are rounded in another order, and training amplifies the difference.
 #
-# ## Exchanging low-rank gradients
+# ## Sums of low-rank gradients
 #
-# When weights are the same on all devices and each has rows of its own, the devices exchange gradients at every step. They
+# When weights are the same on all devices and each has rows of its own, the devices sum gradients at every step. They
 # have the same bases, and projection is linear, so that
 #
 # $$P^\top \Bigl(\tfrac1D \sum_d G_d\Bigr) = \tfrac1D \sum_d P^\top G_d :$$
 #
 # $r \times n$ numbers are summed instead of $m \times n$. `ng.training.data_parallel_step` does that; a matrix that is due for a refresh is
-# exchanged whole, once in `update_interval` steps. It needs an optimizer without a residual, which would need the whole
+# summed whole, once in `update_interval` steps. It needs an optimizer without a residual, which would need the whole
 # gradient.
 
 # %%
@@ -216,7 +216,7 @@ difference = np.max(np.abs(low_losses - whole_losses) / whole_losses)
 print(f"largest relative difference to one device with whole gradients: {difference:.1e}")
 
 # %% [markdown]
-# What is exchanged in a step without a refresh, from the shapes:
+# What is summed in a step without a refresh, from the shapes:
 
 # %%
 low = jax.eval_shape(lambda p: optax.tree.get(low_tx.init(p), "mu"), start)
@@ -244,7 +244,7 @@ plt.show()
 
 # %% [markdown]
 # Eight devices follow one device with either optimizer. The optimizer without a residual learns more slowly on this problem:
-# that is the price of the smaller exchange. `python -m benchmarks.distributed.exchange` reads the bytes of all collectives from compiled
+# that is the price of the smaller sum. `python -m benchmarks.distributed.exchange` reads the bytes of all collectives from compiled
 # programs of a LLaMA (docs/multi_host.md).
 #
 # ## A checkpoint, onto another mesh

@@ -118,7 +118,7 @@ def run_all(program: str, runs: Mapping[str, Sequence[str]], overwrite: bool) ->
 
     directories = []
     for run_name, line in runs.items():
-        directory = _root(line) / run_name
+        directory = path_of(cli.values_of(line, "--root")[-1]) / run_name
         directories.append(directory)
         if (directory / _DONE).exists() and not overwrite:
             _check_same(program, directory, line)
@@ -159,14 +159,6 @@ def run_program(command: list[str]) -> int:
         }
         with answered(answers):
             return process.wait()
-
-
-def _root(line: Sequence[str]) -> Path:
-    """The value of --root; the last one counts."""
-    words = [word.partition("=") for word in line]
-    pairs = zip(words, [*line[1:], ""], strict=True)
-    values = [after or following for (key, _, after), following in pairs if key == "--root"]
-    return path_of(values[-1])
 
 
 if __name__ == "__main__":

@@ -86,7 +86,6 @@ def test_nearest_is_by_words_and_stable():
 def test_pair(record):
     pair = make_pair(record, Retriever(_TRAIN), PromptConfig(examples=2, negatives=3))
     assert parse_plan(pair.completion) == record.plan
-    assert pair.text == pair.prompt + pair.completion
     assert pair.prompt.endswith(f"Question: {record.query}\n")
     # Two examples, neither the record itself nor one with its tools.
     examples = pair.prompt.split("Examples:")[1].rpartition("Question: ")[0]

@@ -131,7 +131,7 @@ def test_the_loss_is_of_the_learned_tokens_of_all_batches_of_a_step(prepared):
 
 
 def test_prompt_and_plan_are_encoded_as_the_template_has_them(prepared):
-    chat, pair = prepared.chat, Pair("0", "Question: Call Ann.\n", "1. join()\n<END_OF_PLAN>")
+    chat, pair = prepared.chat, Pair("Question: Call Ann.\n", "1. join()\n<END_OF_PLAN>")
     row = chat.encode(pair)
     decoded = [
         chat.tokenizer.decode(part.tolist(), skip_special_tokens=False)
@@ -143,7 +143,7 @@ def test_prompt_and_plan_are_encoded_as_the_template_has_them(prepared):
     ]
     plain = chat._replace(template=None).encode(pair)
     text = chat.tokenizer.decode(plain.tokens.tolist(), skip_special_tokens=False)
-    assert text == pair.text + tiny.END
+    assert text == pair.prompt + pair.completion + tiny.END
     other = ChatTemplate("{{ messages|length }}{{ messages[0]['content'] }}", {})
     with pytest.raises(WeightsError, match="begins an answer in one way and shows it in another"):
         Chat(chat.tokenizer, other, chat.end_ids).encode(pair)

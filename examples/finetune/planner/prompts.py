@@ -175,13 +175,8 @@ class PromptConfig:
 class Pair:
     """The text of one training example; only the completion is learned."""
 
-    id: str
     prompt: str
     completion: str
-
-    @property
-    def text(self) -> str:
-        return self.prompt + self.completion
 
 
 def make_pair(record: Record, retriever: Retriever | None, config: PromptConfig) -> Pair:
@@ -202,7 +197,6 @@ def make_pair(record: Record, retriever: Retriever | None, config: PromptConfig)
     # The most similar question comes last, next to the one to answer.
     examples = examples[::-1]
     return Pair(
-        record.id,
         write_prompt(
             record.query,
             offered_tools(record, examples, config.negatives, config.prompt_seed),

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import TYPE_CHECKING, Literal
 
-from natgalore_jax._src.memory.llama_sizes import LLAMA_SIZES
+from natgalore_jax._src.memory.llama_sizes import LLAMA_SIZES, LlamaSizes
 
 DTYPES = ("float32", "bfloat16")
 
@@ -41,16 +41,7 @@ class ModelConfig:
     """Dtype of parameters: float32 or bfloat16."""
 
     def __post_init__(self) -> None:
-        sizes = (
-            "vocab_size",
-            "hidden",
-            "intermediate",
-            "layers",
-            "heads",
-            "kv_heads",
-            "max_length",
-        )
-        for name in sizes:
+        for name in (*LlamaSizes._fields, "max_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("rope_theta", "norm_eps"):

@@ -102,61 +102,25 @@ def make_train_step(
         return state, {**metrics, "skipped": ~finite}
 
     def take(state: TrainState, grads: Params, now: Metrics) -> tuple[TrainState, Metrics]:
-        position = state.micro_step % accumulate
-        accumulated = state.accumulated
+        params, opt_state, mean = state.params, state.opt_state, state.accumulated
         if low_rank is None:
-            updates, opt_state = tx.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
+            params, opt_state = applied(tx.update, grads, params, opt_state)
         else:
-            params, opt_state, accumulated = accumulate_low_rank(
-                low_rank, grads, state.opt_state, state.params, accumulated, position, accumulate
+            position, update = state.micro_step % accumulate, low_rank.update
+            opt_state, mean = low_rank.accumulate(grads, opt_state, mean, position)
+            # The branch that changes nothing stands last: XLA does not copy what goes through it.
+            params, opt_state = jax.lax.cond(
+                position == accumulate - 1,
+                lambda *of: applied(update, optax.tree.cast_like(mean, grads), *of),
+                lambda *of: of,
+                *(params, opt_state),
             )
-
         return next_state(
-            state,
-            now,
-            accumulate,
-            params=params,
-            opt_state=opt_state,
-            accumulated=accumulated,
+            state, now, accumulate, params=params, opt_state=opt_state, accumulated=mean
         )
 
-    return ng.training.in_place(step)
-
-
-def accumulate_low_rank(
-    steps: ng.training.LowRankSteps,
-    grads: Params,
-    opt_state: optax.OptState,
-    params: Params,
-    mean: Params,
-    position: jax.Array,
-    number: int,
-) -> tuple[Params, optax.OptState, Params]:
-    """Takes the gradient of one micro-batch, and after the last one of a step the step.
-
-    Args:
-      steps: of the optimizer.
-      grads: of this micro-batch.
-      opt_state, params: before it.
-      mean: of the low-rank gradients of this step so far.
-      position: how many they are, int32; at 0 the old mean does not matter.
-      number: of micro-batches in a step.
-
-    Returns:
-      The new params, opt_state and mean.
-    """
-
-    def take(params, opt_state, mean):
-        updates, opt_state = steps.update(optax.tree.cast_like(mean, grads), opt_state, params)
+    def applied(update, grads, params, opt_state):
+        updates, opt_state = update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
-    opt_state, mean = steps.accumulate(grads, opt_state, mean, position)
-    # The branch that changes nothing stands last: XLA does not copy what goes through it.
-    params, opt_state = jax.lax.cond(
-        position == number - 1,
-        take,
-        lambda params, opt_state, mean: (params, opt_state),
-        *(params, opt_state, mean),
-    )
-    return params, opt_state, mean
+    return ng.training.in_place(step)

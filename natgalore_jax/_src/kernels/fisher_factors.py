@@ -99,14 +99,6 @@ def _letters(x: jax.Array, axis: int, batch_ndim: int) -> tuple[str, str, str]:
     return letters, letters[:batch_ndim], letters[batch_ndim:][axis]
 
 
-def norm_ratio(target: jax.Array, N: jax.Array, batch_ndim: int) -> jax.Array:
-    """``‖target‖ / ‖N‖`` of each matrix; 0 if N is zero or the square of a norm overflows."""
-    axes = tuple(range(batch_ndim, N.ndim))
-    wanted, size = (jnp.sum(jnp.square(x), axes, keepdims=True) for x in (target, N))
-    size = jnp.where((size > 0) & ~jnp.isinf(wanted), size, jnp.inf)
-    return jnp.sqrt(jnp.where(jnp.isinf(size), 0.0, wanted / size))
-
-
 # Lower bound on the share of :func:`agreeing`: where momentum opposes nearly all of the gradient,
 # division by the share would put a full step into a few entries.
 SMALLEST_SHARE = 0.05

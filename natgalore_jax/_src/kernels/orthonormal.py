@@ -7,8 +7,6 @@ one and multiplies smaller singular values by a thousand. Passes are repeated un
 orthonormal.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,14 +16,24 @@ from natgalore_jax._src.params.placement import vary, varying_axes
 # δ, added to the normalised Gram matrix, whose float32 error is 1e-7: bounds the amplification of a
 # pass by δ^(−1/2).
 DAMPING = 1e-6
-# Polynomials per pass: singular values of √δ and above become one to 1e-9.
-QUINTICS = 7
+# The polynomials a x + b x³ + c x⁵ of a pass bring singular values of √δ to 1 to one, to 1e-9. Each
+# is the best approximation of one, by its largest error, on the image of the interval before (Amsel
+# et al., The Polar Express, 2025, arXiv 2505.16932).
+QUINTICS = (
+    (8.470328803848073, -25.108074706661885, 18.62927559911802),
+    (4.182834183293943, -3.108701109889242, 0.5806066813500492),
+    (3.9618572789615976, -2.9540637463593775, 0.5629761179538963),
+    (3.2865862170279545, -2.4647201345312784, 0.5073576938614545),
+    (2.2737499944340356, -1.6446603679080671, 0.4161909274978863),
+    (1.888716197351829, -1.265157225338601, 0.37651892555749084),
+    (1.8750008858926288, -1.2500009843581896, 0.3750000984658915),
+)
 # Each pass gains a factor of a thousand, and the smallest normal float32 is 1e-38.
 MAX_PASSES = 12
 # Tolerances on ‖XᵀX − I‖: before the next power step, and before one last quintic, whose error is
 # 5/16 of the third power.
 CONDITIONED, NEARLY = 0.5, 0.01
-# The limit of minimax quintics on short intervals around one, where their equations are singular.
+# Their limit on short intervals around one.
 NEAR_ONE = (15 / 8, -10 / 8, 3 / 8)
 # ε, the weight of the identity in a power step: ten times the rounding error of a product.
 SHIFT = 1e-6
@@ -90,7 +98,7 @@ def polished(X: jax.Array) -> jax.Array:
 def _inverse_root(S: jax.Array) -> jax.Array:
     """``(S + δ ‖S‖ I)^(−1/2)`` of a symmetric positive semidefinite matrix."""
     norm = jnp.linalg.norm(S)
-    polynomials = jnp.asarray(minimax_quintics(DAMPING**0.5, QUINTICS), jnp.float32)
+    polynomials = jnp.asarray(QUINTICS, jnp.float32)
 
     def step(k, carry):
         root, R = carry
@@ -98,7 +106,7 @@ def _inverse_root(S: jax.Array) -> jax.Array:
         return _times(root, Z), _times(_times(R, Z), Z)
 
     start = (_identity(S), S / norm + DAMPING * _identity(S))
-    return jax.lax.fori_loop(0, QUINTICS, step, start)[0] / jnp.sqrt(norm)
+    return jax.lax.fori_loop(0, len(QUINTICS), step, start)[0] / jnp.sqrt(norm)
 
 
 def _quintic(coefficients: jax.Array, R: jax.Array) -> jax.Array:
@@ -117,42 +125,3 @@ def _gram(X: jax.Array) -> jax.Array:
 
 def _times(A: jax.Array, B: jax.Array) -> jax.Array:
     return jnp.matmul(A, B, precision="highest")
-
-
-@functools.cache
-def minimax_quintics(smallest: float, count: int) -> tuple[tuple[float, float, float], ...]:
-    """Odd quintics a x + b x³ + c x⁵ whose composition maps [smallest, 1] to one.
-
-    Each is the minimax approximation of 1 on the image of the previous interval (Remez exchange).
-    The greedy composition is optimal (Amsel et al., The Polar Express, 2025, arXiv 2505.16932).
-
-    Args:
-      smallest: above zero.
-      count: number of polynomials.
-
-    Returns:
-      (a, b, c) of each, in the order of application.
-    """
-    low, high, found = smallest, 1.0, []
-    for _ in range(count):
-        coefficients, error = _minimax_quintic(low, high)
-        found.append(coefficients)
-        low, high = 1 - error, 1 + error
-    return tuple(found)
-
-
-def _minimax_quintic(low: float, high: float) -> tuple[tuple[float, float, float], float]:
-    """The minimax odd quintic for 1 between two positive numbers, and its largest error."""
-    if high - low < 1e-4:
-        return NEAR_ONE, (high - low) ** 3
-    inner = (3 * low + high) / 4, (low + 3 * high) / 4
-    for _ in range(100):
-        x = np.array([low, *inner, high])
-        system = np.stack([x, x**3, x**5, [1, -1, 1, -1]], 1)
-        a, b, c, error = np.linalg.solve(system, np.ones(4))
-        # The extrema: a + 3 b x² + 5 c x⁴ = 0.
-        root = np.sqrt(9 * b * b - 20 * a * c)
-        last, inner = inner, tuple(np.sqrt((-3 * b + s * root) / (10 * c)) for s in (-1, 1))
-        if np.allclose(last, inner, rtol=1e-14, atol=0):
-            break
-    return (float(a), float(b), float(c)), float(abs(error))

@@ -168,7 +168,7 @@ def energies(axes: PhiAxes, R: jax.Array, G: jax.Array | Apart) -> Energies:
 
 
 def gain(energy_N: jax.Array, energy_R: jax.Array) -> jax.Array:
-    """``‖N_:j‖ / ‖R_:j‖``, the gain of the inner optimizer; 0 where R is 0 or squares overflow."""
+    """``‖N‖ / ‖R‖``, from the squares; 0 where R is 0 or squares overflow."""
     unseen = (energy_R == 0) | jnp.isinf(energy_R) | jnp.isinf(energy_N)
     return jnp.sqrt(jnp.where(unseen, 0.0, energy_N / jnp.where(unseen, 1.0, energy_R)))
 

@@ -11,7 +11,7 @@ import optax
 
 from natgalore_jax._src.kernels.stacks import bytes_of
 from natgalore_jax._src.params.plan import LeafPlan
-from natgalore_jax._src.states.entries import owners_of, parts_of, trees_of_parameters
+from natgalore_jax._src.states.entries import owners_of, parts_of
 
 
 class Piece(NamedTuple):
@@ -37,7 +37,7 @@ def attribute(
     numbered = state_treedef.unflatten(range(len(leaves)))
     parts = {number: part for part, number in parts_of(numbered)}
     try:
-        trees = trees_of_parameters(tx, state)
+        owners = owners_of(tx, state, treedef)
     except Exception as error:
         # optax.tree.map_params calls init with placeholders, for which an init that reads its
         # parameters raises any error.
@@ -46,8 +46,7 @@ def attribute(
             f"support ({type(error).__name__}: {error}): all of its state is counted as shared",
             stacklevel=3,
         )
-        trees = []
-    owners = owners_of(trees, len(leaves), treedef)
+        owners = [None] * len(leaves)
     pieces: list[list[Piece]] = [[] for _ in range(treedef.num_leaves)]
     shared = 0
     for number, (leaf, owner) in enumerate(zip(leaves, owners, strict=True)):

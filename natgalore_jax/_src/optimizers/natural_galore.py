@@ -17,7 +17,7 @@ from natgalore_jax._src.params.plan import Side
 from natgalore_jax._src.params.where import Where, hidden_matrices, selected
 from natgalore_jax._src.subspace.chain import Composite, chain
 from natgalore_jax._src.subspace.compact_fisher import compact_natural_gradient
-from natgalore_jax._src.subspace.project import LowRankProject, low_rank_project
+from natgalore_jax._src.subspace.project import low_rank_project
 from natgalore_jax._src.subspace.project_back import NORM_GROWTH_LIMIT, ProjectBack, project_back
 from natgalore_jax._src.subspace.woodbury import DampingMode, Schedule, woodbury_natural_gradient
 
@@ -206,7 +206,10 @@ def natural_galore_adamw(
       >>> bool(loss(params) < 0.05 * jnp.mean(target**2))
       True
     """
-    opener = low_rank_project(
+    return _adamw_in(
+        adam_with_bits(moment_bits, b1, b2, eps, nesterov=True),
+        project_back(scale, residual, residual_scale=residual_scale, singular_limit=0.2),
+        *(unprojected_ratio, weight_decay, mask, learning_rate),
         rank=rank,
         update_interval=update_interval,
         side=side,
@@ -214,15 +217,6 @@ def natural_galore_adamw(
         axes=axes,
         basis_dtype=basis_dtype,
         seed=seed,
-    )
-    return _adamw_in(
-        opener,
-        adam_with_bits(moment_bits, b1, b2, eps, nesterov=True),
-        project_back(scale, residual, residual_scale=residual_scale, singular_limit=0.2),
-        unprojected_ratio,
-        weight_decay,
-        mask,
-        learning_rate,
     )
 
 
@@ -290,7 +284,10 @@ def lean_natural_galore_adamw(
       >>> report.total_state_bytes < 0.1 * report.adamw_state_bytes
       True
     """
-    opener = low_rank_project(
+    return _adamw_in(
+        scale_by_adam_8bit(b1, b2, eps, nesterov=True, min_size=256, factored=None),
+        project_back(1.0, "fisher", singular_limit=0.2),
+        *(unprojected_ratio, weight_decay, mask, learning_rate),
         rank=rank,
         update_interval=update_interval,
         side=side,
@@ -299,28 +296,20 @@ def lean_natural_galore_adamw(
         basis_dtype="int8",
         seed=seed,
     )
-    return _adamw_in(
-        opener,
-        scale_by_adam_8bit(b1, b2, eps, nesterov=True, min_size=256, factored=None),
-        project_back(1.0, "fisher", singular_limit=0.2),
-        unprojected_ratio,
-        weight_decay,
-        mask,
-        learning_rate,
-    )
 
 
 def _adamw_in(
-    opener: LowRankProject,
     adam: optax.GradientTransformation,
     closer: ProjectBack,
     unprojected_ratio: float,
     weight_decay: float,
     mask: Any,
     learning_rate: optax.ScalarOrSchedule,
+    **projection: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """Natural GaLore with ``adam`` in the subspace between ``opener`` and ``closer``."""
+    """Natural GaLore with ``adam`` in the subspace of ``low_rank_project(**projection)``."""
     check_rates(learning_rate, weight_decay)
+    opener = low_rank_project(**projection)
     return chain(
         opener,
         compact_natural_gradient(adam, modes=opener.number_of_modes, cautious=True),

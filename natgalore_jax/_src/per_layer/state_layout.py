@@ -10,7 +10,7 @@ import optax
 from natgalore_jax._src.params.plan import LeafPlan, record_plans
 from natgalore_jax._src.params.where import KeyPath
 from natgalore_jax._src.per_layer.layer_parts import Parts, with_length
-from natgalore_jax._src.states.entries import owners_of, trees_of_parameters
+from natgalore_jax._src.states.entries import owners_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ def state_layout(tx: optax.GradientTransformation, parts: Parts) -> StateLayout:
         paths,
         jax.tree.leaves(state),
         jax.tree.leaves(other),
-        owners_of(trees_of_parameters(tx, state), len(entries), parts.treedef),
+        owners_of(tx, state, parts.treedef),
         strict=True,
     ):
         axis = _layer_axis(path, here.shape, there.shape, parts.length)

@@ -339,28 +339,18 @@ def parts_of(state: Any, name: str = "inner") -> Iterator[tuple[Part, Any]]:
                 yield from ((own, leaf) for leaf in jax.tree.leaves(part.tree))
 
 
-def trees_of_parameters(tx: optax.GradientTransformation, state: Any) -> list[Any]:
-    """The trees of parameters within a state, with the numbers of its arrays as leaves.
+def owners_of(tx: optax.GradientTransformation, state: Any, treedef: Any) -> list[int | None]:
+    """For each array of a state the number of its parameter; None for shared arrays.
 
     Args:
       tx: the transformation, which must support ``optax.tree.map_params``.
       state: its state, of arrays or shapes.
-    """
-    treedef = jax.tree.structure(state)
-    numbered, trees = treedef.unflatten(range(treedef.num_leaves)), []
-    optax.tree.map_params(tx.init, trees.append, numbered, is_leaf=lambda _: True)
-    return trees
-
-
-def owners_of(trees: Sequence[Any], arrays: int, treedef: Any) -> list[int | None]:
-    """For each array of a state the number of its parameter; None for shared arrays.
-
-    Args:
-      trees: of :func:`trees_of_parameters`.
-      arrays: their number in the state.
       treedef: the structure of the parameters.
     """
-    owners: list[int | None] = [None] * arrays
+    own = jax.tree.structure(state)
+    owners: list[int | None] = [None] * own.num_leaves
+    numbered, trees = own.unflatten(range(own.num_leaves)), []
+    optax.tree.map_params(tx.init, trees.append, numbered, is_leaf=lambda _: True)
     for tree in trees:
         for owner, entry in enumerate(entries_of(tree, treedef)):
             for number in jax.tree.leaves(entry):

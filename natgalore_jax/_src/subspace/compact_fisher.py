@@ -14,9 +14,9 @@ from natgalore_jax._src.kernels.fisher_factors import (
     inverse_power,
     moved_factor,
     multiply,
-    norm_ratio,
 )
 from natgalore_jax._src.kernels.kernel import own_arithmetic
+from natgalore_jax._src.kernels.residual import gain
 from natgalore_jax._src.kernels.stacks import for_each, merged
 from natgalore_jax._src.params.checks import (
     check_boolean,
@@ -221,7 +221,8 @@ def _preconditioned(settings, operands, shared):
         A = factors[mode] = averaged(A, now, decay, nb)
         W = inverse_power(A, damping, exponent / len(own), nb, relative=relative)
         new = multiply(W, new, axes[mode], nb)
-    ratio = norm_ratio(N, new, nb)
+    own_axes = tuple(range(nb, N.ndim))
+    ratio = gain(*(jnp.sum(jnp.square(x), own_axes, keepdims=True) for x in (N, new)))
     if cautious:
         new, share = agreeing(new, R.astype(jnp.float32), nb)
         ratio = ratio / share

@@ -114,12 +114,9 @@ def make_rows(task: Task, raw: dict[str, list[RawRow]], left_out: int = 0) -> Ro
     """Labels as numbers.
 
     Raises:
-      DataError: for an empty split, a label that is none of the task's, and a class without a
+      DataError: for a label that is none of the task's, and a class without a
         training row.
     """
-    for split, rows in raw.items():
-        if not rows:
-            raise DataError(f"{task.name}: the {split} split has no rows")
     _check_sentences(raw)
     if task.regression:
         splits = {
@@ -154,11 +151,9 @@ def unlabelled(task: Task, raw: dict[str, list[RawRow]], pairs: bool) -> dict[st
     """Rows to predict the labels of; until then these are 0.
 
     Raises:
-      DataError: for an empty split, and for one sentence where the task has `pairs`, or two.
+      DataError: for one sentence where the task has `pairs`, or two.
     """
-    for split, rows in raw.items():
-        if not rows:
-            raise DataError(f"{task.name}: the {split} split has no rows")
+    for rows in raw.values():
         for row in rows:
             if (row.second is not None) != pairs:
                 raise DataError(
