@@ -54,7 +54,9 @@ def test_every_matrix_is_due_when_a_table_says(total, interval, accumulation):
 
 @pytest.mark.parametrize("interval", [10**7, 2**30 + 1, 2**31 - 1])
 @pytest.mark.parametrize("total", [1, 8, 224])
-def test_the_longest_intervals_take_no_table_and_no_product_that_overflows(total, interval):
+def test_the_longest_intervals_take_no_table_of_slots_and_no_product_that_overflows(
+    total, interval
+):
     """Python's integers decide which slots have a matrix."""
     at = jax.jit(lambda t: due_matrices(total, interval, 1, stagger=True, step=t))
     for number in {0, total // 2, total - 1}:

@@ -213,7 +213,7 @@ def _scaled(settings, operands, shared):
     decay, scale, limit = shared
     dtype, G = G.dtype, G.astype(jnp.float32)
     new = fixed_point(plan, G, iterations)
-    q, s = (_averaged(plan, old, x, decay) for old, x in zip((q, s), new, strict=True))
+    q, s = _averaged(plan, (q, s), new, decay)
     U = _on_axes(plan, 0, inverse_root(q)) * G * _on_axes(plan, 1, inverse_root(s))
     if limit is not None:
         U, last_norm = limit_growth(plan.batch, U, last_norm, limit)
@@ -252,10 +252,15 @@ def fixed_point(plan: LeafPlan, G: jax.Array, iterations: int) -> tuple[jax.Arra
 
 
 def _averaged(plan, old, new, decay):
-    """``β c + (1 − β) c'``; c for a matrix with a non-finite c'."""
-    sides = tuple(range(len(plan.batch), new.ndim))
-    usable = jnp.all(jnp.isfinite(new), sides, keepdims=True)
-    return jnp.where(usable, decay * old + (1 - decay) * new, old).astype(old.dtype)
+    """``β c + (1 − β) c'`` of both sides; c for a matrix with a non-finite c' of either."""
+    own = [tuple(range(len(plan.batch), x.ndim)) for x in new]
+    of_rows, of_columns = (jnp.all(jnp.isfinite(x), a) for x, a in zip(new, own, strict=True))
+    return [
+        jnp.where(
+            jnp.expand_dims(of_rows & of_columns, axes), decay * c + (1 - decay) * x, c
+        ).astype(c.dtype)
+        for c, x, axes in zip(old, new, own, strict=True)
+    ]
 
 
 def _over_squared_norm(plan, x, of):
