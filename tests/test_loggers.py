@@ -1,12 +1,14 @@
 """Metrics in TensorBoard and Weights & Biases, by stand-ins for their packages."""
 
 import contextlib
+import json
 import math
 import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from examples.common.config import write_json
 from examples.common.errors import ConfigError
 from examples.common.loggers import make_loggers, scalars
 from examples.common.metrics import MetricsLog, read_metrics
@@ -93,10 +95,13 @@ def test_numbers_that_json_has_not_are_null_in_the_file_and_nan_when_read(tmp_pa
     path = tmp_path / "metrics.jsonl"
     with MetricsLog(path) as log:
         log.rewind(0)
-        log.write(kind="train", step=1, loss=math.nan, perplexity=math.inf)
-    assert path.read_text() == '{"kind": "train", "step": 1, "loss": null, "perplexity": null}\n'
+        log.write(kind="train", step=1, loss=math.nan, of={"perplexity": [math.inf, 2.0]})
+    text = '{"kind": "train", "step": 1, "loss": null, "of": {"perplexity": [null, 2.0]}}\n'
+    assert path.read_text() == text
     (record,) = read_metrics(path)
-    assert record["step"] == 1 and math.isnan(record["loss"]) and math.isnan(record["perplexity"])
+    assert record["step"] == 1 and math.isnan(record["loss"])
+    write_json(path, record)
+    assert path.read_text() == json.dumps(json.loads(text), indent=2) + "\n"
 
 
 def test_a_resumed_run_is_the_same_run_of_wandb(tmp_path, calls):

@@ -163,14 +163,16 @@ def expand(
 
 
 def apart(words: Sequence[str]) -> list[str]:
-    """Arguments with `--a_name=value` as two words, `--a-name` and `value`."""
+    """Arguments with `--a_name=value` as two words, unless the value looks like an option."""
     found = []
     for word in words:
-        if word.startswith("--"):
-            name, *value = word.split("=", 1)
-            found += [name.replace("_", "-"), *value]
-        else:
+        name, equals, value = word.partition("=")
+        if not word.startswith("--"):
             found.append(word)
+        elif value.startswith("-"):
+            found.append(f"{name.replace('_', '-')}={value}")
+        else:
+            found += [name.replace("_", "-"), *([value] if equals else [])]
     return found
 
 
@@ -279,7 +281,12 @@ _, _WITHOUT_PREFIX = typing.get_args(tyro.conf.OmitArgPrefixes[int])
 
 def values_of(words: Sequence[str], name: str) -> tuple[str, ...]:
     """The values that the words of a command line give to an option, in their order."""
-    return tuple(value for key, value in itertools.pairwise(apart(words)) if key == name)
+    split, found = apart(words), []
+    for i, word in enumerate(split):
+        key, equals, value = word.partition("=")
+        if key == name:
+            found += [value] if equals else split[i + 1 : i + 2]
+    return tuple(found)
 
 
 def peek(argv: Sequence[str] | None, **defaults: str) -> argparse.Namespace:

@@ -1,6 +1,7 @@
 """Configurations as plain values, and the fields in which two of them differ."""
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -47,11 +48,20 @@ def check_range(config: Any, interval: str, *names: str) -> None:
 def write_json(path: Path, value: Json) -> None:
     """Write a value as an indented JSON file, in a directory that is made if there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(value, indent=2) + "\n"
+    text = json.dumps(with_null(value), indent=2, allow_nan=False) + "\n"
     if path.exists() and not path.is_file():  # Such as /dev/stdout.
         path.write_text(text, encoding="utf-8")
     else:
         replace_text(path.resolve(), text)
+
+
+def with_null(value: Any) -> Any:
+    """A value with null for NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: with_null(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [with_null(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def replace_text(path: Path, text: str) -> None:

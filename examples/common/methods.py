@@ -4,7 +4,7 @@
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -47,9 +47,9 @@ class MethodConfig:
         check_range(self, "(0, inf)", "learning_rate", "clip_norm")
         check_range(self, "[0, inf)", "weight_decay", "scale")
 
-    def check_rank(self, smallest_side: int) -> None:
-        """Raises a ConfigError if the rank is that of a whole matrix."""
-        if self.rank >= smallest_side:
+    def check_rank(self, names: Sequence[str], smallest_side: int) -> None:
+        """Raises a ConfigError if the rank is that of a whole matrix, for methods that have one."""
+        if self.rank >= smallest_side and set(names) != {"adamw"}:
             raise ConfigError(
                 f"rank must be below the smallest side of the matrices, {smallest_side}; "
                 f"got {self.rank}"

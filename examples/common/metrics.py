@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self, TextIO
 
-from examples.common.config import replace_text
+from examples.common.config import replace_text, with_null
 from examples.common.loggers import Logger
 
 Record = dict[str, Any]
@@ -95,9 +95,7 @@ def of_kind(records: list[Record], kind: str) -> list[Record]:
 
 
 def _line(record: Record) -> str:
-    # JSON has no NaN and no infinity, which the losses of a run that diverges are.
-    lost = {k: None for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)}
-    return json.dumps(record | lost, allow_nan=False) + "\n"
+    return json.dumps(with_null(record), allow_nan=False) + "\n"
 
 
 class Clock:

@@ -11,8 +11,10 @@ from safetensors.numpy import load_file
 
 from examples.finetune.planner.__main__ import main
 from examples.finetune.planner.data import load_tinyagent
+from examples.finetune.planner.methods import MethodConfig, check_methods
 from examples.finetune.planner.plans.metrics import verdict
 from examples.finetune.planner.predictions import side_by_side
+from examples.llama.model.config import MODEL_PRESETS
 
 PLANNER = "examples.finetune.planner.__main__"
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -140,6 +142,10 @@ def test_a_rank_is_refused_before_records_are_read(command, tmp_path, capsys, mo
     )
     assert main([*command, f"--root={tmp_path}", "--quiet", "--methods=galore", "--rank=8"]) == 1
     assert_one_line(capsys, "rank must be below the smallest side of the matrices, 8; got 8")
+
+
+def test_adamw_has_no_rank_to_refuse():
+    check_methods(["adamw"], MethodConfig(rank=10**6), MODEL_PRESETS["nano"])
 
 
 def test_a_plan_with_an_unknown_tool(command, directory, tmp_path, capsys):

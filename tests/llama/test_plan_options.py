@@ -72,6 +72,7 @@ _GIVEN = {
     "--accumulate 4": {"accumulate": 4},
     "--batch-size 5 --accumulate 3": {"batch_size": 5, "accumulate": 3},
     "--seq-len 8": {"seq_len": 8},
+    "--sample=--hi": {"output.sample": "--hi"},
     "--clip-norm 2": {"optimizer.clip_norm": 2.0},
 }
 

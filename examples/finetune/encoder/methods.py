@@ -81,7 +81,7 @@ def set_up(
     Raises:
       ConfigError: if a target names no matrix, or the rank is that of a whole matrix.
     """
-    config.check_rank(min(encoder.hidden, encoder.intermediate))
+    config.check_rank([method], min(encoder.hidden, encoder.intermediate))
     modules = chosen_modules(config.targets, encoder)
     apply, plain = make_model(encoder)[0], lambda weights: weights
     if method == "lora":
@@ -99,7 +99,7 @@ def set_up(
 
 def check_methods(names: Sequence[str], config: MethodConfig, encoder: EncoderConfig) -> None:
     """Raise a ConfigError for what `set_up` refuses, without the parameters of the model."""
-    config.check_rank(min(encoder.hidden, encoder.intermediate))
+    config.check_rank(names, min(encoder.hidden, encoder.intermediate))
     modules = chosen_modules(config.targets, encoder)
     for name in names:
         _transformation(name, config, modules, optax.constant_schedule(0.0), seed=0)

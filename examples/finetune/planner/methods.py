@@ -56,7 +56,7 @@ class MethodConfig(methods.MethodConfig):
 
 def check_methods(names: Sequence[str], config: MethodConfig, model: ModelConfig) -> None:
     """Raise a ConfigError for what `set_up` refuses, without the parameters of the model."""
-    config.check_rank(model.smallest_side)
+    config.check_rank(names, model.smallest_side)
     for name in names:
         method_transformation(name, config, optax.constant_schedule(0.0), 0, mask=decayed)
 

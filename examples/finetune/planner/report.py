@@ -1,5 +1,6 @@
 """Descriptions of records and summaries for the terminal."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -74,4 +75,4 @@ def _table(title: str, columns: Iterable[str]) -> Table:
 
 
 def _seconds(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}"
+    return "" if value is None or math.isnan(value) else f"{value:.1f}"

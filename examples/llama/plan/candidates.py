@@ -312,7 +312,11 @@ def _without(arguments: Sequence[str], names: Sequence[str]) -> list[str]:
     """Arguments without options that will be given anew, and their values."""
     before = [None, *arguments]
     pairs = zip(before, arguments, strict=False)
-    return [word for previous, word in pairs if word not in names and previous not in names]
+    return [
+        word
+        for previous, word in pairs
+        if word.partition("=")[0] not in names and previous not in names
+    ]
 
 
 def _sized(config: RunConfig) -> RunConfig:

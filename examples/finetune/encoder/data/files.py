@@ -41,7 +41,8 @@ def read_directory(task: Task, directory: Path) -> Rows:
       DataError: names the file and line of what cannot be read.
     """
     if not directory.is_dir():
-        raise DataError(f"{directory}: no such directory")
+        what = "a file" if directory.exists() else "no such directory"
+        raise DataError(f"{directory}: {what}; --data is the directory of the splits' files")
     raw: dict[str, list[RawRow]] = {}
     others = _Found([], {})
     for split in ("train", *task.held_out):
