@@ -17,6 +17,7 @@ class Preset(NamedTuple):
     update_interval: int  # of every method that refreshes a subspace at intervals
     validation_tokens: int  # that each point of the validation curve is the mean of
     evaluations: int = 20
+    tuning_steps: int | None = None  # of the runs of a search; None: ``steps``
 
 
 # 200 steps between refreshes are for runs of 10,000: here there would be one or two.
@@ -29,7 +30,9 @@ _NANO = Preset(
     update_interval=100,
     validation_tokens=8 * 2048,
 )
-_9M = _NANO._replace(model=MODEL_PRESETS["9m"], steps=300, rows=8, seq_len=256, rank=64)
+_9M = _NANO._replace(
+    model=MODEL_PRESETS["9m"], steps=600, tuning_steps=300, rows=8, seq_len=256, rank=64
+)
 
 
 def _nano_at(width: int) -> Preset:
@@ -75,6 +78,8 @@ PRESETS = {
         model=dataclasses.replace(
             _9M.model, hidden=512, intermediate=1376, layers=7, heads=8, kv_heads=8
         ),
+        steps=300,
+        tuning_steps=None,
         rank=128,
     ),
     # To see how the best rates change with the width alone.

@@ -66,6 +66,13 @@ class Sweep(Common):
         if self.search and (self.learning_rates != (TUNED,) or self.ratios != (1.0,)):
             raise ConfigError("a search takes neither learning_rates nor ratios: it finds them")
 
+    @property
+    def run_steps(self) -> int:
+        """Steps of its runs."""
+        preset = PRESETS[self.preset]
+        default = (preset.tuning_steps if self.search else None) or preset.steps
+        return default if self.steps is None else self.steps
+
 
 def runs(sweep: Sweep) -> list[Run]:
     """The runs of a sweep, in the order in which they are made.
@@ -78,6 +85,7 @@ def runs(sweep: Sweep) -> list[Run]:
         choose(method)
     points = _searched(sweep) if sweep.search else {m: _given(sweep, m) for m in sweep.methods}
     common = {f.name: getattr(sweep, f.name) for f in fields(Common)}
+    common["steps"] = sweep.run_steps
     return [
         Run(
             **common,
@@ -161,13 +169,12 @@ def _estimate(sweep: Sweep, count: int) -> str:
     """Estimated time of ``count`` runs, from runs of the same preset and steps."""
     if not count:
         return ""
-    steps = sweep.steps
     seconds = [
         record["wall_seconds"]
         for suite in sorted(p.name for p in sweep.root.glob("*") if p.is_dir())
         for record in read_suite(sweep.root, suite)
         if record["preset"] == sweep.preset
-        and (steps is None or record["configuration"]["run"]["steps"] == steps)
+        and record["configuration"]["run"]["steps"] == sweep.run_steps
     ]
     if not seconds:
         return ", time not known: no run of this preset is done"

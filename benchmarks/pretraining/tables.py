@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from benchmarks.common.markdown import PLUS_MINUS, table
 from benchmarks.pretraining.corpora import title_of
 from benchmarks.pretraining.methods import CHANGES, METHODS, place
+from benchmarks.pretraining.presets import PRESETS
 from benchmarks.pretraining.step_times import Seconds
 from benchmarks.pretraining.summary import RECIPE, REFERENCE, Group, Row, best, separated
 from benchmarks.pretraining.tuning import Rates, Tuned
@@ -262,6 +263,9 @@ def protocol(groups: Groups, preset: str, *, brief: bool = False) -> str:
     seeds = _seeds(rows)
     plural = "" if seeds == 1 else "s"
     of_times = "; times are medians of steps, apart from the runs, in turns on one machine"
+    tuning_steps = PRESETS[preset].tuning_steps
+    if tuning_steps is not None:
+        of_times = f"; rates were tuned in {tuning_steps} steps{of_times}"
     return (
         f"{rows[0].steps} steps, {seeds} seed{plural}, mean ± standard deviation of the test loss "
         f"in nats per token{'' if brief else of_times + _CLIPPED}."
