@@ -171,7 +171,9 @@ def test_losses_in_twice_the_steps():
     for name, method in names.items():
         found = [("300-steps", method), ("main", method)]
         assert all(len(losses[of]) == 3 for of in found)
-        assert shown[name] == [f"{mean[of]:.3f} ± {statistics.stdev(losses[of]):.3f}" for of in found]
+        assert shown[name] == [
+            f"{mean[of]:.3f} ± {statistics.stdev(losses[of]):.3f}" for of in found
+        ]
         before, after = (mean[of] - mean[of[0], "natural-galore"] for of in found)
         assert name in ("default", "SCALE") or 0.755 <= after / before <= 0.895
 
