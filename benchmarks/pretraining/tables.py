@@ -251,7 +251,7 @@ _CLIPPED = (
     ". Natural GaLore, default and lean, and methods called clipped clip the leading singular "
     "value of their updates: [from a start in the "
     "subspace](mathematics.md#the-leading-singular-value) in Natural GaLore, from random numbers "
-    "in the others, by four power iterations, by one for GaLore and APOLLO-Mini"
+    "by four power iterations in the others"
 )
 
 

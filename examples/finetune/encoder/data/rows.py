@@ -114,8 +114,7 @@ def make_rows(task: Task, raw: dict[str, list[RawRow]], left_out: int = 0) -> Ro
     """Labels as numbers.
 
     Raises:
-      DataError: for a label that is none of the task's, and a class without a
-        training row.
+      DataError: for a label that is none of the task's, and a class without a training row.
     """
     _check_sentences(raw)
     if task.regression:
