@@ -202,13 +202,20 @@ def check_bases(
     for (path, g), plan, entries in zip(
         jax.tree_util.tree_leaves_with_path(updates), plans, bases, strict=True
     ):
-        for mode, entry in enumerate(entries):
-            expected = None
-            if plan and mode in plan.projected_modes:
-                expected = form_in(dtype, plan.factor_shape(mode), len(plan.batch))
-            name = f"mode {mode}" if len(entries) > 2 else ("rows", "columns")[mode]
-            options = "rank, side, where or basis_dtype"
-            check_form(path, g.shape, expected, form_of(entry), f"basis of {name}", options)
+        received = [form_of(entry) for entry in entries]
+        expected = [
+            form_in(dtype, plan.factor_shape(mode), len(plan.batch))
+            if plan and mode in plan.projected_modes
+            else None
+            for mode in range(len(entries))
+        ]
+        if not all(map(fits, expected, received)):
+            shown = [r and _shown(e, r) for e, r in zip(expected, received, strict=True)]
+            raise ValueError(
+                f"{KeyPath(path)}: the update ({g.dtype}, {g.shape}) needs bases of shapes "
+                f"{_by_mode(expected)}, but the bases made at init have {_by_mode(shown)}: "
+                + other_options("rank, side, where or basis_dtype")
+            )
 
 
 def check_low_rank(low: Any, params: Any, plans: Sequence[LeafPlan | None]) -> None:
@@ -251,6 +258,17 @@ def check_stored(
         jax.tree_util.tree_leaves_with_path(updates), expected, entries, strict=True
     ):
         check_form(path, jnp.shape(g), form, form_of(entry), what, options)
+
+
+def _by_mode(forms: Sequence[Form | None]) -> str:
+    """Forms with their modes: a transposed matrix has a basis of the same shape, of another."""
+    modes = ("rows", "columns") if len(forms) == 2 else [f"mode {i}" for i in range(len(forms))]
+    named = []
+    for form, mode in zip(forms, modes, strict=True):
+        if form is not None:
+            in_dtype = "" if form.dtype is None else f" in {form.dtype}"
+            named.append(f"{form.shape} of {mode}{in_dtype}")
+    return ", ".join(named) or "none (not projected)"
 
 
 def check_inner_states(
