@@ -52,7 +52,7 @@ def name_of(corpus: str) -> str:
 
 
 def title_of(name: str) -> str:
-    """What tables and figures call the text of this name."""
+    """Name of a text in tables and figures."""
     return {"sotu": "addresses", "shakespeare": "Shakespeare"}.get(name, name)
 
 

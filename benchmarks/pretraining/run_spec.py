@@ -68,6 +68,11 @@ class Common:
             )
 
     @property
+    def run_steps(self) -> int:
+        """Optimizer steps of a run."""
+        return PRESETS[self.preset].steps if self.steps is None else self.steps
+
+    @property
     def step_rows(self) -> int:
         """Rows of a step, over all its micro-batches."""
         return PRESETS[self.preset].rows if self.rows is None else self.rows
@@ -117,7 +122,7 @@ def prepare(run: Run) -> Prepared:
       ConfigError: if the run cannot be configured.
     """
     preset, chosen = PRESETS[run.preset], choose(run.method)
-    steps = preset.steps if run.steps is None else run.steps
+    steps = run.run_steps
     if chosen.method.ratio not in (None, run.ratio):
         raise ConfigError(f"{run.method} has the ratio {chosen.method.ratio:g}, got {run.ratio:g}")
     learning_rate = run.learning_rate / chosen.method.scale

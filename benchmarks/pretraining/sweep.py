@@ -68,10 +68,11 @@ class Sweep(Common):
 
     @property
     def run_steps(self) -> int:
-        """Steps of its runs."""
-        preset = PRESETS[self.preset]
-        default = (preset.tuning_steps if self.search else None) or preset.steps
-        return default if self.steps is None else self.steps
+        """Optimizer steps of a run, which may be shorter in a search."""
+        shorter = PRESETS[self.preset].tuning_steps
+        if self.search and self.steps is None and shorter is not None:
+            return shorter
+        return super().run_steps
 
 
 def runs(sweep: Sweep) -> list[Run]:

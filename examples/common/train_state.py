@@ -87,9 +87,13 @@ def next_state(
 
 
 def updated(
-    state: TrainState, tx: optax.GradientTransformation, grads: Params, now: Metrics
+    state: TrainState,
+    tx: optax.GradientTransformation,
+    grads: Params,
+    now: Metrics,
+    accumulate: int = 1,
 ) -> tuple[TrainState, Metrics]:
-    """The state after a step of `tx` with the gradients of its one batch, and its metrics `now`."""
+    """The state after an update of `tx`, of whose steps `accumulate` micro-batches make one."""
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    return next_state(state, now, 1, params=params, opt_state=opt_state)
+    return next_state(state, now, accumulate, params=params, opt_state=opt_state)

@@ -14,7 +14,7 @@ from flax import nnx
 
 import natgalore_jax as ng
 from examples.common.lora import union
-from examples.common.train_state import Metrics, Params, TrainState, metrics_of, next_state
+from examples.common.train_state import Metrics, Params, TrainState, metrics_of, next_state, updated
 from examples.llama.model.config import ModelConfig
 from examples.llama.model.llama import Llama, MakeLinear, dense
 
@@ -102,25 +102,22 @@ def make_train_step(
         return state, {**metrics, "skipped": ~finite}
 
     def take(state: TrainState, grads: Params, now: Metrics) -> tuple[TrainState, Metrics]:
-        params, opt_state, mean = state.params, state.opt_state, state.accumulated
         if low_rank is None:
-            params, opt_state = applied(tx.update, grads, params, opt_state)
-        else:
-            position, update = state.micro_step % accumulate, low_rank.update
-            opt_state, mean = low_rank.accumulate(grads, opt_state, mean, position)
-            # The branch that changes nothing stands last: XLA does not copy what goes through it.
-            params, opt_state = jax.lax.cond(
-                position == accumulate - 1,
-                lambda *of: applied(update, optax.tree.cast_like(mean, grads), *of),
-                lambda *of: of,
-                *(params, opt_state),
-            )
+            return updated(state, tx, grads, now, accumulate)
+        position, update = state.micro_step % accumulate, low_rank.update
+        opt_state, mean = low_rank.accumulate(grads, state.opt_state, state.accumulated, position)
+
+        def applied(params, opt_state):
+            low = optax.tree.cast_like(mean, grads)
+            updates, opt_state = update(low, opt_state, params)
+            return optax.apply_updates(params, updates), opt_state
+
+        # The branch that changes nothing stands last: XLA does not copy what goes through it.
+        params, opt_state = jax.lax.cond(
+            position == accumulate - 1, applied, lambda *of: of, state.params, opt_state
+        )
         return next_state(
             state, now, accumulate, params=params, opt_state=opt_state, accumulated=mean
         )
-
-    def applied(update, grads, params, opt_state):
-        updates, opt_state = update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
 
     return ng.training.in_place(step)

@@ -114,8 +114,12 @@ def make_rows(task: Task, raw: dict[str, list[RawRow]], left_out: int = 0) -> Ro
     """Labels as numbers.
 
     Raises:
-      DataError: for a label that is none of the task's, and a class without a training row.
+      DataError: for an empty split, a label that is none of the task's, and a class without a
+        training row.
     """
+    for split, rows in raw.items():
+        if not rows:
+            raise DataError(f"{task.name}: the {split} split has no rows")
     _check_sentences(raw)
     if task.regression:
         splits = {
@@ -150,9 +154,11 @@ def unlabelled(task: Task, raw: dict[str, list[RawRow]], pairs: bool) -> dict[st
     """Rows to predict the labels of; until then these are 0.
 
     Raises:
-      DataError: for one sentence where the task has `pairs`, or two.
+      DataError: for an empty split, and for one sentence where the task has `pairs`, or two.
     """
-    for rows in raw.values():
+    for split, rows in raw.items():
+        if not rows:
+            raise DataError(f"{task.name}: the {split} split has no rows")
         for row in rows:
             if (row.second is not None) != pairs:
                 raise DataError(
