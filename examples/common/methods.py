@@ -49,7 +49,8 @@ class MethodConfig:
 
     def check_rank(self, names: Sequence[str], smallest_side: int) -> None:
         """Raises a ConfigError if the rank is that of a whole matrix, for methods that have one."""
-        if self.rank >= smallest_side and set(names) != {"adamw"}:
+        has_rank = any(name == "lora" or is_low_rank(name) for name in names)
+        if has_rank and self.rank >= smallest_side:
             raise ConfigError(
                 f"rank must be below the smallest side of the matrices, {smallest_side}; "
                 f"got {self.rank}"
