@@ -7,10 +7,11 @@ that it refreshes. Layers that are whole on different devices already are not co
 """
 
 import dataclasses
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -113,117 +114,160 @@ def refresh_group(
     """
 
     def reshard_and_refresh(stored):
-        groups = [(G, *own) for G, own in zip(gradients, stored, strict=True)]
-        return _refresh_by_layer(settings, plans, axis_names, groups, due, matrix_keys)
+        group = [(G, *own) for G, own in zip(gradients, stored, strict=True)]
+        return _refresh_by_layer(settings, plans, axis_names, group, due, matrix_keys)
 
     stored = list(zip(bases, basis_states, strict=True))
     return jax.lax.cond(jnp.any(due.is_due), reshard_and_refresh, lambda stored: stored, stored)
 
 
-def _refresh_by_layer(settings, plans, axis_names, groups, due, matrix_keys):
-    """Reshard by layer, refresh the matrices that are due, and reshard back."""
+class _Todo(NamedTuple):
+    """What is done with each matrix: (layers, matrices of a layer)."""
+
+    is_due: jax.Array
+    is_first: jax.Array
+    key: jax.Array
+
+
+class _Layout(NamedTuple):
+    """How a group is resharded, as one stack of layers; its arrays are G, bases and states."""
+
+    layer_plan: LeafPlan  # of a stack of one layer
+    names: Names  # mesh axes over which G is sharded, those of its layers first
+    axes: list[int]  # the layer axis of each array
+    of: list[list[Names]]  # the mesh axes of each axis of each array
+    length: int  # layers in the shards of a device
+    at_once: int  # layers that are resharded at once, one for each device
+    treedef: Any  # of bases and states
+
+    @property
+    def of_layers(self) -> Names:
+        return self.of[0][self.axes[0]]
+
+    @property
+    def padding(self) -> int:
+        return max(self.at_once - self.length, 0)
+
+
+def _layout_of(plans: Sequence[LeafPlan], group: Sequence[Any]) -> _Layout:
     is_stack = len(plans) == 1
     plan = plans[0] if is_stack else plans[0].stacked(len(plans))
-    G = groups[0][0]
-    names = _names(plans[0], G)
-    layer_axis, *other_batch = plan.batch
-    mesh = jax.typeof(G).sharding.mesh
-    arrays, treedef = jax.tree.flatten(groups[0])
-    axes = [layer_axis] + [0] * (len(arrays) - 1)  # of G, bases and state
-    layouts = [[*([] if is_stack else [()]), *names_of(x)] for x in arrays]
-    of_layers = layouts[0][layer_axis]
-    for of in layouts[1:]:
-        if of[0] != of_layers:
+    layer_axis = plan.batch[0]
+    G, *stored = jax.tree.leaves(group[0])
+    of = [[*([] if is_stack else [()]), *names_of(x)] for x in (G, *stored)]
+    of_layers = of[0][layer_axis]
+    for own in of[1:]:
+        if own[0] != of_layers:
             paths = ", ".join(str(p.path) for p in plans)
             raise ValueError(
                 f"{paths}: the layers of its state must be sharded over {of_layers}, as the "
-                f"parameter, got {of[0]}: use natgalore_jax.training.state_shardings"
+                f"parameter, got {own[0]}: use natgalore_jax.training.state_shardings"
             )
-
-    length = plan.shape[layer_axis] // math.prod(mesh.shape[n] for n in of_layers)
-    devices = math.prod(mesh.shape[n] for n in names[len(of_layers) :])
-    padding = max(devices - length, 0)
+    names, sizes = _names(plans[0], G), jax.typeof(G).sharding.mesh.shape
     shape = tuple(1 if a == layer_axis else n for a, n in enumerate(plan.shape))
-    own_plan = dataclasses.replace(plan, shape=shape)
-    matrices = math.prod(plan.shape[a] for a in other_batch)  # per layer
-    is_due_layer = due.is_due.reshape(-1, matrices)
+    return _Layout(
+        layer_plan=dataclasses.replace(plan, shape=shape),
+        names=names,
+        axes=[layer_axis] + [0] * len(stored),
+        of=of,
+        length=plan.shape[layer_axis] // math.prod(sizes[name] for name in of_layers),
+        at_once=math.prod(sizes[name] for name in names[len(of_layers) :]),
+        treedef=jax.tree.structure(tuple(group[0][1:])),
+    )
 
-    def on_each_device(groups, layers, is_due, matrix_keys, is_first):
-        parts = [*zip(*map(jax.tree.leaves, groups), strict=True)]
-        parts = [xs[0] if is_stack else jnp.stack(xs) for xs in parts]
-        G, *stored = [_padded(x, axis, padding) for x, axis in zip(parts, axes, strict=True)]
-        first = layers[0]
 
-        def refresh_some(i, stored):
-            """As many layers as there are devices; the last slice may overlap its predecessor."""
-            start = jnp.minimum(i * devices, length + padding - devices)
-            here = start + jnp.arange(devices, dtype=jnp.int32)
-            is_next = (here >= i * devices) & (here < length)
-            is_wanted = is_next & jnp.any(is_due[first + here], -1)
+def _refresh_by_layer(settings, plans, axis_names, group, due, matrix_keys):
+    """Reshard by layer, refresh the matrices that are due, and reshard back."""
+    layout, is_stack = _layout_of(plans, group), len(plans) == 1
+    by_layer = (-1, layout.layer_plan.layers)
+    todo = _Todo(*(x.reshape(by_layer) for x in (due.is_due, due.is_first, matrix_keys)))
 
-            def move_and_refresh(stored):
-                some = [
-                    jax.lax.dynamic_slice_in_dim(x, start, devices, axis)
-                    for x, axis in zip([G, *stored], axes, strict=True)
-                ]
-                own = [
-                    shard_by_layer(x, axis, of, names)
-                    for x, axis, of in zip(some, axes, layouts, strict=True)
-                ]
-                if axis_names:
-                    # Here and not per matrix: all devices of a collective must take one branch.
-                    own[0] = jax.lax.pmean(own[0], axis_names)
-                numbers = jnp.where(is_next, first + here, -1)
-                layer = shard_by_layer(numbers, 0, [of_layers], names)[0]
-                own = refresh_own(treedef.unflatten(own), layer)
-                back = [
-                    unshard_by_layer(x, 0, of, names)
-                    for x, of in zip(own, layouts[1:], strict=True)
-                ]
-                return [
-                    jax.lax.dynamic_update_slice_in_dim(x, y, start, 0)
-                    for x, y in zip(stored, back, strict=True)
-                ]
+    def on_each_device(group, layers, todo):
+        arrays = [*zip(*map(jax.tree.leaves, group), strict=True)]
+        arrays = [xs[0] if is_stack else jnp.stack(xs) for xs in arrays]
+        refresh_layer = functools.partial(_refresh_layer, settings, layout.layer_plan, todo)
+        stored = _refresh_shards(layout, axis_names, refresh_layer, todo, layers[0], arrays)
+        each = [stored] if is_stack else [[x[i] for x in stored] for i in range(len(plans))]
+        return [layout.treedef.unflatten(own) for own in each]
 
-            return jax.lax.cond(jnp.any(is_wanted), move_and_refresh, lambda stored: stored, stored)
-
-        def refresh_own(group, layer):
-            """Refresh the layer of this device."""
-
-            def refresh_due(i, stored):
-                number = layer * matrices + i
-
-                def renew(stored):
-                    matrix = Matrix(take_tensor(own_plan, G, i), *take_stored(own_plan, stored, i))
-                    new = refresh_matrix(
-                        settings, own_plan, matrix, matrix_keys[number], is_first[number]
-                    )
-                    return put_matrix(own_plan, stored, new, i)
-
-                is_own = (layer >= 0) & is_due[layer, i]
-                return jax.lax.cond(is_own, renew, lambda stored: stored, stored)
-
-            G, *stored = group
-            return jax.tree.leaves(jax.lax.fori_loop(0, matrices, refresh_due, tuple(stored)))
-
-        stored = jax.lax.fori_loop(0, math.ceil(length / devices), refresh_some, stored)
-        stored = [x[:length] for x in stored]
-        structure = jax.tree.structure(tuple(groups[0][1:]))
-        if is_stack:
-            return [structure.unflatten(stored)]
-        return [structure.unflatten([x[i] for x in stored]) for i in range(len(plans))]
-
-    specs = [jax.tree.map(lambda x: spec_of(names_of(x)), group) for group in groups]
-    replicated, by_layer = PartitionSpec(), PartitionSpec(of_layers or None)
+    specs = [jax.tree.map(lambda x: spec_of(names_of(x)), own) for own in group]
+    of_layers = PartitionSpec(layout.of_layers or None)
     # Not by axis_index, which jax 0.10.0 cannot lower within another shard_map.
-    layers = reshard(jnp.arange(plan.shape[layer_axis], dtype=jnp.int32), by_layer)
+    layers = reshard(jnp.arange(len(todo.is_due), dtype=jnp.int32), of_layers)
     return jax.shard_map(
         on_each_device,
-        in_specs=(specs, by_layer, replicated, replicated, replicated),
+        in_specs=(specs, of_layers, PartitionSpec()),
         out_specs=[tuple(spec[1:]) for spec in specs],
-        axis_names=explicit_axes_of(G),
-    )(list(groups), layers, is_due_layer, matrix_keys, due.is_first)
+        axis_names=explicit_axes_of(group[0][0]),
+    )(group, layers, todo)
 
 
-def _padded(x: jax.Array, axis: int, padding: int) -> jax.Array:
-    return jnp.pad(x, [(0, padding if a == axis else 0) for a in range(x.ndim)]) if padding else x
+def _refresh_shards(layout, axis_names, refresh_layer, todo, first, arrays):
+    """Refresh the layers of a device's shards, as many at a time as there are devices.
+
+    Args:
+      refresh_layer: see :func:`_refresh_layer`.
+      first: the number of the first layer of the shards.
+      arrays: shards of G, bases and states.
+
+    Returns:
+      The new shards of bases and states.
+    """
+    length, at_once, padding = layout.length, layout.at_once, layout.padding
+    G, *stored = [
+        jnp.pad(x, [(0, padding if a == axis else 0) for a in range(x.ndim)]) if padding else x
+        for x, axis in zip(arrays, layout.axes, strict=True)
+    ]
+
+    def refresh_some(i, stored):
+        # The last slice may overlap its predecessor.
+        start = jnp.minimum(i * at_once, length + padding - at_once)
+        here = start + jnp.arange(at_once, dtype=jnp.int32)
+        is_next = (here >= i * at_once) & (here < length)
+        numbers = jnp.where(is_next, first + here, -1)
+        return jax.lax.cond(
+            jnp.any(is_next & jnp.any(todo.is_due[first + here], -1)),
+            lambda stored: _refresh_slice(
+                layout, axis_names, refresh_layer, numbers, start, G, stored
+            ),
+            lambda stored: stored,
+            stored,
+        )
+
+    stored = jax.lax.fori_loop(0, math.ceil(length / at_once), refresh_some, stored)
+    return [x[:length] for x in stored]
+
+
+def _refresh_slice(layout, axis_names, refresh_layer, numbers, start, G, stored):
+    """Refresh a layer on each device: those from ``start``, or none where a number is -1."""
+    names = layout.names
+    moved = []
+    for x, axis, of in zip([G, *stored], layout.axes, layout.of, strict=True):
+        some = jax.lax.dynamic_slice_in_dim(x, start, layout.at_once, axis)
+        moved.append(shard_by_layer(some, axis, of, names))
+    G, *own = moved
+    if axis_names:
+        # Here and not per matrix: all devices of a collective must take one branch.
+        G = jax.lax.pmean(G, axis_names)
+    number = shard_by_layer(numbers, 0, [layout.of_layers], names)[0]
+    new = jax.tree.leaves(refresh_layer(number, G, layout.treedef.unflatten(own)))
+    back = [unshard_by_layer(x, 0, of, names) for x, of in zip(new, layout.of[1:], strict=True)]
+    return [
+        jax.lax.dynamic_update_slice_in_dim(x, y, start, 0)
+        for x, y in zip(stored, back, strict=True)
+    ]
+
+
+def _refresh_layer(settings, plan, todo, number, G, stored):
+    """Refresh the matrices of one layer that are due; number -1 is no layer."""
+
+    def refresh_due(i, stored):
+        def renew(stored):
+            matrix = Matrix(take_tensor(plan, G, i), *take_stored(plan, stored, i))
+            of_matrix = (todo.key[number, i], todo.is_first[number, i])
+            return put_matrix(plan, stored, refresh_matrix(settings, plan, matrix, *of_matrix), i)
+
+        is_own = (number >= 0) & todo.is_due[number, i]
+        return jax.lax.cond(is_own, renew, lambda stored: stored, stored)
+
+    return jax.lax.fori_loop(0, plan.layers, refresh_due, stored)
