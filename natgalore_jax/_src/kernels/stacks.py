@@ -4,6 +4,12 @@ XLA's compile time grows with the number of operations, and a small matrix is co
 than its operations take to start. Stacks are temporary: a state has one array per parameter. Where
 only the gradients of parameters are too large for a stack, everything else is computed as one, and
 the gradients are read one by one.
+
+A function of one parameter is ``function(settings, operands, shared)``: ``settings`` is static and
+hashable, ``operands`` are the parameter's own arrays and have a new first axis in a stack,
+``shared`` is one for all. Parameters with equal settings and operands of equal types form a stack.
+Function and settings are the key of a compiled program, so the function is none that is made anew at
+each update.
 """
 
 import functools

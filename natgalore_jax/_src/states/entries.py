@@ -305,12 +305,13 @@ def entries_of(tree: Any, treedef: Any) -> list[Any]:
 
 def _entries_or_none(tree: Any, treedef: Any) -> list[Any] | None:
     """The entry of each parameter; None if the tree has another structure."""
-    numbers = treedef.unflatten(range(treedef.num_leaves))
+    params = treedef.unflatten(range(treedef.num_leaves))
 
     def below(x, part):
         return jax.tree.map(lambda _: x, part) if is_masked(x) else x
 
-    for candidate in (lambda: tree, lambda: jax.tree.map(below, tree, numbers, is_leaf=is_masked)):
+    # As it is, then with a MaskedNode for each parameter of a branch that is masked as a whole.
+    for candidate in (lambda: tree, lambda: jax.tree.map(below, tree, params, is_leaf=is_masked)):
         try:
             return treedef.flatten_up_to(candidate())
         except ValueError:
@@ -349,6 +350,8 @@ def owners_of(tx: optax.GradientTransformation, state: Any, treedef: Any) -> lis
     """
     own = jax.tree.structure(state)
     owners: list[int | None] = [None] * own.num_leaves
+    # A state with numbers in place of its arrays: each tree of parameters that Optax finds in it
+    # then has the numbers of its arrays.
     numbered, trees = own.unflatten(range(own.num_leaves)), []
     optax.tree.map_params(tx.init, trees.append, numbered, is_leaf=lambda _: True)
     for tree in trees:
