@@ -8,8 +8,8 @@ the gradients are read one by one.
 A function of one parameter is ``function(settings, operands, shared)``: ``settings`` is static and
 hashable, ``operands`` are the parameter's own arrays and have a new first axis in a stack,
 ``shared`` is one for all. Parameters with equal settings and operands of equal types form a stack.
-Function and settings are the key of a compiled program, so the function is none that is made anew at
-each update.
+Function and settings are the key of a compiled program, so the function is defined at the top level
+of a module.
 """
 
 import functools
@@ -44,7 +44,7 @@ def for_each(
     """``function(settings, operands, shared)`` of every parameter; small equal ones in a stack.
 
     Args:
-      function: of one parameter, defined at the top level of a module.
+      function: of one parameter.
       settings: one entry for each parameter, None where there is nothing to compute.
       columns: the operands, a pytree of arrays for each parameter in each column.
       shared: a pytree of numbers and arrays.
