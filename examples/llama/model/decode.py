@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from examples.llama.model.config import ModelConfig
-from examples.llama.model.llama import Layer, Llama
+from examples.llama.model.llama import Layer, Llama, attention
 
 
 class KVCache(NamedTuple):
@@ -48,22 +48,6 @@ def append(cache: KVCache, k: jax.Array, v: jax.Array, slot: jax.Array | int) ->
     )
 
 
-def attend(q: jax.Array, cache: KVCache, visible: jax.Array) -> jax.Array:
-    """Attention of q (B, T, N, H) to the slots that it may see, (B, T, S) bool: (B, T, N, H)."""
-    rows, length, heads, size = q.shape
-    groups = cache.k.shape[1]
-    # The heads of a group share keys: their queries are rows of one product.
-    q = q.reshape(rows, length, groups, -1, size).transpose(0, 2, 3, 1, 4)  # (B, K, N / K, T, H)
-    q = q.reshape(rows, groups, -1, size)
-    scores = jnp.matmul(q, jnp.swapaxes(cache.k, -1, -2), preferred_element_type=jnp.float32)
-    scores = scores.reshape(rows, groups, -1, length, cache.k.shape[2]) / size**0.5
-    scores = jnp.where(visible[:, None, None], scores, -1e30)
-    weights = jax.nn.softmax(scores).astype(cache.v.dtype)
-    mixed = weights.reshape(rows, groups, -1, cache.v.shape[2]) @ cache.v
-    mixed = mixed.reshape(rows, groups, -1, length, size).transpose(0, 3, 1, 2, 4)
-    return mixed.reshape(rows, length, heads, size)
-
-
 def extend(
     model: Llama, tokens: jax.Array, starts: jax.Array, caches: Caches, slot: jax.Array | int
 ) -> tuple[jax.Array, Caches]:
@@ -87,7 +71,7 @@ def extend(
     def run(x: jax.Array, layer: Layer, cache: KVCache) -> tuple[jax.Array, KVCache]:
         q, k, v = layer.attention.project(layer.attention_norm(x), positions)
         cache = append(cache, k, v, slot)
-        x = x + layer.attention.output(attend(q, cache, visible))
+        x = x + layer.attention.output(attention(q, *cache, visible))
         return x + layer.mlp(layer.mlp_norm(x)), cache
 
     x = model.embed(tokens)

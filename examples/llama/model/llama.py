@@ -128,7 +128,9 @@ class Attention(nnx.Module):
         self.o = make_linear(config.hidden, config.hidden, config, rngs)
 
     def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        return self.output(causal_attention(*self.project(x, positions)))
+        q, k, v = self.project(x, positions)
+        causal = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))
+        return self.output(attention(q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), causal))
 
     def project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries (B, T, N, H), keys and values (B, T, K, H) of x (B, T, D)."""
@@ -154,21 +156,28 @@ class MLP(nnx.Module):
         return self.down(nnx.silu(self.gate(x)) * self.up(x))
 
 
-def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Attention of q (B, T, N, H) to k and v (B, T, K, H) that precede: (B, T, N, H).
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
+    """Attention of q (B, T, N, H) to k and v (B, K, S, H), where it may see them: (B, T, N, H).
 
     Equal to `jax.nn.dot_product_attention`. Forward and backward take half of its time on a CPU,
     because heads are moved to the front before the products and not within them.
+
+    Args:
+      q, k, v: queries, keys and values; the queries of N / K heads share keys and values.
+      visible: (T, S) or (B, T, S) bool.
     """
-    length, size = q.shape[1], q.shape[-1]
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))  # (B, N or K, T, H)
-    grouped = q.reshape(*k.shape[:2], -1, *q.shape[2:])  # (B, K, N / K, T, H)
-    scores = jnp.matmul(
-        grouped, jnp.swapaxes(k, -1, -2)[:, :, None], preferred_element_type=jnp.float32
-    )
-    causal = jnp.tril(jnp.ones((length, length), bool))
-    weights = jax.nn.softmax(jnp.where(causal, scores / size**0.5, -1e30)).astype(v.dtype)
-    return jnp.swapaxes((weights @ v[:, :, None]).reshape(q.shape), 1, 2)
+    rows, length, heads, size = q.shape
+    groups, slots = k.shape[1:3]
+    # The heads of a group share keys: their queries are rows of one product.
+    q = q.reshape(rows, length, groups, -1, size).transpose(0, 2, 3, 1, 4)  # (B, K, N / K, T, H)
+    q = q.reshape(rows, groups, -1, size)
+    scores = jnp.matmul(q, jnp.swapaxes(k, -1, -2), preferred_element_type=jnp.float32)
+    scores = scores.reshape(rows, groups, -1, length, slots) / size**0.5
+    scores = jnp.where(visible[..., None, None, :, :], scores, -1e30)
+    weights = jax.nn.softmax(scores).astype(v.dtype)
+    mixed = weights.reshape(rows, groups, -1, slots) @ v
+    mixed = mixed.reshape(rows, groups, -1, length, size).transpose(0, 3, 1, 2, 4)
+    return mixed.reshape(rows, length, heads, size)
 
 
 def apply_rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
