@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny_weights import stack_layers
 
 from examples.llama.model import generate as generate_module
 from examples.llama.model.adapters import AdapterConfig, make_linear
 from examples.llama.model.config import ModelConfig
 from examples.llama.model.decode import empty_caches, extend
 from examples.llama.model.generate import Sampling, generate, pad_left, sample, stream
-from examples.llama.model.llama import Llama, stack_layers, with_params
+from examples.llama.model.llama import Llama, with_params
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

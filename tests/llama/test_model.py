@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny_weights import CASES, SMALL, arrays, weights
+from tiny_weights import CASES, SMALL, arrays, stack_layers, weights
 
 from examples.llama.model.config import MODEL_PRESETS, parameter_count
-from examples.llama.model.llama import Llama, stack_layers, unstack_layers
+from examples.llama.model.llama import Llama, unstack_layers
 
 RENAMED = (
     (r"^model\.", ""),

@@ -4,8 +4,11 @@ import dataclasses
 import json
 import string
 from pathlib import Path
+from typing import Any
 
 import gguf
+import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -132,3 +135,9 @@ def write_gguf(path: Path, case: str = "grouped_query", tensors=None, **changes)
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def stack_layers(params: dict[str, Any]) -> dict[str, Any]:
+    """Parameters of an unstacked model, as a pure dict, in the layout of a stacked one."""
+    layers = [params["layers"][i] for i in sorted(params["layers"])]
+    return {**params, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}

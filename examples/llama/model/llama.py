@@ -211,14 +211,8 @@ def abstract_params(config: ModelConfig, make_linear: MakeLinear = dense) -> dic
     return nnx.to_pure_dict(nnx.state(abstract_model(config, make_linear), nnx.Param))
 
 
-def stack_layers(params: dict[str, Any]) -> dict[str, Any]:
-    """Parameters of an unstacked model, as a pure dict, in the layout of a stacked one."""
-    layers = [params["layers"][i] for i in sorted(params["layers"])]
-    return {**params, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
-
-
 def unstack_layers(params: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of :func:`stack_layers`."""
+    """Parameters of a stacked model, as a pure dict, in the layout of one that is not stacked."""
     count = len(jax.tree.leaves(params["layers"])[0])
     layers = {i: jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(count)}
     return {**params, "layers": layers}
