@@ -228,7 +228,7 @@ def test_losses_of_continued_training():
         ("nano", "natural-galore-lean", 0.00707, 2),
         ("nano", "adamw-clipped", 0.005, 4),
         ("nano", "muon", 0.01, 2),
-        ("nano", "scale-clipped", 0.005, 5.66),
+        ("nano", "scale-clipped", 0.005, 4),
         ("9m", "natural-galore", None, None),
     ],
 )
