@@ -198,11 +198,11 @@ def train(config: Config, tokens: np.ndarray, out: Path, mesh: jax.sharding.Mesh
     shapes = jax.eval_shape(init)
     params_at = ng.training.longer_side_shardings(shapes[0], mesh)
     state_at = (params_at, ng.training.state_shardings(tx, shapes[0], params_at))
-
     losses, options = [], ocp.CheckpointManagerOptions(max_to_keep=2)
     with ocp.CheckpointManager(out.absolute(), options=options) as checkpoints:
         start = checkpoints.latest_step() or 0
         if start:
+            assert start <= config.steps, f"--steps: {start} are done, got {config.steps}"
             print(f"resume from step {start} of {config.steps}")
             like = jax.tree.map(lambda x, at: x.update(sharding=at), shapes, state_at)
             params, opt_state = checkpoints.restore(start, args=ocp.args.StandardRestore(like))

@@ -96,6 +96,10 @@ def test_wrong_trees(name, settings, nothing_selected, gradients):
     for leaf, shape, received in gradients:
         with pytest.raises(ValueError, match=f"{leaf}: the update has shape {received}"):
             tx.update(PARAMS | {leaf: jnp.zeros(shape)}, state, PARAMS)
+    # A weight decay would broadcast them.
+    others = PARAMS | {"wide": jnp.zeros((1, 6))}
+    with pytest.raises(ValueError, match=r"wide: .*\(4, 6\), but the parameter has \(1, 6\)"):
+        tx.update(PARAMS, state, others)
 
 
 @pytest.mark.parametrize("name", WRONG_ARGUMENTS)

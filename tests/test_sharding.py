@@ -367,7 +367,7 @@ def test_the_longer_side_is_sharded():
 
 def test_a_state_of_parameters_on_one_device():
     device = jax.sharding.SingleDeviceSharding(jax.devices()[3])
-    params = jax.device_put(start()[0], device)
+    params = jax.device_put(start()[0] | {"absent": None}, device)
     tx = OPTIMIZERS["default"]()
     shardings = ng.training.state_shardings(tx, params)
     assert set(jax.tree.leaves(shardings)) == {device}
@@ -377,6 +377,18 @@ def test_a_state_of_parameters_on_one_device():
     params["bias"] = jax.device_put(params["bias"], jax.devices()[0])
     with pytest.raises(ValueError, match="NamedSharding for every parameter"):
         ng.training.state_shardings(tx, params)
+
+
+def test_a_parameter_that_is_none_has_no_sharding():
+    """As a bias that is left out, or what Equinox filters."""
+    tx, params = ng.galore_adamw(1e-2, rank=2), {"w": jnp.ones((8, 12)), "b": None}
+    mesh = jax.make_mesh((4,), ("m",), axis_types=(AxisType.Explicit,))
+    shardings = ng.training.longer_side_shardings(params, mesh)
+    placed, of_state = jax.device_put(params, shardings), ng.training.state_shardings
+    assert of_state(tx, placed) == of_state(tx, params, shardings)
+    with jax.set_mesh(mesh):
+        state = ng.training.with_shardings(tx, placed).init(placed)
+    assert jax.tree.structure(state) == jax.tree.structure(tx.init(params))
 
 
 def test_one_operand_on_explicit_axes_decides_the_sharding_of_a_product():

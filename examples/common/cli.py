@@ -187,6 +187,8 @@ def _from_file(path: Path, types: Mapping[str, Any]) -> list[str]:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    if root is None:
+        return []
     pairs = root.value if isinstance(root, yaml.MappingNode) else [(root, root)]
     if not all(isinstance(name, yaml.ScalarNode) and _is_value(value) for name, value in pairs):
         raise ConfigError(

@@ -170,6 +170,8 @@ def train(
             if what is not None:
                 raise CheckpointError(f"{what}: delete {run_dir} to train again")
         done = checkpoints.resume_point(identity, run_dir, resume=resume)
+        if resume and checkpoints.latest() is None:
+            reporter.note(f"{run_dir} has no checkpoint yet: starting at the first step")
         write_json(run_dir / "config.json", identity)
         (run_dir / OPTIONS).write_text(options, encoding="utf-8")
         loggers = make_loggers(log_to, run_dir, identity)

@@ -19,6 +19,9 @@ from examples.common.run_directory import CHECKPOINTS
 from examples.common.train_state import TrainState
 from examples.llama.run_config import RunConfig, adjustments, differences
 
+# Settings of the steps that are left.
+_OF_STEPS = ("schedule.", "optimizer.learning_rate")
+
 
 def prepare(run_dir: Path, config: RunConfig, identity: dict[str, Any], reporter: Reporter) -> None:
     """Make the newest undamaged checkpoint the newest, counted in batches as `config` counts.
@@ -68,7 +71,8 @@ def check_resume(
 
     Raises:
       ConfigError: if there are checkpoints and the run is not to be resumed, or settings differ
-        that have to be equal, or more steps are done than `config` asks for.
+        that have to be equal, or more steps are done than `config` asks for, or all of them, and
+        settings of steps differ.
     """
     resume = config.output.resume
     done = checkpoints.resume_point(identity, run_dir, resume=resume, differences=differences)
@@ -76,6 +80,12 @@ def check_resume(
     _check_steps(run_dir, step, config)
     if resume:
         changed = adjustments(checkpoints.config(), identity) if done else []
+        late = [text for text in changed if text.startswith(_OF_STEPS)]
+        if late and step == config.steps:
+            raise ConfigError(
+                f"{run_dir} has done all {step} steps, and none is left to train with "
+                f"{', '.join(late)}: give a larger --steps, or leave that out"
+            )
         if checkpoints.latest() is None:
             reporter.note(f"{run_dir} has no checkpoint yet: starting at the first step")
         else:

@@ -144,6 +144,16 @@ def test_the_same_text_elsewhere():
     assert [text.split(":")[0] for text in differences(old, stream)] == ["data.data"]
 
 
+def test_a_finished_run_takes_no_other_rate(tmp_path):
+    """No step would be trained with it, but the files of the run would say so."""
+    run(config(4), tmp_path)
+    before = (tmp_path / "config.json").read_text()
+    change = {"optimizer": dataclasses.replace(ADAMW, learning_rate=0.9)}
+    with pytest.raises(ConfigError, match=r"all 4 steps, and none is left.*learning_rate"):
+        run(config(4, resume=True, **change), tmp_path)
+    assert (tmp_path / "config.json").read_text() == before
+
+
 def test_fewer_steps_than_are_done(tmp_path):
     run(config(4), tmp_path)
     with pytest.raises(ConfigError, match="has done 4 steps, got steps=3"):

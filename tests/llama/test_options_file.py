@@ -93,6 +93,8 @@ def test_a_file_undoes_a_shorthand(tmp_path):
     for program in (llama, planner):
         assert program.parse(["--bf16", "--no-bf16"]) == program.parse([])
         assert program.parse(["--config", str(file)]) == program.parse([])
+    file.write_text("# nothing\n")
+    assert llama.parse(["--config", str(file)]) == llama.parse([])
 
 
 @pytest.mark.parametrize(

@@ -303,6 +303,7 @@ def test_arguments_of_neither_program(capsys, wrong):
     with pytest.raises(SystemExit) as stop:
         main(["--device-memory", "1GB", *wrong, *SMALL])
     assert stop.value.code == 2
+    assert "of a plan itself: python -m examples.llama.plan --help" in capsys.readouterr().err
 
 
 def test_candidates_need_a_known_optimizer():

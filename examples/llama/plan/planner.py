@@ -187,11 +187,15 @@ def run(argv: list[str] | None, console: Console) -> int:
     plan, given = cli.parse_known(PlanConfig, "examples.llama.plan", argv)
     given = cli.apart(given)
     find_devices()
-    groups = list(candidates(plan, given))  # Refuses options that there are not.
     memory, reserve = device_memory(plan.device_memory), _size("reserve", plan.reserve)
     room = memory - reserve
     if room <= 0:
         raise ConfigError(f"--reserve {plan.reserve} is all of {format_bytes(memory)}")
+    try:
+        groups = list(candidates(plan, given))
+    except SystemExit:  # An option that there is not.
+        print("of a plan itself: python -m examples.llama.plan --help", file=sys.stderr)
+        raise
 
     def progress(text: str) -> None:
         width = shutil.get_terminal_size().columns

@@ -38,6 +38,7 @@ from natgalore_jax._src.states.entries import OwnBasis, register_type
 from natgalore_jax._src.states.tree_checks import (
     Form,
     check_moments,
+    check_params,
     check_stored,
     check_type,
     flatten_like,
@@ -211,6 +212,7 @@ def scale_by_alice(
         check_stored(updates, tracked, state.tracked, "tracked", "b3")
         norms = [Form(p.batch_shape) if p and has_limit else None for p in plans]
         check_stored(updates, norms, state.residual_norm, "residual_norm", "norm_growth_limit")
+        check_params(updates, params)
         bases = flatten_like(updates, state.basis, "the parameters at init")
         mus, nus, tracked, residual_energy, norms = (
             treedef.flatten_up_to(x) for x in (state.adam.mu, state.adam.nu, *state[2:])

@@ -30,6 +30,7 @@ from natgalore_jax._src.params.where import Where, hidden_matrices
 from natgalore_jax._src.states.tree_checks import (
     Form,
     check_moments,
+    check_params,
     check_stored,
     check_type,
     with_dtypes_of,
@@ -134,7 +135,7 @@ def scale_by_apollo(
 
     @own_arithmetic
     def update_fn(updates, state, params=None, **extra_args):
-        del params, extra_args
+        del extra_args
         plans = plan_tree(settings, updates)
         G, treedef = jax.tree.flatten(updates)
         check_type(state, ScaleByApolloState, "optimizer")
@@ -142,6 +143,7 @@ def scale_by_apollo(
         has_limit = norm_growth_limit is not None
         norms = [Form(p.batch_shape) if p and has_limit else None for p in plans]
         check_stored(updates, norms, state.update_norm, "update_norm", "norm_growth_limit")
+        check_params(updates, params)
         last_norms = treedef.flatten_up_to(state.update_norm)
         window = state.adam.count // update_interval
         found = for_each(

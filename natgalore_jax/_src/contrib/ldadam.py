@@ -25,6 +25,7 @@ from natgalore_jax._src.states.entries import OwnBasis, register_type
 from natgalore_jax._src.states.tree_checks import (
     Form,
     check_moments,
+    check_params,
     check_stored,
     check_type,
     with_dtypes_of,
@@ -132,13 +133,14 @@ def scale_by_ldadam(
 
     @own_arithmetic
     def update_fn(updates, state, params=None, **extra_args):
-        del params, extra_args
+        del extra_args
         plans = plan_tree(settings, updates)
         G, treedef = jax.tree.flatten(updates)
         check_type(state, ScaleByLDAdamState, "optimizer")
         check_moments(updates, plans, state.adam.mu, mu_dtype, "rank, where or mu_dtype")
         shapes = [Form(p.shape) if p and error_feedback else None for p in plans]
         check_stored(updates, shapes, state.error, "error", "error_feedback")
+        check_params(updates, params)
         errors = treedef.flatten_up_to(state.error)
         bases, M, V = (
             treedef.flatten_up_to(x) for x in (state.basis, state.adam.mu, state.adam.nu)

@@ -36,6 +36,7 @@ from natgalore_jax._src.params.plan import (
 from natgalore_jax._src.params.where import Where, hidden_matrices
 from natgalore_jax._src.states.tree_checks import (
     Form,
+    check_params,
     check_stored,
     check_type,
     form_in,
@@ -100,6 +101,12 @@ def scale_by_racs(
 
     The state of a matrix is m + n + 1 numbers of four bytes. Other parameters take Adam's step,
     unscaled by α. A row or a column whose gradients were all zero has a zero update.
+
+    In a matrix of blocks without common rows and columns (grouped or block-diagonal layers) the
+    iteration converges to the leading block, and the scales of all others decay with every
+    iteration: their updates are too large by orders of magnitude, and the limit of growth does not
+    see it, because the first one has none. Leave such matrices out (``where``), or name the blocks
+    as independent matrices (``axes``).
 
     Args:
       decay: β.
@@ -180,6 +187,7 @@ def scale_by_racs(
             for plan, g in zip(plans, G, strict=True)
         ]
         check_stored(updates, forms, state.adam.mu, "moments", "where or mu_dtype")
+        check_params(updates, params)
 
         N, adam_state = adam.update(without_matrices(treedef, G, plans), state.adam)
         out, q, s, norms = (treedef.flatten_up_to(x) for x in (N, *state[1:]))

@@ -20,6 +20,7 @@ from natgalore_jax._src.params.plan import (
 )
 from natgalore_jax._src.params.where import KeyPath, Where, all_matrices, output_heads, selected
 from natgalore_jax._src.states.tree_checks import (
+    check_params,
     check_stored,
     check_type,
     form_in,
@@ -98,9 +99,10 @@ def scale_by_column_norms(
       TypeError, ValueError: at construction for an argument of a wrong type or value; at ``init``
         if there are parameters and no matrix among them, for a matrix that is not floating-point
         of at least 16 bits, or that ``head`` selects and ``where`` leaves out, and for a ``head``
-        that selects no matrix; at ``update`` for gradients of other shapes than at ``init``. A NaN
-        makes its column NaN, an infinite entry itself NaN and the rest of its column zero. Both
-        remain in the momentum of a head: put ``optax.apply_if_finite`` around the optimizer.
+        that selects no matrix; at ``update`` for gradients of other shapes than the parameters, and
+        of heads and vectors than at ``init``. A NaN makes its column NaN, an infinite entry itself
+        NaN and the rest of its column zero. Both remain in the momentum of a head: put
+        ``optax.apply_if_finite`` around the optimizer.
 
     References:
       Glentis et al., Memory-efficient LLM pretraining via minimalist optimizer design (2025, ICML
@@ -165,6 +167,7 @@ def scale_by_column_norms(
         check_stored(updates, stored, state.momentum, "momentum", "head, where or mu_dtype")
         stored = [None if plan else form for form, plan in zip(forms, plans, strict=True)]
         check_stored(updates, stored, state.adam.mu, "moments", "where or mu_dtype")
+        check_params(updates, params)
 
         N, adam_state = adam.update(without_matrices(treedef, G, plans), state.adam)
         out, momenta = treedef.flatten_up_to(N), treedef.flatten_up_to(state.momentum)

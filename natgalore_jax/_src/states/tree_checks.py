@@ -97,7 +97,9 @@ def with_update_dtypes(out: Any, updates: Any, params: Any) -> Any:
 
 
 def check_params(updates: Any, params: Any) -> None:
-    """Check that the updates have the structure and the shapes of the parameters."""
+    """Check that the updates have the structure and the shapes of the parameters, if given."""
+    if params is None:
+        return
     params = flatten_like(updates, params, "the parameters")
     for (path, g), w in zip(jax.tree_util.tree_leaves_with_path(updates), params, strict=True):
         if jnp.shape(w) != jnp.shape(g):

@@ -191,8 +191,7 @@ class Subspace:
                 f"bases of {self.opener.number_of_modes} modes are needed, but the state has "
                 f"{len(columns)}: {other_options('rank')}"
             )
-        if params is not None:
-            check_params(updates, params)
+        check_params(updates, params)
         plans = plan_tree(self.opener.plan, updates)
         dtype = self.opener.basis_dtype
         check_bases(updates, plans, list(zip(*columns, strict=True)), dtype)

@@ -264,10 +264,14 @@ def _is_operand(x: Any) -> bool:
     return hasattr(x, "dtype") or isinstance(x, (bool, int, float, complex))
 
 
+# Of a parameter without one: a leaf, as None would be no parameter (a bias that is left out).
+_NO_SHARDING = "None"
+
+
 def _shardings(params: Any, shardings: Any) -> Any:
     """One sharding for each parameter."""
     if shardings is None:
-        return jax.tree.map(lambda x: getattr(x, "sharding", None), params)
+        return jax.tree.map(lambda x: getattr(x, "sharding", None) or _NO_SHARDING, params)
     is_sharding = lambda x: isinstance(x, jax.sharding.Sharding)  # noqa: E731
     return jax.tree.map(
         lambda s, part: jax.tree.map(lambda _: s, part), shardings, params, is_leaf=is_sharding
@@ -276,15 +280,14 @@ def _shardings(params: Any, shardings: Any) -> Any:
 
 def _single_device(shardings: Any) -> SingleDeviceSharding | None:
     """The device of all parameters, if they are on one device without a mesh."""
-    found = set(jax.tree.leaves(shardings, is_leaf=lambda x: x is None))
+    found = set(jax.tree.leaves(shardings))
     only = found.pop() if len(found) == 1 else None
     return only if isinstance(only, SingleDeviceSharding) else None
 
 
 def _mesh(shardings: Any) -> Mesh | AbstractMesh:
-    entries = jax.tree_util.tree_leaves_with_path(shardings, is_leaf=lambda x: x is None)
     meshes = set()
-    for path, sharding in entries:
+    for path, sharding in jax.tree_util.tree_leaves_with_path(shardings):
         if not isinstance(sharding, NamedSharding):
             raise ValueError(
                 f"state_shardings needs a jax.sharding.NamedSharding for every parameter, got "
