@@ -148,6 +148,24 @@ def test_losses_of_other_texts():
         assert shown[name] == [*found, losses.get(("pydoc", method, half), "not run")]
 
 
+def test_galore_at_another_ratio():
+    def losses(suite, corpus):
+        own = {"method": "galore", "preset": "nano", "corpus": corpus}.items()
+        runs = read_results(RESULTS / "quality", suite)
+        return [run["test_loss"] for run in runs if own <= run.items()]
+
+    shown = []
+    for corpus in ("shakespeare", "sotu"):
+        other, tuned = losses("ratio-4", corpus), losses("main", corpus)
+        mean = statistics.mean(other)
+        below = statistics.mean(tuned) - mean
+        shown.append((f"{mean:.3f} ± {statistics.stdev(other):.3f}", f"{below:.3f}"))
+    (shakespeare, a), (addresses, b) = shown
+    words = " ".join((DOCS / "experiments.md").read_text().split())
+    assert f"ends at {shakespeare} (Shakespeare) and {addresses} (addresses; suite" in words
+    assert f"{a} and {b} below its tuned 2" in words
+
+
 def test_losses_in_twice_the_steps():
     names = {
         "default": "natural-galore",
