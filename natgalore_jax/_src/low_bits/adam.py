@@ -73,8 +73,10 @@ def scale_by_adam_8bit(
       c_j \leftarrow \beta_2 c_j + (1 - \beta_2)\, \overline{g_{:j}^2}, \qquad
       v_{ij} = r_i\, c_j / \bar r,
 
-    so that the state of an embedding is about one byte a number instead of two. Finite entries of a
-    gradient beyond 1e15 count as 1e15, so that no square overflows.
+    so that the state of an embedding is about one byte a number instead of two. The update is not
+    clipped by its root mean square as in Adafactor: it is far above 1 in an entry whose row and
+    column have small squares elsewhere. Finite entries of a gradient beyond 1e15 count as 1e15, so
+    that no square overflows.
 
     Args:
       b1, b2, eps, eps_root, nesterov: as in ``optax.scale_by_adam``.
