@@ -18,6 +18,7 @@ from examples.common.checkpoints import kept
 from examples.common.errors import CheckpointError, ConfigError, DataError, WeightsError
 from examples.common.lora import add_adapters, merge_adapters, union
 from examples.common.metrics import of_kind
+from examples.common.reporter import Reporter
 from examples.common.train_state import init_state
 from examples.finetune.encoder.config import EncoderConfig
 from examples.finetune.encoder.data.batches import Layout, make_batch
@@ -187,6 +188,16 @@ def test_lora_starts_as_the_model_and_merges_into_it(files):
     outputs = adapted(lively, inputs)
     assert np.abs(outputs - plain(loaded.params, inputs)).max() > 0.01
     np.testing.assert_allclose(outputs, plain(merged, inputs), rtol=0, atol=1e-4)
+
+
+def test_a_run_to_resume_that_is_not_there_is_said(files, tmp_path):
+    """Its name may be mistyped."""
+    run = dataclasses.replace(config(files), output=OutputConfig(resume=True))
+    reporter, notes = Reporter(), []
+    reporter.note = notes.append
+    given = {"run_dir": tmp_path, "reporter": reporter, "should_stop": lambda: True}
+    assert train(run, "adamw", prepare(run), **given).steps == 0
+    assert f"{tmp_path} has no checkpoint yet: starting at the first step" in notes
 
 
 def test_a_run_goes_on_as_if_it_had_not_been_stopped(files, finished, tmp_path):
