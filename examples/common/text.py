@@ -36,13 +36,25 @@ def read_bytes(path: Path) -> bytes:
     return content
 
 
-def parse_json(text: str, where: str) -> Any:
-    """The value of JSON; raises a DataError with its place if it is malformed."""
+def parse_json(text: str, where: str, *, unique_keys: bool = False) -> Any:
+    """The value of JSON; raises a DataError with its place if it is malformed.
+
+    Of equal keys the last one counts, as in Python, unless they must be unique.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_unique if unique_keys else None)
     # ValueError covers JSONDecodeError and integers of too many digits.
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: malformed JSON ({error})") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} is there twice")
+        found[key] = value
+    return found
 
 
 def decode(raw: bytes, where: str, *, start: int = 0, of: str = "", remedy: str = "") -> str:

@@ -246,6 +246,7 @@ def test_bad_bfcl_record_is_named(tmp_path, which, spoil, message):
         (b'{"a": \0}', "1 NUL byte(s), the first at byte 6"),
         (b'{"a": ', "malformed JSON (Expecting value: line 1 column 7"),
         (b"[" * 100_000, "malformed JSON"),
+        (b'{"5": {}, "5": {}}', "malformed JSON (the key '5' is there twice)"),
         (b"9" * 5000, "malformed JSON"),
         (b"[]", "must be an object, got []"),
     ],

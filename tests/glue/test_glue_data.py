@@ -214,7 +214,7 @@ def test_a_split_is_one_file(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", r"train.jsonl: line 2: malformed JSON"),
+        ('{"label": 1, "label": 0}', r"line 2: malformed JSON \(the key 'label' is there twice\)"),
         ("[]", r"line 2: expected an object"),
         ('{"sentence1": 3, "label": 0}', r'a string "sentence1", got "sentence1": 3$'),
         ('{"text": "a", "label": 0}', r'a string "sentence1", got the fields text, label$'),

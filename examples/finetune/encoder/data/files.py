@@ -173,7 +173,7 @@ def _read_json_lines(
 ) -> Iterator[RawRow]:
     lines = ((where, line.strip()) for where, line in _lines(path))
     for where, line in _not_blank(lines, labelled):
-        record = parse_json(line, where)
+        record = parse_json(line, where, unique_keys=True)
         _note_unused(task, record, others)
         yield from_mapping(record, task.json, where, task.name in OPTIONAL_SECOND, labelled)
 

@@ -64,7 +64,8 @@ def _read(path: Path) -> bytes:
 
 
 def _parse(content: bytes, where: str) -> Any:
-    return parse_json(decode(content, where).removeprefix("\ufeff"), where)
+    # Keys are ids of records, or arguments of a call.
+    return parse_json(decode(content, where).removeprefix("\ufeff"), where, unique_keys=True)
 
 
 def _short(value: Any) -> str:
