@@ -148,6 +148,22 @@ def test_losses_of_other_texts():
         assert shown[name] == [*found, losses.get(("pydoc", method, half), "not run")]
 
 
+def test_losses_at_30m():
+    found = {
+        (run["method"], run["ratio"]): run["test_loss"]
+        for run in read_results(RESULTS / "quality", "width-rule")
+    }
+    table = [row for row in rows("experiments.md") if len(row) == 7]
+    start = next(i for i, row in enumerate(table) if row[0] == "default, rank 128")
+    runs = [("natural-galore", 32), ("natural-galore-lean", 16), ("adamw-clipped", 32)]
+    runs += [("muon", 8), ("adamw", 64), ("adamw", 128), ("scale", 256)]
+    assert table[start + 2] == [f"{found[run]:.3f}" for run in runs]
+    default, clipped, unclipped = (found[run] for run in (runs[0], runs[2], runs[4]))
+    words = " ".join((DOCS / "experiments.md").read_text().split())
+    below = f"{clipped - default:.3f} below AdamW, {unclipped - clipped:.3f} less than without:"
+    assert f"With equal clipping the default ends {below}" in words
+
+
 def test_galore_at_another_ratio():
     def losses(suite, corpus):
         own = {"method": "galore", "preset": "nano", "corpus": corpus}.items()
