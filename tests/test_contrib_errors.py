@@ -1,6 +1,8 @@
-"""Errors of the methods of other publications: wrong arguments, parameters and gradients."""
+"""Methods of other publications: errors, and what holds for all of them."""
 
+import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 import natgalore_jax as ng
@@ -100,6 +102,23 @@ def test_wrong_trees(name, settings, nothing_selected, gradients):
     others = PARAMS | {"wide": jnp.zeros((1, 6))}
     with pytest.raises(ValueError, match=r"wide: .*\(4, 6\), but the parameter has \(1, 6\)"):
         tx.update(PARAMS, state, others)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("apollo_adamw", {"rank": 3}),
+        ("ldadamw", {"rank": 3}),
+        ("racs_adamw", {}),
+        ("scale_sgd", {}),
+    ],
+)
+@pytest.mark.parametrize("mu_dtype", [None, jnp.float32, jnp.bfloat16])
+def test_updates_have_the_dtype_of_the_parameters(name, settings, mu_dtype):
+    tx = getattr(ng.contrib, name)(0.1, **settings, mu_dtype=mu_dtype)
+    params = optax.tree.ones_like(PARAMS, dtype=jnp.float16)
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(jnp.float16)}
 
 
 @pytest.mark.parametrize("name", WRONG_ARGUMENTS)

@@ -386,6 +386,7 @@ def test_a_parameter_that_is_none_has_no_sharding():
     shardings = ng.training.longer_side_shardings(params, mesh)
     placed, of_state = jax.device_put(params, shardings), ng.training.state_shardings
     assert of_state(tx, placed) == of_state(tx, params, shardings)
+    assert jax.tree.leaves(of_state(tx, {}, shardings["w"]))[0].mesh == mesh
     with jax.set_mesh(mesh):
         state = ng.training.with_shardings(tx, placed).init(placed)
     assert jax.tree.structure(state) == jax.tree.structure(tx.init(params))

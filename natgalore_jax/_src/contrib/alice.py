@@ -137,7 +137,7 @@ def scale_by_alice(
       compensation_scale: α_c, a number or a traced scalar.
       norm_growth_limit: γ; None: no limit.
       where, axes: see :func:`.low_rank_project`.
-      seed: of the random samples.
+      seed: of the random samples, which depend on the number of the parameter in the tree too.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with a :class:`.ScaleByAliceState`.

@@ -34,6 +34,7 @@ from natgalore_jax._src.states.tree_checks import (
     check_stored,
     check_type,
     with_dtypes_of,
+    with_update_dtypes,
 )
 from natgalore_jax._src.subspace.subspace import init_low_rank
 
@@ -90,7 +91,8 @@ def scale_by_apollo(
       norm_growth_limit: γ; limits the growth of the norm of a matrix's update per step. None: no
         limit. Put the learning rate after this transformation.
       where, axes: see :func:`.low_rank_project`.
-      seed: of the projections.
+      seed: of the projections. They depend on the number of the parameter in the tree too: do not
+        add or freeze a parameter between two steps.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with a :class:`.ScaleByApolloState`.
@@ -163,8 +165,8 @@ def scale_by_apollo(
             (scale, norm_growth_limit),
         )
         out, norms = map(treedef.unflatten, merged(found, out, last_norms))
-        adam_state = with_dtypes_of(state.adam, adam_state)
-        return out, ScaleByApolloState(adam_state, norms)
+        out = with_update_dtypes(out, updates, params)
+        return out, ScaleByApolloState(with_dtypes_of(state.adam, adam_state), norms)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

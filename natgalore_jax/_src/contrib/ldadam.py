@@ -29,6 +29,7 @@ from natgalore_jax._src.states.tree_checks import (
     check_stored,
     check_type,
     with_dtypes_of,
+    with_update_dtypes,
 )
 from natgalore_jax._src.subspace.subspace import init_low_rank
 
@@ -169,7 +170,8 @@ def scale_by_ldadam(
             b1,
         )
         out, errors = merged(found, out, errors)
-        return treedef.unflatten(out), ScaleByLDAdamState(
+        out = with_update_dtypes(treedef.unflatten(out), updates, params)
+        return out, ScaleByLDAdamState(
             with_dtypes_of(state.adam, adam_state),
             treedef.unflatten(new_bases),
             treedef.unflatten(errors),

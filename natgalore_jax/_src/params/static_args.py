@@ -63,7 +63,8 @@ def structural_args(factory: Callable[..., Any]) -> tuple[str, ...]:
     Decays (``b1``, ``b2``, ``rho``, ``residual_decay``, ...) are among the names, because injected
     arrays have the dtype of the parameters: in bfloat16 0.999 is 1, and a moment never changes. To
     inject a decay, remove its name from ``static_args`` and set ``hyperparam_dtype=jnp.float32``.
-    Set that for float16 parameters too, in whose dtype an ``eps`` of 1e-8 is 0.
+    Set that for 16-bit parameters in any case: in float16 an ``eps`` of 1e-8 is 0, in bfloat16 a
+    ``norm_growth_limit`` of 1.01 is 1.0078, and one of 1.003 is 1.
     ``b3`` of Alice must stay: the state of zero has one array less.
 
     Args:

@@ -139,12 +139,13 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: An
       >>> init = jax.jit(tx.init, out_shardings=shardings)
     """
     given = _shardings(params, shardings)
-    if device := _single_device(given):
+    known = _known(given, shardings)
+    if device := _single_device(known):
         return jax.tree.map(
             lambda x: SingleDeviceSharding(*device.device_set, memory_kind=host_kind(x)),
             _state_types(tx, params),
         )
-    mesh = _mesh(given)
+    mesh = _mesh(known)
     explicit = AbstractMesh(
         mesh.axis_sizes, mesh.axis_names, axis_types=(AxisType.Explicit,) * len(mesh.axis_names)
     )
@@ -202,10 +203,11 @@ def with_shardings(
     """
     check_transformation("tx", tx)
     given = _shardings(params, shardings)
+    known = _known(given, shardings)
     tx = optax.with_extra_args_support(tx)
-    if _single_device(given):
+    if _single_device(known):
         return tx
-    mesh = _mesh(given)
+    mesh = _mesh(known)
     if all(kind == AxisType.Explicit for kind in mesh.axis_types):
         return tx
     of_state = state_shardings(tx, params, shardings)
@@ -276,6 +278,11 @@ def _shardings(params: Any, shardings: Any) -> Any:
     return jax.tree.map(
         lambda s, part: jax.tree.map(lambda _: s, part), shardings, params, is_leaf=is_sharding
     )
+
+
+def _known(given: Any, shardings: Any) -> Any:
+    """The shardings that tell the mesh: without parameters the one that is given for all."""
+    return given if jax.tree.leaves(given) else shardings
 
 
 def _single_device(shardings: Any) -> SingleDeviceSharding | None:
