@@ -17,10 +17,7 @@ from examples.common.errors import ConfigError
 from examples.common.reporter import Reporter
 from examples.common.run_directory import CHECKPOINTS
 from examples.common.train_state import TrainState
-from examples.llama.run_config import RunConfig, adjustments, differences
-
-# Settings of the steps that are left.
-_OF_STEPS = ("schedule.", "optimizer.learning_rate")
+from examples.llama.run_config import OF_STEPS_LEFT, RunConfig, adjustments, differences
 
 
 def prepare(run_dir: Path, config: RunConfig, identity: dict[str, Any], reporter: Reporter) -> None:
@@ -80,7 +77,7 @@ def check_resume(
     _check_steps(run_dir, step, config)
     if resume:
         changed = adjustments(checkpoints.config(), identity) if done else []
-        late = [text for text in changed if text.startswith(_OF_STEPS)]
+        late = [text for text in changed if text.startswith(OF_STEPS_LEFT)]
         if late and step == config.steps:
             raise ConfigError(
                 f"{run_dir} has done all {step} steps, and none is left to train with "

@@ -257,7 +257,8 @@ def _paper(steps: int, rank: int) -> dict[str, Any]:
 HARMLESS = ("output.", "distributed.", "faults.", "data.cache_dir", "data.skip_bad_lines")
 
 # What has an influence, but neither on the shapes of the state nor on its meaning.
-ADJUSTABLE = ("steps", "schedule.", "optimizer.learning_rate")
+OF_STEPS_LEFT = ("schedule.", "optimizer.learning_rate")
+ADJUSTABLE = ("steps", *OF_STEPS_LEFT)
 _BATCHES = ("batch_size", "accumulate")
 _SOURCES = ("data.data", "data.tokenizer")
 
