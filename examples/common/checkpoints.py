@@ -83,9 +83,12 @@ class Checkpoints:
         run_dir: Path,
         *,
         resume: bool,
+        note: Callable[[str], None],
         differences: Callable[[Json, Json], list[str]] = differences,
     ) -> int:
         """Micro-step that a run in `run_dir` starts from, having checked that it may.
+
+        `note` is told if there is nothing to resume.
 
         Raises:
           ConfigError: if there are checkpoints and the run is not to be resumed, or they were made
@@ -93,6 +96,8 @@ class Checkpoints:
         """
         latest = self.latest()
         if latest is None:
+            if resume:
+                note(f"{run_dir} has no checkpoint yet: starting at the first step")
             return 0
         refuse_unless_resumed(run_dir, resume)
         check_same(run_dir, self.config(), identity, differences)

@@ -169,9 +169,7 @@ def train(
             what = damage(run_dir / CHECKPOINTS / str(latest))
             if what is not None:
                 raise CheckpointError(f"{what}: delete {run_dir} to train again")
-        done = checkpoints.resume_point(identity, run_dir, resume=resume)
-        if resume and checkpoints.latest() is None:
-            reporter.note(f"{run_dir} has no checkpoint yet: starting at the first step")
+        done = checkpoints.resume_point(identity, run_dir, resume=resume, note=reporter.note)
         write_json(run_dir / "config.json", identity)
         (run_dir / OPTIONS).write_text(options, encoding="utf-8")
         loggers = make_loggers(log_to, run_dir, identity)

@@ -72,10 +72,12 @@ def check_resume(
         settings of steps differ.
     """
     resume = config.output.resume
-    done = checkpoints.resume_point(identity, run_dir, resume=resume, differences=differences)
+    done = checkpoints.resume_point(
+        identity, run_dir, resume=resume, note=reporter.note, differences=differences
+    )
     step = done // config.accumulate
     _check_steps(run_dir, step, config)
-    if resume:
+    if resume and checkpoints.latest() is not None:
         changed = adjustments(checkpoints.config(), identity) if done else []
         late = [text for text in changed if text.startswith(OF_STEPS_LEFT)]
         if late and step == config.steps:
@@ -83,10 +85,7 @@ def check_resume(
                 f"{run_dir} has done all {step} steps, and none is left to train with "
                 f"{', '.join(late)}: give a larger --steps, or leave that out"
             )
-        if checkpoints.latest() is None:
-            reporter.note(f"{run_dir} has no checkpoint yet: starting at the first step")
-        else:
-            reporter.note(", ".join([f"resuming after step {step}", *changed]))
+        reporter.note(", ".join([f"resuming after step {step}", *changed]))
 
 
 def _check_steps(run_dir: Path, step: int, config: RunConfig) -> None:

@@ -122,7 +122,7 @@ def refresh_group(
 
 
 class _Todo(NamedTuple):
-    """What is done with each matrix: (layers, matrices of a layer)."""
+    """Refresh flags and random keys, (layers, matrices of a layer)."""
 
     is_due: jax.Array
     is_first: jax.Array
@@ -130,7 +130,10 @@ class _Todo(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """How a group is resharded, as one stack of layers; its arrays are G, bases and states."""
+    """Layout of a group, as one stack of layers, over devices.
+
+    The arrays of a group are its gradients, bases and states.
+    """
 
     layer_plan: LeafPlan  # of a stack of one layer
     names: Names  # mesh axes over which G is sharded, those of its layers first
@@ -143,10 +146,6 @@ class _Layout(NamedTuple):
     @property
     def of_layers(self) -> Names:
         return self.of[0][self.axes[0]]
-
-    @property
-    def padding(self) -> int:
-        return max(self.at_once - self.length, 0)
 
 
 def _layout_of(plans: Sequence[LeafPlan], group: Sequence[Any]) -> _Layout:
@@ -213,7 +212,8 @@ def _refresh_shards(layout, axis_names, refresh_layer, todo, first, arrays):
     Returns:
       The new shards of bases and states.
     """
-    length, at_once, padding = layout.length, layout.at_once, layout.padding
+    length, at_once = layout.length, layout.at_once
+    padding = max(at_once - length, 0)
     G, *stored = [
         jnp.pad(x, [(0, padding if a == axis else 0) for a in range(x.ndim)]) if padding else x
         for x, axis in zip(arrays, layout.axes, strict=True)

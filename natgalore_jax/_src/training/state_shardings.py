@@ -138,14 +138,12 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: An
       P(None, 'model')
       >>> init = jax.jit(tx.init, out_shardings=shardings)
     """
-    given = _shardings(params, shardings)
-    known = _known(given, shardings)
-    if device := _single_device(known):
+    given, mesh = _placement(params, shardings)
+    if isinstance(mesh, SingleDeviceSharding):
         return jax.tree.map(
-            lambda x: SingleDeviceSharding(*device.device_set, memory_kind=host_kind(x)),
+            lambda x: SingleDeviceSharding(*mesh.device_set, memory_kind=host_kind(x)),
             _state_types(tx, params),
         )
-    mesh = _mesh(known)
     explicit = AbstractMesh(
         mesh.axis_sizes, mesh.axis_names, axis_types=(AxisType.Explicit,) * len(mesh.axis_names)
     )
@@ -202,12 +200,10 @@ def with_shardings(
       (4, 6, 8)
     """
     check_transformation("tx", tx)
-    given = _shardings(params, shardings)
-    known = _known(given, shardings)
+    given, mesh = _placement(params, shardings)
     tx = optax.with_extra_args_support(tx)
-    if _single_device(known):
+    if isinstance(mesh, SingleDeviceSharding):
         return tx
-    mesh = _mesh(known)
     if all(kind == AxisType.Explicit for kind in mesh.axis_types):
         return tx
     of_state = state_shardings(tx, params, shardings)
@@ -270,6 +266,16 @@ def _is_operand(x: Any) -> bool:
 _NO_SHARDING = "None"
 
 
+def _placement(
+    params: Any, shardings: Any
+) -> tuple[Any, Mesh | AbstractMesh | SingleDeviceSharding]:
+    """One sharding for each parameter, and the mesh or the one device of all."""
+    given = _shardings(params, shardings)
+    # Without parameters the sharding that is given for all has the mesh.
+    known = given if jax.tree.leaves(given) else shardings
+    return given, _single_device(known) or _mesh(known)
+
+
 def _shardings(params: Any, shardings: Any) -> Any:
     """One sharding for each parameter."""
     if shardings is None:
@@ -278,11 +284,6 @@ def _shardings(params: Any, shardings: Any) -> Any:
     return jax.tree.map(
         lambda s, part: jax.tree.map(lambda _: s, part), shardings, params, is_leaf=is_sharding
     )
-
-
-def _known(given: Any, shardings: Any) -> Any:
-    """The shardings that tell the mesh: without parameters the one that is given for all."""
-    return given if jax.tree.leaves(given) else shardings
 
 
 def _single_device(shardings: Any) -> SingleDeviceSharding | None:

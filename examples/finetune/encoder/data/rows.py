@@ -117,9 +117,7 @@ def make_rows(task: Task, raw: dict[str, list[RawRow]], left_out: int = 0) -> Ro
       DataError: for an empty split, a label that is none of the task's, and a class without a
         training row.
     """
-    for split, rows in raw.items():
-        if not rows:
-            raise DataError(f"{task.name}: the {split} split has no rows")
+    _check_not_empty(task, raw)
     _check_sentences(raw)
     if task.regression:
         splits = {
@@ -156,9 +154,8 @@ def unlabelled(task: Task, raw: dict[str, list[RawRow]], pairs: bool) -> dict[st
     Raises:
       DataError: for an empty split, and for one sentence where the task has `pairs`, or two.
     """
-    for split, rows in raw.items():
-        if not rows:
-            raise DataError(f"{task.name}: the {split} split has no rows")
+    _check_not_empty(task, raw)
+    for rows in raw.values():
         for row in rows:
             if (row.second is not None) != pairs:
                 raise DataError(
@@ -166,6 +163,12 @@ def unlabelled(task: Task, raw: dict[str, list[RawRow]], pairs: bool) -> dict[st
                     "the training rows"
                 )
     return {name: [Row(r.first, r.second, 0) for r in rows] for name, rows in raw.items()}
+
+
+def _check_not_empty(task: Task, raw: dict[str, list[RawRow]]) -> None:
+    for split, rows in raw.items():
+        if not rows:
+            raise DataError(f"{task.name}: the {split} split has no rows")
 
 
 def _check_sentences(raw: dict[str, list[RawRow]]) -> None:
