@@ -211,9 +211,9 @@ def test_tuned_rates_are_best_on_average():
     assert Rates(0.01, 8) not in tuned["galore"].curve
     text = tuning(tuned)
     (galore,) = [line for line in text.splitlines() if "| GaLore" in line]
-    assert "| **0.01 × 4** (at the edge) | 4.000 | 2 |" in galore
+    assert "| **0.01 × 4** (at the edge) | 4.000 | 2 | 1 |" in galore
     (adamw,) = [line for line in text.splitlines() if "| AdamW |" in line]
-    assert "| **0.01 × 4** | 4.000 | 6 |" in adamw and "0.04 × 4: diverged" in adamw
+    assert "| **0.01 × 4** | 4.000 | 6 | 1 |" in adamw and "0.04 × 4: diverged" in adamw
     brief = [line.rsplit(" |", 2)[0] + " |" for line in text.splitlines()]
     assert tuning(tuned, brief=True).splitlines() == brief
 

@@ -11,7 +11,14 @@ from benchmarks.pretraining.methods import METHODS, choose, own_ratio
 from benchmarks.pretraining.presets import PRESETS
 from benchmarks.pretraining.run_spec import Common, Run, is_done
 from benchmarks.pretraining.summary import RECIPE
-from benchmarks.pretraining.tuning import Rates, curves, next_points, tuned_rates
+from benchmarks.pretraining.tuning import (
+    FINALISTS,
+    Rates,
+    best_points,
+    curves,
+    next_points,
+    tuned_rates,
+)
 from examples.common.errors import ConfigError
 
 TUNED = "tuned"
@@ -37,8 +44,9 @@ class Sweep(Common):
     ratios: tuple[float, ...] = (1.0,)
     """Rates of the unprojected parameters over them, where the learning rates are numbers."""
     search: bool = False
-    """Search both rates of each method, from the same start and by the same rule; as if at first
-    learning_rates and ratios were not given."""
+    """Search both rates of each method, from the same start and by the same rule, with the first
+    seed; run the three best points with the other seeds, whose mean decides. Without
+    --learning-rates and --ratios."""
     budget: int = 10
     """Runs of a search at least: as many as it takes to bracket the best rates, and as many as the
     default optimizer of the library had."""
@@ -84,7 +92,11 @@ def runs(sweep: Sweep) -> list[Run]:
     """
     for method in sweep.methods:
         choose(method)
-    points = _searched(sweep) if sweep.search else {m: _given(sweep, m) for m in sweep.methods}
+    if sweep.search:
+        points = _searched(sweep)
+    else:
+        given = {method: _given(sweep, method) for method in sweep.methods}
+        points = {(m, seed): found for m, found in given.items() for seed in sweep.seeds}
     common = {f.name: getattr(sweep, f.name) for f in fields(Common)}
     common["steps"] = sweep.run_steps
     return [
@@ -98,7 +110,7 @@ def runs(sweep: Sweep) -> list[Run]:
             workers=sweep.workers,
         )
         for seed, corpus, method in itertools.product(sweep.seeds, sweep.corpora, sweep.methods)
-        for rates in points[method]
+        for rates in points[method, seed]
     ]
 
 
@@ -116,14 +128,20 @@ def run_sweep(sweep: Sweep) -> int:
     )
 
 
-def _searched(sweep: Sweep) -> dict[str, tuple[Rates, ...]]:
-    """Rates that the search of each method needs next."""
-    done = curves(read_suite(sweep.root, sweep.suite), sweep.preset)
-    budget = max(sweep.budget, len(done.get(RECIPE, ())))
-    return {
-        method: next_points(done.get(method, {}), budget, fixed_ratio=own_ratio(method))
-        for method in sweep.methods
-    }
+def _searched(sweep: Sweep) -> dict[tuple[str, int], tuple[Rates, ...]]:
+    """Rates that the search of each method needs next, with each seed."""
+    records = read_suite(sweep.root, sweep.suite)
+    searched, tuned = curves(records, sweep.preset), tuned_rates(records, sweep.preset)
+    budget = max(sweep.budget, len(searched.get(RECIPE, ())))
+    first, *others = sweep.seeds
+    points: dict[tuple[str, int], tuple[Rates, ...]] = {}
+    for method in sweep.methods:
+        done, best = searched.get(method, {}), tuned[method].rates if method in tuned else None
+        missing = next_points(done, budget, own_ratio(method), best)
+        finalists = () if missing else tuple(best_points(done)[:FINALISTS])
+        points[method, first] = missing
+        points |= {(method, seed): finalists for seed in others}
+    return points
 
 
 def _given(sweep: Sweep, method: str) -> tuple[Rates, ...]:

@@ -91,7 +91,7 @@ def verdicts(rows: Iterable[Row]) -> list[str]:
 
 
 def tuning(tuned: Mapping[str, Tuned], *, brief: bool = False) -> str:
-    """The tuned rates and their loss, how many runs found them, and all of these runs.
+    """The tuned rates and their loss, the points and seeds that found them, and all points.
 
     ``brief`` leaves out the last, which the figure of the rates shows.
     """
@@ -100,7 +100,8 @@ def tuning(tuned: Mapping[str, Tuned], *, brief: bool = False) -> str:
         found = tuned[method]
         edge = " (at the edge)" if found.at_edge else ""
         best_rates = f"**{found.rates}**{edge}"
-        line = [label(method), best_rates, f"{found.loss:.3f}", str(len(found.curve))]
+        counts = [str(len(found.curve)), str(found.seeds)]
+        line = [label(method), best_rates, f"{found.loss:.3f}", *counts]
         if not brief:
             runs = (
                 f"{rates}: {'diverged' if loss is None else f'{loss:.3f}'}"
@@ -108,7 +109,15 @@ def tuning(tuned: Mapping[str, Tuned], *, brief: bool = False) -> str:
             )
             line.append("; ".join(runs))
         lines.append(line)
-    return table(["", "best rate × ratio", "loss", "runs", *([] if brief else ["all runs"])], lines)
+    header = [
+        "",
+        "best rate × ratio",
+        "loss",
+        "points",
+        "seeds",
+        *([] if brief else ["all points"]),
+    ]
+    return table(header, lines)
 
 
 def label(method: str) -> str:
