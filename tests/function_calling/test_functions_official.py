@@ -85,6 +85,7 @@ def test_no_damage_raises(at, removed, inserted):
 _HOSTILE = [
     "1. f(" * 19_000,
     "1. join(x) " + "1. f(" * 19_000,
+    ") " + "1. f(" * 19_000,
     "1" * 99_000,
     "9" * 90_000 + ". join()",
     "\n" * 99_000,
@@ -97,6 +98,7 @@ _HOSTILE = [
     "1. join('$" + "9" * 90_000 + "')",
     "1. join('$" + "9" * 4000 + "')",
     "1. join('\0\ud800')",
+    "1. join(" + "9" * 400 + "+1j)",
     "".join(f"{i}. get_phone_number('${i - 1}')\n" for i in range(2, 2_900)),
     "x" * (MAX_CHARACTERS + 1),
 ]

@@ -61,9 +61,9 @@ def officially_succeeds(record: Record, text: str) -> bool:
 
 
 def _calls(text: str, tools: Collection[str], named: bool) -> list[_Call]:
-    lines = text.split("\n")
-    # The search takes quadratic time where calls are not closed: lines without ")" lose their "(".
-    closed = "\n".join(line if ")" in line else line.replace("(", " ") for line in lines)
+    # Calls that are not closed would take quadratic time: a "(" after the last ")" of a line goes.
+    parts = (line.rpartition(")") for line in text.split("\n"))
+    closed = "\n".join(head + end + tail.replace("(", "[") for head, end, tail in parts)
     calls: dict[int, _Call] = {}
     for number, tool, written in _CALL.findall(closed):
         calls[int(number)] = tool, _arguments(written, named)
@@ -78,7 +78,7 @@ def _arguments(written: str, named: bool) -> Sequence[object]:
     try:
         with warnings.catch_warnings(action="ignore"):  # About escapes that Python does not know.
             value = _values(written) if named else ast.literal_eval(written)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+    except (ValueError, SyntaxError, TypeError, ArithmeticError, MemoryError, RecursionError):
         value = written
     return value if isinstance(value, list | tuple) else (value,)
 
