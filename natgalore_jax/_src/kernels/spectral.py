@@ -70,10 +70,10 @@ def clip_leading_of_factored(
 ) -> FactoredUpdate:
     """:func:`clip_leading` of ``U = P L + φ G``, which is not computed, from another start.
 
-    With the projected side as rows, ``x = U k`` and ``k = t / ‖t‖ + AᵀA t / ‖AᵀA t‖`` with fixed
-    random numbers t, so that G is read twice, not three times. ``A = PᵀU + φ PᵀG`` has the leading
-    directions of U inside the subspace, and of those outside the ones that G has inside too; t is
-    for the others.
+    With the projected side as rows, ``x = U k`` and ``k = t + AᵀA t / ‖AᵀA t‖`` with fixed random
+    numbers t, ‖t‖ near one, so that G is read twice, not three times. ``A = PᵀU + φ PᵀG`` has the
+    leading directions of U inside the subspace, and of those outside the ones that G has inside
+    too; t is for the others.
 
     Args:
       plan, factors, update, G: of a matrix with one projected side; G only has to be read.
@@ -85,9 +85,13 @@ def clip_leading_of_factored(
     update = place_update(plan, update, any_of(G))
     A = 2 * place_low_rank(plan, inside, any_of(G)) - update.low  # L = PᵀU − φ PᵀG
     U, nb = Products(plan, factors, update, G), len(plan.batch)
-    t = jnp.broadcast_to(_start(plan, 1 - mode), (*plan.batch_shape, *plan.mode_shape(1 - mode)))
-    t = _normalised(place_phi(of_kept, t, any_of(G)), nb)
-    k = t + _normalised(U.from_rank(A, _normalised(U.to_rank(A, t), nb)), nb)
+    A = A / _magnitude(A, range(nb, A.ndim))  # AᵀA t does not overflow
+    t = _start(plan, 1 - mode) * math.sqrt(3 / plan.mode_sizes[1 - mode])
+    t = jnp.broadcast_to(t, (*plan.batch_shape, *plan.mode_shape(1 - mode)))
+    t = place_phi(of_kept, t, any_of(G))
+    w = U.from_rank(A, U.to_rank(A, t))
+    own = range(nb, w.ndim)
+    k = t + w * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(w), own, keepdims=True), _TINY))
     x = U.with_kept(k)
     unit = _magnitude(x, range(nb, x.ndim))
     x = x / unit
@@ -109,13 +113,6 @@ def _start(plan: LeafPlan, mode: int) -> jax.Array:
     bits = dither((plan.mode_sizes[mode], 1), 0, 0, STRIDES[0], first=0)
     s = bits.astype(jnp.float32) / 2.0**31 - 1.0
     return s.reshape((1,) * len(plan.batch) + plan.mode_shape(mode))
-
-
-def _normalised(y: jax.Array, batch_ndim: int) -> jax.Array:
-    """``y / ‖y‖`` for each matrix; zero for zero."""
-    axes = range(batch_ndim, y.ndim)
-    y = y / _magnitude(y, axes)
-    return y * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(y), axes, keepdims=True), _TINY))
 
 
 def _magnitude(y: jax.Array, axes: Sequence[int]) -> jax.Array:
