@@ -56,7 +56,9 @@ def check(config: Any, positive: Sequence[str]) -> None:
     """Raise a ConfigError for what no comparison can run; `positive` are at least 1, or None."""
     check_range(config, f"[1, {INT32})", *positive)
     check_range(config, f"[0, {INT32})", "seed")
-    if not config.methods or len(set(config.methods)) < len(config.methods):
+    if not config.methods:
+        raise ConfigError("methods must name at least one method, got none")
+    if len(set(config.methods)) < len(config.methods):
         raise ConfigError(f"methods must name each method once, got {' '.join(config.methods)}")
     if "lora" in config.methods and config.method.scale == 0:
         raise ConfigError("scale must be above 0 for lora, whose adapters 0 takes away; got 0")

@@ -175,6 +175,7 @@ def test_the_best_rate_of_a_sweep():
         (["--rank", "16"], "rank must be below the smallest side of the matrices, 16"),
         (["--targets", "keys"], "no matrix is called 'keys'"),
         (["--methods", "adamw", "adamw"], "methods must name each method once"),
+        (["--methods"], "methods must name at least one method, got none"),
         (["--resume", "--overwrite"], "--overwrite"),
         (["--scale", "0", "--methods", "lora"], "scale must be above 0 for lora"),
         (["--root", "/dev/null"], "/dev/null"),

@@ -104,6 +104,7 @@ def test_directories_of_runs(program, capsys):
     [
         ("--rank=4096", "no parameter to project at rank 4096"),
         ("--vocab-size=256", "vocab_size must be at least 257"),
+        (f"--split-seed={10**64}", "split_seed must be at least 0 and less than 2147483648"),
         ("--tokenizer=nowhere.json", "nowhere.json"),
         ("--optimizer=adamw --side=left", "adamw has no side"),
         ("--optimizer=stored-gradients --damping=-1", "damping must be at least 0"),

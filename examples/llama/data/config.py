@@ -52,5 +52,5 @@ class DataConfig:
     how many they are. Without it the first of them is an error."""
 
     def __post_init__(self) -> None:
-        check_range(self, f"[0, {INT32})", "shuffle")
+        check_range(self, f"[0, {INT32})", "split_seed", "shuffle")
         check_range(self, f"[1, {INT32})", "held_out", "max_documents", "vocab_size")
