@@ -21,8 +21,12 @@ M, N, RANK = 16, 48, 4
 
 OPTIMIZERS = {
     "galore": functools.partial(ng.galore_adamw, 0.05, rank=RANK, update_interval=INTERVAL),
-    "natural": functools.partial(
-        ng.natural_galore_adamw, 0.05, rank=RANK, update_interval=INTERVAL, residual="none"
+    # Not cautious: whether an entry has the sign of its gradient may depend on its last bit.
+    "natural": lambda: ng.chain(
+        ng.low_rank_project(rank=RANK, update_interval=INTERVAL),
+        ng.compact_natural_gradient(optax.scale_by_adam(nesterov=True)),
+        ng.project_back(singular_limit=0.2),
+        optax.scale(-0.05),
     ),
     "history, right, svd": functools.partial(
         composed_adamw,
