@@ -114,7 +114,9 @@ def test_nothing_fits(tmp_path, capsys):
     nearest = min(results["settings"], key=lambda row: row["bytes"]["total"])
     assert nearest["compiled"]  # Known in full: by how much it misses.
     over = format_bytes(nearest["bytes"]["total"] - 59_000)
-    assert f"nothing fits; the nearest misses by {over}:\n{nearest['command']}" in printed.out
+    out = printed.out
+    assert f"nothing of these fits; the nearest misses by {over}:\n{nearest['command']}" in out
+    assert "--optimizers lean-natural-galore --ranks 8 --accumulate 1 --weight-bits 8\n" in out
 
 
 def test_the_choice(monkeypatch):

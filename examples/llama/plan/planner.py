@@ -228,24 +228,33 @@ def run(argv: list[str] | None, console: Console) -> int:
     return 0
 
 
+# The optimizer with the smallest state.
+_LEAN = "lean-natural-galore"
+
+
 def verdict(plan: Plan, room: int) -> str:
     """The command for the best setting, or by how much the nearest one misses."""
     row = plan.best or plan.nearest
     if plan.best is not None:
         text = f"best that fits, with {format_bytes(room - row.memory.total)} left"
     else:
-        text = f"nothing fits; the nearest misses by {format_bytes(row.memory.total - room)}"
+        misses = format_bytes(row.memory.total - room)
+        text = f"nothing of these fits; the nearest misses by {misses}"
     config = row.candidate.config
     rows, preset = step_rows(config), step_rows(run_preset(config.preset))
     if rows != preset:
-        text += f", {rows} rows a step instead of the preset's {preset}"
+        unit = "row" if rows == 1 else "rows"
+        text += f", {rows} {unit} a step instead of the preset's {preset}"
     text += f":\n{row.candidate.command}"
+    lean = f"--optimizers {_LEAN} --ranks {run_preset(config.preset).optimizer.rank // 4}"
     if IN_SUBSPACE[1] in row.candidate.arguments and has_residual(row.candidate.optimizer):
-        lean = run_preset(config.preset).optimizer.rank // 4
         text += (
             "\nThis is without the residual, whose loss was not measured. With it, at fewer tokens "
-            f"a step: --optimizers lean-natural-galore --ranks {lean} --accumulate 1"
+            f"a step: {lean} --accumulate 1"
         )
+    elif plan.best is None and not row.candidate.optimizer.startswith(_LEAN):
+        bits = "" if "--weight-bits" in row.candidate.arguments else " --weight-bits 8"
+        text += f"\nSmaller, at fewer tokens a step: {lean} --accumulate 1{bits}"
     return text
 
 
