@@ -65,6 +65,7 @@ def test_a_point_at_the_end_of_what_was_run_is_not_bracketed():
     inside = {Rates(1, 1): 1.0, Rates(2, 1): 2.0, Rates(0.5, 1): 2.0, Rates(1, 2): None}
     assert not is_bracketed(inside, Rates(1, 1))
     assert is_bracketed(inside | {Rates(1, 0.5): 3.0}, Rates(1, 1))
+    assert not is_bracketed({Rates(1, 1): None}, Rates(1, 1))
 
 
 @pytest.fixture

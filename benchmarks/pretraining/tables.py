@@ -109,15 +109,8 @@ def tuning(tuned: Mapping[str, Tuned], *, brief: bool = False) -> str:
             )
             line.append("; ".join(runs))
         lines.append(line)
-    header = [
-        "",
-        "best rate × ratio",
-        "loss",
-        "points",
-        "seeds",
-        *([] if brief else ["all points"]),
-    ]
-    return table(header, lines)
+    header = ["", "best rate × ratio", "loss", "points", "seeds"]
+    return table(header if brief else [*header, "all points"], lines)
 
 
 def label(method: str) -> str:
