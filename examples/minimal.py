@@ -15,7 +15,6 @@ import importlib.metadata
 import time
 import zlib
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -138,21 +137,21 @@ class Llama(nnx.Module):
         return self.head(self.norm(x))
 
 
-def apply(params: Any, tokens: jax.Array, config: Config) -> jax.Array:
+def apply(params: optax.Params, tokens: jax.Array, config: Config) -> jax.Array:
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0))))
     # All-gather: whole weights exist during a step. Its transpose shards the gradients again.
     return nnx.merge(graphdef, jax.reshard(params, jax.P()))(tokens)
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def loss_fn(params: Any, rows: jax.Array, config: Config) -> jax.Array:
+def loss_fn(params: optax.Params, rows: jax.Array, config: Config) -> jax.Array:
     """Mean cross-entropy in nats per byte."""
     logits = apply(params, rows[:, :-1], config)
     return optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:]).mean()
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def sample(params: Any, config: Config) -> jax.Array:
+def sample(params: optax.Params, config: Config) -> jax.Array:
     """Tokens (T,) that follow a line break."""
 
     def append(i, tokens):
@@ -175,7 +174,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), galore)
 
 
-def train(config: Config, tokens: np.ndarray, out: Path, mesh: jax.sharding.Mesh) -> Any:
+def train(config: Config, tokens: np.ndarray, out: Path, mesh: jax.sharding.Mesh) -> tuple:
     """The trained parameters and the losses that were printed."""
     train_tokens, held_out = np.split(tokens, [len(tokens) * 19 // 20])
     if len(held_out) <= config.context:
@@ -202,7 +201,8 @@ def train(config: Config, tokens: np.ndarray, out: Path, mesh: jax.sharding.Mesh
     with ocp.CheckpointManager(out.absolute(), options=options) as checkpoints:
         start = checkpoints.latest_step() or 0
         if start:
-            assert start <= config.steps, f"--steps: {start} are done, got {config.steps}"
+            if start > config.steps:
+                raise SystemExit(f"--steps: {start} are done, got {config.steps}")
             print(f"resume from step {start} of {config.steps}")
             like = jax.tree.map(lambda x, at: x.update(sharding=at), shapes, state_at)
             params, opt_state = checkpoints.restore(start, args=ocp.args.StandardRestore(like))

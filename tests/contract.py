@@ -78,6 +78,14 @@ FACTORIES: Mapping[str, Callable[[], optax.GradientTransformation]] = {
     "clip_leading_singular_value": lambda: optax.chain(
         ng.scale_by_adam_8bit(), ng.clip_leading_singular_value(), optax.scale(-0.01)
     ),
+    "several singular values": lambda: optax.chain(
+        ng.chain(
+            ng.low_rank_project(**_project),
+            ng.project_back(residual="fisher", singular_limit=0.2, singular_values=2),
+        ),
+        ng.clip_leading_singular_value(0.1, singular_values=2),
+        optax.scale(-0.01),
+    ),
     "compact_natural_gradient": lambda: ng.chain(
         ng.low_rank_project(**_project, side="both"),
         ng.compact_natural_gradient(optax.scale_by_lion(), structure="full"),

@@ -32,7 +32,7 @@ FACTORIES = {
     "lean": lambda: ng.lean_natural_galore_adamw(0.1, **_project),
     "history": lambda: ng.chain(ng.natural_galore(**_project), optax.scale_by_adam()),
     "fira": lambda: _inside(residual="fira"),
-    "fisher": lambda: _inside(optax.trace(0.9), residual="fisher"),
+    "fisher": lambda: _inside(optax.trace(0.9), residual="fisher", singular_values=3),
     "no limit": lambda: _inside(residual="fira", norm_growth_limit=None),
     "compact": lambda: _inside(ng.compact_natural_gradient(), residual="fira"),
     "alice": lambda: ng.contrib.scale_by_alice(rank=4),

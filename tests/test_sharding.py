@@ -83,7 +83,7 @@ OPTIMIZERS = {
         side="right",
         transition="reset",
         method="randomized",
-        residual="fisher",
+        **{"residual": "fisher", "singular_limit": 0.2, "singular_values": 2},
     ),
 }
 EVERY_SCHEME = [("default", scheme) for scheme in SCHEMES]

@@ -80,12 +80,15 @@ def muon(
 
 
 def clipped_adamw(
-    learning_rate: optax.ScalarOrSchedule, weight_decay: float = 0.0, mask: Any = None
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: float = 0.0,
+    mask: Any = None,
+    singular_values: int = 1,
 ) -> optax.GradientTransformation:
-    """AdamW with the leading singular value of hidden updates clipped, as in the default."""
+    """AdamW with the leading singular values of hidden updates clipped, as in the default."""
     return optax.chain(
         optax.scale_by_adam(**_ADAMW),
-        ng.clip_leading_singular_value(),
+        ng.clip_leading_singular_value(singular_values=singular_values),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )

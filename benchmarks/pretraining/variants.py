@@ -22,6 +22,7 @@ def recipe(
     scale: float = 1.0,
     residual: Any = "fisher",
     singular_limit: float | None = 0.2,
+    singular_values: int = 1,
     unprojected_ratio: float = 4.0,
 ) -> optax.GradientTransformation:
     """Everything is as in ``natural_galore_adamw`` unless an argument says otherwise.
@@ -34,7 +35,8 @@ def recipe(
       damping, damping_mode: of either Fisher matrix.
       cautious: whether the compact Fisher matrix leaves out updates against the gradient.
       scale, residual: of the way back.
-      singular_limit: of the leading singular value of the update; None: not clipped.
+      singular_limit, singular_values: of the leading singular values of the update, and their
+        number; a limit of None: not clipped.
     """
     fisher: dict[str, Any] = {"damping": damping, "damping_mode": damping_mode}
     if history is None:
@@ -54,6 +56,7 @@ def recipe(
         residual=residual,
         norm_growth_limit=1.01,
         singular_limit=singular_limit,
+        singular_values=singular_values,
         **fisher,
     )
     return with_unprojected_ratio(tx, unprojected_ratio)

@@ -1,4 +1,4 @@
-"""Clipping of the leading singular value of an update, as a transformation."""
+"""Clipping of the leading singular values of an update, as a transformation."""
 
 import jax
 import optax
@@ -7,20 +7,24 @@ from natgalore_jax._src.kernels.kernel import own_arithmetic
 from natgalore_jax._src.kernels.spectral import clip_each
 from natgalore_jax._src.kernels.stacks import for_each, merged
 from natgalore_jax._src.params.axes import AxesLike
-from natgalore_jax._src.params.checks import check_number
+from natgalore_jax._src.params.checks import check_integer, check_number
 from natgalore_jax._src.params.plan import PlanSettings, plan_tree
 from natgalore_jax._src.params.where import Where, hidden_matrices
 
 
 def clip_leading_singular_value(
-    limit: float = 0.2, where: Where = hidden_matrices, axes: AxesLike = None
+    limit: float = 0.2,
+    where: Where = hidden_matrices,
+    axes: AxesLike = None,
+    singular_values: int = 1,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Clip the largest singular value of the update of each matrix.
+    r"""Clip the largest singular values of the update of each matrix.
 
     .. math::
-      U \leftarrow U - \Bigl(1 - \frac{c \sqrt{\max(m, n)}}{\sigma_1}\Bigr)_{\!+} x x^\top U
+      U \leftarrow U -
+        \sum_{i=1}^{k} \Bigl(1 - \frac{c \sqrt{\max(m, n)}}{\sigma_i}\Bigr)_{\!+} x_i x_i^\top U
 
-    with x the leading left singular vector. The other singular values stay. The bound is the
+    with the k leading left singular vectors x. The other singular values stay. The bound is the
     singular value of a matrix with orthogonal rows or columns and entries of root mean square c.
 
     Gradients of the first steps of a training are nearly of rank one, because all tokens ask for
@@ -29,16 +33,17 @@ def clip_leading_singular_value(
     width and changes the activations of all tokens alike. Clipped, the update bears higher
     learning rates (docs/experiments.md, "Clipping the leading singular value").
 
-    x is computed by four power iterations from fixed random numbers: the update is read nine times,
-    and there is no state. In a training with AdamW, :math:`\sigma_1` is found to one percent in the
-    median. Where the second singular value is near the first, x is a mixture of both directions,
-    and less is taken away. No singular value grows. Non-finite updates stay non-finite.
+    The vectors are computed by four power iterations from fixed random numbers: the update is read
+    nine times, and there is no state. In a training with AdamW, :math:`\sigma_1` is found to one
+    percent in the median. Where the next singular value is near, a vector is a mixture of several
+    directions, and less is taken away. No singular value grows. Non-finite updates stay non-finite.
 
     Args:
       limit: c, a number or a traced scalar. Put the learning rate after this transformation.
       where: which matrices are clipped, in the forms of :func:`low_rank_project`; by default hidden
         matrices of any size.
       axes: see :func:`low_rank_project`.
+      singular_values: k.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` without state.
@@ -50,7 +55,7 @@ def clip_leading_singular_value(
       Yang et al., A spectral condition for feature learning (2023), arXiv 2310.17813, for spectral
       norms as the sizes of updates that carry over to other widths; Liu et al., Muon is scalable
       for LLM training (2025), arXiv 2502.16982, for :math:`c \sqrt{\max(m, n)}` with c = 0.2, the
-      singular values of its updates. Clipping one of them is of this library.
+      singular values of its updates. Clipping the leading ones is of this library.
 
     Example:
       >>> import jax.numpy as jnp, optax, natgalore_jax as ng
@@ -61,13 +66,15 @@ def clip_leading_singular_value(
       3.2
     """
     check_number("limit", limit, above=0.0)
+    check_integer("singular_values", singular_values, minimum=1)
     settings = PlanSettings(None, where, axes)
 
     @own_arithmetic
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         leaves, treedef = jax.tree.flatten(updates)
-        own = [plan and plan.unnamed for plan in plan_tree(settings, updates)]
+        plans = plan_tree(settings, updates)
+        own = [plan and (plan.unnamed, singular_values) for plan in plans]
         (clipped,) = merged(for_each(clip_each, own, (leaves,), limit), leaves)
         return treedef.unflatten(clipped), state
 

@@ -46,6 +46,7 @@ _STRUCTURAL = frozenset(
         "moment_bits",
         "block_size",
         "min_size",
+        "singular_values",
         "mask",
     }
 )

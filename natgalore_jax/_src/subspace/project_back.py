@@ -26,6 +26,7 @@ from natgalore_jax._src.params.checks import (
     check_choice,
     check_decay,
     check_growth_limit,
+    check_integer,
     check_number,
     check_unused,
 )
@@ -72,6 +73,7 @@ class ProjectBack(optax.GradientTransformationExtraArgs):
     scale: float
     residual: Residual | None
     singular_limit: float | None
+    singular_values: int
 
 
 def project_back(
@@ -81,6 +83,7 @@ def project_back(
     residual_scale: float | None = None,
     residual_decay: float | None = None,
     singular_limit: float | None = None,
+    singular_values: int = 1,
 ) -> ProjectBack:
     r"""Project low-rank updates back to the shapes of the parameters.
 
@@ -126,12 +129,13 @@ def project_back(
         "fisher", twice the root mean square of AdamW's updates (0.6 had the same loss at α = 1).
       residual_decay: β of "fisher"; None: 0.9, with which c follows the size of the gradient within
         ten steps.
-      singular_limit: c, a number or a traced scalar: the leading singular value of the update of
-        each matrix that the ``where`` of the subspace selects, projected or too small for it, is
+      singular_limit: c, a number or a traced scalar: the leading singular values of the update of
+        each matrix that the ``where`` of the subspace selects, projected or too small for it, are
         clipped to :math:`c \sqrt{\max(m, n)}`, as by :func:`clip_leading_singular_value` after the
         subspace, but in less time: where one side is projected, the power iteration starts from
         the low-rank update and gradient, and reads the gradient twice with a residual, without one
         not at all. None: no limit.
+      singular_values: how many singular values ``singular_limit`` is for.
 
     Returns:
       A transformation for :func:`natgalore_jax.chain`; its state is empty without a residual.
@@ -139,7 +143,7 @@ def project_back(
     Raises:
       TypeError, ValueError: for an argument of a wrong type or value, as ``norm_growth_limit`` ≤ 1,
         and for arguments without an effect: arguments of the residual with ``residual="none"``,
-        ``residual_decay`` with "fira".
+        ``residual_decay`` with "fira", ``singular_values`` without ``singular_limit``.
 
     References:
       Zhao et al., GaLore (2024), "Adam with GaLore" in appendix B, for α; Chen et al., Fira (2024),
@@ -164,6 +168,9 @@ def project_back(
         check_decay("residual_decay", residual_decay)
     if singular_limit is not None:
         check_number("singular_limit", singular_limit, above=0.0)
+    else:
+        check_unused("singular_values", singular_values, 1, "without singular_limit")
+    check_integer("singular_values", singular_values, minimum=1)
     if residual == "none":
         if norm_growth_limit is not None:
             check_unused(
@@ -179,7 +186,8 @@ def project_back(
             "transformation such as optax.inject_hyperparams"
         )
     )
-    tx.scale, tx.residual, tx.singular_limit = scale, None, singular_limit
+    tx.scale, tx.residual = scale, None
+    tx.singular_limit, tx.singular_values = singular_limit, singular_values
     if residual != "none":
         sigma = RULES[residual].scale if residual_scale is None else residual_scale
         decay = RESIDUAL_DECAY if residual_decay is None else residual_decay
@@ -256,7 +264,7 @@ def update_back(
     found = for_each_gradient(
         _factored,
         _whole,
-        [(*pair, rule, basis_error) if pair[0] else None for pair in own],
+        [(*pair, rule, basis_error, settings.singular_values) if pair[0] else None for pair in own],
         (factors, states, N, R),
         G,
         (numbers, settings.scale, settings.singular_limit),
@@ -264,7 +272,10 @@ def update_back(
     updates, states = merged(found, N, states)
     found = for_each(
         clip_each,
-        [matrix if not plan else None for plan, matrix in own],
+        [
+            (matrix, settings.singular_values) if matrix and not plan else None
+            for plan, matrix in own
+        ],
         (updates,),
         settings.singular_limit,
     )
@@ -291,7 +302,7 @@ def _check_memory(residual: Residual, plan: LeafPlan, memory: Sequence[Any]) -> 
 
 def _factored(settings, operands, G, shared):
     """The update of one parameter in factors; its direction, norm and Fisher entries."""
-    plan, _, rule, basis_error = settings
+    plan, _, rule, basis_error, count = settings
     factors, state, N, R = operands
     numbers, scale, limit = shared
     if rule is None:
@@ -311,19 +322,19 @@ def _factored(settings, operands, G, shared):
         )
         state = direction, norm, fisher
     if limit is not None and plan.is_one_sided:
-        update = clip_leading_of_factored(plan, factors, update, scale * N, G, limit)
+        update = clip_leading_of_factored(plan, factors, update, scale * N, G, limit, count)
     return update, state
 
 
 def _whole(settings, operands, found, G, shared):
     """The update of one parameter in full shape, in the dtype of N, and its entries."""
-    plan, matrix, *_ = settings
+    plan, matrix, _, _, count = settings
     factors, _, N, _ = operands
     update, state = found
     _, _, limit = shared
     U = whole(plan, factors, update, G)
     if limit is not None and matrix is not None and not plan.is_one_sided:
-        U = clip_leading(matrix, U, limit)
+        U = clip_leading(matrix, U, limit, count)
     return U.astype(N.dtype), state
 
 
