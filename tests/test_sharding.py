@@ -50,12 +50,12 @@ SCHEMES = {
     ),
 }
 SETTINGS = {"rank": RANK, "update_interval": 6}
+CLIPPED = {"singular_limit": 0.2, "singular_values": 2}
 OPTIMIZERS = {
     "default": lambda: ng.natural_galore_adamw(LEARNING_RATE / 4, **SETTINGS),
     "galore": lambda: ng.galore_adamw(LEARNING_RATE, **SETTINGS),
     "exact": lambda: composed_adamw(
-        "none",
-        LEARNING_RATE,
+        *("none", LEARNING_RATE),
         **SETTINGS,
         side="left",
         method="eigh",
@@ -77,13 +77,13 @@ OPTIMIZERS = {
     ),
     "random": lambda: ng.galore_adamw(LEARNING_RATE, **SETTINGS, method="gaussian"),
     "reset": lambda: composed_adamw(
-        "compact",
-        LEARNING_RATE / 4,
+        *("compact", LEARNING_RATE / 4),
         **SETTINGS,
         side="right",
         transition="reset",
         method="randomized",
-        **{"residual": "fisher", "singular_limit": 0.2, "singular_values": 2},
+        residual="fisher",
+        **CLIPPED,
     ),
 }
 EVERY_SCHEME = [("default", scheme) for scheme in SCHEMES]

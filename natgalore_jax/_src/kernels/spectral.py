@@ -229,8 +229,8 @@ def _excess(
     sigma = unit * _norm(Y / unit, nb)
     share = jnp.where(sigma > bound, 1.0 - bound / sigma, 0.0)
     X = _as_columns_of(X, share, nb) * X
-    sides = (side_axes(plan, mode), X), (side_axes(plan, 1 - mode), Y)
+    of_X, of_Y = side_axes(plan, mode), side_axes(plan, 1 - mode)
     return tuple(
-        tuple(on_axes_of_gradient(axes, of[..., i]) for axes, of in sides)
+        (on_axes_of_gradient(of_X, X[..., i]), on_axes_of_gradient(of_Y, Y[..., i]))
         for i in range(X.shape[-1])
     )
