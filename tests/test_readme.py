@@ -107,14 +107,15 @@ def test_fine_tuning():
 
 
 def test_rates_that_do_not_carry_over():
-    records = read_results(RUNS, "tune")
-    rates = tuned_rates(records, "nano")["natural-galore"].rates
-    (loss,) = (
-        r["test_loss"]
-        for r in records
-        if (r["preset"], r["method"], rates_of(r)) == ("9m", "natural-galore", rates)
-    )
-    assert f"at its best rates of 1 M parameters the default has [{loss:.2f} at 9 M]" in WORDS
+    rates = tuned_rates(read_results(RUNS, "tune"), "nano")["natural-galore"].rates
+    losses = {
+        r["method"]: r["test_loss"]
+        for r in read_results(RUNS, "several-values")
+        if r["preset"] == "9m" and rates_of(r) == rates
+    }
+    one, four = losses["natural-galore"], losses["recipe@singular_values=4"]
+    assert f"at its best rates of 1 M parameters the default has [{one:.2f} at 9 M]" in WORDS
+    assert f"{four:.2f} with four singular values clipped" in WORDS
 
 
 @pytest.mark.parametrize(
