@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import functools
 import importlib.metadata
+import sys
 import time
 import zlib
 from pathlib import Path
@@ -47,9 +48,6 @@ class Config:
     checkpoint_every: int = 100
     eval_batches: int = 16
     seed: int = 0
-
-
-# Data
 
 
 def load_tokens(path: Path | None) -> np.ndarray:
@@ -197,7 +195,8 @@ def train(config: Config, tokens: np.ndarray, out: Path, mesh: jax.sharding.Mesh
     shapes = jax.eval_shape(init)
     params_at = ng.training.longer_side_shardings(shapes[0], mesh)
     state_at = (params_at, ng.training.state_shardings(tx, shapes[0], params_at))
-    losses, options = [], ocp.CheckpointManagerOptions(max_to_keep=2)
+    losses = []
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
     with ocp.CheckpointManager(out.absolute(), options=options) as checkpoints:
         start = checkpoints.latest_step() or 0
         if start:
@@ -236,6 +235,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.steps < 1:
         parser.error("--steps must be at least 1")
+    sys.stdout.reconfigure(errors="replace")  # pyrefly: ignore[missing-attribute]
     config, tokens = Config(steps=args.steps), load_tokens(args.text)
     print(f"devices: {jax.device_count()} x {jax.devices()[0].device_kind}")
     mesh = jax.make_mesh((jax.device_count(),), ("data",))

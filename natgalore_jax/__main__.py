@@ -2,7 +2,9 @@
 
 import argparse
 import collections
+import io
 import platform
+import sys
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -29,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         memory = [] if options.preset is None else [_memory(options)]
     except ValueError as error:
         parser.error(str(error))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # A terminal may not have all characters.
+        sys.stdout.reconfigure(errors="replace")
     print("\n\n".join([_environment(), *memory]))
 
 

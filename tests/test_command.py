@@ -1,7 +1,9 @@
 """python -m natgalore_jax."""
 
 import dataclasses
+import io
 import re
+import sys
 
 import jax
 import optax
@@ -41,6 +43,14 @@ def test_lines_fit_a_terminal(capsys):
     sizes = next(i for i, line in enumerate(lines) if line.split()[:2] == ["parameter", "weights"])
     names = [[line.split()[0] for line in lines[i + 1 : i + 8]] for i in (treatment, sizes)]
     assert names[0] == names[1] and lines[sizes + 9].startswith("total")
+
+
+def test_a_terminal_without_all_characters(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    main([])
+    terminal.flush()
+    assert b" ? cpu" in terminal.buffer.getvalue()
 
 
 def rejected(capsys, *argv):

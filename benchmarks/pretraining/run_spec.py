@@ -183,9 +183,8 @@ def is_done(run: Run) -> bool:
 
 def was_made(run: Run, prepared: Prepared) -> bool:
     """:func:`is_done` of a run that is prepared."""
-    return result_files.is_done(
-        run.path, prepared.configuration, defaults={"run": RunConfig().to_dict()}
-    )
+    defaults = {"run": RunConfig().to_dict(), "arguments": {"singular_values": 1}}
+    return result_files.is_done(run.path, prepared.configuration, defaults=defaults)
 
 
 def _without_places(config: RunConfig) -> dict[str, Any]:
