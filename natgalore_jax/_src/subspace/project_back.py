@@ -135,7 +135,8 @@ def project_back(
         subspace, but in less time: where one side is projected, the power iteration starts from
         the low-rank update and gradient, and reads the gradient twice with a residual, without one
         not at all. None: no limit.
-      singular_values: how many singular values ``singular_limit`` is for.
+      singular_values: how many singular values ``singular_limit`` is for, as in
+        :func:`clip_leading_singular_value`.
 
     Returns:
       A transformation for :func:`natgalore_jax.chain`; its state is empty without a residual.
