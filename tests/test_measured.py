@@ -193,7 +193,7 @@ def test_losses_with_several_clipped_singular_values():
     four = "recipe@singular_values=4"
     found = {
         (run["preset"], run["method"], run["learning_rate"], run["ratio"], run["seed"]): run
-        for suite in ("tune", "several-values")
+        for suite in ("tune", "several-values")  # Runs at 9m of the former have another start.
         for run in read_results(RESULTS / "quality", suite)
         if run["corpus"] == "sotu"
     }
