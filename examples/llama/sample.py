@@ -118,15 +118,15 @@ def continued(
         ids = list(end_ids[:1]) or [end_of_text(tokenizer, "an empty --prompt")]
     yield printable(prompt if len(ids) == len(whole) else shown)
     length = min(tokens, room - len(ids))
-    written = []
+    before, written = (ids if shown else []), []
     for token in stream(model, ids, length, sampling=sampling, end_ids=end_ids, key=key):
         written.append(token)
-        text = tokenizer.decode(ids + written) if shown else tokenizer.decode(written)
+        text = tokenizer.decode(before + written)
         # Of a character of several bytes, the first tokens decode to a replacement character.
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):
             yield printable(text[len(shown) :])
             shown = text
-    rest = tokenizer.decode(ids + written) if shown else tokenizer.decode(written)
+    rest = tokenizer.decode(before + written)
     yield printable(rest[len(shown) :])
 
 

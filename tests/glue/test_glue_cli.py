@@ -8,10 +8,11 @@ import tiny_encoder as tiny
 from command_lines import Stops, assert_one_line
 from safetensors.numpy import load_file, save_file
 
-from examples.common.errors import ConfigError
+from examples.common.errors import ConfigError, DataError
 from examples.common.reporter import Reporter
 from examples.finetune.encoder.__main__ import main, parse
 from examples.finetune.encoder.data import TASKS
+from examples.finetune.encoder.data.snippets import read_archive
 from examples.finetune.encoder.run_config import preset_config
 from examples.finetune.encoder.sweep import Outcome, best_outcomes
 
@@ -212,3 +213,8 @@ def test_a_preset_fills_what_is_not_given():
         parse([*sweep, "--learning-rate", "1e-4"])
     with pytest.raises(SystemExit):
         parse(["--preset", "galore"])
+
+
+def test_a_directory_for_a_task_that_reads_none(tmp_path):
+    with pytest.raises(DataError, match="for rows of your own pass --task own"):
+        read_archive(tmp_path)

@@ -125,6 +125,14 @@ def test_only_an_empty_prompt_needs_an_end_of_text_token(tmp_path, monkeypatch, 
     assert error.startswith("error: an empty --prompt: no end-of-text token (one of <|endoftext|>")
 
 
+def test_the_token_that_begins_a_document_is_not_shown(tmp_path, monkeypatch, capsys):
+    """Of a tokenizer in which it is a word as others."""
+    directory = tiny_weights.write_directory(tmp_path / "model")
+    monkeypatch.setattr("examples.llama.sample.stream", lambda *_, **__: iter([27, 5, 8]))
+    assert sample([str(directory)]) == 0
+    assert capsys.readouterr().out.strip() == "w27 w5 w8"
+
+
 def test_samples_keep_all_but_control_characters():
     kept = "\ttab\nno\u00a0break\u3000wide \u200c\U0001f469\u200d\U0001f52c"
     assert printable(kept) == kept

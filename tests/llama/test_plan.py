@@ -278,6 +278,16 @@ def test_steps_that_an_option_rules_out_are_left_out():
             ],
             "the residual of fira",
         ),
+        (
+            [
+                "--device-memory=1GB",
+                "--optimizer=natural-galore",
+                "--rank=2",
+                "--adapter.kind=relora",
+                "--adapter.rank=4",
+            ],
+            "relora starts the optimizer of its adapters anew",
+        ),
     ],
 )
 def test_errors_are_one_line(capsys, arguments, message):
@@ -285,6 +295,15 @@ def test_errors_are_one_line(capsys, arguments, message):
     *notes, error = capsys.readouterr().err.splitlines()
     assert error.startswith("error: ") and message in error
     assert all(note.startswith(("left out: ", "  ")) for note in notes)
+
+
+@pytest.mark.parametrize("given", [["--adapter.kind=lora", "--adapter.rank=4"], ["--no-per-layer"]])
+def test_a_smaller_setting_is_one_that_the_options_allow(capsys, given):
+    words = ["--device-memory", "500.1MB", "--optimizers", "adamw", *given, *SMALL]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "nothing of these fits" in out
+    assert "--accumulate 1\n" in out and "--weight-bits" not in out
 
 
 def test_what_is_left_out_fits_the_terminal(capsys, monkeypatch):

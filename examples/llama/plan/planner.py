@@ -34,7 +34,7 @@ from examples.llama.plan.candidates import (
     step_rows,
 )
 from examples.llama.run_config import run_preset
-from examples.llama.training.build import abstract_run
+from examples.llama.training.build import abstract_run, check_config
 
 
 class Row(NamedTuple):
@@ -159,6 +159,7 @@ def most_rows(best: Row, room: int, progress: Callable[[str], None] = lambda tex
 
 def _row(candidate: Candidate, room: int, everything: bool, progress: Callable[[str], None]) -> Row:
     start = time.perf_counter()
+    check_config(candidate.config)
     run = abstract_run(candidate.config)
     if not everything:  # Known before anything is compiled.
         gradients = {"gradients": live_gradients(run.params, candidate.config.per_layer)}
@@ -253,7 +254,8 @@ def verdict(plan: Plan, room: int) -> str:
             f"a step: {lean} --accumulate 1"
         )
     elif plan.best is None and not row.candidate.optimizer.startswith(_LEAN):
-        bits = "" if "--weight-bits" in row.candidate.arguments else " --weight-bits 8"
+        decided = {"--weight-bits", "--no-per-layer"} & {*row.candidate.arguments}
+        bits = "" if decided or config.adapter.kind != "none" else " --weight-bits 8"
         text += f"\nSmaller, at fewer tokens a step: {lean} --accumulate 1{bits}"
     return text
 

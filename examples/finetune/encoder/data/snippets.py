@@ -58,6 +58,8 @@ def read_archive(archive: Path) -> list[Snippet]:
             f"{archive}: no such file; make finetune fetches it, or: python -m pip download "
             f"--no-deps --no-binary :all: vaderSentiment=={VERSION} -d {archive.parent}"
         )
+    if archive.is_dir():
+        raise DataError(f"{archive}: a directory; for rows of your own pass --task own")
     try:
         inner = _content(archive.read_bytes(), _INNER)
         text = _content(inner, _FILE).decode("latin-1")
