@@ -253,14 +253,16 @@ def test_axes_of_rows_in_any_order(side):
 
 @pytest.mark.parametrize("shape", [(24, 40), (3, 24, 40)])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_gradient_in_bfloat16_is_not_converted_for_a_product(side, shape):
+# Products with several vectors convert it on CPUs, as those with the basis.
+@pytest.mark.parametrize(("count", "platform"), [(1, "cpu"), (1, "cuda"), (3, "cuda")])
+def test_a_gradient_in_bfloat16_is_not_converted_for_a_product(side, shape, count, platform):
     params = {"w": jnp.ones(shape, jnp.bfloat16)}
     in_float32 = f"{'x'.join(map(str, shape))}xf32>"
 
     def products(limit):
-        tx = _subspace(limit, "fisher", side=side)
+        tx = _subspace(limit, "fisher", count, side=side)
         traced = jax.jit(tx.update).trace(params, tx.init(params))
-        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
         lines = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
         return sum(in_float32 in line.partition(" : ")[2].partition("->")[0] for line in lines)
 

@@ -34,7 +34,7 @@ from examples.llama.plan.candidates import (
     step_rows,
 )
 from examples.llama.run_config import run_preset
-from examples.llama.training.build import abstract_run, check_config
+from examples.llama.training.build import abstract_run
 
 
 class Row(NamedTuple):
@@ -159,7 +159,6 @@ def most_rows(best: Row, room: int, progress: Callable[[str], None] = lambda tex
 
 def _row(candidate: Candidate, room: int, everything: bool, progress: Callable[[str], None]) -> Row:
     start = time.perf_counter()
-    check_config(candidate.config)
     run = abstract_run(candidate.config)
     if not everything:  # Known before anything is compiled.
         gradients = {"gradients": live_gradients(run.params, candidate.config.per_layer)}

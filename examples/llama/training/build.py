@@ -145,7 +145,7 @@ def abstract_run(config: RunConfig, tx: optax.GradientTransformation | None = No
     """The run of `config`, or one with another optimizer, from shapes alone.
 
     Raises:
-      ConfigError: if the optimizer does not fit the model or the accumulation.
+      ConfigError: if the optimizer does not fit the model, its adapters or the accumulation.
     """
     made = {}
 
@@ -155,6 +155,7 @@ def abstract_run(config: RunConfig, tx: optax.GradientTransformation | None = No
 
     params, frozen = partition(jax.eval_shape(weights))
     optimization = make_optimization(config, params, tx)
+    make_merge(config.adapter, optimization.tx, params, config.seed)  # for errors
     state = jax.eval_shape(lambda p, f: first_state(config, optimization, p, f), params, frozen)
     rows = jax.ShapeDtypeStruct((config.batch_size, config.seq_len + 1), jnp.int32)
     return AbstractRun(config, made["apply"], optimization, params, state, rows)
