@@ -160,9 +160,6 @@ def sample(params: optax.Params, config: Config) -> jax.Array:
     return jax.lax.fori_loop(1, config.context, append, jnp.full(config.context, ord("\n")))
 
 
-# Training
-
-
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     rate, warmup = config.learning_rate, int(config.warmup_ratio * config.steps)
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warmup, config.steps)
@@ -221,7 +218,8 @@ def train(config: Config, tokens: np.ndarray, out: Path, mesh: jax.sharding.Mesh
                 batches = (batch(held_out, i, config) for i in range(config.eval_batches))
                 held_out_loss = np.mean([loss_fn(params, rows, config) for rows in batches])
                 print(f"step {step:5}  held-out loss {held_out_loss:.4f}")
-                assert np.isfinite(held_out_loss), "not saved: try a lower learning rate"
+                if not np.isfinite(held_out_loss):
+                    raise SystemExit("not saved: try a lower learning rate")
                 checkpoints.save(step, args=ocp.args.StandardSave((params, opt_state)))
                 clock, counted = time.perf_counter(), step
     return params, losses
@@ -233,8 +231,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=Config.steps)
     parser.add_argument("--out", type=Path, default=Path("runs/minimal"), help="for checkpoints")
     args = parser.parse_args()
-    if args.steps < 1:
-        parser.error("--steps must be at least 1")
+    if args.steps < 1 or args.out.is_file():
+        parser.error("--steps must be at least 1, and --out a directory")
     sys.stdout.reconfigure(errors="replace")  # pyrefly: ignore[missing-attribute]
     config, tokens = Config(steps=args.steps), load_tokens(args.text)
     print(f"devices: {jax.device_count()} x {jax.devices()[0].device_kind}")

@@ -279,13 +279,13 @@ tx = ng.chain(
 )
 trained, state, losses = train(tx)
 print(f"Lion in the subspace: held-out loss {float(evaluate(trained, held_out)):.3f}")
-print("its momentum:", [m.shape for m in optax.tree.get(state, "mu")["hidden"]])
+print("its state:", [x.shape for x in jax.tree.leaves(state) if x.ndim == 2])
 
 # %% [markdown]
 # ## What to try next
 #
-# Set `RANK` to 8 or 128 and compare loss and state; replace `natural_galore_adamw` by `ng.lean_natural_galore_adamw`, or
-# `optax.scale_by_lion()` by another transformation. `SIZE = "large"` on an accelerator.
+# Set `RANK` to 8 or 128 and compare loss and state; add a function with `ng.lean_natural_galore_adamw` to `METHODS`;
+# replace `optax.scale_by_lion()` by another transformation. `SIZE = "large"` on an accelerator.
 #
 # Next: [how it works](02_how_it_works.ipynb), [pre-training a LLaMA](03_pretraining.ipynb),
 # [fine-tuning](04_finetuning.ipynb), [many devices](05_many_devices.ipynb).

@@ -63,10 +63,12 @@ plt.rcParams.update({"figure.dpi": 80, "axes.grid": True, "grid.alpha": 0.3})
 # ## Text
 #
 # Whole documents are held out; `HELD_OUT` tokens of them are used, to be quick. A byte-level BPE is trained on the training
-# documents alone. Your own text takes the place of "sotu" in `DataConfig(data=...)`, as a path to `.txt` or `.jsonl` files.
+# documents alone. Your own text takes the place of "sotu", as a path to `.txt` or `.jsonl` files.
 
 # %%
+TEXT = ("sotu",)
 config = dataclasses.replace(run_preset(PRESET), **CHANGES)
+config = dataclasses.replace(config, data=dataclasses.replace(config.data, data=TEXT))
 splits = load_splits(config.data)
 validation, test = splits.validation[:HELD_OUT], splits.test[:HELD_OUT]
 splits = dataclasses.replace(splits, validation=validation, test=test)
@@ -88,10 +90,11 @@ print("perplexity:", {name: round(value, 1) for name, value in counts.items()})
 # which is a part of `natural-galore` and at this size most of its distance (README).
 
 # %%
+METHODS = ("adamw", "natural-galore")
 print({f.name: getattr(config.model, f.name) for f in dataclasses.fields(config.model)})
 print(f"{config.steps} steps of {config.tokens_per_step:,} tokens")
 results = {}
-for name in ("adamw", "natural-galore"):
+for name in METHODS:
     run = dataclasses.replace(
         config,
         optimizer=OptimizerConfig(name=name, rank=RANK),
@@ -103,7 +106,8 @@ for name in ("adamw", "natural-galore"):
 
 # %%
 fig, ax = plt.subplots(figsize=(7, 4))
-for color, (name, result) in zip(("C0", "C1"), results.items(), strict=True):
+for number, (name, result) in enumerate(results.items()):
+    color = f"C{number}"
     steps = of_kind(result.records, "train")
     ax.plot([r["step"] for r in steps], [r["loss"] for r in steps], color, alpha=0.25)
     evals = of_kind(result.records, "validation")
@@ -129,7 +133,7 @@ for name, value in counts.items():
     print(f"{name:16}{'':16}{value:17.1f}")
 
 # %%
-print(reports["natural-galore"])
+print(reports[METHODS[-1]])
 
 # %% [markdown]
 # Half of this state belongs to embedding and head, which are not projected and are a quarter of a model this small. At 7B
@@ -141,7 +145,7 @@ print(reports["natural-galore"])
 # After so few steps the model knows words and the tone, and no more.
 
 # %%
-best = results["natural-galore"]
+best = results[METHODS[-1]]
 model = with_params(best.config.model, best.weights)
 prompt = "My fellow citizens,"
 tokens = splits.tokenizer.encode(prompt, add_special_tokens=False).ids
@@ -154,7 +158,7 @@ print(prompt + splits.tokenizer.decode(text.tokens[0]))
 # %% [markdown]
 # ## What to try next
 #
-# Train with `name="lean-natural-galore"` or `"galore"`, at `RANK` 16 or 64, or on your own text: `DataConfig(data=("my.txt",))`.
+# Add `"lean-natural-galore"` or `"galore"` to `METHODS`; set `RANK` to 16 or 64, or `TEXT` to your own, `("my.txt",)`.
 # `SIZE = "large"` on an accelerator.
 #
 # The same from the command line, with checkpoints, resume, plots and a report: `python -m examples.llama --help`. Of a

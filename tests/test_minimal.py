@@ -44,10 +44,10 @@ def mesh_of(devices):
     return jax.make_mesh((devices,), ("data",), devices=jax.devices()[:devices])
 
 
-def train(out, devices):
+def train(out, devices, **changes):
     mesh = mesh_of(devices)
     with jax.set_mesh(mesh):
-        return minimal.train(Tiny(), TOKENS, out, mesh)
+        return minimal.train(Tiny(**changes), TOKENS, out, mesh)
 
 
 @pytest.fixture(scope="module")
@@ -175,8 +175,15 @@ def test_a_text_that_cannot_be_read_is_an_error_of_one_line(tmp_path, name):
         minimal.load_tokens(tmp_path / name)
 
 
-def test_a_run_has_steps(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["minimal.py", "--steps", "0"])
+@pytest.mark.parametrize("arguments", [["--steps", "0"], ["--out", __file__]])
+def test_a_run_has_steps_and_a_directory(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["minimal.py", *arguments])
     with pytest.raises(SystemExit):
         minimal.main()
-    assert "--steps must be at least 1" in capsys.readouterr().err
+    assert "--steps must be at least 1, and --out a directory" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_is_not_saved(fast_compile, tmp_path):
+    with pytest.raises(SystemExit, match="not saved: try a lower learning rate"):
+        train(tmp_path, devices=1, learning_rate=1e30)
+    assert not [path for path in tmp_path.iterdir() if path.name.isdigit()]

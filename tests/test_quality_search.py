@@ -5,8 +5,8 @@ from collections import defaultdict
 
 import pytest
 
-from benchmarks.common.result_files import read_suite, write
-from benchmarks.pretraining.run_spec import prepare
+from benchmarks.common.result_files import read, read_suite, write
+from benchmarks.pretraining.run_spec import is_done, prepare
 from benchmarks.pretraining.step_times import Times, file_of, read_times, time_steps
 from benchmarks.pretraining.sweep import Sweep, run_sweep, runs
 from benchmarks.pretraining.tuning import (
@@ -127,6 +127,22 @@ def test_the_best_points_of_a_search_are_run_with_other_seeds_which_decide(searc
     assert found.loss == pytest.approx(3.0)
     # The search went on until the point that the seeds chose was bracketed.
     assert set(made["adamw", 1]) == found.curve.keys() and Rates(0.02, 4) in found.curve
+
+
+def test_runs_beside_which_further_seeds_are_put_are_looked_at_again(searched, tmp_path):
+    """So that those that were made with other arguments are refused."""
+    searched(lambda _method, _seed, rates: loss_at(rates, Rates(0.01, 4)), ("adamw",))
+    sweep = Sweep(
+        methods=("adamw",), corpora=("sotu",), seeds=(1, 2), root=tmp_path, preset="tiny",
+        search=True, budget=5,
+    )  # fmt: skip
+    again, new = ([run for run in runs(sweep) if run.seed == seed] for seed in (1, 2))
+    assert len(again) == len(new) == FINALISTS and all(map(is_done, again))
+    record = read(again[0].path)
+    record["configuration"]["arguments"]["b2"] = 0.5
+    write(record, again[0].path)
+    with pytest.raises(ConfigError, match=r"another configuration .*b2"):
+        is_done(again[0])
 
 
 def test_times_of_steps(tmp_path):

@@ -139,7 +139,8 @@ def _searched(sweep: Sweep) -> dict[tuple[str, int], tuple[Rates, ...]]:
         done, best = searched.get(method, {}), tuned[method].rates if method in tuned else None
         missing = next_points(done, budget, own_ratio(method), best)
         finalists = () if missing else tuple(best_points(done)[:FINALISTS])
-        points[method, first] = missing
+        # The finalists again with the first seed: those that were made otherwise are refused.
+        points[method, first] = missing or finalists
         points |= {(method, seed): finalists for seed in others}
     return points
 

@@ -150,8 +150,10 @@ def test_the_best_rate_of_a_sweep():
     adamw = [outcome("adamw", 1e-5 * k, *pair) for k, pair in enumerate(scores, start=1)]
     best = best_outcomes([*adamw, *lora], task)
     assert [one.name for one in best] == ["adamw-lr3e-05", "lora-lr0.0001"]
-    with pytest.raises(ConfigError, match="lora: the loss is not finite at any rate"):
-        best_outcomes([*adamw, lora[1]], task)
+    # A method without a usable rate costs the others nothing.
+    assert best_outcomes([*adamw, lora[1]], task) == best[:1]
+    with pytest.raises(ConfigError, match="adamw, lora: the loss is not finite at any rate"):
+        best_outcomes([adamw[3], lora[1]], task)
 
 
 @pytest.mark.parametrize(

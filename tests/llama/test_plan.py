@@ -266,6 +266,8 @@ def test_steps_that_an_option_rules_out_are_left_out():
         (["--device-memory", "1GB", "--optimizers", "sgd"], "no optimizer is called 'sgd'"),
         (["--device-memory", "1GB", "--batch-sizes", "0"], "batch_sizes must be at least 1, got 0"),
         (["--device-memory", "1GB", "--ranks", "4", "-1"], "ranks must be at least 1, got 4 -1"),
+        (["--device-memory", "1GB", "--figure", "a.foo"], "figure must end in .png, .pdf or .svg"),
+        (["--device-memory", "1GB", "--json", "."], "json must be a file, got the directory"),
         (["--device-memory", "1GB", "--offload", "state"], "no --offload state"),
         (["--device-memory", "1GB", "--optimizers", "galore@x"], "NAME or NAME@OPTION=VALUE"),
         (

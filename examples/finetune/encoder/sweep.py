@@ -73,7 +73,7 @@ def sweep(
         except Diverged as error:
             reporter.note(str(error))
         else:
-            if not result.finished:
+            if not result.finished or should_stop():
                 text = f"{outcome.name}: stopped at step {result.steps}, saved; {GO_ON}"
                 console.print(text, soft_wrap=True)
                 return None
@@ -84,21 +84,20 @@ def sweep(
 
 def best_outcomes(outcomes: Sequence[Outcome], task: Task) -> list[Outcome]:
     """Of each method the outcome with the best main metric of the first validation split; among
-    equals, the lowest loss.
+    equals, the lowest loss. A method that diverged at all rates is left out.
 
     Raises:
-      ConfigError: if a method diverged at all rates.
+      ConfigError: if all diverged at all rates.
     """
     split, metric = task.validation[0], task.metrics[0]
     found: dict[str, list[tuple[tuple[float, float], Outcome]]] = {}
     for outcome in outcomes:
-        scored = found.setdefault(outcome.method, [])
         if (summary := outcome.summary) is not None:
             key = summary["metrics"][split][metric], -summary["losses"][split]
-            scored.append((key, outcome))
-    for method, scored in found.items():
-        if not scored:
-            raise ConfigError(f"{method}: the loss is not finite at any rate of the sweep")
+            found.setdefault(outcome.method, []).append((key, outcome))
+    if not found:
+        methods = ", ".join(dict.fromkeys(outcome.method for outcome in outcomes))
+        raise ConfigError(f"{methods}: the loss is not finite at any rate of the sweep")
     return [max(scored, key=lambda pair: pair[0])[1] for scored in found.values()]
 
 

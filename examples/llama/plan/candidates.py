@@ -64,7 +64,8 @@ class PlanConfig:
     json: Path | None = None
     """Write the settings and their bytes to this file."""
     figure: Path | None = None
-    """Draw the memory of the models of the GaLore papers, 60m to 7b, to this file (.png)."""
+    """Draw the memory of the models of the GaLore papers, 60m to 7b, to this file (.png, .pdf or
+    .svg)."""
 
     def __post_init__(self) -> None:
         for name in ("ranks", "batch_sizes"):
@@ -72,6 +73,12 @@ class PlanConfig:
                 raise ConfigError(
                     f"{name} must be at least 1, got {' '.join(map(str, getattr(self, name)))}"
                 )
+        for name in ("json", "figure"):
+            path = getattr(self, name)
+            if path is not None and path.is_dir():
+                raise ConfigError(f"{name} must be a file, got the directory {path}")
+        if self.figure is not None and self.figure.suffix.lower() not in (".png", ".pdf", ".svg"):
+            raise ConfigError(f"figure must end in .png, .pdf or .svg, got {self.figure}")
 
 
 # Options of the plan, and those of the program that say the same.
