@@ -15,7 +15,7 @@
 #
 # The same program on one device and on eight: sharded weights with a state that follows them, devices that sum
 # low-rank gradients only, and a checkpoint that another mesh restores. The eight devices are simulated on the CPU, so that
-# this shows what is where and how far the numbers agree, and no speed. It takes about half a minute.
+# this shows what is where and that the numbers agree, and no speed. It takes about half a minute.
 
 # %%
 # Installs the library where it is missing, as on Colab; does nothing otherwise.
@@ -112,7 +112,7 @@ decay = np.arange(1, WIDTH + 1) ** -0.5
 inputs = np.random.default_rng(0).normal(size=(STEPS, BATCH, WIDTH)) * decay
 inputs = inputs.astype(np.float32)
 batches = [(x, np.asarray(outputs(teacher, x))) for x in inputs]
-tx = ng.natural_galore_adamw(0.01, rank=RANK, update_interval=10, weight_decay=0.0)
+tx = ng.natural_galore_adamw(0.005, rank=RANK, update_interval=10, weight_decay=0.0)
 
 # %% [markdown]
 # On one device:
@@ -190,8 +190,7 @@ def print_difference(losses, others):
 print_difference(mesh_losses, one_losses)
 
 # %% [markdown]
-# Sums over devices are rounded in another order, and training amplifies the difference: at this rate two runs that differ
-# in a last bit part within a few dozen steps, and end at losses of the same size.
+# Sums over devices are rounded in another order, and training amplifies the difference, the more so the higher the rate.
 #
 # ## Sums of low-rank gradients
 #
