@@ -72,7 +72,9 @@ def test_losses_and_bytes(groups):
         rows[2][name] for name in ("scale", "scale-clipped", "racs", "natural-galore-lean")
     )
     above = clipped.test - lean_row.test
-    assert f"(the better of two pairs of rates), {above:.2f} at 9 M" in WORDS
+    share_of_scale = 100 * clipped.state_bytes / rows[2]["adamw"].state_bytes
+    at_9m = f"{above:.2f} with {share_of_scale:.0f} % at 9 M"
+    assert f"(the better of two pairs of rates), {at_9m}" in WORDS
     page = " ".join((ROOT / "docs/experiments.md").read_text().split())
     lower = f"SCALE ends {scale.test - clipped.test:.3f} lower with it ({clipped.test:.3f} ±"
     assert f"{lower} {clipped.test_std:.3f} at 0.00125 × 16), {above:.3f} above lean" in page
