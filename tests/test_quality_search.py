@@ -68,6 +68,13 @@ def test_a_point_at_the_end_of_what_was_run_is_not_bracketed():
     assert not is_bracketed({Rates(1, 1): None}, Rates(1, 1))
 
 
+def search_in(root, methods, seeds):
+    return Sweep(
+        methods=methods, corpora=("sotu",), seeds=seeds, root=root, preset="tiny", search=True,
+        budget=5,
+    )  # fmt: skip
+
+
 @pytest.fixture
 def searched(tmp_path, monkeypatch):
     """A function that searches both rates of methods with a loss in place of their runs."""
@@ -90,10 +97,7 @@ def searched(tmp_path, monkeypatch):
             return []
 
         monkeypatch.setattr("benchmarks.common.sweep.run_all", make)
-        sweep = Sweep(
-            methods=methods, corpora=("sotu",), seeds=seeds, root=tmp_path, preset="tiny",
-            search=True, budget=5,
-        )  # fmt: skip
+        sweep = search_in(tmp_path, methods, seeds)
         make(runs(sweep)[:1], 1)  # As after an interruption.
         assert run_sweep(sweep) == 0
         return made, tuned_rates(read_suite(tmp_path, "main"), "tiny")
@@ -132,11 +136,9 @@ def test_the_best_points_of_a_search_are_run_with_other_seeds_which_decide(searc
 def test_runs_beside_which_further_seeds_are_put_are_looked_at_again(searched, tmp_path):
     """So that those that were made with other arguments are refused."""
     searched(lambda _method, _seed, rates: loss_at(rates, Rates(0.01, 4)), ("adamw",))
-    sweep = Sweep(
-        methods=("adamw",), corpora=("sotu",), seeds=(1, 2), root=tmp_path, preset="tiny",
-        search=True, budget=5,
-    )  # fmt: skip
-    again, new = ([run for run in runs(sweep) if run.seed == seed] for seed in (1, 2))
+    assert not runs(search_in(tmp_path, ("adamw",), (1,)))
+    planned = runs(search_in(tmp_path, ("adamw",), (1, 2)))
+    again, new = ([run for run in planned if run.seed == seed] for seed in (1, 2))
     assert len(again) == len(new) == FINALISTS and all(map(is_done, again))
     record = read(again[0].path)
     record["configuration"]["arguments"]["b2"] = 0.5

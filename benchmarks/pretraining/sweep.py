@@ -138,7 +138,7 @@ def _searched(sweep: Sweep) -> dict[tuple[str, int], tuple[Rates, ...]]:
     for method in sweep.methods:
         done, best = searched.get(method, {}), tuned[method].rates if method in tuned else None
         missing = next_points(done, budget, own_ratio(method), best)
-        finalists = () if missing else tuple(best_points(done)[:FINALISTS])
+        finalists = tuple(best_points(done)[:FINALISTS]) if others and not missing else ()
         # The finalists again with the first seed: those that were made otherwise are refused.
         points[method, first] = missing or finalists
         points |= {(method, seed): finalists for seed in others}

@@ -333,9 +333,16 @@ def compare(
     results = []
     for method in methods:
         result = train(method)
-        if not result.finished or should_stop():
-            text = f"{method}: stopped at step {result.steps}, saved; {GO_ON}"
-            console.print(text, soft_wrap=True)  # To be copied as one line.
+        if was_stopped(method, result, console, should_stop):
             return None
         results.append(result)
     return results
+
+
+def was_stopped(name: str, result: Result, console: Console, should_stop: ShouldStop) -> bool:
+    """Whether a training was told to stop, if only after its last step; says how to go on."""
+    stopped = not result.finished or should_stop()
+    if stopped:
+        text = f"{name}: stopped at step {result.steps}, saved; {GO_ON}"
+        console.print(text, soft_wrap=True)  # To be copied as one line.
+    return stopped

@@ -135,6 +135,16 @@ def test_a_sweep_goes_on_and_predicts(arguments, tmp_path, capsys, monkeypatch):
     assert {label for _, label in lines[1:]} <= set(names)
 
 
+def test_a_signal_after_the_last_step_of_a_sweep_counts(arguments, capsys, monkeypatch):
+    sweep = [*arguments, "--methods", "adamw", "--sweep-learning-rates", "0.02"]
+    with monkeypatch.context() as patch:
+        last = Stops("validation", step=6)
+        patch.setattr("examples.finetune.encoder.__main__.make_reporter", lambda *_: last)
+        assert main(sweep) == 128 + signal.SIGTERM
+    assert "adamw-lr0.02: stopped at step 6, saved; --resume goes on" in capsys.readouterr().out
+    assert main([*sweep, "--resume"]) == 0
+
+
 def test_the_best_rate_of_a_sweep():
     def outcome(method, rate, accuracy, loss):
         summary = {

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from examples.common.compare import Diverged, ShouldStop
+from examples.common.compare import Diverged, ShouldStop, was_stopped
 from examples.common.errors import ConfigError
 from examples.common.interrupt import GO_ON
 from examples.common.metrics import Record
@@ -73,9 +73,7 @@ def sweep(
         except Diverged as error:
             reporter.note(str(error))
         else:
-            if not result.finished or should_stop():
-                text = f"{outcome.name}: stopped at step {result.steps}, saved; {GO_ON}"
-                console.print(text, soft_wrap=True)
+            if was_stopped(outcome.name, result, console, should_stop):
                 return None
             outcome = outcome._replace(summary=result.summary())
         outcomes.append(outcome)
